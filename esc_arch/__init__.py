@@ -1,0 +1,25 @@
+"""ESC image super-resolution (ICCV 2025, arXiv 2503.06671) as a plugin of BasicSR.
+
+Importing this package is all that an existing BasicSR set-up needs: it makes basicsr 1.4.2 importable with
+current libraries and registers the networks, layers and models below, so that option files can name them.
+That is its only side effect.
+"""
+
+# ruff: noqa: E402  the order of these imports is the point: basicsr can only be imported in between
+
+from __future__ import annotations
+
+from . import compat
+
+compat.prepare_import()
+
+import basicsr  # noqa: F401
+
+compat.apply_patches()
+
+from .archs import ESC, ConvAttn, FlashWindowAttention
+from .errors import UserError
+from .models import ESCModel
+from .version import __version__
+
+__all__ = ["ESC", "ConvAttn", "ESCModel", "FlashWindowAttention", "UserError", "__version__"]

@@ -1,0 +1,13 @@
+"""ESC's two attention layers, to be built by themselves from option files."""
+
+from __future__ import annotations
+
+from basicsr.utils.registry import ARCH_REGISTRY
+
+from esc_arch.modules import ConvAttn, FlashWindowAttention
+from esc_arch.registry import register
+
+__all__ = ["ConvAttn", "FlashWindowAttention"]
+
+for layer in (ConvAttn, FlashWindowAttention):
+    register(ARCH_REGISTRY)(layer)

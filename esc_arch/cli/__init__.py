@@ -1,0 +1,43 @@
+"""The console command `basicsr`: a verb each, a file each.
+
+A verb's module has `HELP`, `add_arguments(parser)` and `run(args)`, which returns the exit status.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Sequence
+
+from esc_arch import __version__
+from esc_arch.errors import UserError, message_of
+
+from . import prepare, test, train
+
+__all__ = ["main"]
+
+VERBS = {"train": train, "test": test, "prepare": prepare}
+
+OK, USER_ERROR, INTERRUPTED = 0, 2, 130
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run a verb; returns the exit status: 0, 2 for a mistake of the user's (one message), 130 for Ctrl-C."""
+    parser = argparse.ArgumentParser(
+        prog="basicsr", description="BasicSR with the ESC networks. `basicsr VERB --help` says more about a verb."
+    )
+    parser.add_argument("--version", action="version", version=f"esc_arch {__version__}")
+    verbs = parser.add_subparsers(dest="verb", metavar="VERB", required=True)
+    for name, verb in VERBS.items():
+        verb.add_arguments(verbs.add_parser(name, help=verb.HELP, description=verb.HELP))
+    args = parser.parse_args(argv)
+    try:
+        return VERBS[args.verb].run(args)
+    except UserError as error:
+        rank = os.environ.get("RANK", "0")
+        print(f"basicsr {args.verb}{f' (rank {rank})' * (rank != '0')}: {message_of(error)}", file=sys.stderr)
+        return USER_ERROR
+    except KeyboardInterrupt:
+        print(f"basicsr {args.verb}: interrupted.", file=sys.stderr)
+        return INTERRUPTED

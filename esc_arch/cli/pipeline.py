@@ -1,0 +1,40 @@
+"""BasicSR's own pipelines, run with checked options."""
+
+from __future__ import annotations
+
+import argparse
+import os
+from collections.abc import Callable
+from types import ModuleType
+from typing import Any
+
+import torch.distributed
+
+from esc_arch import options
+
+__all__ = ["run_pipeline"]
+
+
+def run_pipeline(module: ModuleType, pipeline: Callable[[str], None], args: argparse.Namespace) -> int:
+    """Run `pipeline` of basicsr's `module` with the current folder as its root; returns the exit status.
+
+    Outputs go to experiments/, tb_logger/ and results/ under the folder where the command is run, and relative
+    paths of option files start from there.
+
+    Raises:
+        UserError: something in the options, the data or a checkpoint cannot be used.
+    """
+
+    def parse_options(root_path: str, is_train: bool) -> tuple[dict[str, Any], argparse.Namespace]:
+        return options.parse_options(root_path, is_train, args)
+
+    # The pipelines call this name; basicsr's function reads sys.argv and evaluates parts of it
+    original = module.parse_options
+    module.parse_options = parse_options  # type: ignore[attr-defined]
+    try:
+        pipeline(os.getcwd())
+    finally:
+        module.parse_options = original  # type: ignore[attr-defined]
+        if torch.distributed.is_initialized():
+            torch.distributed.destroy_process_group()
+    return 0

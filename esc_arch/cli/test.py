@@ -1,0 +1,20 @@
+"""`basicsr test`: BasicSR's test pipeline."""
+
+from __future__ import annotations
+
+import argparse
+
+import basicsr.test
+
+from esc_arch.options import add_arguments
+
+from .pipeline import run_pipeline
+
+__all__ = ["HELP", "add_arguments", "run"]
+
+HELP = "Test a network on data sets from an option file, with BasicSR's pipeline."
+
+
+def run(args: argparse.Namespace) -> int:
+    """Test; returns the exit status."""
+    return run_pipeline(basicsr.test, basicsr.test.test_pipeline, args)

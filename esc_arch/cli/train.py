@@ -1,0 +1,20 @@
+"""`basicsr train`: BasicSR's training pipeline."""
+
+from __future__ import annotations
+
+import argparse
+
+import basicsr.train
+
+from esc_arch.options import add_arguments
+
+from .pipeline import run_pipeline
+
+__all__ = ["HELP", "add_arguments", "run"]
+
+HELP = "Train a network from an option file, with BasicSR's pipeline."
+
+
+def run(args: argparse.Namespace) -> int:
+    """Train; returns the exit status."""
+    return run_pipeline(basicsr.train, basicsr.train.train_pipeline, args)

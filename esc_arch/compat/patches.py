@@ -1,0 +1,355 @@
+"""Replacements for functions of basicsr 1.4.2 that fail.
+
+Each is put wherever basicsr's own modules hold the original, because most of them import functions by name. A
+replacement that only adds a check or a message calls the original; none changes what a run that works computes.
+"""
+
+from __future__ import annotations
+
+import functools
+import logging
+import os
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from esc_arch.errors import UserError
+
+__all__ = ["PATCHES", "SUPPORTED_VERSION", "apply_patches"]
+
+SUPPORTED_VERSION = "1.4.2"
+
+logger = logging.getLogger("esc_arch")
+
+#: (module, dotted name in it, maker of the replacement from the original, what it mends)
+PATCHES: list[tuple[str, str, Callable[[Any], Any], str]] = []
+
+
+def _patch(module: str, name: str, mends: str) -> Callable[[Callable[[Any], Any]], Callable[[Any], Any]]:
+    def note(make: Callable[[Any], Any]) -> Callable[[Any], Any]:
+        PATCHES.append((module, name, make, mends))
+        return make
+
+    return note
+
+
+def apply_patches() -> None:
+    """Put every replacement in place, once; does nothing for another version of basicsr, and says so."""
+    version = getattr(sys.modules["basicsr"], "__version__", "unknown")
+    if version != SUPPORTED_VERSION:
+        logger.warning(
+            "esc_arch mends faults of basicsr %s; this is %s, which is left as it is.", SUPPORTED_VERSION, version
+        )
+        return
+    for module_name, name, make, mends in PATCHES:
+        owner: Any = sys.modules[module_name]
+        *parents, attribute = name.split(".")
+        for parent in parents:
+            owner = getattr(owner, parent)
+        current = getattr(owner, attribute)
+        original = getattr(current, "_esc_arch_original", current)  # after a re-import: never patch a patch
+        replacement = make(original)
+        replacement._esc_arch_original = original
+        setattr(owner, attribute, replacement)
+        if not parents:
+            _replace_imported_names(attribute, current, replacement)
+        logger.debug("basicsr: %s.%s replaced: %s", module_name, name, mends)
+
+
+def _replace_imported_names(name: str, current: object, replacement: object) -> None:
+    """`from basicsr.utils import f` in basicsr's modules made more names for the same function."""
+    for module_name, module in list(sys.modules.items()):
+        if module_name.partition(".")[0] == "basicsr" and getattr(module, name, None) is current:
+            setattr(module, name, replacement)
+
+
+# --- resuming -----------------------------------------------------------------------------------------------------
+
+
+@_patch("basicsr.train", "load_resume_state", "resuming needs no GPU, and looks where this run writes")
+def _load_resume_state(original: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(original)
+    def load_resume_state(opt: dict[str, Any]) -> dict[str, Any] | None:
+        from basicsr.utils import check_resume
+
+        if opt["auto_resume"]:
+            found = _newest_state(Path(opt["path"]["training_states"]))
+            if found is None:
+                return None
+            path, state = found
+            opt["path"]["resume_state"] = str(path)
+        elif opt["path"].get("resume_state"):
+            state = _read_state(Path(opt["path"]["resume_state"]))
+        else:
+            return None
+        check_resume(opt, state["iter"])
+        return state
+
+    return load_resume_state
+
+
+def _newest_state(folder: Path) -> tuple[Path, dict[str, Any]] | None:
+    """The newest training state of a run that can be read, with its content; None when the run saved none."""
+    paths = [path for path in folder.glob("*.state") if path.stem.isdigit()] if folder.is_dir() else []
+    problems = []
+    for path in sorted(paths, key=lambda path: int(path.stem), reverse=True):
+        try:
+            return path, _read_state(path)
+        except UserError as error:
+            problems.append(str(error))
+            print(f"--auto_resume skips a state: {error}", file=sys.stderr, flush=True)
+    if problems:  # going on would archive the very run that was to be continued
+        raise UserError(f"--auto_resume found no usable state in {folder}: {' '.join(problems)} Nothing was changed.")
+    return None
+
+
+def _read_state(path: Path) -> dict[str, Any]:
+    from esc_arch.checkpoints import read_checkpoint
+
+    state = read_checkpoint(path)
+    if missing := {"epoch", "iter", "optimizers", "schedulers"} - state.keys():
+        raise UserError(f"{path} is not a training state: it has no {', '.join(sorted(missing))}.")
+    return state
+
+
+@_patch("basicsr.train", "copy_opt_file", "option files are UTF-8 whatever the locale")
+def _copy_opt_file(original: Callable[..., Any]) -> Callable[..., Any]:
+    from basicsr.utils.dist_util import master_only
+
+    @master_only
+    @functools.wraps(original)
+    def copy_opt_file(opt_file: str, experiments_root: str) -> None:
+        text = Path(opt_file).read_text(encoding="utf-8")
+        header = f"# GENERATE TIME: {time.asctime()}\n# CMD:\n# {' '.join(sys.argv)}\n\n"
+        Path(experiments_root, os.path.basename(opt_file)).write_text(header + text, encoding="utf-8")
+
+    return copy_opt_file
+
+
+# --- data -----------------------------------------------------------------------------------------------------------
+
+
+class _NamedBytes(bytes):
+    """File content that remembers where it is from, so that a decoding error can name it."""
+
+    source: str
+
+
+@_patch("basicsr.utils.file_client", "FileClient.get", "a file or LMDB entry that is missing is named")
+def _file_client_get(original: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(original)
+    def get(self: Any, filepath: str, client_key: str = "default") -> bytes:
+        try:
+            content = original(self, filepath, client_key)
+        except OSError as error:
+            raise UserError(f"Cannot read the image {filepath}: {error.strerror or error}.") from error
+        source = str(filepath)
+        if self.backend == "lmdb":
+            lmdb_path = self.client.paths.get(client_key, "the LMDB")
+            source = f"{filepath} in {lmdb_path}"
+            if content is None:
+                raise UserError(
+                    f"{lmdb_path} has no image {filepath!r}, though its meta_info.txt lists it: make it anew."
+                )
+        named = _NamedBytes(content)
+        named.source = source
+        return named
+
+    return get
+
+
+@_patch("basicsr.utils.img_util", "imfrombytes", "an image that cannot be decoded is named")
+def _imfrombytes(original: Callable[..., Any]) -> Callable[..., Any]:
+    import cv2
+    import numpy as np
+
+    @functools.wraps(original)
+    def imfrombytes(content: bytes, flag: str = "color", float32: bool = False) -> Any:
+        try:
+            image = original(content, flag, float32=False)
+        except cv2.error:
+            image = None
+        if image is None:
+            source = getattr(content, "source", "An image")
+            raise UserError(
+                f"{source} is not an image that OpenCV can read ({len(content):,} bytes): damaged, cut short or of "
+                f"another format. Replace it or take it out of the data set."
+            )
+        return image.astype(np.float32) / 255.0 if float32 else image
+
+    return imfrombytes
+
+
+#: (path, process) -> environment. lmdb refuses a second environment of one file in one process.
+_ENVIRONMENTS: dict[tuple[str, int], Any] = {}
+
+
+@_patch("basicsr.utils.file_client", "LmdbBackend.__init__", "one LMDB can serve several data sets of a process")
+def _lmdb_backend_init(original: Callable[..., Any]) -> Callable[..., Any]:
+    import lmdb
+
+    @functools.wraps(original)
+    def __init__(
+        self: Any,
+        db_paths: str | list[str],
+        client_keys: str | list[str] = "default",
+        readonly: bool = True,
+        lock: bool = False,
+        readahead: bool = False,
+        **kwargs: Any,
+    ) -> None:
+        keys = [client_keys] if isinstance(client_keys, str) else client_keys
+        self.db_paths = [str(path) for path in ([db_paths] if isinstance(db_paths, str) else db_paths)]
+        self.paths = dict(zip(keys, self.db_paths, strict=True))
+        self._client = {}
+        for key, path in self.paths.items():
+            place = (os.path.realpath(path), os.getpid())
+            if place not in _ENVIRONMENTS:
+                try:
+                    _ENVIRONMENTS[place] = lmdb.open(path, readonly=readonly, lock=lock, readahead=readahead, **kwargs)
+                except lmdb.Error as error:
+                    raise UserError(
+                        f"Cannot open the LMDB {path}: {error}. Make it anew with `basicsr prepare`."
+                    ) from error
+            self._client[key] = _ENVIRONMENTS[place]
+
+    return __init__
+
+
+@_patch("basicsr.data.data_util", "scandir", "the order of a folder's images does not depend on the file system")
+def _scandir(original: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(original)
+    def scandir(*args: Any, **kwargs: Any) -> list[str]:
+        return sorted(original(*args, **kwargs))
+
+    return scandir
+
+
+@_patch("basicsr.data.transforms", "paired_random_crop", "a patch that cannot be cut names its image")
+def _paired_random_crop(original: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(original)
+    def paired_random_crop(
+        img_gts: Any, img_lqs: Any, gt_patch_size: int, scale: int, gt_path: str | None = None
+    ) -> Any:
+        try:
+            return original(img_gts, img_lqs, gt_patch_size, scale, gt_path)
+        except ValueError as error:
+            gt, lq = ((images[0] if isinstance(images, list) else images) for images in (img_gts, img_lqs))
+            sizes = "LQ {1} x {0}, GT {3} x {2}".format(
+                *(lq.shape[-2:] if torch.is_tensor(lq) else lq.shape[:2]),
+                *(gt.shape[-2:] if torch.is_tensor(gt) else gt.shape[:2]),
+            )
+            raise UserError(
+                f"No patch of gt_size {gt_patch_size} can be cut from {gt_path or 'an image'} ({sizes}, width x "
+                f"height): GT must be exactly {scale} times LQ, and at least {gt_patch_size} on each side. Lower "
+                f"datasets: train: gt_size, or mend the image."
+            ) from error
+
+    return paired_random_crop
+
+
+@_patch("basicsr.train", "create_train_val_dataloader", "a run that could do no iteration is refused")
+def _create_train_val_dataloader(original: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(original)
+    def create_train_val_dataloader(opt: dict[str, Any], logger: logging.Logger) -> Any:
+        result = original(opt, logger)
+        train_loader, _, val_loaders, *_ = result
+        options = opt["datasets"]["train"]
+        if len(train_loader) == 0:
+            raise UserError(
+                f"datasets: train ({options.get('name')}) has {len(train_loader.dataset)} images, fewer than one batch "
+                f"of {train_loader.batch_size}, so that no iteration would be done. Lower batch_size_per_gpu, raise "
+                f"dataset_enlarge_ratio, or add images."
+            )
+        for loader in val_loaders:
+            if len(loader.dataset) == 0:
+                raise UserError(
+                    f"The validation set {loader.dataset.opt['name']} has no images: check its dataroot_lq."
+                )
+        return result
+
+    return create_train_val_dataloader
+
+
+# --- models ---------------------------------------------------------------------------------------------------------
+
+
+@_patch("basicsr.models.base_model", "BaseModel.get_optimizer", "every optimiser of torch.optim, AdamW among them")
+def _get_optimizer(original: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(original)
+    def get_optimizer(self: Any, optim_type: str, params: Any, lr: float, **kwargs: Any) -> torch.optim.Optimizer:
+        cls: Any = getattr(torch.optim, optim_type, None)
+        if not isinstance(cls, type):
+            names = [name for name in dir(torch.optim) if isinstance(getattr(torch.optim, name), type)]
+            raise UserError(f"The optimiser {optim_type!r} is not in torch.optim, which has: {', '.join(names)}.")
+        optimizer: torch.optim.Optimizer = cls(params, lr=lr, **kwargs)
+        return optimizer
+
+    return get_optimizer
+
+
+@_patch("basicsr.models.base_model", "BaseModel.get_bare_model", "a network wrapped by torch.compile can be saved")
+def _get_bare_model(original: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(original)
+    def get_bare_model(self: Any, net: torch.nn.Module) -> torch.nn.Module:
+        while True:  # either wrapper may be the outer one
+            inner = original(self, net)
+            inner = getattr(inner, "_orig_mod", inner)
+            if inner is net:
+                return net
+            net = inner
+
+    return get_bare_model
+
+
+@_patch("basicsr.models.base_model", "BaseModel.model_to_device", "distributed training on CPUs")
+def _model_to_device(original: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(original)
+    def model_to_device(self: Any, net: torch.nn.Module) -> torch.nn.Module:
+        if not self.opt["dist"] or self.device.type != "cpu":
+            return original(self, net)
+        from torch.nn.parallel import DistributedDataParallel
+
+        find_unused = self.opt.get("find_unused_parameters", False)
+        return DistributedDataParallel(net.to(self.device), find_unused_parameters=find_unused)
+
+    return model_to_device
+
+
+@_patch("basicsr.models.base_model", "BaseModel.load_network", "checkpoints of every kind, and what does not fit")
+def _load_network(original: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(original)
+    def load_network(
+        self: Any, net: torch.nn.Module, load_path: str, strict: bool = True, param_key: str | None = "params"
+    ) -> None:
+        from esc_arch.checkpoints import load_weights, read_checkpoint, select_weights
+
+        net = self.get_bare_model(net)
+        weights = select_weights(read_checkpoint(load_path), param_key, load_path)
+        load_weights(net, weights, strict=strict, source=load_path)
+        logging.getLogger("basicsr").info("Loaded %s from %s.", type(net).__name__, load_path)
+
+    return load_network
+
+
+@_patch("basicsr.archs.vgg_arch", "VGGFeatureExtractor.__init__", "without a network, it says where VGG weights go")
+def _vgg_init(original: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(original)
+    def __init__(self: Any, *args: Any, **kwargs: Any) -> None:
+        from basicsr.archs.vgg_arch import VGG_PRETRAIN_PATH
+
+        try:
+            original(self, *args, **kwargs)
+        except OSError as error:  # URLError and time-outs are OSErrors
+            hub = Path(torch.hub.get_dir(), "checkpoints")
+            raise UserError(
+                f"The VGG19 weights for the perceptual loss could not be downloaded ({error}). Get the file "
+                f"vgg19-dcbb9e9d.pth (PyTorch's VGG19) on another machine and put it at "
+                f"{Path(VGG_PRETRAIN_PATH).absolute()} or in {hub}."
+            ) from error
+
+    return __init__

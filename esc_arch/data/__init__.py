@@ -1,0 +1,1 @@
+"""Data for BasicSR's pipelines: preparing LMDBs and benchmark folders, and the demo photographs."""

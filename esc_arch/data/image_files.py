@@ -1,0 +1,199 @@
+"""Images as data preparation sees them: where they come from, their names, and the cuts made of them.
+
+Everywhere here an image is an array (H, W, 3) of uint8 in BGR order, as BasicSR's data sets read it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import re
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import cast
+
+import cv2
+import numpy as np
+import numpy.typing as npt
+from basicsr.utils.matlab_functions import imresize
+
+from ..errors import UserError
+
+__all__ = [
+    "IMAGE_SUFFIXES",
+    "Image",
+    "Source",
+    "checked_scales",
+    "digest_of",
+    "downscale",
+    "encode_png",
+    "folder_sources",
+    "keys_of",
+    "read_hr",
+    "read_image",
+    "sub_image_starts",
+]
+
+Image = npt.NDArray[np.uint8]
+
+IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".webp")
+PNG_COMPRESSION = 1
+"""As BasicSR's own scripts: larger files than the default, several times faster to write."""
+
+
+@dataclass(frozen=True)
+class Source:
+    """One image to prepare, not read yet.
+
+    Attributes:
+        name: file name, or a name that can stand for one; messages and journals use it.
+        read: gives the image (H, W, 3); can be pickled, raises UserError.
+        identity: what changes when the image may have changed; values that JSON can hold.
+    """
+
+    name: str
+    read: Callable[[], Image]
+    identity: tuple[str | int, ...]
+
+    @property
+    def stem(self) -> str:
+        """The name without its last suffix."""
+        return Path(self.name).stem
+
+
+def folder_sources(folder: Path) -> list[Source]:
+    """The images directly in `folder`, sorted by name. Hidden files do not count.
+
+    Raises:
+        UserError: it is no folder, has no image, or two of its images differ only in their suffix.
+    """
+    if not folder.is_dir():
+        raise UserError(f"{folder} is not a folder. Give the folder that holds the images.")
+    files = sorted(
+        path
+        for path in folder.iterdir()
+        if path.suffix.lower() in IMAGE_SUFFIXES and not path.name.startswith(".") and path.is_file()
+    )
+    if not files:
+        raise UserError(f"{folder} holds no image ({' '.join(IMAGE_SUFFIXES)}). Folders inside it are not searched.")
+    _refuse_equal((path.stem, path.name) for path in files)
+    return [_file_source(path) for path in files]
+
+
+def _file_source(path: Path) -> Source:
+    stat = path.stat()
+    return Source(path.name, partial(read_image, path), (path.name, stat.st_size, stat.st_mtime_ns))
+
+
+def keys_of(sources: Iterable[Source]) -> dict[str, str]:
+    """The LMDB key of every source, by its name: the stem, with '_' for what BasicSR cannot read back.
+
+    BasicSR cuts a key at its first dot, encodes it as ASCII and lists keys in lines.
+
+    Raises:
+        UserError: two sources would have the same key.
+    """
+    keys = {source.name: re.sub(r"[^ -~]|\.", "_", source.stem) for source in sources}
+    _refuse_equal((key, name) for name, key in keys.items())
+    return keys
+
+
+def _refuse_equal(named: Iterable[tuple[str, str]]) -> None:
+    """Raise UserError when two of the (key, file name) have the same key."""
+    seen: dict[str, str] = {}
+    for key, name in named:
+        if key in seen:
+            raise UserError(f"{seen[key]} and {name} would both be stored as {key!r}. Rename or remove one of them.")
+        seen[key] = name
+
+
+def digest_of(sources: Iterable[Source]) -> str:
+    """A hexadecimal digest that changes when a source is added, removed or may have changed."""
+    return hashlib.sha256(json.dumps([source.identity for source in sources]).encode()).hexdigest()
+
+
+def read_image(path: Path) -> Image:
+    """The image file `path` as (H, W, 3); grey becomes three equal channels, 16 bit 8, and alpha is dropped.
+
+    Raises:
+        UserError: the file cannot be read, is no image or is cut short.
+    """
+    try:
+        data = np.fromfile(path, np.uint8)  # unlike cv2.imread, takes any path on any system
+        image = cv2.imdecode(data, cv2.IMREAD_COLOR) if data.size else None
+    except (OSError, cv2.error) as error:
+        raise UserError(f"Cannot read {path}: {error}") from error
+    if image is None or _is_cut_short(data.tobytes()):
+        raise UserError(f"{path} is not an image that OpenCV can read, or is damaged. Replace or remove it.")
+    return cast(Image, image)
+
+
+def _is_cut_short(data: bytes) -> bool:
+    """Whether a JPEG has lost its end: OpenCV 4 fills the rest with grey and says nothing.
+
+    Other formats it refuses. The first half is not searched, where an embedded thumbnail has an end of its own.
+    """
+    return data.startswith(b"\xff\xd8") and data.find(b"\xff\xd9", len(data) // 2) < 0
+
+
+def encode_png(image: Image) -> bytes:
+    """`image` (H, W, 3) as a PNG file."""
+    _, data = cv2.imencode(".png", np.ascontiguousarray(image), [cv2.IMWRITE_PNG_COMPRESSION, PNG_COMPRESSION])
+    return data.tobytes()
+
+
+def downscale(image: Image, scale: int) -> Image:
+    """`image` (H, W, 3) by MATLAB's bicubic with antialiasing: (H / scale, W / scale, 3), by BasicSR's function.
+
+    `scale` divides H and W. Each has to be at least 2 * scale: imresize mirrors the borders by more than
+    it has otherwise, and fails.
+    """
+    resized = imresize(image.astype(np.float32) / 255, 1 / scale)
+    return cast(Image, (np.clip(resized, 0, 1) * 255).round().astype(np.uint8))
+
+
+def sub_image_starts(length: int, size: int, step: int) -> list[int]:
+    """Where sub-images of `size` pixels start along `length` pixels.
+
+    They start every `step` pixels, and a last one ends with the image, as in BasicSR's extract_subimages.
+    A `length` below `size` makes one sub-image, of the whole length.
+    """
+    if length <= size:
+        return [0]
+    starts = list(range(0, length - size + 1, step))
+    if starts[-1] + size < length:
+        starts.append(length - size)
+    return starts
+
+
+def checked_scales(scales: Iterable[int]) -> tuple[int, ...]:
+    """`scales` sorted, each once.
+
+    Raises:
+        UserError: there is none, or one below 2.
+    """
+    checked = tuple(sorted(set(scales)))
+    if not checked or checked[0] < 2:
+        raise UserError(f"The scales are {list(checked)}, but have to be whole numbers from 2 on.")
+    return checked
+
+
+def read_hr(source: Source, scales: Sequence[int]) -> Image:
+    """The HR image of `source`, cropped at the bottom and right to a multiple of all `scales`.
+
+    Raises:
+        UserError: it cannot be read, or is too small to be reduced by all `scales`.
+    """
+    multiple = math.lcm(*scales)
+    smallest = max(multiple, 2 * max(scales))
+    image = source.read()
+    if min(image.shape[:2]) < smallest:
+        raise UserError(
+            f"{source.name} has {image.shape[0]} x {image.shape[1]} pixels (height x width), but each side needs "
+            f"{smallest} for the scales {', '.join(map(str, scales))}. Remove it."
+        )
+    height, width = (length - length % multiple for length in image.shape[:2])
+    return image[:height, :width]

@@ -1,0 +1,85 @@
+"""A small data set of real photographs, for trying things out without downloading anything.
+
+The photographs come with scikit-image. Which of them train and which validate is fixed, so results of the demo
+can be compared.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from functools import partial
+from importlib.metadata import version
+from pathlib import Path
+
+import numpy as np
+import skimage.data
+
+from ..errors import UserError
+from .benchmark import prepare_benchmark
+from .image_files import Image, Source
+from .prepare import prepare_train
+
+__all__ = ["TRAIN", "VALIDATION", "photograph_sources", "prepare_demo", "read_photograph"]
+
+TRAIN = (
+    "brick",
+    "camera",
+    "chelsea",
+    "coins",
+    "grass",
+    "gravel",
+    "hubble_deep_field",
+    "immunohistochemistry",
+    "moon",
+    "stereo_motorcycle",
+)
+"""Functions of skimage.data. Left out: drawings, scanned text, and the retina, half of whose sub-images are black."""
+
+VALIDATION = ("astronaut", "coffee", "rocket")
+
+SCALES = (2, 3, 4)
+CROP_SIZE = 240
+OVERLAP = 120
+
+
+def prepare_demo(out: Path, *, jobs: int = 1, overwrite: bool = False) -> tuple[dict[int, Path], dict[int, Path]]:
+    """Make ``train_*_sub.lmdb`` in `out` and the benchmark ``val`` beside them, for the scales 2, 3 and 4.
+
+    Returns:
+        What :func:`.prepare.prepare_train` and :func:`.prepare.prepare_benchmark` made, by scale.
+
+    Raises:
+        UserError: the installed scikit-image lacks a photograph; also as those two.
+    """
+    train, validation = photograph_sources(TRAIN), photograph_sources(VALIDATION)
+    lmdbs = prepare_train(
+        train, out, "train", scales=SCALES, crop_size=CROP_SIZE, overlap=OVERLAP, jobs=jobs, overwrite=overwrite
+    )
+    folders = prepare_benchmark(validation, out / "val", scales=SCALES, jobs=jobs, overwrite=overwrite)
+    return lmdbs, folders
+
+
+def photograph_sources(names: tuple[str, ...]) -> list[Source]:
+    """The photographs `names`. Their pixels identify them, whichever version of scikit-image they come from."""
+    digests = {name: hashlib.sha256(read_photograph(name).tobytes()).hexdigest() for name in names}
+    return [Source(name, partial(read_photograph, name), (name, digest)) for name, digest in digests.items()]
+
+
+def read_photograph(name: str) -> Image:
+    """The photograph of the function ``skimage.data.NAME`` as (H, W, 3) uint8 BGR; grey as three equal channels.
+
+    Raises:
+        UserError: the installed scikit-image does not have it.
+    """
+    try:
+        photograph = getattr(skimage.data, name)()
+    except Exception as error:  # an old version has no such function, another would download the file and cannot
+        raise UserError(
+            f"The photograph {name!r} does not come with the installed scikit-image {version('scikit-image')} "
+            f"({type(error).__name__}: {error}). Install scikit-image 0.21 or newer."
+        ) from error
+    if name == "stereo_motorcycle":
+        photograph = photograph[0]  # left, right, disparity
+    if photograph.ndim == 2:
+        photograph = np.stack([photograph] * 3, axis=2)
+    return np.ascontiguousarray(photograph[:, :, ::-1])

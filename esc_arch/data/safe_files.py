@@ -1,0 +1,102 @@
+"""Writing files so that a kill, a power cut or a full disk never leaves a half-written one under its final name."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import IO
+
+import lmdb
+
+from ..errors import UserError
+
+__all__ = ["fsync_folder", "locked", "remove", "write_atomically", "writing_to"]
+
+
+@contextmanager
+def writing_to(folder: Path) -> Iterator[None]:
+    """Turn what the system or LMDB says while writing to `folder` (disk full, no permission) into a UserError."""
+    try:
+        yield
+    except (OSError, lmdb.Error) as error:
+        raise UserError(
+            f"Cannot write to {folder}: {error}. Free space there: {_free_space(folder)}. What is finished is kept: "
+            "once there is room, or the cause is mended, the same command continues."
+        ) from error
+
+
+def _free_space(folder: Path) -> str:
+    existing = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
+    return f"{shutil.disk_usage(existing).free / 2**20:,.0f} MiB"
+
+
+def write_atomically(path: Path, data: bytes) -> None:
+    """Write `path` so that it is always the old file or the whole new one, on disk when this returns."""
+    temporary = path.with_name(f".{path.name}.partial")
+    try:
+        with open(temporary, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+
+
+def fsync_folder(folder: Path) -> None:
+    """Have the names in `folder` on disk, where the system can (Windows cannot, and need not)."""
+    if os.name == "posix":
+        descriptor = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+
+
+def remove(path: Path) -> None:
+    """Remove the file, link or whole folder `path`, if it is there."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
+
+
+@contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Make `folder` and keep every other process out that asks the same, until the end or death of this one.
+
+    The lock file stays behind, empty: removing it would let two processes lock different files of one name.
+
+    Raises:
+        UserError: another process holds the lock, or the folder cannot be written.
+    """
+    path = folder / ".prepare.lock"
+    with writing_to(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        file = open(path, "ab")  # noqa: SIM115  closed below, when the lock is to end
+    with file:
+        if not _lock(file):
+            raise UserError(f"Another 'basicsr prepare' is writing to {folder}. Wait for it, or choose another -o.")
+        yield
+
+
+def _lock(file: IO[bytes]) -> bool:
+    try:
+        if sys.platform == "win32":
+            import msvcrt
+
+            msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)
+        else:
+            import fcntl
+
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except (BlockingIOError, PermissionError):
+        return False
+    except OSError:
+        pass  # a network file system without locks
+    return True

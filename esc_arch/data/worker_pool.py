@@ -1,0 +1,116 @@
+"""Computing on several images at once, in processes that end with this one."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import signal
+import threading
+from collections import deque
+from collections.abc import Callable, Generator, Iterator, Sequence
+from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
+from typing import Any, TypeVar
+
+import cv2
+import torch
+from tqdm import tqdm
+
+from ..errors import UserError
+
+__all__ = ["default_jobs", "map_in_order", "progress_bar"]
+
+TASKS_PER_PROCESS = 8
+"""At least; a process needs some seconds to start, in which this one is done with several images."""
+
+Task = TypeVar("Task")
+Result = TypeVar("Result")
+
+
+def default_jobs() -> int:
+    """One process per core, but no more than 8: beyond that, the one that writes is what limits."""
+    return min(os.cpu_count() or 1, 8)
+
+
+def map_in_order(function: Callable[[Task], Result], tasks: Sequence[Task], jobs: int) -> Generator[Result]:
+    """The results of `function` for all `tasks`, in their order, computed by `jobs` processes.
+
+    With one job, or too few tasks to be worth more, everything happens in this process. Otherwise at most
+    ``jobs + 2`` results wait in memory.
+    Close the iterator (``contextlib.closing``) when it may be left early, for the processes to end then.
+
+    Raises:
+        UserError: a process was killed; also what `function` raises.
+    """
+    jobs = min(jobs, len(tasks) // TASKS_PER_PROCESS)
+    if jobs <= 1:
+        with _single_threaded():
+            yield from map(function, tasks)
+        return
+    # spawn: in forked children torch's thread pool can deadlock
+    pool = ProcessPoolExecutor(jobs, multiprocessing.get_context("spawn"), initializer=_start_worker)
+    waiting: deque[Future[Result]] = deque()
+    try:
+        for task in tasks:
+            with _interrupts_held():
+                waiting.append(pool.submit(function, task))
+            if len(waiting) == jobs + 2:
+                yield waiting.popleft().result()
+        while waiting:
+            yield waiting.popleft().result()
+    except BrokenProcessPool as error:
+        raise UserError(
+            "A worker process was killed, most often because memory ran out. "
+            f"Run the same command with fewer processes than -j {jobs}; it continues."
+        ) from error
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+def progress_bar(total: int, finished: int) -> tqdm[Any]:
+    """A bar for `total` images, on a terminal only, and a line when an earlier run has `finished` some."""
+    if finished:
+        print(f"{finished} of {total} images are finished already.")
+    return tqdm(total=total, initial=finished, unit="image", disable=None)  # None: only on a terminal
+
+
+@contextmanager
+def _single_threaded() -> Iterator[None]:
+    """One thread per process: the cores are shared out among processes already."""
+    threads = torch.get_num_threads(), cv2.getNumThreads()
+    try:
+        torch.set_num_threads(1)
+        cv2.setNumThreads(0)
+        yield
+    finally:
+        torch.set_num_threads(threads[0])
+        cv2.setNumThreads(threads[1])
+
+
+@contextmanager
+def _interrupts_held() -> Iterator[None]:
+    """Let Ctrl-C wait. Processes started meanwhile never see it, so only this one reacts, and in one place."""
+    if not hasattr(signal, "pthread_sigmask"):  # Windows: _start_worker has to suffice
+        yield
+        return
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+def _start_worker() -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    torch.set_num_threads(1)
+    cv2.setNumThreads(0)
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+
+
+def _end_with_parent() -> None:
+    """A killed parent cannot stop its pool, and idle workers of a pool wait for ever."""
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    parent.join()
+    os._exit(1)

@@ -1,0 +1,24 @@
+"""The one kind of error that is the user's to mend, told apart from faults of the program."""
+
+from __future__ import annotations
+
+__all__ = ["UserError", "message_of"]
+
+
+class UserError(Exception):
+    """Something the user gave cannot be used.
+
+    The message is all a user sees, so it says what was given (file, key or value), what is allowed
+    and what to do. The command line prints it without a traceback and exits with status 2.
+    """
+
+
+def message_of(error: UserError) -> str:
+    """The message of `error`, also when it crossed a process boundary.
+
+    A DataLoader worker's exception arrives re-made from the text of its whole traceback; what the
+    user needs is the part after the last exception name.
+    """
+    text = str(error)
+    marker = f"{UserError.__module__}.{UserError.__qualname__}: "
+    return text.rpartition(marker)[2].strip() if marker in text else text

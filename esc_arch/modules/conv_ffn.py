@@ -1,0 +1,31 @@
+"""The convolutional feed-forward network."""
+
+from __future__ import annotations
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+__all__ = ["ConvFFN"]
+
+
+class ConvFFN(nn.Module):
+    """1 x 1 expansion, a 3 x 3 depth-wise convolution with a skip around it, 1 x 1 reduction.
+
+    Shapes: (B, C, H, W) -> (B, C, H, W), C = dim.
+
+    Args:
+        dim: channels.
+        exp_ratio: hidden channels are int(dim * exp_ratio).
+    """
+
+    def __init__(self, dim: int, exp_ratio: float) -> None:
+        super().__init__()
+        hidden = int(dim * exp_ratio)
+        self.proj = nn.Conv2d(dim, hidden, 1)
+        self.dwc = nn.Conv2d(hidden, hidden, 3, padding=1, groups=hidden)
+        self.aggr = nn.Conv2d(hidden, dim, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.gelu(self.proj(x))
+        x = F.gelu(self.dwc(x)) + x
+        return self.aggr(x)

@@ -1,0 +1,62 @@
+"""Compiled flex attention: the bias is read from its table inside the kernel, nothing (N, N) is stored.
+
+This is what the paper trains with. It is compiled once per process for a combination of window, heads, type and
+device, and serves every image size: the number of windows is marked as varying.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable
+from functools import cache
+
+import torch
+from torch import Tensor
+
+from .bias import relative_index
+from .windows import merge_windows, reflect_pad, split_windows
+
+
+def reasons_against(qkv: Tensor, table: Tensor, window: int, heads: int) -> list[str]:
+    """Why flex attention cannot take these inputs."""
+    reasons = []
+    head_dim = qkv.shape[1] // (3 * heads)
+    if qkv.device.type not in ("cpu", "cuda"):
+        reasons.append(f"it runs on cpu and cuda, not on {qkv.device.type}")
+    if qkv.device.type == "cpu":
+        if torch.is_grad_enabled() and (qkv.requires_grad or table.requires_grad):
+            reasons.append("PyTorch's flex attention has no backward pass on the CPU")
+        if shutil.which("g++") is None and shutil.which("clang++") is None:
+            reasons.append("compiling it for the CPU needs a C++ compiler (g++ or clang++), and none is on the PATH")
+    if qkv.device.type == "cuda" and head_dim < 16:
+        reasons.append(f"its GPU kernel needs a head dimension of 16 or more, not {head_dim}")
+    return reasons
+
+
+def forward(qkv: Tensor, table: Tensor, window: int, heads: int) -> Tensor:
+    """Flex attention with a score modification that reads the table; see `window_attention`."""
+    q, k, v = split_windows(reflect_pad(qkv, window), window, heads)
+    if torch.compiler.is_compiling():
+        out = _attend(q, k, v, table, window)  # the compiler that is at work already takes it in
+    else:
+        for part in (q, k, v):
+            torch._dynamo.maybe_mark_dynamic(part, 0)
+        out = _compiled()(q, k, v, table, window)
+    return merge_windows(out, window, *qkv.shape[-2:])
+
+
+def _attend(q: Tensor, k: Tensor, v: Tensor, table: Tensor, window: int) -> Tensor:
+    # The table is an argument, never kept in a closure: a copied or newly loaded network has another one
+    from torch.nn.attention.flex_attention import flex_attention
+
+    def add_bias(score: Tensor, b: Tensor, h: Tensor, q_idx: Tensor, kv_idx: Tensor) -> Tensor:
+        return score + table[h, relative_index(q_idx, kv_idx, window)]
+
+    out = flex_attention(q, k, v, score_mod=add_bias)
+    assert isinstance(out, Tensor)  # other results come only when asked for
+    return out
+
+
+@cache
+def _compiled() -> Callable[..., Tensor]:
+    return torch.compile(_attend)

@@ -1,0 +1,20 @@
+"""The readable reference: every step of the formula is a line. Needs a (G * B, h, N, N) tensor or three."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from .bias import dense_bias
+from .windows import merge_windows, reflect_pad, split_windows
+
+
+def reasons_against(qkv: Tensor, table: Tensor, window: int, heads: int) -> list[str]:
+    """Works everywhere."""
+    return []
+
+
+def forward(qkv: Tensor, table: Tensor, window: int, heads: int) -> Tensor:
+    """softmax(q k^T / sqrt(d) + bias) v in each window; see `window_attention`."""
+    q, k, v = split_windows(reflect_pad(qkv, window), window, heads)
+    scores = q @ k.transpose(-2, -1) * q.shape[-1] ** -0.5 + dense_bias(table, window)
+    return merge_windows(scores.softmax(dim=-1) @ v, window, *qkv.shape[-2:])

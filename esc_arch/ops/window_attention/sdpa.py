@@ -1,0 +1,22 @@
+"""PyTorch's fused attention, on every device. PyTorch chooses the kernel; none is forced."""
+
+from __future__ import annotations
+
+import torch.nn.functional as F
+from torch import Tensor
+
+from .bias import dense_bias
+from .windows import merge_windows, reflect_pad, split_windows
+
+
+def reasons_against(qkv: Tensor, table: Tensor, window: int, heads: int) -> list[str]:
+    """Works everywhere."""
+    return []
+
+
+def forward(qkv: Tensor, table: Tensor, window: int, heads: int) -> Tensor:
+    """`F.scaled_dot_product_attention` with the dense bias as its mask; see `window_attention`."""
+    q, k, v = split_windows(reflect_pad(qkv, window), window, heads)
+    # Under autocast the projection is in half precision while the table, a parameter, is not
+    mask = dense_bias(table, window).to(q.dtype)[None]
+    return merge_windows(F.scaled_dot_product_attention(q, k, v, attn_mask=mask), window, *qkv.shape[-2:])

@@ -1,0 +1,94 @@
+"""Padding a map to whole windows, cutting it into windows of tokens, and putting it back together."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+__all__ = ["merge_windows", "reflect_pad", "split_windows"]
+
+
+def reflect_pad(x: Tensor, multiple: int) -> Tensor:
+    """Pad a map at the bottom and the right by reflection to a multiple of `multiple`.
+
+    Where the map has more rows than are added this is `F.pad(mode="reflect")`. A smaller map, for which that is
+    not defined, is reflected to and fro as often as needed (as `numpy.pad` does); a single row is repeated.
+
+    Args:
+        x: (B, C, H, W).
+        multiple: the window side.
+
+    Returns:
+        (B, C, H', W') with H' and W' the next multiples; `x` itself where nothing is missing.
+    """
+    height, width = x.shape[-2:]
+    padded_height, padded_width = (count_windows(size, multiple) * multiple for size in (height, width))
+    # While exporting, sizes may be symbols: indices hold for all of them, a branch for one alone
+    if not torch.compiler.is_exporting():
+        bottom, right = padded_height - height, padded_width - width
+        if bottom == 0 and right == 0:
+            return x
+        if bottom < height and right < width:
+            return F.pad(x, (0, right, 0, bottom), mode="reflect")
+    x = x.index_select(2, _reflected(height, padded_height, x))
+    return x.index_select(3, _reflected(width, padded_width, x))
+
+
+def count_windows(size: int, window: int) -> int:
+    """How many windows cover `size` pixels.
+
+    While exporting at least two, the second one for nothing: an exported program cannot hold for one window and for
+    several, because the layout of the tensors differs. Windows do not see each other, so the result is the same.
+    """
+    count: Any = (size + window - 1) // window
+    return torch.sym_max(count, 2) if torch.compiler.is_exporting() else count
+
+
+def _reflected(size: int, padded: int, like: Tensor) -> Tensor:
+    """0 .. size - 1, then on to `padded` numbers, going to and fro between the ends without repeating them."""
+    index = torch.arange(padded, device=like.device)
+    period: Any = torch.sym_max(2 * size - 2, 1)  # a number or, while exporting, a symbol
+    index = index % period
+    return torch.minimum(index, period - index)
+
+
+def split_windows(qkv: Tensor, window: int, heads: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Cut a padded projection into windows.
+
+    Args:
+        qkv: (B, 3C, H, W) with H and W multiples of `window`; channels in the order q, k, v, inside each heads,
+            then head dimension.
+
+    Returns:
+        q, k and v, each (B * G, h, N, d), tokens in row-major order.
+    """
+    batch, channels, height, width = qkv.shape
+    head_dim = channels // (3 * heads)
+    x = qkv.reshape(batch, 3, heads, head_dim, height // window, window, width // window, window)
+    x = x.permute(1, 0, 4, 6, 2, 5, 7, 3)  # 3, B, rows and columns of windows, h, token row, token column, d
+    q, k, v = x.reshape(3, -1, heads, window * window, head_dim)
+    return q, k, v
+
+
+def merge_windows(x: Tensor, window: int, height: int, width: int) -> Tensor:
+    """Put windows back together and cut the padding off: the inverse of `split_windows` on one of its parts.
+
+    Args:
+        x: (B * G, h, N, d).
+        height, width: of the map before padding.
+
+    Returns:
+        (B, h * d, H, W).
+    """
+    _, heads, _, head_dim = x.shape
+    rows, columns = count_windows(height, window), count_windows(width, window)
+    x = x.reshape(-1, rows, columns, heads, window, window, head_dim)
+    x = x.permute(0, 3, 6, 1, 4, 2, 5)  # B, h, d, window row, token row, window column, token column
+    x = x.reshape(-1, heads * head_dim, rows * window, columns * window)
+    if torch.compiler.is_exporting():
+        pixel_rows, pixel_columns = (torch.arange(size, device=x.device) for size in (height, width))
+        return x.index_select(2, pixel_rows).index_select(3, pixel_columns)
+    return x[:, :, :height, :width]

@@ -1,0 +1,92 @@
+"""The options of a run: command line, option file and checks, in place of `basicsr.utils.options`."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import random
+
+from basicsr.utils import set_random_seed
+from basicsr.utils.dist_util import get_dist_info
+
+from esc_arch.distributed import init_dist, print_note, resolve_launcher
+from esc_arch.errors import UserError
+
+from .checks import check_options, check_shape
+from .defaults import set_debug, set_defaults, set_paths
+from .files import Options, apply_force_yml, load_yaml
+from .network_checks import check_networks
+
+__all__ = [
+    "Options",
+    "add_arguments",
+    "apply_force_yml",
+    "check_options",
+    "init_dist",
+    "load_yaml",
+    "parse_options",
+    "print_note",
+    "resolve_launcher",
+]
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add BasicSR's flags to `parser`."""
+    parser.add_argument("-opt", required=True, metavar="FILE", help="option file (YAML)")
+    parser.add_argument(
+        "--launcher",
+        choices=["none", "pytorch", "slurm"],
+        default="none",
+        help="what started the processes; torchrun is recognised",
+    )
+    parser.add_argument("--auto_resume", action="store_true", help="go on from the last saved training state")
+    parser.add_argument("--debug", action="store_true", help="a short try: log, validate and save every few iterations")
+    # Processes started by torch.distributed.launch are given it, in either spelling (fault 19).
+    parser.add_argument("--local_rank", "--local-rank", type=int, default=0, help=argparse.SUPPRESS)
+    parser.add_argument(
+        "--force_yml",
+        nargs="+",
+        metavar="KEY[:KEY...]=VALUE",
+        help="set options over those of the file, such as train:ema_decay=0.999",
+    )
+
+
+def parse_options(root_path: str, is_train: bool, args: argparse.Namespace) -> tuple[Options, argparse.Namespace]:
+    """The checked options of a run under `root_path`, complete for BasicSR's pipelines, and `args`.
+
+    Joins the other processes of a distributed run and seeds all random number generators. Nothing is
+    written before or by this: BasicSR puts an old experiment's folder aside right after (fault 42).
+
+    Args:
+        root_path: the folder that `experiments/` and `results/` are in; with `--auto_resume` it must be
+            the current folder (fault 7).
+        is_train: whether the run trains or tests.
+        args: what a parser made by `add_arguments` returns; its launcher is replaced by the real one.
+
+    Raises:
+        UserError: with every problem of the option file, `--force_yml` and the launcher.
+    """
+    args.launcher = resolve_launcher(args.launcher, os.environ)
+    opt = load_yaml(args.opt)
+    apply_force_yml(opt, args.force_yml or [])
+    _raise_problems(args.opt, check_shape(opt))
+    opt |= {"dist": args.launcher != "none", "auto_resume": args.auto_resume, "is_train": is_train}
+    set_defaults(opt, is_train)
+    set_debug(opt, args.debug, is_train)
+    set_paths(opt, root_path, is_train)
+    _raise_problems(args.opt, check_options(opt, is_train))
+    _raise_problems(args.opt, list(check_networks(opt, is_train)))
+
+    if opt["dist"]:
+        init_dist(args.launcher, **(opt.get("dist_params") or {} if args.launcher == "slurm" else {}))
+    opt["rank"], opt["world_size"] = get_dist_info()
+    if opt.get("manual_seed") is None:
+        opt["manual_seed"] = random.randint(1, 10000)
+    set_random_seed(opt["manual_seed"] + opt["rank"])
+    return opt, args
+
+
+def _raise_problems(file: str, problems: list[str]) -> None:
+    if problems:
+        lines = "".join(f"\n - {problem}" for problem in problems)
+        raise UserError(f"{file}: {len(problems)} problem(s):{lines}")

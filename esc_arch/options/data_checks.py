@@ -1,0 +1,315 @@
+"""Whether the images that an option file names are there, belong together and have the right sizes.
+
+Only BasicSR's datasets and ours are looked into; of others only the folders are looked for. Sizes come from
+the lists of LMDBs, or from the headers of the first images of a folder: nothing is decoded.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from importlib.util import find_spec
+from typing import Any
+
+import cv2
+import numpy as np
+from basicsr.utils.file_client import FileClient
+from PIL import Image
+
+from esc_arch.suggestions import did_you_mean
+
+from .files import Options
+
+__all__ = ["check_data"]
+
+Size = tuple[int, int]  # height, width
+
+_IMAGES_MEASURED = 64
+_LMDB_SHAPE = re.compile(r"\((\d+),\s*(\d+)")
+_EXIF_ORIENTATION = 0x0112
+_FIRST_TRANSPOSED_ORIENTATION = 5
+# The datasets whose images are looked at, with the folders they read.
+_ROOTS_READ = {
+    "PairedImageDataset": ("dataroot_lq", "dataroot_gt"),
+    "SingleImageDataset": ("dataroot_lq",),
+}
+
+
+@dataclass(frozen=True)
+class _SizeRule:
+    """Which sizes of an LQ and a GT image go together."""
+
+    scale: int
+    is_train: bool
+    gt_size: int | None
+    """The side of the patches cut from GT; None when whole images are used."""
+
+    def problem(self, lq: Size, gt: Size) -> str | None:
+        wanted = lq[0] * self.scale, lq[1] * self.scale
+        # Outside training BasicSR crops GT to this size.
+        fits = gt == wanted if self.is_train else gt[0] >= wanted[0] and gt[1] >= wanted[1]
+        if not fits:
+            bound = "" if self.is_train else "at least "
+            return f"LQ is {_shape(lq)} and GT {_shape(gt)}; with scale {self.scale} GT must be {bound}{_shape(wanted)}"
+        if self.gt_size is not None and min(gt) < self.gt_size:
+            return f"GT is {_shape(gt)}, smaller than gt_size {self.gt_size}"
+        return None
+
+
+def check_data(path: str, dataset: Options, kind: type, *, scale: Any, measured: bool) -> Iterator[str]:
+    """All that is wrong with the data of `dataset`, an instance of `kind` to be, at `path` in the option file.
+
+    `measured` says whether metrics compare the output with GT: without, its size does not matter in validation.
+    """
+    if kind.__module__.split(".")[0] not in ("basicsr", "esc_arch"):
+        yield from _check_roots(path, dataset)
+        return
+    is_train, is_paired = path == "datasets:train", dataset["type"] == "PairedImageDataset"
+    problems = [*_check_backend(path, dataset), *_check_roots(path, dataset), *_check_list_file(path, dataset)]
+    if is_train:
+        problems += _check_gt_size(path, dataset, scale)
+    if is_paired and not _is_positive(scale):
+        problems.append(f"scale: {scale!r} given; must be a positive integer: {path} needs it")
+    yield from problems
+    if problems or dataset["type"] not in _ROOTS_READ:
+        return
+    if is_paired and (is_train or measured):
+        rule = _SizeRule(scale, is_train, dataset["gt_size"] if is_train else None)
+        yield from _check_images(path, dataset, rule)
+    else:
+        yield from _check_images(path, dataset, None)
+
+
+def _check_backend(path: str, dataset: Options) -> Iterator[str]:
+    backend = dataset.get("io_backend", {"type": "disk"})
+    kind = str(backend.get("type")) if isinstance(backend, dict) else ""
+    known = FileClient._backends
+    if kind not in known:
+        yield f"{path}:io_backend: {backend!r} given; must have a known type. {did_you_mean(kind, known)}"
+    elif kind == "lmdb" and find_spec("lmdb") is None:
+        yield f"{path}:io_backend:type: lmdb needs the package lmdb, which is not installed: pip install lmdb"
+
+
+def _check_roots(path: str, dataset: Options) -> Iterator[str]:
+    for key in _ROOTS_READ.get(dataset["type"], ()):
+        if not isinstance(dataset.get(key), str):
+            yield f"{path}:{key}: {dataset.get(key)!r} given; {dataset['type']} needs a folder here"
+    if _backend(dataset) not in ("disk", "lmdb"):  # paths may mean something else there
+        return
+    for key, value in dataset.items():
+        for root in _texts(value) if key.startswith("dataroot") else ():
+            if not os.path.exists(root):
+                yield (
+                    f"{path}:{key}: {root!r} given, but there is no {os.path.abspath(root)}. "
+                    "Relative paths start in the current folder"
+                )
+
+
+def _check_list_file(path: str, dataset: Options) -> Iterator[str]:
+    can_do_without = dataset["type"] in _ROOTS_READ
+    if can_do_without and _backend(dataset) == "lmdb":  # it has a list of its own, and no other is read
+        return
+    list_file = dataset.get("meta_info_file")
+    if can_do_without and not isinstance(list_file, str | None):
+        yield f"{path}:meta_info_file: {list_file!r} given; must be a text file with one image's name in each line"
+    for key in ("meta_info_file", "meta_info"):
+        for file in _texts(dataset.get(key)):
+            if not os.path.isfile(file):
+                leave_out = f" Without {key}, all files of the folders are used." if can_do_without else ""
+                yield (
+                    f"{path}:{key}: {file!r} given, but there is no file {os.path.abspath(file)}. BasicSR's own lists "
+                    f"(basicsr/data/meta_info) come with a clone of BasicSR only: copy the file from there.{leave_out}"
+                )
+
+
+def _check_gt_size(path: str, dataset: Options, scale: Any) -> Iterator[str]:
+    size = dataset.get("gt_size")
+    if size is None and dataset["type"] != "PairedImageDataset":
+        return
+    if not _is_positive(size):
+        yield f"{path}:gt_size: {size!r} given; must be a positive integer: the side of the patches cut from GT"
+    elif _is_positive(scale) and size % scale:
+        near = [n for n in (size // scale * scale, (size // scale + 1) * scale) if n]
+        yield f"{path}:gt_size: {size} given; must be divisible by scale {scale}: use {' or '.join(map(str, near))}"
+
+
+def _check_images(path: str, dataset: Options, rule: _SizeRule | None) -> Iterator[str]:
+    """Whether there are images, LQ and GT ones for each other, and, with a rule, of sizes that go together."""
+    folders = {key: dataset[key] for key in _ROOTS_READ[dataset["type"]]}
+    if _backend(dataset) == "lmdb":
+        yield from _check_lmdbs(path, folders, rule)
+    elif dataset.get("meta_info_file") is not None:
+        if len(folders) > 1:
+            yield from _check_listed_images(path, dataset, rule)
+    else:
+        images = {key: _list_images(folder) for key, folder in folders.items()}
+        empty = [key for key, names in images.items() if not names]
+        for key in empty:
+            yield f"{path}:{key}: the folder {folders[key]!r} has no files"
+        if not empty and len(folders) > 1:
+            yield from _check_folders(path, dataset, images["dataroot_lq"], images["dataroot_gt"], rule)
+
+
+def _list_images(folder: str) -> list[str]:
+    """The files BasicSR takes for images: all but hidden ones."""
+    if not os.path.isdir(folder):
+        return []
+    with os.scandir(folder) as entries:
+        return sorted(entry.name for entry in entries if not entry.name.startswith(".") and entry.is_file())
+
+
+def _check_folders(path: str, dataset: Options, lq: list[str], gt: list[str], rule: _SizeRule | None) -> Iterator[str]:
+    if len(lq) != len(gt):
+        yield (
+            f"{path}: {len(lq)} files in {dataset['dataroot_lq']!r}, but {len(gt)} in {dataset['dataroot_gt']!r}. "
+            "There must be one LQ image for each GT image"
+        )
+    yield from _check_pairs(path, dataset, gt, rule)
+
+
+def _check_listed_images(path: str, dataset: Options, rule: _SizeRule | None) -> Iterator[str]:
+    file = dataset["meta_info_file"]
+    with open(file, encoding="utf-8", errors="surrogateescape") as lines:
+        names = [line.strip().split(" ")[0] for line in lines]
+    if not all(names) or not names:
+        where = f"its line {names.index('') + 1} is empty; delete it" if names else "it has no lines"
+        yield f"{path}:meta_info_file: {file!r} cannot be used: {where}"
+        return
+    yield from _check_pairs(path, dataset, names, rule)
+
+
+def _check_pairs(path: str, dataset: Options, gt_names: list[str], rule: _SizeRule | None) -> Iterator[str]:
+    """Whether each of `gt_names`, and the LQ image that belongs to it, is a file, and the sizes of the first."""
+    template = dataset.get("filename_tmpl", "{}")
+    try:
+        pairs = [_pair(dataset, name, template) for name in gt_names]
+    except (AttributeError, IndexError, KeyError, ValueError):
+        yield f"{path}:filename_tmpl: {template!r} given; must be text with {{}} for the GT's name, such as '{{}}x4'"
+        return
+    folders = _Folders()
+    for index, key in enumerate(("dataroot_lq", "dataroot_gt")):
+        missing = [pair[index] for pair in pairs if pair[index] not in folders]
+        if missing:
+            hint = f" (filename_tmpl is {template!r})" if key == "dataroot_lq" else ""
+            yield f"{path}:{key}: {len(missing)} of {len(pairs)} images are missing, the first is {missing[0]}{hint}"
+            rule = None
+    if rule is not None:
+        yield from _check_headers(path, pairs[:_IMAGES_MEASURED], rule)
+
+
+def _pair(dataset: Options, gt_name: str, template: str) -> tuple[str, str]:
+    """The LQ and the GT file, as BasicSR names them."""
+    stem, extension = os.path.splitext(os.path.basename(gt_name))
+    lq = os.path.join(dataset["dataroot_lq"], template.format(stem) + extension)
+    return lq, os.path.join(dataset["dataroot_gt"], gt_name)
+
+
+class _Folders:
+    """Tells which files exist by listing each folder once, far quicker than asking for every file."""
+
+    def __init__(self) -> None:
+        self._names: dict[str, set[str]] = {}
+
+    def __contains__(self, file: str) -> bool:
+        folder, name = os.path.split(file)
+        if folder not in self._names:
+            self._names[folder] = set(os.listdir(folder)) if os.path.isdir(folder) else set()
+        return name in self._names[folder]
+
+
+def _check_headers(path: str, pairs: list[tuple[str, str]], rule: _SizeRule) -> Iterator[str]:
+    problems = []
+    for lq, gt in pairs:
+        lq_size, gt_size = _image_size(lq), _image_size(gt)
+        for file, size in ((lq, lq_size), (gt, gt_size)):
+            if size is None:
+                yield f"{path}: {file} cannot be read as an image; replace or remove it"
+        if lq_size and gt_size:
+            problems.append((gt, rule.problem(lq_size, gt_size)))
+    yield from _summary(path, problems)
+
+
+def _image_size(file: str) -> Size | None:
+    """Height and width as OpenCV reads them; None when it cannot."""
+    try:
+        with Image.open(file) as image:
+            width, height = image.size
+            # OpenCV turns photographs upright. Only for JPEG is the orientation known without decoding.
+            orientation = image.getexif().get(_EXIF_ORIENTATION, 1) if image.format == "JPEG" else 1
+            return (width, height) if orientation >= _FIRST_TRANSPOSED_ORIENTATION else (height, width)
+    except (OSError, ValueError, Image.DecompressionBombError):  # OpenCV, which will read it, may know better
+        decoded = _decode(file)
+        return None if decoded is None else decoded.shape[:2]
+
+
+def _decode(file: str) -> Any:
+    data = np.fromfile(file, np.uint8)
+    return cv2.imdecode(data, cv2.IMREAD_COLOR) if data.size else None
+
+
+def _check_lmdbs(path: str, folders: dict[str, str], rule: _SizeRule | None) -> Iterator[str]:
+    problems = [problem for key, folder in folders.items() for problem in _check_lmdb(f"{path}:{key}", folder)]
+    yield from problems
+    if problems or len(folders) < 2:
+        return
+    lq, gt = (_lmdb_sizes(folders[key]) for key in ("dataroot_lq", "dataroot_gt"))
+    odd = sorted(lq.keys() ^ gt.keys())
+    if odd:
+        where = folders["dataroot_gt" if odd[0] in lq else "dataroot_lq"]
+        yield (
+            f"{path}: {len(lq)} images in {folders['dataroot_lq']!r} and {len(gt)} in {folders['dataroot_gt']!r}, "
+            f"{len(odd)} of them in one only; {odd[0]!r} is missing in {where!r}"
+        )
+    elif rule is not None:
+        pairs = ((key, lq[key], gt[key]) for key in gt)
+        yield from _summary(path, [(key, rule.problem(a, b)) for key, a, b in pairs if a and b])
+
+
+def _check_lmdb(path: str, folder: str) -> Iterator[str]:
+    if not folder.endswith(".lmdb"):
+        yield f"{path}: {folder!r} given; with io_backend type lmdb its name must end with .lmdb"
+        return
+    missing = [name for name in ("data.mdb", "meta_info.txt") if not os.path.isfile(os.path.join(folder, name))]
+    if missing:
+        yield f"{path}: {folder!r} is not a whole LMDB: it has no {' and no '.join(missing)}. Make it anew"
+    elif not _lmdb_sizes(folder):
+        yield f"{path}: {folder!r} has no images: its meta_info.txt is empty. Make it anew"
+
+
+def _lmdb_sizes(folder: str) -> dict[str, Size | None]:
+    """The keys of an LMDB by BasicSR's rule, with the sizes from lines like `0001.png (480,480,3) 1`."""
+    sizes: dict[str, Size | None] = {}
+    with open(os.path.join(folder, "meta_info.txt"), encoding="utf-8", errors="surrogateescape") as lines:
+        for line in lines:
+            shape = _LMDB_SHAPE.search(line)
+            sizes[line.split(".")[0]] = (int(shape[1]), int(shape[2])) if shape else None
+    return sizes
+
+
+def _summary(path: str, problems: Iterable[tuple[str, str | None]]) -> Iterator[str]:
+    """One line for all images with a problem: a wrong scale makes every image one."""
+    checked = list(problems)
+    found = [(name, problem) for name, problem in checked if problem]
+    if found:
+        name, problem = found[0]
+        yield f"{path}: {len(found)} of {len(checked)} images checked have a wrong size, the first is {name}: {problem}"
+
+
+def _backend(dataset: Options) -> Any:
+    backend = dataset.get("io_backend")
+    return backend.get("type") if isinstance(backend, dict) else "disk"
+
+
+def _texts(value: Any) -> list[str]:
+    """The paths in a value that may be one, a list of them or none."""
+    return [entry for entry in (value if isinstance(value, list) else [value]) if isinstance(entry, str)]
+
+
+def _is_positive(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value > 0
+
+
+def _shape(size: Size) -> str:
+    return f"{size[1]}x{size[0]}"

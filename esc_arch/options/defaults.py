@@ -1,0 +1,127 @@
+"""What option files may leave out, and what `basicsr` derives from the rest (faults 24, 27, 33, 42 and 46).
+
+The sections of an option file have passed `checks.check_shape` before they come here.
+"""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+import torch
+
+from esc_arch.distributed import print_note
+from esc_arch.suggestions import nearest
+
+from .files import Options
+
+__all__ = ["set_debug", "set_defaults", "set_paths"]
+
+_PATH_KEY_PREFIXES = ("pretrain_network_", "strict_load_", "param_key_")
+_PATH_KEYS = ("resume_state", "ignore_resume_networks", "experiments_root", "results_root")
+
+_LOGGER_DEFAULTS = {"print_freq": 100, "save_checkpoint_freq": 5000, "use_tb_logger": False}
+_VAL_DEFAULTS = {"val_freq": 5000, "save_img": False, "suffix": None}
+
+
+def set_defaults(opt: Options, is_train: bool) -> None:
+    """Fill in what `opt` leaves out, in place, and adapt it to a machine without CUDA."""
+    if opt.get("num_gpu", "auto") == "auto":
+        opt["num_gpu"] = torch.cuda.device_count()
+    _fill(opt, "path", {})
+    opt["logger"] = _LOGGER_DEFAULTS | (opt.get("logger") or {})
+    if not is_train or opt.get("val") is not None:  # when training, no `val` means no validation
+        opt["val"] = _VAL_DEFAULTS | (opt.get("val") or {})
+    for phase, dataset in opt["datasets"].items():
+        _set_dataset_defaults(phase, dataset, opt)
+
+
+def set_debug(opt: Options, asked: bool, is_train: bool) -> None:
+    """`--debug`: another name; and, in any training with "debug" in its name, everything every few iterations."""
+    if asked and not opt["name"].startswith("debug"):
+        opt["name"] = f"debug_{opt['name']}"
+    if is_train and "debug" in opt["name"]:
+        opt["logger"].update(print_freq=1, save_checkpoint_freq=8)
+        if opt.get("val") is not None:
+            opt["val"]["val_freq"] = 8
+
+
+def set_paths(opt: Options, root_path: str, is_train: bool) -> None:
+    """Expand `~` in `opt['path']` and set the folders that the run writes to.
+
+    `experiments_root` and `results_root` of the file are folders to which the name is added, as in
+    BasicSR after 1.4.2 (fault 27). Other unknown keys are dropped: BasicSR would make folders of their
+    names (fault 33).
+    """
+    paths = {key: _expand_user(value) for key, value in opt["path"].items()}
+    for key in [key for key in paths if not _is_path_key(key)]:
+        guess = nearest(key, _known_path_keys(opt))
+        print_note(f"path:{key} is not known and is left out" + (f"; did you mean path:{guess}?" if guess else "."))
+        del paths[key]
+    bases = {
+        "experiments_root": paths.pop("experiments_root", None) or "experiments",
+        "results_root": paths.pop("results_root", None) or "results",
+    }
+    root_key = "experiments_root" if is_train else "results_root"
+    root = os.path.join(root_path, str(bases[root_key]), opt["name"])
+    folders = ("models", "training_states", "visualization") if is_train else ("visualization",)
+    paths |= {root_key: root, "log": root} | {folder: os.path.join(root, folder) for folder in folders}
+    opt["path"] = paths
+
+
+def _fill(section: Options, key: str, value: Any) -> None:
+    """`section[key] = value` where there is nothing or null."""
+    if section.get(key) is None:
+        section[key] = value
+
+
+def _set_dataset_defaults(phase: str, dataset: Options, opt: Options) -> None:
+    dataset["phase"] = phase.split("_")[0]  # val_1, val_2, ... are all validation
+    if "scale" in opt:
+        dataset["scale"] = opt["scale"]
+    _fill(dataset, "name", phase)
+    _fill(dataset, "io_backend", {"type": "disk"})
+    if dataset.get("type") == "SingleImageDataset" and dataset.get("meta_info_file", "") is None:
+        del dataset["meta_info_file"]  # BasicSR would open the file None
+    for key, value in dataset.items():
+        if key.startswith(("dataroot", "meta_info")):
+            dataset[key] = _expand_user(value)
+    if dataset["phase"] == "train":
+        _fill(dataset, "num_worker_per_gpu", 4)
+        if dataset.get("type") == "PairedImageDataset":  # others have their own defaults or recipes
+            _fill(dataset, "use_hflip", dataset.get("use_flip", True))  # its older name
+            _fill(dataset, "use_rot", True)
+    _adapt_loading(phase, dataset)
+
+
+def _adapt_loading(phase: str, dataset: Options) -> None:
+    """Turn off what this machine, or a loader without workers, cannot do."""
+    cuda = torch.cuda.is_available()
+    # BasicSR loads validation images without workers whatever the option file says.
+    workers = dataset.get("num_worker_per_gpu") if dataset["phase"] == "train" else 0
+    if dataset.get("persistent_workers") and workers == 0:
+        print_note(f"datasets:{phase}:persistent_workers is off: there are no workers.")
+        dataset["persistent_workers"] = False
+    if dataset.get("prefetch_mode") == "cuda" and not cuda:
+        print_note(f"datasets:{phase}:prefetch_mode is cpu: there is no CUDA device.")
+        dataset["prefetch_mode"] = "cpu"
+    elif dataset.get("prefetch_mode") == "cuda" and dataset.get("pin_memory") is not True:
+        print_note(f"datasets:{phase}:pin_memory is on: prefetch_mode cuda needs it.")
+        dataset["pin_memory"] = True
+    if dataset.get("pin_memory") and not cuda:
+        dataset["pin_memory"] = False
+
+
+def _expand_user(value: Any) -> Any:
+    if isinstance(value, list):
+        return [_expand_user(entry) for entry in value]
+    return os.path.expanduser(value) if isinstance(value, str) else value
+
+
+def _is_path_key(key: str) -> bool:
+    return key in _PATH_KEYS or key.startswith(_PATH_KEY_PREFIXES)
+
+
+def _known_path_keys(opt: Options) -> list[str]:
+    networks = [key.removeprefix("network_") for key in opt if key.startswith("network_")]
+    return [*_PATH_KEYS, *(prefix + network for prefix in _PATH_KEY_PREFIXES for network in networks)]

@@ -1,0 +1,175 @@
+"""Reading option files and `--force_yml` entries as data: nothing in them is ever executed.
+
+BasicSR 1.4.2 reads option files with a loader whose tags can call any function, and applies
+`--force_yml` with `exec` and `eval` (faults 14 and 15).
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import re
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from esc_arch.errors import UserError
+
+__all__ = ["Options", "apply_force_yml", "load_yaml"]
+
+Options = dict[str, Any]
+
+_FLOAT_TAG = "tag:yaml.org,2002:float"
+_MERGE_TAG = "tag:yaml.org,2002:merge"
+_FORCE_FORM = "--force_yml takes KEY[:KEY...]=VALUE, such as train:ema_decay=0.999"
+
+# The C loader is many times faster; PyYAML built without libyaml has only the Python one.
+_SafeLoader: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
+
+
+class _OptionLoader(_SafeLoader):
+    """YAML's plain data types only, with `5e-4` read as a number."""
+
+
+def _refuse_tag(_loader: Any, node: yaml.Node) -> None:
+    tag = node.tag.replace("tag:yaml.org,2002:", "!!")
+    raise yaml.constructor.ConstructorError(
+        problem=f"the tag {tag!r} is not allowed: option files hold data only. Write a plain value without the tag",
+        problem_mark=node.start_mark,
+    )
+
+
+_OptionLoader.add_constructor(None, _refuse_tag)
+# YAML 1.1 wants a dot in the number and a sign in its exponent, and leaves 5e-4, 1E3 and 1.5e3 as text.
+_OptionLoader.add_implicit_resolver(
+    _FLOAT_TAG, re.compile(r"[-+]?(?:[0-9]+\.?[0-9]*|\.[0-9]+)[eE][-+]?[0-9]+$"), list("-+.0123456789")
+)
+
+
+def load_yaml(text_or_path: str | os.PathLike[str]) -> Options:
+    """The mapping in an option file, or in a text (told from a path by its line breaks).
+
+    Files are read as UTF-8 whatever the locale says (fault 45). A key given twice in one mapping
+    keeps its last value, as always in BasicSR, with a warning in the log.
+
+    Raises:
+        UserError: the file is missing, a folder, not UTF-8 or empty; its YAML has a mistake or a tag
+            other than those of plain data (fault 14); its top level is not a mapping.
+    """
+    if isinstance(text_or_path, str) and "\n" in text_or_path:
+        source, text = "the option text", text_or_path
+    else:
+        source, text = f"option file {os.fspath(text_or_path)}", _read_text(Path(text_or_path))
+    options = _parse(text, source)
+    if options is None:
+        raise UserError(f"{source} is empty. Write the options into it as 'key: value' lines.")
+    if not isinstance(options, dict):
+        raise UserError(f"{source} holds {type(options).__name__} at its top level; it must be 'key: value' lines.")
+    return options
+
+
+def apply_force_yml(opt: Options, entries: Iterable[str]) -> None:
+    """Set values in `opt` from entries like `train:ema_decay=0.999`, in place.
+
+    A value is read as in an option file; `none` in any case means None, as in BasicSR. Keys that do
+    not exist are made, with the mappings above them.
+
+    Raises:
+        UserError: an entry without `=`, with an empty key, with a value that is not YAML, or one that
+            leads through something that is not a mapping.
+    """
+    for entry in entries:
+        key_path, equals, text = entry.partition("=")
+        keys = [key.strip() for key in key_path.split(":")]
+        if not equals or not all(keys):
+            raise UserError(f"--force_yml entry {entry!r} cannot be read: {_FORCE_FORM}.")
+        parent = _enter(opt, keys[:-1], entry)
+        parent[keys[-1]] = _forced_value(text.strip(), entry)
+
+
+def _enter(opt: Options, keys: list[str], entry: str) -> Options:
+    """The mapping at `keys` below `opt`, made where there is none or null."""
+    for depth, key in enumerate(keys, start=1):
+        if opt.get(key) is None:
+            opt[key] = {}
+        opt = opt[key]
+        if not isinstance(opt, dict):
+            raise UserError(
+                f"--force_yml entry {entry!r} leads through {':'.join(keys[:depth])}, which is {opt!r} and no mapping: "
+                f"{_FORCE_FORM}, where every KEY but the last names a mapping."
+            )
+    return opt
+
+
+def _forced_value(text: str, entry: str) -> Any:
+    if text.lower() == "none":
+        return None
+    source = f"--force_yml entry {entry!r}"
+    try:
+        return _parse(text, source)
+    except UserError as error:
+        raise UserError(f"{error}. {_FORCE_FORM}; to give text with special characters: \"KEY='TEXT'\".") from None
+
+
+def _read_text(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8-sig")
+    except FileNotFoundError:
+        raise UserError(f"option file {path} does not exist (looked for {path.absolute()}).") from None
+    except UnicodeDecodeError as error:
+        raise UserError(
+            f"option file {path} is not UTF-8 text: {error.reason} at byte {error.start}. Save it as UTF-8."
+        ) from None
+    except OSError as error:
+        raise UserError(f"option file {path} cannot be read: {error.strerror}. Give the path of a .yml file.") from None
+
+
+def _parse(text: str, source: str) -> Any:
+    try:
+        loader = _OptionLoader(text)
+        try:
+            root = loader.get_single_node()
+            if root is None:
+                return None
+            _warn_of_duplicates(root, source)
+            return loader.construct_document(root)
+        finally:
+            loader.dispose()
+    except yaml.MarkedYAMLError as error:
+        mark = error.problem_mark or error.context_mark
+        where = f", line {mark.line + 1}, column {mark.column + 1}" if mark else ""
+        raise UserError(f"{source}{where}: {error.problem}") from None
+    except (yaml.YAMLError, ValueError, RecursionError) as error:  # characters YAML forbids; !!float of a word
+        raise UserError(f"{source}: {error}") from None
+
+
+def _warn_of_duplicates(root: yaml.Node, source: str) -> None:
+    for mapping in _mappings(root):
+        first_line: dict[str, int] = {}
+        for key, _ in mapping.value:
+            line = key.start_mark.line + 1
+            if not isinstance(key, yaml.ScalarNode) or key.tag == _MERGE_TAG:
+                continue
+            if key.value in first_line:
+                logging.getLogger("basicsr").warning(
+                    "%s: key %r is given in line %d and again in line %d; the last one counts.",
+                    source, key.value, first_line[key.value], line,
+                )  # fmt: skip
+            first_line[key.value] = line
+
+
+def _mappings(root: yaml.Node) -> Iterator[yaml.MappingNode]:
+    """Every mapping in a node tree, each once though aliases may lead to it again (or in a circle)."""
+    waiting, seen = [root], set()
+    while waiting:
+        node = waiting.pop()
+        if id(node) in seen or isinstance(node, yaml.ScalarNode):
+            continue
+        seen.add(id(node))
+        if isinstance(node, yaml.MappingNode):
+            yield node
+            waiting.extend(part for pair in node.value for part in pair)
+        elif isinstance(node, yaml.SequenceNode):
+            waiting.extend(node.value)
