@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 import pickle
+import re
 import zipfile
 from collections.abc import Mapping
 from pathlib import Path
@@ -58,17 +59,19 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
-        if "weights_only" in str(error) or "Unsupported" in str(error):
+        # Its text advises to load the file without this protection: only the name of what was refused is passed on
+        refused = re.search(r"GLOBAL (\S+)", str(error))
+        if refused is not None:
             raise UserError(
-                f"{path} holds more than tensors and plain values, which could run code, so it was not loaded: "
-                f"{_first_line(error)} If you trust where it comes from, save its state dict alone to a new file."
+                f"{path} holds {refused[1]}. What is more than tensors and plain values could run code, so it was not "
+                f"loaded. If you trust where the file comes from, save its state dict alone to a new file."
             ) from error
-        raise UserError(f"{path} cannot be read as a checkpoint: {_first_line(error)} It may be damaged.") from error
-    except (RuntimeError, EOFError, OSError, ValueError, KeyError, AttributeError, IndexError) as error:
+        raise UserError(f"{path} cannot be read: it is damaged, or was not written by torch.save.") from error
+    except Exception as error:  # damaged files make the reader fail in about every way there is
         size = path.stat().st_size
         raise UserError(
-            f"{path} ({size:,} bytes) is damaged or was cut short while it was saved or downloaded: "
-            f"{_first_line(error)} Get it again."
+            f"{path} ({size:,} bytes) is no checkpoint, or was cut short while it was saved or downloaded: "
+            f"{type(error).__name__}: {_first_line(error)} Get it again."
         ) from error
     if not isinstance(content, Mapping):
         raise UserError(f"{path} holds a {type(content).__name__}, not a dictionary of weights.")

@@ -28,6 +28,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         prog="basicsr", description="BasicSR with the ESC networks. `basicsr VERB --help` says more about a verb."
     )
     parser.add_argument("--version", action="version", version=f"esc_arch {__version__}")
+    # torch.distributed.launch puts it before the verb, where it is of no use to anyone (fault 19)
+    parser.add_argument("--local_rank", "--local-rank", dest="_", help=argparse.SUPPRESS)
     verbs = parser.add_subparsers(dest="verb", metavar="VERB", required=True)
     for name, verb in VERBS.items():
         verb.add_arguments(verbs.add_parser(name, help=verb.HELP, description=verb.HELP))

@@ -7,6 +7,7 @@ spawning import the main module anew, and with it esc_arch, so they have the sta
 from __future__ import annotations
 
 import importlib
+import importlib.util
 import logging
 import re
 import sys
@@ -30,9 +31,10 @@ def add_missing_modules() -> None:
 def _importable(name: str) -> bool:
     if name in sys.modules:
         return True
-    if name.startswith("distutils") and sys.version_info < (3, 12):
-        return True  # part of the standard library; importing it only to look would print a deprecation warning
     try:
+        if name.startswith("distutils") and sys.version_info < (3, 12):
+            # Part of the standard library; importing it only to look would print a deprecation warning
+            return importlib.util.find_spec("distutils") is not None
         importlib.import_module(name)
     except ImportError:
         return False

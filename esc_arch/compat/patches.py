@@ -18,6 +18,7 @@ from typing import Any
 import torch
 
 from esc_arch.errors import UserError
+from esc_arch.version import __version__
 
 __all__ = ["PATCHES", "SUPPORTED_VERSION", "apply_patches"]
 
@@ -67,6 +68,16 @@ def _replace_imported_names(name: str, current: object, replacement: object) -> 
             setattr(module, name, replacement)
 
 
+@_patch("basicsr.utils.logger", "get_env_info", "a run's log lists these replacements")
+def _get_env_info(original: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(original)
+    def get_env_info() -> str:
+        listed = "".join(f"\n\t{module}.{name}: {mends}" for module, name, _, mends in PATCHES)
+        return f"{original()}\nesc_arch {__version__} replaces in basicsr {SUPPORTED_VERSION}:{listed}"
+
+    return get_env_info
+
+
 # --- resuming -----------------------------------------------------------------------------------------------------
 
 
@@ -86,6 +97,13 @@ def _load_resume_state(original: Callable[..., Any]) -> Callable[..., Any]:
             state = _read_state(Path(opt["path"]["resume_state"]))
         else:
             return None
+        root = opt["path"]["experiments_root"]
+        if not os.path.isdir(root):
+            raise UserError(
+                f"{opt['path']['resume_state']} cannot be resumed under the name {opt['name']}: there is no folder "
+                f"{root}, from which its networks would be read. Give name and path: experiments_root of the run "
+                f"that saved it."
+            )
         check_resume(opt, state["iter"])
         return state
 

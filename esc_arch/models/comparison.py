@@ -15,9 +15,14 @@ from torch import Tensor
 
 __all__ = ["Comparison", "side_by_side"]
 
-#: Panels are at most this high and wide (pixels); larger images are cropped around their centre.
+#: Panels are at most this high and wide (pixels); of larger images the middle is shown.
 PANEL = 512
 CAPTION = 26
+GAP = 4
+#: How many times the detail below an image is enlarged.
+ZOOM = 4
+
+Image = np.ndarray[Any, Any]
 
 
 class Comparison:
@@ -72,14 +77,32 @@ class Comparison:
         return "\n".join([f"PSNR (Y) on {self.dataset}, pictures in {self.folder}:", *lines])
 
 
-def side_by_side(panels: Mapping[str, np.ndarray[Any, Any]]) -> np.ndarray[Any, Any]:
-    """One picture from captioned images of the same size: (H, W, 3) uint8 BGR each."""
-    columns = []
-    for caption, image in panels.items():
-        top, left = (max(0, (size - PANEL) // 2) for size in image.shape[:2])
-        image = image[top : top + PANEL, left : left + PANEL]
-        strip = np.full((CAPTION, image.shape[1], 3), 255, np.uint8)
+def side_by_side(panels: Mapping[str, Image]) -> Image:
+    """One picture from captioned images of the same size, the last being the ground truth: (H, W, 3) uint8 BGR each.
+
+    The images above, below them an enlarged detail of each, taken where the first differs most from the last.
+    """
+    images = list(panels.values())
+    starts = [max(0, (size - PANEL) // 2) for size in images[0].shape[:2]]
+    images = [image[starts[0] : starts[0] + PANEL, starts[1] : starts[1] + PANEL] for image in images]
+    height, width = images[0].shape[:2]
+    top, left = _worst_place(images[0], images[-1], height // ZOOM, width // ZOOM)
+    parts = []
+    for caption, image in zip(panels, images, strict=True):
+        strip = np.full((CAPTION, width, 3), 255, np.uint8)
         cv2.putText(strip, caption, (6, CAPTION - 8), cv2.FONT_HERSHEY_SIMPLEX, 0.5, (0, 0, 0), 1, cv2.LINE_AA)
-        columns.append(np.concatenate([strip, image]))
-        columns.append(np.full((columns[-1].shape[0], 4, 3), 255, np.uint8))
-    return np.concatenate(columns[:-1], axis=1)
+        detail = image[top : top + max(1, height // ZOOM), left : left + max(1, width // ZOOM)]
+        detail = cv2.resize(detail, (width, height), interpolation=cv2.INTER_NEAREST)
+        parts.append(np.concatenate([strip, image, np.full((GAP, width, 3), 255, np.uint8), detail]))
+        parts.append(np.full((parts[-1].shape[0], GAP, 3), 255, np.uint8))
+    return np.concatenate(parts[:-1], axis=1)
+
+
+def _worst_place(image: Image, gt: Image, height: int, width: int) -> tuple[int, int]:
+    """Top and left of the height x width part in which `image` differs most from `gt`."""
+    error = np.abs(image.astype(np.float32) - gt.astype(np.float32)).sum(axis=2)
+    sums = np.pad(error.cumsum(axis=0).cumsum(axis=1), ((1, 0), (1, 0)))
+    height, width = max(1, height), max(1, width)
+    boxes = sums[height:, width:] - sums[:-height, width:] - sums[height:, :-width] + sums[:-height, :-width]
+    top, left = np.unravel_index(boxes.argmax(), boxes.shape)
+    return int(top), int(left)

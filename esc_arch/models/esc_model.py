@@ -32,6 +32,7 @@ class ESCModel(SRModel):
     """
 
     lq: Tensor
+    gt: Tensor
     output: Tensor
 
     def __init__(self, opt: dict[str, Any]) -> None:
@@ -42,6 +43,8 @@ class ESCModel(SRModel):
         self._lq_path = ""
 
     def feed_data(self, data: dict[str, Any]) -> None:
+        if "gt" not in data and hasattr(self, "gt"):
+            del self.gt  # of the last training batch: SRModel would measure the first validation image with it
         super().feed_data(data)
         self._lq_path = data["lq_path"][0] if "lq_path" in data else ""
 

@@ -6,6 +6,7 @@ device, and serves every image size: the number of windows is marked as varying.
 
 from __future__ import annotations
 
+import os
 import shutil
 from collections.abc import Callable
 from functools import cache
@@ -26,8 +27,12 @@ def reasons_against(qkv: Tensor, table: Tensor, window: int, heads: int) -> list
     if qkv.device.type == "cpu":
         if torch.is_grad_enabled() and (qkv.requires_grad or table.requires_grad):
             reasons.append("PyTorch's flex attention has no backward pass on the CPU")
-        if shutil.which("g++") is None and shutil.which("clang++") is None:
-            reasons.append("compiling it for the CPU needs a C++ compiler (g++ or clang++), and none is on the PATH")
+        if not any(map(shutil.which, (os.environ.get("CXX") or "g++", "clang++", "cl"))):
+            reasons.append(
+                "compiling it for the CPU needs a C++ compiler, and there is no g++, clang++ or cl on the PATH"
+            )
+    if torch.compiler.is_exporting():
+        reasons.append("a compiled kernel cannot be exported")
     if qkv.device.type == "cuda" and head_dim < 16:
         reasons.append(f"its GPU kernel needs a head dimension of 16 or more, not {head_dim}")
     return reasons
