@@ -2,24 +2,19 @@
 
 from __future__ import annotations
 
-import logging
-from collections.abc import MutableMapping
-
-import torch
 from basicsr.utils.registry import ARCH_REGISTRY
 from torch import Tensor, nn
 
-from esc_arch.modules import ESCBlock, pixel_shuffle_with_skip, rescale_subpixel_conv
-from esc_arch.modules.conv_attn import new_large_kernel
-from esc_arch.ops.conv_attn import symmetrise
+from esc_arch.archs.base import SharedKernelNetwork, esc_block
+from esc_arch.modules.upsample import pixel_shuffle_with_skip
 from esc_arch.registry import register
 
 __all__ = ["ESC"]
 
 
 @register(ARCH_REGISTRY)
-class ESC(nn.Module):
-    """Super-resolution with convolutional attention and a few exact window attentions (paper, section 3).
+class ESC(SharedKernelNetwork):
+    """Super-resolution with convolutional attention and a few exact window attentions (arXiv 2503.06671).
 
     Shapes: (B, 3, H, W) -> (B, 3, H * s, W * s) with s = upscaling_factor, RGB in 0 .. 1, any H, W >= 1. The same
     in training and evaluation, and for each image of a batch as for the image alone. The input is not modified.
@@ -58,15 +53,10 @@ class ESC(nn.Module):
         attn_type: str = "auto",
         use_ln: bool = False,
     ) -> None:
-        super().__init__()
-        if upscaling_factor < 1 or upscaling_factor != int(upscaling_factor):
-            raise ValueError(f"upscaling_factor is {upscaling_factor}; it must be a whole number of at least 1.")
-        self.upscaling_factor = int(upscaling_factor)
-        self.window_size = window_size
-        self.plk_filter = new_large_kernel(pdim, kernel_size)
+        super().__init__(pdim=pdim, kernel_size=kernel_size, window_size=window_size, upscaling_factor=upscaling_factor)
         self.proj = nn.Conv2d(3, dim, 3, padding=1)
         self.blocks = nn.ModuleList(
-            ESCBlock(
+            esc_block(
                 dim=dim,
                 pdim=pdim,
                 kernel_size=kernel_size,
@@ -81,59 +71,8 @@ class ESC(nn.Module):
         )
         self.last = nn.Conv2d(dim, dim, 3, padding=1)
         self.to_img = nn.Conv2d(dim, 3 * self.upscaling_factor**2, 3, padding=1)
-        self.register_load_state_dict_pre_hook(_adapt_before_loading)
 
     def forward(self, x: Tensor) -> Tensor:
-        lk = symmetrise(self.plk_filter)  # once for the whole network
         shallow = self.proj(x)
-        feat = shallow
-        for block in self.blocks:
-            feat = block(feat, lk)
-        feat = self.last(feat) + shallow
+        feat = self.last(self.run_blocks(shallow)) + shallow
         return pixel_shuffle_with_skip(self.to_img(feat), x, self.upscaling_factor)
-
-    @torch.no_grad()
-    def fold(self) -> ESC:
-        """Store the symmetrised large kernel in place of the free one, for inference; returns the network.
-
-        The output stays the same, and so it does when folded again. Train the free kernel, not the folded one.
-        """
-        self.plk_filter.copy_(symmetrise(self.plk_filter))
-        return self
-
-    convert = fold  # the name that published scripts use
-
-    def adapt_state_dict(self, state_dict: MutableMapping[str, Tensor], prefix: str = "") -> list[str]:
-        """Make a checkpoint of another scale fit this network, in place: `to_img` is interpolated.
-
-        Called before every `load_state_dict`.
-
-        Args:
-            state_dict: weights of an ESC network.
-            prefix: of the names in it that are this network's.
-
-        Returns:
-            What was done, a sentence each; empty for a checkpoint of the same scale.
-        """
-        notes = []
-        channels = self.to_img.out_channels
-        for name in ("weight", "bias"):
-            key = f"{prefix}to_img.{name}"
-            # BasicSR's loading with strict_load_g: false renames what does not fit
-            if key not in state_dict and f"{key}.ignore" in state_dict:
-                state_dict[key] = state_dict.pop(f"{key}.ignore")
-            if key in state_dict and state_dict[key].shape[0] != channels:
-                tensor = state_dict[key]
-                try:
-                    state_dict[key] = rescale_subpixel_conv(tensor, channels)
-                except ValueError:
-                    continue  # not a sub-pixel convolution: loading reports the shapes
-                source = round((tensor.shape[0] / 3) ** 0.5)
-                notes.append(f"{key} was interpolated from x{source} to x{self.upscaling_factor}.")
-        return notes
-
-
-def _adapt_before_loading(net: nn.Module, state_dict: MutableMapping[str, Tensor], prefix: str, *_: object) -> None:
-    assert isinstance(net, ESC)
-    for note in net.adapt_state_dict(state_dict, prefix):
-        logging.getLogger("basicsr").warning("The checkpoint is of another scale: %s", note)

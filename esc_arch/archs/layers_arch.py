@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from basicsr.utils.registry import ARCH_REGISTRY
 
-from esc_arch.modules import ConvAttn, FlashWindowAttention
+from esc_arch.modules import ConvAttn, DecomposedConvAttn, FlashWindowAttention
 from esc_arch.registry import register
 
-__all__ = ["ConvAttn", "FlashWindowAttention"]
+__all__ = ["ConvAttn", "DecomposedConvAttn", "FlashWindowAttention"]
 
-for layer in (ConvAttn, FlashWindowAttention):
+for layer in (ConvAttn, DecomposedConvAttn, FlashWindowAttention):
     register(ARCH_REGISTRY)(layer)

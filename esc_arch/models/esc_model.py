@@ -11,7 +11,7 @@ from basicsr.utils.registry import MODEL_REGISTRY
 from torch import Tensor
 
 from esc_arch.models.comparison import Comparison
-from esc_arch.ops.window_attention import reflect_pad
+from esc_arch.ops.padding import reflect_pad_to_multiple
 from esc_arch.registry import register
 
 __all__ = ["ESCModel"]
@@ -50,7 +50,7 @@ class ESCModel(SRModel):
 
     def test(self) -> None:
         image = self.lq
-        self.lq = reflect_pad(image, self.window_size)
+        self.lq = reflect_pad_to_multiple(image, self.window_size)
         super().test()
         scale = self.output.shape[-1] // self.lq.shape[-1]
         self.lq = image

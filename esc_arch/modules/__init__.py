@@ -1,18 +1,21 @@
 """Layers with parameters, shared by all networks; a file per concept. Nothing here knows of BasicSR."""
 
 from .block import ESCBlock
-from .conv_attn import ConvAttn
+from .conv_attn import ConvAttn, DecomposedConvAttn
 from .conv_ffn import ConvFFN
 from .norm import LayerNorm
-from .upsample import pixel_shuffle_with_skip, rescale_subpixel_conv
-from .window_attention import FlashWindowAttention
+from .upsample import DySample, UniversalUpsampler
+from .window_attention import FactorBiasWindowAttention, FlashWindowAttention, RIBWindowAttention
 
 __all__ = [
     "ConvAttn",
     "ConvFFN",
+    "DecomposedConvAttn",
+    "DySample",
     "ESCBlock",
+    "FactorBiasWindowAttention",
     "FlashWindowAttention",
     "LayerNorm",
-    "pixel_shuffle_with_skip",
-    "rescale_subpixel_conv",
+    "RIBWindowAttention",
+    "UniversalUpsampler",
 ]

@@ -1,13 +1,13 @@
-"""ConvAttn, the paper's convolutional attention (section 3.3)."""
+"""ConvAttn, the paper's convolutional attention (section 3.3), whole and decomposed."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
 
-from esc_arch.ops.conv_attn import conv_attention, symmetrise
+from esc_arch.ops.conv_attn import conv_attention, decomposed_conv_attention, symmetrise
 
-__all__ = ["ConvAttn", "new_large_kernel"]
+__all__ = ["ConvAttn", "DecomposedConvAttn", "new_decomposed_kernel", "new_large_kernel"]
 
 DYNAMIC_KERNEL_SIZE = 3
 
@@ -18,28 +18,69 @@ def new_large_kernel(pdim: int, kernel_size: int) -> nn.Parameter:
     Raises:
         ValueError: `kernel_size` is even, so that it has no centre.
     """
-    if kernel_size < 1 or kernel_size % 2 == 0:
-        raise ValueError(f"kernel_size is {kernel_size}; it must be odd and at least 1 (the paper's is 13).")
+    _check_kernel_size(kernel_size, least=1)
     kernel = nn.Parameter(torch.empty(pdim, pdim, kernel_size, kernel_size))
     nn.init.orthogonal_(kernel)
     return kernel
 
 
-class DynamicKernel(nn.Module):
-    """A 3 x 3 depth-wise kernel computed from the whole image, one for each image of the batch.
+def new_decomposed_kernel(pdim: int, kernel_size: int) -> tuple[nn.Parameter, nn.Parameter]:
+    """The channel mixing (pdim, pdim, 1, 1), N(0, 1), and the depth-wise filter (pdim, 1, K, K), orthogonal.
 
-    Shapes: (B, pdim, H, W) -> (B, pdim, 3, 3).
+    Raises:
+        ValueError: `kernel_size` is even or below 3, so that the dynamic kernel has no place in it.
     """
+    _check_kernel_size(kernel_size, least=DYNAMIC_KERNEL_SIZE)
+    spatial = nn.Parameter(torch.empty(pdim, 1, kernel_size, kernel_size))
+    nn.init.orthogonal_(spatial)
+    return nn.Parameter(torch.randn(pdim, pdim, 1, 1)), spatial
+
+
+def _check_kernel_size(kernel_size: int, least: int) -> None:
+    if kernel_size < least or kernel_size % 2 == 0:
+        raise ValueError(f"kernel_size is {kernel_size}; it must be odd and at least {least} (the paper's is 13).")
+
+
+def kernel_from_image(pdim: int, hidden: int) -> nn.Sequential:
+    """What computes a 3 x 3 depth-wise kernel from the whole image, one for each image of the batch.
+
+    Shapes: (B, pdim, H, W) -> (B, 9 * pdim, 1, 1).
+    """
+    return nn.Sequential(
+        nn.AdaptiveAvgPool2d(1),
+        nn.Conv2d(pdim, hidden, 1),
+        nn.GELU(),
+        nn.Conv2d(hidden, pdim * DYNAMIC_KERNEL_SIZE**2, 1),
+    )
+
+
+def as_kernel(numbers: Tensor, pdim: int) -> Tensor:
+    """(B, 9 * pdim, 1, 1) -> (B, pdim, 3, 3)."""
+    return numbers.reshape(numbers.shape[0], pdim, DYNAMIC_KERNEL_SIZE, DYNAMIC_KERNEL_SIZE)
+
+
+class _PooledKernel(nn.Module):
+    """ConvAttn's dynamic kernel; a module of its own for the sake of the published parameter names."""
 
     def __init__(self, pdim: int) -> None:
         super().__init__()
-        to_kernel = nn.Conv2d(pdim // 2, pdim * DYNAMIC_KERNEL_SIZE**2, 1)
-        for parameter in to_kernel.parameters():  # training starts from the static kernel alone
+        self.dwc_proj = kernel_from_image(pdim, pdim // 2)
+        for parameter in self.dwc_proj[3].parameters():  # training starts from the static kernel alone
             nn.init.zeros_(parameter)
-        self.dwc_proj = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Conv2d(pdim, pdim // 2, 1), nn.GELU(), to_kernel)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.dwc_proj(x).reshape(x.shape[0], x.shape[1], DYNAMIC_KERNEL_SIZE, DYNAMIC_KERNEL_SIZE)
+        return as_kernel(self.dwc_proj(x), x.shape[1])
+
+
+class _DecomposedPooledKernel(nn.Module):
+    """The same of DecomposedConvAttn: another width, other names, and the default initialisation."""
+
+    def __init__(self, pdim: int) -> None:
+        super().__init__()
+        self.proj = kernel_from_image(pdim, pdim // 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return as_kernel(self.proj(x), x.shape[1])
 
 
 class ConvAttn(nn.Module):
@@ -63,12 +104,10 @@ class ConvAttn(nn.Module):
 
     def __init__(self, *, dim: int, pdim: int, kernel_size: int = 13, own_kernel: bool = False) -> None:
         super().__init__()
-        if not 2 <= pdim <= dim:
-            raise ValueError(f"pdim is {pdim}; it must be between 2 and dim = {dim}.")
-        self.pdim = pdim
+        self.pdim = _checked_pdim(pdim, least=2, dim=dim)
         self.kernel_size = kernel_size
         self.plk_filter = new_large_kernel(pdim, kernel_size) if own_kernel else None
-        self.plk = DynamicKernel(pdim)
+        self.plk = _PooledKernel(pdim)
         self.aggr = nn.Conv2d(dim, dim, 1)
 
     def forward(self, x: Tensor, lk: Tensor | None = None) -> Tensor:
@@ -76,9 +115,59 @@ class ConvAttn(nn.Module):
             if self.plk_filter is None:
                 raise ValueError("this ConvAttn has no large kernel: pass lk, or build it with own_kernel: true.")
             lk = symmetrise(self.plk_filter)
-        expected = (self.pdim, self.pdim, self.kernel_size, self.kernel_size)
-        if tuple(lk.shape) != expected:
-            raise ValueError(f"the large kernel has shape {tuple(lk.shape)}; this layer needs {expected}.")
+        _check_kernel("large kernel", lk, (self.pdim, self.pdim, self.kernel_size, self.kernel_size))
         convolved, passed = x[:, : self.pdim], x[:, self.pdim :]
         convolved = conv_attention(convolved, lk, self.plk(convolved))
         return self.aggr(torch.cat([convolved, passed], dim=1))
+
+
+class DecomposedConvAttn(nn.Module):
+    """ConvAttn of ESC-FP: the large kernel is a channel mixing and one depth-wise filter (arXiv 2503.06671).
+
+    Both are shared by the whole network, so they are handed in. The dynamic kernel is added to the depth-wise one's
+    centre; it is computed before the channels are mixed.
+
+    Shapes: x (B, dim, H, W), lk_channel (pdim, pdim, 1, 1), lk_spatial (pdim, 1, K, K) -> (B, dim, H, W).
+
+    Args:
+        dim: channels.
+        pdim: channels that are convolved.
+        kernel_size: K, odd and at least 3.
+        own_kernel: have filters `lk_channel` and `lk_spatial` of its own, as `ConvAttn`'s.
+
+    Raises:
+        ValueError: as of `ConvAttn`; `pdim` is within 4 .. dim here.
+    """
+
+    def __init__(self, *, dim: int, pdim: int, kernel_size: int = 13, own_kernel: bool = False) -> None:
+        super().__init__()
+        self.pdim = _checked_pdim(pdim, least=4, dim=dim)
+        self.kernel_size = kernel_size
+        self.lk_channel, self.lk_spatial = new_decomposed_kernel(pdim, kernel_size) if own_kernel else (None, None)
+        self.plk = _DecomposedPooledKernel(pdim)
+        self.aggr = nn.Conv2d(dim, dim, 1)
+
+    def forward(self, x: Tensor, lk_channel: Tensor | None = None, lk_spatial: Tensor | None = None) -> Tensor:
+        lk_channel = self.lk_channel if lk_channel is None else lk_channel
+        lk_spatial = self.lk_spatial if lk_spatial is None else lk_spatial
+        if lk_channel is None or lk_spatial is None:
+            raise ValueError(
+                "this DecomposedConvAttn has no large kernel: pass lk_channel and lk_spatial, or build it with "
+                "own_kernel: true."
+            )
+        _check_kernel("channel kernel", lk_channel, (self.pdim, self.pdim, 1, 1))
+        _check_kernel("spatial kernel", lk_spatial, (self.pdim, 1, self.kernel_size, self.kernel_size))
+        convolved, passed = x[:, : self.pdim], x[:, self.pdim :]
+        convolved = decomposed_conv_attention(convolved, lk_channel, lk_spatial, self.plk(convolved))
+        return self.aggr(torch.cat([convolved, passed], dim=1))
+
+
+def _checked_pdim(pdim: int, least: int, dim: int) -> int:
+    if not least <= pdim <= dim:
+        raise ValueError(f"pdim is {pdim}; it must be between {least} and dim = {dim}.")
+    return pdim
+
+
+def _check_kernel(what: str, kernel: Tensor, expected: tuple[int, ...]) -> None:
+    if tuple(kernel.shape) != expected:
+        raise ValueError(f"the {what} has shape {tuple(kernel.shape)}; this layer needs {expected}.")

@@ -3,11 +3,23 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Mapping
+from typing import Any
 
+import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
-__all__ = ["pixel_shuffle_with_skip", "rescale_subpixel_conv"]
+from esc_arch.ops.padding import reflect_pad
+
+__all__ = [
+    "UPSAMPLERS",
+    "DySample",
+    "ReflectDepthwiseConv",
+    "UniversalUpsampler",
+    "pixel_shuffle_with_skip",
+    "rescale_subpixel_conv",
+]
 
 
 def pixel_shuffle_with_skip(subpixels: Tensor, image: Tensor, scale: int) -> Tensor:
@@ -47,3 +59,165 @@ def rescale_subpixel_conv(tensor: Tensor, channels: int) -> Tensor:
     grid = tensor.reshape(colours, source, source, -1).permute(0, 3, 1, 2)
     grid = F.interpolate(grid, size=(target, target), mode="bilinear", align_corners=False)
     return grid.permute(0, 2, 3, 1).reshape(channels, *tensor.shape[1:])
+
+
+class ReflectDepthwiseConv(nn.Conv2d):
+    """A depth-wise convolution of odd `kernel_size` with reflection padding, for maps of any size.
+
+    Shapes: (B, dim, H, W) -> (B, dim, H, W). Convolutions of PyTorch refuse maps smaller than their padding.
+    """
+
+    def __init__(self, dim: int, kernel_size: int) -> None:
+        super().__init__(dim, dim, kernel_size, groups=dim)
+        self.margin = kernel_size // 2
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(reflect_pad(x, self.margin, self.margin, self.margin, self.margin))
+
+
+class DySample(nn.Module):
+    """Upsampling by resampling at learned places (Liu et al., "Learning to Upsample by Learning to Sample", ICCV 2023).
+
+    Every output pixel is read bilinearly from the map, at its own place plus an offset that the map determines; the
+    channels are divided into groups with offsets of their own. A 1 x 1 convolution ends it.
+
+    Shapes: (B, dim, H, W) -> (B, out_dim, H * scale, W * scale).
+
+    Args:
+        dim: channels; a multiple of `groups`.
+        out_dim: channels of the result.
+        scale: a whole number of at least 1.
+        groups: of channels.
+    """
+
+    init_pos: Tensor
+
+    def __init__(self, dim: int, out_dim: int = 3, scale: int = 4, groups: int = 4) -> None:
+        super().__init__()
+        if dim % groups:
+            raise ValueError(f"DySample divides the channels into {groups} groups; {dim} is not a multiple of it.")
+        self.scale = scale
+        self.groups = groups
+        offsets = 2 * groups * scale**2
+        self.offset = nn.Conv2d(dim, offsets, 1)
+        self.scope = nn.Conv2d(dim, offsets, 1, bias=False)
+        self.end_conv = nn.Conv2d(dim, out_dim, 1)
+        nn.init.normal_(self.offset.weight, std=0.001)
+        nn.init.zeros_(self.scope.weight)
+        self.register_buffer("init_pos", _subpixel_places(scale, groups))
+
+    def forward(self, x: Tensor) -> Tensor:
+        batch, channels, height, width = x.shape
+        offset = self.offset(x) * self.scope(x).sigmoid() * 0.5 + self.init_pos
+        # The channels are x or y, then group, then sub-pixel: a shuffle puts the last one in its place
+        offset = F.pixel_shuffle(offset, self.scale).reshape(
+            batch, 2, self.groups, height * self.scale, width * self.scale
+        )
+        place_x = (self._pixels(width, x) + offset[:, 0]) * (2 / width) - 1
+        place_y = (self._pixels(height, x)[:, None] + offset[:, 1]) * (2 / height) - 1
+        sampled = F.grid_sample(
+            x.reshape(batch * self.groups, channels // self.groups, height, width),
+            torch.stack([place_x, place_y], dim=-1).flatten(0, 1),
+            mode="bilinear",
+            padding_mode="border",
+            align_corners=False,
+        )
+        return self.end_conv(sampled.reshape(batch, channels, height * self.scale, width * self.scale))
+
+    def _pixels(self, size: int, like: Tensor) -> Tensor:
+        """The centre of the input pixel that each output pixel along a side lies in."""
+        centres = torch.arange(size, device=like.device, dtype=like.dtype) + 0.5
+        return centres.repeat_interleave(self.scale)
+
+
+def _subpixel_places(scale: int, groups: int) -> Tensor:
+    """Where sub-pixels lie from the centre of their pixel, in pixels: (1, 2 * groups * scale^2, 1, 1), x then y."""
+    places = (torch.arange(scale) - (scale - 1) / 2) / scale
+    y, x = torch.meshgrid(places, places, indexing="ij")
+    return torch.stack([x.flatten(), y.flatten()])[:, None].repeat(1, groups, 1).reshape(1, -1, 1, 1)
+
+
+def _conv(dim_in: int, dim_out: int) -> nn.Conv2d:
+    return nn.Conv2d(dim_in, dim_out, 3, padding=1)
+
+
+def _plain(scale: int, dim: int, out: int, mid: int, groups: int) -> list[nn.Module]:
+    if scale != 1:
+        raise ValueError(f"upsampler conv does not enlarge, but the scale here is {scale}: choose another upsampler.")
+    return [_conv(dim, out)]
+
+
+def _pixel_shuffle_direct(scale: int, dim: int, out: int, mid: int, groups: int) -> list[nn.Module]:
+    return [_conv(dim, out * scale**2), nn.PixelShuffle(scale)]
+
+
+def _pixel_shuffle(scale: int, dim: int, out: int, mid: int, groups: int) -> list[nn.Module]:
+    layers: list[nn.Module] = [_conv(dim, mid), nn.LeakyReLU()]
+    for step in _steps(scale):
+        layers += [_conv(mid, mid * step**2), nn.PixelShuffle(step)]
+    return [*layers, _conv(mid, out)]
+
+
+def _nearest_conv(scale: int, dim: int, out: int, mid: int, groups: int) -> list[nn.Module]:
+    layers: list[nn.Module] = []
+    for step in _steps(scale):
+        layers += [_conv(dim, dim), nn.Upsample(scale_factor=step), nn.LeakyReLU(0.2)]
+    return [*layers, _conv(dim, dim), nn.LeakyReLU(0.2), _conv(dim, out)]
+
+
+def _dysample(scale: int, dim: int, out: int, mid: int, groups: int) -> list[nn.Module]:
+    narrowing: list[nn.Module] = [] if mid == dim else [_conv(dim, mid), nn.LeakyReLU()]
+    return [*narrowing, DySample(mid, out, scale, groups)]
+
+
+def _steps(scale: int) -> list[int]:
+    """The enlargements, one after the other, that make `scale`: powers of 2, or 3 at once."""
+    steps = {1: [], 2: [2], 3: [3], 4: [2, 2]}
+    if scale not in steps:
+        raise ValueError(f"upsampling by {scale} is not known; allowed: {', '.join(map(str, steps))}.")
+    return steps[scale]
+
+
+#: By name, in the order of their numbers in `MetaUpsample`.
+UPSAMPLERS: Mapping[str, Callable[[int, int, int, int, int], list[nn.Module]]] = {
+    "conv": _plain,
+    "pixelshuffledirect": _pixel_shuffle_direct,
+    "pixelshuffle": _pixel_shuffle,
+    "nearest+conv": _nearest_conv,
+    "dysample": _dysample,
+}
+
+
+class UniversalUpsampler(nn.Sequential):
+    """The tail of ESCRealM: one of `UPSAMPLERS`.
+
+    Shapes: (B, dim, H, W) -> (B, 3, H * scale, W * scale).
+
+    Checkpoints say which one they have in the buffer `MetaUpsample`, 7 numbers of uint8: 2, the upsampler's number,
+    scale, dim, out, mid, groups. One that says otherwise or nothing is accepted: the weights decide whether it fits.
+
+    Args:
+        name: of the upsampler.
+        scale, dim: see above.
+        mid: channels in between, for pixelshuffle and dysample.
+        out: channels of the result.
+        groups: of dysample.
+
+    Raises:
+        ValueError: the name or the scale is not known, or they do not go together.
+    """
+
+    MetaUpsample: Tensor
+    VERSION = 2
+
+    def __init__(self, name: str, *, scale: int, dim: int, mid: int, out: int = 3, groups: int = 4) -> None:
+        if name not in UPSAMPLERS:
+            raise ValueError(f"upsampler {name!r} is not known; allowed: {', '.join(UPSAMPLERS)}.")
+        super().__init__(*UPSAMPLERS[name](scale, dim, out, mid, groups))
+        numbers = [self.VERSION, list(UPSAMPLERS).index(name), scale, dim, out, mid, groups]
+        # uint8 is the published type; widths above 255 are cut to it, as nothing is read from here
+        self.register_buffer("MetaUpsample", torch.tensor([min(n, 255) for n in numbers], dtype=torch.uint8))
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        state_dict[f"{prefix}MetaUpsample"] = self.MetaUpsample
+        super()._load_from_state_dict(state_dict, prefix, *args)

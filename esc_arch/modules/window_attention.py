@@ -1,17 +1,17 @@
-"""Window attention with its projections and its position bias."""
+"""Window attention with its projections, in three kinds of position bias."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
 
-from esc_arch.ops.window_attention import resolve_backend, window_attention
+from esc_arch.ops.window_attention import Bias, resolve_backend, window_attention
 
-__all__ = ["FlashWindowAttention"]
+__all__ = ["FactorBiasWindowAttention", "FlashWindowAttention", "RIBWindowAttention", "WindowAttention"]
 
 
-class FlashWindowAttention(nn.Module):
-    """Exact self-attention in window_size x window_size windows, no shift, learned relative position bias.
+class WindowAttention(nn.Module):
+    """Exact self-attention in window_size x window_size windows, without shift; what the kinds below share.
 
     Shapes: (B, dim, H, W) -> (B, dim, H, W), any H, W >= 1 (padded by reflection inside).
 
@@ -21,13 +21,16 @@ class FlashWindowAttention(nn.Module):
         num_heads: heads; divides dim.
         attn_type: how it is computed, which changes no result: auto, naive, sdpa or flex, see
             `esc_arch.ops.window_attention`. Any case.
+        gate: multiply the result, before `to_out`, by a sigmoid gate computed from the input.
 
     Raises:
         ValueError: num_heads does not divide dim, a size below 1, an unknown attn_type.
         RuntimeError: at the call, when attn_type names a backend that cannot take the inputs.
     """
 
-    def __init__(self, *, dim: int, window_size: int, num_heads: int, attn_type: str = "auto") -> None:
+    def __init__(
+        self, *, dim: int, window_size: int, num_heads: int, attn_type: str = "auto", gate: bool = False
+    ) -> None:
         super().__init__()
         if window_size < 1:
             raise ValueError(f"window_size is {window_size}; it must be at least 1 (the paper's is 32).")
@@ -36,19 +39,115 @@ class FlashWindowAttention(nn.Module):
         self.window_size = window_size
         self.num_heads = num_heads
         self.attn_type = resolve_backend(attn_type)
-        self.relative_position_bias = nn.Parameter(torch.randn(num_heads, (2 * window_size - 1) ** 2) * 0.001)
         self.to_qkv = nn.Conv2d(dim, 3 * dim, 1)
         self.to_out = nn.Conv2d(dim, dim, 1)
+        self.gate = (
+            nn.Sequential(nn.Conv2d(dim, dim, 3, padding=1, groups=dim), nn.Conv2d(dim, dim, 1)) if gate else None
+        )
+
+    def position_bias(self) -> Bias:
+        """What is added to the scores; see `esc_arch.ops.window_attention.Bias`."""
+        raise TypeError(f"{type(self).__name__} has no position bias: use one of its subclasses.")
 
     def forward(self, x: Tensor) -> Tensor:
         attended = window_attention(
-            self.to_qkv(x),
-            self.relative_position_bias,
-            window=self.window_size,
-            heads=self.num_heads,
-            backend=self.attn_type,
+            self.to_qkv(x), self.position_bias(), window=self.window_size, heads=self.num_heads, backend=self.attn_type
         )
+        if self.gate is not None:
+            attended = attended * self.gate(x).sigmoid()
         return self.to_out(attended)
 
     def extra_repr(self) -> str:
         return f"window_size={self.window_size}, num_heads={self.num_heads}, attn_type={self.attn_type}"
+
+
+class FlashWindowAttention(WindowAttention):
+    """Window attention with a learned bias for each relative position (arXiv 2503.06671).
+
+    Arguments, shapes and errors as of `WindowAttention`; without a gate. The bias is `relative_position_bias`,
+    (num_heads, (2 * window_size - 1)^2).
+    """
+
+    def __init__(self, *, dim: int, window_size: int, num_heads: int, attn_type: str = "auto") -> None:
+        super().__init__(dim=dim, window_size=window_size, num_heads=num_heads, attn_type=attn_type)
+        self.relative_position_bias = nn.Parameter(torch.randn(num_heads, (2 * window_size - 1) ** 2) * 0.001)
+
+    def position_bias(self) -> Bias:
+        return self.relative_position_bias
+
+
+class FactorBiasWindowAttention(WindowAttention):
+    """Window attention whose bias is the product of two free factors for each head (arXiv 2603.06738, FlashBias).
+
+    Args:
+        rank: r of the factors `flashbias_q` and `flashbias_k`, (num_heads, window_size^2, r).
+        others: see `WindowAttention`.
+    """
+
+    def __init__(
+        self, *, dim: int, window_size: int, num_heads: int, rank: int, attn_type: str = "auto", gate: bool = False
+    ) -> None:
+        super().__init__(dim=dim, window_size=window_size, num_heads=num_heads, attn_type=attn_type, gate=gate)
+        self.rank = _checked("rank", rank)
+        self.flashbias_q = nn.Parameter(torch.randn(num_heads, window_size**2, rank) * 0.02)
+        self.flashbias_k = nn.Parameter(torch.randn(num_heads, window_size**2, rank) * 0.02)
+
+    def position_bias(self) -> Bias:
+        return self.flashbias_q * self.rank**-0.5, self.flashbias_k
+
+
+class RIBWindowAttention(WindowAttention):
+    """Window attention whose bias factors come from a small network of the tokens' coordinates (arXiv 2603.06738).
+
+    Args:
+        rank: r of the factors.
+        hidden_dim: of the network.
+        n_freqs: frequencies in the coordinates' features.
+        others: see `WindowAttention`.
+    """
+
+    def __init__(
+        self,
+        *,
+        dim: int,
+        window_size: int,
+        num_heads: int,
+        rank: int = 16,
+        hidden_dim: int = 32,
+        n_freqs: int = 10,
+        attn_type: str = "auto",
+        gate: bool = False,
+    ) -> None:
+        super().__init__(dim=dim, window_size=window_size, num_heads=num_heads, attn_type=attn_type, gate=gate)
+        self.rank = _checked("rank", rank)
+        self.n_freqs = _checked("rib_n_freqs", n_freqs, least=0)
+        features = 2 + 4 * n_freqs
+        hidden_dim = _checked("rib_hidden_dim", hidden_dim)
+        self.to_hidden = nn.Parameter(torch.randn(features, hidden_dim) * features**-0.5)
+        self.hidden_b = nn.Parameter(torch.zeros(1, hidden_dim))
+        self.to_q = nn.Parameter(torch.randn(num_heads, hidden_dim, rank) * hidden_dim**-0.5)
+        self.to_k = nn.Parameter(torch.randn(num_heads, hidden_dim, rank) * hidden_dim**-0.5)
+
+    def position_bias(self) -> Bias:
+        features = coordinate_features(self.window_size, self.n_freqs, self.to_hidden)
+        hidden = (features @ self.to_hidden + self.hidden_b).relu()
+        return hidden @ self.to_q * self.rank**-0.5, hidden @ self.to_k
+
+
+def coordinate_features(window: int, n_freqs: int, like: Tensor) -> Tensor:
+    """[xy, sin(xy), cos(xy), sin(2 xy), cos(2 xy), ..., cos(2^(n - 1) xy)] of a window's tokens.
+
+    Returns:
+        (N, 2 + 4 n), row-major tokens; x and y are pixel centres in (-1, 1). Type and device of `like`.
+    """
+    centres = (2 * torch.arange(window, device=like.device, dtype=torch.float32) + 1) / window - 1
+    y, x = torch.meshgrid(centres, centres, indexing="ij")
+    xy = torch.stack([x.flatten(), y.flatten()], dim=1)
+    angles = [xy * 2**i for i in range(n_freqs)]
+    return torch.cat([xy, *(part for angle in angles for part in (angle.sin(), angle.cos()))], dim=1).to(like.dtype)
+
+
+def _checked(name: str, value: int, least: int = 1) -> int:
+    if value < least:
+        raise ValueError(f"{name} is {value}; it must be at least {least}.")
+    return value

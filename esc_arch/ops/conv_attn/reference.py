@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch.nn.functional as F
 from torch import Tensor
 
-__all__ = ["conv_attention"]
+__all__ = ["conv_attention", "decomposed_conv_attention"]
 
 
 def conv_attention(x: Tensor, large_kernel: Tensor, dynamic_kernel: Tensor) -> Tensor:
@@ -19,14 +19,46 @@ def conv_attention(x: Tensor, large_kernel: Tensor, dynamic_kernel: Tensor) -> T
     Returns:
         (B, C, H, W).
     """
-    batch, channels, height, width = x.shape
     static = F.conv2d(x, large_kernel, padding=large_kernel.shape[-1] // 2)
+    return static + per_image_depthwise(x, dynamic_kernel)
+
+
+def decomposed_conv_attention(
+    x: Tensor, channel_kernel: Tensor, spatial_kernel: Tensor, dynamic_kernel: Tensor
+) -> Tensor:
+    """Channel mixing, then a depth-wise kernel with the image's own added to its centre.
+
+    Args:
+        x: (B, C, H, W).
+        channel_kernel: (C, C, 1, 1).
+        spatial_kernel: (C, 1, K, K) with K odd, zero padding.
+        dynamic_kernel: (B, C, k, k) with k odd, k <= K.
+
+    Returns:
+        (B, C, H, W).
+    """
+    margin = (spatial_kernel.shape[-1] - dynamic_kernel.shape[-1]) // 2
+    kernel = F.pad(dynamic_kernel, (margin,) * 4) + spatial_kernel[None, :, 0]
+    return per_image_depthwise(F.conv2d(x, channel_kernel), kernel)
+
+
+def per_image_depthwise(x: Tensor, kernel: Tensor) -> Tensor:
+    """Depth-wise convolution with zero padding, where each image has kernels of its own.
+
+    Args:
+        x: (B, C, H, W).
+        kernel: (B, C, k, k) with k odd.
+
+    Returns:
+        (B, C, H, W).
+    """
+    batch, channels, height, width = x.shape
+    side = kernel.shape[-1]
     # A grouped convolution has one kernel per channel: the images of the batch become channels of a single one
-    side = dynamic_kernel.shape[-1]
-    dynamic = F.conv2d(
+    out = F.conv2d(
         x.reshape(1, batch * channels, height, width),
-        dynamic_kernel.reshape(batch * channels, 1, side, side),
+        kernel.reshape(batch * channels, 1, side, side),
         padding=side // 2,
         groups=batch * channels,
     )
-    return static + dynamic.reshape(batch, channels, height, width)
+    return out.reshape(batch, channels, height, width)

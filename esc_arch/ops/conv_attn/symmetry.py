@@ -1,4 +1,4 @@
-"""Geometric re-parameterisation of the large kernel (paper, section 3.3)."""
+"""Geometric re-parameterisation of the large kernel (arXiv 2503.06671)."""
 
 from __future__ import annotations
 

@@ -1,14 +1,15 @@
-"""Self-attention inside non-overlapping windows, with a relative position bias (paper, section 3.2)."""
+"""Self-attention inside non-overlapping windows, with a position bias (arXiv 2503.06671)."""
 
 from .api import BACKENDS, resolve_backend, window_attention
-from .bias import dense_bias
-from .windows import merge_windows, reflect_pad, split_windows
+from .bias import Bias, dense_bias
+from .windows import merge_windows, pad_to_windows, split_windows
 
 __all__ = [
     "BACKENDS",
+    "Bias",
     "dense_bias",
     "merge_windows",
-    "reflect_pad",
+    "pad_to_windows",
     "resolve_backend",
     "split_windows",
     "window_attention",

@@ -7,6 +7,7 @@ from types import ModuleType
 from torch import Tensor
 
 from . import flex, naive, sdpa
+from .bias import Bias
 
 __all__ = ["BACKENDS", "resolve_backend", "window_attention"]
 
@@ -30,8 +31,8 @@ def resolve_backend(name: str) -> str:
     return key
 
 
-def window_attention(qkv: Tensor, table: Tensor, *, window: int, heads: int, backend: str = "auto") -> Tensor:
-    """Attention within non-overlapping windows, with a relative position bias (paper, section 3.2).
+def window_attention(qkv: Tensor, bias: Bias, *, window: int, heads: int, backend: str = "auto") -> Tensor:
+    """Attention within non-overlapping windows, with a position bias (arXiv 2503.06671).
 
     The map is padded at the bottom and the right by reflection to whole windows and cropped again after. The
     projection comes before the padding here: a 1 x 1 convolution works on each pixel alone, so that equals
@@ -39,7 +40,7 @@ def window_attention(qkv: Tensor, table: Tensor, *, window: int, heads: int, bac
 
     Args:
         qkv: (B, 3C, H, W), channels in the order q, k, v, inside each heads, then head dimension. H, W >= 1.
-        table: (h, (2w - 1)^2), the bias by relative position, see `dense_bias`.
+        bias: a table by relative position, (h, (2w - 1)^2), or two factors, (h, N, r) each; see `Bias`.
         window: w, the side of a window in pixels.
         heads: h.
         backend: a key of `BACKENDS`, or auto.
@@ -51,24 +52,30 @@ def window_attention(qkv: Tensor, table: Tensor, *, window: int, heads: int, bac
         ValueError: shapes that do not fit each other, or an unknown backend.
         RuntimeError: the backend asked for by name cannot take these inputs; the message lists every reason.
     """
-    _check_shapes(qkv, table, window, heads)
+    _check_shapes(qkv, bias, window, heads)
     backend = resolve_backend(backend)
     candidates = AUTO_ORDER if backend == "auto" else (backend,)
     refusals = {}
     for name in candidates:
-        reasons = BACKENDS[name].reasons_against(qkv, table, window, heads)
+        reasons = BACKENDS[name].reasons_against(qkv, bias, window, heads)
         if not reasons:
-            return BACKENDS[name].forward(qkv, table, window, heads)
+            return BACKENDS[name].forward(qkv, bias, window, heads)
         refusals[name] = "; ".join(reasons)
     details = ". ".join(f"{name}: {reasons}" for name, reasons in refusals.items())
     raise RuntimeError(f"attn_type {backend} cannot run here. {details}. Use attn_type: auto to have one chosen.")
 
 
-def _check_shapes(qkv: Tensor, table: Tensor, window: int, heads: int) -> None:
+def _check_shapes(qkv: Tensor, bias: Bias, window: int, heads: int) -> None:
     if qkv.dim() != 4 or qkv.shape[1] % (3 * heads):
         raise ValueError(f"qkv has shape {tuple(qkv.shape)}; it must be (B, 3C, H, W), C a multiple of {heads} heads.")
-    if tuple(table.shape) != (heads, (2 * window - 1) ** 2):
+    if isinstance(bias, Tensor):
+        if tuple(bias.shape) != (heads, (2 * window - 1) ** 2):
+            raise ValueError(
+                f"the bias table has shape {tuple(bias.shape)}; for {heads} heads and window {window} it must be "
+                f"({heads}, {(2 * window - 1) ** 2})."
+            )
+    elif any(part.dim() != 3 or tuple(part.shape[:2]) != (heads, window**2) for part in bias):
         raise ValueError(
-            f"the bias table has shape {tuple(table.shape)}; for {heads} heads and window {window} it must be "
-            f"({heads}, {(2 * window - 1) ** 2})."
+            f"the bias factors have shapes {' and '.join(str(tuple(part.shape)) for part in bias)}; for {heads} heads "
+            f"and window {window} they must be ({heads}, {window**2}, rank)."
         )

@@ -1,26 +1,34 @@
-"""The relative position bias: from its table to one number for each pair of tokens."""
+"""Position biases: from what a network stores to one number for each pair of tokens."""
 
 from __future__ import annotations
 
 from torch import Tensor
 
-__all__ = ["dense_bias", "relative_index"]
+__all__ = ["Bias", "dense_bias", "parameters_of", "relative_index"]
+
+#: Either a table by relative position, (h, (2w - 1)^2), or two factors, (h, N, r) each, whose product is the bias
+#: (arXiv 2603.06738).
+Bias = Tensor | tuple[Tensor, Tensor]
 
 
-def dense_bias(table: Tensor, window: int) -> Tensor:
-    """The bias of every pair of tokens of a window.
+def dense_bias(bias: Bias, window: int) -> Tensor:
+    """The bias of every pair of tokens of a window: (h, N, N), rows are queries and columns are keys."""
+    if isinstance(bias, Tensor):
+        return _from_table(bias, window)
+    q_factors, k_factors = bias
+    return q_factors @ k_factors.transpose(-2, -1)
 
-    bias[h, (qy, qx), (ky, kx)] = table[h, (ky - qy + w - 1) * (2w - 1) + (kx - qx + w - 1)]
 
-    The bias is a block Toeplitz matrix with Toeplitz blocks, so it consists of sliding w x w windows over the
-    table: no index of N * N numbers is needed, neither here nor in the gradient.
+def parameters_of(bias: Bias) -> tuple[Tensor, ...]:
+    """The tensors a bias consists of."""
+    return (bias,) if isinstance(bias, Tensor) else bias
 
-    Args:
-        table: (h, (2w - 1)^2).
-        window: w.
 
-    Returns:
-        (h, N, N), rows are queries and columns are keys.
+def _from_table(table: Tensor, window: int) -> Tensor:
+    """bias[h, (qy, qx), (ky, kx)] = table[h, (ky - qy + w - 1) * (2w - 1) + (kx - qx + w - 1)].
+
+    It is a block Toeplitz matrix with Toeplitz blocks, so it consists of sliding w x w windows over the table: no
+    index of N * N numbers is needed, neither here nor in the gradient.
     """
     heads = table.shape[0]
     side = 2 * window - 1

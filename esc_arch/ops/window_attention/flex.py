@@ -1,4 +1,4 @@
-"""Compiled flex attention: the bias is read from its table inside the kernel, nothing (N, N) is stored.
+"""Compiled flex attention: the bias is read from its table inside the kernel, no (G * B, h, N, N) is stored.
 
 This is what the paper trains with. It is compiled once per process for a combination of window, heads, type and
 device, and serves every image size: the number of windows is marked as varying.
@@ -14,18 +14,18 @@ from functools import cache
 import torch
 from torch import Tensor
 
-from .bias import relative_index
-from .windows import merge_windows, reflect_pad, split_windows
+from .bias import Bias, dense_bias, parameters_of, relative_index
+from .windows import merge_windows, pad_to_windows, split_windows
 
 
-def reasons_against(qkv: Tensor, table: Tensor, window: int, heads: int) -> list[str]:
+def reasons_against(qkv: Tensor, bias: Bias, window: int, heads: int) -> list[str]:
     """Why flex attention cannot take these inputs."""
     reasons = []
     head_dim = qkv.shape[1] // (3 * heads)
     if qkv.device.type not in ("cpu", "cuda"):
         reasons.append(f"it runs on cpu and cuda, not on {qkv.device.type}")
     if qkv.device.type == "cpu":
-        if torch.is_grad_enabled() and (qkv.requires_grad or table.requires_grad):
+        if torch.is_grad_enabled() and any(part.requires_grad for part in (qkv, *parameters_of(bias))):
             reasons.append("PyTorch's flex attention has no backward pass on the CPU")
         if not any(map(shutil.which, (os.environ.get("CXX") or "g++", "clang++", "cl"))):
             reasons.append(
@@ -38,24 +38,31 @@ def reasons_against(qkv: Tensor, table: Tensor, window: int, heads: int) -> list
     return reasons
 
 
-def forward(qkv: Tensor, table: Tensor, window: int, heads: int) -> Tensor:
-    """Flex attention with a score modification that reads the table; see `window_attention`."""
-    q, k, v = split_windows(reflect_pad(qkv, window), window, heads)
+def forward(qkv: Tensor, bias: Bias, window: int, heads: int) -> Tensor:
+    """Flex attention with a score modification that reads the bias; see `window_attention`."""
+    q, k, v = split_windows(pad_to_windows(qkv, window), window, heads)
     if torch.compiler.is_compiling():
-        out = _attend(q, k, v, table, window)  # the compiler that is at work already takes it in
+        out = _attend(q, k, v, bias, window)  # the compiler that is at work already takes it in
     else:
         for part in (q, k, v):
             torch._dynamo.maybe_mark_dynamic(part, 0)
-        out = _compiled()(q, k, v, table, window)
+        out = _compiled()(q, k, v, bias, window)
     return merge_windows(out, window, *qkv.shape[-2:])
 
 
-def _attend(q: Tensor, k: Tensor, v: Tensor, table: Tensor, window: int) -> Tensor:
-    # The table is an argument, never kept in a closure: a copied or newly loaded network has another one
+def _attend(q: Tensor, k: Tensor, v: Tensor, bias: Bias, window: int) -> Tensor:
+    # The bias is an argument, never kept in a closure: a copied or newly loaded network has another one
     from torch.nn.attention.flex_attention import flex_attention
 
-    def add_bias(score: Tensor, b: Tensor, h: Tensor, q_idx: Tensor, kv_idx: Tensor) -> Tensor:
-        return score + table[h, relative_index(q_idx, kv_idx, window)]
+    if isinstance(bias, Tensor):
+
+        def add_bias(score: Tensor, b: Tensor, h: Tensor, q_idx: Tensor, kv_idx: Tensor) -> Tensor:
+            return score + bias[h, relative_index(q_idx, kv_idx, window)]
+    else:
+        dense = dense_bias(bias, window)
+
+        def add_bias(score: Tensor, b: Tensor, h: Tensor, q_idx: Tensor, kv_idx: Tensor) -> Tensor:
+            return score + dense[h, q_idx, kv_idx]
 
     out = flex_attention(q, k, v, score_mod=add_bias)
     assert isinstance(out, Tensor)  # other results come only when asked for

@@ -4,17 +4,17 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from .bias import dense_bias
-from .windows import merge_windows, reflect_pad, split_windows
+from .bias import Bias, dense_bias
+from .windows import merge_windows, pad_to_windows, split_windows
 
 
-def reasons_against(qkv: Tensor, table: Tensor, window: int, heads: int) -> list[str]:
+def reasons_against(qkv: Tensor, bias: Bias, window: int, heads: int) -> list[str]:
     """Works everywhere."""
     return []
 
 
-def forward(qkv: Tensor, table: Tensor, window: int, heads: int) -> Tensor:
+def forward(qkv: Tensor, bias: Bias, window: int, heads: int) -> Tensor:
     """softmax(q k^T / sqrt(d) + bias) v in each window; see `window_attention`."""
-    q, k, v = split_windows(reflect_pad(qkv, window), window, heads)
-    scores = q @ k.transpose(-2, -1) * q.shape[-1] ** -0.5 + dense_bias(table, window)
+    q, k, v = split_windows(pad_to_windows(qkv, window), window, heads)
+    scores = q @ k.transpose(-2, -1) * q.shape[-1] ** -0.5 + dense_bias(bias, window)
     return merge_windows(scores.softmax(dim=-1) @ v, window, *qkv.shape[-2:])

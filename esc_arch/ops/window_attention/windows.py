@@ -5,36 +5,17 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-__all__ = ["merge_windows", "reflect_pad", "split_windows"]
+from esc_arch.ops.padding import reflect_pad
+
+__all__ = ["merge_windows", "pad_to_windows", "split_windows"]
 
 
-def reflect_pad(x: Tensor, multiple: int) -> Tensor:
-    """Pad a map at the bottom and the right by reflection to a multiple of `multiple`.
-
-    Where the map has more rows than are added this is `F.pad(mode="reflect")`. A smaller map, for which that is
-    not defined, is reflected to and fro as often as needed (as `numpy.pad` does); a single row is repeated.
-
-    Args:
-        x: (B, C, H, W).
-        multiple: the window side.
-
-    Returns:
-        (B, C, H', W') with H' and W' the next multiples; `x` itself where nothing is missing.
-    """
-    height, width = x.shape[-2:]
-    padded_height, padded_width = (count_windows(size, multiple) * multiple for size in (height, width))
-    # While exporting, sizes may be symbols: indices hold for all of them, a branch for one alone
-    if not torch.compiler.is_exporting():
-        bottom, right = padded_height - height, padded_width - width
-        if bottom == 0 and right == 0:
-            return x
-        if bottom < height and right < width:
-            return F.pad(x, (0, right, 0, bottom), mode="reflect")
-    x = x.index_select(2, _reflected(height, padded_height, x))
-    return x.index_select(3, _reflected(width, padded_width, x))
+def pad_to_windows(x: Tensor, window: int) -> Tensor:
+    """Pad a map (B, C, H, W) at the bottom and the right by reflection to whole windows."""
+    bottom, right = (count_windows(size, window) * window - size for size in x.shape[-2:])
+    return reflect_pad(x, 0, right, 0, bottom)
 
 
 def count_windows(size: int, window: int) -> int:
@@ -45,14 +26,6 @@ def count_windows(size: int, window: int) -> int:
     """
     count: Any = (size + window - 1) // window
     return torch.sym_max(count, 2) if torch.compiler.is_exporting() else count
-
-
-def _reflected(size: int, padded: int, like: Tensor) -> Tensor:
-    """0 .. size - 1, then on to `padded` numbers, going to and fro between the ends without repeating them."""
-    index = torch.arange(padded, device=like.device)
-    period: Any = torch.sym_max(2 * size - 2, 1)  # a number or, while exporting, a symbol
-    index = index % period
-    return torch.minimum(index, period - index)
 
 
 def split_windows(qkv: Tensor, window: int, heads: int) -> tuple[Tensor, Tensor, Tensor]:

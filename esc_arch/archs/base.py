@@ -1,0 +1,129 @@
+"""What all networks of the family have in common."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import MutableMapping
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from esc_arch.modules import ConvAttn, ESCBlock, FlashWindowAttention
+from esc_arch.modules.conv_attn import new_large_kernel
+from esc_arch.modules.upsample import rescale_subpixel_conv
+from esc_arch.ops.conv_attn import symmetrise
+
+__all__ = ["ESCFamily", "SharedKernelNetwork", "esc_block"]
+
+Network = TypeVar("Network", bound="SharedKernelNetwork")
+
+
+class ESCFamily(nn.Module):
+    """A network of `blocks` between a first convolution `proj` and a last one.
+
+    Sub-classes make `proj`, `blocks` (with `make_blocks`) and their tail.
+    """
+
+    #: The convolution before the pixel shuffle, whose weights can be interpolated to another scale.
+    subpixel_conv: str | None = "to_img"
+
+    proj: nn.Module
+    blocks: nn.ModuleList
+
+    def __init__(self, *, window_size: int, upscaling_factor: int) -> None:
+        super().__init__()
+        if upscaling_factor < 1 or upscaling_factor != int(upscaling_factor):
+            raise ValueError(f"upscaling_factor is {upscaling_factor}; it must be a whole number of at least 1.")
+        self.upscaling_factor = int(upscaling_factor)
+        self.window_size = window_size
+
+    def _load_from_state_dict(self, state_dict: dict[str, Tensor], prefix: str, *args: Any) -> None:
+        for note in self.adapt_state_dict(state_dict, prefix):
+            logging.getLogger("basicsr").warning("The checkpoint is of another scale: %s", note)
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
+    def adapt_state_dict(self, state_dict: MutableMapping[str, Tensor], prefix: str = "") -> list[str]:
+        """Make a checkpoint of another scale fit this network, in place: the last convolution is interpolated.
+
+        Done at every `load_state_dict`.
+
+        Args:
+            state_dict: weights of a network of this type.
+            prefix: of the names in it that are this network's.
+
+        Returns:
+            What was done, a sentence each; empty for a checkpoint of the same scale.
+        """
+        if self.subpixel_conv is None:
+            return []
+        notes = []
+        for name in (f"{self.subpixel_conv}.weight", f"{self.subpixel_conv}.bias"):
+            key = prefix + name
+            # BasicSR's loading with strict_load_g: false renames what does not fit
+            if key not in state_dict and f"{key}.ignore" in state_dict:
+                state_dict[key] = state_dict.pop(f"{key}.ignore")
+            channels = self.get_parameter(name).shape[0]
+            if key in state_dict and state_dict[key].shape[0] != channels:
+                tensor = state_dict[key]
+                try:
+                    state_dict[key] = rescale_subpixel_conv(tensor, channels)
+                except ValueError:
+                    continue  # not a sub-pixel convolution: loading reports the shapes
+                source = round((tensor.shape[0] / 3) ** 0.5)
+                notes.append(f"{key} was interpolated from x{source} to x{self.upscaling_factor}.")
+        return notes
+
+
+class SharedKernelNetwork(ESCFamily):
+    """A network whose ConvAttns share one large kernel `plk_filter`, symmetrised before use.
+
+    Args:
+        pdim, kernel_size: see `ConvAttn`.
+        others: see `ESCFamily`.
+    """
+
+    def __init__(self, *, pdim: int, kernel_size: int, window_size: int, upscaling_factor: int) -> None:
+        super().__init__(window_size=window_size, upscaling_factor=upscaling_factor)
+        self.plk_filter = new_large_kernel(pdim, kernel_size)
+
+    def run_blocks(self, x: Tensor) -> Tensor:
+        """All blocks one after the other: (B, dim, H, W) -> (B, dim, H, W)."""
+        lk = symmetrise(self.plk_filter)  # once for the whole network
+        for block in self.blocks:
+            x = block(x, lk)
+        return x
+
+    @torch.no_grad()
+    def fold(self: Network) -> Network:
+        """Store the symmetrised large kernel in place of the free one, for inference; returns the network.
+
+        The output stays the same, and so it does when folded again. Train the free kernel, not the folded one.
+        """
+        self.plk_filter.copy_(symmetrise(self.plk_filter))
+        return self
+
+    convert = fold  # the name that published scripts use
+
+
+def esc_block(
+    *,
+    dim: int,
+    pdim: int,
+    kernel_size: int,
+    conv_blocks: int,
+    window_size: int,
+    num_heads: int,
+    exp_ratio: float,
+    attn_type: str,
+    use_ln: bool,
+) -> ESCBlock:
+    """The block of ESC and ESC-Real: attention with a bias table, ConvAttn, and a first ConvFFN of ratio 2."""
+    return ESCBlock(
+        dim,
+        attn=FlashWindowAttention(dim=dim, window_size=window_size, num_heads=num_heads, attn_type=attn_type),
+        pconvs=[ConvAttn(dim=dim, pdim=pdim, kernel_size=kernel_size) for _ in range(conv_blocks)],
+        exp_ratio=exp_ratio,
+        first_exp_ratio=2,
+        use_ln=use_ln,
+    )

@@ -1,0 +1,67 @@
+"""ESC-FP ("fewer parameters"): ESC with decomposed convolutional attention (arXiv 2503.06671)."""
+
+from __future__ import annotations
+
+import torch.nn.functional as F
+from basicsr.utils.registry import ARCH_REGISTRY
+from torch import Tensor, nn
+
+from esc_arch.archs.base import ESCFamily
+from esc_arch.modules import DecomposedConvAttn, ESCBlock, FlashWindowAttention, LayerNorm
+from esc_arch.modules.conv_attn import new_decomposed_kernel
+from esc_arch.registry import register
+
+__all__ = ["ESCFP"]
+
+
+@register(ARCH_REGISTRY)
+class ESCFP(ESCFamily):
+    """ESC whose large kernel is a channel mixing and one depth-wise filter, shared by all blocks.
+
+    Shapes, guarantees and errors as of `ESC`. The result is added to bicubic enlargement of the input.
+
+    Args:
+        pdim: channels that the convolutional attention works on, at least 4.
+        others: see `ESC`.
+    """
+
+    def __init__(
+        self,
+        *,
+        dim: int = 48,
+        pdim: int = 16,
+        kernel_size: int = 13,
+        n_blocks: int = 5,
+        conv_blocks: int = 5,
+        window_size: int = 32,
+        num_heads: int = 3,
+        upscaling_factor: int = 4,
+        exp_ratio: float = 1.25,
+        attn_type: str = "auto",
+    ) -> None:
+        super().__init__(window_size=window_size, upscaling_factor=upscaling_factor)
+        self.lk_channel, self.lk_spatial = new_decomposed_kernel(pdim, kernel_size)
+        self.proj = nn.Conv2d(3, dim, 3, padding=1)
+        self.blocks = nn.ModuleList(
+            ESCBlock(
+                dim,
+                attn=FlashWindowAttention(dim=dim, window_size=window_size, num_heads=num_heads, attn_type=attn_type),
+                pconvs=[DecomposedConvAttn(dim=dim, pdim=pdim, kernel_size=kernel_size) for _ in range(conv_blocks)],
+                exp_ratio=exp_ratio,
+                first_exp_ratio=1.5,
+                use_ln=True,
+            )
+            for _ in range(n_blocks)
+        )
+        self.ln_last = LayerNorm(dim)
+        self.last = nn.Conv2d(dim, dim, 3, padding=1)
+        self.to_img = nn.Conv2d(dim, 3 * self.upscaling_factor**2, 3, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        shallow = self.proj(x)
+        feat = shallow
+        for block in self.blocks:
+            feat = block(feat, self.lk_channel, self.lk_spatial)
+        feat = self.last(self.ln_last(feat)) + shallow
+        enlarged = F.interpolate(x, scale_factor=self.upscaling_factor, mode="bicubic", align_corners=False)
+        return F.pixel_shuffle(self.to_img(feat), self.upscaling_factor) + enlarged

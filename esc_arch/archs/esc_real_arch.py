@@ -1,0 +1,202 @@
+"""ESC-Real: networks for photographs with unknown degradations (arXiv 2503.06671)."""
+
+from __future__ import annotations
+
+from basicsr.utils.registry import ARCH_REGISTRY
+from torch import Tensor, nn
+
+from esc_arch.archs.base import SharedKernelNetwork, esc_block
+from esc_arch.modules.upsample import DySample, ReflectDepthwiseConv, UniversalUpsampler
+from esc_arch.ops.padding import reflect_pad_to_multiple
+from esc_arch.registry import register
+
+__all__ = ["ESCReal", "ESCRealM"]
+
+
+def _image_skip(channels: int, dim: int) -> list[nn.Module]:
+    """The way of the image around the blocks, with a large kernel: (B, channels, H, W) -> (B, dim, H, W)."""
+    return [
+        nn.Conv2d(channels, 2 * dim, 1),
+        ReflectDepthwiseConv(2 * dim, 7),
+        nn.LeakyReLU(0.2),
+        nn.Conv2d(2 * dim, dim, 1),
+    ]
+
+
+class _RealNetwork(SharedKernelNetwork):
+    """The body of both networks: ESC's with LayerNorms, and a second skip from the image."""
+
+    subpixel_conv = None  # the tails are not one convolution
+
+    def __init__(
+        self,
+        *,
+        dim: int,
+        pdim: int,
+        kernel_size: int,
+        n_blocks: int,
+        conv_blocks: int,
+        window_size: int,
+        num_heads: int,
+        upscaling_factor: int,
+        exp_ratio: float,
+        attn_type: str,
+    ) -> None:
+        super().__init__(pdim=pdim, kernel_size=kernel_size, window_size=window_size, upscaling_factor=upscaling_factor)
+        self.blocks = nn.ModuleList(
+            esc_block(
+                dim=dim,
+                pdim=pdim,
+                kernel_size=kernel_size,
+                conv_blocks=conv_blocks,
+                window_size=window_size,
+                num_heads=num_heads,
+                exp_ratio=exp_ratio,
+                attn_type=attn_type,
+                use_ln=True,
+            )
+            for _ in range(n_blocks)
+        )
+        self.last = nn.Conv2d(dim, dim, 3, padding=1)
+
+    skip: nn.Module
+    to_img: nn.Module
+
+    def forward(self, x: Tensor) -> Tensor:
+        shallow = self.proj(x)
+        feat = self.last(self.run_blocks(shallow)) + shallow + self.skip(x)
+        return self.to_img(feat)
+
+
+@register(ARCH_REGISTRY)
+class ESCReal(_RealNetwork):
+    """The published ESC-Real, x4.
+
+    Shapes: (B, 3, H, W) -> (B, 3, 4H, 4W). Guarantees and errors as of `ESC`.
+
+    Args:
+        upscaling_factor: 4; with use_dysample any whole number.
+        use_dysample: enlarge with `DySample` instead of nearest neighbours and convolutions.
+        others: see `ESC`.
+    """
+
+    def __init__(
+        self,
+        *,
+        dim: int = 64,
+        pdim: int = 16,
+        kernel_size: int = 13,
+        n_blocks: int = 10,
+        conv_blocks: int = 5,
+        window_size: int = 32,
+        num_heads: int = 4,
+        upscaling_factor: int = 4,
+        exp_ratio: float = 2,
+        attn_type: str = "auto",
+        use_dysample: bool = False,
+    ) -> None:
+        super().__init__(
+            dim=dim,
+            pdim=pdim,
+            kernel_size=kernel_size,
+            n_blocks=n_blocks,
+            conv_blocks=conv_blocks,
+            window_size=window_size,
+            num_heads=num_heads,
+            upscaling_factor=upscaling_factor,
+            exp_ratio=exp_ratio,
+            attn_type=attn_type,
+        )
+        if not use_dysample and upscaling_factor != 4:
+            raise ValueError(
+                f"upscaling_factor is {upscaling_factor}; ESCReal enlarges by 4. ESCRealM takes 1 to 4, "
+                f"use_dysample: true any."
+            )
+        self.proj = nn.Conv2d(3, dim, 3, padding=1)
+        self.skip = nn.Sequential(*_image_skip(3, dim))
+        self.to_img = DySample(dim, scale=self.upscaling_factor) if use_dysample else _nearest_tail(dim)
+
+
+def _nearest_tail(dim: int) -> nn.Sequential:
+    """ESC-Real's enlargement by 4: twice nearest neighbours and a convolution, then two more."""
+    return nn.Sequential(
+        nn.Upsample(scale_factor=2),
+        nn.Conv2d(dim, dim, 3, padding=1),
+        nn.LeakyReLU(0.2),
+        nn.Upsample(scale_factor=2),
+        nn.Conv2d(dim, dim, 3, padding=1),
+        nn.LeakyReLU(0.2),
+        nn.Conv2d(dim, dim, 3, padding=1),
+        nn.LeakyReLU(0.2),
+        nn.Conv2d(dim, 3, 3, padding=1),
+    )
+
+
+@register(ARCH_REGISTRY)
+class ESCRealM(_RealNetwork):
+    """ESC-Real for scales 1 to 4, with a choice of upsamplers.
+
+    Shapes: (B, 3, H, W) -> (B, 3, H * s, W * s), s = upscaling_factor. Guarantees and errors as of `ESC`.
+
+    Args:
+        upscaling_factor: 1, 2, 3 or 4.
+        upsampler: conv, pixelshuffledirect, pixelshuffle, nearest+conv or dysample, see `UniversalUpsampler`.
+        mid_dim: channels inside the upsamplers pixelshuffle and dysample.
+        unshuffle_mod: for scales below 3, work on the image folded to a quarter or half of its size (padded by
+            reflection to a multiple) and enlarge by 4.
+        others: see `ESC`.
+    """
+
+    TAIL_SCALE = 4
+
+    def __init__(
+        self,
+        *,
+        dim: int = 64,
+        pdim: int = 16,
+        kernel_size: int = 13,
+        n_blocks: int = 10,
+        conv_blocks: int = 5,
+        window_size: int = 32,
+        num_heads: int = 4,
+        upscaling_factor: int = 4,
+        exp_ratio: float = 2,
+        attn_type: str = "auto",
+        upsampler: str = "pixelshuffledirect",
+        mid_dim: int = 48,
+        unshuffle_mod: bool = True,
+    ) -> None:
+        super().__init__(
+            dim=dim,
+            pdim=pdim,
+            kernel_size=kernel_size,
+            n_blocks=n_blocks,
+            conv_blocks=conv_blocks,
+            window_size=window_size,
+            num_heads=num_heads,
+            upscaling_factor=upscaling_factor,
+            exp_ratio=exp_ratio,
+            attn_type=attn_type,
+        )
+        if upscaling_factor not in (1, 2, 3, 4):
+            raise ValueError(f"upscaling_factor is {upscaling_factor}; ESCRealM takes 1, 2, 3 or 4.")
+        unshuffle = unshuffle_mod and self.upscaling_factor < 3
+        #: How many pixels of the image along each side become one of the features.
+        self.folding = self.TAIL_SCALE // self.upscaling_factor if unshuffle else 1
+        channels = 3 * self.folding**2
+        proj = nn.Conv2d(channels, dim, 3, padding=1)
+        skip = _image_skip(channels, dim)
+        if unshuffle:
+            self.proj = nn.Sequential(nn.PixelUnshuffle(self.folding), proj)
+            self.skip = nn.Sequential(nn.PixelUnshuffle(self.folding), *skip)
+        else:
+            self.proj = proj
+            self.skip = nn.Sequential(*skip)
+        tail_scale = self.TAIL_SCALE if unshuffle else self.upscaling_factor
+        self.to_img = UniversalUpsampler(upsampler, scale=tail_scale, dim=dim, mid=mid_dim)
+
+    def forward(self, x: Tensor) -> Tensor:
+        height, width = (size * self.upscaling_factor for size in x.shape[-2:])
+        if self.folding > 1:
+            x = reflect_pad_to_multiple(x, self.folding)
+        return super().forward(x)[:, :, :height, :width]

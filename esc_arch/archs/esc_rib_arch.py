@@ -1,0 +1,87 @@
+"""ESC-RIB: ESC with a position bias of low rank, for attention kernels without bias support (arXiv 2603.06738)."""
+
+from __future__ import annotations
+
+from basicsr.utils.registry import ARCH_REGISTRY
+from torch import Tensor, nn
+
+from esc_arch.archs.base import SharedKernelNetwork
+from esc_arch.modules import ConvAttn, ESCBlock, FactorBiasWindowAttention, LayerNorm, RIBWindowAttention
+from esc_arch.modules.upsample import pixel_shuffle_with_skip
+from esc_arch.registry import register
+
+__all__ = ["ESCRIB"]
+
+ATTN_TYPES = ("RIB", "FlashBias")
+GATE_TYPES = (None, "DWC")
+
+
+@register(ARCH_REGISTRY)
+class ESCRIB(SharedKernelNetwork):
+    """ESC whose attention has rank-factorised position biases, optionally gated.
+
+    Shapes, guarantees and errors as of `ESC`.
+
+    Args:
+        attn_type: where the bias factors come from: RIB (a network of the coordinates) or FlashBias (free factors).
+        rank: of the factors.
+        rib_hidden_dim, rib_n_freqs: of RIB's network; FlashBias has none.
+        gate_type: DWC for a sigmoid gate on the attention's result, or None.
+        backend: how attention is computed: auto, naive, sdpa or flex; changes no result.
+        others: see `ESC`.
+    """
+
+    subpixel_conv = "upsampler.up_conv"
+
+    def __init__(
+        self,
+        *,
+        dim: int = 64,
+        pdim: int = 16,
+        kernel_size: int = 13,
+        n_blocks: int = 5,
+        conv_blocks: int = 5,
+        window_size: int = 64,
+        num_heads: int = 4,
+        upscaling_factor: int = 4,
+        exp_ratio: float = 1.25,
+        attn_type: str = "RIB",
+        rank: int = 16,
+        rib_hidden_dim: int = 32,
+        rib_n_freqs: int = 10,
+        gate_type: str | None = None,
+        backend: str = "auto",
+    ) -> None:
+        super().__init__(pdim=pdim, kernel_size=kernel_size, window_size=window_size, upscaling_factor=upscaling_factor)
+        if attn_type not in ATTN_TYPES:
+            raise ValueError(f"attn_type is {attn_type!r}; ESCRIB takes {' or '.join(ATTN_TYPES)}.")
+        if gate_type not in GATE_TYPES:
+            raise ValueError(f"gate_type is {gate_type!r}; ESCRIB takes DWC or none (~).")
+
+        def attention() -> nn.Module:
+            common = {"dim": dim, "window_size": window_size, "num_heads": num_heads, "attn_type": backend}
+            gate = gate_type is not None
+            if attn_type == "FlashBias":
+                return FactorBiasWindowAttention(rank=rank, gate=gate, **common)
+            return RIBWindowAttention(rank=rank, hidden_dim=rib_hidden_dim, n_freqs=rib_n_freqs, gate=gate, **common)
+
+        self.proj = nn.Conv2d(3, dim, 3, padding=1)
+        self.blocks = nn.ModuleList(
+            ESCBlock(
+                dim,
+                attn=attention(),
+                pconvs=[ConvAttn(dim=dim, pdim=pdim, kernel_size=kernel_size) for _ in range(conv_blocks)],
+                exp_ratio=exp_ratio,
+                first_exp_ratio=4,
+                use_ln=False,
+            )
+            for _ in range(n_blocks)
+        )
+        self.last = nn.Sequential(LayerNorm(dim), nn.Conv2d(dim, dim, 3, padding=1))
+        # A module of its own for the sake of the published parameter names
+        self.upsampler = nn.ModuleDict({"up_conv": nn.Conv2d(dim, 3 * self.upscaling_factor**2, 3, padding=1)})
+
+    def forward(self, x: Tensor) -> Tensor:
+        shallow = self.proj(x)
+        feat = self.last(self.run_blocks(shallow)) + shallow
+        return pixel_shuffle_with_skip(self.upsampler["up_conv"](feat), x, self.upscaling_factor)
