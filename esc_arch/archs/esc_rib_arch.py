@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from basicsr.utils.registry import ARCH_REGISTRY
 from torch import Tensor, nn
 
@@ -59,7 +61,12 @@ class ESCRIB(SharedKernelNetwork):
             raise ValueError(f"gate_type is {gate_type!r}; ESCRIB takes DWC or none (~).")
 
         def attention() -> nn.Module:
-            common = {"dim": dim, "window_size": window_size, "num_heads": num_heads, "attn_type": backend}
+            common: dict[str, Any] = {
+                "dim": dim,
+                "window_size": window_size,
+                "num_heads": num_heads,
+                "attn_type": backend,
+            }
             gate = gate_type is not None
             if attn_type == "FlashBias":
                 return FactorBiasWindowAttention(rank=rank, gate=gate, **common)

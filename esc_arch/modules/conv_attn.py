@@ -1,4 +1,4 @@
-"""ConvAttn, the paper's convolutional attention (section 3.3), whole and decomposed."""
+"""ConvAttn, the paper's convolutional attention (arXiv 2503.06671), whole and decomposed."""
 
 from __future__ import annotations
 
@@ -143,7 +143,10 @@ class DecomposedConvAttn(nn.Module):
         super().__init__()
         self.pdim = _checked_pdim(pdim, least=4, dim=dim)
         self.kernel_size = kernel_size
-        self.lk_channel, self.lk_spatial = new_decomposed_kernel(pdim, kernel_size) if own_kernel else (None, None)
+        self.lk_channel: nn.Parameter | None = None
+        self.lk_spatial: nn.Parameter | None = None
+        if own_kernel:
+            self.lk_channel, self.lk_spatial = new_decomposed_kernel(pdim, kernel_size)
         self.plk = _DecomposedPooledKernel(pdim)
         self.aggr = nn.Conv2d(dim, dim, 1)
 
