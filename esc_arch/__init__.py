@@ -1,7 +1,7 @@
 """ESC image super-resolution (ICCV 2025, arXiv 2503.06671) as a plugin of BasicSR.
 
 Importing this package is all that an existing BasicSR set-up needs: it makes basicsr 1.4.2 importable with
-current libraries and registers the networks, layers and models below, so that option files can name them.
+current libraries and registers the networks, layers, data sets and models below, so that option files can name them.
 That is its only side effect.
 """
 
@@ -17,9 +17,23 @@ import basicsr  # noqa: F401
 
 compat.apply_patches()
 
-from .archs import ESC, ConvAttn, FlashWindowAttention
+from .archs import ESC, ESCLTE, ConvAttn, FlashWindowAttention
+from .data import ArbitraryScaleDataset, DownsampleImageDataset
 from .errors import UserError
-from .models import ESCModel
+from .models import ESCLTEModel, ESCModel, ESCRealGANModel, ESCRealMSEModel
 from .version import __version__
 
-__all__ = ["ESC", "ConvAttn", "ESCModel", "FlashWindowAttention", "UserError", "__version__"]
+__all__ = [
+    "ESC",
+    "ESCLTE",
+    "ArbitraryScaleDataset",
+    "ConvAttn",
+    "DownsampleImageDataset",
+    "ESCLTEModel",
+    "ESCModel",
+    "ESCRealGANModel",
+    "ESCRealMSEModel",
+    "FlashWindowAttention",
+    "UserError",
+    "__version__",
+]

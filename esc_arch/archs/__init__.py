@@ -2,8 +2,19 @@
 
 from .esc_arch import ESC
 from .esc_fp_arch import ESCFP
+from .esc_lte_arch import ESCLTE
 from .esc_real_arch import ESCReal, ESCRealM
 from .esc_rib_arch import ESCRIB
 from .layers_arch import ConvAttn, DecomposedConvAttn, FlashWindowAttention
 
-__all__ = ["ESC", "ESCFP", "ESCRIB", "ConvAttn", "DecomposedConvAttn", "ESCReal", "ESCRealM", "FlashWindowAttention"]
+__all__ = [
+    "ESC",
+    "ESCFP",
+    "ESCLTE",
+    "ESCRIB",
+    "ConvAttn",
+    "DecomposedConvAttn",
+    "ESCReal",
+    "ESCRealM",
+    "FlashWindowAttention",
+]

@@ -9,12 +9,13 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-from esc_arch.modules import ConvAttn, ESCBlock, FlashWindowAttention
+from esc_arch.modules import ConvAttn, ESCBlock, FactorBiasWindowAttention, FlashWindowAttention
 from esc_arch.modules.conv_attn import new_large_kernel
 from esc_arch.modules.upsample import rescale_subpixel_conv
+from esc_arch.modules.window_attention import WindowAttention
 from esc_arch.ops.conv_attn import symmetrise
 
-__all__ = ["ESCFamily", "SharedKernelNetwork", "esc_block"]
+__all__ = ["ESCFamily", "SharedKernelNetwork", "biased_attention", "esc_block"]
 
 Network = TypeVar("Network", bound="SharedKernelNetwork")
 
@@ -106,6 +107,31 @@ class SharedKernelNetwork(ESCFamily):
     convert = fold  # the name that published scripts use
 
 
+def biased_attention(
+    *, dim: int, window_size: int, num_heads: int, attn_type: str, rank: int, backend: str
+) -> WindowAttention:
+    """Window attention with a bias table, or with free factors of the bias (arXiv 2603.06738) for FlashBias.
+
+    Args:
+        attn_type: FlashBias (any case), computed as `backend` says; anything else names how attention with a table
+            is computed.
+        rank, backend: of FlashBias; see `ESC`.
+        others: see `WindowAttention`.
+
+    Raises:
+        ValueError: as of `WindowAttention`, or `backend` is given though attn_type names one.
+    """
+    if str(attn_type).lower() == "flashbias":
+        return FactorBiasWindowAttention(
+            dim=dim, window_size=window_size, num_heads=num_heads, rank=rank, attn_type=backend
+        )
+    if backend != "auto":
+        raise ValueError(
+            f"backend is {backend!r}, but only attn_type: FlashBias takes one; here attn_type ({attn_type!r}) names it."
+        )
+    return FlashWindowAttention(dim=dim, window_size=window_size, num_heads=num_heads, attn_type=attn_type)
+
+
 def esc_block(
     *,
     dim: int,
@@ -117,11 +143,15 @@ def esc_block(
     exp_ratio: float,
     attn_type: str,
     use_ln: bool,
+    rank: int = 16,
+    backend: str = "auto",
 ) -> ESCBlock:
-    """The block of ESC and ESC-Real: attention with a bias table, ConvAttn, and a first ConvFFN of ratio 2."""
+    """The block of ESC and ESC-Real: `biased_attention`, ConvAttn, and a first ConvFFN of ratio 2."""
     return ESCBlock(
         dim,
-        attn=FlashWindowAttention(dim=dim, window_size=window_size, num_heads=num_heads, attn_type=attn_type),
+        attn=biased_attention(
+            dim=dim, window_size=window_size, num_heads=num_heads, attn_type=attn_type, rank=rank, backend=backend
+        ),
         pconvs=[ConvAttn(dim=dim, pdim=pdim, kernel_size=kernel_size) for _ in range(conv_blocks)],
         exp_ratio=exp_ratio,
         first_exp_ratio=2,

@@ -31,8 +31,12 @@ class ESC(SharedKernelNetwork):
         num_heads: heads of the attention; divides dim.
         upscaling_factor: s, an integer of at least 1.
         exp_ratio: expansion of the ConvFFNs.
-        attn_type: auto, naive, sdpa or flex (any case); changes how attention is computed, not its result.
+        attn_type: auto, naive, sdpa or flex (any case); changes how attention is computed, not its result. FlashBias
+            replaces the bias tables by factors of low rank, for attention kernels without bias support; weights with
+            tables are converted by `basicsr convert --flashbias-rank`.
         use_ln: LayerNorm before the ConvFFNs (ESC-XL).
+        rank: of FlashBias's factors; not used otherwise.
+        backend: how attention of FlashBias is computed: auto, naive, sdpa or flex.
 
     Raises:
         ValueError: an option that cannot be, with the value and what is allowed.
@@ -52,6 +56,8 @@ class ESC(SharedKernelNetwork):
         exp_ratio: float = 1.25,
         attn_type: str = "auto",
         use_ln: bool = False,
+        rank: int = 16,
+        backend: str = "auto",
     ) -> None:
         super().__init__(pdim=pdim, kernel_size=kernel_size, window_size=window_size, upscaling_factor=upscaling_factor)
         self.proj = nn.Conv2d(3, dim, 3, padding=1)
@@ -66,6 +72,8 @@ class ESC(SharedKernelNetwork):
                 exp_ratio=exp_ratio,
                 attn_type=attn_type,
                 use_ln=use_ln,
+                rank=rank,
+                backend=backend,
             )
             for _ in range(n_blocks)
         )

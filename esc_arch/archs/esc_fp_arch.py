@@ -6,8 +6,8 @@ import torch.nn.functional as F
 from basicsr.utils.registry import ARCH_REGISTRY
 from torch import Tensor, nn
 
-from esc_arch.archs.base import ESCFamily
-from esc_arch.modules import DecomposedConvAttn, ESCBlock, FlashWindowAttention, LayerNorm
+from esc_arch.archs.base import ESCFamily, biased_attention
+from esc_arch.modules import DecomposedConvAttn, ESCBlock, LayerNorm
 from esc_arch.modules.conv_attn import new_decomposed_kernel
 from esc_arch.registry import register
 
@@ -38,6 +38,8 @@ class ESCFP(ESCFamily):
         upscaling_factor: int = 4,
         exp_ratio: float = 1.25,
         attn_type: str = "auto",
+        rank: int = 16,
+        backend: str = "auto",
     ) -> None:
         super().__init__(window_size=window_size, upscaling_factor=upscaling_factor)
         self.lk_channel, self.lk_spatial = new_decomposed_kernel(pdim, kernel_size)
@@ -45,7 +47,14 @@ class ESCFP(ESCFamily):
         self.blocks = nn.ModuleList(
             ESCBlock(
                 dim,
-                attn=FlashWindowAttention(dim=dim, window_size=window_size, num_heads=num_heads, attn_type=attn_type),
+                attn=biased_attention(
+                    dim=dim,
+                    window_size=window_size,
+                    num_heads=num_heads,
+                    attn_type=attn_type,
+                    rank=rank,
+                    backend=backend,
+                ),
                 pconvs=[DecomposedConvAttn(dim=dim, pdim=pdim, kernel_size=kernel_size) for _ in range(conv_blocks)],
                 exp_ratio=exp_ratio,
                 first_exp_ratio=1.5,

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import MutableMapping
+
 from basicsr.utils.registry import ARCH_REGISTRY
 from torch import Tensor, nn
 
@@ -41,6 +43,8 @@ class _RealNetwork(SharedKernelNetwork):
         upscaling_factor: int,
         exp_ratio: float,
         attn_type: str,
+        rank: int,
+        backend: str,
     ) -> None:
         super().__init__(pdim=pdim, kernel_size=kernel_size, window_size=window_size, upscaling_factor=upscaling_factor)
         self.blocks = nn.ModuleList(
@@ -54,6 +58,8 @@ class _RealNetwork(SharedKernelNetwork):
                 exp_ratio=exp_ratio,
                 attn_type=attn_type,
                 use_ln=True,
+                rank=rank,
+                backend=backend,
             )
             for _ in range(n_blocks)
         )
@@ -93,6 +99,8 @@ class ESCReal(_RealNetwork):
         upscaling_factor: int = 4,
         exp_ratio: float = 2,
         attn_type: str = "auto",
+        rank: int = 16,
+        backend: str = "auto",
         use_dysample: bool = False,
     ) -> None:
         super().__init__(
@@ -106,6 +114,8 @@ class ESCReal(_RealNetwork):
             upscaling_factor=upscaling_factor,
             exp_ratio=exp_ratio,
             attn_type=attn_type,
+            rank=rank,
+            backend=backend,
         )
         if not use_dysample and upscaling_factor != 4:
             raise ValueError(
@@ -136,7 +146,8 @@ def _nearest_tail(dim: int) -> nn.Sequential:
 class ESCRealM(_RealNetwork):
     """ESC-Real for scales 1 to 4, with a choice of upsamplers.
 
-    Shapes: (B, 3, H, W) -> (B, 3, H * s, W * s), s = upscaling_factor. Guarantees and errors as of `ESC`.
+    Shapes: (B, 3, H, W) -> (B, 3, H * s, W * s), s = upscaling_factor. Guarantees and errors as of `ESC`; to export it
+    with dynamic sizes and `unshuffle_mod`, make them multiples of 4 / s, from 8 / s on.
 
     Args:
         upscaling_factor: 1, 2, 3 or 4.
@@ -148,6 +159,8 @@ class ESCRealM(_RealNetwork):
     """
 
     TAIL_SCALE = 4
+
+    to_img: UniversalUpsampler
 
     def __init__(
         self,
@@ -162,6 +175,8 @@ class ESCRealM(_RealNetwork):
         upscaling_factor: int = 4,
         exp_ratio: float = 2,
         attn_type: str = "auto",
+        rank: int = 16,
+        backend: str = "auto",
         upsampler: str = "pixelshuffledirect",
         mid_dim: int = 48,
         unshuffle_mod: bool = True,
@@ -177,6 +192,8 @@ class ESCRealM(_RealNetwork):
             upscaling_factor=upscaling_factor,
             exp_ratio=exp_ratio,
             attn_type=attn_type,
+            rank=rank,
+            backend=backend,
         )
         if upscaling_factor not in (1, 2, 3, 4):
             raise ValueError(f"upscaling_factor is {upscaling_factor}; ESCRealM takes 1, 2, 3 or 4.")
@@ -194,6 +211,12 @@ class ESCRealM(_RealNetwork):
             self.skip = nn.Sequential(*skip)
         tail_scale = self.TAIL_SCALE if unshuffle else self.upscaling_factor
         self.to_img = UniversalUpsampler(upsampler, scale=tail_scale, dim=dim, mid=mid_dim)
+
+    def adapt_state_dict(self, state_dict: MutableMapping[str, Tensor], prefix: str = "") -> list[str]:
+        """Give weights of a tail, in place, this network's description of it: theirs may be absent or be wrong."""
+        if any(name.startswith(f"{prefix}to_img.") for name in state_dict):
+            state_dict[f"{prefix}to_img.MetaUpsample"] = self.to_img.MetaUpsample
+        return super().adapt_state_dict(state_dict, prefix)
 
     def forward(self, x: Tensor) -> Tensor:
         height, width = (size * self.upscaling_factor for size in x.shape[-2:])

@@ -13,11 +13,11 @@ from collections.abc import Sequence
 from esc_arch import __version__
 from esc_arch.errors import UserError, message_of
 
-from . import prepare, test, train
+from . import convert, prepare, test, train
 
 __all__ = ["main"]
 
-VERBS = {"train": train, "test": test, "prepare": prepare}
+VERBS = {"train": train, "test": test, "prepare": prepare, "convert": convert}
 
 OK, USER_ERROR, INTERRUPTED = 0, 2, 130
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -10,8 +11,9 @@ import cv2
 import numpy as np
 from basicsr.metrics import calculate_psnr
 from basicsr.utils import imwrite, tensor2img
-from basicsr.utils.matlab_functions import imresize
 from torch import Tensor
+
+from esc_arch.ops.resize import matlab_resize
 
 __all__ = ["Comparison", "side_by_side"]
 
@@ -28,7 +30,7 @@ Image = np.ndarray[Any, Any]
 class Comparison:
     """Collects the images of one validation run: writes a picture of each and averages their PSNR.
 
-    PSNR is on Y, with a border of `scale` pixels cropped, as in the paper.
+    PSNR is on Y, with a border of as many pixels cropped as the scale is, as in the paper.
 
     Args:
         folder: pictures go to folder/comparison/<data set>/<image>.png; those of earlier validations are replaced.
@@ -50,16 +52,17 @@ class Comparison:
         if "gt" not in visuals:
             return
         result, gt = tensor2img([visuals["result"]]), tensor2img([visuals["gt"]])
-        scale = visuals["result"].shape[-1] // visuals["lq"].shape[-1]
-        bicubic = tensor2img([imresize(visuals["lq"][0], scale)])
+        height, width = visuals["result"].shape[-2:]
+        scale = width / visuals["lq"].shape[-1]
+        bicubic = tensor2img([matlab_resize(visuals["lq"], (height, width))])
         psnr_bicubic, psnr = (
-            calculate_psnr(image, gt, crop_border=scale, test_y_channel=True) for image in (bicubic, result)
+            calculate_psnr(image, gt, crop_border=math.ceil(scale), test_y_channel=True) for image in (bicubic, result)
         )
         name = Path(lq_path).stem
         self.rows.append((name, psnr_bicubic, psnr))
         panels = {
-            f"bicubic x{scale}: {psnr_bicubic:.2f} dB": bicubic,
-            f"{self.network} x{scale}: {psnr:.2f} dB": result,
+            f"bicubic x{scale:.3g}: {psnr_bicubic:.2f} dB": bicubic,
+            f"{self.network} x{scale:.3g}: {psnr:.2f} dB": result,
             "ground truth": gt,
         }
         imwrite(side_by_side(panels), str(self.folder / f"{name}.png"))

@@ -3,11 +3,13 @@
 from .block import ESCBlock
 from .conv_attn import ConvAttn, DecomposedConvAttn
 from .conv_ffn import ConvFFN
+from .lte import LTE
 from .norm import LayerNorm
 from .upsample import DySample, UniversalUpsampler
 from .window_attention import FactorBiasWindowAttention, FlashWindowAttention, RIBWindowAttention
 
 __all__ = [
+    "LTE",
     "ConvAttn",
     "ConvFFN",
     "DecomposedConvAttn",

@@ -104,6 +104,7 @@ class ConvAttn(nn.Module):
 
     def __init__(self, *, dim: int, pdim: int, kernel_size: int = 13, own_kernel: bool = False) -> None:
         super().__init__()
+        _check_kernel_size(kernel_size, least=1)
         self.pdim = _checked_pdim(pdim, least=2, dim=dim)
         self.kernel_size = kernel_size
         self.plk_filter = new_large_kernel(pdim, kernel_size) if own_kernel else None
@@ -141,6 +142,7 @@ class DecomposedConvAttn(nn.Module):
 
     def __init__(self, *, dim: int, pdim: int, kernel_size: int = 13, own_kernel: bool = False) -> None:
         super().__init__()
+        _check_kernel_size(kernel_size, least=DYNAMIC_KERNEL_SIZE)
         self.pdim = _checked_pdim(pdim, least=4, dim=dim)
         self.kernel_size = kernel_size
         self.lk_channel: nn.Parameter | None = None

@@ -197,6 +197,8 @@ def _check_training(opt: Options) -> Iterator[str]:
     model = _sr_model(opt)
     if model is None:
         return
+    if problems_of := getattr(model, "option_problems", None):  # a model that has options of its own
+        yield from problems_of(opt)
     if not losses and _is_ours(model.init_training_settings):
         yield "train: has no loss; give one of pixel_opt and perceptual_opt, such as pixel_opt: {type: L1Loss}"
     if _is_ours(model.get_optimizer):

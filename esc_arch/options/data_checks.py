@@ -18,6 +18,9 @@ import numpy as np
 from basicsr.utils.file_client import FileClient
 from PIL import Image
 
+from esc_arch.data.arbitrary_scale_dataset import ScaleRange
+from esc_arch.data.hr_images import HRImages, as_list
+from esc_arch.errors import UserError
 from esc_arch.suggestions import did_you_mean
 
 from .files import Options
@@ -35,6 +38,8 @@ _ROOTS_READ = {
     "PairedImageDataset": ("dataroot_lq", "dataroot_gt"),
     "SingleImageDataset": ("dataroot_lq",),
 }
+# Those that read HR images only, from one folder or LMDB or several.
+_HR_DATASETS = ("ArbitraryScaleDataset", "DownsampleImageDataset")
 
 
 @dataclass(frozen=True)
@@ -45,6 +50,8 @@ class _SizeRule:
     is_train: bool
     gt_size: int | None
     """The side of the patches cut from GT; None when whole images are used."""
+    gt_size_name: str = "gt_size"
+    """What the option file calls it."""
 
     def problem(self, lq: Size, gt: Size) -> str | None:
         wanted = lq[0] * self.scale, lq[1] * self.scale
@@ -54,7 +61,7 @@ class _SizeRule:
             bound = "" if self.is_train else "at least "
             return f"LQ is {_shape(lq)} and GT {_shape(gt)}; with scale {self.scale} GT must be {bound}{_shape(wanted)}"
         if self.gt_size is not None and min(gt) < self.gt_size:
-            return f"GT is {_shape(gt)}, smaller than gt_size {self.gt_size}"
+            return f"GT is {_shape(gt)}, smaller than {self.gt_size_name} {self.gt_size}"
         return None
 
 
@@ -70,16 +77,19 @@ def check_data(path: str, dataset: Options, kind: type, *, scale: Any, measured:
     problems = [*_check_backend(path, dataset), *_check_roots(path, dataset), *_check_list_file(path, dataset)]
     if is_train:
         problems += _check_gt_size(path, dataset, scale)
-    if is_paired and not _is_positive(scale):
+    if problems_of := getattr(kind, "option_problems", None):  # a data set that has options of its own
+        phase = "train" if is_train else "val"
+        problems += [f"{path}:{problem}" for problem in problems_of(dataset | {"phase": phase})]
+    elif (is_paired or dataset["type"] in _HR_DATASETS) and not _is_positive(scale):
         problems.append(f"scale: {scale!r} given; must be a positive integer: {path} needs it")
     yield from problems
-    if problems or dataset["type"] not in _ROOTS_READ:
+    if problems:
         return
-    if is_paired and (is_train or measured):
-        rule = _SizeRule(scale, is_train, dataset["gt_size"] if is_train else None)
-        yield from _check_images(path, dataset, rule)
-    else:
-        yield from _check_images(path, dataset, None)
+    if dataset["type"] in _HR_DATASETS:
+        yield from _check_hr_images(path, dataset, is_train)
+    elif dataset["type"] in _ROOTS_READ:
+        rule = _SizeRule(scale, is_train, dataset.get("gt_size") if is_train else None)
+        yield from _check_images(path, dataset, rule if is_paired and (is_train or measured) else None)
 
 
 def _check_backend(path: str, dataset: Options) -> Iterator[str]:
@@ -96,6 +106,10 @@ def _check_roots(path: str, dataset: Options) -> Iterator[str]:
     for key in _ROOTS_READ.get(dataset["type"], ()):
         if not isinstance(dataset.get(key), str):
             yield f"{path}:{key}: {dataset.get(key)!r} given; {dataset['type']} needs a folder here"
+    if dataset["type"] in _HR_DATASETS:
+        roots = as_list(dataset.get("dataroot_gt"))
+        if not roots or not all(isinstance(root, str) for root in roots):
+            yield f"{path}:dataroot_gt: {dataset.get('dataroot_gt')!r} given; must be a folder, an LMDB or several"
     if _backend(dataset) not in ("disk", "lmdb"):  # paths may mean something else there
         return
     for key, value in dataset.items():
@@ -108,11 +122,11 @@ def _check_roots(path: str, dataset: Options) -> Iterator[str]:
 
 
 def _check_list_file(path: str, dataset: Options) -> Iterator[str]:
-    can_do_without = dataset["type"] in _ROOTS_READ
+    can_do_without = dataset["type"] in (*_ROOTS_READ, *_HR_DATASETS)
     if can_do_without and _backend(dataset) == "lmdb":  # it has a list of its own, and no other is read
         return
     list_file = dataset.get("meta_info_file")
-    if can_do_without and not isinstance(list_file, str | None):
+    if dataset["type"] in _ROOTS_READ and not isinstance(list_file, str | None):
         yield f"{path}:meta_info_file: {list_file!r} given; must be a text file with one image's name in each line"
     for key in ("meta_info_file", "meta_info"):
         for file in _texts(dataset.get(key)):
@@ -126,7 +140,7 @@ def _check_list_file(path: str, dataset: Options) -> Iterator[str]:
 
 def _check_gt_size(path: str, dataset: Options, scale: Any) -> Iterator[str]:
     size = dataset.get("gt_size")
-    if size is None and dataset["type"] != "PairedImageDataset":
+    if size is None and dataset["type"] not in ("PairedImageDataset", "DownsampleImageDataset"):
         return
     if not _is_positive(size):
         yield f"{path}:gt_size: {size!r} given; must be a positive integer: the side of the patches cut from GT"
@@ -150,6 +164,30 @@ def _check_images(path: str, dataset: Options, rule: _SizeRule | None) -> Iterat
             yield f"{path}:{key}: the folder {folders[key]!r} has no files"
         if not empty and len(folders) > 1:
             yield from _check_folders(path, dataset, images["dataroot_lq"], images["dataroot_gt"], rule)
+
+
+def _check_hr_images(path: str, dataset: Options, is_train: bool) -> Iterator[str]:
+    """Whether there are images under each root, and, for training, whether patches can be cut from them."""
+    try:
+        images = HRImages(dataset)
+    except UserError as error:
+        yield f"{path}: {error}"
+        return
+    if not is_train:
+        return
+    sizes: dict[str, Size | None] = {}
+    if _backend(dataset) == "lmdb":
+        for root in as_list(dataset["dataroot_gt"]):
+            sizes |= {f"{key} in {root}": size for key, size in _lmdb_sizes(root).items()}
+    else:  # from all over the list, so that each root has its share
+        sizes = {file: _image_size(file) for file in images.paths[:: -(-len(images) // _IMAGES_MEASURED)]}
+        for file in [file for file, size in sizes.items() if size is None]:
+            yield f"{path}: {file} cannot be read as an image; replace or remove it"
+    if dataset["type"] == "ArbitraryScaleDataset":
+        rule = _SizeRule(1, True, ScaleRange.of(dataset).hr_size, "lq_size * scale_max")
+    else:
+        rule = _SizeRule(1, True, dataset["gt_size"])
+    yield from _summary(path, [(file, rule.problem(size, size)) for file, size in sizes.items() if size])
 
 
 def _list_images(folder: str) -> list[str]:

@@ -77,7 +77,7 @@ def _fill(section: Options, key: str, value: Any) -> None:
 
 def _set_dataset_defaults(phase: str, dataset: Options, opt: Options) -> None:
     dataset["phase"] = phase.split("_")[0]  # val_1, val_2, ... are all validation
-    if "scale" in opt:
+    if "scale" in opt and (dataset.get("type") != "ArbitraryScaleDataset" or "scale" not in dataset):
         dataset["scale"] = opt["scale"]
     _fill(dataset, "name", phase)
     _fill(dataset, "io_backend", {"type": "disk"})

@@ -1,8 +1,4 @@
-"""Weights from files into networks: read safely, recognised in all their wrappings, and checked before they are used.
-
-A checkpoint is data, never code: only tensors and plain values are read. What does not fit is reported in full
-instead of being skipped.
-"""
+"""Checkpoint files: read safely, and the weights found in all their wrappings."""
 
 from __future__ import annotations
 
@@ -15,18 +11,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from esc_arch.errors import UserError
 
-__all__ = [
-    "adapt_weights",
-    "describe_mismatch",
-    "load_weights",
-    "mismatch_message",
-    "read_checkpoint",
-    "select_weights",
-]
+__all__ = ["find_weights", "is_state_dict", "read_checkpoint", "read_metadata", "select_weights", "some"]
 
 logger = logging.getLogger("basicsr")
 
@@ -90,97 +79,51 @@ def select_weights(checkpoint: Mapping[str, Any], param_key: str | None, source:
     Raises:
         UserError: no weights in it.
     """
-    if param_key is not None and _is_state_dict(checkpoint.get(param_key)):
-        weights = checkpoint[param_key]
-    elif _is_state_dict(checkpoint):
-        weights = checkpoint
+    key, weights = find_weights(checkpoint, param_key, source)
+    if key not in (param_key, None):
+        logger.info("%s has no %r; using %r.", source, param_key, key)
+    return weights
+
+
+def find_weights(
+    checkpoint: Mapping[str, Any], param_key: str | None, source: str | Path
+) -> tuple[str | None, dict[str, Tensor]]:
+    """The entry of a checkpoint that its weights were found in (None: it is a bare state dict), and the weights.
+
+    Arguments and errors as of `select_weights`.
+    """
+    key: str | None
+    if param_key is not None and is_state_dict(checkpoint.get(param_key)):
+        key, weights = param_key, checkpoint[param_key]
+    elif is_state_dict(checkpoint):
+        key, weights = None, checkpoint
     else:
-        found = [key for key in PARAM_KEYS if _is_state_dict(checkpoint.get(key))]
+        found = [key for key in PARAM_KEYS if is_state_dict(checkpoint.get(key))]
         if not found:
             keys = ", ".join(map(str, list(checkpoint)[:LISTED])) or "nothing"
             raise UserError(
-                f"{source} holds no weights under {param_key!r} nor under any of {', '.join(PARAM_KEYS)}; "
+                f"{source} holds no weights under {'' if param_key is None else f'{param_key!r} nor under '}"
+                f"any of {', '.join(PARAM_KEYS)}; "
                 f"it holds {keys}."
                 + (" It is a training state: name it as path: resume_state." if "optimizers" in checkpoint else "")
             )
-        logger.info("%s has no %r; using %r.", source, param_key, found[0])
-        weights = checkpoint[found[0]]
-    return {_strip_prefixes(name): tensor for name, tensor in weights.items()}
+        key, weights = found[0], checkpoint[found[0]]
+    return key, {_strip_prefixes(name): tensor for name, tensor in weights.items()}
 
 
-def load_weights(net: nn.Module, weights: Mapping[str, Tensor], *, strict: bool, source: str | Path) -> None:
-    """Load a state dict into a network, and say what does not fit.
-
-    A network that can adapt a checkpoint (of another scale, say) does so first: it has a method
-    `adapt_state_dict(state_dict) -> notes`, see `esc_arch.archs.ESC.adapt_state_dict`.
-
-    Args:
-        strict: every name and shape must be the same. Otherwise what fits is loaded, the rest is listed as a warning.
-
-    Raises:
-        UserError: it does not fit (strict), or nothing of it fits.
-    """
-    weights = dict(weights)
-    for note in adapt_weights(net, weights):
-        logger.warning("%s is of another scale: %s", source, note)
-    message = mismatch_message(net, weights, strict=strict, source=source)
-    if message is not None:
-        raise UserError(message)
-    own = net.state_dict()
-    fitting = _fitting(own, weights)
-    if problems := describe_mismatch(own, weights):
-        logger.warning("Of %s, %d of %d tensors were loaded: %s.", source, len(fitting), len(own), "; ".join(problems))
-    net.load_state_dict(fitting, strict=False)
-
-
-def mismatch_message(net: nn.Module, weights: Mapping[str, Tensor], *, strict: bool, source: str | Path) -> str | None:
-    """Why a state dict, adapted already, cannot be loaded into a network; None when it can."""
-    own = net.state_dict()
-    problems = "; ".join(describe_mismatch(own, weights))
-    fitting = len(_fitting(own, weights))
-    if not fitting:
-        return (
-            f"Nothing in {source} fits {type(net).__name__}, so it would stay untrained: {problems}. "
-            f"Is it a checkpoint of another network? Compare network_g."
-        )
-    if problems and strict:
-        return (
-            f"{source} does not fit {type(net).__name__}: {problems}. Make network_g that of the checkpoint, or set "
-            f"path: strict_load_g: false to load only what fits ({fitting} of {len(own)} tensors)."
-        )
-    return None
-
-
-def adapt_weights(net: nn.Module, weights: dict[str, Tensor]) -> list[str]:
-    """Let the network adapt `weights` in place where it can; what it did, a sentence each."""
-    adapt = getattr(net, "adapt_state_dict", None)
-    return adapt(weights) if callable(adapt) else []
-
-
-def describe_mismatch(own: Mapping[str, Tensor], weights: Mapping[str, Tensor]) -> list[str]:
-    """How a state dict differs from a network's: missing names, unknown names, other shapes. Empty when it fits."""
-    missing = [name for name in own if name not in weights]
-    unknown = [name for name in weights if name not in own]
-    shapes = [
-        f"{name} is {tuple(tensor.shape)} and should be {tuple(own[name].shape)}"
-        for name, tensor in weights.items()
-        if name in own and own[name].shape != tensor.shape
-    ]
-    groups = {"missing in it": missing, "not in the network": unknown, "of other shapes": shapes}
-    return [f"{len(names)} {what} ({_some(names)})" for what, names in groups.items() if names]
-
-
-def _fitting(own: Mapping[str, Tensor], weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    return {name: tensor for name, tensor in weights.items() if name in own and own[name].shape == tensor.shape}
-
-
-def _some(names: list[str]) -> str:
+def some(names: list[str]) -> str:
+    """The first few names, and how many more there are."""
     rest = len(names) - LISTED
     return ", ".join(names[:LISTED]) + (f" and {rest} more" if rest > 0 else "")
 
 
-def _is_state_dict(value: object) -> bool:
-    return isinstance(value, Mapping) and len(value) > 0 and all(isinstance(item, Tensor) for item in value.values())
+def is_state_dict(value: object) -> bool:
+    """Whether a value can be a network's weights: names with tensors, and nothing else."""
+    return (
+        isinstance(value, Mapping)
+        and len(value) > 0
+        and all(isinstance(name, str) and isinstance(item, Tensor) for name, item in value.items())
+    )
 
 
 def _strip_prefixes(name: str) -> str:
@@ -197,6 +140,14 @@ def _read_safetensors(path: Path) -> dict[str, Any]:
         return dict(load_file(path, device="cpu"))
     except SafetensorError as error:
         raise UserError(f"{path} is damaged or was cut short: {_first_line(error)} Get it again.") from error
+
+
+def read_metadata(path: str | Path) -> dict[str, str]:
+    """What a ``.safetensors`` file says beside its tensors, as `read_checkpoint` has found it to be one."""
+    from safetensors import safe_open
+
+    with safe_open(path, framework="pt") as file:
+        return dict(file.metadata() or {})
 
 
 def _not_a_checkpoint(path: Path, head: bytes) -> str | None:

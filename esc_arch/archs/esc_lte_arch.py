@@ -1,0 +1,139 @@
+"""ESC for any scale: its features with a local texture estimator in place of the pixel shuffle."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+from basicsr.utils.registry import ARCH_REGISTRY
+from torch import Tensor, nn
+
+from esc_arch.archs.base import SharedKernelNetwork, esc_block
+from esc_arch.modules.lte import LTE, query_grid
+from esc_arch.ops.resize import scaled_size
+from esc_arch.registry import register
+
+__all__ = ["ESCLTE"]
+
+
+@register(ARCH_REGISTRY)
+class ESCLTE(SharedKernelNetwork):
+    """ESC (arXiv 2503.06671) with the upsampler of LTE (Lee & Jin, CVPR 2022): one network for every scale.
+
+    Shapes: (B, 3, H, W) -> (B, 3, H', W'), RGB in 0 .. 1, any H, W >= 1 and any H', W' >= 1; or -> (B, 3, Q), colours
+    at Q points. The same in training and evaluation, and for each image of a batch as for the image alone. The input
+    is not modified.
+
+    All but the upsampler `lte` has the names of ESC's parameters: with `strict_load_g: false` training starts from a
+    checkpoint of ESC.
+
+    Args:
+        dim, pdim, kernel_size, n_blocks, conv_blocks, window_size, num_heads, exp_ratio, attn_type, use_ln, rank,
+            backend: see `ESC`.
+        upscaling_factor: the scale when none is asked for; any number above 0.
+        hidden_dim, mlp_dims, max_scale: see `LTE`.
+        query_chunk: points computed at a time when there are no gradients, which bounds the memory; None for all at
+            once. The result is the same within rounding.
+
+    Raises:
+        ValueError: an option that cannot be, with the value and what is allowed.
+    """
+
+    subpixel_conv = None
+
+    def __init__(
+        self,
+        *,
+        dim: int = 64,
+        pdim: int = 16,
+        kernel_size: int = 13,
+        n_blocks: int = 5,
+        conv_blocks: int = 5,
+        window_size: int = 32,
+        num_heads: int = 4,
+        upscaling_factor: float = 4,
+        exp_ratio: float = 1.25,
+        attn_type: str = "auto",
+        use_ln: bool = False,
+        rank: int = 16,
+        backend: str = "auto",
+        hidden_dim: int = 256,
+        mlp_dims: Sequence[int] = (256, 256, 256),
+        max_scale: float = 4,
+        query_chunk: int | None = 16384,
+    ) -> None:
+        super().__init__(pdim=pdim, kernel_size=kernel_size, window_size=window_size, upscaling_factor=1)
+        if not 0 < upscaling_factor < math.inf:
+            raise ValueError(f"upscaling_factor is {upscaling_factor}; it must be a number above 0.")
+        if query_chunk is not None and query_chunk < 1:
+            raise ValueError(f"query_chunk is {query_chunk}; it must be at least 1, or null for all points at once.")
+        self.upscaling_factor: float = upscaling_factor  # type: ignore[assignment]  # others have whole ones
+        self.query_chunk = query_chunk
+        self.proj = nn.Conv2d(3, dim, 3, padding=1)
+        self.blocks = nn.ModuleList(
+            esc_block(
+                dim=dim,
+                pdim=pdim,
+                kernel_size=kernel_size,
+                conv_blocks=conv_blocks,
+                window_size=window_size,
+                num_heads=num_heads,
+                exp_ratio=exp_ratio,
+                attn_type=attn_type,
+                use_ln=use_ln,
+                rank=rank,
+                backend=backend,
+            )
+            for _ in range(n_blocks)
+        )
+        self.last = nn.Conv2d(dim, dim, 3, padding=1)
+        self.lte = LTE(dim, hidden_dim=hidden_dim, mlp_dims=mlp_dims, max_scale=max_scale)
+
+    def forward(
+        self,
+        x: Tensor,
+        scale: float | Sequence[float] | None = None,
+        size: tuple[int, int] | None = None,
+        coords: Tensor | None = None,
+        cell: Tensor | None = None,
+    ) -> Tensor:
+        """The enlarged image, or the colours at `coords`.
+
+        Args:
+            x: (B, 3, H, W).
+            scale: of height and width, or one for each; without this and size, `upscaling_factor`. Sizes are rounded.
+            size: (H', W') wanted, in place of a scale.
+            coords: (B, Q, 2), points as (y, x) in -1 .. 1, see `esc_arch.modules.lte`.
+            cell: (B, 2), with coords: height and width of a pixel of the image that the points are from, such as
+                (2 / H', 2 / W').
+
+        Returns:
+            (B, 3, H', W'), or (B, 3, Q) for coords.
+
+        Raises:
+            ValueError: what is asked for cannot be, or is asked for in two ways.
+        """
+        if sum(given is not None for given in (scale, size, coords)) > 1:
+            raise ValueError("more than one of scale, size and coords is given; give one of them, or none.")
+        if (coords is None) != (cell is None):
+            raise ValueError("coords and cell go together; give both or none.")
+        if coords is not None and cell is not None:
+            batch = x.shape[0]
+            if coords.dim() != 3 or (coords.shape[0], coords.shape[2]) != (batch, 2) or cell.shape != (batch, 2):
+                raise ValueError(
+                    f"coords are {tuple(coords.shape)} and cell {tuple(cell.shape)}; for a batch of {batch} they must "
+                    f"be ({batch}, Q, 2) and ({batch}, 2)."
+                )
+            return self.lte(self.features(x), x, coords, cell, chunk=self.query_chunk)
+        if size is None:
+            size = scaled_size(x.shape[-2:], self.upscaling_factor if scale is None else scale)
+        elif min(size) < 1:
+            raise ValueError(f"size is {tuple(size)}; height and width must be at least 1.")
+        grid, grid_cell = query_grid(size, device=x.device)
+        coords, cell = grid.expand(x.shape[0], -1, -1), grid_cell.expand(x.shape[0], -1)
+        return self.lte(self.features(x), x, coords, cell, chunk=self.query_chunk).unflatten(-1, size)
+
+    def features(self, x: Tensor) -> Tensor:
+        """What the upsampler starts from: (B, 3, H, W) -> (B, dim, H, W). It does not depend on the scale."""
+        shallow = self.proj(x)
+        return self.last(self.run_blocks(shallow)) + shallow

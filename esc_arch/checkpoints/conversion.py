@@ -1,0 +1,340 @@
+"""Checkpoints to other formats and forms: `.pth` and `.safetensors`, a folded kernel, factors in place of tables."""
+
+from __future__ import annotations
+
+import io
+import json
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import scipy.linalg
+import torch
+from basicsr.utils.registry import ARCH_REGISTRY
+from torch import Tensor, nn
+
+from esc_arch.data.safe_files import write_atomically
+from esc_arch.errors import UserError
+from esc_arch.ops.conv_attn import symmetrise
+from esc_arch.ops.window_attention import dense_bias
+from esc_arch.version import __version__
+
+from .loading import adapt_weights, describe_mismatch
+from .reading import find_weights, is_state_dict, read_checkpoint, read_metadata
+from .recognition import examine, strip_common_prefix
+
+__all__ = [
+    "FORMATS",
+    "BiasError",
+    "Checkpoint",
+    "OutputError",
+    "build_network",
+    "factorise",
+    "fold",
+    "is_folded",
+    "open_checkpoint",
+    "output_error",
+    "save_checkpoint",
+]
+
+FORMATS = ("pth", "safetensors")
+#: Where weights that had no key of their own are put in a `.pth`: what BasicSR looks for by default.
+DEFAULT_KEY = "params"
+#: What a `.safetensors` file's metadata, strings all, say of ours: the format that readers expect, the version that
+#: wrote it, the network, the entry that the weights were in, and what stood beside them, the last three as JSON.
+RESERVED = ("format", "esc_arch", "network_g", "param_key", "beside")
+TABLE, Q_FACTORS, K_FACTORS = "relative_position_bias", "flashbias_q", "flashbias_k"
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """The weights of one network of the family, and what stood beside them in the file.
+
+    Attributes:
+        weights: names as the network has them.
+        network_g: type and options of the network.
+        key: the entry that the weights were in; None when the file was a bare state dict.
+        beside: plain values in the file, such as `iter`, and what conversions have to say.
+        left_out: entries that are neither: other weights, states of optimizers.
+        assumptions: what in network_g does not follow from the weights, a sentence each.
+    """
+
+    weights: dict[str, Tensor]
+    network_g: dict[str, Any]
+    key: str | None = None
+    beside: dict[str, Any] = field(default_factory=dict)
+    left_out: list[str] = field(default_factory=list)
+    assumptions: list[str] = field(default_factory=list)
+
+
+def open_checkpoint(path: str | Path, *, param_key: str | None = None, window_size: int | None = None) -> Checkpoint:
+    """Read a checkpoint and recognise its network.
+
+    Args:
+        param_key: the entry wanted; None for the first of `params_ema`, `params` and other toolboxes' names.
+        window_size: of RIB, whose weights do not say it; None for what the file says, else the published one.
+
+    Raises:
+        UserError: the file cannot be read, has no weights (under that key), they are of no network of the family or
+            do not fit the one recognised, or window_size is not to be chosen.
+    """
+    path = Path(path)
+    content = read_checkpoint(path)
+    if param_key is not None and not is_state_dict(content.get(param_key)):
+        sets = ", ".join(key for key, value in content.items() if is_state_dict(value))
+        raise UserError(
+            f"{path} holds no weights under {param_key!r}; "
+            + (f"it does under {sets}." if sets else "leave the key away to have them found.")
+        )
+    key, weights = find_weights(content, param_key, path)
+    beside, left_out = _split_plain({name: value for name, value in content.items() if name != key}, bare=key is None)
+    if path.suffix == ".safetensors":
+        metadata = read_metadata(path)
+        beside = {name: value for name, value in metadata.items() if name not in RESERVED}
+        beside |= _from_json(metadata.get("beside"))
+        known = _from_json(metadata.get("network_g"))
+        key = metadata.get("param_key")
+    else:
+        known = beside.pop("network_g", None)
+        known = known if isinstance(known, dict) else {}
+    if window_size is not None:
+        if window_size < 1:
+            raise UserError(f"The window given is {window_size}; it must be at least 1.")
+        known["window_size"] = window_size
+    weights = {name: tensor.detach() for name, tensor in strip_common_prefix(weights).items()}
+    try:
+        section, assumptions = examine(weights, known)
+    except UserError as error:
+        raise UserError(f"{path}: {error}") from error
+    if window_size is not None and section["window_size"] != window_size:
+        raise UserError(
+            f"The window of {path} is {section['window_size']}, by its weights; a window is to be given for RIB alone."
+        )
+    _check_fit(path, section, weights)
+    return Checkpoint(weights, section, key, beside, left_out, assumptions)
+
+
+def build_network(section: Mapping[str, Any]) -> nn.Module:
+    """The network of a `network_g` section.
+
+    Raises:
+        ValueError: an option that cannot be.
+    """
+    return ARCH_REGISTRY.get(section["type"])(**{key: value for key, value in section.items() if key != "type"})
+
+
+def save_checkpoint(checkpoint: Checkpoint, path: str | Path, *, file_format: str) -> None:
+    """Write a checkpoint, all or nothing.
+
+    A `.pth` is as BasicSR's: the weights under their key (`params` if they had none), the rest beside them. A
+    `.safetensors` file has the rest in its metadata, so that nothing is lost on the way there and back.
+
+    Args:
+        file_format: one of `FORMATS`.
+
+    Raises:
+        UserError: it cannot be written.
+    """
+    from safetensors.torch import save
+
+    path = Path(path)
+    # safetensors refuses tensors that share memory, and torch.save would store all of a tensor that is a part of one
+    weights = {name: tensor.contiguous().clone() for name, tensor in checkpoint.weights.items()}
+    if file_format == "safetensors":
+        strings = {k: v for k, v in checkpoint.beside.items() if isinstance(v, str) and k not in RESERVED}
+        metadata = {
+            "format": "pt",
+            "esc_arch": __version__,
+            "network_g": json.dumps(checkpoint.network_g),
+            "beside": json.dumps({k: v for k, v in checkpoint.beside.items() if k not in strings}),
+            **({} if checkpoint.key is None else {"param_key": checkpoint.key}),
+            **strings,
+        }
+        data = save(weights, metadata)
+    else:
+        buffer = io.BytesIO()
+        beside = {**checkpoint.beside, "network_g": checkpoint.network_g}
+        torch.save({checkpoint.key or DEFAULT_KEY: weights, **beside}, buffer)
+        data = buffer.getvalue()
+    try:
+        write_atomically(path, data)
+    except OSError as error:
+        raise UserError(f"Cannot write {path}: {error.strerror or error}.") from error
+
+
+def is_folded(weights: Mapping[str, Tensor]) -> bool | None:
+    """Whether the large kernel is symmetric, as training hardly ever leaves it; None when there is none to fold."""
+    if "plk_filter" not in weights:
+        return None
+    kernel = weights["plk_filter"]
+    return torch.equal(_symmetrised(kernel), kernel)
+
+
+def fold(checkpoint: Checkpoint) -> Checkpoint:
+    """A checkpoint with the symmetrised large kernel in place of the free one. The network's output stays the same.
+
+    Raises:
+        UserError: the network has no kernel that is symmetrised (ESCFP).
+    """
+    if "plk_filter" not in checkpoint.weights:
+        raise UserError(
+            f"{checkpoint.network_g['type']} has no large kernel to fold: its filters are used as they are."
+        )
+    folded = {"plk_filter": _symmetrised(checkpoint.weights["plk_filter"])}
+    return replace(checkpoint, weights=checkpoint.weights | folded, beside=checkpoint.beside | {"folded": True})
+
+
+def _symmetrised(kernel: Tensor) -> Tensor:
+    """In float64, so that folding a kernel of half precision rounds once, and again changes nothing."""
+    return symmetrise(kernel.double()).to(kernel.dtype)
+
+
+@dataclass(frozen=True)
+class BiasError:
+    """How well factors reproduce the bias of one attention layer, or of all.
+
+    Attributes:
+        layer: the layer's name.
+        largest, rms: absolute error, up to a constant per query; what scores of attention are measured in.
+        kept: share of the energy (sum of squares) of the bias, of what of it has an effect.
+    """
+
+    layer: str
+    largest: float
+    rms: float
+    kept: float
+
+
+def factorise(checkpoint: Checkpoint, rank: int) -> tuple[Checkpoint, list[BiasError]]:
+    """A checkpoint with the best factors of a low rank in place of its bias tables (FlashBias, arXiv 2603.06738).
+
+    Softmax over the keys does not change when a number is added to all scores of a query, so the bias B (N, N) of a
+    head can be replaced by B + c 1^T with any c. The error of an approximation A that matters is what remains for the
+    best c, || (A - B) (I - 1 1^T / N) ||, and the rank-r matrix with the least error is the truncated singular value
+    decomposition of B with the mean of every row taken out. Of the decomposition U S V^T, both factors get the square
+    root of S, so that training moves them alike.
+
+    Returns:
+        The checkpoint, its network_g made to fit; the errors of every layer, and in the last place those of all.
+
+    Raises:
+        UserError: the network has no bias tables or none of finite numbers, or the rank is not within
+            1 .. window_size^2.
+    """
+    section = checkpoint.network_g
+    tables = {name: tensor for name, tensor in checkpoint.weights.items() if name.endswith(f".{TABLE}")}
+    if not tables:
+        raise UserError(
+            f"There is no bias table to make factors of: the attention of this {section['type']} is "
+            f"{section['attn_type']}."
+        )
+    window = section["window_size"]
+    if not 1 <= rank <= window**2:
+        raise UserError(f"The rank is {rank}; for windows of {window} x {window} it must be within 1 .. {window**2}.")
+    weights = {name: tensor for name, tensor in checkpoint.weights.items() if name not in tables}
+    errors = []
+    squared_error = energy = 0.0
+    for name in sorted(tables, key=lambda name: [int(number) for number in re.findall(r"\d+", name)]):
+        layer, table = name.removesuffix(f".{TABLE}"), tables[name]
+        if not table.isfinite().all():
+            raise UserError(f"{name} has numbers that are infinite or not a number.")
+        bias = dense_bias(table.double(), window)
+        bias -= bias.mean(dim=-1, keepdim=True)
+        q, k = (part.to(table.dtype) for part in _best_factors(bias, rank))
+        weights |= {f"{layer}.{Q_FACTORS}": q, f"{layer}.{K_FACTORS}": k}
+        error = q.double() @ k.double().mT * rank**-0.5 - bias
+        errors.append(_bias_error(layer, error.abs().max().item(), _squares(error), _squares(bias), error.numel()))
+        squared_error, energy = squared_error + _squares(error), energy + _squares(bias)
+    largest = max(error.largest for error in errors)
+    errors.append(_bias_error("all layers", largest, squared_error, energy, len(tables) * bias.numel()))
+    changes: dict[str, Any] = {"attn_type": "FlashBias", "rank": rank}
+    return replace(checkpoint, weights=weights, network_g={**section, **changes}), errors
+
+
+def _squares(values: Tensor) -> float:
+    return values.square().sum().item()
+
+
+def _bias_error(layer: str, largest: float, squared_error: float, energy: float, count: int) -> BiasError:
+    kept = 1 - squared_error / energy if energy else 1.0
+    return BiasError(layer, largest, (squared_error / count) ** 0.5, kept)
+
+
+def _best_factors(bias: Tensor, rank: int) -> tuple[Tensor, Tensor]:
+    """Factors q, k, (h, N, rank) each, whose q k^T / sqrt(rank) is the best approximation of bias (h, N, N)."""
+    size = bias.shape[-1]
+    factors = []
+    for matrix in bias:
+        # A few eigenvectors of a symmetric matrix take a fraction of the time of the whole decomposition; double
+        # precision makes up for squaring it
+        gram = (matrix @ matrix.T).cpu().numpy()
+        _, vectors = scipy.linalg.eigh(gram, subset_by_index=[size - rank, size - 1])
+        left = torch.from_numpy(vectors).to(matrix).flip(1)
+        right = matrix.T @ left
+        strength = right.norm(dim=0).clamp_min(torch.finfo(right.dtype).tiny)
+        factors.append((left * (strength * rank**0.5).sqrt(), right * (rank**0.5 / strength).sqrt()))
+    q, k = (torch.stack(parts) for parts in zip(*factors, strict=True))
+    return q, k
+
+
+@dataclass(frozen=True)
+class OutputError:
+    """How far the output of one network is from that of another, pixels being in 0 .. 1; PSNR in dB."""
+
+    largest: float
+    psnr: float
+
+
+@torch.no_grad()
+def output_error(before: Checkpoint, after: Checkpoint, image: Tensor) -> OutputError:
+    """Run two networks on an image (1, 3, H, W) in 0 .. 1, in float32 on its device."""
+    first, second = (_loaded(checkpoint).to(image.device)(image) for checkpoint in (before, after))
+    difference = (first - second).double()
+    mean_square = difference.square().mean()
+    return OutputError(difference.abs().max().item(), (-10 * mean_square.log10()).item())
+
+
+def _loaded(checkpoint: Checkpoint) -> nn.Module:
+    net = build_network(checkpoint.network_g)
+    net.load_state_dict(checkpoint.weights)
+    return net.eval()
+
+
+def _check_fit(path: Path, section: Mapping[str, Any], weights: Mapping[str, Tensor]) -> None:
+    """Compare weights with the network that they were recognised as: a part may be missing, or be of other options."""
+    options = ", ".join(f"{key}: {value}" for key, value in section.items() if key != "type")
+    try:
+        with torch.device("meta"):
+            net = build_network(section)
+    except ValueError as error:
+        raise UserError(f"{path} looks like {section['type']} with {options}, but there is none: {error}") from error
+    completed = dict(weights)
+    adapt_weights(net, completed)
+    if problems := describe_mismatch(net.state_dict(), completed):
+        raise UserError(f"{path} is almost {section['type']} with {options}: {'; '.join(problems)}.")
+
+
+def _split_plain(content: Mapping[Any, Any], *, bare: bool) -> tuple[dict[str, Any], list[str]]:
+    """Tell values that JSON can hold unchanged from entries that it cannot; a bare state dict has neither."""
+    if bare:
+        return {}, []
+    plain = {name: value for name, value in content.items() if isinstance(name, str) and _is_plain(value)}
+    return plain, [str(name) for name in content if name not in plain]
+
+
+def _is_plain(value: object) -> bool:
+    try:
+        return bool(json.loads(json.dumps(value)) == value)
+    except (TypeError, ValueError):
+        return False
+
+
+def _from_json(text: str | None) -> dict[str, Any]:
+    """An object from metadata that anyone may have written; empty when it is none."""
+    try:
+        value = json.loads(text or "{}")
+    except ValueError:
+        return {}
+    return value if isinstance(value, dict) else {}

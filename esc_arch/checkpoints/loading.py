@@ -1,0 +1,96 @@
+"""Weights into networks: adapted where a network can, and checked before they are used.
+
+What does not fit is reported in full instead of being skipped.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from pathlib import Path
+
+from torch import Tensor, nn
+
+from esc_arch.errors import UserError
+
+from .reading import some
+from .recognition import describe_difference, strip_common_prefix
+
+__all__ = ["adapt_weights", "describe_mismatch", "load_weights", "mismatch_message"]
+
+logger = logging.getLogger("basicsr")
+
+
+def load_weights(net: nn.Module, weights: Mapping[str, Tensor], *, strict: bool, source: str | Path) -> None:
+    """Load a state dict into a network, and say what does not fit.
+
+    A network that can adapt a checkpoint (of another scale, say) does so first: it has a method
+    `adapt_state_dict(state_dict) -> notes`, see `esc_arch.archs.ESC.adapt_state_dict`.
+
+    Args:
+        strict: every name and shape must be the same. Otherwise what fits is loaded, the rest is listed as a warning.
+
+    Raises:
+        UserError: it does not fit (strict), or nothing of it fits.
+    """
+    weights = dict(weights)
+    for note in adapt_weights(net, weights):
+        logger.warning("%s is of another scale: %s", source, note)
+    message = mismatch_message(net, weights, strict=strict, source=source)
+    if message is not None:
+        raise UserError(message)
+    own = net.state_dict()
+    fitting = _fitting(own, weights)
+    if problems := describe_mismatch(own, weights):
+        logger.warning("Of %s, %d of %d tensors were loaded: %s.", source, len(fitting), len(own), "; ".join(problems))
+    net.load_state_dict(fitting, strict=False)
+
+
+def mismatch_message(net: nn.Module, weights: Mapping[str, Tensor], *, strict: bool, source: str | Path) -> str | None:
+    """Why a state dict, adapted already, cannot be loaded into a network; None when it can."""
+    own = net.state_dict()
+    problems = "; ".join(describe_mismatch(own, weights))
+    if problems and (difference := describe_difference(own, weights)) is not None:
+        problems = f"{difference}; {problems}"
+    fitting = len(_fitting(own, weights))
+    if not fitting:
+        return (
+            f"Nothing in {source} fits {type(net).__name__}, so it would stay untrained: {problems}. "
+            f"Is it a checkpoint of another network? Compare network_g."
+        )
+    if problems and strict:
+        return (
+            f"{source} does not fit {type(net).__name__}: {problems}. Make network_g that of the checkpoint, or set "
+            f"path: strict_load_g: false to load only what fits ({fitting} of {len(own)} tensors)."
+        )
+    return None
+
+
+def adapt_weights(net: nn.Module, weights: dict[str, Tensor]) -> list[str]:
+    """Make `weights` fit the network in place where that can be; what the network did, a sentence each.
+
+    When no name fits, a prefix that all names have (`net_g.`, `model.`) is dropped; then the network adapts them.
+    """
+    own = net.state_dict()
+    if own.keys().isdisjoint(weights) and not own.keys().isdisjoint(stripped := strip_common_prefix(weights)):
+        weights.clear()
+        weights.update(stripped)
+    adapt = getattr(net, "adapt_state_dict", None)
+    return adapt(weights) if callable(adapt) else []
+
+
+def describe_mismatch(own: Mapping[str, Tensor], weights: Mapping[str, Tensor]) -> list[str]:
+    """How a state dict differs from a network's: missing names, unknown names, other shapes. Empty when it fits."""
+    missing = [name for name in own if name not in weights]
+    unknown = [name for name in weights if name not in own]
+    shapes = [
+        f"{name} is {tuple(tensor.shape)} and should be {tuple(own[name].shape)}"
+        for name, tensor in weights.items()
+        if name in own and own[name].shape != tensor.shape
+    ]
+    groups = {"missing in it": missing, "not in the network": unknown, "of other shapes": shapes}
+    return [f"{len(names)} {what} ({some(names)})" for what, names in groups.items() if names]
+
+
+def _fitting(own: Mapping[str, Tensor], weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {name: tensor for name, tensor in weights.items() if name in own and own[name].shape == tensor.shape}

@@ -1,0 +1,172 @@
+"""HR images for networks of any scale."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from basicsr.data.transforms import augment
+from basicsr.utils import img2tensor
+from basicsr.utils.registry import DATASET_REGISTRY
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from esc_arch.errors import UserError
+from esc_arch.ops.resize import matlab_resize, round_to_8bit, scale_pair, scaled_size
+from esc_arch.registry import register
+
+from .hr_images import HRImages, random_start
+
+__all__ = ["ArbitraryScaleDataset", "ScaleRange"]
+
+
+@dataclass(frozen=True)
+class ScaleRange:
+    """How training at many scales draws them: the options of these names of the training set.
+
+    Attributes:
+        lq_size: side of the LQ patches (pixels), the same at every scale, so that batches of all scales cost the same.
+        scale_min, scale_max: scales are drawn uniformly between them; from 1 on.
+        sample_q: how many pixels of an HR patch are asked for; by default as many as an LQ patch has.
+    """
+
+    lq_size: int = 64
+    scale_min: float = 1
+    scale_max: float = 4
+    sample_q: int | None = None
+
+    @classmethod
+    def of(cls, opt: Mapping[str, Any]) -> ScaleRange:
+        """Those of a training set's options.
+
+        Raises:
+            UserError: with everything that is wrong with them.
+        """
+        given = cls(**{name: opt[name] for name in cls.__dataclass_fields__ if opt.get(name) is not None})
+        if problems := list(given.problems()):
+            raise UserError("; ".join(problems) + ".")
+        return given
+
+    def problems(self) -> Iterator[str]:
+        """What is wrong with the values, a sentence each without its full stop."""
+        lq_size_is_right = _is_whole(self.lq_size)
+        if not lq_size_is_right:
+            yield f"lq_size: {self.lq_size!r} given; must be a positive integer: the side of the LQ patches"
+        for name in ("scale_min", "scale_max"):
+            value = getattr(self, name)
+            if not _is_number(value) or not 1 <= value < math.inf:
+                yield f"{name}: {value!r} given; must be a number of at least 1"
+                return
+        if self.scale_min > self.scale_max:
+            yield f"scale_min: {self.scale_min} is larger than scale_max {self.scale_max}. Swap them"
+        if self.sample_q is None or not lq_size_is_right:
+            return
+        fewest = round(self.lq_size * self.scale_min) ** 2
+        if not _is_whole(self.sample_q) or self.sample_q > fewest:
+            yield f"sample_q: {self.sample_q!r} given; must be an integer from 1 to {fewest}, the pixels at scale_min"
+
+    @property
+    def hr_size(self) -> int:
+        """Side of the HR patches (pixels) from which those of every scale can be cut."""
+        return round(self.lq_size * self.scale_max)
+
+    @property
+    def points(self) -> int:
+        """How many pixels of every patch are asked for."""
+        return self.lq_size**2 if self.sample_q is None else self.sample_q
+
+
+@register(DATASET_REGISTRY)
+class ArbitraryScaleDataset(Dataset[dict[str, Any]]):
+    """HR images for training at scales drawn per batch, and for testing at any real scale.
+
+    For training the items are HR patches large enough for the largest scale. The scale has to be one for a whole batch,
+    which no item knows of, so `ESCLTEModel` draws it and makes the LQ patches, on its device.
+
+    For validation and testing LQ is made from the whole image, by MATLAB's bicubic with antialiasing, rounded to 8
+    bit. It has floor(H / scale) rows; GT is cropped to as many as this times the scale makes, rounded.
+
+    Args:
+        opt: the data set's options:
+
+            - ``dataroot_gt``, ``io_backend``, ``meta_info_file``: see `HRImages`.
+            - ``phase``: train, or anything else for whole images; set by BasicSR.
+            - ``lq_size``, ``scale_min``, ``scale_max``, ``sample_q``: see `ScaleRange`; for training only.
+            - ``use_hflip``, ``use_rot``: whether patches are flipped and turned at random (true); for training only.
+            - ``scale``: a number of at least 1, or two: of height and width; not for training.
+
+    Raises:
+        UserError: images are missing, or an option cannot be used; when read, an image cannot be decoded or is too
+            small.
+    """
+
+    def __init__(self, opt: dict[str, Any]) -> None:
+        self.opt = opt  # BasicSR looks the name up
+        if problems := self.option_problems(opt):
+            raise UserError("; ".join(problems) + ".")
+        self.is_train: bool = opt["phase"] == "train"
+        self.images = HRImages(opt)
+
+    @staticmethod
+    def option_problems(opt: Mapping[str, Any]) -> list[str]:
+        """What is wrong with a data set's options, but for those of `HRImages`; a sentence each without full stop."""
+        if opt["phase"] == "train":
+            try:
+                ScaleRange.of(opt)
+            except UserError as error:
+                return [str(error).removesuffix(".")]
+            return []
+        try:
+            scales = scale_pair(opt.get("scale"))  # type: ignore[arg-type]  # which is what it looks at
+        except ValueError:
+            scales = (0, 0)
+        if min(scales) < 1:
+            return [f"scale: {opt.get('scale')!r} given; must be a number of at least 1, or two: [height, width]"]
+        return []
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        """RGB in 0 .. 1: in training `gt` (3, hr_size, hr_size), else `lq` and `gt`; and the path of the HR image."""
+        path = self.images.paths[index]
+        if self.is_train:
+            return {"gt": self._patch(index, path), "gt_path": path}
+        lq, gt = self._pair(_tensor(self.images.read(index)), path)
+        return {"lq": lq, "gt": gt, "lq_path": path, "gt_path": path}
+
+    def _patch(self, index: int, path: str) -> Tensor:
+        image, size = self.images.read_uint8(index), ScaleRange.of(self.opt).hr_size
+        top, left = random_start(image, size, 1, path)
+        patch = image[top : top + size, left : left + size].astype(np.float32) / np.float32(255)
+        return _tensor(augment(patch, self.opt.get("use_hflip", True), self.opt.get("use_rot", True)))
+
+    def _pair(self, hr: Tensor, path: str) -> tuple[Tensor, Tensor]:
+        scales = scale_pair(self.opt["scale"])
+        # A quotient like 35 / 1.4 may come out a little below the whole number it is
+        lq_size = tuple(math.floor(n / s + 1e-9) for n, s in zip(hr.shape[-2:], scales, strict=True))
+        if min(lq_size) < 1:
+            raise UserError(
+                f"{path} has {hr.shape[1]} x {hr.shape[2]} pixels (height x width), too few to be reduced by the scale "
+                f"{self.opt['scale']}. Remove it from the data set."
+            )
+        height, width = scaled_size(lq_size, scales)
+        gt = hr[:, :height, :width]
+        return round_to_8bit(matlab_resize(gt[None], (lq_size[0], lq_size[1])))[0], gt
+
+
+def _tensor(image: Any) -> Tensor:
+    """(H, W, 3) BGR -> (3, H, W) RGB."""
+    tensor: Tensor = img2tensor(image, bgr2rgb=True, float32=True)
+    return tensor
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def _is_whole(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 1

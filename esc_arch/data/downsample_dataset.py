@@ -1,0 +1,97 @@
+"""Pairs whose LR images are made from HR images while training."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+from basicsr.data.transforms import augment
+from basicsr.utils import img2tensor
+from basicsr.utils.registry import DATASET_REGISTRY
+from torch.utils.data import Dataset
+
+from esc_arch.ops.resize import matlab_resize, round_to_8bit
+from esc_arch.registry import register
+
+from .hr_images import FloatImage, HRImages, random_start
+from .image_files import Image
+
+__all__ = ["DownsampleImageDataset"]
+
+#: How far the bicubic kernel reaches from a pixel of the LR image, in LR pixels.
+_REACH = 2
+
+
+@register(DATASET_REGISTRY)
+class DownsampleImageDataset(Dataset[dict[str, Any]]):
+    """HR images, and their LR images by MATLAB's bicubic with antialiasing; takes the place of PairedImageDataset.
+
+    A patch is reduced together with what the kernel reaches around it, so that the pair is that of prepared data: LQ
+    is within 1e-6 of the same place in the whole image's LR image, and, rounded to 8 bit, the same unless the exact
+    value lies that close to the middle between two levels. Patches are drawn as in PairedImageDataset: the same seeds
+    give the same pairs. Of sub-images, the kernel sees nothing beyond their borders, unlike in LR images that were cut
+    like them; whole images give exact pairs everywhere.
+
+    Args:
+        opt: the data set's options:
+
+            - ``dataroot_gt``, ``io_backend``, ``meta_info_file``: see `HRImages`.
+            - ``scale``: whole number, set by BasicSR to the option file's. Images are cropped to a multiple of it.
+            - ``phase``: train for random patches, anything else for whole images; set by BasicSR.
+            - ``gt_size``: side of HR patches, a multiple of scale; for training only.
+            - ``use_hflip``, ``use_rot``: whether patches are flipped and turned at random (true).
+            - ``round_lq``: whether LQ is rounded to 8 bit, as files are (true).
+
+    Raises:
+        UserError: images are missing; when read, one cannot be decoded or is smaller than ``gt_size``.
+    """
+
+    def __init__(self, opt: dict[str, Any]) -> None:
+        self.opt = opt  # BasicSR looks the name up
+        self.images = HRImages(opt)
+        self.scale: int = opt["scale"]
+        self.is_train: bool = opt["phase"] == "train"
+        self.round_lq: bool = opt.get("round_lq", True)
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        """`gt` (3, H, W) and `lq` (3, H / scale, W / scale), RGB in 0 .. 1; `gt_path` and `lq_path`, the HR image's."""
+        path = self.images.paths[index]
+        image = self.images.read_uint8(index)
+        height, width = (length - length % self.scale for length in image.shape[:2])
+        image = image[:height, :width]
+        if self.is_train:
+            size: int = self.opt["gt_size"]
+            pair = self.cut(image, *random_start(image, size, self.scale, path), size, size)
+            gt, lq = augment(list(pair), self.opt.get("use_hflip", True), self.opt.get("use_rot", True))
+        else:
+            gt, lq = self.cut(image, 0, 0, height, width)
+        gt, lq = img2tensor([gt, lq], bgr2rgb=True, float32=True)
+        return {"gt": gt, "lq": lq, "gt_path": path, "lq_path": path}
+
+    def cut(self, image: Image, top: int, left: int, height: int, width: int) -> tuple[FloatImage, FloatImage]:
+        """The patch of an image (H, W, 3) at a place, and its LR patch; all numbers are multiples of scale.
+
+        Returns:
+            (height, width, 3) and (height / scale, width / scale, 3), in 0 .. 1.
+        """
+        margin = _REACH * self.scale
+        first = max(0, top - margin), max(0, left - margin)
+        around = image[first[0] : top + height + margin, first[1] : left + width + margin].astype(np.float32)
+        around /= 255
+        y, x = top - first[0], left - first[1]
+        gt = around[y : y + height, x : x + width]
+        lq = self._reduce(around)
+        y, x, height, width = (number // self.scale for number in (y, x, height, width))
+        return np.ascontiguousarray(gt), np.ascontiguousarray(lq[y : y + height, x : x + width])
+
+    def _reduce(self, image: FloatImage) -> FloatImage:
+        height, width, _ = image.shape
+        reduced = matlab_resize(
+            torch.from_numpy(image).permute(2, 0, 1)[None], (height // self.scale, width // self.scale)
+        )[0].permute(1, 2, 0)
+        result: FloatImage = (round_to_8bit(reduced) if self.round_lq else reduced).numpy()
+        return result

@@ -1,0 +1,162 @@
+"""High-resolution images as data sets read them, from folders or LMDBs, one or several of them."""
+
+from __future__ import annotations
+
+import os
+import random
+from collections.abc import Iterator, Mapping
+from itertools import repeat
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from basicsr.data.data_util import paths_from_lmdb
+from basicsr.utils import FileClient, imfrombytes
+
+from ..errors import UserError
+from .image_files import IMAGE_SUFFIXES, Image
+
+__all__ = ["FloatImage", "HRImages", "as_list", "random_start"]
+
+FloatImage = npt.NDArray[np.float32]
+
+
+class HRImages:
+    """The images under a data set's `dataroot_gt`, in a fixed order: root by root, and by name in each.
+
+    Nothing is opened before the first image is read, and what is open is not pickled: an instance can be handed to
+    worker processes.
+
+    Args:
+        opt: a data set's options, of which these are used:
+
+            - ``dataroot_gt``: a folder (searched with the folders in it) or an LMDB made for BasicSR, or a list of
+              them, all of one kind.
+            - ``io_backend``: ``type: disk`` (the default) or ``lmdb``, with arguments of BasicSR's backend.
+            - ``meta_info_file``: for folders; a text file that has the name of an image, relative to its root, at the
+              beginning of each line; or a list with a file or null for each root. Images that it does not name are
+              left out.
+
+    Attributes:
+        paths: of each image, the file, or its key in an LMDB.
+
+    Raises:
+        UserError: a root or a list is missing, has no images, or does not go with the others.
+    """
+
+    def __init__(self, opt: Mapping[str, Any]) -> None:
+        self._roots = [str(root) for root in as_list(opt.get("dataroot_gt"))]
+        if not self._roots:
+            raise UserError("dataroot_gt is missing. Give the folder or the LMDB of the images, or a list of them.")
+        self._backend = dict(opt.get("io_backend") or {"type": "disk"})
+        self._client: FileClient | None = None
+        lists = self._lists_of_roots(opt.get("meta_info_file"))
+        #: (number of the root, path in it) of every image.
+        self._places = [
+            (number, path)
+            for number, (root, list_file) in enumerate(zip(self._roots, lists, strict=True))
+            for path in self._paths_of(root, list_file)
+        ]
+        self.paths = [path for _, path in self._places]
+
+    def __len__(self) -> int:
+        return len(self.paths)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return vars(self) | {"_client": None}
+
+    def read_uint8(self, index: int) -> Image:
+        """The image `index`: (H, W, 3), BGR in 0 .. 255, grey as three equal channels.
+
+        Raises:
+            UserError: it is missing or cannot be decoded.
+        """
+        if self._client is None:
+            self._client = self._open()
+        number, path = self._places[index]
+        image: Image = imfrombytes(self._client.get(path, str(number)))
+        return image
+
+    def read(self, index: int) -> FloatImage:
+        """The image `index`: (H, W, 3), BGR in 0 .. 1; errors as of `read_uint8`."""
+        return self.read_uint8(index).astype(np.float32) / np.float32(255)
+
+    def _open(self) -> FileClient:
+        options = {key: value for key, value in self._backend.items() if key != "type"}
+        if self._backend["type"] == "lmdb":
+            options |= {"db_paths": self._roots, "client_keys": [str(number) for number in range(len(self._roots))]}
+        return FileClient(self._backend["type"], **options)
+
+    def _lists_of_roots(self, given: Any) -> list[str | None]:
+        """The list file of each root, or None."""
+        lists = as_list(given)
+        if not lists or self._backend["type"] == "lmdb":  # which has a list of its own
+            return list(repeat(None, len(self._roots)))
+        if len(lists) != len(self._roots) or not all(isinstance(entry, str | None) for entry in lists):
+            raise UserError(
+                f"meta_info_file is {given!r}, for {len(self._roots)} entries of dataroot_gt. Give a text file for "
+                f"each, or ~ for a folder whose images are all to be used."
+            )
+        return lists
+
+    def _paths_of(self, root: str, list_file: str | None) -> list[str]:
+        if self._backend["type"] == "lmdb":
+            paths = _images_of_lmdb(root)
+        elif list_file is not None:
+            paths = [os.path.join(root, name) for name in _names_in(list_file)]
+        else:
+            paths = sorted(_images_below(root))
+        if not paths:
+            raise UserError(f"{root} holds no image ({' '.join(IMAGE_SUFFIXES)}). Give a folder or an LMDB that does.")
+        return paths
+
+
+def as_list(value: Any) -> list[Any]:
+    """`value` itself if it is a list, a list of it alone otherwise; empty for None."""
+    if value is None:
+        return []
+    return value if isinstance(value, list) else [value]
+
+
+def random_start(image: Image, size: int, step: int, path: str) -> tuple[int, int]:
+    """Top and left of a random patch of `size` x `size` pixels of `image` (H, W, 3), both multiples of `step`.
+
+    Drawn with Python's `random`, which BasicSR seeds, the top first.
+
+    Raises:
+        UserError: the image is smaller; the message names it by `path`.
+    """
+    height, width = image.shape[:2]
+    if min(height, width) < size:
+        raise UserError(
+            f"{path} has {height} x {width} pixels (height x width), fewer than the patches of {size} x {size} that "
+            f"are cut from it. Remove it from the data set, or cut smaller patches."
+        )
+    return random.randint(0, (height - size) // step) * step, random.randint(0, (width - size) // step) * step
+
+
+def _images_of_lmdb(root: str) -> list[str]:
+    if not root.endswith(".lmdb") or not Path(root, "meta_info.txt").is_file():
+        raise UserError(f"{root} is not an LMDB that BasicSR can read: a folder NAME.lmdb with a meta_info.txt in it.")
+    keys: list[str] = paths_from_lmdb(root)
+    return keys
+
+
+def _names_in(list_file: str) -> list[str]:
+    try:
+        with open(list_file, encoding="utf-8", errors="surrogateescape") as lines:
+            return [line.split()[0] for line in lines if line.strip()]
+    except OSError as error:
+        raise UserError(f"Cannot read the list of images {list_file}: {error.strerror}.") from error
+
+
+def _images_below(root: str) -> Iterator[str]:
+    """The image files in a folder and in the folders in it; nothing that is hidden."""
+    if not os.path.isdir(root):
+        raise UserError(f"{root} is not a folder. Relative paths start in the current folder.")
+    for folder, subfolders, files in os.walk(root, followlinks=True):
+        subfolders[:] = [name for name in subfolders if not name.startswith(".")]
+        for name in files:
+            if name.lower().endswith(IMAGE_SUFFIXES) and not name.startswith("."):
+                yield os.path.join(folder, name)

@@ -1,0 +1,136 @@
+"""Training at scales drawn per batch, and testing at any."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+import torch
+from basicsr.utils.registry import MODEL_REGISTRY
+from torch import Tensor
+
+from esc_arch.data.arbitrary_scale_dataset import ScaleRange
+from esc_arch.models.esc_model import ESCModel
+from esc_arch.modules.lte import query_grid
+from esc_arch.ops.padding import reflect_pad_to_multiple
+from esc_arch.ops.resize import matlab_resize, round_to_8bit, scale_pair, scaled_size
+from esc_arch.registry import register
+
+__all__ = ["ESCLTEModel", "draw_batch"]
+
+
+@register(MODEL_REGISTRY)
+class ESCLTEModel(ESCModel):
+    """`ESCModel` for networks that are asked for the colours at any points, as `ESCLTE`.
+
+    Training: of the HR patches of `ArbitraryScaleDataset` it makes LQ patches, of one scale for a batch, and random
+    pixels to be asked for (`draw_batch`). What is drawn depends on `manual_seed`, the process and the iteration alone,
+    so that a resumed run draws what it would have drawn. Other pairs of LQ and GT are enlarged by `upscaling_factor`.
+
+    Validation and testing: every data set at its own `scale` (without one, `upscaling_factor`). The image is padded as
+    by `ESCModel`; asked for are the pixels of the enlarged image alone, so that they lie where they do without padding.
+
+    Options beyond ESCModel's:
+
+     - ``val: metrics: ...: crop_border: scale`` crops what the data set's scale is, rounded up.
+    """
+
+    def __init__(self, opt: dict[str, Any]) -> None:
+        super().__init__(opt)
+        self._scale: Any = self.get_bare_model(self.net_g).upscaling_factor
+        self._batches = 0
+        self._query: dict[str, Tensor] = {}
+
+    @staticmethod
+    def option_problems(opt: Mapping[str, Any]) -> list[str]:
+        """What in a training's options does not go with this model."""
+        if (opt.get("train") or {}).get("perceptual_opt"):
+            return ["train:perceptual_opt: ESCLTEModel trains on single pixels, and has no images for it. Remove it"]
+        return []
+
+    def resume_training(self, resume_state: dict[str, Any]) -> None:
+        super().resume_training(resume_state)
+        self._batches = resume_state["iter"]
+
+    def feed_data(self, data: dict[str, Any]) -> None:
+        self._query = {}
+        if "lq" not in data:
+            self._batches += 1
+            random = np.random.default_rng([self.opt["manual_seed"], self.opt["rank"], self._batches])
+            scales = ScaleRange.of(self.opt["datasets"]["train"])
+            data, self._query = draw_batch(data["gt"].to(self.device), scales, random)
+        super().feed_data(data)
+
+    def optimize_parameters(self, current_iter: int) -> None:
+        with self._asking_for(self._query):
+            super().optimize_parameters(current_iter)
+
+    def test(self) -> None:
+        image = self.lq
+        size = scaled_size(image.shape[-2:], self._scale)
+        self.lq = reflect_pad_to_multiple(image, self.window_size)
+        part = (image.shape[-2] / self.lq.shape[-2], image.shape[-1] / self.lq.shape[-1])
+        coords, cell = query_grid(size, device=image.device, part=part)
+        with self._asking_for({"coords": coords.expand(len(image), -1, -1), "cell": cell.expand(len(image), -1)}):
+            super(ESCModel, self).test()  # not ESCModel's, which cuts the output by a whole scale
+        self.lq = image
+        self.output = self.output.unflatten(-1, size)
+
+    def nondist_validation(self, dataloader: Any, current_iter: Any, tb_logger: Any, save_img: bool) -> None:
+        default, val = self._scale, self.opt["val"]
+        metrics = val.get("metrics")
+        self._scale = dataloader.dataset.opt.get("scale") or default
+        border = {"crop_border": math.ceil(max(scale_pair(self._scale)))}
+        if metrics is not None:
+            val["metrics"] = {
+                name: metric | (border if metric.get("crop_border") == "scale" else {})
+                for name, metric in metrics.items()
+            }
+        try:
+            super().nondist_validation(dataloader, current_iter, tb_logger, save_img)
+        finally:
+            self._scale, val["metrics"] = default, metrics
+
+    @contextmanager
+    def _asking_for(self, query: dict[str, Tensor]) -> Iterator[None]:
+        """BasicSR's methods call the networks with the image alone; here they get `query` as well."""
+
+        def add(_: torch.nn.Module, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+            return args, kwargs | query
+
+        nets = [getattr(self, name) for name in ("net_g", "net_g_ema") if hasattr(self, name)]
+        handles = [net.register_forward_pre_hook(add, with_kwargs=True) for net in nets]
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+
+
+def draw_batch(
+    hr: Tensor, scales: ScaleRange, random: np.random.Generator
+) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """A batch for training at one scale, drawn for all of it.
+
+    Of each HR patch the same part is taken, as large as the scale makes an LQ patch, and reduced by MATLAB's bicubic,
+    rounded to 8 bit; and the same number of its pixels, drawn without replacement.
+
+    Args:
+        hr: (B, 3, hr_size, hr_size), RGB in 0 .. 1.
+
+    Returns:
+        `lq` (B, 3, lq_size, lq_size) and `gt` (B, 3, Q); and `coords` (B, Q, 2) and `cell` (B, 2) for the network.
+    """
+    side = round(scales.lq_size * random.uniform(scales.scale_min, scales.scale_max))
+    top, left = random.integers(hr.shape[-1] - side, size=2, endpoint=True)
+    hr = hr[..., top : top + side, left : left + side]
+    lq = round_to_8bit(matlab_resize(hr, (scales.lq_size, scales.lq_size)))
+    # One drawing for all patches, moved on by another number of pixels in each
+    pixels = random.permutation(side**2)[: scales.points] + random.integers(side**2, size=(len(hr), 1))
+    index = torch.from_numpy(pixels % side**2).to(hr.device)
+    gt = hr.flatten(2).gather(2, index[:, None].expand(-1, hr.shape[1], -1))
+    coords, cell = query_grid((side, side), device=hr.device)
+    return {"lq": lq, "gt": gt}, {"coords": coords[index], "cell": cell.expand(len(hr), -1)}

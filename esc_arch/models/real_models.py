@@ -1,0 +1,164 @@
+"""The two stages of training ESC-Real: Real-ESRGAN's degradations, by BasicSR's models, on CPU and GPU.
+
+Real-ESRGAN: Wang et al., 2021, arXiv 2107.10833. Its published weights came from a training like this; HAT's option
+files, which ESC's are made after, name the two types `RealHATMSEModel` and `RealHATGANModel`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from basicsr.models.realesrgan_model import RealESRGANModel
+from basicsr.models.realesrnet_model import RealESRNetModel
+from basicsr.utils import DiffJPEG, USMSharp
+from basicsr.utils.registry import MODEL_REGISTRY
+from torch import Tensor
+
+from esc_arch.models.esc_model import ESCModel
+from esc_arch.models.pair_pool import PairPool
+from esc_arch.registry import register
+
+__all__ = ["ESCRealGANModel", "ESCRealMSEModel"]
+
+#: Top-level options that BasicSR's degradations read, with the number of entries of those that are lists.
+_DEGRADATION_OPTIONS = {
+    "scale": 1,
+    "gt_size": 1,
+    **{
+        f"{name}{stage}": length
+        for stage in ("", "2")
+        for name, length in {
+            "resize_prob": 3,
+            "resize_range": 2,
+            "gaussian_noise_prob": 1,
+            "noise_range": 2,
+            "poisson_scale_range": 2,
+            "gray_noise_prob": 1,
+            "jpeg_range": 2,
+        }.items()
+    },
+    "second_blur_prob": 1,
+}
+#: RealESRGANDataset cuts its images to squares of this side, from which the patches are cut.
+_DATASET_SIZE = 400
+
+
+class _ContiguousJPEG(DiffJPEG):
+    """DiffJPEG whose result is contiguous: on CPUs `filter2D` fails with others (fault 23)."""
+
+    def forward(self, x: Tensor, quality: Any) -> Tensor:
+        compressed: Tensor = super().forward(x, quality)
+        return compressed.contiguous()
+
+
+class _ContiguousUSM(USMSharp):
+    """USMSharp that takes any layout (fault 23)."""
+
+    def forward(self, img: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        sharp: Tensor = super().forward(img.contiguous(), *args, **kwargs)
+        return sharp
+
+
+class _RealTraining:
+    """What is changed of BasicSR's two models; goes before them among the bases, and `ESCModel` after them.
+
+    - They run on the device of the options, not on CUDA only (fault 23).
+    - The training-pair pool takes batches of any size (`PairPool`). It is not saved: a resumed run fills it anew.
+    - Validation is `ESCModel`'s, for images of any size and with its options; sharpening, which needs more than 25
+      pixels a side, is left to training.
+    """
+
+    usm_options: tuple[str, ...]
+
+    def __init__(self, opt: dict[str, Any]) -> None:
+        # Not the constructors of BasicSR's two models: they do just this, on CUDA
+        ESCModel.__init__(self, opt)  # type: ignore[arg-type]
+        self.jpeger = _ContiguousJPEG(differentiable=False).to(self.device)
+        self.usm_sharpener = _ContiguousUSM().to(self.device)
+        self.pool = PairPool(opt.get("queue_size", 180))
+
+    device: Any
+    is_train: bool
+    lq: Tensor
+    gt: Tensor
+
+    @classmethod
+    def option_problems(cls, opt: Mapping[str, Any]) -> Iterator[str]:
+        """What is wrong with the degradations' options of a training: BasicSR fails in its first iterations."""
+        if not opt.get("high_order_degradation", True):
+            return
+        for key in cls.usm_options:
+            if not isinstance(opt.get(key), bool):
+                yield f"{key}: {opt.get(key)!r} given; must be true or false: whether this target is sharpened"
+        for key, length in _DEGRADATION_OPTIONS.items():
+            value = opt.get(key)
+            given = value if length > 1 and isinstance(value, list) else [value]
+            if len(given) != length or not all(_is_number(entry) for entry in given):
+                wanted = "a number" if length == 1 else f"a list of {length} numbers"
+                yield f"{key}: {value!r} given; must be {wanted}. {opt['model_type']} makes LQ images with it"
+        yield from _gt_size_problem(opt)
+        size = opt.get("queue_size", 180)
+        if not isinstance(size, int) or isinstance(size, bool) or size < 0:
+            yield f"queue_size: {size!r} given; must be a number of pairs, such as 180, or 0 for no training-pair pool"
+
+    def feed_data(self, data: dict[str, Any]) -> None:
+        """Take a batch; in training it is made LQ on the device: `gt` (B, 3, H, W) and the blur kernels (B, k, k)."""
+        if self.is_train:
+            contiguous = {k: v.contiguous() if isinstance(v, Tensor) else v for k, v in data.items()}
+            super().feed_data(contiguous)  # type: ignore[misc]
+        else:
+            ESCModel.feed_data(self, data)  # type: ignore[arg-type]
+
+    def _dequeue_and_enqueue(self) -> None:
+        self.lq, self.gt = self.pool.exchange(self.lq, self.gt)
+
+
+def _gt_size_problem(opt: Mapping[str, Any]) -> Iterator[str]:
+    size, scale = opt.get("gt_size"), opt.get("scale")
+    if not isinstance(size, int) or not isinstance(scale, int) or scale < 1:
+        return
+    if size < 1 or size % scale:
+        yield f"gt_size: {size} given; must be a multiple of scale {scale}, such as {64 * scale}"
+    if opt["datasets"].get("train", {}).get("type") == "RealESRGANDataset" and size > _DATASET_SIZE:
+        yield f"gt_size: {size} given; RealESRGANDataset cuts its images to {_DATASET_SIZE} pixels: give no more"
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+@register(MODEL_REGISTRY, "ESCRealMSEModel", "RealHATMSEModel")
+class ESCRealMSEModel(_RealTraining, RealESRNetModel, ESCModel):
+    """The first stage: an L1 loss. BasicSR's `RealESRNetModel`, with the changes of `_RealTraining`.
+
+    Options beyond `ESCModel`'s stand at the top level of the file:
+
+     - ``gt_usm``: whether the target is sharpened (unsharp masking).
+     - ``queue_size``: pairs in the training-pair pool (180).
+     - ``gt_size`` and the degradations' probabilities and ranges, by Real-ESRGAN's names; see
+       options/train_ESC_Real_x4_mse.yml.
+     - ``high_order_degradation: false`` trains with the pairs of the data set as they are.
+    """
+
+    usm_options = ("gt_usm",)
+
+
+@register(MODEL_REGISTRY, "ESCRealGANModel", "RealHATGANModel")
+class ESCRealGANModel(_RealTraining, RealESRGANModel, ESCModel):
+    """The second stage: L1, perceptual and adversarial loss. BasicSR's `RealESRGANModel`, changed likewise.
+
+    Options are those of `ESCRealMSEModel`, with ``l1_gt_usm``, ``percep_gt_usm`` and ``gan_gt_usm`` (which losses see
+    the sharpened target) in place of ``gt_usm``; and ``network_d``, ``train: optim_d, perceptual_opt, gan_opt``.
+    """
+
+    usm_options = ("l1_gt_usm", "percep_gt_usm", "gan_gt_usm")
+
+    @classmethod
+    def option_problems(cls, opt: Mapping[str, Any]) -> Iterator[str]:
+        yield from super().option_problems(opt)
+        if not opt.get("network_d"):
+            yield "network_d: missing; this model needs the discriminator, such as {type: UNetDiscriminatorSN, ...}"
+        for key in ("gan_opt", "optim_d"):
+            if not opt["train"].get(key):
+                yield f"train:{key}: missing; {opt['model_type']} needs it"
