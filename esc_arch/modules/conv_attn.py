@@ -18,11 +18,15 @@ def new_large_kernel(pdim: int, kernel_size: int) -> nn.Parameter:
     Raises:
         ValueError: `kernel_size` is even, so that it has no centre.
     """
-    if kernel_size < 1 or kernel_size % 2 == 0:
-        raise ValueError(f"kernel_size is {kernel_size}; it must be odd and at least 1 (the paper's is 13).")
+    _check_kernel_size(kernel_size)
     kernel = nn.Parameter(torch.empty(pdim, pdim, kernel_size, kernel_size))
     nn.init.orthogonal_(kernel)
     return kernel
+
+
+def _check_kernel_size(kernel_size: int) -> None:
+    if kernel_size < 1 or kernel_size % 2 == 0:
+        raise ValueError(f"kernel_size is {kernel_size}; it must be odd and at least 1 (the paper's is 13).")
 
 
 class DynamicKernel(nn.Module):
@@ -65,6 +69,7 @@ class ConvAttn(nn.Module):
         super().__init__()
         if not 2 <= pdim <= dim:
             raise ValueError(f"pdim is {pdim}; it must be between 2 and dim = {dim}.")
+        _check_kernel_size(kernel_size)
         self.pdim = pdim
         self.kernel_size = kernel_size
         self.plk_filter = new_large_kernel(pdim, kernel_size) if own_kernel else None

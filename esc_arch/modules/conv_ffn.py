@@ -16,11 +16,16 @@ class ConvFFN(nn.Module):
     Args:
         dim: channels.
         exp_ratio: hidden channels are int(dim * exp_ratio).
+
+    Raises:
+        ValueError: no hidden channel.
     """
 
     def __init__(self, dim: int, exp_ratio: float) -> None:
         super().__init__()
         hidden = int(dim * exp_ratio)
+        if hidden < 1:
+            raise ValueError(f"exp_ratio is {exp_ratio}; it must make at least one hidden channel of dim = {dim}.")
         self.proj = nn.Conv2d(dim, hidden, 1)
         self.dwc = nn.Conv2d(hidden, hidden, 3, padding=1, groups=hidden)
         self.aggr = nn.Conv2d(hidden, dim, 1)

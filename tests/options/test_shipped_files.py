@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,7 +15,7 @@ from skimage import data
 from esc_arch.data.benchmark import prepare_benchmark
 from esc_arch.data.image_files import Source
 from esc_arch.data.prepare import prepare_train
-from esc_arch.options import load_yaml
+from esc_arch.options import apply_force_yml, load_yaml
 
 ROOT = Path(__file__).parents[2]
 FILES = sorted((ROOT / "options").glob("*.yml"))
@@ -36,8 +35,15 @@ PARAMETERS = {
 }
 
 #: What makes a network and a run small; the rest of a file stays as it is.
-SMALL = [f"network_g:{key}={value}" for key, value in
-         {"dim": 8, "pdim": 4, "n_blocks": 1, "conv_blocks": 1, "window_size": 4, "num_heads": 2, "use_ln": "false"}.items()]  # fmt: skip
+SMALL = [
+    "network_g:dim=8",
+    "network_g:pdim=4",
+    "network_g:n_blocks=1",
+    "network_g:conv_blocks=1",
+    "network_g:window_size=4",
+    "network_g:num_heads=2",
+    "network_g:use_ln=false",
+]
 
 
 def by_name(file: Path) -> str:
@@ -71,7 +77,7 @@ def test_the_files_are_those_promised() -> None:
 
 @pytest.mark.parametrize("file", FILES, ids=by_name)
 def test_head(file: Path) -> None:
-    head = [line for line in file.read_text(encoding="utf-8").split("\n\n")[0].splitlines()]
+    head = file.read_text(encoding="utf-8").split("\n\n")[0].splitlines()
     assert all(line.startswith("# ") for line in head)
     verb = file.name.partition("_")[0]
     assert any(f"basicsr {verb} -opt options/{file.name}" in line for line in head)
@@ -112,46 +118,42 @@ def test_published_recipe(file: Path) -> None:
 
 
 @pytest.mark.parametrize("file", TRAIN_FILES, ids=by_name)
-def test_train_file_runs(
-    file: Path, data_folders: Path, tmp_path: Path, run_basicsr: Callable[..., Any], capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_train_file_runs(file: Path, data_folders: Path, work_folder: Path, run_basicsr: Callable[..., Any]) -> None:
     opt = load_yaml(file)
-    (tmp_path / "datasets").symlink_to(data_folders)
+    (work_folder / "datasets").symlink_to(data_folders)
     if source := opt["path"]["pretrain_network_g"]:
-        save_small_weights(tmp_path / source, scale=2)
+        save_small_weights(work_folder / source, scale=2)
     size = 8 * opt["scale"]
     changes = ["train:total_iter=3", "train:warmup_iter=2", "val:val_freq=2", "logger:print_freq=1",
                "logger:save_checkpoint_freq=2", f"datasets:train:gt_size={size}", "datasets:train:batch_size_per_gpu=2",
                "datasets:train:num_worker_per_gpu=0"]  # fmt: skip
-    result = run_basicsr(["train", "-opt", str(file), "--force_yml", *SMALL, *changes], cwd=tmp_path)
+    result = run_basicsr("train", str(file), "--force_yml", *SMALL, *changes)
     assert result.status == 0, result.err
-    run = tmp_path / "experiments" / opt["name"]
-    saved = torch.load(run / "models" / "net_g_latest.pth", weights_only=True)
-    assert set(saved) == {"params", "params_ema"}
-    log = next(run.glob("*.log")).read_text()
+    folder = result.experiment(opt["name"])
+    assert set(torch.load(folder / "models" / "net_g_latest.pth", weights_only=True)) == {"params", "params_ema"}
+    log = result.log(opt["name"])
     assert "Validation Set5" in log or "Validation photographs" in log
     if opt["scale"] > 2:
         assert f"to_img.weight was interpolated from x2 to x{opt['scale']}" in log
-    assert list((tmp_path / "tb_logger" / opt["name"]).glob("events.*"))
+    assert list((work_folder / "tb_logger" / opt["name"]).glob("events.*"))
 
 
 @pytest.mark.parametrize("file", TEST_FILES, ids=by_name)
-def test_test_file_runs(file: Path, data_folders: Path, tmp_path: Path, run_basicsr: Callable[..., Any]) -> None:
+def test_test_file_runs(file: Path, data_folders: Path, work_folder: Path, run_basicsr: Callable[..., Any]) -> None:
     opt = load_yaml(file)
-    (tmp_path / "datasets").symlink_to(data_folders)
-    save_small_weights(tmp_path / opt["path"]["pretrain_network_g"], scale=opt["scale"])
-    result = run_basicsr(["test", "-opt", str(file), "--force_yml", *SMALL], cwd=tmp_path)
+    (work_folder / "datasets").symlink_to(data_folders)
+    save_small_weights(work_folder / opt["path"]["pretrain_network_g"], scale=opt["scale"])
+    result = run_basicsr("test", str(file), "--force_yml", *SMALL)
     assert result.status == 0, result.err
-    results = tmp_path / "results" / opt["name"]
-    log = next(results.glob("*.log")).read_text()
+    log = result.log(opt["name"], of="results")
     for name in BENCHMARKS:
         assert f"Validation {name}" in log
-        assert len(list((results / "visualization" / name).glob("*.png"))) == 1
-    shutil.rmtree(results)
+        assert len(list((work_folder / "results" / opt["name"] / "visualization" / name).glob("*.png"))) == 1
 
 
 def save_small_weights(path: Path, scale: int) -> None:
-    options: dict[str, Any] = {change.partition("=")[0].split(":")[1]: load_yaml(f"v: {change.partition('=')[2]}\n")["v"] for change in SMALL}  # fmt: skip
-    net = ARCH_REGISTRY.get("ESC")(**options, upscaling_factor=scale)
+    options: dict[str, Any] = {}
+    apply_force_yml(options, SMALL)
+    net = ARCH_REGISTRY.get("ESC")(**options["network_g"], upscaling_factor=scale)
     path.parent.mkdir(parents=True)
     torch.save({"params": net.state_dict(), "params_ema": net.state_dict()}, path)

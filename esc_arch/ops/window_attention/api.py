@@ -65,6 +65,8 @@ def window_attention(qkv: Tensor, table: Tensor, *, window: int, heads: int, bac
 
 
 def _check_shapes(qkv: Tensor, table: Tensor, window: int, heads: int) -> None:
+    if window < 1 or heads < 1:
+        raise ValueError(f"window is {window} and heads is {heads}; both must be at least 1.")
     if qkv.dim() != 4 or qkv.shape[1] % (3 * heads):
         raise ValueError(f"qkv has shape {tuple(qkv.shape)}; it must be (B, 3C, H, W), C a multiple of {heads} heads.")
     if tuple(table.shape) != (heads, (2 * window - 1) ** 2):

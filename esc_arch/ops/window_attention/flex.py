@@ -27,12 +27,17 @@ def reasons_against(qkv: Tensor, table: Tensor, window: int, heads: int) -> list
     if qkv.device.type == "cpu":
         if torch.is_grad_enabled() and (qkv.requires_grad or table.requires_grad):
             reasons.append("PyTorch's flex attention has no backward pass on the CPU")
-        if not any(map(shutil.which, (os.environ.get("CXX") or "g++", "clang++", "cl"))):
+        # (A compiler at work cannot trace the search, and is itself the proof that there is one)
+        if not torch.compiler.is_compiling() and not any(
+            map(shutil.which, (os.environ.get("CXX") or "g++", "clang++", "cl"))
+        ):
             reasons.append(
                 "compiling it for the CPU needs a C++ compiler, and there is no g++, clang++ or cl on the PATH"
             )
     if torch.compiler.is_exporting():
         reasons.append("a compiled kernel cannot be exported")
+    if qkv.dtype not in (torch.float32, torch.bfloat16, torch.float16):
+        reasons.append(f"its kernels take float32, bfloat16 and float16, not {qkv.dtype}")
     if qkv.device.type == "cuda" and head_dim < 16:
         reasons.append(f"its GPU kernel needs a head dimension of 16 or more, not {head_dim}")
     return reasons
@@ -44,6 +49,8 @@ def forward(qkv: Tensor, table: Tensor, window: int, heads: int) -> Tensor:
     if torch.compiler.is_compiling():
         out = _attend(q, k, v, table, window)  # the compiler that is at work already takes it in
     else:
+        # One layout, or each would be compiled anew: for exact sizes the windows are views of the projection
+        q, k, v = (part.clone(memory_format=torch.contiguous_format) for part in (q, k, v))
         for part in (q, k, v):
             torch._dynamo.maybe_mark_dynamic(part, 0)
         out = _compiled()(q, k, v, table, window)

@@ -17,4 +17,5 @@ def forward(qkv: Tensor, table: Tensor, window: int, heads: int) -> Tensor:
     """softmax(q k^T / sqrt(d) + bias) v in each window; see `window_attention`."""
     q, k, v = split_windows(reflect_pad(qkv, window), window, heads)
     scores = q @ k.transpose(-2, -1) * q.shape[-1] ** -0.5 + dense_bias(table, window)
-    return merge_windows(scores.softmax(dim=-1) @ v, window, *qkv.shape[-2:])
+    # With a half-precision projection the scores are float32 from here on, the bias being so
+    return merge_windows(scores.softmax(dim=-1).to(v.dtype) @ v, window, *qkv.shape[-2:])
