@@ -5,4 +5,6 @@ import sys
 from esc_arch.cli import main
 
 if __name__ == "__main__":
+    # Spawned worker processes import the main module only if it seems to be a file (fault 5), and need esc_arch
+    sys.modules[__name__].__spec__ = None
     sys.exit(main())

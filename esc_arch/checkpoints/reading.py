@@ -159,9 +159,16 @@ def _not_a_checkpoint(path: Path, head: bytes) -> str | None:
         return "it is a web page. Download the file itself, not the page that shows it."
     if text.startswith(b"version https://git-lfs"):
         return "it is a Git LFS pointer. Fetch the file itself with `git lfs pull`."
-    if text.startswith(b"pk") and path.suffix != ".safetensors" and not zipfile.is_zipfile(path):
+    if text.startswith(b"pk") and path.suffix != ".safetensors" and not _is_whole_zip(path):
         return f"it was cut short ({path.stat().st_size:,} bytes). Get it again."
     return None
+
+
+def _is_whole_zip(path: Path) -> bool:
+    try:
+        return zipfile.is_zipfile(path)
+    except zipfile.BadZipFile:
+        return False
 
 
 def _first_line(error: Exception) -> str:

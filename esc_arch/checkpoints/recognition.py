@@ -1,7 +1,7 @@
 """Which network weights are of, and with which options, from their names and shapes alone.
 
-How the types are told apart (`DISTINCT_NAMES`): ESCRIB's tail is `upsampler.up_conv`; ESCFP has two shared filters,
-`lk_channel` and `lk_spatial`, the others `plk_filter`; ESC has one convolution `to_img`. ESC-Real has a way of the
+How the types are told apart (`DISTINCT_NAMES`): ESCLTE's tail is `lte`, ESCRIB's `upsampler.up_conv`; ESCFP has two
+shared filters, `lk_channel` and `lk_spatial`, the others `plk_filter`; ESC has one convolution `to_img`. ESC-Real has a way of the
 image around the blocks, `skip`, and a tail `to_img` of several layers: that of ESCReal begins with an enlargement, so
 that its first weights are `to_img.1` (or it is a DySample, `to_img.offset`), while every tail of ESCRealM begins with
 weights, `to_img.0`.
@@ -25,6 +25,7 @@ __all__ = ["describe_difference", "examine", "recognise", "strip_common_prefix"]
 
 #: What only one type has among its names, in the order to look for it.
 DISTINCT_NAMES = {
+    "lte.phase.weight": "ESCLTE",
     "upsampler.up_conv.weight": "ESCRIB",
     "lk_spatial": "ESCFP",
     "to_img.weight": "ESC",
@@ -145,8 +146,11 @@ class _Reader:
         else:
             window_size, num_heads, attention = self._attention()
         further: dict[str, Any] = {}
+        scale: float
         if kind in ("ESC", "ESCFP"):
             scale = self._subpixels("to_img.weight")
+        elif kind == "ESCLTE":
+            scale, further = self._local_texture_tail()
         elif kind == "ESCRIB":
             scale = self._subpixels("upsampler.up_conv.weight")
             further = {"gate_type": "DWC" if "blocks.0.attn.gate.0.weight" in self.weights else None}
@@ -156,8 +160,8 @@ class _Reader:
             further = {"use_dysample": use_dysample}
         else:
             scale, further = self._universal_tail(dim)
-        if kind == "ESC":
-            further = {"use_ln": "blocks.0.lns.0.weight" in self.weights}
+        if kind in ("ESC", "ESCLTE"):
+            further = {"use_ln": "blocks.0.lns.0.weight" in self.weights, **further}
         return {
             **shared,
             "window_size": window_size,
@@ -176,7 +180,7 @@ class _Reader:
         kind = next((kind for name, kind in DISTINCT_NAMES.items() if name in self.weights), None)
         missing = [name for name in (*COMMON_NAMES, self._kernel) if name not in self.weights]
         if kind is None:
-            missing.append("a tail (to_img or upsampler.up_conv)")
+            missing.append("a tail (to_img, upsampler.up_conv or lte)")
         if kind is None or missing:
             raise UserError(
                 f"These are not the weights of an ESC network (or not all of them): {', '.join(missing)} "
@@ -261,6 +265,17 @@ class _Reader:
             "rib_n_freqs": (self._size("blocks.0.attn.to_hidden", 0) - 2) // 4,
         }
         return window, self._size("blocks.0.attn.to_q", 0), options
+
+    def _local_texture_tail(self) -> tuple[float, dict[str, Any]]:
+        """The scale when none is asked for, which weights cannot tell, and the options of ESCLTE's tail."""
+        layers = sorted(
+            (int(name.split(".")[2]), tensor.shape[0])
+            for name, tensor in self.weights.items()
+            if name.startswith("lte.imnet.") and name.endswith(".weight")
+        )
+        options = {"hidden_dim": self._size("lte.coef.weight", 0), "mlp_dims": [width for _, width in layers[:-1]]}
+        scale = self.known.get("upscaling_factor")
+        return scale if isinstance(scale, (int, float)) and scale > 0 else 4, options
 
     def _universal_tail(self, dim: int) -> tuple[int, dict[str, Any]]:
         """Scale and the options of ESCRealM's tail."""

@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import os
 import sys
+import traceback
 from collections.abc import Sequence
 
 from esc_arch import __version__
@@ -39,6 +40,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     except UserError as error:
         rank = os.environ.get("RANK", "0")
         print(f"basicsr {args.verb}{f' (rank {rank})' * (rank != '0')}: {message_of(error)}", file=sys.stderr)
+        # Drop a data loader that the traceback holds: as cyclic garbage, it would keep its workers waiting for seconds
+        traceback.clear_frames(error.__traceback__)
         return USER_ERROR
     except KeyboardInterrupt:
         print(f"basicsr {args.verb}: interrupted.", file=sys.stderr)

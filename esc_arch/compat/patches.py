@@ -7,7 +7,9 @@ replacement that only adds a check or a message calls the original; none changes
 from __future__ import annotations
 
 import functools
+import io
 import logging
+import math
 import os
 import sys
 import time
@@ -148,6 +150,20 @@ def _copy_opt_file(original: Callable[..., Any]) -> Callable[..., Any]:
     return copy_opt_file
 
 
+@_patch("basicsr.utils.logger", "get_root_logger", "log files are UTF-8 whatever the locale")
+def _get_root_logger(original: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(original)
+    def get_root_logger(*args: Any, **kwargs: Any) -> logging.Logger:
+        root: logging.Logger = original(*args, **kwargs)
+        for handler in root.handlers:
+            stream = getattr(handler, "stream", None)
+            if isinstance(handler, logging.FileHandler) and isinstance(stream, io.TextIOWrapper):
+                stream.reconfigure(encoding="utf-8")
+        return root
+
+    return get_root_logger
+
+
 # --- data -----------------------------------------------------------------------------------------------------------
 
 
@@ -202,8 +218,9 @@ def _imfrombytes(original: Callable[..., Any]) -> Callable[..., Any]:
     return imfrombytes
 
 
-#: (path, process) -> environment. lmdb refuses a second environment of one file in one process.
-_ENVIRONMENTS: dict[tuple[str, int], Any] = {}
+#: path -> environment. lmdb refuses a second environment of one file in one process, and counts those that a forked
+#: worker inherited; without locks, as BasicSR opens them, a worker can read on through its parent's.
+_ENVIRONMENTS: dict[str, Any] = {}
 
 
 @_patch("basicsr.utils.file_client", "LmdbBackend.__init__", "one LMDB can serve several data sets of a process")
@@ -225,13 +242,13 @@ def _lmdb_backend_init(original: Callable[..., Any]) -> Callable[..., Any]:
         self.paths = dict(zip(keys, self.db_paths, strict=True))
         self._client = {}
         for key, path in self.paths.items():
-            place = (os.path.realpath(path), os.getpid())
+            place = os.path.realpath(path)
             if place not in _ENVIRONMENTS:
                 try:
                     _ENVIRONMENTS[place] = lmdb.open(path, readonly=readonly, lock=lock, readahead=readahead, **kwargs)
                 except lmdb.Error as error:
                     raise UserError(
-                        f"Cannot open the LMDB {path}: {error}. Make it anew with `basicsr prepare`."
+                        f"Cannot open the LMDB {path}: {str(error).rstrip('.')}. Make it anew with `basicsr prepare`."
                     ) from error
             self._client[key] = _ENVIRONMENTS[place]
 
@@ -270,12 +287,12 @@ def _paired_random_crop(original: Callable[..., Any]) -> Callable[..., Any]:
     return paired_random_crop
 
 
-@_patch("basicsr.train", "create_train_val_dataloader", "a run that could do no iteration is refused")
+@_patch("basicsr.train", "create_train_val_dataloader", "a run does total_iter iterations, or is refused")
 def _create_train_val_dataloader(original: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(original)
     def create_train_val_dataloader(opt: dict[str, Any], logger: logging.Logger) -> Any:
         result = original(opt, logger)
-        train_loader, _, val_loaders, *_ = result
+        train_loader, train_sampler, val_loaders, epochs, iterations = result
         options = opt["datasets"]["train"]
         if len(train_loader) == 0:
             raise UserError(
@@ -288,7 +305,9 @@ def _create_train_val_dataloader(original: Callable[..., Any]) -> Callable[..., 
                 raise UserError(
                     f"The validation set {loader.dataset.opt['name']} has no images: check its dataroot_lq."
                 )
-        return result
+        # BasicSR counts the last, incomplete batch of an epoch, which is left out, and would stop too early
+        epochs = max(epochs, math.ceil(iterations / len(train_loader)))
+        return train_loader, train_sampler, val_loaders, epochs, iterations
 
     return create_train_val_dataloader
 

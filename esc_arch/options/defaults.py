@@ -30,6 +30,8 @@ def set_defaults(opt: Options, is_train: bool) -> None:
         opt["num_gpu"] = torch.cuda.device_count()
     _fill(opt, "path", {})
     opt["logger"] = _LOGGER_DEFAULTS | (opt.get("logger") or {})
+    if is_train and opt.get("train"):
+        _fill(opt["train"], "ema_decay", 0)  # BasicSR compares it with 0, and cannot compare null
     if not is_train or opt.get("val") is not None:  # when training, no `val` means no validation
         opt["val"] = _VAL_DEFAULTS | (opt.get("val") or {})
     for phase, dataset in opt["datasets"].items():

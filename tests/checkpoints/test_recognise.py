@@ -243,7 +243,7 @@ REFUSED: list[tuple[dict[str, Tensor], str]] = [
     ({}, r"not the weights of an ESC network .*blocks\.0\.attn\.to_qkv\.weight, .* missing\. They hold nothing\."),
     (
         {f"body.{i}.weight": torch.empty(1) for i in range(20)} | {"conv.bias": torch.empty(1)},
-        r"plk_filter, a tail \(to_img or upsampler\.up_conv\) are missing\. They hold body\.0\.weight, .* and 13 more",
+        r"plk_filter, a tail \(to_img, upsampler\.up_conv or lte\) are missing\. They hold body\.0\.w.* and 13 more",
     ),
     (changed(plk_filter=None), r": plk_filter is missing\. They hold proj\.weight"),
     (
@@ -378,3 +378,15 @@ def test_the_description_of_a_tail_may_be_absent_or_wrong(buffer: Tensor | None)
 def test_the_description_of_a_tail_does_not_make_other_weights_fit() -> None:
     with pytest.raises(UserError, match=r"Nothing in net\.pth fits ESCRealM"):
         load_weights(small("ESCRealM", device="cpu"), {"x.weight": torch.ones(1)}, strict=False, source="net.pth")
+
+
+@pytest.mark.parametrize("mlp_dims", [[], [12], [12, 20]])
+@pytest.mark.parametrize("use_ln", [False, True])
+def test_arbitrary_scale(mlp_dims: list[int], use_ln: bool) -> None:
+    body = {"dim": 8, "pdim": 4, "kernel_size": 13, "n_blocks": 2, "conv_blocks": 1, "window_size": 8, "num_heads": 2}
+    options: dict[str, Any] = body | {"exp_ratio": 1.25, "use_ln": use_ln, "hidden_dim": 10, "mlp_dims": mlp_dims}
+    net = archs.ESCLTE(**options)
+    section = recognise(net.state_dict())
+    assert section == {"type": "ESCLTE", **options, "upscaling_factor": 4, "attn_type": "auto"}
+    assert recognise(net.state_dict(), {"upscaling_factor": 2.5})["upscaling_factor"] == 2.5
+    network(section).load_state_dict(net.state_dict())

@@ -406,6 +406,11 @@ def test_unknown_path_keys_are_dropped(folder: Path, capsys: pytest.CaptureFixtu
     ]
 
 
+def test_a_null_ema_decay_means_no_average(folder: Path) -> None:
+    assert parse(TRAIN_FILE, "--force_yml", "train:ema_decay=~")["train"]["ema_decay"] == 0
+    assert parse(TRAIN_FILE, "--force_yml", "train:ema_decay=0.9")["train"]["ema_decay"] == 0.9
+
+
 def test_debug(folder: Path) -> None:
     opt = parse(TRAIN_FILE + "val: {}\n", "--debug")
     assert opt["name"] == "debug_trial" and opt["path"]["log"].endswith("experiments/debug_trial")

@@ -1,0 +1,225 @@
+"""basicsr can be imported after esc_arch: whatever is missing, in any order, and in worker processes."""
+
+from __future__ import annotations
+
+import json
+import logging
+import sys
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import basicsr
+import pytest
+
+import esc_arch.compat
+from esc_arch.compat import aliases, copies, patches
+from esc_arch.compat.aliases import LooseVersion
+
+HIDE = '''
+import sys
+import scipy.ndimage  # today's SciPy needs its filters itself while it is imported
+
+sys.modules.pop("scipy.ndimage.filters", None)
+vars(scipy.ndimage).pop("filters", None)
+
+class Hide:
+    """Makes modules that basicsr wants be as if they were not there."""
+
+    def find_spec(self, name, path=None, target=None):
+        if name in ("torchvision.transforms.functional_tensor", "scipy.ndimage.filters"):
+            raise ModuleNotFoundError(f"No module named {name!r}", name=name)
+        if name.partition(".")[0] == "distutils":
+            raise ModuleNotFoundError(f"No module named {name!r}", name=name)
+
+sys.meta_path.insert(0, Hide())
+'''
+
+REPORT = """
+import json
+
+facts = {}
+try:
+    import basicsr
+    facts["failed before"] = False
+except ModuleNotFoundError:
+    facts["failed before"] = True
+
+import esc_arch
+import basicsr
+import basicsr.archs.arch_util
+import basicsr.data.degradations
+import basicsr.metrics.niqe
+import basicsr.train
+import scipy.ndimage
+import torchvision.transforms.functional
+from basicsr.utils.registry import ARCH_REGISTRY, MODEL_REGISTRY
+from esc_arch.compat import PATCHES, aliases
+
+facts["version"] = basicsr.archs.arch_util.LooseVersion is aliases.LooseVersion
+facts["grey"] = basicsr.data.degradations.rgb_to_grayscale is torchvision.transforms.functional.rgb_to_grayscale
+facts["convolve"] = basicsr.metrics.niqe.convolve is scipy.ndimage.convolve
+
+import importlib
+importlib.reload(esc_arch)
+facts["reloaded"] = ARCH_REGISTRY.get("ESC") is esc_arch.ESC
+
+for name in [name for name in sys.modules if name.partition(".")[0] == "esc_arch"]:
+    del sys.modules[name]
+import esc_arch
+registered = ARCH_REGISTRY.get("ESC"), MODEL_REGISTRY.get("ESRModel")
+facts["imported anew"] = registered == (esc_arch.ESC, esc_arch.ESCModel)
+
+def depth(function):
+    original = getattr(function, "_esc_arch_original", None)
+    return 0 if original is None else 1 + depth(original)
+
+facts["depths"] = [
+    depth(basicsr.train.load_resume_state), depth(basicsr.models.base_model.BaseModel.load_network)
+]
+print(json.dumps(facts))
+"""
+
+
+@pytest.fixture(scope="module")
+def facts(tmp_path_factory: pytest.TempPathFactory, start_script: Callable[..., Any]) -> dict[str, Any]:
+    """What a program finds where three modules are missing, and that imports things in an odd order, several times."""
+    run = start_script(HIDE + REPORT, tmp_path_factory.mktemp("imports"))
+    assert run.status == 0, run.err
+    return json.loads(run.out.splitlines()[-1])
+
+
+@pytest.mark.parametrize("module", ["version", "grey", "convolve"])
+def test_missing_modules_are_replaced(module: str, facts: Any) -> None:
+    """Faults 3 and 4."""
+    assert facts["failed before"]
+    assert facts[module]
+
+
+@pytest.mark.parametrize("time", ["reloaded", "imported anew"])
+def test_a_second_import_registers_once(time: str, facts: Any) -> None:
+    """Fault 47; also after an `import basicsr` that failed half-way."""
+    assert facts[time]
+
+
+def test_a_second_import_does_not_patch_a_patch(facts: Any) -> None:
+    assert facts["depths"] == [1, 1]
+
+
+def test_a_stand_in_is_used_only_where_the_original_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
+    present, parent = ModuleType("present_here.part"), ModuleType("present_here")
+    monkeypatch.setitem(sys.modules, "present_here", parent)
+    monkeypatch.setitem(sys.modules, "present_here.part", present)
+    stand_in = ModuleType("stand_in")
+    for name in ("missing_here", "missing_here.part"):
+        monkeypatch.setitem(sys.modules, name, ModuleType(name))
+        del sys.modules[name]  # to be removed again afterwards
+    names = ("present_here.part", "present_here.other", "missing_here.part", "json.tool")
+    monkeypatch.setattr(aliases, "_STAND_INS", {name: lambda: stand_in for name in names})
+    monkeypatch.setitem(sys.modules, "present_here.other", ModuleType("x"))
+    del sys.modules["present_here.other"]
+    aliases.add_missing_modules()
+    assert sys.modules["present_here.part"] is present
+    assert sys.modules["present_here.other"] is parent.other is stand_in  # type: ignore[attr-defined]
+    assert sys.modules["missing_here.part"] is sys.modules["missing_here"].part is stand_in  # type: ignore[attr-defined]
+    assert sys.modules["json.tool"] is not stand_in
+
+
+@pytest.mark.parametrize(
+    ("older", "newer"),
+    [("0.9.0", "0.10.0"), ("0.9.1", "0.29.2+cpu"), ("1.13.1+cu117", "2.0"), ("2.6.0+cu124", "2.7.0a0+git1")],
+)
+def test_loose_version_compares_releases(older: str, newer: str) -> None:
+    assert LooseVersion(older) < LooseVersion(newer)
+    assert LooseVersion(newer) >= LooseVersion(older)
+    assert LooseVersion(newer) > LooseVersion(older)
+    assert LooseVersion(older) != LooseVersion(newer)
+
+
+def test_loose_version_leaves_out_how_it_was_built() -> None:
+    assert LooseVersion("2.6.0+cu124") == LooseVersion("2.6.0")
+    assert len({LooseVersion("2.6.0+cu124"), LooseVersion("2.6.0")}) == 1
+
+
+SPAWN = """
+import torch
+from torch.utils.data import DataLoader
+
+import esc_arch
+from basicsr.data import build_dataset
+
+if __name__ == "__main__":
+    dataset = build_dataset({options!r})
+    loader = DataLoader(dataset, batch_size=2, num_workers=1, multiprocessing_context="spawn")
+    (batch, *_) = loader
+    print(tuple(batch["lq"].shape), tuple(batch["gt"].shape))
+"""
+
+
+def test_a_spawned_worker_can_load_images(run_script: Any, train_options: Any) -> None:
+    """Fault 5."""
+    options = train_options["datasets"]["train"] | {"phase": "train", "scale": 2}
+    run = run_script(HIDE + SPAWN.format(options=options))
+    assert run.status == 0, run.err
+    assert run.out.splitlines()[-1] == "(2, 3, 8, 8) (2, 3, 16, 16)"
+
+
+# --- several copies of BasicSR ------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def clone(tmp_path: Path) -> Path:
+    """A folder with another BasicSR, 1.5.0, that works like the installed one."""
+    package = tmp_path / "clone" / "basicsr"
+    package.mkdir(parents=True)
+    real = Path(basicsr.__file__).parent
+    code = f"__path__ = [{str(real)!r}]\nexec(open({str(real / '__init__.py')!r}).read())\n__version__ = '1.5.0'\n"
+    (package / "__init__.py").write_text(code)
+    return package.parent
+
+
+def test_one_copy_is_no_matter() -> None:
+    assert len(copies.find_copies()) == 1
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        copies.warn_about_copies()
+
+
+def test_a_second_copy_is_named_and_that_basicsr_was_imported_before(
+    clone: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.syspath_prepend(clone)
+    with pytest.warns(UserWarning, match="2 copies of BasicSR") as caught:
+        copies.warn_about_copies()
+    text = str(caught[0].message)
+    assert f"Used: {Path(basicsr.__file__).resolve().parent} (imported before esc_arch)" in text
+    assert f"Not used: {(clone / 'basicsr').resolve()}" in text
+
+
+def test_the_first_copy_on_the_path_is_used_and_left_alone_if_of_another_version(clone: Path, run_script: Any) -> None:
+    code = """
+import logging
+logging.basicConfig()
+import esc_arch, basicsr.train
+print(basicsr.__file__, hasattr(basicsr.train.load_resume_state, "_esc_arch_original"))
+"""
+    run = run_script(code, path=(clone,))
+    assert run.status == 0, run.err
+    assert run.out.splitlines()[-1] == f"{clone / 'basicsr' / '__init__.py'} False"
+    assert "2 copies of BasicSR" in run.err
+    assert f"Used: {(clone / 'basicsr').resolve()} (first on the path)" in run.err
+    assert f"Not used: {Path(basicsr.__file__).resolve().parent}" in run.err
+    assert "mends faults of basicsr 1.4.2; this is 1.5.0, which is left as it is" in run.err
+
+
+def test_another_version_is_not_patched(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    def make(original: Any) -> Any:
+        raise AssertionError("patched")
+
+    monkeypatch.setattr(patches, "PATCHES", [("basicsr.train", "load_resume_state", make, "")])
+    monkeypatch.setattr(basicsr, "__version__", "1.3.5")
+    with caplog.at_level(logging.WARNING, logger="esc_arch"):
+        esc_arch.compat.apply_patches()
+    assert "basicsr 1.4.2; this is 1.3.5" in caplog.text

@@ -1,0 +1,249 @@
+"""ESCModel: the evaluation of the paper, and pictures that set its result beside bicubic enlargement."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+import cv2
+import numpy as np
+import pytest
+import torch
+from basicsr.models.sr_model import SRModel
+from basicsr.utils.matlab_functions import imresize
+from basicsr.utils.registry import MODEL_REGISTRY
+from skimage.metrics import peak_signal_noise_ratio
+
+from esc_arch import ESC, ESCModel
+from esc_arch.models import comparison
+from esc_arch.models.comparison import CAPTION, PANEL, Comparison, side_by_side
+
+WINDOW = 4
+SIZES = [(8, 12), (9, 12), (8, 10), (7, 5), (3, 2), (1, 6), (1, 1)]
+
+
+def randomise(net: torch.nn.Module, seed: int) -> None:
+    """An untrained network hides mistakes: parts of it are zero."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in net.parameters():
+            parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.2)
+
+
+@pytest.fixture
+def model(make_model: Any) -> ESCModel:
+    """One whose averaged network differs from the raw one."""
+    made = make_model()
+    randomise(made.net_g, 0)
+    randomise(made.net_g_ema, 1)
+    return made
+
+
+def image_of(size: tuple[int, int]) -> torch.Tensor:
+    return torch.rand(1, 3, *size, generator=torch.Generator().manual_seed(sum(size)))
+
+
+def padded(image: torch.Tensor) -> torch.Tensor:
+    """At the bottom and the right to the next multiple of the window, by numpy."""
+    bottom, right = (-size % WINDOW for size in image.shape[-2:])
+    return torch.from_numpy(np.pad(image.numpy(), ((0, 0), (0, 0), (0, bottom), (0, right)), mode="reflect"))
+
+
+@pytest.mark.parametrize("name", ["ESCModel", "ESRModel"])
+def test_it_is_registered_under_both_names(name: str, make_model: Any) -> None:
+    assert MODEL_REGISTRY.get(name) is ESCModel
+    assert type(make_model(model_type=name)) is ESCModel
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_the_image_is_padded_by_reflection_and_the_output_cropped(size: tuple[int, int], model: ESCModel) -> None:
+    image = image_of(size)
+    model.feed_data({"lq": image})
+    model.test()
+    with torch.no_grad():
+        expected = model.net_g_ema(padded(image))[..., : 2 * size[0], : 2 * size[1]]
+    assert model.output.shape == (1, 3, 2 * size[0], 2 * size[1])
+    torch.testing.assert_close(model.output, expected, rtol=0, atol=1e-6)
+    assert model.lq is image or torch.equal(model.lq, image)
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_srmodel_differs_only_where_there_is_something_to_pad(
+    size: tuple[int, int], model: ESCModel, make_model: Any
+) -> None:
+    plain = make_model(model_type="SRModel")
+    assert type(plain) is SRModel
+    plain.net_g_ema.load_state_dict(model.net_g_ema.state_dict())
+    for either in (model, plain):
+        either.feed_data({"lq": image_of(size)})
+        either.test()
+    if all(side % WINDOW == 0 for side in size):
+        assert torch.equal(model.output, plain.output)
+    elif min(size) > 1:  # a single pixel's neighbours are itself, with or without padding
+        assert (model.output - plain.output).abs().max() > 1e-4
+
+
+def test_without_an_average_the_network_itself_is_used(make_model: Any, train_options: Any) -> None:
+    del train_options["train"]["ema_decay"]
+    model = make_model(train=train_options["train"])
+    randomise(model.net_g, 0)
+    image = image_of((5, 6))
+    model.feed_data({"lq": image})
+    model.test()
+    with torch.no_grad():
+        expected = model.net_g(padded(image))[..., :10, :12]
+    torch.testing.assert_close(model.output, expected, rtol=0, atol=1e-6)
+    assert model.net_g.training
+
+
+def test_a_network_without_a_window_is_not_padded(make_model: Any) -> None:
+    network = {"type": "EDSR", "num_in_ch": 3, "num_out_ch": 3, "num_feat": 4, "num_block": 1, "upscale": 2}
+    model = make_model(network_g=network)
+    image = image_of((5, 6))
+    model.feed_data({"lq": image})
+    model.test()
+    with torch.no_grad():
+        assert torch.equal(model.output, model.net_g_ema(image))
+
+
+def test_the_window_may_be_left_to_the_network(make_model: Any, train_options: Any) -> None:
+    del train_options["network_g"]["window_size"]  # ESC's own is 32
+    model = make_model(network_g=train_options["network_g"])
+    assert model.window_size == ESC().window_size == 32
+
+
+def test_the_last_training_batch_is_no_ground_truth(model: ESCModel) -> None:
+    model.feed_data({"lq": torch.rand(2, 3, 4, 4), "gt": torch.rand(2, 3, 8, 8)})
+    model.optimize_parameters(1)
+    model.feed_data({"lq": image_of((5, 6)), "lq_path": ["a.png"]})
+    model.test()
+    assert "gt" not in model.get_current_visuals()
+
+
+# --- comparison ---------------------------------------------------------------------------------------------------
+
+
+def y_of(picture: np.ndarray[Any, Any]) -> Any:
+    """The luma (BT.601) of a BGR picture without a border of 2 pixels, in float64."""
+    blue, green, red = np.moveaxis(picture.astype(np.float64), -1, 0)
+    return (16 + (65.481 * red + 128.553 * green + 24.966 * blue) / 255)[2:-2, 2:-2]
+
+
+def psnr(image: np.ndarray[Any, Any], truth: np.ndarray[Any, Any]) -> float:
+    return float(peak_signal_noise_ratio(y_of(truth), y_of(image), data_range=255))
+
+
+def bicubic_of(path: Path) -> np.ndarray[Any, Any]:
+    image = imresize(cv2.imread(str(path)).astype(np.float32) / 255, 2)
+    return (image.clip(0, 1) * 255).round().astype(np.uint8)
+
+
+FIGURES = re.compile(r"^  (\S+) +bicubic +(\S+) dB  ESC +(\S+) dB  (\S+) dB$", re.MULTILINE)
+
+
+def figures(log: str) -> dict[str, list[float]]:
+    """From the last comparison in a log: bicubic, network and gain of each image and of their mean."""
+    found = FIGURES.findall(log[log.rindex("PSNR (Y) on ") :])
+    return {name: [float(value) for value in values] for name, *values in found}
+
+
+@pytest.mark.parametrize("verb", ["train", "test"])
+def test_the_comparison_shows_and_measures_each_image(
+    verb: str, run_basicsr: Any, train_options: Any, test_options: Any, photographs: Any
+) -> None:
+    options = train_options if verb == "train" else test_options
+    options["val"] |= {"comparison": True, "save_img": True}
+    run = run_basicsr(verb, options)
+    assert run.status == 0, run.err
+    root = run.folder / ("experiments" if verb == "train" else "results") / "trial"
+    log = run.log(of=root.parent.name)
+    assert log.count("PSNR (Y) on Cuts, pictures in ") == (3 if verb == "train" else 1)
+    logged = figures(log)
+    assert list(logged) == ["val0x2", "val1x2", "mean"]
+    assert [path.name for path in sorted((root / "visualization/comparison/Cuts").iterdir())] == [
+        "val0x2.png", "val1x2.png"
+    ]  # fmt: skip
+    for number in (0, 1):
+        name = f"val{number}x2"
+        truth = cv2.imread(str(photographs.val_gt / f"val{number}.png"))
+        saved = f"{name}/{name}_6.png" if verb == "train" else f"Cuts/{name}_trial.png"
+        result = cv2.imread(str(root / "visualization" / saved))
+        bicubic = bicubic_of(photographs.val_lq / f"{name}.png")
+        expected = [psnr(bicubic, truth), psnr(result, truth)]
+        assert logged[name] == pytest.approx([*expected, expected[1] - expected[0]], abs=0.011)
+
+        picture = cv2.imread(str(root / "visualization/comparison/Cuts" / f"{name}.png"))
+        height, width = truth.shape[:2]
+        gap = (picture.shape[1] - 3 * width) // 2
+        assert picture.shape[1] == 3 * width + 2 * gap
+        assert gap < 10
+        for place, panel in enumerate((bicubic, result, truth)):
+            left = place * (width + gap)
+            np.testing.assert_array_equal(picture[CAPTION : CAPTION + height, left : left + width], panel)
+    assert logged["mean"] == pytest.approx(
+        [sum(logged[f"val{number}x2"][column] for number in (0, 1)) / 2 for column in range(3)], abs=0.011
+    )
+
+
+def test_nothing_is_compared_unless_asked(run_basicsr: Any, train_options: Any) -> None:
+    run = run_basicsr("train", train_options)
+    assert "PSNR (Y)" not in run.log()
+    assert not (run.experiment() / "visualization" / "comparison").exists()
+
+
+def test_images_without_ground_truth_are_left_out(run_basicsr: Any, train_options: Any, photographs: Any) -> None:
+    """Also the first one, which SRModel would measure with the last training batch."""
+    train_options["datasets"]["val"] = {
+        "name": "Wild", "type": "SingleImageDataset", "dataroot_lq": str(photographs.val_lq),
+        "io_backend": {"type": "disk"},
+    }  # fmt: skip
+    train_options["val"] = {"val_freq": 2, "comparison": True}
+    run = run_basicsr("train", train_options)
+    assert run.status == 0, run.err
+    assert run.log().count("Comparison on Wild: no image has a ground truth.") == 3
+    assert not (run.experiment() / "visualization" / "comparison").exists()
+
+
+def test_a_second_validation_replaces_the_pictures(tmp_path: Path) -> None:
+    gt = torch.rand(1, 3, 32, 24)
+    pictures = []
+    for result in (gt, torch.zeros_like(gt)):
+        compared = Comparison(str(tmp_path), "Set", "ESC")
+        compared.add("folder/a.png", {"lq": torch.rand(1, 3, 16, 12), "result": result, "gt": gt})
+        (path,) = (tmp_path / "comparison" / "Set").iterdir()
+        pictures.append(path.read_bytes())
+    assert path.name == "a.png"
+    assert pictures[0] != pictures[1]
+
+
+@pytest.mark.parametrize("size", [(PANEL + 40, 100), (100, PANEL + 40), (5, 9), (1, 1)])
+def test_pictures_are_of_bounded_size(size: tuple[int, int]) -> None:
+    images = {name: np.full((*size, 3), value, np.uint8) for name, value in (("a", 10), ("b", 20), ("c", 30))}
+    picture = side_by_side(images)
+    height, width = (min(side, PANEL) for side in size)
+    assert picture.dtype == np.uint8
+    assert 3 * width <= picture.shape[1] <= 3 * width + 20
+    assert CAPTION + height <= picture.shape[0] <= 2 * height + CAPTION + 20
+    assert [picture[CAPTION, x].tolist() for x in (0, picture.shape[1] - 1)] == [[10] * 3, [30] * 3]
+
+
+def test_what_is_cropped_is_the_middle() -> None:
+    image = np.zeros((PANEL + 40, 8, 3), np.uint8)
+    image[20 : 20 + PANEL] = 200
+    picture = side_by_side({"a": image, "b": image})
+    assert (picture[CAPTION : CAPTION + PANEL, :8] == 200).all()
+
+
+def test_the_scale_of_the_comparison_is_the_network_s(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    borders = []
+
+    def note(image: Any, gt: Any, crop_border: int, test_y_channel: bool) -> float:
+        borders.append((crop_border, test_y_channel, image.shape))
+        return 30.0
+
+    monkeypatch.setattr(comparison, "calculate_psnr", note)
+    Comparison(str(tmp_path), "Set", "ESC").add(
+        "a.png", {"lq": torch.rand(1, 3, 9, 8), "result": torch.rand(1, 3, 27, 24), "gt": torch.rand(1, 3, 27, 24)}
+    )
+    assert borders == [(3, True, (27, 24, 3))] * 2
