@@ -1,10 +1,10 @@
 """Which network weights are of, and with which options, from their names and shapes alone.
 
 How the types are told apart (`DISTINCT_NAMES`): ESCLTE's tail is `lte`, ESCRIB's `upsampler.up_conv`; ESCFP has two
-shared filters, `lk_channel` and `lk_spatial`, the others `plk_filter`; ESC has one convolution `to_img`. ESC-Real has a way of the
-image around the blocks, `skip`, and a tail `to_img` of several layers: that of ESCReal begins with an enlargement, so
-that its first weights are `to_img.1` (or it is a DySample, `to_img.offset`), while every tail of ESCRealM begins with
-weights, `to_img.0`.
+shared filters, `lk_channel` and `lk_spatial`, the others `plk_filter`; ESC has one convolution `to_img`. ESC-Real has
+a way of the image around the blocks, `skip`, and a tail `to_img` of several layers: that of ESCReal begins with an
+enlargement, so that its first weights are `to_img.1` (or it is a DySample, `to_img.offset`), while every tail of
+ESCRealM begins with weights, `to_img.0`.
 """
 
 from __future__ import annotations

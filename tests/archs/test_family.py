@@ -213,3 +213,27 @@ def test_same_scale_loads_silently(basicsr_log: pytest.LogCaptureFixture) -> Non
     with basicsr_log.at_level(logging.DEBUG):
         build("fp").load_state_dict(build("fp", seed=1).state_dict())
     assert "another scale" not in basicsr_log.text
+
+
+def test_decomposed_conv_attn_by_itself() -> None:
+    options = {"type": "DecomposedConvAttn", "dim": 12, "pdim": 4, "kernel_size": 5}
+    layer = randomise(build_network({**options, "own_kernel": True}))
+    x = normal(2, 12, 6, 7)
+    mixed = F.conv2d(x[:, :4], layer.lk_channel)
+    hidden = F.gelu(layer.plk.proj[1](x[:, :4].mean((2, 3), keepdim=True)))
+    dynamic = layer.plk.proj[3](hidden).reshape(2, 4, 3, 3)
+    for b in range(2):
+        for c in range(4):
+            kernel = layer.lk_spatial[c, 0].clone()
+            kernel[1:4, 1:4] += dynamic[b, c]
+            mixed[b, c] = F.conv2d(mixed[b, c][None, None].clone(), kernel[None, None], padding=2)[0, 0]
+    expected = layer.aggr(torch.cat([mixed, x[:, 4:]], dim=1))
+    assert max_error(layer(x), expected) < 1e-5
+    other = build_network(options)
+    assert set(other.state_dict()) == set(layer.state_dict()) - {"lk_channel", "lk_spatial"}
+    other.load_state_dict({name: value for name, value in layer.state_dict().items() if not name.startswith("lk_")})
+    assert torch.equal(other(x, layer.lk_channel, layer.lk_spatial), layer(x))
+    with pytest.raises(ValueError, match="has no large kernel: pass lk_channel and lk_spatial, or build it with"):
+        other(x)
+    with pytest.raises(ValueError, match=r"spatial kernel has shape \(4, 1, 3, 3\); this layer needs \(4, 1, 5, 5\)"):
+        other(x, layer.lk_channel, torch.zeros(4, 1, 3, 3))

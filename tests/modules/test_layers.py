@@ -27,10 +27,9 @@ from esc_arch.modules import (
     ConvFFN,
     FlashWindowAttention,
     LayerNorm,
-    pixel_shuffle_with_skip,
-    rescale_subpixel_conv,
 )
 from esc_arch.modules.conv_attn import new_large_kernel
+from esc_arch.modules.upsample import pixel_shuffle_with_skip, rescale_subpixel_conv
 
 FLOAT64 = {"dtype": torch.float64}
 

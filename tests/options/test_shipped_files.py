@@ -12,6 +12,7 @@ from basicsr.archs import build_network
 from skimage import data
 from small_real import use_small_images, use_small_vgg19
 
+from esc_arch.cli import main
 from esc_arch.data.benchmark import prepare_benchmark
 from esc_arch.data.hr_images import as_list
 from esc_arch.data.image_files import Source, encode_png
@@ -26,6 +27,7 @@ BENCHMARKS = ("Set5", "Set14", "B100", "Urban100", "Manga109")
 
 NETWORKS = ("ESC", "ESC_light", "ESC_XL", "ESC_FP", "ESC_DFLIP", "ESC_RIB")
 EXPECTED = {f"{verb}_{net}_x{scale}.yml" for verb in ("train", "test") for net in NETWORKS for scale in (2, 3, 4)}
+EXPECTED |= {f"train_ESC_FlashBias_x{scale}.yml" for scale in (2, 3, 4)}
 EXPECTED |= {"train_ESC_x2_demo.yml"}
 EXPECTED |= {"train_ESC_Real_x4_mse.yml", "train_ESC_Real_x4_gan.yml", "test_ESC_Real_x4.yml"}
 
@@ -38,6 +40,8 @@ PARAMETERS = {
     "ESC_FP": {2: 523_675, 3: 530_170, 4: 539_263},
     "ESC_RIB": {2: 1_007_796},
     "ESC_Real": {4: 2_265_307},
+    # ESC's, with 2 x 4 x 1024 x 16 factors for 4 x 63^2 entries of the tables in each of 5 blocks
+    "ESC_FlashBias": {scale: ESC + 5 * (131_072 - 15_876) for scale, ESC in ((2, 946_728), (3, 955_383), (4, 967_500))},
 }
 
 #: What makes a network small, by its type; the rest of a file stays as it is.
@@ -128,7 +132,9 @@ def test_full_size_network(file: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "file", [file for file in TRAIN_FILES if "demo" not in file.name and not is_real(file)], ids=by_name
+    "file",
+    [file for file in TRAIN_FILES if not is_real(file) and "demo" not in file.name and "FlashBias" not in file.name],
+    ids=by_name,
 )
 def test_published_recipe(file: Path) -> None:
     opt = load_yaml(file)
@@ -144,6 +150,13 @@ def test_published_recipe(file: Path) -> None:
     else:
         assert opt["path"]["pretrain_network_g"].endswith("_x2/models/net_g_latest.pth")
         assert opt["path"]["param_key_g"] == "params_ema"
+
+
+@pytest.mark.parametrize("scale", [2, 3, 4])
+def test_recipe_of_flashbias(scale: int) -> None:
+    opt = load_yaml(ROOT / "options" / f"train_ESC_FlashBias_x{scale}.yml")
+    assert opt["train"]["optim_g"] == {"type": "AdamW", "lr": 5e-5, "weight_decay": 0, "betas": [0.9, 0.9]}
+    assert (opt["network_g"]["attn_type"], opt["network_g"]["rank"]) == ("FlashBias", 16)
 
 
 def test_published_data_of_dflip() -> None:
@@ -189,7 +202,12 @@ def test_train_file_runs(
     opt = load_yaml(file)
     (work_folder / "datasets").symlink_to(data_folders)
     if source := opt["path"]["pretrain_network_g"]:
-        save_small_weights(work_folder / source, opt, scale=4 if is_real(file) else 2)
+        if opt["network_g"].get("attn_type") == "FlashBias":  # as the head of the file says
+            tables = work_folder / source.replace("_FlashBias", "")
+            save_small_weights(tables, opt | {"network_g": opt["network_g"] | {"attn_type": "auto"}}, opt["scale"])
+            assert main(["convert", str(tables), "--flashbias-rank", "16", "-o", str(work_folder / source)]) == 0
+        else:
+            save_small_weights(work_folder / source, opt, scale=4 if is_real(file) else 2)
     changes = SHORT | small_network(opt)
     if is_real(file):
         use_small_images(monkeypatch)
@@ -206,7 +224,7 @@ def test_train_file_runs(
     assert ("network_d" in opt) == (folder / "models" / "net_d_latest.pth").exists()
     log = result.log(opt["name"])
     assert "Validation Set5" in log or "Validation photographs" in log
-    if opt["scale"] > 2 and not is_real(file):
+    if opt["scale"] > 2 and not is_real(file) and "FlashBias" not in file.name:
         assert f".weight was interpolated from x2 to x{opt['scale']}" in log
     assert list((work_folder / "tb_logger" / opt["name"]).glob("events.*"))
 
