@@ -180,7 +180,10 @@ def test_the_comparison_shows_and_measures_each_image(
         assert gap < 10
         for place, panel in enumerate((bicubic, result, truth)):
             left = place * (width + gap)
-            np.testing.assert_array_equal(picture[CAPTION : CAPTION + height, left : left + width], panel)
+            shown = picture[CAPTION : CAPTION + height, left : left + width]
+            # Two computations of bicubic differ by 1e-7, which at a tie is one grey level
+            levels = np.abs(shown.astype(int) - panel) if panel is bicubic else (shown != panel).astype(int) * 255
+            assert levels.max() <= 1 and levels.mean() < 0.01
     assert logged["mean"] == pytest.approx(
         [sum(logged[f"val{number}x2"][column] for number in (0, 1)) / 2 for column in range(3)], abs=0.011
     )
