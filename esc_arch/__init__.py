@@ -17,7 +17,17 @@ import basicsr  # noqa: F401
 
 compat.apply_patches()
 
-from .archs import ESC, ESCLTE, ConvAttn, FlashWindowAttention
+from .archs import (
+    ESC,
+    ESCFP,
+    ESCLTE,
+    ESCRIB,
+    ConvAttn,
+    DecomposedConvAttn,
+    ESCReal,
+    ESCRealM,
+    FlashWindowAttention,
+)
 from .data import ArbitraryScaleDataset, DownsampleImageDataset
 from .errors import UserError
 from .models import ESCLTEModel, ESCModel, ESCRealGANModel, ESCRealMSEModel
@@ -25,13 +35,18 @@ from .version import __version__
 
 __all__ = [
     "ESC",
+    "ESCFP",
     "ESCLTE",
+    "ESCRIB",
     "ArbitraryScaleDataset",
     "ConvAttn",
+    "DecomposedConvAttn",
     "DownsampleImageDataset",
     "ESCLTEModel",
     "ESCModel",
+    "ESCReal",
     "ESCRealGANModel",
+    "ESCRealM",
     "ESCRealMSEModel",
     "FlashWindowAttention",
     "UserError",

@@ -11,6 +11,7 @@ Nothing in site-packages is edited, and nothing changes what a working BasicSR e
 
 from __future__ import annotations
 
+from . import safe_training  # noqa: F401  notes further patches
 from .aliases import add_missing_modules
 from .copies import forget_failed_import, warn_about_copies
 from .patches import PATCHES, apply_patches

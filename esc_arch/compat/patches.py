@@ -1,7 +1,8 @@
 """Replacements for functions of basicsr 1.4.2 that fail.
 
 Each is put wherever basicsr's own modules hold the original, because most of them import functions by name. A
-replacement that only adds a check or a message calls the original; none changes what a run that works computes.
+replacement that only adds a check or a message calls the original. What a run that works computes stays the same, but
+for two faults: a run ended before `total_iter`, and its workers drew the same random crops in every epoch.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ import torch
 from esc_arch.errors import UserError
 from esc_arch.version import __version__
 
-__all__ = ["PATCHES", "SUPPORTED_VERSION", "apply_patches"]
+__all__ = ["PATCHES", "SUPPORTED_VERSION", "apply_patches", "patch"]
 
 SUPPORTED_VERSION = "1.4.2"
 
@@ -32,7 +33,9 @@ logger = logging.getLogger("esc_arch")
 PATCHES: list[tuple[str, str, Callable[[Any], Any], str]] = []
 
 
-def _patch(module: str, name: str, mends: str) -> Callable[[Callable[[Any], Any]], Callable[[Any], Any]]:
+def patch(module: str, name: str, mends: str) -> Callable[[Callable[[Any], Any]], Callable[[Any], Any]]:
+    """Note the decorated function as the maker of a replacement: it gets the original and returns what replaces it."""
+
     def note(make: Callable[[Any], Any]) -> Callable[[Any], Any]:
         PATCHES.append((module, name, make, mends))
         return make
@@ -70,7 +73,7 @@ def _replace_imported_names(name: str, current: object, replacement: object) -> 
             setattr(module, name, replacement)
 
 
-@_patch("basicsr.utils.logger", "get_env_info", "a run's log lists these replacements")
+@patch("basicsr.utils.logger", "get_env_info", "a run's log lists these replacements")
 def _get_env_info(original: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(original)
     def get_env_info() -> str:
@@ -83,14 +86,14 @@ def _get_env_info(original: Callable[..., Any]) -> Callable[..., Any]:
 # --- resuming -----------------------------------------------------------------------------------------------------
 
 
-@_patch("basicsr.train", "load_resume_state", "resuming needs no GPU, and looks where this run writes")
+@patch("basicsr.train", "load_resume_state", "resuming needs no GPU, and looks where this run writes")
 def _load_resume_state(original: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(original)
     def load_resume_state(opt: dict[str, Any]) -> dict[str, Any] | None:
         from basicsr.utils import check_resume
 
         if opt["auto_resume"]:
-            found = _newest_state(Path(opt["path"]["training_states"]))
+            found = _newest_state(opt)
             if found is None:
                 return None
             path, state = found
@@ -112,19 +115,30 @@ def _load_resume_state(original: Callable[..., Any]) -> Callable[..., Any]:
     return load_resume_state
 
 
-def _newest_state(folder: Path) -> tuple[Path, dict[str, Any]] | None:
-    """The newest training state of a run that can be read, with its content; None when the run saved none."""
+def _newest_state(opt: dict[str, Any]) -> tuple[Path, dict[str, Any]] | None:
+    """The newest training state of a run that can be used, with its content; None when the run saved none."""
+    folder = Path(opt["path"]["training_states"])
     paths = [path for path in folder.glob("*.state") if path.stem.isdigit()] if folder.is_dir() else []
     problems = []
     for path in sorted(paths, key=lambda path: int(path.stem), reverse=True):
         try:
-            return path, _read_state(path)
+            state = _read_state(path)
+            _require_networks(opt, path, state["iter"])
+            return path, state
         except UserError as error:
             problems.append(str(error))
             print(f"--auto_resume skips a state: {error}", file=sys.stderr, flush=True)
     if problems:  # going on would archive the very run that was to be continued
         raise UserError(f"--auto_resume found no usable state in {folder}: {' '.join(problems)} Nothing was changed.")
     return None
+
+
+def _require_networks(opt: dict[str, Any], state: Path, iteration: int) -> None:
+    """Whether the networks that were saved with a state are there: one may have met a full disk."""
+    for network in (key.removeprefix("network_") for key in opt if key.startswith("network_") and opt[key]):
+        path = Path(opt["path"]["models"], f"net_{network}_{iteration}.pth")
+        if f"network_{network}" not in (opt["path"].get("ignore_resume_networks") or ()) and not path.is_file():
+            raise UserError(f"{state} belongs to {path}, which is not there.")
 
 
 def _read_state(path: Path) -> dict[str, Any]:
@@ -136,7 +150,7 @@ def _read_state(path: Path) -> dict[str, Any]:
     return state
 
 
-@_patch("basicsr.train", "copy_opt_file", "option files are UTF-8 whatever the locale")
+@patch("basicsr.train", "copy_opt_file", "option files are UTF-8 whatever the locale")
 def _copy_opt_file(original: Callable[..., Any]) -> Callable[..., Any]:
     from basicsr.utils.dist_util import master_only
 
@@ -150,7 +164,7 @@ def _copy_opt_file(original: Callable[..., Any]) -> Callable[..., Any]:
     return copy_opt_file
 
 
-@_patch("basicsr.utils.logger", "get_root_logger", "log files are UTF-8 whatever the locale")
+@patch("basicsr.utils.logger", "get_root_logger", "log files are UTF-8 whatever the locale")
 def _get_root_logger(original: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(original)
     def get_root_logger(*args: Any, **kwargs: Any) -> logging.Logger:
@@ -173,7 +187,7 @@ class _NamedBytes(bytes):
     source: str
 
 
-@_patch("basicsr.utils.file_client", "FileClient.get", "a file or LMDB entry that is missing is named")
+@patch("basicsr.utils.file_client", "FileClient.get", "a file or LMDB entry that is missing is named")
 def _file_client_get(original: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(original)
     def get(self: Any, filepath: str, client_key: str = "default") -> bytes:
@@ -196,7 +210,7 @@ def _file_client_get(original: Callable[..., Any]) -> Callable[..., Any]:
     return get
 
 
-@_patch("basicsr.utils.img_util", "imfrombytes", "an image that cannot be decoded is named")
+@patch("basicsr.utils.img_util", "imfrombytes", "an image that cannot be decoded is named")
 def _imfrombytes(original: Callable[..., Any]) -> Callable[..., Any]:
     import cv2
     import numpy as np
@@ -223,7 +237,7 @@ def _imfrombytes(original: Callable[..., Any]) -> Callable[..., Any]:
 _ENVIRONMENTS: dict[str, Any] = {}
 
 
-@_patch("basicsr.utils.file_client", "LmdbBackend.__init__", "one LMDB can serve several data sets of a process")
+@patch("basicsr.utils.file_client", "LmdbBackend.__init__", "one LMDB can serve several data sets of a process")
 def _lmdb_backend_init(original: Callable[..., Any]) -> Callable[..., Any]:
     import lmdb
 
@@ -255,7 +269,7 @@ def _lmdb_backend_init(original: Callable[..., Any]) -> Callable[..., Any]:
     return __init__
 
 
-@_patch("basicsr.data.data_util", "scandir", "the order of a folder's images does not depend on the file system")
+@patch("basicsr.data.data_util", "scandir", "the order of a folder's images does not depend on the file system")
 def _scandir(original: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(original)
     def scandir(*args: Any, **kwargs: Any) -> list[str]:
@@ -264,7 +278,7 @@ def _scandir(original: Callable[..., Any]) -> Callable[..., Any]:
     return scandir
 
 
-@_patch("basicsr.data.transforms", "paired_random_crop", "a patch that cannot be cut names its image")
+@patch("basicsr.data.transforms", "paired_random_crop", "a patch that cannot be cut names its image")
 def _paired_random_crop(original: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(original)
     def paired_random_crop(
@@ -287,7 +301,7 @@ def _paired_random_crop(original: Callable[..., Any]) -> Callable[..., Any]:
     return paired_random_crop
 
 
-@_patch("basicsr.train", "create_train_val_dataloader", "a run does total_iter iterations, or is refused")
+@patch("basicsr.train", "create_train_val_dataloader", "a run does total_iter iterations, or is refused")
 def _create_train_val_dataloader(original: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(original)
     def create_train_val_dataloader(opt: dict[str, Any], logger: logging.Logger) -> Any:
@@ -315,7 +329,7 @@ def _create_train_val_dataloader(original: Callable[..., Any]) -> Callable[..., 
 # --- models ---------------------------------------------------------------------------------------------------------
 
 
-@_patch("basicsr.models.base_model", "BaseModel.get_optimizer", "every optimiser of torch.optim, AdamW among them")
+@patch("basicsr.models.base_model", "BaseModel.get_optimizer", "every optimiser of torch.optim, AdamW among them")
 def _get_optimizer(original: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(original)
     def get_optimizer(self: Any, optim_type: str, params: Any, lr: float, **kwargs: Any) -> torch.optim.Optimizer:
@@ -329,7 +343,7 @@ def _get_optimizer(original: Callable[..., Any]) -> Callable[..., Any]:
     return get_optimizer
 
 
-@_patch("basicsr.models.base_model", "BaseModel.get_bare_model", "a network wrapped by torch.compile can be saved")
+@patch("basicsr.models.base_model", "BaseModel.get_bare_model", "a network wrapped by torch.compile can be saved")
 def _get_bare_model(original: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(original)
     def get_bare_model(self: Any, net: torch.nn.Module) -> torch.nn.Module:
@@ -343,7 +357,7 @@ def _get_bare_model(original: Callable[..., Any]) -> Callable[..., Any]:
     return get_bare_model
 
 
-@_patch("basicsr.models.base_model", "BaseModel.model_to_device", "distributed training on CPUs")
+@patch("basicsr.models.base_model", "BaseModel.model_to_device", "distributed training on CPUs")
 def _model_to_device(original: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(original)
     def model_to_device(self: Any, net: torch.nn.Module) -> torch.nn.Module:
@@ -357,7 +371,7 @@ def _model_to_device(original: Callable[..., Any]) -> Callable[..., Any]:
     return model_to_device
 
 
-@_patch("basicsr.models.base_model", "BaseModel.load_network", "checkpoints of every kind, and what does not fit")
+@patch("basicsr.models.base_model", "BaseModel.load_network", "checkpoints of every kind, and what does not fit")
 def _load_network(original: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(original)
     def load_network(
@@ -373,7 +387,7 @@ def _load_network(original: Callable[..., Any]) -> Callable[..., Any]:
     return load_network
 
 
-@_patch("basicsr.archs.vgg_arch", "VGGFeatureExtractor.__init__", "without a network, it says where VGG weights go")
+@patch("basicsr.archs.vgg_arch", "VGGFeatureExtractor.__init__", "without a network, it says where VGG weights go")
 def _vgg_init(original: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(original)
     def __init__(self: Any, *args: Any, **kwargs: Any) -> None:

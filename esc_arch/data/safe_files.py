@@ -14,7 +14,7 @@ import lmdb
 
 from ..errors import UserError
 
-__all__ = ["fsync_folder", "locked", "remove", "write_atomically", "writing_to"]
+__all__ = ["fsync_folder", "locked", "remove", "replacing", "write_atomically", "writing_to"]
 
 
 @contextmanager
@@ -36,13 +36,21 @@ def _free_space(folder: Path) -> str:
 
 def write_atomically(path: Path, data: bytes) -> None:
     """Write `path` so that it is always the old file or the whole new one, on disk when this returns."""
+    with replacing(path) as file:
+        file.write(data)
+
+
+@contextmanager
+def replacing(path: Path) -> Iterator[IO[bytes]]:
+    """A file to write to, which takes the place of `path` when the block ends, whole and on disk, or not at all."""
     temporary = path.with_name(f".{path.name}.partial")
     try:
         with open(temporary, "wb") as file:
-            file.write(data)
+            yield file
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
+        fsync_folder(path.parent)
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise

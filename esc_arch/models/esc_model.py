@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import logging
+import math
 from collections import OrderedDict
+from pathlib import Path
 from typing import Any
 
 from basicsr.models.sr_model import SRModel
 from basicsr.utils.registry import MODEL_REGISTRY
 from torch import Tensor
 
+from esc_arch.errors import UserError
 from esc_arch.models.comparison import Comparison
 from esc_arch.ops.padding import reflect_pad_to_multiple
 from esc_arch.registry import register
@@ -41,6 +44,28 @@ class ESCModel(SRModel):
         self.window_size: int = opt["network_g"].get("window_size", getattr(net, "window_size", 1))
         self._comparison: Comparison | None = None
         self._lq_path = ""
+        self._iteration = 0
+
+    def update_learning_rate(self, current_iter: int, warmup_iter: int = -1) -> None:
+        super().update_learning_rate(current_iter, warmup_iter)
+        self._iteration = current_iter
+
+    def reduce_loss_dict(self, loss_dict: dict[str, Tensor]) -> dict[str, float]:
+        """The losses as numbers, for the log. Training ends with the first that is none.
+
+        Raises:
+            UserError: a loss is infinite or not a number (fault 41); the message names the last checkpoint.
+        """
+        losses: dict[str, float] = super().reduce_loss_dict(loss_dict)
+        nonsense = [f"{name} is {value}" for name, value in losses.items() if not math.isfinite(value)]
+        if nonsense:
+            saved = max(Path(self.opt["path"]["training_states"]).glob("*.state"), key=_iteration_of, default=None)
+            last = "Nothing was saved before" if saved is None else f"The last state is {saved}"
+            raise UserError(
+                f"Training stopped at iteration {self._iteration}: {', '.join(nonsense)}. {last}, and nothing has been "
+                f"saved since. Lower train: optim_g: lr, or look for broken images, and go on with --auto_resume."
+            )
+        return losses
 
     def feed_data(self, data: dict[str, Any]) -> None:
         if "gt" not in data and hasattr(self, "gt"):
@@ -71,3 +96,8 @@ class ESCModel(SRModel):
         if self._comparison is not None:
             logging.getLogger("basicsr").info(self._comparison.summary())
             self._comparison = None
+
+
+def _iteration_of(state: Path) -> int:
+    """The number that a training state is named by; -1 for other files."""
+    return int(state.stem) if state.stem.isdigit() else -1

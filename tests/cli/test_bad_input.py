@@ -272,16 +272,26 @@ def test_a_new_process_reports_with_its_exit_status(run_basicsr: Any, options: A
     assert run.err.splitlines()[-1].startswith("basicsr train: lq/train2x2.png is not an image")
 
 
-def test_a_run_is_not_resumed_without_its_networks(run_basicsr: Any, options: Any, take_snapshot: Any) -> None:
+@pytest.mark.parametrize("automatic", [True, False])
+def test_a_run_is_not_resumed_without_its_networks(
+    run_basicsr: Any, options: Any, take_snapshot: Any, automatic: bool
+) -> None:
     shutil.rmtree(run_basicsr.folder / "experiments")
     run = run_basicsr("train", options)
     assert run.status == 0, run.err
-    (run.experiment() / "models" / "net_g_4.pth").unlink()
+    for iteration in (2, 4):
+        (run.experiment() / "models" / f"net_g_{iteration}.pth").unlink()
     before = take_snapshot(run.experiment() / "models")
     options["train"]["total_iter"] = 6
-    run = run_basicsr("train", options, "--auto_resume")
+    if automatic:
+        run = run_basicsr("train", options, "--auto_resume")
+        assert "--auto_resume found no usable state" in run.err
+        assert "2.state belongs to" in run.err and "net_g_4.pth, which is not there" in run.err
+    else:
+        options["path"]["resume_state"] = str(run.experiment() / "training_states" / "4.state")
+        run = run_basicsr("train", options)
+        assert "net_g_4.pth does not exist" in run.err
     assert run.status == 2
-    assert "net_g_4.pth does not exist" in run.err
     assert take_snapshot(run.experiment() / "models") == before
     assert [path.name for path in (run.folder / "experiments").iterdir()] == ["trial"]
 
