@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-__all__ = ["reflect_pad", "reflect_pad_to_multiple"]
+__all__ = ["at_least", "reflect_pad", "reflect_pad_to_multiple"]
 
 
 def reflect_pad(x: Tensor, left: int, right: int, top: int, bottom: int) -> Tensor:
@@ -37,6 +37,12 @@ def reflect_pad_to_multiple(x: Tensor, multiple: int) -> Tensor:
     return reflect_pad(x, 0, _missing(width, multiple), 0, _missing(height, multiple))
 
 
+def at_least(number: int, bound: int) -> int:
+    """The larger of the two, also where `number` is a symbol for sizes of all kinds, as it is while exporting."""
+    larger: Any = torch.sym_max(number, bound) if torch.compiler.is_exporting() else max(number, bound)
+    return larger
+
+
 def _missing(size: int, multiple: int) -> int:
     return (size + multiple - 1) // multiple * multiple - size
 
@@ -44,6 +50,6 @@ def _missing(size: int, multiple: int) -> int:
 def _reflected(size: int, before: int, after: int, like: Tensor) -> Tensor:
     """-before .. size - 1 + after, going to and fro between 0 and size - 1 without repeating the ends."""
     index = torch.arange(before + size + after, device=like.device) - before
-    period: Any = torch.sym_max(2 * size - 2, 1)  # a number or, while exporting, a symbol
+    period = at_least(2 * size - 2, 1)
     index = index % period
     return torch.minimum(index, period - index)

@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
-from esc_arch.ops.padding import reflect_pad
+from esc_arch.ops.padding import at_least, reflect_pad
 
 __all__ = ["merge_windows", "pad_to_windows", "split_windows"]
 
 
 def pad_to_windows(x: Tensor, window: int) -> Tensor:
     """Pad a map (B, C, H, W) at the bottom and the right by reflection to whole windows."""
-    bottom, right = (count_windows(size, window) * window - size for size in x.shape[-2:])
+    height, width = x.shape[-2:]
+    bottom = count_windows(height, window) * window - height
+    right = count_windows(width, window) * window - width
     return reflect_pad(x, 0, right, 0, bottom)
 
 
@@ -24,8 +24,7 @@ def count_windows(size: int, window: int) -> int:
     While exporting at least two, the second one for nothing: an exported program cannot hold for one window and for
     several, because the layout of the tensors differs. Windows do not see each other, so the result is the same.
     """
-    count: Any = (size + window - 1) // window
-    return torch.sym_max(count, 2) if torch.compiler.is_exporting() else count
+    return at_least((size + window - 1) // window, 2 if torch.compiler.is_exporting() else 1)
 
 
 def split_windows(qkv: Tensor, window: int, heads: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -62,6 +61,6 @@ def merge_windows(x: Tensor, window: int, height: int, width: int) -> Tensor:
     x = x.permute(0, 3, 6, 1, 4, 2, 5)  # B, h, d, window row, token row, window column, token column
     x = x.reshape(-1, heads * head_dim, rows * window, columns * window)
     if torch.compiler.is_exporting():
-        pixel_rows, pixel_columns = (torch.arange(size, device=x.device) for size in (height, width))
+        pixel_rows, pixel_columns = torch.arange(height, device=x.device), torch.arange(width, device=x.device)
         return x.index_select(2, pixel_rows).index_select(3, pixel_columns)
     return x[:, :, :height, :width]
