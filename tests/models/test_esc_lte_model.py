@@ -125,7 +125,7 @@ def test_a_resumed_run_draws_what_comes_next(make_model: Any, lte_options: Optio
         if iteration == 2:
             first.optimize_parameters(iteration)
             first.save_training_state(0, 2)
-            state = torch.load(Path(first.opt["path"]["training_states"], "2.state"), weights_only=False)
+            state = torch.load(Path(first.opt["path"]["training_states"], "2.state"), weights_only=True)
             second.resume_training(state)
     second.feed_data(batch)
     assert torch.equal(first.lq, second.lq) and torch.equal(first.gt, second.gt)
