@@ -317,6 +317,7 @@ def test_pickle(backend: str) -> None:
         file = io.BytesIO()
         torch.save(net, file)
         file.seek(0)
+        # A network saved whole is code by nature; this one was written two lines above
         assert torch.equal(torch.load(file, weights_only=False)(x), expected)
 
 
