@@ -32,7 +32,18 @@ setup(
     install_requires=read_requirements(),
     extras_require={
         "flash-attn": ["flash-attn>=2.6"],
-        "test": ["pytest>=8", "pytest-timeout>=2.3", "ruff>=0.9", "mypy>=1.13", "types-PyYAML", "types-tqdm"],
+        "lpips": ["lpips>=0.1.4"],
+        "plot": ["matplotlib>=3.7"],
+        "wandb": ["wandb>=0.15"],
+        "test": [
+            "pytest>=8",
+            "pytest-timeout>=2.3",
+            "ruff>=0.9",
+            "mypy>=1.13",
+            "types-PyYAML",
+            "types-tqdm",
+            "matplotlib>=3.7",
+        ],
     },
     entry_points={"console_scripts": ["basicsr=esc_arch.cli:main"]},
 )

@@ -30,6 +30,7 @@ from .archs import (
 )
 from .data import ArbitraryScaleDataset, DownsampleImageDataset
 from .errors import UserError
+from .losses import FFTLoss, LPIPSLoss, SSIMLoss
 from .models import ESCLTEModel, ESCModel, ESCRealGANModel, ESCRealMSEModel
 from .version import __version__
 
@@ -48,7 +49,10 @@ __all__ = [
     "ESCRealGANModel",
     "ESCRealM",
     "ESCRealMSEModel",
+    "FFTLoss",
     "FlashWindowAttention",
+    "LPIPSLoss",
+    "SSIMLoss",
     "UserError",
     "__version__",
 ]

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import MutableMapping
+from collections.abc import Iterator, MutableMapping
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from esc_arch.modules import ConvAttn, ESCBlock, FactorBiasWindowAttention, FlashWindowAttention
 from esc_arch.modules.conv_attn import new_large_kernel
@@ -29,6 +30,9 @@ class ESCFamily(nn.Module):
     #: The convolution before the pixel shuffle, whose weights can be interpolated to another scale.
     subpixel_conv: str | None = "to_img"
 
+    #: Keep only the inputs of blocks for the backward pass, and compute the rest again.
+    checkpointing = False
+
     proj: nn.Module
     blocks: nn.ModuleList
 
@@ -39,14 +43,24 @@ class ESCFamily(nn.Module):
         self.upscaling_factor = int(upscaling_factor)
         self.window_size = window_size
 
+    def run_blocks(self, x: Tensor, *large_kernels: Tensor) -> Tensor:
+        """All blocks one after the other: (B, dim, H, W) -> (B, dim, H, W)."""
+        for block in self.blocks:
+            if self.checkpointing and torch.is_grad_enabled():
+                x = checkpoint(block, x, *large_kernels, use_reentrant=False)
+            else:
+                x = block(x, *large_kernels)
+        return x
+
     def _load_from_state_dict(self, state_dict: dict[str, Tensor], prefix: str, *args: Any) -> None:
         for note in self.adapt_state_dict(state_dict, prefix):
-            logging.getLogger("basicsr").warning("The checkpoint is of another scale: %s", note)
+            logging.getLogger("basicsr").warning("The checkpoint is of %s", note)
         super()._load_from_state_dict(state_dict, prefix, *args)
 
     def adapt_state_dict(self, state_dict: MutableMapping[str, Tensor], prefix: str = "") -> list[str]:
-        """Make a checkpoint of another scale fit this network, in place: the last convolution is interpolated.
+        """Make a checkpoint of another scale or window fit this network, in place.
 
+        The last convolution is interpolated to the scale, the attentions' position biases are adapted to the window.
         Done at every `load_state_dict`.
 
         Args:
@@ -54,26 +68,50 @@ class ESCFamily(nn.Module):
             prefix: of the names in it that are this network's.
 
         Returns:
-            What was done, a sentence each; empty for a checkpoint of the same scale.
+            What it is of and what was done, such as "another scale: to_img.weight was interpolated from x2 to x3.";
+            empty for a checkpoint that fits.
         """
+        return [*self._adapt_scale(state_dict, prefix), *self._adapt_window(state_dict, prefix)]
+
+    def _adapt_scale(self, state_dict: MutableMapping[str, Tensor], prefix: str) -> Iterator[str]:
         if self.subpixel_conv is None:
-            return []
-        notes = []
+            return
         for name in (f"{self.subpixel_conv}.weight", f"{self.subpixel_conv}.bias"):
-            key = prefix + name
-            # BasicSR's loading with strict_load_g: false renames what does not fit
-            if key not in state_dict and f"{key}.ignore" in state_dict:
-                state_dict[key] = state_dict.pop(f"{key}.ignore")
+            tensor = _take_back(state_dict, prefix + name)
             channels = self.get_parameter(name).shape[0]
-            if key in state_dict and state_dict[key].shape[0] != channels:
-                tensor = state_dict[key]
+            if tensor is None or tensor.shape[0] == channels:
+                continue
+            try:
+                state_dict[prefix + name] = rescale_subpixel_conv(tensor, channels)
+            except ValueError:
+                continue  # not a sub-pixel convolution: loading reports the shapes
+            source = round((tensor.shape[0] / 3) ** 0.5)
+            yield f"another scale: {prefix}{name} was interpolated from x{source} to x{self.upscaling_factor}."
+
+    def _adapt_window(self, state_dict: MutableMapping[str, Tensor], prefix: str) -> Iterator[str]:
+        changes = set()
+        for path, module in self.named_modules():
+            for name, resize in module.bias_resizers.items() if isinstance(module, WindowAttention) else ():
+                key = f"{prefix}{path}.{name}"
+                tensor, wanted = _take_back(state_dict, key), getattr(module, name).shape
+                if tensor is None or tensor.shape == wanted:
+                    continue
                 try:
-                    state_dict[key] = rescale_subpixel_conv(tensor, channels)
+                    resized, source = resize(tensor, module.window_size)
                 except ValueError:
-                    continue  # not a sub-pixel convolution: loading reports the shapes
-                source = round((tensor.shape[0] / 3) ** 0.5)
-                notes.append(f"{key} was interpolated from x{source} to x{self.upscaling_factor}.")
-        return notes
+                    continue  # not of a square window: loading reports the shapes
+                if resized.shape == wanted:
+                    state_dict[key] = resized
+                    changes.add((source, module.window_size))
+        for source, window in sorted(changes):
+            yield f"another window: its position biases were adapted from window {source} to window {window}."
+
+
+def _take_back(state_dict: MutableMapping[str, Tensor], key: str) -> Tensor | None:
+    """The entry of a state dict, None without one; BasicSR's loading with strict_load_g: false renames what differs."""
+    if key not in state_dict and f"{key}.ignore" in state_dict:
+        state_dict[key] = state_dict.pop(f"{key}.ignore")
+    return state_dict.get(key)
 
 
 class SharedKernelNetwork(ESCFamily):
@@ -88,12 +126,9 @@ class SharedKernelNetwork(ESCFamily):
         super().__init__(window_size=window_size, upscaling_factor=upscaling_factor)
         self.plk_filter = new_large_kernel(pdim, kernel_size)
 
-    def run_blocks(self, x: Tensor) -> Tensor:
-        """All blocks one after the other: (B, dim, H, W) -> (B, dim, H, W)."""
-        lk = symmetrise(self.plk_filter)  # once for the whole network
-        for block in self.blocks:
-            x = block(x, lk)
-        return x
+    def large_kernel(self) -> Tensor:
+        """What the blocks convolve with: (pdim, pdim, K, K)."""
+        return symmetrise(self.plk_filter)
 
     @torch.no_grad()
     def fold(self: Network) -> Network:

@@ -68,9 +68,7 @@ class ESCFP(ESCFamily):
 
     def forward(self, x: Tensor) -> Tensor:
         shallow = self.proj(x)
-        feat = shallow
-        for block in self.blocks:
-            feat = block(feat, self.lk_channel, self.lk_spatial)
+        feat = self.run_blocks(shallow, self.lk_channel, self.lk_spatial)
         feat = self.last(self.ln_last(feat)) + shallow
         enlarged = F.interpolate(x, scale_factor=self.upscaling_factor, mode="bicubic", align_corners=False)
         return F.pixel_shuffle(self.to_img(feat), self.upscaling_factor) + enlarged

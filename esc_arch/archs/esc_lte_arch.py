@@ -136,4 +136,4 @@ class ESCLTE(SharedKernelNetwork):
     def features(self, x: Tensor) -> Tensor:
         """What the upsampler starts from: (B, 3, H, W) -> (B, dim, H, W). It does not depend on the scale."""
         shallow = self.proj(x)
-        return self.last(self.run_blocks(shallow)) + shallow
+        return self.last(self.run_blocks(shallow, self.large_kernel())) + shallow

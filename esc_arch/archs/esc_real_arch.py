@@ -70,7 +70,7 @@ class _RealNetwork(SharedKernelNetwork):
 
     def forward(self, x: Tensor) -> Tensor:
         shallow = self.proj(x)
-        feat = self.last(self.run_blocks(shallow)) + shallow + self.skip(x)
+        feat = self.last(self.run_blocks(shallow, self.large_kernel())) + shallow + self.skip(x)
         return self.to_img(feat)
 
 

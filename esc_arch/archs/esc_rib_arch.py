@@ -90,5 +90,5 @@ class ESCRIB(SharedKernelNetwork):
 
     def forward(self, x: Tensor) -> Tensor:
         shallow = self.proj(x)
-        feat = self.last(self.run_blocks(shallow)) + shallow
+        feat = self.last(self.run_blocks(shallow, self.large_kernel())) + shallow
         return pixel_shuffle_with_skip(self.upsampler["up_conv"](feat), x, self.upscaling_factor)

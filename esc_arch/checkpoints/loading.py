@@ -24,7 +24,7 @@ logger = logging.getLogger("basicsr")
 def load_weights(net: nn.Module, weights: Mapping[str, Tensor], *, strict: bool, source: str | Path) -> None:
     """Load a state dict into a network, and say what does not fit.
 
-    A network that can adapt a checkpoint (of another scale, say) does so first: it has a method
+    A network that can adapt a checkpoint (of another scale or window) does so first: it has a method
     `adapt_state_dict(state_dict) -> notes`, see `esc_arch.archs.ESC.adapt_state_dict`.
 
     Args:
@@ -35,7 +35,7 @@ def load_weights(net: nn.Module, weights: Mapping[str, Tensor], *, strict: bool,
     """
     weights = dict(weights)
     for note in adapt_weights(net, weights):
-        logger.warning("%s is of another scale: %s", source, note)
+        logger.warning("%s is of %s", source, note)
     message = mismatch_message(net, weights, strict=strict, source=source)
     if message is not None:
         raise UserError(message)

@@ -12,15 +12,14 @@ import traceback
 from collections.abc import Sequence
 
 from esc_arch import __version__
-from esc_arch.errors import UserError, message_of
+from esc_arch.errors import UserError
 
 from . import convert, prepare, test, train
+from .status import describe
 
 __all__ = ["main"]
 
 VERBS = {"train": train, "test": test, "prepare": prepare, "convert": convert}
-
-OK, USER_ERROR, INTERRUPTED = 0, 2, 130
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -37,12 +36,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parser.parse_args(argv)
     try:
         return VERBS[args.verb].run(args)
-    except UserError as error:
+    except (UserError, KeyboardInterrupt) as error:
+        status, message = describe(error)
         rank = os.environ.get("RANK", "0")
-        print(f"basicsr {args.verb}{f' (rank {rank})' * (rank != '0')}: {message_of(error)}", file=sys.stderr)
+        print(f"basicsr {args.verb}{f' (rank {rank})' * (rank != '0')}: {message}", file=sys.stderr)
         # Drop a data loader that the traceback holds: as cyclic garbage, it would keep its workers waiting for seconds
         traceback.clear_frames(error.__traceback__)
-        return USER_ERROR
-    except KeyboardInterrupt:
-        print(f"basicsr {args.verb}: interrupted.", file=sys.stderr)
-        return INTERRUPTED
+        return status

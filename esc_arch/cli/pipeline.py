@@ -8,9 +8,10 @@ from collections.abc import Callable
 from types import ModuleType
 from typing import Any
 
-import torch.distributed
-
 from esc_arch import options
+from esc_arch.distributed import failing_together
+
+from .status import describe
 
 __all__ = ["run_pipeline"]
 
@@ -32,9 +33,8 @@ def run_pipeline(module: ModuleType, pipeline: Callable[[str], None], args: argp
     original = module.parse_options
     module.parse_options = parse_options  # type: ignore[attr-defined]
     try:
-        pipeline(os.getcwd())
+        with failing_together(describe):
+            pipeline(os.getcwd())
     finally:
         module.parse_options = original  # type: ignore[attr-defined]
-        if torch.distributed.is_initialized():
-            torch.distributed.destroy_process_group()
     return 0

@@ -10,7 +10,6 @@ from __future__ import annotations
 import functools
 import io
 import logging
-import math
 import os
 import sys
 import time
@@ -110,6 +109,8 @@ def _load_resume_state(original: Callable[..., Any]) -> Callable[..., Any]:
                 f"that saved it."
             )
         check_resume(opt, state["iter"])
+        if state.get("manual_seed") is not None:
+            opt["manual_seed"] = state["manual_seed"]  # the order of the data follows from it
         return state
 
     return load_resume_state
@@ -301,31 +302,6 @@ def _paired_random_crop(original: Callable[..., Any]) -> Callable[..., Any]:
     return paired_random_crop
 
 
-@patch("basicsr.train", "create_train_val_dataloader", "a run does total_iter iterations, or is refused")
-def _create_train_val_dataloader(original: Callable[..., Any]) -> Callable[..., Any]:
-    @functools.wraps(original)
-    def create_train_val_dataloader(opt: dict[str, Any], logger: logging.Logger) -> Any:
-        result = original(opt, logger)
-        train_loader, train_sampler, val_loaders, epochs, iterations = result
-        options = opt["datasets"]["train"]
-        if len(train_loader) == 0:
-            raise UserError(
-                f"datasets: train ({options.get('name')}) has {len(train_loader.dataset)} images, fewer than one batch "
-                f"of {train_loader.batch_size}, so that no iteration would be done. Lower batch_size_per_gpu, raise "
-                f"dataset_enlarge_ratio, or add images."
-            )
-        for loader in val_loaders:
-            if len(loader.dataset) == 0:
-                raise UserError(
-                    f"The validation set {loader.dataset.opt['name']} has no images: check its dataroot_lq."
-                )
-        # BasicSR counts the last, incomplete batch of an epoch, which is left out, and would stop too early
-        epochs = max(epochs, math.ceil(iterations / len(train_loader)))
-        return train_loader, train_sampler, val_loaders, epochs, iterations
-
-    return create_train_val_dataloader
-
-
 # --- models ---------------------------------------------------------------------------------------------------------
 
 
@@ -333,14 +309,28 @@ def _create_train_val_dataloader(original: Callable[..., Any]) -> Callable[..., 
 def _get_optimizer(original: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(original)
     def get_optimizer(self: Any, optim_type: str, params: Any, lr: float, **kwargs: Any) -> torch.optim.Optimizer:
-        cls: Any = getattr(torch.optim, optim_type, None)
-        if not isinstance(cls, type):
-            names = [name for name in dir(torch.optim) if isinstance(getattr(torch.optim, name), type)]
-            raise UserError(f"The optimiser {optim_type!r} is not in torch.optim, which has: {', '.join(names)}.")
-        optimizer: torch.optim.Optimizer = cls(params, lr=lr, **kwargs)
-        return optimizer
+        from esc_arch.training.optimizers import build_optimizer
+
+        nets = [entry for entry in vars(self).values() if isinstance(entry, torch.nn.Module)]
+        return build_optimizer(optim_type, params, nets=nets, lr=lr, **kwargs)
 
     return get_optimizer
+
+
+@patch("basicsr.models.base_model", "BaseModel.setup_schedulers", "schedules of torch.optim.lr_scheduler")
+def _setup_schedulers(original: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(original)
+    def setup_schedulers(self: Any) -> None:
+        from esc_arch.training.schedulers import BASICSR_SCHEDULERS, build_scheduler
+
+        options = dict(self.opt["train"]["scheduler"])
+        kind = options.pop("type")
+        if kind in BASICSR_SCHEDULERS:
+            original(self)
+        else:
+            self.schedulers += [build_scheduler(kind, optimizer, **options) for optimizer in self.optimizers]
+
+    return setup_schedulers
 
 
 @patch("basicsr.models.base_model", "BaseModel.get_bare_model", "a network wrapped by torch.compile can be saved")

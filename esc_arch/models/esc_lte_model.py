@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
 import torch
 from basicsr.utils.registry import MODEL_REGISTRY
-from torch import Tensor
+from torch import Tensor, nn
 
 from esc_arch.data.arbitrary_scale_dataset import ScaleRange
 from esc_arch.models.esc_model import ESCModel
@@ -44,12 +43,11 @@ class ESCLTEModel(ESCModel):
         self._batches = 0
         self._query: dict[str, Tensor] = {}
 
-    @staticmethod
-    def option_problems(opt: Mapping[str, Any]) -> list[str]:
-        """What in a training's options does not go with this model."""
+    @classmethod
+    def option_problems(cls, opt: Mapping[str, Any]) -> Iterator[str]:
+        yield from super().option_problems(opt)
         if (opt.get("train") or {}).get("perceptual_opt"):
-            return ["train:perceptual_opt: ESCLTEModel trains on single pixels, and has no images for it. Remove it"]
-        return []
+            yield "train:perceptual_opt: ESCLTEModel trains on single pixels, and has no images for it. Remove it"
 
     def resume_training(self, resume_state: dict[str, Any]) -> None:
         super().resume_training(resume_state)
@@ -64,20 +62,18 @@ class ESCLTEModel(ESCModel):
             data, self._query = draw_batch(data["gt"].to(self.device), scales, random)
         super().feed_data(data)
 
-    def optimize_parameters(self, current_iter: int) -> None:
-        with self._asking_for(self._query):
-            super().optimize_parameters(current_iter)
+    def run_network(self, net: nn.Module, share: slice) -> Tensor:
+        output: Tensor = net(self.lq[share], **{name: asked[share] for name, asked in self._query.items()})
+        return output
 
     def test(self) -> None:
         image = self.lq
         size = scaled_size(image.shape[-2:], self._scale)
-        self.lq = reflect_pad_to_multiple(image, self.window_size)
-        part = (image.shape[-2] / self.lq.shape[-2], image.shape[-1] / self.lq.shape[-1])
+        padded = reflect_pad_to_multiple(image, self.window_size)
+        part = (image.shape[-2] / padded.shape[-2], image.shape[-1] / padded.shape[-1])
         coords, cell = query_grid(size, device=image.device, part=part)
-        with self._asking_for({"coords": coords.expand(len(image), -1, -1), "cell": cell.expand(len(image), -1)}):
-            super(ESCModel, self).test()  # not ESCModel's, which cuts the output by a whole scale
-        self.lq = image
-        self.output = self.output.unflatten(-1, size)
+        points = self.evaluate(padded, coords=coords.expand(len(image), -1, -1), cell=cell.expand(len(image), -1))
+        self.output = points.unflatten(-1, size)
 
     def nondist_validation(self, dataloader: Any, current_iter: Any, tb_logger: Any, save_img: bool) -> None:
         default, val = self._scale, self.opt["val"]
@@ -93,21 +89,6 @@ class ESCLTEModel(ESCModel):
             super().nondist_validation(dataloader, current_iter, tb_logger, save_img)
         finally:
             self._scale, val["metrics"] = default, metrics
-
-    @contextmanager
-    def _asking_for(self, query: dict[str, Tensor]) -> Iterator[None]:
-        """BasicSR's methods call the networks with the image alone; here they get `query` as well."""
-
-        def add(_: torch.nn.Module, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
-            return args, kwargs | query
-
-        nets = [getattr(self, name) for name in ("net_g", "net_g_ema") if hasattr(self, name)]
-        handles = [net.register_forward_pre_hook(add, with_kwargs=True) for net in nets]
-        try:
-            yield
-        finally:
-            for handle in handles:
-                handle.remove()
 
 
 def draw_batch(

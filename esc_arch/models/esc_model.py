@@ -1,23 +1,55 @@
-"""The model type that reproduces the published evaluation."""
+"""The model type that reproduces the published evaluation, and trains fast and safely."""
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import logging
 import math
+import os
 from collections import OrderedDict
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+from basicsr.metrics import calculate_metric
 from basicsr.models.sr_model import SRModel
-from basicsr.utils.registry import MODEL_REGISTRY
-from torch import Tensor
+from basicsr.utils import imwrite, tensor2img
+from basicsr.utils.registry import ARCH_REGISTRY, MODEL_REGISTRY
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+from torch.utils.data import DataLoader, Subset
+from tqdm import tqdm
 
+from esc_arch.distributed import gather_objects
 from esc_arch.errors import UserError
+from esc_arch.losses import build_losses
 from esc_arch.models.comparison import Comparison
+from esc_arch.models.speed import Speed, eager, speed_problems
+from esc_arch.models.validation_pictures import validation_picture
 from esc_arch.ops.padding import reflect_pad_to_multiple
 from esc_arch.registry import register
+from esc_arch.training.parameter_groups import freeze, parameter_groups
+from esc_arch.training.run import current_run
 
 __all__ = ["ESCModel"]
+
+#: So many steps skipped one after the other mean that the training is lost.
+MOST_SKIPPED = 100
+_NEVER = 2**62
+
+
+@dataclass
+class _Validated:
+    """What one image of a validation set gave; `index` is its place in the set."""
+
+    index: int
+    name: str
+    metrics: dict[str, float]
+    comparison: Any = None
+    picture: Any = None
 
 
 @register(MODEL_REGISTRY, "ESCModel", "ESRModel")
@@ -32,6 +64,13 @@ class ESCModel(SRModel):
 
      - ``val: comparison: true`` writes, for each validation image, LR-bicubic, result and ground truth side by side
        with their PSNR to ``visualization/comparison/``, and logs the figures and their means.
+     - ``val: tb_images: N`` shows LR, result and ground truth of N images of each set in TensorBoard.
+     - ``train: amp, channels_last, compile, accumulate_grad, gradient_clip, tf32, activation_checkpointing,
+       nonfinite``: see `esc_arch.models.speed.Speed`.
+     - ``train: losses`` adds losses by name, ``freeze`` and ``lr_factors`` choose parameters by patterns.
+     - ``logger: keep_last: N`` keeps the newest N checkpoints, and the networks that were best by a metric.
+
+    With several processes each validates its share of the images; means are those of one process to the last bit.
     """
 
     lq: Tensor
@@ -39,63 +78,355 @@ class ESCModel(SRModel):
     output: Tensor
 
     def __init__(self, opt: dict[str, Any]) -> None:
+        self.speed = Speed.of(opt)
+        self.speed.set_globals()
+        self.skipped = 0
+        self._skipped_in_a_row = 0
+        self._iteration = 0
+        self._first_nonfinite: Tensor | None = None
+        self.losses: dict[str, nn.Module] = {}
+        self._pixel_loss = "l_pix"
+        device = "cpu" if opt["num_gpu"] == 0 else "cuda"
+        self.scaler = torch.amp.GradScaler(device, enabled=self.speed.amp == "fp16")
         super().__init__(opt)
+        if self.speed.channels_last and hasattr(self, "net_g_ema"):
+            self.net_g_ema.to(memory_format=torch.channels_last)
         net = self.get_bare_model(self.net_g)
         self.window_size: int = opt["network_g"].get("window_size", getattr(net, "window_size", 1))
-        self._comparison: Comparison | None = None
-        self._lq_path = ""
-        self._iteration = 0
 
-    def update_learning_rate(self, current_iter: int, warmup_iter: int = -1) -> None:
-        super().update_learning_rate(current_iter, warmup_iter)
-        self._iteration = current_iter
+    @classmethod
+    def option_problems(cls, opt: Mapping[str, Any]) -> Iterator[str]:
+        """What in a training's options does not go with this model: the key, the value and the cure."""
+        network = (opt.get("network_g") or {}).get("type")
+        yield from speed_problems(opt, ARCH_REGISTRY.get(network) if network in ARCH_REGISTRY else None)
 
-    def reduce_loss_dict(self, loss_dict: dict[str, Tensor]) -> dict[str, float]:
-        """The losses as numbers, for the log. Training ends with the first that is none.
+    # --- training ---------------------------------------------------------------------------------------------------
 
-        Raises:
-            UserError: a loss is infinite or not a number (fault 41); the message names the last checkpoint.
-        """
-        losses: dict[str, float] = super().reduce_loss_dict(loss_dict)
-        nonsense = [f"{name} is {value}" for name, value in losses.items() if not math.isfinite(value)]
-        if nonsense:
-            saved = max(Path(self.opt["path"]["training_states"]).glob("*.state"), key=_iteration_of, default=None)
-            last = "Nothing was saved before" if saved is None else f"The last state is {saved}"
-            raise UserError(
-                f"Training stopped at iteration {self._iteration}: {', '.join(nonsense)}. {last}, and nothing has been "
-                f"saved since. Lower train: optim_g: lr, or look for broken images, and go on with --auto_resume."
-            )
-        return losses
+    def model_to_device(self, net: nn.Module) -> nn.Module:
+        if self.is_train:
+            if net is self.net_g:
+                freeze(net, self.opt["train"])
+            net = self.speed.prepare(net.to(self.device), self.device)
+        wrapped: nn.Module = super().model_to_device(net)
+        return wrapped
+
+    def init_training_settings(self) -> None:
+        train = self.opt["train"]
+        if train.get("losses") and not (train.get("pixel_opt") or train.get("perceptual_opt")):
+            # SRModel wants one of these two; the first of the others takes its place, under its own name
+            name, *rest = train["losses"]
+            train["pixel_opt"], self._pixel_loss = train["losses"][name], f"l_{name}"
+            train["losses"] = {other: train["losses"][other] for other in rest}
+        self.losses = build_losses(train, self.device)
+        super().init_training_settings()
+
+    def setup_optimizers(self) -> None:
+        options = dict(self.opt["train"]["optim_g"])
+        groups = parameter_groups(self.get_bare_model(self.net_g), self.opt["train"])
+        self.optimizer_g = self.get_optimizer(options.pop("type"), groups, **options)
+        self.optimizers.append(self.optimizer_g)
 
     def feed_data(self, data: dict[str, Any]) -> None:
         if "gt" not in data and hasattr(self, "gt"):
             del self.gt  # of the last training batch: SRModel would measure the first validation image with it
         super().feed_data(data)
-        self._lq_path = data["lq_path"][0] if "lq_path" in data else ""
+        if self.speed.channels_last:
+            self.lq = self.lq.contiguous(memory_format=torch.channels_last)
+
+    def update_learning_rate(self, current_iter: int, warmup_iter: int = -1) -> None:
+        super().update_learning_rate(current_iter, warmup_iter)
+        self._iteration = current_iter
+
+    def optimize_parameters(self, current_iter: int) -> None:
+        """One step: the batch in `accumulate_grad` parts, then the optimiser, then the average."""
+        self.optimizer_g.zero_grad()
+        parts = self.speed.accumulate_grad
+        sums: OrderedDict[str, Tensor] = OrderedDict()
+        for part in range(parts):
+            share = slice(part * len(self.lq) // parts, (part + 1) * len(self.lq) // parts)
+            with self._without_exchange() if part + 1 < parts else contextlib.nullcontext():
+                self.output = self.run_network(self.net_g, share)
+                losses = self.losses_of(self.output, self.gt[share], parts)
+                self.scaler.scale(functools.reduce(torch.add, losses.values())).backward()
+            for name, loss in losses.items():
+                sums[name] = sums[name] + loss.detach() if name in sums else loss.detach()
+        stepped = self._step()
+        self.log_dict = self.reduce_loss_dict(sums)
+        if stepped and self.ema_decay > 0:
+            self.model_ema(decay=self.ema_decay)
+
+    def run_network(self, net: nn.Module, share: slice) -> Tensor:
+        """The network's output for a share of the training batch."""
+        output: Tensor = net(self.lq[share])
+        return output
+
+    def losses_of(self, output: Tensor, gt: Tensor, parts: int = 1) -> OrderedDict[str, Tensor]:
+        """All losses by their names in the log, those that average over images divided by the number of `parts`."""
+        losses: OrderedDict[str, Tensor] = OrderedDict()
+        if self.cri_pix:
+            losses[self._pixel_loss] = _part_of_mean(self.cri_pix, self.cri_pix(output, gt), parts)
+        if self.cri_perceptual:
+            for name, loss in zip(("l_percep", "l_style"), self.cri_perceptual(output, gt), strict=True):
+                if loss is not None:
+                    losses[name] = _part_of_mean(self.cri_perceptual, loss, parts)
+        for name, criterion in self.losses.items():
+            losses[f"l_{name}"] = _part_of_mean(criterion, criterion(output, gt), parts)
+        return losses
+
+    def _without_exchange(self) -> contextlib.AbstractContextManager[None]:
+        """Gradients of all parts but the last stay in the process."""
+        return self.net_g.no_sync() if isinstance(self.net_g, DistributedDataParallel) else contextlib.nullcontext()
+
+    def _step(self) -> bool:
+        """The optimiser's step; whether it was done, and not skipped."""
+        clip, skip = self.speed.gradient_clip, self.speed.nonfinite == "skip"
+        if clip is not None or skip:
+            self.scaler.unscale_(self.optimizer_g)
+            parameters = [p for group in self.optimizer_g.param_groups for p in group["params"]]
+            norm = nn.utils.clip_grad_norm_(parameters, math.inf if clip is None else clip)
+            # The gradients, and so the norm, are the same in all processes
+            if skip and not self._is_finite(norm):
+                self.scaler.update()
+                return False
+        self.scaler.step(self.optimizer_g)
+        self.scaler.update()
+        return True
+
+    def _is_finite(self, norm: Tensor) -> bool:
+        """Whether a step can be done with gradients of this norm; counts those that cannot."""
+        if norm.isfinite():
+            self._skipped_in_a_row = 0
+            return True
+        self.skipped += 1
+        self._skipped_in_a_row += 1
+        if self._skipped_in_a_row == MOST_SKIPPED:
+            raise UserError(
+                f"Training stopped at iteration {self._iteration}: the gradients of {MOST_SKIPPED} steps in a row were "
+                f"infinite or no numbers. {self._what_is_saved()}"
+            )
+        return False
+
+    def reduce_loss_dict(self, loss_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """The losses as they are: reading them would make the processor wait for the GPU in every iteration.
+
+        `get_current_log` averages them over the processes when they are wanted.
+        """
+        losses = {name: loss.detach().mean().float() for name, loss in loss_dict.items()}
+        if self.speed.nonfinite == "stop":
+            finite = torch.stack(list(losses.values())).isfinite().all()
+            if self._first_nonfinite is None:
+                self._first_nonfinite = torch.full((), _NEVER, device=finite.device, dtype=torch.int64)
+            now = self._first_nonfinite.clamp(max=self._iteration)
+            self._first_nonfinite = torch.where(finite, self._first_nonfinite, now)
+        return losses
+
+    def get_current_log(self) -> dict[str, float]:
+        """The losses of the last iteration, averaged over the processes; the number of skipped steps, if there are.
+
+        Raises:
+            UserError: one since the last call was infinite or not a number (fault 41); it names the last state.
+        """
+        values = torch.stack(list(self.log_dict.values()))
+        if self.opt["dist"]:
+            torch.distributed.all_reduce(values)
+            values /= self.opt["world_size"]
+        log = dict(zip(self.log_dict, values.tolist(), strict=True))
+        self._require_finite_losses(log)
+        return log | ({"skipped": self.skipped} if self.skipped else {})
+
+    def _require_finite_losses(self, log: Mapping[str, float]) -> None:
+        if self._first_nonfinite is None:
+            return
+        first = self._first_nonfinite.clone()
+        if self.opt["dist"]:
+            torch.distributed.all_reduce(first, op=torch.distributed.ReduceOp.MIN)
+        if (iteration := int(first)) < _NEVER:
+            nonsense = [f"{name} is {value}" for name, value in log.items() if not math.isfinite(value)]
+            raise UserError(
+                f"Training stopped at iteration {iteration}: {', '.join(nonsense) or 'a loss is not finite'}. "
+                f"{self._what_is_saved()} Lower train: optim_g: lr, look for broken images, or set train: nonfinite: "
+                f"skip; and go on with --auto_resume."
+            )
+
+    def _what_is_saved(self) -> str:
+        saved = max(Path(self.opt["path"]["training_states"]).glob("*.state"), key=_iteration_of, default=None)
+        last = "Nothing was saved before" if saved is None else f"The last state is {saved}"
+        return f"{last}, and nothing has been saved since."
+
+    # --- saving -----------------------------------------------------------------------------------------------------
+
+    def save_network(self, net: Any, net_label: str, current_iter: int, param_key: Any = "params") -> None:
+        """As BasicSR's; a network that is spoiled does not take the place of a good one.
+
+        Raises:
+            UserError: a weight is infinite or not a number.
+        """
+        for each in net if isinstance(net, list) else [net]:
+            if not torch.stack([weight.isfinite().all() for weight in each.parameters()]).all():
+                raise UserError(
+                    f"Training stopped at iteration {self._iteration}: weights of {net_label} are infinite or no "
+                    f"numbers. {self._what_is_saved()} Lower train: optim_g: lr, or set train: nonfinite: skip."
+                )
+        super().save_network(net, net_label, current_iter, param_key)
+
+    def extra_state(self) -> dict[str, Any]:
+        """What a training state holds of this model beyond BasicSR's; `load_extra_state` takes it back."""
+        return {"scaler": self.scaler.state_dict(), "skipped": self.skipped}
+
+    def load_extra_state(self, state: Mapping[str, Any]) -> None:
+        if state["scaler"] and self.scaler.is_enabled():
+            self.scaler.load_state_dict(state["scaler"])
+        self.skipped = state["skipped"]
+
+    # --- validation -------------------------------------------------------------------------------------------------
 
     def test(self) -> None:
         image = self.lq
-        self.lq = reflect_pad_to_multiple(image, self.window_size)
-        super().test()
-        scale = self.output.shape[-1] // self.lq.shape[-1]
-        self.lq = image
-        self.output = self.output[..., : image.shape[-2] * scale, : image.shape[-1] * scale]
+        padded = reflect_pad_to_multiple(image, self.window_size)
+        output = self.evaluate(padded)
+        scale = output.shape[-1] // padded.shape[-1]
+        self.output = output[..., : image.shape[-2] * scale, : image.shape[-1] * scale]
 
-    def get_current_visuals(self) -> OrderedDict[str, Tensor]:
-        visuals: OrderedDict[str, Tensor] = super().get_current_visuals()
-        if self._comparison is not None:
-            self._comparison.add(self._lq_path, visuals)
-        return visuals
+    def evaluate(self, image: Tensor, **query: Tensor) -> Tensor:
+        """What the averaged network, or without one the trained one, makes of an image."""
+        # Not the wrapper for several processes, which would wait for the others
+        net = getattr(self, "net_g_ema", None) or self.get_bare_model(self.net_g)
+        training = net.training
+        net.eval()
+        with torch.no_grad(), eager(net):
+            output: Tensor = net(image, **query)
+        net.train(training)
+        return output
+
+    def dist_validation(self, *args: Any, **kwargs: Any) -> None:
+        self.nondist_validation(*args, **kwargs)
 
     def nondist_validation(self, dataloader: Any, current_iter: Any, tb_logger: Any, save_img: bool) -> None:
-        if self.opt["val"].get("comparison"):
-            self._comparison = Comparison(
-                self.opt["path"]["visualization"], dataloader.dataset.opt["name"], self.opt["network_g"]["type"]
+        """Validate this process's share of the images, and log what all of them gave.
+
+        A training that is asked to stop meanwhile leaves the rest out, logs nothing, and does it anew when resumed.
+        """
+        dataset, val = dataloader.dataset, self.opt["val"]
+        name = dataset.opt["name"]
+        if val.get("metrics") is not None:
+            self._initialize_best_metric_results(name)
+        comparison = None
+        if val.get("comparison"):
+            comparison = Comparison(self.opt["path"]["visualization"], name, self.opt["network_g"]["type"])
+        done: list[_Validated] = []
+        for index, data in tqdm(
+            self._share(dataloader), unit="image", desc=name, disable=not (val.get("pbar") and self.opt["rank"] == 0)
+        ):
+            if self._asked_to_stop():
+                break
+            done.append(self._validate_image(index, data, current_iter, save_img, name, comparison))
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()  # images are larger than patches, and the training needs the memory
+        everywhere = [each for share in gather_objects(done) for each in share]
+        if len(everywhere) < len(dataset):
+            logging.getLogger("basicsr").info("The validation on %s was cut off; a resumed run repeats it.", name)
+            return
+        self._conclude(sorted(everywhere, key=lambda each: each.index), name, current_iter, tb_logger, comparison)
+
+    def missed_validation(self, dataloader: Any, iteration: int) -> bool:
+        """Whether the figures of a validation are not in the history of the run; the same in all processes."""
+        run = current_run()
+        missed = run is not None and run.history is not None and bool(run.history.records())
+        if missed and run is not None and run.history is not None:
+            missed = not run.history.validated(iteration, dataloader.dataset.opt["name"])
+        return bool(gather_objects(missed)[0])
+
+    def _share(self, dataloader: Any) -> Iterator[tuple[int, Any]]:
+        """The images that are this process's to validate, with their places in the set."""
+        rank, world = self.opt["rank"], self.opt["world_size"]
+        places = range(rank, len(dataloader.dataset), world)
+        if world > 1:
+            dataloader = DataLoader(Subset(dataloader.dataset, places), pin_memory=dataloader.pin_memory)
+            dataloader.generator = torch.Generator()
+        return zip(places, dataloader, strict=True)
+
+    @staticmethod
+    def _asked_to_stop() -> bool:
+        run = current_run()
+        return run is not None and bool(run.stop)
+
+    def _validate_image(
+        self, index: int, data: Any, current_iter: Any, save_img: bool, dataset: str, comparison: Comparison | None
+    ) -> _Validated:
+        path, val = data["lq_path"][0], self.opt["val"]
+        name = os.path.splitext(os.path.basename(path))[0]
+        self.feed_data(data)
+        self.test()
+        visuals = self.get_current_visuals()
+        images = {"img": tensor2img([visuals["result"]])}
+        if "gt" in visuals:
+            images["img2"] = tensor2img([visuals["gt"]])
+        del self.lq, self.output
+        if save_img:
+            imwrite(images["img"], self._picture_path(dataset, name, current_iter))
+        finite = bool(visuals["result"].isfinite().all())
+        if not finite:
+            logging.getLogger("basicsr").warning(
+                "The result for %s of %s has pixels that are infinite or no numbers: it has no PSNR.", name, dataset
             )
-        super().nondist_validation(dataloader, current_iter, tb_logger, save_img)
-        if self._comparison is not None:
-            logging.getLogger("basicsr").info(self._comparison.summary())
-            self._comparison = None
+        metrics = {
+            key: float(calculate_metric(images, metric)) if finite else math.nan
+            for key, metric in (val.get("metrics") or {}).items()
+        }
+        validated = _Validated(index, name, metrics)
+        if comparison is not None:
+            validated.comparison = comparison.add(path, visuals)
+        if index < val.get("tb_images", 0):
+            validated.picture = validation_picture(visuals, name)
+        return validated
+
+    def _picture_path(self, dataset: str, name: str, current_iter: Any) -> str:
+        """Where BasicSR saves the result for an image."""
+        folder = self.opt["path"]["visualization"]
+        if self.opt["is_train"]:
+            return os.path.join(folder, name, f"{name}_{current_iter}.png")
+        return os.path.join(folder, dataset, f"{name}_{self.opt['val'].get('suffix') or self.opt['name']}.png")
+
+    def _conclude(
+        self, done: list[_Validated], dataset: str, iteration: Any, tb_logger: Any, comparison: Comparison | None
+    ) -> None:
+        """Mean metrics of all images of a set, to the logs."""
+        if self.opt["val"].get("metrics") is not None:
+            self.metric_results = {
+                metric: sum(each.metrics[metric] for each in done) / len(done) for metric in self.opt["val"]["metrics"]
+            }
+            for metric, value in self.metric_results.items():
+                self._update_best_metric_result(dataset, metric, value, iteration)
+            self._keep_if_best(dataset, iteration)
+        if self.opt["rank"] != 0:
+            return
+        run = current_run()
+        if self.opt["val"].get("metrics") is not None:
+            self._log_validation_metric_values(iteration, dataset, tb_logger)
+            if run is not None and run.history is not None:
+                run.history.append({"iter": iteration, "dataset": dataset, **self.metric_results})
+        for each in done:
+            if tb_logger and each.picture is not None:
+                tb_logger.add_image(f"{dataset}/{each.name}", each.picture, iteration, dataformats="HWC")
+        if comparison is not None:
+            comparison.rows = [each.comparison for each in done if each.comparison is not None]
+            logging.getLogger("basicsr").info(comparison.summary())
+
+    def _keep_if_best(self, dataset: str, iteration: Any) -> None:
+        """Where old checkpoints are removed, the best one must be there, though this iteration may save none."""
+        if not self.is_train or not self.opt["logger"].get("keep_last"):
+            return
+        best = any(record["iter"] == iteration for record in self.best_metric_results[dataset].values())
+        if best and not Path(self.opt["path"]["models"], f"net_g_{iteration}.pth").is_file():
+            nets = {"params": self.net_g}
+            if hasattr(self, "net_g_ema"):
+                nets["params_ema"] = self.net_g_ema
+            self.save_network(list(nets.values()), "net_g", iteration, list(nets))
+
+
+def _part_of_mean(criterion: nn.Module, loss: Tensor, parts: int) -> Tensor:
+    """What a loss over a part of the batch adds to that over the whole batch."""
+    return loss if parts == 1 or getattr(criterion, "reduction", "mean") == "sum" else loss / parts
 
 
 def _iteration_of(state: Path) -> int:

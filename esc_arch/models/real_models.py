@@ -40,6 +40,14 @@ _DEGRADATION_OPTIONS = {
     },
     "second_blur_prob": 1,
 }
+#: What belongs to ESCModel's step, with the values that ask for nothing.
+_STEP_OPTIONS: dict[str, tuple[Any, ...]] = {
+    "amp": ("bf16",),
+    "accumulate_grad": (1,),
+    "gradient_clip": (),
+    "nonfinite": ("stop",),
+    "losses": (),
+}
 #: RealESRGANDataset cuts its images to squares of this side, from which the patches are cut.
 _DATASET_SIZE = 400
 
@@ -86,6 +94,7 @@ class _RealTraining:
     @classmethod
     def option_problems(cls, opt: Mapping[str, Any]) -> Iterator[str]:
         """What is wrong with the degradations' options of a training: BasicSR fails in its first iterations."""
+        yield from super().option_problems(opt)  # type: ignore[misc]
         if not opt.get("high_order_degradation", True):
             return
         for key in cls.usm_options:
@@ -154,9 +163,20 @@ class ESCRealGANModel(_RealTraining, RealESRGANModel, ESCModel):
 
     usm_options = ("l1_gt_usm", "percep_gt_usm", "gan_gt_usm")
 
+    def setup_optimizers(self) -> None:
+        ESCModel.setup_optimizers(self)
+        options = dict(self.opt["train"]["optim_d"])
+        self.optimizer_d = self.get_optimizer(options.pop("type"), self.net_d.parameters(), **options)
+        self.optimizers.append(self.optimizer_d)
+
     @classmethod
     def option_problems(cls, opt: Mapping[str, Any]) -> Iterator[str]:
         yield from super().option_problems(opt)
+        for key in [key for key in _STEP_OPTIONS if opt["train"].get(key) not in (None, *_STEP_OPTIONS[key])]:
+            yield (
+                f"train:{key}: {opt['train'][key]!r} given; {opt['model_type']}, whose step is BasicSR's, does not "
+                f"have it. Remove it (amp: bf16 and the other options of speed work)"
+            )
         if not opt.get("network_d"):
             yield "network_d: missing; this model needs the discriminator, such as {type: UNetDiscriminatorSN, ...}"
         for key in ("gan_opt", "optim_d"):

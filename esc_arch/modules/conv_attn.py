@@ -7,6 +7,8 @@ from torch import Tensor, nn
 
 from esc_arch.ops.conv_attn import conv_attention, decomposed_conv_attention, symmetrise
 
+from .precision import in_float32
+
 __all__ = ["ConvAttn", "DecomposedConvAttn", "new_decomposed_kernel", "new_large_kernel"]
 
 DYNAMIC_KERNEL_SIZE = 3
@@ -68,6 +70,7 @@ class _PooledKernel(nn.Module):
         for parameter in self.dwc_proj[3].parameters():  # training starts from the static kernel alone
             nn.init.zeros_(parameter)
 
+    @in_float32
     def forward(self, x: Tensor) -> Tensor:
         return as_kernel(self.dwc_proj(x), x.shape[1])
 
@@ -79,6 +82,7 @@ class _DecomposedPooledKernel(nn.Module):
         super().__init__()
         self.proj = kernel_from_image(pdim, pdim // 4)
 
+    @in_float32
     def forward(self, x: Tensor) -> Tensor:
         return as_kernel(self.proj(x), x.shape[1])
 

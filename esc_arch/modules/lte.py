@@ -16,6 +16,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .precision import in_float32
+
 __all__ = ["LTE", "query_grid"]
 
 
@@ -65,6 +67,7 @@ class LTE(nn.Module):
             layers += [nn.Linear(before, after), nn.ReLU()]
         self.imnet = nn.Sequential(*layers, nn.Linear((hidden_dim, *mlp_dims)[-1], 3))
 
+    @in_float32
     def forward(
         self, features: Tensor, image: Tensor, coords: Tensor, cell: Tensor, *, chunk: int | None = None
     ) -> Tensor:

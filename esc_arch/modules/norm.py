@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .precision import in_float32
+
 __all__ = ["LayerNorm"]
 
 
@@ -17,6 +19,7 @@ class LayerNorm(nn.LayerNorm):
     def __init__(self, dim: int) -> None:
         super().__init__(dim, eps=1e-6)
 
+    @in_float32
     def forward(self, x: Tensor) -> Tensor:
         x = F.layer_norm(x.permute(0, 2, 3, 1), self.normalized_shape, self.weight, self.bias, self.eps)
         return x.permute(0, 3, 1, 2)

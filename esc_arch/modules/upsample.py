@@ -12,6 +12,8 @@ from torch import Tensor, nn
 
 from esc_arch.ops.padding import reflect_pad
 
+from .precision import in_float32
+
 __all__ = [
     "UPSAMPLERS",
     "DySample",
@@ -106,6 +108,7 @@ class DySample(nn.Module):
         nn.init.zeros_(self.scope.weight)
         self.register_buffer("init_pos", _subpixel_places(scale, groups))
 
+    @in_float32
     def forward(self, x: Tensor) -> Tensor:
         batch, channels, height, width = x.shape
         offset = self.offset(x) * self.scope(x).sigmoid() * 0.5 + self.init_pos

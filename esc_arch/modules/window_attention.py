@@ -2,12 +2,72 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable, Mapping
+from typing import ClassVar
+
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from esc_arch.ops.window_attention import Bias, resolve_backend, window_attention
 
-__all__ = ["FactorBiasWindowAttention", "FlashWindowAttention", "RIBWindowAttention", "WindowAttention"]
+from .precision import in_float32
+
+__all__ = [
+    "FactorBiasWindowAttention",
+    "FlashWindowAttention",
+    "RIBWindowAttention",
+    "WindowAttention",
+    "resize_bias_factors",
+    "resize_bias_table",
+]
+
+
+def resize_bias_table(table: Tensor, window: int) -> tuple[Tensor, int]:
+    """A table of position biases, made for another window.
+
+    Its values belong to distances in pixels. A smaller window has only the shorter ones, whose values stay; a larger
+    one has longer ones, which get the value of the nearest that there is.
+
+    Args:
+        table: (h, (2 W - 1)^2), see `FlashWindowAttention`.
+        window: w, the side wanted.
+
+    Returns:
+        (h, (2 w - 1)^2), and W.
+
+    Raises:
+        ValueError: it has not that shape.
+    """
+    side = math.isqrt(table.shape[-1])
+    if table.ndim != 2 or side**2 != table.shape[-1] or side % 2 == 0:
+        raise ValueError(f"{tuple(table.shape)} is not (heads, (2 window - 1)^2).")
+    reach = side // 2
+    distances = torch.arange(1 - window, window, device=table.device).clamp(-reach, reach) + reach
+    square = table.unflatten(1, (side, side))
+    return square[:, distances][:, :, distances].flatten(1), reach + 1
+
+
+def resize_bias_factors(factors: Tensor, window: int) -> tuple[Tensor, int]:
+    """One of the two free factors of position biases, interpolated bilinearly to another window's grid of tokens.
+
+    Args:
+        factors: (h, W^2, r), see `FactorBiasWindowAttention`.
+        window: w, the side wanted.
+
+    Returns:
+        (h, w^2, r), and W.
+
+    Raises:
+        ValueError: it has not that shape.
+    """
+    side = math.isqrt(factors.shape[1]) if factors.ndim == 3 else 0
+    if side < 1 or side**2 != factors.shape[1]:
+        raise ValueError(f"{tuple(factors.shape)} is not (heads, window^2, rank).")
+    grid = factors.transpose(1, 2).unflatten(2, (side, side))
+    grid = F.interpolate(grid, size=(window, window), mode="bilinear", align_corners=False)
+    return grid.flatten(2).transpose(1, 2).contiguous(), side
 
 
 class WindowAttention(nn.Module):
@@ -27,6 +87,9 @@ class WindowAttention(nn.Module):
         ValueError: num_heads does not divide dim, a size below 1, an unknown attn_type.
         RuntimeError: at the call, when attn_type names a backend that cannot take the inputs.
     """
+
+    #: Of the parameters whose shape depends on the window: how they are made for another one, and told theirs.
+    bias_resizers: ClassVar[Mapping[str, Callable[[Tensor, int], tuple[Tensor, int]]]] = {}
 
     def __init__(
         self, *, dim: int, window_size: int, num_heads: int, attn_type: str = "auto", gate: bool = False
@@ -68,6 +131,8 @@ class FlashWindowAttention(WindowAttention):
     (num_heads, (2 * window_size - 1)^2).
     """
 
+    bias_resizers: ClassVar = {"relative_position_bias": resize_bias_table}
+
     def __init__(self, *, dim: int, window_size: int, num_heads: int, attn_type: str = "auto") -> None:
         super().__init__(dim=dim, window_size=window_size, num_heads=num_heads, attn_type=attn_type)
         self.relative_position_bias = nn.Parameter(torch.randn(num_heads, (2 * window_size - 1) ** 2) * 0.001)
@@ -83,6 +148,8 @@ class FactorBiasWindowAttention(WindowAttention):
         rank: r of the factors `flashbias_q` and `flashbias_k`, (num_heads, window_size^2, r).
         others: see `WindowAttention`.
     """
+
+    bias_resizers: ClassVar = {"flashbias_q": resize_bias_factors, "flashbias_k": resize_bias_factors}
 
     def __init__(
         self, *, dim: int, window_size: int, num_heads: int, rank: int, attn_type: str = "auto", gate: bool = False
@@ -128,6 +195,7 @@ class RIBWindowAttention(WindowAttention):
         self.to_q = nn.Parameter(torch.randn(num_heads, hidden_dim, rank) * hidden_dim**-0.5)
         self.to_k = nn.Parameter(torch.randn(num_heads, hidden_dim, rank) * hidden_dim**-0.5)
 
+    @in_float32
     def position_bias(self) -> Bias:
         features = coordinate_features(self.window_size, self.n_freqs, self.to_hidden)
         hidden = (features @ self.to_hidden + self.hidden_b).relu()

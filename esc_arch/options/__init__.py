@@ -9,7 +9,7 @@ import random
 from basicsr.utils import set_random_seed
 from basicsr.utils.dist_util import get_dist_info
 
-from esc_arch.distributed import init_dist, print_note, resolve_launcher
+from esc_arch.distributed import gather_objects, init_dist, print_note, resolve_launcher
 from esc_arch.errors import UserError
 
 from .checks import check_options, check_shape
@@ -81,7 +81,7 @@ def parse_options(root_path: str, is_train: bool, args: argparse.Namespace) -> t
         init_dist(args.launcher, **(opt.get("dist_params") or {} if args.launcher == "slurm" else {}))
     opt["rank"], opt["world_size"] = get_dist_info()
     if opt.get("manual_seed") is None:
-        opt["manual_seed"] = random.randint(1, 10000)
+        opt["manual_seed"] = gather_objects(random.randint(1, 10000))[0]  # one for all processes
     set_random_seed(opt["manual_seed"] + opt["rank"])
     return opt, args
 

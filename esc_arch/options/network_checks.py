@@ -1,4 +1,4 @@
-"""Whether the networks of an option file can be built, and the pretrained weights it names fit them.
+"""Whether the networks of an option file can be built, and the weights and parameters it names fit them.
 
 BasicSR finds out after it has put the old experiment's folder aside; here nothing on disk has been touched yet.
 Networks are built without memory for their weights (on PyTorch's meta device), so this takes milliseconds.
@@ -14,6 +14,7 @@ from torch import nn
 
 from esc_arch.checkpoints import adapt_weights, mismatch_message, read_checkpoint, select_weights
 from esc_arch.errors import UserError
+from esc_arch.training.parameter_groups import pattern_problems
 
 from .files import Options
 
@@ -21,7 +22,7 @@ __all__ = ["check_networks"]
 
 
 def check_networks(opt: Options, is_train: bool) -> Iterator[str]:
-    """All that is wrong with the values of `network_*` and the files of `path: pretrain_network_*`.
+    """All that is wrong with the values of `network_*`, the files of `path: pretrain_network_*`, and name patterns.
 
     To be called when `checks.check_options` finds nothing wrong. A network that cannot be built without memory is
     left to BasicSR.
@@ -39,6 +40,8 @@ def check_networks(opt: Options, is_train: bool) -> Iterator[str]:
         except Exception:
             continue
         yield from _check_pretrained(opt, key, net)
+        if is_train and key == "network_g":
+            yield from pattern_problems(net, opt["train"])
 
 
 def _build_without_memory(section: Options) -> nn.Module:

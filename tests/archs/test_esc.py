@@ -487,6 +487,6 @@ def test_adapt_state_dict_tells_what_it_did() -> None:
     state = dict(small_esc().state_dict())
     assert small_esc().adapt_state_dict(state) == []
     notes = small_esc(upscaling_factor=3).adapt_state_dict(state)
-    assert notes == [f"to_img.{kind} was interpolated from x2 to x3." for kind in ("weight", "bias")]
+    assert notes == [f"another scale: to_img.{kind} was interpolated from x2 to x3." for kind in ("weight", "bias")]
     assert state["to_img.weight"].shape == (27, 16, 3, 3)
     assert state["to_img.bias"].shape == (27,)

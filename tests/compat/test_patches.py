@@ -219,7 +219,7 @@ def test_26_every_optimiser_of_torch(kind: str, make_model: Any, train_options: 
 @pytest.mark.parametrize("kind", ["AdamX", "lr_scheduler"])
 def test_26_an_unknown_optimiser(kind: str) -> None:
     with pytest.raises(UserError, match=rf"The optimiser '{kind}' is not in torch\.optim, which has: .*AdamW"):
-        BaseModel.get_optimizer(None, kind, [], 0.1)
+        BaseModel.get_optimizer(BaseModel({"num_gpu": 0, "is_train": True}), kind, [], 0.1)
 
 
 def test_25_without_a_network_it_says_where_vgg_weights_go(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

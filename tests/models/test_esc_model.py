@@ -167,7 +167,7 @@ def test_the_comparison_shows_and_measures_each_image(
     for number in (0, 1):
         name = f"val{number}x2"
         truth = cv2.imread(str(photographs.val_gt / f"val{number}.png"))
-        saved = f"{name}/{name}_6.png" if verb == "train" else f"Cuts/{name}_trial.png"
+        saved = f"{name}/{name}_4.png" if verb == "train" else f"Cuts/{name}_trial.png"
         result = cv2.imread(str(root / "visualization" / saved))
         bicubic = bicubic_of(photographs.val_lq / f"{name}.png")
         expected = [psnr(bicubic, truth), psnr(result, truth)]

@@ -450,7 +450,7 @@ TRAINING = [
     ({"train": {"optim_g": ADAM | {"beta": 1}}}, "train:optim_g:beta: Adam has no such argument. Did you mean 'betas'"),
     ({"train": {"optim_d": {"type": "Adma", "lr": 1}}}, "train:optim_d:type: 'Adma' is not known"),
     ({"train": {"scheduler": ...}}, "train:scheduler: None given; must be a mapping with type"),
-    ({"train": {"scheduler": {"type": "StepLR"}}}, "train:scheduler:type: 'StepLR' is not known. .*MultiStepRestartLR"),
+    ({"train": {"scheduler": {"type": "LambdaLR"}}}, "scheduler:type: 'LambdaLR' is not known. .*MultiStep.*StepLR"),
     ({"train": {"scheduler": {"type": "MultiStepLR"}}}, "train:scheduler:milestones: missing; MultiStepLR needs it"),
     (
         {"train": {"scheduler": STEPS | {"gama": 1}}},

@@ -271,6 +271,7 @@ def joined(folder: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
     """What the process group was asked to be; the start method is left alone."""
     asked: dict[str, Any] = {}
     monkeypatch.setattr(torch.distributed, "init_process_group", lambda **given: asked.update(given))
+    monkeypatch.setattr(distributed.launch, "_accompany", lambda: None)
     monkeypatch.setattr(torch.multiprocessing, "get_start_method", lambda allow_none: None)
     monkeypatch.setattr(torch.multiprocessing, "set_start_method", lambda method: asked.update(start=method))
     monkeypatch.setattr(torch.cuda, "set_device", lambda device: asked.update(device=device))

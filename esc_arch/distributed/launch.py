@@ -1,18 +1,26 @@
-"""Several processes that train one network: who started them, and joining them, with or without CUDA."""
+"""Who started the processes of a run, and joining them, with or without CUDA."""
 
 from __future__ import annotations
 
 import os
+import socket
+import struct
 import subprocess
 import sys
+import uuid
 from collections.abc import Mapping
+from contextlib import suppress
 from typing import Any
 
 import torch
 import torch.distributed
 import torch.multiprocessing
+from torch.distributed.distributed_c10d import _get_default_store
 
-from .errors import UserError
+from esc_arch.errors import UserError
+
+from .agreement import gather_objects, open_control_group
+from .watcher import start_watcher
 
 __all__ = ["init_dist", "print_note", "resolve_launcher"]
 
@@ -26,6 +34,13 @@ _HOW_TO_START = {
     "pytorch": f"start it with: {_TORCHRUN}",
     "slurm": "start it inside a Slurm job with: srun basicsr train -opt FILE --launcher slurm",
 }
+
+#: torch.distributed's own.
+_DEFAULT_PORT = "29500"
+#: An address of no machine (RFC 5737), which the default route leads to.
+_ELSEWHERE = "192.0.2.1"
+#: Linux's request for the address of a network interface (linux/sockios.h).
+_SIOCGIFADDR = 0x8915
 
 
 def print_note(text: str) -> None:
@@ -64,8 +79,11 @@ def init_dist(launcher: str, backend: str = "nccl", port: int | None = None, **p
     Without CUDA the processes talk through gloo whatever `backend` says (fault 17). `port` is Slurm's
     only; torchrun chooses its own. Further arguments go to `torch.distributed.init_process_group`.
 
+    To be called within `failing_together`, which undoes it: from now on a thread watches the other processes.
+
     Raises:
-        UserError: more processes on this machine than GPUs; Slurm's `scontrol` cannot name the nodes.
+        UserError: more processes on this machine than GPUs; Slurm's `scontrol` cannot name the nodes; the
+            processes do not find each other.
     """
     if torch.multiprocessing.get_start_method(allow_none=True) is None:
         torch.multiprocessing.set_start_method("spawn")  # CUDA does not survive a fork
@@ -75,7 +93,72 @@ def init_dist(launcher: str, backend: str = "nccl", port: int | None = None, **p
         torch.cuda.set_device(_local_device(launcher))
     else:
         backend = "gloo"
-    torch.distributed.init_process_group(backend=backend, **process_group)
+    _choose_gloo_interface()
+    try:
+        torch.distributed.init_process_group(backend=backend, **process_group)
+    except torch.distributed.DistError as error:
+        raise UserError(_why_not_joined(launcher, error)) from error
+    _accompany()
+
+
+def _accompany() -> None:
+    """Give the processes that joined what they have beside the group that carries gradients."""
+    open_control_group()
+    start_watcher(_get_default_store(), gather_objects(uuid.uuid4().hex)[0])
+
+
+def _why_not_joined(launcher: str, error: Exception) -> str:
+    place = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
+    advice = "If the port is taken, choose another" + (
+        " with dist_params: port." if launcher == "slurm" else " with torchrun --master_port."
+    )
+    reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+    return (
+        f"The {os.environ.get('WORLD_SIZE')} processes could not join at {place}: {reason} {advice} Otherwise see "
+        f"that all are started, and that the machines reach each other there."
+    )
+
+
+def _choose_gloo_interface() -> None:
+    """Let gloo use the network interface by which rank 0 is reached, if the user has not chosen one.
+
+    By itself it takes the address that the machine's name has, which many systems set to a loopback address: other
+    machines could not connect then. Where rank 0's name is such a one on its own machine, the default route counts.
+    """
+    host = os.environ.get("MASTER_ADDR")
+    if host is None or "GLOO_SOCKET_IFNAME" in os.environ:
+        return
+    machines = int(os.environ.get("GROUP_WORLD_SIZE", os.environ.get("SLURM_NNODES", "1")))
+    with suppress(OSError), socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as any_socket:
+        master = socket.gethostbyname(host)
+        address = _address_towards(master)
+        if machines > 1 and address.startswith("127.") and master != host:
+            address = _address_towards(_ELSEWHERE)
+        for _, name in socket.if_nameindex():
+            if _address_of(name, any_socket) == address:
+                os.environ["GLOO_SOCKET_IFNAME"] = name
+                return
+
+
+def _address_towards(host: str) -> str:
+    """This machine's address on the way to another; nothing is sent."""
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+        probe.connect((host, int(_DEFAULT_PORT)))
+        address: str = probe.getsockname()[0]
+        return address
+
+
+def _address_of(interface: str, any_socket: socket.socket) -> str | None:
+    """The IPv4 address of an interface, where the system is Linux."""
+    if sys.platform != "linux":
+        return None
+    import fcntl
+
+    try:
+        answer = fcntl.ioctl(any_socket, _SIOCGIFADDR, struct.pack("256s", interface.encode()[:15]))
+    except OSError:  # it has none
+        return None
+    return socket.inet_ntoa(answer[20:24])
 
 
 def _local_device(launcher: str) -> int:
@@ -94,7 +177,7 @@ def _set_slurm_environment(port: int | None) -> None:
     rank = os.environ["SLURM_PROCID"]
     if port is not None:
         os.environ["MASTER_PORT"] = str(port)
-    os.environ.setdefault("MASTER_PORT", "29500")  # torch.distributed's own default
+    os.environ.setdefault("MASTER_PORT", _DEFAULT_PORT)
     os.environ["MASTER_ADDR"] = _first_host(os.environ["SLURM_NODELIST"])
     os.environ["WORLD_SIZE"] = os.environ["SLURM_NTASKS"]
     os.environ["RANK"] = rank

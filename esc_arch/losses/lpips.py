@@ -1,0 +1,79 @@
+"""A loss of learned features, from the package of its authors."""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+from basicsr.utils.registry import LOSS_REGISTRY
+from torch import Tensor
+
+from esc_arch.errors import UserError
+from esc_arch.registry import register
+
+from .base import ImageLoss
+
+__all__ = ["LPIPSLoss"]
+
+#: net -> the file of torchvision's weights, and the smallest images that reach its last features
+_BACKBONES = {
+    "alex": ("alexnet-owt-7be5be79.pth", 31),
+    "vgg": ("vgg16-397923af.pth", 16),
+    "squeeze": ("squeezenet1_1-b8a52dc0.pth", 17),
+}
+_MISSING = 'LPIPSLoss needs the package lpips: pip install "esc-arch[lpips]", or leave this loss out'
+
+
+@register(LOSS_REGISTRY)
+class LPIPSLoss(ImageLoss):
+    """Learned perceptual distance (Zhang et al., 2018, arXiv 1801.03924), the mean over images.
+
+    Needs the package lpips (``pip install "esc-arch[lpips]"``), and the weights of its backbone, which torchvision
+    downloads once.
+
+    Args:
+        loss_weight: see `ImageLoss`.
+        net: the backbone: alex, vgg or squeeze. Its authors recommend alex to measure and vgg to train.
+
+    Raises:
+        ValueError: another net.
+        UserError: lpips is not installed, or the backbone's weights cannot be downloaded.
+    """
+
+    def __init__(self, loss_weight: float = 1.0, net: str = "vgg") -> None:
+        super().__init__(loss_weight)
+        if net not in _BACKBONES:
+            raise ValueError(_unknown(net))
+        file, self.smallest_side = _BACKBONES[net]
+        try:
+            import lpips
+        except ImportError as error:
+            raise UserError(f"{_MISSING} ({error})") from error
+        try:
+            self.net = lpips.LPIPS(net=net, verbose=False)
+        except OSError as error:  # URLError and time-outs are OSErrors
+            raise UserError(
+                f"The weights of LPIPSLoss's backbone could not be downloaded ({error}). Get the file {file} from "
+                f"https://download.pytorch.org/models/{file} on another machine and put it in "
+                f"{Path(torch.hub.get_dir(), 'checkpoints')}."
+            ) from error
+        self.net.requires_grad_(False)  # lpips leaves its own layers trainable
+
+    @classmethod
+    def option_problems(cls, *, net: str = "vgg", **_: object) -> Iterator[str]:
+        # Not by trying, which would download
+        if net not in _BACKBONES:
+            yield _unknown(net)
+        if importlib.util.find_spec("lpips") is None:
+            yield _MISSING
+
+    def compute(self, pred: Tensor, target: Tensor) -> Tensor:
+        # Its networks take values in -1 .. 1
+        distance: Tensor = self.net(2 * pred - 1, 2 * target - 1)
+        return distance.mean()
+
+
+def _unknown(net: object) -> str:
+    return f"net is {net!r}; LPIPSLoss takes {', '.join(_BACKBONES)}."

@@ -1,0 +1,133 @@
+"""How a training computes what it computes: precision, memory layout, compilation, what the backward pass keeps."""
+
+from __future__ import annotations
+
+import types
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from esc_arch.archs.base import ESCFamily
+
+__all__ = ["COMPILE_MODES", "Speed", "eager", "speed_problems"]
+
+COMPILE_MODES = ("default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs")
+_PRECISIONS = {"bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Speed:
+    """The options of ``train:`` that are about speed and memory. The defaults are BasicSR's ways.
+
+    Args:
+        amp: bf16 or fp16 mixed precision. Convolutions, matrix products and the features between them are in it;
+            weights, gradients, optimiser and EMA, LayerNorm, the global pool and the kernel made from it, the
+            symmetrised large kernel, softmax, the output image and the losses stay in float32: sums over many numbers,
+            and differences of almost equal ones, are what 8 or 11 bits spoil. fp16 scales the loss so that small
+            gradients do not vanish. Validation is in float32.
+        channels_last: the memory layout that convolutions are faster in on CPUs and on tensor cores.
+        compile: training steps by torch.compile; true or one of `COMPILE_MODES`. Validation, with its many image sizes,
+            is not compiled.
+        accumulate_grad: parts that a batch is cut into, one after the other: the same step with less memory.
+        gradient_clip: the largest norm of all gradients together; longer ones are shortened to it.
+        tf32: whether float32 products may be done in TF32 (10 bits of mantissa) on GPUs. None leaves PyTorch's choice:
+            convolutions yes, matrix products no.
+        activation_checkpointing: keep only the inputs of blocks, and compute the rest again in the backward pass.
+        nonfinite: what a loss or gradient that is infinite or not a number does: "stop" the training, "skip" the step.
+    """
+
+    amp: str | None = None
+    channels_last: bool = False
+    compile: bool | str = False
+    accumulate_grad: int = 1
+    gradient_clip: float | None = None
+    tf32: bool | None = None
+    activation_checkpointing: bool = False
+    nonfinite: str = "stop"
+
+    @classmethod
+    def of(cls, opt: Mapping[str, Any]) -> Speed:
+        """From all options of a run."""
+        train = opt.get("train") or {}
+        return cls(**{name: train[name] for name in cls.__dataclass_fields__ if train.get(name) is not None})
+
+    def set_globals(self) -> None:
+        """What PyTorch has for the whole process."""
+        if self.tf32 is not None:
+            torch.set_float32_matmul_precision("high" if self.tf32 else "highest")
+            torch.backends.cudnn.allow_tf32 = self.tf32
+
+    def prepare(self, net: nn.Module, device: torch.device) -> nn.Module:
+        """A network for training, changed in place; to be called before it is wrapped for several processes."""
+        if self.channels_last:
+            net.to(memory_format=torch.channels_last)
+        if self.activation_checkpointing and isinstance(net, ESCFamily):
+            net.checkpointing = True
+        if self.amp is not None:
+            setattr(net, "amp", (device.type, _PRECISIONS[self.amp]))  # noqa: B010  mypy takes attributes for modules
+            # A bound method, unlike a closure, belongs to the copy when the network is copied
+            net.forward = types.MethodType(_forward_in_low_precision, net)
+        if self.compile:
+            mode = self.compile if isinstance(self.compile, str) else None
+            net.compile(mode=mode, dynamic=False)  # in place, so that the names of the weights stay (fault 38)
+        return net
+
+
+def _forward_in_low_precision(self: Any, *args: Any, **kwargs: Any) -> Any:
+    if not self.training:
+        return type(self).forward(self, *args, **kwargs)
+    device, dtype = self.amp
+    with torch.autocast(device, dtype):
+        output = type(self).forward(self, *args, **kwargs)
+    return output.float()
+
+
+@contextmanager
+def eager(net: nn.Module) -> Iterator[None]:
+    """Call `net` as it is, though it is compiled: for sizes that are met once, compiling takes longer."""
+    compiled, net._compiled_call_impl = net._compiled_call_impl, None
+    try:
+        yield
+    finally:
+        net._compiled_call_impl = compiled
+
+
+def speed_problems(opt: Mapping[str, Any], net: type[Any] | None) -> Iterator[str]:
+    """What is wrong with these options; `net` is the class of network_g."""
+    train = opt.get("train") or {}
+    for key in ("channels_last", "tf32", "activation_checkpointing"):
+        if not isinstance(train.get(key), bool | None):
+            yield f"train:{key}: {train[key]!r} given; must be true or false"
+    if train.get("amp") not in (None, *_PRECISIONS):
+        yield f"train:amp: {train['amp']!r} given; must be {' or '.join(_PRECISIONS)}, or ~ for float32"
+    if not isinstance(train.get("compile"), bool | None) and train["compile"] not in COMPILE_MODES:
+        yield f"train:compile: {train['compile']!r} given; must be true, false or one of {', '.join(COMPILE_MODES)}"
+    if train.get("nonfinite") not in (None, "stop", "skip"):
+        yield f"train:nonfinite: {train['nonfinite']!r} given; must be stop (the default) or skip"
+    clip = train.get("gradient_clip")
+    if clip is not None and not (isinstance(clip, int | float) and not isinstance(clip, bool) and clip > 0):
+        yield f"train:gradient_clip: {clip!r} given; must be a positive number, the largest norm, such as 1.0"
+    yield from _accumulation_problems(opt, train.get("accumulate_grad"))
+    if train.get("activation_checkpointing") and net is not None and not issubclass(net, ESCFamily):
+        yield f"train:activation_checkpointing: only for networks of the ESC family, not for {net.__name__}. Remove it"
+
+
+def _accumulation_problems(opt: Mapping[str, Any], parts: Any) -> Iterator[str]:
+    if parts is None:
+        return
+    if not isinstance(parts, int) or isinstance(parts, bool) or parts < 1:
+        yield f"train:accumulate_grad: {parts!r} given; must be the number of parts of a batch, 1 or more"
+        return
+    batch = (opt["datasets"].get("train") or {}).get("batch_size_per_gpu")
+    if isinstance(batch, int) and batch % parts:
+        yield (
+            f"train:accumulate_grad: {parts} given; it must divide datasets:train:batch_size_per_gpu, {batch}, because "
+            f"it is the number of equal parts that a batch is computed in"
+        )
+    perceptual = opt["train"].get("perceptual_opt")
+    if parts > 1 and isinstance(perceptual, Mapping) and perceptual.get("criterion") == "fro":
+        yield "train:accumulate_grad: does not go with perceptual_opt:criterion: fro, a norm over the whole batch"

@@ -1,0 +1,86 @@
+"""What checks of an option file share: names that are known, arguments that fit a constructor, kinds of numbers."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any
+
+from basicsr.models.sr_model import SRModel
+from basicsr.utils.registry import MODEL_REGISTRY
+
+from esc_arch.suggestions import did_you_mean
+
+from .files import Options
+
+__all__ = ["check_call", "check_type", "entries", "is_basicsr_s_or_ours", "is_integer", "is_whole", "sr_model"]
+
+
+def check_type(path: str, name: Any, known: Mapping[str, Any]) -> Iterator[str]:
+    names = [entry for entry in known if not entry.endswith("_basicsr")]  # each is there by its short name too
+    if name is None:
+        yield f"{path}: missing. Allowed: {', '.join(sorted(names))}"
+    elif not isinstance(name, str) or name not in known:
+        yield f"{path}: {name!r} is not known. {did_you_mean(name, names)}"
+
+
+def check_call(
+    path: str,
+    section: Any,
+    known: Mapping[str, Any],
+    *,
+    supplied: Iterable[str] = (),
+    needed: Iterable[str] = (),
+    extra: Iterable[str] = (),
+) -> Iterator[str]:
+    """Whether `known[section['type']]` can be called with the rest of `section`.
+
+    BasicSR supplies the arguments `supplied` itself and takes the keys `extra` out; keys `needed` must
+    be given though the callable has defaults for them.
+    """
+    if not isinstance(section, dict):
+        yield f"{path}: {section!r} given; must be a mapping with type and its arguments"
+        return
+    problems = list(check_type(f"{path}:type", section.get("type"), known))
+    yield from problems
+    if problems:
+        return
+    parameters = inspect.signature(known[section["type"]]).parameters.values()
+    named = {
+        entry.name: entry
+        for entry in parameters
+        if entry.kind in (entry.POSITIONAL_OR_KEYWORD, entry.KEYWORD_ONLY) and entry.name not in supplied
+    }
+    if not any(entry.kind is entry.VAR_KEYWORD for entry in parameters):
+        for key in sorted(section.keys() - named.keys() - {"type", *extra}):
+            yield f"{path}:{key}: {section['type']} has no such argument. {did_you_mean(key, named)}"
+    required = {name for name, entry in named.items() if entry.default is entry.empty}
+    for key in sorted(required.union(needed) - section.keys()):
+        yield f"{path}:{key}: missing; {section['type']} needs it"
+
+
+def entries(registry: Any) -> dict[str, Any]:
+    """What a BasicSR registry holds, its own entries by their short names too, as `Registry.get` finds them."""
+    entries = dict(iter(registry))
+    short = {name.removesuffix("_basicsr"): entry for name, entry in entries.items()}
+    return short | entries
+
+
+def sr_model(opt: Options) -> type[SRModel] | None:
+    """The class of `model_type` if it is a kind of SRModel: others may use the options in their own way."""
+    model = entries(MODEL_REGISTRY).get(str(opt.get("model_type")))
+    return model if inspect.isclass(model) and issubclass(model, SRModel) else None
+
+
+def is_basicsr_s_or_ours(method: Any) -> bool:
+    """Whether a model's method is one whose needs are known, and not of another package."""
+    return method.__module__.split(".")[0] in ("basicsr", "esc_arch")
+
+
+def is_integer(value: Any, least: int | None = None) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and (least is None or value >= least)
+
+
+def is_whole(value: Any) -> bool:
+    """A positive integer, or a float like `!!float 5e5` that is one."""
+    return is_integer(value, least=1) or (isinstance(value, float) and value >= 1 and value.is_integer())

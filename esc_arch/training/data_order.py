@@ -1,0 +1,82 @@
+"""Which image comes when, and how it is cut and flipped: by the seed, the epoch and the place in it alone.
+
+So a run sees the same batches however often it is interrupted, however many workers load them, and when 2 processes
+share the batches of one. BasicSR begins an epoch anew when it resumes (fault 30), and its workers' random numbers
+depend on how many they are and on what they loaded before.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+from basicsr.data.data_sampler import EnlargedSampler
+from torch.utils.data import Dataset, get_worker_info
+
+from .random_state import seeded
+
+__all__ = ["Draw", "EpochSampler", "SeededDataset"]
+
+
+class Draw(int):
+    """An index of a data set that knows what its random numbers are to be seeded with."""
+
+    entropy: tuple[int, ...]
+
+    def __new__(cls, index: int, entropy: tuple[int, ...] = ()) -> Draw:
+        draw = super().__new__(cls, index)
+        draw.entropy = entropy
+        return draw
+
+
+class EpochSampler(EnlargedSampler):
+    """BasicSR's sampler, in BasicSR's order, that can begin an epoch in the middle.
+
+    Attributes:
+        seed: of the run.
+        start: how many samples of this process the current epoch leaves out, because they came before the resumption.
+    """
+
+    def __init__(self, dataset: Any, num_replicas: int, rank: int, ratio: int = 1) -> None:
+        super().__init__(dataset, num_replicas, rank, ratio)
+        self.seed = 0
+        self.start = 0
+        self._resumed_epoch = -1
+
+    def resume(self, epoch: int, samples: int) -> None:
+        """Begin `epoch` after `samples` of it, counted over all processes."""
+        self._resumed_epoch = epoch
+        self.epoch = epoch
+        self.start = min(samples // self.num_replicas, self.num_samples)
+
+    def set_epoch(self, epoch: int) -> None:
+        super().set_epoch(epoch)
+        if epoch != self._resumed_epoch:
+            self.start = 0
+
+    def __iter__(self) -> Iterator[Draw]:
+        for place, index in enumerate(super().__iter__()):
+            if place >= self.start:
+                yield Draw(index, (self.seed, self.epoch, place * self.num_replicas + self.rank))
+
+
+class SeededDataset(Dataset[Any]):
+    """A data set whose random numbers are seeded anew for each `Draw`; other indices are passed on as they are."""
+
+    def __init__(self, dataset: Any) -> None:
+        self.dataset = dataset
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def __getitem__(self, index: int) -> Any:
+        if not isinstance(index, Draw):
+            return self.dataset[index]
+        # A worker has random numbers for nothing else; in the main process the model may draw some, too
+        with seeded(*index.entropy, put_back=get_worker_info() is None):
+            return self.dataset[int(index)]
+
+    def __getattr__(self, name: str) -> Any:
+        if name == "dataset":  # not there yet while a worker unpickles this
+            raise AttributeError(name)
+        return getattr(self.dataset, name)

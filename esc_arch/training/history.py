@@ -1,0 +1,128 @@
+"""The figures of a training, a line each, for plots, reports and resuming."""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from esc_arch.data.safe_files import write_atomically
+
+__all__ = ["History"]
+
+logger = logging.getLogger("basicsr")
+
+Record = dict[str, Any]
+
+
+class History:
+    """A file of one JSON object per line: what is logged, and what validations measure, in the order of time.
+
+    Of training: ``{"iter": 100, "epoch": 0, "lr": 5e-4, "l_pix": 0.02, "images_per_s": 80.5}``; of validation:
+    ``{"iter": 5000, "dataset": "Set5", "psnr": 37.9, "ssim": 0.96}``. Numbers that are not finite are written as null.
+
+    A line is in the file, safe from the death of the process, when `append` returns. What cannot be written (full disk)
+    is lost with one warning: no training ends for it. Only one process of a distributed run may write.
+
+    Args:
+        path: the file; its folder must be there. It need not be.
+    """
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = Path(path)
+        self._warned = False
+
+    def append(self, record: Mapping[str, Any]) -> None:
+        """Add a line. Values: numbers, also numpy's and one-element tensors, text, lists and mappings of these."""
+        line = json.dumps(_plain(record), ensure_ascii=False).encode() + b"\n"
+        try:
+            with open(self.path, "a+b") as file:
+                if _ends_within_a_line(file):
+                    line = b"\n" + line
+                file.write(line)
+        except OSError as error:
+            self._warn(error)
+
+    def records(self) -> list[Record]:
+        """All records; a line that was cut off, when the process was killed or the disk was full, is left out."""
+        try:
+            lines = self.path.read_bytes().splitlines()
+        except FileNotFoundError:
+            return []
+        except OSError as error:
+            self._warn(error)
+            return []
+        return [record for line in lines if (record := _parse(line)) is not None]
+
+    def truncate(self, iteration: int) -> None:
+        """Drop what is later than `iteration`: a run resumed there does it again."""
+        records = self.records()
+        kept = [record for record in records if record["iter"] <= iteration]
+        if len(kept) == len(records):
+            return
+        try:
+            text = "".join(f"{json.dumps(record, ensure_ascii=False)}\n" for record in kept)
+            write_atomically(self.path, text.encode())
+        except OSError as error:
+            self._warn(error)
+
+    def validated(self, iteration: int, dataset: str) -> bool:
+        """Whether there are figures of a data set at an iteration."""
+        return any(
+            record["iter"] == iteration and record.get("dataset") == dataset for record in reversed(self.records())
+        )
+
+    def best(self, dataset: str, metric: str, better: str) -> tuple[float, int] | None:
+        """The best value of a metric and its iteration, of equal ones the last, as BasicSR counts; None without any.
+
+        Args:
+            dataset: name of the validation set.
+            metric: name of the metric.
+            better: `higher` or `lower`.
+        """
+        sign = 1 if better == "higher" else -1
+        values = [
+            (record[metric], record["iter"])
+            for record in self.records()
+            if record.get("dataset") == dataset and record.get(metric) is not None
+        ]
+        return max(values, key=lambda pair: (sign * pair[0], pair[1]), default=None)
+
+    def _warn(self, error: OSError) -> None:
+        if not self._warned:
+            logger.warning(
+                "%s cannot be read or written (%s): figures of this training may be missing there. It goes on.",
+                self.path,
+                error.strerror or error,
+            )
+        self._warned = True
+
+
+def _ends_within_a_line(file: Any) -> bool:
+    if file.seek(0, os.SEEK_END) == 0:
+        return False
+    file.seek(-1, os.SEEK_END)
+    return bool(file.read(1) != b"\n")
+
+
+def _parse(line: bytes) -> Record | None:
+    try:
+        record = json.loads(line)
+    except ValueError:
+        return None
+    return record if isinstance(record, dict) and isinstance(record.get("iter"), int) else None
+
+
+def _plain(value: Any) -> Any:
+    """What JSON can hold: Python's own numbers, and null for those that are not finite."""
+    if isinstance(value, Mapping):
+        return {str(key): _plain(entry) for key, entry in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(entry) for entry in value]
+    if hasattr(value, "item"):
+        value = value.item()
+    return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -1,0 +1,116 @@
+"""Which parameters of a network are trained, and how fast: `train: freeze` and `train: lr_factors`.
+
+Both name parameters by shell patterns (`fnmatch`, case counts) on their full names, such as ``blocks.0.*``; a `*`
+matches dots too.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterable, Iterator, Mapping
+from fnmatch import fnmatchcase
+from typing import Any
+
+from torch import nn
+
+from esc_arch.errors import UserError
+
+__all__ = ["freeze", "option_problems", "parameter_groups", "pattern_problems"]
+
+logger = logging.getLogger("basicsr")
+
+
+def option_problems(train_options: Mapping[str, Any]) -> Iterator[str]:
+    """What is wrong with the form of `freeze` and `lr_factors`."""
+    patterns = train_options.get("freeze")
+    if patterns is not None and not (isinstance(patterns, list) and all(isinstance(entry, str) for entry in patterns)):
+        yield f"train:freeze: {patterns!r} given; must be a list of patterns of parameter names, such as ['blocks.0.*']"
+    factors = train_options.get("lr_factors")
+    if factors is None:
+        return
+    if not isinstance(factors, dict):
+        yield f"train:lr_factors: {factors!r} given; must be a mapping of patterns, such as {{'to_img.*': 10}}"
+        return
+    for pattern, factor in factors.items():
+        if not isinstance(factor, int | float) or isinstance(factor, bool) or factor <= 0:
+            yield f"train:lr_factors:{pattern}: {factor!r} given; must be a number above 0. To keep it as it is: freeze"
+
+
+def pattern_problems(net: nn.Module, train_options: Mapping[str, Any]) -> Iterator[str]:
+    """What of `freeze` and `lr_factors`, in proper form, does not go with a network."""
+    names = [name for name, _ in net.named_parameters()]
+    patterns, factors = _options(train_options)
+    for key, given in (("freeze", patterns), ("lr_factors", factors)):
+        for pattern in given:
+            if not _matching(names, pattern):
+                some = ", ".join(names[:: max(1, len(names) // 5)])
+                yield (
+                    f"train:{key}: {pattern!r} matches no parameter of {type(net).__name__}, which has {some} and "
+                    f"others. Give a whole name, or a pattern such as 'blocks.0.*'"
+                )
+    rest = [name for name in names if not any(fnmatchcase(name, pattern) for pattern in patterns)]
+    if not rest:
+        yield f"train:freeze: {patterns} leave no parameter of {type(net).__name__} to be trained. Take one out"
+    for pattern in factors:
+        if not _matching(rest, pattern) and _matching(names, pattern):
+            yield (
+                f"train:lr_factors: {pattern!r} changes nothing: all that it matches is frozen or follows an earlier "
+                f"pattern. Put it before the others, or take it out"
+            )
+        rest = [name for name in rest if not fnmatchcase(name, pattern)]
+
+
+def freeze(net: nn.Module, train_options: Mapping[str, Any]) -> None:
+    """Keep the parameters that `freeze` names as they are: they get no gradient.
+
+    To be done before the network is wrapped for distributed training, which waits for every parameter's gradient.
+    """
+    patterns, _ = _options(train_options)
+    for name, parameter in net.named_parameters():
+        if any(fnmatchcase(name, pattern) for pattern in patterns):
+            parameter.requires_grad_(False)
+
+
+def parameter_groups(net: nn.Module, train_options: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """The optimiser's groups of all parameters that are trained, in the network's order; freezes the others.
+
+    Without `lr_factors` it is one group. With them, a group for what no pattern matches comes first, then one for each
+    pattern, with ``lr`` = ``optim_g: lr`` times its factor; of several patterns that match a name the first counts.
+
+    Args:
+        net: not wrapped for distributed training, so that its names are those of the checkpoints.
+        train_options: the section `train`.
+
+    Raises:
+        UserError: a pattern that matches nothing or changes nothing, or nothing is left to train.
+    """
+    if problems := list(pattern_problems(net, train_options)):
+        raise UserError("; ".join(problems) + ".")
+    freeze(net, train_options)
+    patterns, factors = _options(train_options)
+    groups: dict[str | None, list[nn.Parameter]] = {None: [], **{pattern: [] for pattern in factors}}
+    frozen = []
+    for name, parameter in net.named_parameters():
+        if parameter.requires_grad:
+            groups[next((pattern for pattern in factors if fnmatchcase(name, pattern)), None)].append(parameter)
+        else:
+            frozen.append(name)
+    if frozen:
+        by = f" by train: freeze: {', '.join(patterns)}" if patterns else ""
+        logger.info("%d parameter tensors are frozen%s: %s.", len(frozen), by, ", ".join(frozen))
+    if not factors:
+        return [{"params": groups[None]}]
+    rate = train_options["optim_g"]["lr"]
+    return [
+        {"params": parameters, "lr": rate if pattern is None else rate * factors[pattern]}
+        for pattern, parameters in groups.items()
+        if parameters
+    ]
+
+
+def _options(train_options: Mapping[str, Any]) -> tuple[list[str], dict[str, float]]:
+    return train_options.get("freeze") or [], train_options.get("lr_factors") or {}
+
+
+def _matching(names: Iterable[str], pattern: str) -> list[str]:
+    return [name for name in names if fnmatchcase(name, pattern)]

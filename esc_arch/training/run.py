@@ -1,0 +1,182 @@
+"""The training that is going on in this process, as far as BasicSR's loop does not hand it on.
+
+BasicSR's loop calls, for each iteration: the prefetcher's `next`, the model, the log, `save`, `validation`. What it
+lacks (stopping when asked, the place in the epoch, a progress bar, a report) hangs on those calls; see
+`compat.training_loop`.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from esc_arch.distributed import Agreement
+
+from .data_order import EpochSampler
+from .history import History
+from .progress import TrainingLog
+from .report import write_report
+from .stopping import Stopped, StopRequest
+
+__all__ = ["TrainingRun", "current_run", "training_run"]
+
+_current: TrainingRun | None = None
+
+
+def current_run() -> TrainingRun | None:
+    """The training that this process is in, if it is in one."""
+    return _current
+
+
+@contextmanager
+def training_run() -> Iterator[TrainingRun]:
+    """While this lasts, `current_run` is a new run, and signals ask it to stop."""
+    global _current
+    run = _current = TrainingRun()
+    try:
+        with run.stop.listening():
+            yield run
+    finally:
+        _current = None
+        run.close()
+
+
+class TrainingRun:
+    """What belongs to one training.
+
+    Attributes:
+        stop: whether and by which signal it is asked to stop.
+        history: its figures; None on all processes but the first.
+        start_iteration: of the state that it was resumed from; otherwise 0.
+        saved_iteration: of the last state that was saved.
+    """
+
+    def __init__(self) -> None:
+        self.stop = StopRequest()
+        self.history: History | None = None
+        self.start_iteration = 0
+        self.saved_iteration = -1
+        self._agreement = Agreement()
+        self._started = time.monotonic()
+        self._opt: dict[str, Any] = {}
+        self._loader: Any = None
+        self._val_loaders: list[Any] = []
+        self._model: Any = None
+        self._log: TrainingLog | None = None
+        self._batches = self._batches_of_epoch = 0
+
+    # What the loop makes before it begins, in this order
+
+    def has_data(self, opt: dict[str, Any], loader: Any, val_loaders: list[Any]) -> None:
+        """The data are ready. From now on drawing from them leaves the process's own random numbers alone."""
+        self._opt, self._loader, self._val_loaders = opt, loader, val_loaders
+        self._sampler.seed = opt["manual_seed"]
+        for each in (loader, *val_loaders):
+            each.generator = torch.Generator()
+
+    def has_model(self, model: Any) -> None:
+        self._model = model
+
+    def begins(self, log: TrainingLog, iteration: int) -> None:
+        """The loop is about to begin after `iteration`, and will log to `log`."""
+        self.start_iteration = iteration
+        self._log = log
+        if self._opt["rank"] == 0:
+            self.history = History(Path(self._opt["path"]["experiments_root"], "metrics.jsonl"))
+            self.history.truncate(iteration)
+        log.history = self.history
+
+    # What the prefetcher calls
+
+    def epoch_begins(self) -> None:
+        self._batches_of_epoch = 0
+
+    def before_batch(self) -> bool:
+        """An iteration, if there was one, is over: whether another is to follow.
+
+        Raises:
+            Stopped: the training was asked to stop; everything is saved.
+        """
+        if self._batches == 0 and self.start_iteration and self._opt.get("val") is not None:
+            self._catch_up()
+        if self._log is not None:
+            self._log.step(self.iteration)
+        if self._agreement.any_rank(bool(self.stop)):
+            self._end()
+        return self.iteration < int(self._opt["train"]["total_iter"])
+
+    def has_batch(self) -> None:
+        self._batches += 1
+        self._batches_of_epoch += 1
+
+    @property
+    def iteration(self) -> int:
+        """How many iterations are finished; while one is going on, its number."""
+        return self.start_iteration + self._batches
+
+    @property
+    def samples(self) -> int:
+        """How many samples of the current epoch are used, counted over all processes."""
+        of_process = self._sampler.start + self._batches_of_epoch * self._loader.batch_size
+        return int(of_process) * self._sampler.num_replicas
+
+    def resume(self, epoch: int, samples: int) -> None:
+        """Begin in an epoch after `samples` of it."""
+        self._sampler.resume(epoch, samples)
+
+    # What the end calls
+
+    def finish(self) -> None:
+        """The training is over: write its report."""
+        if self.history is not None:
+            root = Path(self._opt["path"]["experiments_root"])
+            report = write_report(
+                root,
+                self._opt,
+                self.history,
+                seconds=time.monotonic() - self._started,
+                skipped=getattr(self._model, "skipped", 0),
+                parameters=sum(parameter.numel() for parameter in self._model.net_g.parameters()),
+            )
+            logging.getLogger("basicsr").info(report)
+        if self.stop:  # during the last validation
+            raise Stopped(self.stop.signum or 0)
+
+    def close(self) -> None:
+        """Put the terminal back, and let go of what holds processes and threads."""
+        self._agreement.finish()
+        if self._log is not None:
+            self._log.close()
+        self._model = self._loader = None
+        self._val_loaders = []
+
+    @property
+    def _sampler(self) -> EpochSampler:
+        sampler: EpochSampler = self._loader.sampler
+        return sampler
+
+    def _catch_up(self) -> None:
+        """Do the validations that fell to the iteration of the state, and that the end of the run before cut off."""
+        if self.start_iteration % int(self._opt["val"]["val_freq"]) or not hasattr(self._model, "missed_validation"):
+            return
+        for loader in self._val_loaders:
+            if self._model.missed_validation(loader, self.start_iteration):
+                tb_logger = self._log.tb_logger if self._log is not None else None
+                self._model.validation(loader, self.start_iteration, tb_logger, self._opt["val"]["save_img"])
+
+    def _end(self) -> None:
+        saved = self.iteration in (self.start_iteration, self.saved_iteration)
+        if not saved:
+            self._model.save(self._sampler.epoch, self.iteration)
+        logging.getLogger("basicsr").info(
+            "Stopped on request after iteration %d; %s. Go on with --auto_resume.",
+            self.iteration,
+            "nothing new to save" if saved else "saved",
+        )
+        raise Stopped(self.stop.signum or 15)

@@ -1,0 +1,129 @@
+"""What a training state holds beyond BasicSR's, so that a resumed run is as if it had not stopped."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from esc_arch.distributed import gather_objects
+from esc_arch.errors import UserError
+
+from .random_state import capture, restore
+from .run import current_run
+
+__all__ = ["apply_state", "prune", "training_state"]
+
+#: Of schedulers: what the option file says, not what the iterations change.
+_SCHEDULE = ("milestones", "gamma", "restarts", "restart_weights", "periods", "eta_min", "T_max", "step_size", "power")
+
+
+def training_state(model: Any, epoch: int, iteration: int) -> dict[str, Any]:
+    """Everything to go on from after `iteration`. To be called by all processes; that of the first is to be saved.
+
+    The networks are saved by themselves, as BasicSR does.
+    """
+    run = current_run()
+    return {
+        "epoch": epoch,
+        "iter": iteration,
+        "optimizers": [optimizer.state_dict() for optimizer in model.optimizers],
+        "schedulers": [scheduler.state_dict() for scheduler in model.schedulers],
+        "manual_seed": model.opt.get("manual_seed"),
+        "samples": run.samples if run else None,  # of the epoch, over all processes
+        "random": gather_objects(capture()),  # of each process
+        "best_metric_results": _plain_numbers(getattr(model, "best_metric_results", None)),
+        "model": model.extra_state() if hasattr(model, "extra_state") else {},
+    }
+
+
+def _plain_numbers(results: Any) -> Any:
+    """BasicSR's table of best results without NumPy's numbers, which are not loaded without unpickling."""
+    if isinstance(results, Mapping):
+        return {key: _plain_numbers(value) for key, value in results.items()}
+    return results.item() if isinstance(results, np.generic) else results
+
+
+def apply_state(model: Any, state: Mapping[str, Any], load: Any) -> None:
+    """Go on from `state`; `load` is BasicSR's part of it. States that BasicSR wrote have no more than that.
+
+    Raises:
+        UserError: the state is of other optimisers or parameters.
+    """
+    for warning in _ignored_changes(model, state):
+        logging.getLogger("basicsr").warning(warning)
+    try:
+        load(model, state)
+    except (AssertionError, ValueError, KeyError) as error:
+        raise UserError(
+            f"{model.opt['path'].get('resume_state')} does not fit the optimisers of the option file ({error}). Give "
+            f"train: optim_*, freeze and lr_factors as in the run that saved it, or start a new run from its network "
+            f"with path: pretrain_network_g."
+        ) from error
+    if state.get("best_metric_results"):
+        model.best_metric_results = state["best_metric_results"]
+    if state.get("model") and hasattr(model, "load_extra_state"):
+        model.load_extra_state(state["model"])
+    run = current_run()
+    if run is not None and state.get("samples") is not None:
+        run.resume(state["epoch"], state["samples"])
+    random, rank = state.get("random") or [], model.opt["rank"]
+    if rank < len(random):
+        restore(random[rank])
+
+
+def _ignored_changes(model: Any, state: Mapping[str, Any]) -> Iterator[str]:
+    """What the option file says otherwise than the state, which is what counts (fault 28)."""
+    advice = "To change it, start a new run from the network with path: pretrain_network_g"
+    for optimizer, saved in zip(model.optimizers, state["optimizers"], strict=False):
+        asked = {group.get("initial_lr", group["lr"]) for group in optimizer.param_groups}
+        going_on = {group.get("initial_lr", group["lr"]) for group in saved["param_groups"]}
+        if asked != going_on:
+            yield (
+                f"The learning rate of the option file ({_listed(asked)}) is ignored: a resumed run goes on with "
+                f"{_listed(going_on)}. {advice}."
+            )
+    for scheduler, saved in zip(model.schedulers, state["schedulers"], strict=False):
+        for key in _SCHEDULE:
+            now, before = getattr(scheduler, key, None), saved.get(key)
+            if key in saved and _plain(now) != _plain(before):
+                yield (
+                    f"train:scheduler:{key} of the option file ({_plain(now)}) is ignored: a resumed run goes on with "
+                    f"{_plain(before)}. {advice}."
+                )
+
+
+def _listed(numbers: set[float]) -> str:
+    return ", ".join(f"{number:g}" for number in sorted(numbers))
+
+
+def _plain(value: Any) -> Any:
+    """Tuples, lists and BasicSR's counter of milestones as one kind of thing."""
+    if isinstance(value, Mapping):
+        return sorted(value)
+    return list(value) if isinstance(value, list | tuple) else value
+
+
+def prune(model: Any, iteration: int) -> None:
+    """Remove old checkpoints and states, as ``logger: keep_last: N`` says; networks of the best iterations stay.
+
+    Only after a save that succeeded, so that there are N that load.
+    """
+    keep = model.opt["logger"].get("keep_last")
+    if not keep:
+        return
+    models, states = (Path(model.opt["path"][key]) for key in ("models", "training_states"))
+    numbers = {int(path.stem) for path in states.glob("*.state") if path.stem.isdigit()}
+    newest = sorted(number for number in numbers if number <= iteration)[-keep:]
+    results = getattr(model, "best_metric_results", None) or {}
+    best = {record["iter"] for of_set in results.values() for record in of_set.values()}
+    for path in states.glob("*.state"):
+        if path.stem.isdigit() and int(path.stem) < newest[0]:
+            path.unlink(missing_ok=True)
+    for path in models.glob("net_*_*.pth"):
+        number = path.stem.rpartition("_")[2]
+        if number.isdigit() and int(number) < newest[0] and int(number) not in best:
+            path.unlink(missing_ok=True)

@@ -1,0 +1,313 @@
+"""Processes that agree, fail together and end in order; the command line's side is in cli/test_distributed.py."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch.distributed as dist
+import torch.multiprocessing
+from conftest import Run, run_command
+
+from esc_arch import distributed
+from esc_arch.distributed import launch, watcher
+from esc_arch.distributed.watcher import Watcher
+from esc_arch.errors import UserError
+
+pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")  # see Exits
+
+ENOUGH = 20.0  # seconds for what takes a moment
+
+
+def free_port() -> str:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return str(probe.getsockname()[1])
+
+
+def wait_until(happened: Callable[[], Any]) -> None:
+    end = time.monotonic() + ENOUGH
+    while not happened():
+        assert time.monotonic() < end
+        time.sleep(0.01)
+
+
+# --- a process alone ----------------------------------------------------------------------------------------------
+
+
+def test_a_process_alone_agrees_with_itself() -> None:
+    agreement = distributed.Agreement()
+    assert [agreement.any_rank(flag) for flag in (False, True, False)] == [False, True, False]
+    agreement.finish()
+    assert distributed.gather_objects("mine") == ["mine"]
+    distributed.wait_for_all()
+    distributed.progress()
+    distributed.expect_progress(0)
+
+
+@pytest.mark.parametrize("error", [ValueError("one bad image"), KeyboardInterrupt(), SystemExit(143)])
+def test_a_process_alone_fails_as_ever(error: BaseException) -> None:
+    with pytest.raises(type(error)) as raised, distributed.failing_together(lambda _: (1, "")):
+        raise error
+    assert raised.value is error
+
+
+# --- two processes ------------------------------------------------------------------------------------------------
+
+TOGETHER = """
+import os, sys, time
+import torch
+import torch.distributed as dist
+from esc_arch import distributed
+from esc_arch.cli.status import describe
+
+with distributed.failing_together(describe):
+    distributed.init_dist("pytorch")
+    rank = dist.get_rank()
+    agreement = distributed.Agreement()
+    print([agreement.any_rank(rank == 1 and call == 2) for call in range(5)])
+    agreement.finish()
+    print(distributed.gather_objects({"rank": rank}))
+    if rank == 0:  # a validation that only one process does
+        time.sleep(0.5)
+        open("validated", "w").close()
+    distributed.wait_for_all()
+    print(os.path.exists("validated"))
+    if sys.argv[1] == "fail" and rank == 1:
+        raise ValueError("one bad image")
+    dist.all_reduce(torch.zeros(1))
+    sys.exit(143)
+"""
+
+
+@pytest.mark.timeout(120)
+@pytest.mark.skipif(torch.cuda.is_available(), reason="with GPUs the processes would use them")
+@pytest.mark.parametrize("end", ["exit", "fail"])
+def test_two_processes(end: str, tmp_path: Path) -> None:
+    (tmp_path / "together.py").write_text(TOGETHER, encoding="utf-8")
+    port = free_port()
+
+    def run(rank: int) -> Run:
+        joining = {"RANK": str(rank), "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+        return run_command([sys.executable, "together.py", end], tmp_path, **joining)
+
+    with ThreadPoolExecutor() as both:
+        runs = list(both.map(run, range(2)))
+    for done in runs:
+        agreed, gathered, validated, *more = done.out.splitlines()
+        assert agreed == "[False, False, False, True, False]"  # of the third call, known at the fourth, to both
+        assert gathered == "[{'rank': 0}, {'rank': 1}]"
+        assert validated == "True"
+        assert more == []
+    assert [done.status for done in runs] == [{"exit": 143, "fail": 1}[end]] * 2
+    if end == "fail":  # rank 0 waits in a collective
+        assert runs[0].err.splitlines()[-1:] == ["rank 1 failed: ValueError: one bad image; stopping"]
+        assert "Traceback" not in runs[0].err
+        assert runs[1].err.rstrip().endswith("ValueError: one bad image")
+    else:
+        assert "Traceback" not in runs[0].err + runs[1].err
+
+
+# --- joining --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("launcher", "advice"), [("pytorch", "torchrun --master_port"), ("slurm", "dist_params: port")]
+)
+def test_a_port_that_is_taken(launcher: str, advice: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.multiprocessing, "get_start_method", lambda allow_none: "spawn")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(launch, "_set_slurm_environment", lambda port: None)
+    with socket.socket() as other:
+        other.bind(("127.0.0.1", 0))
+        other.listen()
+        port = str(other.getsockname()[1])
+        joining = {"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+        for name, value in joining.items():
+            monkeypatch.setenv(name, value)
+        monkeypatch.setenv("GLOO_SOCKET_IFNAME", "lo")
+        message = rf"The 2 processes could not join at 127\.0\.0\.1:{port}: .* choose another with {advice}\. Otherwise"
+        with pytest.raises(UserError, match=message):
+            distributed.init_dist(launcher)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere gloo chooses by itself")
+@pytest.mark.parametrize(
+    ("environment", "chosen"),
+    [
+        ({"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500"}, "lo"),
+        ({"MASTER_ADDR": "127.0.0.1", "GLOO_SOCKET_IFNAME": "eth7"}, "eth7"),
+        ({"MASTER_ADDR": "no such host"}, None),
+        ({}, None),
+    ],
+)
+def test_gloo_uses_the_interface_that_reaches_rank_0(
+    environment: dict[str, str], chosen: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(os, "environ", environment)
+    launch._choose_gloo_interface()
+    assert environment.get("GLOO_SOCKET_IFNAME") == chosen
+
+
+@pytest.mark.parametrize(
+    ("environment", "chosen"),
+    [
+        ({"MASTER_ADDR": "n1", "GROUP_WORLD_SIZE": "2"}, "eth0"),
+        ({"MASTER_ADDR": "n1", "SLURM_NNODES": "2"}, "eth0"),
+        ({"MASTER_ADDR": "n1", "GROUP_WORLD_SIZE": "1"}, "lo"),
+        ({"MASTER_ADDR": "127.0.1.1", "GROUP_WORLD_SIZE": "2"}, "lo"),
+    ],
+)
+def test_gloo_avoids_loopback_among_machines(
+    environment: dict[str, str], chosen: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On Debian a machine's own name stands for 127.0.1.1."""
+    monkeypatch.setattr(os, "environ", environment)
+    monkeypatch.setattr(socket, "gethostbyname", {"n1": "127.0.1.1", "127.0.1.1": "127.0.1.1"}.__getitem__)
+    monkeypatch.setattr(socket, "if_nameindex", lambda: [(1, "lo"), (2, "eth0")])
+    towards = {"127.0.1.1": "127.0.0.1", launch._ELSEWHERE: "10.0.0.5"}
+    monkeypatch.setattr(launch, "_address_towards", towards.__getitem__)
+    monkeypatch.setattr(launch, "_address_of", lambda name, _: {"lo": "127.0.0.1", "eth0": "10.0.0.5"}[name])
+    launch._choose_gloo_interface()
+    assert environment["GLOO_SOCKET_IFNAME"] == chosen
+
+
+# --- the watcher ----------------------------------------------------------------------------------------------------
+
+
+class Exits(list[int]):
+    """The exit statuses that watchers would have ended this process with; their threads end instead."""
+
+    def __call__(self, status: int) -> None:
+        self.append(status)
+        sys.exit()
+
+
+@pytest.fixture
+def exits(monkeypatch: pytest.MonkeyPatch) -> Exits:
+    recorded = Exits()
+    monkeypatch.setattr(watcher, "_exit", recorded)
+    monkeypatch.setattr(watcher, "_PRECEDENCE", 0.0)
+    monkeypatch.setattr(watcher.atexit, "register", lambda function, status: recorded.append(-status))
+    return recorded
+
+
+@pytest.fixture
+def watchers(exits: Exits) -> Iterator[list[Watcher]]:
+    """Of two processes, here in one."""
+    store = dist.HashStore()
+    both = [Watcher(store, rank, 2, poll=0.01) for rank in range(2)]
+    for each in both:
+        each.start()
+    yield both
+    for each in reversed(both):  # as each puts back what it found
+        each.stop()
+
+
+def test_a_failure_ends_the_others(watchers: list[Watcher], exits: Exits, capsys: pytest.CaptureFixture) -> None:
+    watchers[1].fail(2, "lq.png is no image")
+    assert sorted(exits) == [-2, 2]  # this one when Python exits, the other one now
+    watchers[0].fail(1, "RuntimeError: connection closed by peer")  # a consequence; would not return but in this test
+    assert capsys.readouterr().err == "rank 1 failed: lq.png is no image; stopping\n"
+    assert sorted(exits) == [-2, -1, 2]
+
+
+def test_a_stuck_process_ends(watchers: list[Watcher], exits: Exits, capsys: pytest.CaptureFixture) -> None:
+    watchers[0].expect_progress(0.01)
+    wait_until(lambda: exits)
+    assert exits == [1]
+    assert capsys.readouterr().err == "rank 0 made no progress for 0.01 s after it was expected to go on; stopping\n"
+
+
+def test_a_process_that_goes_on_does_not_end(watchers: list[Watcher], exits: Exits) -> None:
+    watchers[0].expect_progress(0.1)
+    watchers[0].progress()
+    time.sleep(0.3)
+    assert exits == []
+
+
+def test_cleaning_up_after_a_failure_has_an_end(
+    watchers: list[Watcher], exits: Exits, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    monkeypatch.setattr(watcher, "_CLEANING", 0.1)
+    watchers[0].fail(2, "message")
+    watchers[0].progress()
+    wait_until(lambda: exits.count(2) == 2)
+    assert "rank 0 hangs after its failure; stopping\n" in capsys.readouterr().err
+
+
+def test_a_signal_reaches_a_process_that_is_stuck(exits: Exits, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
+    """Python runs no handler while the main thread waits in C++, as it does for a peer that is gone."""
+    monkeypatch.setattr(watcher, "_GRACE", 0.1)
+    handled: list[int] = []
+    ended_before_handler: list[bool] = []
+    monkeypatch.setattr(watcher, "_exit", lambda status: (ended_before_handler.append(not handled), exits(status)))
+    earlier = signal.signal(signal.SIGTERM, lambda number, frame: handled.append(number))
+    stuck = Watcher(dist.HashStore(), 0, 2, poll=0.01)
+    stuck.start()
+    try:
+        threading.Timer(0.1, os.kill, (os.getpid(), signal.SIGTERM)).start()
+        with pytest.raises(RuntimeError):
+            dist.HashStore().wait(["never"], timedelta(seconds=2))
+    finally:
+        stuck.stop()
+        signal.signal(signal.SIGTERM, earlier)
+    assert (exits, ended_before_handler) == ([128 + signal.SIGTERM], [True])
+    assert capsys.readouterr().err == "rank 0 made no progress for 0.1 s after SIGTERM; stopping\n"
+
+
+def test_a_signal_that_is_handled_ends_nothing(exits: Exits, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(watcher, "_GRACE", 0.05)
+    going_on = Watcher(dist.HashStore(), 0, 2, poll=0.01)
+    earlier = signal.signal(signal.SIGTERM, lambda number, frame: going_on.progress())
+    going_on.start()
+    for _ in range(20):  # the handler may run before the watcher sees the signal, or after
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(0.01)
+    time.sleep(0.2)
+    going_on.stop()
+    signal.signal(signal.SIGTERM, earlier)
+    assert exits == []
+
+
+def test_a_rendezvous_that_is_lost(exits: Exits, capsys: pytest.CaptureFixture) -> None:
+    class Lost(dist.HashStore):
+        def check(self, keys: list[str]) -> bool:
+            raise dist.DistNetworkError("Connection reset by peer")
+
+    lonely = Watcher(Lost(), 1, 2, poll=0.01)
+    lonely.start()
+    wait_until(lambda: exits)
+    lonely.stop()
+    assert exits == [1]
+    assert capsys.readouterr().err.startswith("the rendezvous is lost: rank 0, or the torchrun that served it")
+
+
+def test_a_watcher_leaves_nothing_behind(exits: Exits) -> None:
+    threads, wakeup = threading.active_count(), signal.set_wakeup_fd(-1)
+    one = Watcher(dist.HashStore(), 0, 1, poll=ENOUGH)
+    one.start()
+    assert threading.active_count() == threads + 1
+    one.stop()
+    assert (threading.active_count(), signal.set_wakeup_fd(wakeup)) == (threads, wakeup)
+
+
+def test_a_watcher_has_a_connection_of_its_own() -> None:
+    """The process group's is occupied while the main thread waits for a key on it."""
+    served = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    own = watcher._own_connection(dist.PrefixStore("default_pg", served))
+    waiting = threading.Thread(target=served.wait, args=(["the end"], timedelta(seconds=ENOUGH)))
+    waiting.start()
+    assert not own.check(["failure"])
+    own.set("the end", "")
+    waiting.join()

@@ -1,0 +1,259 @@
+"""An interrupted training goes on as if nothing had happened: faults 28, 30 and 32, signals, and old checkpoints."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from esc_arch import ESCModel
+from esc_arch.training.stopping import Stopped, StopRequest
+
+TOTAL = 7  # of epochs of 3: 6 images in batches of 2
+
+
+@pytest.fixture
+def options(train_options: Any) -> Any:
+    train_options["train"] |= {"total_iter": TOTAL, "warmup_iter": 3, "optim_g": {"type": "AdamW", "lr": 1e-2}}
+    train_options["logger"]["save_checkpoint_freq"] = 100
+    return train_options
+
+
+@pytest.fixture
+def stop_at(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
+    """Sends this process a signal in the middle of an iteration; what comes after it in the iteration is done."""
+
+    def arrange(iteration: int | None, signum: int = signal.SIGTERM) -> None:
+        def feed_data(self: Any, data: Any) -> None:
+            original(self, data)
+            if self.is_train and self._iteration == iteration and "gt" in data and self.net_g.training:
+                os.kill(os.getpid(), signum)
+
+        original = vars(ESCModel).get("_original_feed_data", ESCModel.feed_data)
+        monkeypatch.setattr(ESCModel, "_original_feed_data", original, raising=False)
+        monkeypatch.setattr(ESCModel, "feed_data", feed_data)
+
+    return arrange
+
+
+def records(run: Any) -> list[dict[str, Any]]:
+    """The history of a run, without what depends on time."""
+    lines = (run.experiment() / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+    timed = ("images_per_s", "time", "data_time", "memory_gib")
+    return [{key: value for key, value in json.loads(line).items() if key not in timed} for line in lines]
+
+
+def interrupted(run_basicsr: Any, options: Any, status: int = 128 + signal.SIGTERM) -> Any:
+    with pytest.raises(Stopped) as stopped:
+        run_basicsr("train", options)
+    assert stopped.value.code == status
+
+
+@pytest.mark.parametrize(
+    "loading",
+    [
+        {"num_worker_per_gpu": 0},
+        {"num_worker_per_gpu": 1, "prefetch_mode": "cpu"},
+        {"num_worker_per_gpu": 2, "persistent_workers": False},
+    ],
+    ids=["main process", "prefetched", "workers"],
+)
+@pytest.mark.parametrize("iteration", [2, 3, 4], ids=["in the first epoch", "at its end, at a validation", "second"])
+def test_30_a_resumed_run_is_bit_identical(
+    loading: Any, iteration: int, run_basicsr: Any, options: Any, stop_at: Callable[..., None]
+) -> None:
+    options["datasets"]["train"] |= loading
+    options["val"]["val_freq"] = 3
+    whole = run_basicsr("train", options)
+    assert whole.status == 0, whole.err
+    expected = [whole.weights(key=key) for key in ("params", "params_ema")], records(whole)
+    assert any("dataset" in record for record in expected[1])
+
+    stop_at(iteration)
+    interrupted(run_basicsr, options)
+    folder = run_basicsr.folder / "experiments" / "trial"
+    assert [path.name for path in (folder / "training_states").iterdir()] == [f"{iteration}.state"]
+    assert not (folder / "models" / "net_g_latest.pth").exists()
+    stop_at(None)
+    resumed = run_basicsr("train", options, "--auto_resume")
+    assert resumed.status == 0, resumed.err
+    assert f"iter: {iteration}." in resumed.log()
+    for key, weights in zip(("params", "params_ema"), expected[0], strict=True):
+        assert all(torch.equal(weights[name], value) for name, value in resumed.weights(key=key).items())
+    assert records(resumed) == expected[1]
+
+
+def test_a_signal_during_a_validation_does_not_wait_for_its_end(
+    run_basicsr: Any, options: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The state is saved, nothing half is logged, and the validation is done when the run is resumed."""
+    options["val"]["val_freq"] = 3
+    whole = records(run_basicsr("train", options))
+    test, asked = ESCModel.test, []
+
+    def stop_once(self: Any) -> None:
+        if not asked:
+            os.kill(os.getpid(), signal.SIGTERM)
+        asked.append(1)
+        test(self)
+
+    monkeypatch.setattr(ESCModel, "test", stop_once)
+    interrupted(run_basicsr, options)
+    assert len(asked) == 1  # of two images
+    resumed = run_basicsr("train", options, "--auto_resume")
+    assert resumed.status == 0, resumed.err
+    assert records(resumed) == whole
+
+
+def test_a_signal_between_two_saves_saves_only_once(run_basicsr: Any, options: Any, stop_at: Any) -> None:
+    options["logger"]["save_checkpoint_freq"] = 2
+    stop_at(2, signal.SIGINT)
+    saved: list[int] = []
+    save = ESCModel.save
+
+    def note(self: Any, epoch: int, iteration: int) -> None:
+        saved.append(iteration)
+        save(self, epoch, iteration)
+
+    ESCModel.save = note
+    try:
+        interrupted(run_basicsr, options, 128 + signal.SIGINT)
+    finally:
+        ESCModel.save = save
+    assert saved == [2]
+
+
+def test_a_second_ctrl_c_stops_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = [100.0]
+    monkeypatch.delenv("TORCHELASTIC_RUN_ID", raising=False)
+    monkeypatch.setattr("esc_arch.training.stopping.time.monotonic", lambda: now[0])
+    request = StopRequest()
+    before = signal.getsignal(signal.SIGINT)
+    with request.listening():
+        assert not request
+        os.kill(os.getpid(), signal.SIGINT)
+        os.kill(os.getpid(), signal.SIGINT)  # the same, handed on by a parent
+        assert request.signum == signal.SIGINT
+        now[0] += 10
+        os.kill(os.getpid(), signal.SIGTERM)
+        with pytest.raises(KeyboardInterrupt):
+            os.kill(os.getpid(), signal.SIGINT)
+    assert signal.getsignal(signal.SIGINT) is before
+
+
+def test_32_the_last_validation_is_of_the_last_iteration(run_basicsr: Any, options: Any) -> None:
+    run = run_basicsr("train", options)
+    last = [record for record in records(run) if "dataset" in record][-1]
+    assert last["iter"] == TOTAL
+    assert f"@ {TOTAL} iter" in run.log() and f"@ {TOTAL + 1} iter" not in run.log()
+
+
+def test_28_edited_rates_are_warned_of(run_basicsr: Any, options: Any, stop_at: Any) -> None:
+    stop_at(3)
+    interrupted(run_basicsr, options)
+    stop_at(None)
+    options["train"]["optim_g"]["lr"] = 1e-3
+    options["train"]["scheduler"] |= {"milestones": [5], "gamma": 0.1}
+    run = run_basicsr("train", options, "--auto_resume")
+    assert run.status == 0, run.err
+    log = run.log()
+    assert "The learning rate of the option file (0.001) is ignored: a resumed run goes on with 0.01." in log
+    assert "train:scheduler:milestones of the option file ([5]) is ignored: a resumed run goes on with [3]." in log
+    assert "train:scheduler:gamma of the option file (0.1) is ignored" in log
+
+
+def test_nothing_is_warned_of_when_nothing_was_edited(run_basicsr: Any, options: Any, stop_at: Any) -> None:
+    stop_at(3)
+    interrupted(run_basicsr, options)
+    stop_at(None)
+    assert "is ignored" not in run_basicsr("train", options, "--auto_resume").log()
+
+
+def test_a_state_of_another_optimiser_is_refused(run_basicsr: Any, options: Any, stop_at: Any) -> None:
+    stop_at(3)
+    interrupted(run_basicsr, options)
+    options["train"]["freeze"] = ["proj.*"]
+    run = run_basicsr("train", options, "--auto_resume")
+    assert run.status == 2
+    assert "3.state does not fit the optimisers of the option file" in run.err
+
+
+def test_a_drawn_seed_is_kept(run_basicsr: Any, options: Any, stop_at: Any) -> None:
+    del options["manual_seed"]
+    stop_at(3)
+    interrupted(run_basicsr, options)
+    stop_at(None)
+    state = torch.load(run_basicsr.folder / "experiments/trial/training_states/3.state", weights_only=True)
+    run = run_basicsr("train", options, "--auto_resume")
+    assert f"manual_seed: {state['manual_seed']}\n" in run.log()
+
+
+def test_best_results_are_kept(run_basicsr: Any, options: Any, stop_at: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fault 30 too: a resumed run of BasicSR's forgets them."""
+    values = iter([30.0, 20.0, 20.0, 20.0, 20.0, 20.0] * 9)
+    monkeypatch.setattr("esc_arch.models.esc_model.calculate_metric", lambda *_: next(values))
+    options["val"] = {"val_freq": 2, "metrics": {"psnr": {"type": "calculate_psnr", "crop_border": 2}}}
+    stop_at(5)
+    interrupted(run_basicsr, options)
+    stop_at(None)
+    assert "Best: 25.0000 @ 2 iter" in run_basicsr("train", options, "--auto_resume").log()
+
+
+def models_of(folder: Path) -> list[str]:
+    return sorted(path.name for path in (folder / "models").iterdir())
+
+
+def test_old_checkpoints_are_removed_but_the_best(
+    run_basicsr: Any, options: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    options["logger"] |= {"save_checkpoint_freq": 1, "keep_last": 2}
+    options["val"] = {"val_freq": 2, "metrics": {"psnr": {"type": "calculate_psnr", "crop_border": 2}}}
+    values = iter([30.0, 30.0] + [20.0] * 20)
+    monkeypatch.setattr("esc_arch.models.esc_model.calculate_metric", lambda *_: next(values))
+    run = run_basicsr("train", options)
+    assert run.status == 0, run.err
+    assert models_of(run.experiment()) == ["net_g_2.pth", "net_g_6.pth", "net_g_7.pth", "net_g_latest.pth"]
+    assert sorted(path.name for path in (run.experiment() / "training_states").iterdir()) == ["6.state", "7.state"]
+
+
+def test_the_best_is_there_though_its_iteration_saves_nothing(
+    run_basicsr: Any, options: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    options["logger"] |= {"save_checkpoint_freq": 3, "keep_last": 1}
+    options["val"] = {"val_freq": 2, "metrics": {"psnr": {"type": "calculate_psnr", "crop_border": 2}}}
+    values = iter([20.0, 20.0, 30.0, 30.0] + [20.0] * 20)
+    monkeypatch.setattr("esc_arch.models.esc_model.calculate_metric", lambda *_: next(values))
+    run = run_basicsr("train", options)
+    assert models_of(run.experiment()) == ["net_g_4.pth", "net_g_6.pth", "net_g_latest.pth"]
+    assert run.weights(4).keys() == run.weights(4, "params_ema").keys()
+
+
+def test_a_run_that_basicsr_saved_can_be_resumed(run_basicsr: Any, options: Any, stop_at: Any) -> None:
+    """Its states have four entries; the epoch then begins anew."""
+    stop_at(4)
+    interrupted(run_basicsr, options)
+    stop_at(None)
+    path = run_basicsr.folder / "experiments/trial/training_states/4.state"
+    state = torch.load(path, weights_only=True)
+    torch.save({key: state[key] for key in ("epoch", "iter", "optimizers", "schedulers")}, path)
+    run = run_basicsr("train", options, "--auto_resume")
+    assert run.status == 0, run.err
+    assert (run.experiment() / "models" / "net_g_latest.pth").is_file()
+
+
+def test_22_prefetching_threads_end_with_the_run(run_basicsr: Any, options: Any) -> None:
+    import threading
+
+    options["datasets"]["train"] |= {"num_worker_per_gpu": 1, "prefetch_mode": "cpu", "num_prefetch_queue": 3}
+    before = set(threading.enumerate())
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", ResourceWarning)
+        assert run_basicsr("train", options).status == 0
+    assert not [thread for thread in set(threading.enumerate()) - before if "Prefetch" in type(thread).__name__]
