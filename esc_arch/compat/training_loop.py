@@ -250,13 +250,15 @@ def _save_training_state(original: Callable[..., Any]) -> Callable[..., Any]:
         from esc_arch.training.states import prune, training_state
 
         if current_iter == -1:  # the end of training: there is nothing to go on with
+            if self.opt["rank"] == 0:
+                prune(self)
             return
         content = training_state(self, epoch, current_iter)
         if (run := current_run()) is not None:
             run.saved_iteration = current_iter
         path = Path(self.opt["path"]["training_states"], f"{current_iter}.state")
         if self.opt["rank"] == 0 and save_atomically(content, path, last=False):
-            prune(self, current_iter)
+            prune(self)
 
     return save_training_state
 

@@ -34,6 +34,8 @@ def set_defaults(opt: Options, is_train: bool) -> None:
         _fill(opt["train"], "ema_decay", 0)  # BasicSR compares it with 0, and cannot compare null
     if not is_train or opt.get("val") is not None:  # when training, no `val` means no validation
         opt["val"] = _VAL_DEFAULTS | (opt.get("val") or {})
+    if is_train and (opt.get("val") or {}).get("tb_images") and not opt["logger"]["use_tb_logger"]:
+        print_note("val:tb_images shows nothing: TensorBoard is off (logger:use_tb_logger: true turns it on).")
     for phase, dataset in opt["datasets"].items():
         _set_dataset_defaults(phase, dataset, opt)
 

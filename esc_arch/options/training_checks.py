@@ -200,8 +200,6 @@ def _check_validation_pictures(opt: Options, count: Any) -> Iterator[str]:
     path, model = "val:tb_images", sr_model(opt)
     if not is_integer(count, least=0):
         yield f"{path}: {count!r} given; must be how many images of each validation set TensorBoard is to show, or 0"
-    elif count and not (opt.get("logger") or {}).get("use_tb_logger"):
-        yield f"{path}: {count} given, but TensorBoard is off. Set logger:use_tb_logger: true, or {path}: 0"
     elif count and model is not None and not issubclass(model, ESCModel):
         yield f"{path}: {opt['model_type']} does not use it; ESCModel does. Change model_type, or remove it"
 

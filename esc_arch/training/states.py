@@ -107,7 +107,7 @@ def _plain(value: Any) -> Any:
     return list(value) if isinstance(value, list | tuple) else value
 
 
-def prune(model: Any, iteration: int) -> None:
+def prune(model: Any) -> None:
     """Remove old checkpoints and states, as ``logger: keep_last: N`` says; networks of the best iterations stay.
 
     Only after a save that succeeded, so that there are N that load.
@@ -117,7 +117,9 @@ def prune(model: Any, iteration: int) -> None:
         return
     models, states = (Path(model.opt["path"][key]) for key in ("models", "training_states"))
     numbers = {int(path.stem) for path in states.glob("*.state") if path.stem.isdigit()}
-    newest = sorted(number for number in numbers if number <= iteration)[-keep:]
+    newest = sorted(numbers)[-keep:]
+    if not newest:
+        return
     results = getattr(model, "best_metric_results", None) or {}
     best = {record["iter"] for of_set in results.values() for record in of_set.values()}
     for path in states.glob("*.state"):

@@ -64,7 +64,6 @@ def test_what_passes(logger: Any, val: Any, train_options: Any, wandb: None) -> 
         ({"keep_last": True}, {}, "logger:keep_last: True given"),
         ({}, {"tb_images": None}, "val:tb_images: None given; must be how many images of each validation set"),
         ({}, {"tb_images": -1}, "val:tb_images: -1 given"),
-        ({}, {"tb_images": 2}, "val:tb_images: 2 given, but TensorBoard is off. Set logger:use_tb_logger: true, or"),
         ({"wandb": "ESC"}, {}, "logger:wandb: 'ESC' given; must be a mapping with project and resume_id"),
         (
             {"use_tb_logger": True, "wandb": {"project": 7}},
