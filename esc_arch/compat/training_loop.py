@@ -99,9 +99,11 @@ def _with_hooks(prefetcher: type[Any]) -> type[Any]:
             from esc_arch.training.run import current_run
 
             stop_prefetching()  # persistent workers must not be asked by two threads
-            if (run := current_run()) is not None:
+            run = current_run()
+            if run is not None:
                 run.epoch_begins()
-            super().reset()
+            if run is None or not run.is_over:
+                super().reset()
 
         def next(self) -> Any:
             from esc_arch.training.run import current_run

@@ -414,7 +414,7 @@ class ESCModel(SRModel):
 
     def _keep_if_best(self, dataset: str, iteration: Any) -> None:
         """Where old checkpoints are removed, the best one must be there, though this iteration may save none."""
-        if not self.is_train or not self.opt["logger"].get("keep_last"):
+        if not self.opt["is_train"] or not self.opt["logger"].get("keep_last"):
             return
         best = any(record["iter"] == iteration for record in self.best_metric_results[dataset].values())
         if best and not Path(self.opt["path"]["models"], f"net_g_{iteration}.pth").is_file():

@@ -109,11 +109,16 @@ class TrainingRun:
             self._log.step(self.iteration)
         if self._agreement.any_rank(bool(self.stop)):
             self._end()
-        return self.iteration < int(self._opt["train"]["total_iter"])
+        return not self.is_over
 
     def has_batch(self) -> None:
         self._batches += 1
         self._batches_of_epoch += 1
+
+    @property
+    def is_over(self) -> bool:
+        """Whether all iterations are done; BasicSR's loop goes through its last epochs all the same."""
+        return self.iteration >= int(self._opt["train"]["total_iter"])
 
     @property
     def iteration(self) -> int:
@@ -142,7 +147,7 @@ class TrainingRun:
                 self.history,
                 seconds=time.monotonic() - self._started,
                 skipped=getattr(self._model, "skipped", 0),
-                parameters=sum(parameter.numel() for parameter in self._model.net_g.parameters()),
+                parameters=_parameters_of(self._model),
             )
             logging.getLogger("basicsr").info(report)
         if self.stop:  # during the last validation
@@ -153,6 +158,8 @@ class TrainingRun:
         self._agreement.finish()
         if self._log is not None:
             self._log.close()
+            if self._log.tb_logger:
+                self._log.tb_logger.flush()  # it writes every two minutes, and loses the rest when the process ends
         self._model = self._loader = None
         self._val_loaders = []
 
@@ -180,3 +187,9 @@ class TrainingRun:
             "nothing new to save" if saved else "saved",
         )
         raise Stopped(self.stop.signum or 15)
+
+
+def _parameters_of(model: Any) -> int | None:
+    """How many numbers the generator of a model learns; models of other kinds than BasicSR's may have none."""
+    net = getattr(model, "net_g", None)
+    return None if net is None else sum(parameter.numel() for parameter in net.parameters())
