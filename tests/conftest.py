@@ -13,6 +13,7 @@ import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import basicsr.test
@@ -29,6 +30,7 @@ from esc_arch.cli import main
 from esc_arch.data.benchmark import prepare_benchmark
 from esc_arch.data.image_files import folder_sources
 from esc_arch.data.prepare import prepare_train
+from esc_arch.ops import native as operators
 
 Options = dict[str, Any]
 
@@ -322,3 +324,13 @@ def snapshot(folder: Path) -> dict[str, bytes | None]:
 @pytest.fixture
 def take_snapshot() -> Callable[[Path], dict[str, bytes | None]]:
     return snapshot
+
+
+@pytest.fixture(scope="session")
+def native() -> ModuleType:
+    """`esc_arch.ops.native` with its operators built and loaded; skips with the reason where no compiler is."""
+    reasons = operators.reasons_against()
+    if reasons not in ([], ["the C++ operators are not built yet"]):
+        pytest.skip("; ".join(reasons))
+    operators.build()
+    return operators

@@ -15,6 +15,7 @@ from esc_arch.modules.conv_attn import new_large_kernel
 from esc_arch.modules.upsample import rescale_subpixel_conv
 from esc_arch.modules.window_attention import WindowAttention
 from esc_arch.ops.conv_attn import symmetrise
+from esc_arch.ops.layout import fast_layout
 
 __all__ = ["ESCFamily", "SharedKernelNetwork", "biased_attention", "esc_block"]
 
@@ -42,6 +43,10 @@ class ESCFamily(nn.Module):
             raise ValueError(f"upscaling_factor is {upscaling_factor}; it must be a whole number of at least 1.")
         self.upscaling_factor = int(upscaling_factor)
         self.window_size = window_size
+
+    def shallow_features(self, x: Tensor) -> Tensor:
+        """What the blocks start from, in the layout that suits the device: (B, 3, H, W) -> (B, dim, H, W)."""
+        return self.proj(fast_layout(x))
 
     def run_blocks(self, x: Tensor, *large_kernels: Tensor) -> Tensor:
         """All blocks one after the other: (B, dim, H, W) -> (B, dim, H, W)."""
@@ -187,7 +192,7 @@ def esc_block(
         attn=biased_attention(
             dim=dim, window_size=window_size, num_heads=num_heads, attn_type=attn_type, rank=rank, backend=backend
         ),
-        pconvs=[ConvAttn(dim=dim, pdim=pdim, kernel_size=kernel_size) for _ in range(conv_blocks)],
+        pconvs=[ConvAttn(dim=dim, pdim=pdim, kernel_size=kernel_size, symmetric=True) for _ in range(conv_blocks)],
         exp_ratio=exp_ratio,
         first_exp_ratio=2,
         use_ln=use_ln,

@@ -31,12 +31,12 @@ class ESC(SharedKernelNetwork):
         num_heads: heads of the attention; divides dim.
         upscaling_factor: s, an integer of at least 1.
         exp_ratio: expansion of the ConvFFNs.
-        attn_type: auto, naive, sdpa or flex (any case); changes how attention is computed, not its result. FlashBias
+        attn_type: auto, or a backend by name (any case); changes how attention is computed, not its result. FlashBias
             replaces the bias tables by factors of low rank, for attention kernels without bias support; weights with
             tables are converted by `basicsr convert --flashbias-rank`.
         use_ln: LayerNorm before the ConvFFNs (ESC-XL).
         rank: of FlashBias's factors; not used otherwise.
-        backend: how attention of FlashBias is computed: auto, naive, sdpa or flex.
+        backend: how attention of FlashBias is computed: auto, or a backend by name.
 
     Raises:
         ValueError: an option that cannot be, with the value and what is allowed.
@@ -81,6 +81,6 @@ class ESC(SharedKernelNetwork):
         self.to_img = nn.Conv2d(dim, 3 * self.upscaling_factor**2, 3, padding=1)
 
     def forward(self, x: Tensor) -> Tensor:
-        shallow = self.proj(x)
+        shallow = self.shallow_features(x)
         feat = self.last(self.run_blocks(shallow, self.large_kernel())) + shallow
         return pixel_shuffle_with_skip(self.to_img(feat), x, self.upscaling_factor)

@@ -67,8 +67,8 @@ class ESCFP(ESCFamily):
         self.to_img = nn.Conv2d(dim, 3 * self.upscaling_factor**2, 3, padding=1)
 
     def forward(self, x: Tensor) -> Tensor:
-        shallow = self.proj(x)
+        shallow = self.shallow_features(x)
         feat = self.run_blocks(shallow, self.lk_channel, self.lk_spatial)
         feat = self.last(self.ln_last(feat)) + shallow
         enlarged = F.interpolate(x, scale_factor=self.upscaling_factor, mode="bicubic", align_corners=False)
-        return F.pixel_shuffle(self.to_img(feat), self.upscaling_factor) + enlarged
+        return (F.pixel_shuffle(self.to_img(feat), self.upscaling_factor) + enlarged).contiguous()

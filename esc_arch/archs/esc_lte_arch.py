@@ -135,5 +135,5 @@ class ESCLTE(SharedKernelNetwork):
 
     def features(self, x: Tensor) -> Tensor:
         """What the upsampler starts from: (B, 3, H, W) -> (B, dim, H, W). It does not depend on the scale."""
-        shallow = self.proj(x)
+        shallow = self.shallow_features(x)
         return self.last(self.run_blocks(shallow, self.large_kernel())) + shallow

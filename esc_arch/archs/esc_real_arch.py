@@ -69,9 +69,9 @@ class _RealNetwork(SharedKernelNetwork):
     to_img: nn.Module
 
     def forward(self, x: Tensor) -> Tensor:
-        shallow = self.proj(x)
+        shallow = self.shallow_features(x)
         feat = self.last(self.run_blocks(shallow, self.large_kernel())) + shallow + self.skip(x)
-        return self.to_img(feat)
+        return self.to_img(feat).contiguous()
 
 
 @register(ARCH_REGISTRY)

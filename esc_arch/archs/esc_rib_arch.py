@@ -29,7 +29,7 @@ class ESCRIB(SharedKernelNetwork):
         rank: of the factors.
         rib_hidden_dim, rib_n_freqs: of RIB's network; FlashBias has none.
         gate_type: DWC for a sigmoid gate on the attention's result, or None.
-        backend: how attention is computed: auto, naive, sdpa or flex; changes no result.
+        backend: how attention is computed: auto, or a backend by name; changes no result.
         others: see `ESC`.
     """
 
@@ -77,7 +77,9 @@ class ESCRIB(SharedKernelNetwork):
             ESCBlock(
                 dim,
                 attn=attention(),
-                pconvs=[ConvAttn(dim=dim, pdim=pdim, kernel_size=kernel_size) for _ in range(conv_blocks)],
+                pconvs=[
+                    ConvAttn(dim=dim, pdim=pdim, kernel_size=kernel_size, symmetric=True) for _ in range(conv_blocks)
+                ],
                 exp_ratio=exp_ratio,
                 first_exp_ratio=4,
                 use_ln=False,
@@ -89,6 +91,6 @@ class ESCRIB(SharedKernelNetwork):
         self.upsampler = nn.ModuleDict({"up_conv": nn.Conv2d(dim, 3 * self.upscaling_factor**2, 3, padding=1)})
 
     def forward(self, x: Tensor) -> Tensor:
-        shallow = self.proj(x)
+        shallow = self.shallow_features(x)
         feat = self.last(self.run_blocks(shallow, self.large_kernel())) + shallow
         return pixel_shuffle_with_skip(self.upsampler["up_conv"](feat), x, self.upscaling_factor)

@@ -14,12 +14,12 @@ from collections.abc import Sequence
 from esc_arch import __version__
 from esc_arch.errors import UserError
 
-from . import convert, prepare, test, train
+from . import convert, prepare, test, train, warmup
 from .status import describe
 
 __all__ = ["main"]
 
-VERBS = {"train": train, "test": test, "prepare": prepare, "convert": convert}
+VERBS = {"train": train, "test": test, "prepare": prepare, "convert": convert, "warmup": warmup}
 
 
 def main(argv: Sequence[str] | None = None) -> int:

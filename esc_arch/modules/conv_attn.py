@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from esc_arch.ops.conv_attn import conv_attention, decomposed_conv_attention, symmetrise
+from esc_arch.ops.conv_attn import conv_attention, decomposed_conv_attention, mixed_conv_attention, symmetrise
 
 from .precision import in_float32
 
@@ -101,28 +101,40 @@ class ConvAttn(nn.Module):
         kernel_size: K of the large kernel, odd.
         own_kernel: have a large kernel `plk_filter` of its own, symmetrised as ESC's is, for use in other networks
             as a layer by itself; `lk` is then not needed.
+        symmetric: every `lk` handed in went through `symmetrise`, which lets faster algorithms be used. The gradient
+            of `lk` may then have only its symmetric part; see `conv_attention`.
 
     Raises:
         ValueError: `pdim` is not within 2 .. dim, `kernel_size` is even; at the call: `lk` is missing or does not fit.
     """
 
-    def __init__(self, *, dim: int, pdim: int, kernel_size: int = 13, own_kernel: bool = False) -> None:
+    def __init__(
+        self, *, dim: int, pdim: int, kernel_size: int = 13, own_kernel: bool = False, symmetric: bool = False
+    ) -> None:
         super().__init__()
         _check_kernel_size(kernel_size, least=1)
         self.pdim = _checked_pdim(pdim, least=2, dim=dim)
         self.kernel_size = kernel_size
+        self.symmetric = symmetric
         self.plk_filter = new_large_kernel(pdim, kernel_size) if own_kernel else None
         self.plk = _PooledKernel(pdim)
         self.aggr = nn.Conv2d(dim, dim, 1)
 
     def forward(self, x: Tensor, lk: Tensor | None = None) -> Tensor:
+        symmetric = self.symmetric
         if lk is None:
             if self.plk_filter is None:
                 raise ValueError("this ConvAttn has no large kernel: pass lk, or build it with own_kernel: true.")
             lk = symmetrise(self.plk_filter)
+            symmetric = True
         _check_kernel("large kernel", lk, (self.pdim, self.pdim, self.kernel_size, self.kernel_size))
         convolved, passed = x[:, : self.pdim], x[:, self.pdim :]
-        convolved = conv_attention(convolved, lk, self.plk(convolved))
+        dynamic = self.plk(convolved)
+        assert self.aggr.bias is not None
+        mixed = mixed_conv_attention(x, lk, dynamic, self.aggr.weight, self.aggr.bias, symmetric=symmetric)
+        if mixed is not None:
+            return mixed
+        convolved = conv_attention(convolved, lk, dynamic, symmetric=symmetric)
         return self.aggr(torch.cat([convolved, passed], dim=1))
 
 

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-import torch.nn.functional as F
 from torch import Tensor, nn
+
+from esc_arch.ops.conv_ffn import conv_ffn
 
 __all__ = ["ConvFFN"]
 
@@ -31,6 +32,8 @@ class ConvFFN(nn.Module):
         self.aggr = nn.Conv2d(hidden, dim, 1)
 
     def forward(self, x: Tensor) -> Tensor:
-        x = F.gelu(self.proj(x))
-        x = F.gelu(self.dwc(x)) + x
-        return self.aggr(x)
+        proj, dwc, aggr = self.proj, self.dwc, self.aggr
+        assert proj.bias is not None
+        assert dwc.bias is not None
+        assert aggr.bias is not None
+        return conv_ffn(x, proj.weight, proj.bias, dwc.weight, dwc.bias, aggr.weight, aggr.bias)

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-import torch.nn.functional as F
 from torch import Tensor, nn
+
+from esc_arch.ops.layer_norm import layer_norm
 
 from .precision import in_float32
 
@@ -21,5 +22,4 @@ class LayerNorm(nn.LayerNorm):
 
     @in_float32
     def forward(self, x: Tensor) -> Tensor:
-        x = F.layer_norm(x.permute(0, 2, 3, 1), self.normalized_shape, self.weight, self.bias, self.eps)
-        return x.permute(0, 3, 1, 2)
+        return layer_norm(x, self.weight, self.bias, eps=self.eps)

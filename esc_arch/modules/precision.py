@@ -24,7 +24,7 @@ def in_float32(method: Method) -> Method:
     @functools.wraps(method)
     def run(self: Any, *args: Any, **kwargs: Any) -> Any:
         device = next(self.parameters()).device.type
-        if not torch.is_autocast_enabled(device):
+        if device == "meta" or not torch.is_autocast_enabled(device):
             return method(self, *args, **kwargs)
         with torch.autocast(device, enabled=False):
             floats = (a.float() if isinstance(a, Tensor) and a.is_floating_point() else a for a in args)

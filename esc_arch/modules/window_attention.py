@@ -79,7 +79,7 @@ class WindowAttention(nn.Module):
         dim: channels.
         window_size: side of a window in pixels (32 in the paper).
         num_heads: heads; divides dim.
-        attn_type: how it is computed, which changes no result: auto, naive, sdpa or flex, see
+        attn_type: how it is computed, which changes no result: auto, or a backend by name, see
             `esc_arch.ops.window_attention`. Any case.
         gate: multiply the result, before `to_out`, by a sigmoid gate computed from the input.
 

@@ -7,7 +7,7 @@ import torch
 from networks import DEVICES, average_of_symmetries, loop_conv_attention, max_error, normal
 from torch import Tensor
 
-from esc_arch.ops.conv_attn import conv_attention, symmetrise
+from esc_arch.ops.conv_attn import BACKENDS, conv_attention, symmetrise
 
 FLOAT64 = {"dtype": torch.float64}
 
@@ -54,14 +54,17 @@ def test_gradient_of_symmetrise_is_symmetric() -> None:
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("shape", [(1, 4, 1, 1), (1, 4, 9, 14), (3, 4, 1, 7), (3, 4, 20, 13)])
 @pytest.mark.parametrize("sides", [(13, 3), (5, 1), (1, 3)])
+@pytest.mark.parametrize("backend", ["auto", "reference", "folded"])
 def test_conv_attention_is_a_convolution_per_image(
-    shape: tuple[int, int, int, int], sides: tuple[int, int], device: str
+    backend: str, shape: tuple[int, int, int, int], sides: tuple[int, int], device: str
 ) -> None:
+    if backend == "folded" and sides[0] < sides[1]:
+        backend = "auto"
     batch, channels = shape[:2]
     x = normal(*shape, **FLOAT64)
     large = normal(channels, channels, sides[0], sides[0], seed=3, **FLOAT64)
     dynamic = normal(batch, channels, sides[1], sides[1], seed=4, **FLOAT64)
-    out = conv_attention(x.to(device), large.to(device), dynamic.to(device))
+    out = conv_attention(x.to(device), large.to(device), dynamic.to(device), backend=backend)
     assert max_error(out, loop_conv_attention(x, large, dynamic)) < 1e-11
 
 
@@ -75,6 +78,44 @@ def test_conv_attention_of_a_view_and_of_channels_last() -> None:
     assert torch.equal(x, before)
 
 
-def test_gradients_of_conv_attention() -> None:
+@pytest.mark.parametrize("backend", ["reference", "folded"])
+def test_gradients_of_conv_attention(backend: str) -> None:
     inputs = (normal(2, 2, 3, 4, **FLOAT64), normal(2, 2, 5, 5, seed=3, **FLOAT64), normal(2, 2, 3, 3, **FLOAT64))
-    torch.autograd.gradcheck(conv_attention, [value.requires_grad_() for value in inputs])
+    torch.autograd.gradcheck(
+        lambda *values: conv_attention(*values, backend=backend), [value.requires_grad_() for value in inputs]
+    )
+
+
+def test_every_backend_is_tested_here_or_by_itself() -> None:
+    assert {"reference", "folded", "cpp"} <= set(BACKENDS)
+
+
+def test_an_unknown_backend() -> None:
+    x, large, dynamic = normal(1, 2, 3, 4), normal(2, 2, 5, 5), normal(1, 2, 3, 3)
+    with pytest.raises(ValueError, match="ConvAttn backend 'fft' is not known; allowed: auto, reference, folded, cpp"):
+        conv_attention(x, large, dynamic, backend="fft")
+
+
+def test_a_dynamic_kernel_that_cannot_be_folded() -> None:
+    x, large, dynamic = normal(1, 2, 3, 4), normal(2, 2, 1, 1), normal(1, 2, 3, 3)
+    message = (
+        r"ConvAttn backend folded cannot run here\. folded: a dynamic kernel of side 3 has no place in a large one of "
+        r"side 1\. Use ConvAttn backend: auto to have one chosen\."
+    )
+    with pytest.raises(RuntimeError, match=message):
+        conv_attention(x, large, dynamic, backend="folded")
+
+
+@pytest.mark.parametrize(
+    ("shapes", "message"),
+    [
+        (((2, 3, 4), (2, 2, 5, 5), (1, 2, 3, 3)), r"x has shape \(2, 3, 4\); it must be \(B, C, H, W\)"),
+        (((1, 2, 3, 4), (2, 3, 5, 5), (1, 2, 3, 3)), r"large kernel has shape .*must be \(2, 2, K, K\) with K odd"),
+        (((1, 2, 3, 4), (2, 2, 4, 4), (1, 2, 3, 3)), r"large kernel has shape \(2, 2, 4, 4\); for this x"),
+        (((1, 2, 3, 4), (2, 2, 5, 5), (2, 2, 3, 3)), r"dynamic kernel has shape .*must be \(1, 2, K, K\) with K odd"),
+        (((1, 2, 3, 4), (2, 2, 5, 5), (1, 2, 3, 1)), r"dynamic kernel has shape \(1, 2, 3, 1\); for this x"),
+    ],
+)
+def test_shapes_that_do_not_fit(shapes: tuple[tuple[int, ...], ...], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        conv_attention(*(normal(*shape) for shape in shapes))

@@ -1,6 +1,7 @@
 """Convolutional attention without parameters: the large kernel's symmetry, and the two convolutions."""
 
-from .reference import conv_attention, decomposed_conv_attention
+from .api import BACKENDS, conv_attention, mixed_conv_attention
+from .reference import decomposed_conv_attention
 from .symmetry import symmetrise
 
-__all__ = ["conv_attention", "decomposed_conv_attention", "symmetrise"]
+__all__ = ["BACKENDS", "conv_attention", "decomposed_conv_attention", "mixed_conv_attention", "symmetrise"]

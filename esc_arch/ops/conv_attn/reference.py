@@ -5,20 +5,16 @@ from __future__ import annotations
 import torch.nn.functional as F
 from torch import Tensor
 
-__all__ = ["conv_attention", "decomposed_conv_attention"]
+__all__ = ["decomposed_conv_attention", "forward", "reasons_against"]
 
 
-def conv_attention(x: Tensor, large_kernel: Tensor, dynamic_kernel: Tensor) -> Tensor:
-    """One large static kernel for all images, plus a small depth-wise kernel of each image's own.
+def reasons_against(x: Tensor, large_kernel: Tensor, dynamic_kernel: Tensor, symmetric: bool) -> list[str]:
+    """Works everywhere."""
+    return []
 
-    Args:
-        x: (B, C, H, W).
-        large_kernel: (C, C, K, K) with K odd, zero padding.
-        dynamic_kernel: (B, C, k, k) with k odd: channel c of image b is filtered by dynamic_kernel[b, c].
 
-    Returns:
-        (B, C, H, W).
-    """
+def forward(x: Tensor, large_kernel: Tensor, dynamic_kernel: Tensor) -> Tensor:
+    """Two convolutions, added; see `conv_attention`."""
     static = F.conv2d(x, large_kernel, padding=large_kernel.shape[-1] // 2)
     return static + per_image_depthwise(x, dynamic_kernel)
 

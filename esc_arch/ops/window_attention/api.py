@@ -6,17 +6,26 @@ from types import ModuleType
 
 from torch import Tensor
 
-from . import flex, naive, sdpa
+from esc_arch.ops.backends import choose, untried_on_gpus
+
+from . import flash, flex, naive, native, sdpa, triton
 from .bias import Bias
 
 __all__ = ["BACKENDS", "resolve_backend", "window_attention"]
 
 #: Every backend by name: a module with `reasons_against` (why not, empty when it can) and `forward`.
-BACKENDS: dict[str, ModuleType] = {"naive": naive, "sdpa": sdpa, "flex": flex}
+BACKENDS: dict[str, ModuleType] = {
+    "naive": naive,
+    "sdpa": sdpa,
+    "flex": flex,
+    "flash": flash,
+    "triton": triton,
+    "cpp": native,
+}
 
-#: What `auto` tries, in this order; the first one with no reason against it is taken. Flex attention is left to
-#: those who ask for it by name: its first call compiles for a minute or more.
-AUTO_ORDER = ("sdpa", "naive")
+#: What `auto` tries, in this order; the first one with no reason against it is taken. `cpp` is taken once it is built.
+#: Flex attention is left to those who ask for it by name: its first call compiles for a minute or more.
+AUTO_ORDER = (*untried_on_gpus("triton"), "cpp", "flash", "sdpa", "naive")
 
 
 def resolve_backend(name: str) -> str:
@@ -54,15 +63,9 @@ def window_attention(qkv: Tensor, bias: Bias, *, window: int, heads: int, backen
     """
     _check_shapes(qkv, bias, window, heads)
     backend = resolve_backend(backend)
-    candidates = AUTO_ORDER if backend == "auto" else (backend,)
-    refusals = {}
-    for name in candidates:
-        reasons = BACKENDS[name].reasons_against(qkv, bias, window, heads)
-        if not reasons:
-            return BACKENDS[name].forward(qkv, bias, window, heads)
-        refusals[name] = "; ".join(reasons)
-    details = ". ".join(f"{name}: {reasons}" for name, reasons in refusals.items())
-    raise RuntimeError(f"attn_type {backend} cannot run here. {details}. Use attn_type: auto to have one chosen.")
+    chosen = choose("attention", BACKENDS, AUTO_ORDER, backend, qkv, bias, window, heads, option="attn_type")
+    out: Tensor = chosen.forward(qkv, bias, window, heads)
+    return out
 
 
 def _check_shapes(qkv: Tensor, bias: Bias, window: int, heads: int) -> None:

@@ -1,0 +1,163 @@
+"""`basicsr warmup`: do once what would make a first image or step wait, and say what can be used here."""
+
+from __future__ import annotations
+
+import argparse
+import time
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from esc_arch.checkpoints.conversion import build_network
+from esc_arch.errors import UserError
+from esc_arch.models.speed import Speed, speed_problems
+from esc_arch.modules.window_attention import WindowAttention
+from esc_arch.ops import native
+from esc_arch.ops.native import building
+from esc_arch.ops.window_attention.api import AUTO_ORDER, BACKENDS
+from esc_arch.options import load_yaml
+
+from .status import FAULT
+
+__all__ = ["HELP", "add_arguments", "run"]
+
+HELP = "Compile what takes long once: the C++ operators, and the kernels of a network; say what can be used here."
+
+#: What is run without an option file.
+SCALES = (2, 3, 4)
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the network, the size of the image, and the device."""
+    parser.add_argument(
+        "-opt", metavar="FILE", help="option file; with a train: section it is made ready for training, too. "
+        "Default: base ESC, x2, x3 and x4",
+    )  # fmt: skip
+    parser.add_argument("--size", metavar="HxW", default="128x128", help="of the LR image; default: 128x128")
+    parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Build, compile, and say what is ready; returns the exit status: 0 when all that can be used is ready.
+
+    Raises:
+        UserError: the size, the device or the option file cannot be used, or it names an attention backend that
+            cannot run here.
+    """
+    size, device = _size(args.size), _device(args.device)
+    networks = list(_networks(args.opt))
+    status = _build_operators()
+    for name, net, speed in networks:
+        _warm_up(name, net.to(device), speed, torch.rand(1, 3, *size, device=device))
+    return status
+
+
+def _size(text: str) -> tuple[int, int]:
+    parts = text.lower().split("x")
+    if len(parts) != 2 or not all(part.isdecimal() and int(part) > 0 for part in parts):
+        raise UserError(f"--size {text}: give rows and columns of the LR image, such as 128x128.")
+    return int(parts[0]), int(parts[1])
+
+
+def _device(name: str) -> torch.device:
+    available = torch.cuda.is_available()
+    if name == "cuda" and not available:
+        raise UserError("--device cuda: PyTorch finds no GPU here. Use --device cpu, or auto.")
+    return torch.device("cuda" if available and name != "cpu" else "cpu")
+
+
+def _networks(file: str | None) -> Iterator[tuple[str, nn.Module, Speed | None]]:
+    """What to run by name, and how it is trained if it is."""
+    if file is None:
+        for scale in SCALES:
+            yield f"ESC x{scale}", build_network({"type": "ESC", "upscaling_factor": scale}), None
+        return
+    opt = load_yaml(file)
+    section = opt.get("network_g")
+    if not isinstance(section, dict) or "type" not in section:
+        raise UserError(f"{file}: network_g has no type. Name the network to make ready there.")
+    try:
+        net = build_network(section)
+    except (KeyError, TypeError, ValueError) as error:
+        raise UserError(f"{file}: network_g: {error}") from None
+    problems = list(speed_problems(opt, type(net)))
+    if problems:
+        raise UserError(f"{file}: {'; '.join(problems)}")
+    yield Path(file).name, net, Speed.of(opt) if opt.get("train") else None
+
+
+def _build_operators() -> int:
+    """Whether they should be ready and are not: `FAULT` or 0."""
+    if not native.ready():
+        print("C++ operators: building them if that can be; it takes half a minute or more ...", flush=True)
+    try:
+        seconds = native.build()
+    except RuntimeError as error:
+        print(f"{error}\nCPUs use PyTorch's own operators in their place: slower, with the same results.")
+        return FAULT if error.__cause__ is not None else 0  # what was tried failed, or there is nothing to try with
+    print(f"C++ operators: ready after {seconds:.1f} s, kept in {_library().parent}")
+    return 0
+
+
+def _library() -> Path:
+    compiler = building.find_compiler()
+    assert compiler is not None  # the operators are built
+    library = building.built_library(building.recipe(compiler))
+    assert library is not None
+    return library
+
+
+def _warm_up(name: str, net: nn.Module, speed: Speed | None, image: Tensor) -> None:
+    """Run a network twice, with its backward pass when it is to be trained, and say what it took."""
+    if speed is not None:
+        speed.set_globals()
+        # A compiled step is compiled for the sizes of its batches, which are met in training alone
+        net = replace(speed, compile=False).prepare(net, image.device)
+        if speed.channels_last:
+            image = image.contiguous(memory_format=torch.channels_last)
+    try:
+        first, second = (_seconds(net, image, speed is not None) for _ in range(2))
+    except RuntimeError as error:
+        if "cannot run here" not in str(error):
+            raise
+        raise UserError(f"{name}: {error}") from error
+    what = "image" if speed is None else "forward and backward pass"
+    print(f"{name} on {image.device.type}: ready. The first {what} took {first:.2f} s, the second {second:.2f} s.")
+    for line in _attention(net, image, speed):
+        print(f"  {line}")
+
+
+def _seconds(net: nn.Module, image: Tensor, train: bool) -> float:
+    start = time.perf_counter()
+    with torch.set_grad_enabled(train):
+        out = net.train(train)(image)
+    if train:
+        out.float().mean().backward()
+    if image.is_cuda:
+        torch.cuda.synchronize()
+    return time.perf_counter() - start
+
+
+def _attention(net: nn.Module, image: Tensor, speed: Speed | None) -> Iterator[str]:
+    """Which backend the network's window attention takes, and why the others cannot."""
+    module = next((each for each in net.modules() if isinstance(each, WindowAttention)), None)
+    if module is None:
+        return
+    dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(speed.amp or "" if speed else "", torch.float32)
+    with torch.set_grad_enabled(speed is not None):
+        qkv = image.new_empty((1, module.to_qkv.out_channels, *image.shape[-2:]), dtype=dtype)
+        bias = module.position_bias()
+        reasons = {
+            name: backend.reasons_against(qkv, bias, module.window_size, module.num_heads)
+            for name, backend in BACKENDS.items()
+        }
+    chosen = module.attn_type
+    if chosen == "auto":
+        chosen = next(name for name in AUTO_ORDER if not reasons[name])
+    yield f"window attention ({str(dtype).removeprefix('torch.')}): {chosen}, by attn_type: {module.attn_type}"
+    for name, why in reasons.items():
+        if why:
+            yield f"not {name}: {'; '.join(why)}"

@@ -1,0 +1,51 @@
+"""Choosing among the ways to compute an operation."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from types import ModuleType
+from typing import Any
+
+from esc_arch.ops.native import build_by_name
+
+__all__ = ["choose", "untried_on_gpus"]
+
+
+def untried_on_gpus(*names: str) -> tuple[str, ...]:
+    """Names of backends that have been tested in Triton's interpreter and compiled, but not yet run on a GPU.
+
+    `auto` leaves them to those who ask by name or set ESC_ARCH_TRITON=1: a kernel that fails may end the process.
+    """
+    return names if os.environ.get("ESC_ARCH_TRITON") == "1" else ()
+
+
+def choose(
+    what: str, backends: Mapping[str, ModuleType], order: Sequence[str], backend: str, *inputs: Any, option: str
+) -> ModuleType:
+    """The backend to compute an operation with.
+
+    Args:
+        what: the operation, for messages.
+        backends: by name, modules with `reasons_against(*inputs)`, empty when it can.
+        order: what auto tries; the first one that can is taken.
+        backend: a name, which is taken or refused, or auto. The C++ operators are built when they are asked for so.
+        inputs: what the operation is to be computed of.
+        option: what the user sets to a name.
+
+    Raises:
+        ValueError: there is no such backend.
+        RuntimeError: the backend asked for by name cannot take these inputs; the message lists every reason.
+    """
+    if backend != "auto" and backend not in backends:
+        raise ValueError(f"the {what} backend {backend!r} is not known; allowed: auto, {', '.join(backends)}.")
+    if backend == "cpp":
+        build_by_name()
+    refusals = {}
+    for name in order if backend == "auto" else (backend,):
+        reasons = backends[name].reasons_against(*inputs)
+        if not reasons:
+            return backends[name]
+        refusals[name] = "; ".join(reasons)
+    details = ". ".join(f"{name}: {reasons}" for name, reasons in refusals.items())
+    raise RuntimeError(f"{option} {backend} cannot run here. {details}. Use {option}: auto to have one chosen.")

@@ -1,0 +1,95 @@
+"""ConvAttn's two convolutions: check the inputs, choose a backend, call it."""
+
+from __future__ import annotations
+
+from types import ModuleType
+
+from torch import Tensor
+
+from esc_arch.ops.backends import choose, untried_on_gpus
+
+from . import folded, native, reference, triton, triton_folded
+
+__all__ = ["BACKENDS", "conv_attention", "mixed_conv_attention"]
+
+#: Every backend by name: a module with `reasons_against` (why not, empty when it can) and `forward`.
+BACKENDS: dict[str, ModuleType] = {
+    "reference": reference,
+    "folded": folded,
+    "cpp": native,
+    "triton": triton,
+    "triton_folded": triton_folded,
+}
+
+#: What `auto` tries, in this order; the first one with no reason against it is taken. The folded kernel is left to
+#: those who ask for it by name: it gains a few percent on NCHW maps and loses more on channels_last ones
+#: (benchmarks/RESULTS.md).
+AUTO_ORDER = ("cpp", *untried_on_gpus("triton_folded", "triton"), "reference")
+
+
+def conv_attention(
+    x: Tensor, large_kernel: Tensor, dynamic_kernel: Tensor, *, symmetric: bool = False, backend: str = "auto"
+) -> Tensor:
+    """One large static kernel for all images, plus a small depth-wise kernel of each image's own, zero padding.
+
+    Args:
+        x: (B, C, H, W), H, W >= 1, of any strides.
+        large_kernel: (C, C, K, K) with K odd.
+        dynamic_kernel: (B, C, k, k) with k odd: channel c of image b is filtered by dynamic_kernel[b, c].
+        symmetric: `large_kernel` equals its mirror images in both directions and its transpose (in space), as
+            `symmetrise` makes it; fast backends need this. The gradient of `large_kernel` may then have only its
+            symmetric part, which is all that passes through `symmetrise`.
+        backend: a key of `BACKENDS`, or auto.
+
+    Returns:
+        (B, C, H, W).
+
+    Raises:
+        ValueError: shapes that do not fit each other, an unknown backend, or a kernel said to be symmetric is not
+            (where the backend looks).
+        RuntimeError: the backend asked for by name cannot take these inputs; the message lists every reason.
+    """
+    _check_shapes(x, large_kernel, dynamic_kernel)
+    inputs = (x, large_kernel, dynamic_kernel, symmetric)
+    chosen = choose("ConvAttn", BACKENDS, AUTO_ORDER, backend, *inputs, option="ConvAttn backend")
+    out: Tensor = chosen.forward(x, large_kernel, dynamic_kernel)
+    return out
+
+
+def mixed_conv_attention(
+    x: Tensor, large_kernel: Tensor, dynamic_kernel: Tensor, weight: Tensor, bias: Tensor, *, symmetric: bool = False
+) -> Tensor | None:
+    """`conv_attention` of the first channels, the others as they are, and a 1 x 1 convolution of all, in one operator.
+
+    Without gradients and on the CPU this saves putting the channels together.
+
+    Args:
+        x: (B, D, H, W), D >= C.
+        weight, bias: (D', D, 1, 1) and (D').
+        others: see `conv_attention`.
+
+    Returns:
+        (B, D', H, W); None where no operator does it in one.
+
+    Raises:
+        ValueError: as of `conv_attention`.
+    """
+    _check_shapes(x[:, : large_kernel.shape[0]], large_kernel, dynamic_kernel)
+    if native.mixed_reasons_against(x, large_kernel, dynamic_kernel, weight, bias, symmetric):
+        return None
+    return native.mixed_forward(x, large_kernel, dynamic_kernel, weight, bias)
+
+
+def _check_shapes(x: Tensor, large_kernel: Tensor, dynamic_kernel: Tensor) -> None:
+    if x.dim() != 4:
+        raise ValueError(f"x has shape {tuple(x.shape)}; it must be (B, C, H, W).")
+    batch, channels = x.shape[:2]
+    _check_kernel("large kernel", large_kernel, (channels, channels))
+    _check_kernel("dynamic kernel", dynamic_kernel, (batch, channels))
+
+
+def _check_kernel(what: str, kernel: Tensor, leading: tuple[int, int]) -> None:
+    shape = tuple(kernel.shape)
+    if len(shape) != 4 or shape[:2] != leading or shape[2] != shape[3] or shape[2] % 2 == 0:
+        first, second = leading
+        raise ValueError(f"the {what} has shape {shape}; for this x it must be ({first}, {second}, K, K) with K odd.")

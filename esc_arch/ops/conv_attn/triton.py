@@ -1,0 +1,273 @@
+"""Both convolutions in one Triton kernel: the large one on tensor cores, the dynamic one in the same pass.
+
+The first C channels of a channels-last map are read where they are; any other layout is copied first, C channels once
+where the kernel reads each number dozens of times. Every gradient is a sum in a fixed order: repeated runs are equal to
+the last bit. float32 is multiplied as PyTorch's convolutions are told to (`torch.backends.cudnn.allow_tf32`: TF32
+unless switched off), half types with sums in float32.
+
+The products can use the symmetry of the large kernel (`FOLDS`), see `triton_kernels`. This backend does not, and takes
+any kernel; `triton_folded` does. Which is faster on which GPU and type has not been measured yet.
+
+The first call for a combination of type, channels and kernel size compiles up to five variants of a kernel and measures
+which is the fastest; the choice and the kernels stay in Triton's cache on disk. New sizes of images compile nothing.
+Inside a CUDA graph that choice cannot be made: call once before capturing.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from esc_arch.ops.triton_support import DTYPES, missing, precision
+
+#: What is added up before it is multiplied: nothing; rows as far above as below; also columns and diagonals; or what
+#: suits the type, see `triton_folded`.
+FOLDS = ("none", "rows", "all", "auto")
+#: A group of outputs of so many channels is as wide as the registers of a multiprocessor allow.
+MAX_CHANNELS = 64
+#: Programs that keep every GPU busy: the map is shared out to so many when the kernels' gradients are summed.
+PROGRAMS = 256
+#: Pixels of a picture for each program of the dynamic kernel's gradient.
+DYNAMIC_SHARE = 4096
+
+
+def reasons_against(x: Tensor, large_kernel: Tensor, dynamic_kernel: Tensor, symmetric: bool) -> list[str]:
+    """Why these kernels cannot take these inputs."""
+    reasons = []
+    lacking = missing(x.device.type, x.device.index)
+    if lacking:
+        reasons.append(lacking)
+    if torch.compiler.is_exporting() or torch.jit.is_tracing():
+        reasons.append("a compiled kernel cannot be exported")
+    if any(kernel.device != x.device for kernel in (large_kernel, dynamic_kernel)):
+        reasons.append(f"x is on {x.device}, the kernels are on {large_kernel.device} and {dynamic_kernel.device}")
+    if x.dtype not in DTYPES:
+        reasons.append(f"it takes float32, bfloat16 and float16, not {x.dtype}")
+    if x.shape[1] > MAX_CHANNELS:
+        reasons.append(f"it takes up to {MAX_CHANNELS} channels, not {x.shape[1]}")
+    if x.numel() == 0:
+        reasons.append("there is nothing to compute")
+    return reasons
+
+
+def forward(x: Tensor, large_kernel: Tensor, dynamic_kernel: Tensor, fold: str = "none") -> Tensor:
+    """Both convolutions; see `conv_attention`.
+
+    Args:
+        fold: one of `FOLDS`; all but none need a large kernel that is symmetric, as `symmetrise` makes it.
+    """
+    if torch.is_autocast_enabled(x.device.type):
+        x = x.to(torch.get_autocast_dtype(x.device.type))
+    # Laid out here, where a compiler sees that all layers of a network share it
+    taps = large_kernel.permute(2, 3, 0, 1).to(x.dtype).contiguous()
+    return _convolve(x, taps, dynamic_kernel, fold)
+
+
+@torch.library.custom_op("esc_arch::conv_attention_triton", mutates_args=())
+def _convolve(x: Tensor, taps: Tensor, dynamic: Tensor, fold: str) -> Tensor:
+    """x (B, C, H, W), taps (K, K, C out, C in) of its type, dynamic (B, C, s, s) -> (B, C, H, W)."""
+    out = _empty_like(x)
+    _convolve_into(out, x, taps, dynamic, fold)
+    return out
+
+
+@_convolve.register_fake
+def _(x: Tensor, taps: Tensor, dynamic: Tensor, fold: str) -> Tensor:
+    return _empty_like(x)
+
+
+def _convolve_into(out: Tensor, x: Tensor, taps: Tensor, dynamic: Tensor, fold: str) -> None:
+    from .triton_kernels import convolve
+
+    x, pixel = _readable(x)
+    batch, _, height, width = x.shape
+
+    def grid(meta: dict[str, Any]) -> tuple[int]:
+        group = max(meta["COLUMNS"] // meta["BLOCK_C"], 1)
+        return (math.ceil(batch * height * math.ceil(width / group) / meta["BLOCK"]),)
+
+    with torch.cuda.device_of(x):
+        convolve[grid](
+            x,
+            taps.contiguous(),
+            dynamic.contiguous(),
+            out,
+            batch,
+            height,
+            width,
+            PIXEL=pixel,
+            DYNAMIC_SIDE=dynamic.shape[-1],
+            OUT_LAST=_is_channels_last(out),
+            FOLD=_level(fold, x),
+            **_constants(x, taps),
+        )
+
+
+@torch.library.custom_op("esc_arch::conv_attention_triton_backward", mutates_args=())
+def _differentiate(
+    gradient: Tensor, x: Tensor, taps: Tensor, dynamic: Tensor, fold: str, of_x: bool, of_taps: bool, of_dynamic: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The gradients of x, of the taps and of the dynamic kernels, float32 of the kernels; empty if not asked for."""
+    d_x = _empty_like(x) if of_x else x.new_empty(0)
+    if of_x:
+        _convolve_into(d_x, gradient, taps.flip((0, 1)).transpose(2, 3), dynamic.flip((2, 3)), fold)
+    nothing = (x.new_empty(0, dtype=torch.float32) for _ in range(2))
+    d_taps = _differentiate_taps(gradient, x, taps, fold) if of_taps else next(nothing)
+    d_dynamic = _differentiate_dynamic(gradient, x, dynamic) if of_dynamic else next(nothing)
+    return d_x, d_taps, d_dynamic
+
+
+@_differentiate.register_fake
+def _(
+    gradient: Tensor, x: Tensor, taps: Tensor, dynamic: Tensor, fold: str, of_x: bool, of_taps: bool, of_dynamic: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    return (
+        _empty_like(x) if of_x else x.new_empty(0),
+        x.new_empty(taps.shape if of_taps else (0,), dtype=torch.float32),
+        x.new_empty(dynamic.shape if of_dynamic else (0,), dtype=torch.float32),
+    )
+
+
+def _keep(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    *tensors, ctx.fold = inputs
+    ctx.save_for_backward(*tensors)
+
+
+def _backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+    x, taps, dynamic = ctx.saved_tensors
+    needed = ctx.needs_input_grad[:3]
+    gradients = _differentiate(gradient, x, taps, dynamic, ctx.fold, *needed)
+    typed = zip(gradients, (x, taps, dynamic), needed, strict=True)
+    return *(value.to(leaf.dtype) if wanted else None for value, leaf, wanted in typed), None
+
+
+_convolve.register_autograd(_backward, setup_context=_keep)
+
+
+def _differentiate_taps(gradient: Tensor, x: Tensor, taps: Tensor, fold: str) -> Tensor:
+    """(K, K, C out, C in), float32; with `fold` the mean of its rows above and below the centre."""
+    from .triton_kernels import correlate
+
+    side, channels = taps.shape[0], taps.shape[2]
+    x, pixel = _readable(x)
+    gradient, gradient_pixel = _readable(gradient)
+    batch, _, height, width = x.shape
+    constants, folded = _constants(x, taps), fold != "none"
+    block_c = constants["BLOCK_C"]
+    group, count = 64 // block_c, 256 // block_c
+    block = 64 if x.dtype is not torch.float32 else 32
+    rows, steps = side // 2 + 1 if folded else side, math.ceil((group + side - 1) / count)
+    blocks = math.ceil(batch * height * math.ceil(width / group) / block)
+    share = math.ceil(blocks / math.ceil(PROGRAMS / (rows * steps)))
+    sums = x.new_empty(
+        math.ceil(blocks / share), rows, steps * count, block_c, group, block_c, dtype=torch.float32
+    )
+    with torch.cuda.device_of(x):
+        correlate[(rows * steps, sums.shape[0])](
+            x,
+            gradient,
+            sums,
+            batch,
+            height,
+            width,
+            share,
+            PIXEL=pixel,
+            GRADIENT_PIXEL=gradient_pixel,
+            GROUP=group,
+            COUNT=count,
+            BLOCK=block,
+            FOLD=int(folded),
+            num_warps=8,
+            num_stages=2,
+            **constants,
+        )
+    band = sums.sum(0).movedim(2, 4)
+    of_rows = sum(band[:, g : g + side, g, :channels, :channels] for g in range(group))
+    assert isinstance(of_rows, Tensor)
+    if folded:  # the sum over a row and its mirror image went to both
+        of_rows[:-1] /= 2
+        of_rows = torch.cat([of_rows, of_rows[:-1].flip(0)])
+    return of_rows.contiguous()
+
+
+def _differentiate_dynamic(gradient: Tensor, x: Tensor, dynamic: Tensor) -> Tensor:
+    """(B, C, s, s), float32."""
+    from .triton_kernels import correlate_dynamic
+
+    x, pixel = _readable(x)
+    gradient, gradient_pixel = _readable(gradient)
+    batch, channels, height, width = x.shape
+    block = 128
+    blocks = math.ceil(height * width / block)
+    share = min(DYNAMIC_SHARE // block, blocks)
+    parts = math.ceil(blocks / share)
+    sums = x.new_empty(batch, parts, *dynamic.shape[1:], dtype=torch.float32)
+    with torch.cuda.device_of(x):
+        correlate_dynamic[(dynamic.shape[-1] ** 2, parts, batch)](
+            x,
+            gradient,
+            sums,
+            height,
+            width,
+            share,
+            PIXEL=pixel,
+            GRADIENT_PIXEL=gradient_pixel,
+            C=channels,
+            BLOCK_C=_block_of_channels(channels),
+            SIDE=dynamic.shape[-1],
+            BLOCK=block,
+        )
+    return sums.sum(1)
+
+
+def _constants(x: Tensor, taps: Tensor) -> dict[str, Any]:
+    """What the kernels are compiled for."""
+    channels = x.shape[1]
+    return {
+        "C": channels,
+        "BLOCK_C": _block_of_channels(channels),
+        "SIDE": taps.shape[0],
+        "PRECISION": precision(x, _uses_tf32()),
+    }
+
+
+def _block_of_channels(channels: int) -> int:
+    return max(16, 1 << (channels - 1).bit_length())
+
+
+def _level(fold: str, x: Tensor) -> int:
+    if fold == "auto":
+        fold = "all" if precision(x, _uses_tf32()) == "ieee" else "rows"
+    return FOLDS.index(fold)
+
+
+def _uses_tf32() -> bool:
+    """Whether PyTorch has been told to multiply float32 in convolutions as TF32."""
+    convolutions = torch.backends.cudnn
+    if hasattr(convolutions, "conv"):  # from 2.9 on; asking the older flag may raise there
+        return convolutions.conv.fp32_precision == "tf32"
+    return convolutions.allow_tf32
+
+
+def _is_channels_last(x: Tensor) -> bool:
+    return x.stride(1) == 1 and x.shape[1] > 1
+
+
+def _empty_like(x: Tensor) -> Tensor:
+    """Dense, in the layout of `x`, which may be the first channels of a wider map."""
+    layout = torch.channels_last if _is_channels_last(x) else torch.contiguous_format
+    return torch.empty(x.shape, dtype=x.dtype, device=x.device, memory_format=layout)
+
+
+def _readable(x: Tensor) -> tuple[Tensor, int]:
+    """A map whose channels lie side by side and whose pixels equally far from each other, and how far."""
+    batch, channels, height, width = x.shape
+    steps = ((width, x.stride(3), 1), (height, x.stride(2), width), (batch, x.stride(0), height * width))
+    distances = {stride / pixels for count, stride, pixels in steps if count > 1} or {float(channels)}
+    (distance, *others) = distances
+    if others or not distance.is_integer() or distance < channels or (channels > 1 and x.stride(1) != 1):
+        return x.contiguous(memory_format=torch.channels_last), channels
+    return x, int(distance)

@@ -1,0 +1,371 @@
+"""Kernels of the `triton` backend: ConvAttn's two convolutions in one pass, and their gradients.
+
+Letters: B batch, C channels that are convolved, H and W of the map, K side of the large kernel, R = K // 2,
+s side of the dynamic kernel, G outputs of a group.
+
+Sixteen channels are too few columns to keep tensor cores busy, and each pixel would be fetched K times per row of the
+kernel. So G neighbouring outputs of a row are taken together: they need G + K - 1 pixels of an input row, and
+
+    out[group, (g, co)] = sum over (dy, j, ci) of x[y + dy - R, G * group + j - R, ci] * band[dy, (j, ci), (g, co)]
+
+where band[dy, (j, ci), (g, co)] = taps[dy, j - g, co, ci], and 0 where j - g is no tap. For K = 13, C = 16 and G = 4
+that is a product of (groups, 256) and (256, 64) per row: a fifth of it multiplies zeros, and the input is fetched 4
+times per row instead of 13. The band is gathered from the taps as it is needed.
+
+FOLD says which symmetries of the large kernel are used, by adding what meets equal taps before the product:
+0 none; 1 rows, R + 1 products of rows instead of K; 2 rows, columns and diagonals, (R + 1)(R + 2) / 2 products with
+(C, C) taps instead of K^2, without groups.
+
+Inputs are channels-last maps, of which PIXEL numbers lie from one pixel to the next, so that the first C channels of a
+wider map are read in place. Sizes of maps are arguments that nothing is specialised on: new sizes compile nothing.
+
+This imports triton: import it only where that is known to be there.
+"""
+
+# What Triton compiles are its own types, which annotations cannot say
+# mypy: disallow_untyped_defs=False, check_untyped_defs=False
+
+from __future__ import annotations
+
+import inspect
+
+import triton
+import triton.language as tl
+from triton import Config
+
+INTERPRETED = bool(triton.knobs.runtime.interpret) if hasattr(triton, "knobs") else False
+
+#: The arguments that decide which configuration is the fastest; sizes of maps are not among them.
+_KEY = ["C", "PIXEL", "SIDE", "FOLD", "PRECISION"]
+_SIZES = ["batch", "height", "width"]
+#: Where Triton can (from 3.4 on), the choice is kept on disk beside the compiled kernels.
+_CACHED = {"cache_results": True} if "cache_results" in inspect.signature(triton.autotune).parameters else {}
+
+FOLD_ALL = tl.constexpr(2)
+#: A row outside every map.
+NOWHERE = tl.constexpr(-1)
+
+
+def _config(columns, block, warps, stages, depth=64):
+    """`columns` of a product are the channels of a group of outputs; 0: of a single output, for FOLD 2."""
+    return Config({"COLUMNS": columns, "DEPTH": depth, "BLOCK": block}, num_warps=warps, num_stages=stages)
+
+
+def _fitting(configs, named_args, **arguments):
+    """Those made for this kind of folding."""
+    return [config for config in configs if (config.kwargs["COLUMNS"] == 0) == (arguments["FOLD"] == 2)]
+
+
+def _tuned(*configs):
+    if INTERPRETED:  # there is nothing to measure, and few large steps are the quickest
+        configs = (_config(64, 128, 1, 1, depth=256), _config(0, 128, 1, 1))
+    return triton.autotune(list(configs), key=_KEY, prune_configs_by={"early_config_prune": _fitting}, **_CACHED)
+
+
+@triton.jit
+def _dot(a, b, acc, PRECISION: tl.constexpr):
+    if PRECISION == "widened":  # the interpreter multiplies the bit patterns of bfloat16
+        return tl.dot(a.to(tl.float32), b.to(tl.float32), acc, input_precision="ieee")
+    elif PRECISION == "half":
+        return tl.dot(a, b, acc)
+    else:
+        return tl.dot(a, b, acc, input_precision=PRECISION)
+
+
+@triton.jit
+def _groups(program, batch, height, width, GROUP: tl.constexpr, BLOCK: tl.constexpr):
+    """Picture, y, first x, and whether it exists, of a block of the groups of outputs; they are numbered row by row."""
+    columns = tl.cdiv(width, GROUP)
+    group = program * BLOCK + tl.arange(0, BLOCK)
+    line = group // columns
+    picture = line // height
+    return picture, line % height, group % columns * GROUP, picture < batch
+
+
+@triton.jit
+def _pixels(
+    map,
+    picture,
+    y,
+    x,
+    wanted,
+    height,
+    width,
+    PIXEL: tl.constexpr,
+    C: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+    COUNT: tl.constexpr,
+):
+    """Of COUNT pixels from (y, x) on, the channels: (groups, COUNT * BLOCK_C); zeros outside the map."""
+    k = tl.arange(0, COUNT * BLOCK_C)
+    channel = k % BLOCK_C
+    column = x[:, None] + (k // BLOCK_C)[None, :]
+    inside = (wanted & (y >= 0) & (y < height))[:, None] & (column >= 0) & (column < width)
+    if C != BLOCK_C:
+        inside = inside & (channel < C)[None, :]
+    line = (picture.to(tl.int64) * height + y) * width
+    return tl.load(map + (line[:, None] + column) * PIXEL + channel[None, :], mask=inside, other=0.0)
+
+
+@triton.jit
+def _rows(
+    map,
+    picture,
+    y,
+    x,
+    wanted,
+    distance,
+    height,
+    width,
+    PIXEL: tl.constexpr,
+    C: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+    COUNT: tl.constexpr,
+    FOLD: tl.constexpr,
+):
+    """The pixels `distance` rows above; with FOLD those as far below are added, which meet the same taps."""
+    above = _pixels(map, picture, y - distance, x, wanted, height, width, PIXEL, C, BLOCK_C, COUNT)
+    if FOLD == 0:
+        return above
+    else:
+        row = tl.where(distance > 0, y + distance, NOWHERE)
+        below = _pixels(map, picture, row, x, wanted, height, width, PIXEL, C, BLOCK_C, COUNT)
+        return (above.to(tl.float32) + below.to(tl.float32)).to(above.dtype)
+
+
+@triton.jit
+def _orbit(
+    map,
+    picture,
+    y,
+    x,
+    wanted,
+    far,
+    near,
+    height,
+    width,
+    PIXEL: tl.constexpr,
+    C: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+):
+    """The sum of the up to 8 pixels that meet the tap at (far, near), far >= near >= 0: (outputs, BLOCK_C)."""
+    total = tl.zeros([x.shape[0], BLOCK_C], tl.float32)
+    for turn in tl.static_range(8):
+        dy = far
+        dx = near
+        once = far >= 0
+        if turn >= 4:  # on the diagonal this is the same
+            dy = near
+            dx = far
+            once = once & (near < far)
+        if turn % 2 == 1:
+            once = once & (dy > 0)
+            dy = -dy
+        if turn % 4 >= 2:
+            once = once & (dx > 0)
+            dx = -dx
+        row = tl.where(once, y + dy, NOWHERE)
+        total += _pixels(map, picture, row, x + dx, wanted, height, width, PIXEL, C, BLOCK_C, 1)
+    return total.to(map.dtype.element_ty)
+
+
+@triton.jit
+def _band(
+    taps,
+    row,
+    first,
+    SIDE: tl.constexpr,
+    C: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+    COUNT: tl.constexpr,
+    GROUP: tl.constexpr,
+):
+    """What COUNT pixels from `first` on contribute to a group of outputs: (COUNT * BLOCK_C, GROUP * BLOCK_C).
+
+    The channels of the input lie side by side, because tensor cores take TF32 in no other order.
+    """
+    k = tl.arange(0, COUNT * BLOCK_C)[:, None]
+    n = tl.arange(0, GROUP * BLOCK_C)[None, :]
+    tap = first + k // BLOCK_C - n // BLOCK_C
+    wanted = (tap >= 0) & (tap < SIDE)
+    if C != BLOCK_C:
+        wanted = wanted & (k % BLOCK_C < C) & (n % BLOCK_C < C)
+    return tl.load(taps + ((row * SIDE + tap) * C + n % BLOCK_C) * C + k % BLOCK_C, mask=wanted, other=0.0)
+
+
+@triton.jit
+def _dynamic_part(
+    map,
+    kernel,
+    picture,
+    y,
+    x,
+    wanted,
+    height,
+    width,
+    PIXEL: tl.constexpr,
+    C: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+    GROUP: tl.constexpr,
+    SIDE: tl.constexpr,
+):
+    """The depth-wise convolution with each picture's own kernel, (B, C, s, s): (groups, GROUP * BLOCK_C)."""
+    channel = tl.arange(0, GROUP * BLOCK_C)[None, :] % BLOCK_C
+    known = wanted[:, None] & (channel < C)
+    total = tl.zeros([x.shape[0], GROUP * BLOCK_C], tl.float32)
+    for tap in range(SIDE * SIDE):
+        dy = tap // SIDE - SIDE // 2
+        dx = tap % SIDE - SIDE // 2
+        pixels = _pixels(map, picture, y + dy, x + dx, wanted, height, width, PIXEL, C, BLOCK_C, GROUP)
+        weight = tl.load(kernel + (picture[:, None] * C + channel) * (SIDE * SIDE) + tap, mask=known, other=0.0)
+        total += pixels.to(tl.float32) * weight.to(tl.float32)
+    return total
+
+
+@_tuned(
+    _config(64, 64, 4, 3),
+    _config(64, 128, 4, 3),
+    _config(64, 128, 8, 3),
+    _config(128, 64, 4, 3),
+    _config(64, 32, 4, 2),
+    _config(0, 128, 4, 2),
+    _config(0, 64, 4, 2),
+    _config(0, 256, 8, 2),
+)
+@triton.jit(do_not_specialize=_SIZES)
+def convolve(
+    x,
+    taps,
+    dynamic,
+    out,
+    batch,
+    height,
+    width,
+    PIXEL: tl.constexpr,
+    C: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+    SIDE: tl.constexpr,
+    DYNAMIC_SIDE: tl.constexpr,
+    OUT_LAST: tl.constexpr,
+    FOLD: tl.constexpr,
+    PRECISION: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    DEPTH: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """The sum of the convolutions with `taps` (K, K, C out, C in) and `dynamic` (B, C, s, s), zero padding.
+
+    A program is a block of groups of outputs. `out` is a dense map of C channels, channels last or NCHW.
+    """
+    GROUP: tl.constexpr = COLUMNS // BLOCK_C if COLUMNS else 1
+    R: tl.constexpr = SIDE // 2
+    picture, y, left, wanted = _groups(tl.program_id(0), batch, height, width, GROUP, BLOCK)
+    acc = _dynamic_part(
+        x, dynamic, picture, y, left, wanted, height, width, PIXEL, C, BLOCK_C, GROUP, DYNAMIC_SIDE
+    )
+    if FOLD == FOLD_ALL:
+        for far in range(R + 1):
+            for near in range(far + 1):
+                pixels = _orbit(x, picture, y, left, wanted, far, near, height, width, PIXEL, C, BLOCK_C)
+                acc = _dot(pixels, _band(taps, R + far, R + near, SIDE, C, BLOCK_C, 1, 1), acc, PRECISION)
+    else:
+        COUNT: tl.constexpr = DEPTH // BLOCK_C
+        STEPS: tl.constexpr = (GROUP + SIDE - 1 + COUNT - 1) // COUNT
+        ROWS: tl.constexpr = R + 1 if FOLD else SIDE
+        for step in range(ROWS * STEPS):
+            row = step // STEPS
+            first = step % STEPS * COUNT
+            pixels = _rows(
+                x, picture, y, left + first - R, wanted, R - row, height, width, PIXEL, C, BLOCK_C, COUNT, FOLD
+            )
+            acc = _dot(pixels, _band(taps, row, first, SIDE, C, BLOCK_C, COUNT, GROUP), acc, PRECISION)
+
+    n = tl.arange(0, GROUP * BLOCK_C)[None, :]
+    channel = n % BLOCK_C
+    column = left[:, None] + n // BLOCK_C
+    inside = wanted[:, None] & (column < width) & (channel < C)
+    if OUT_LAST:
+        line = (picture.to(tl.int64) * height + y) * width
+        place = (line[:, None] + column) * C + channel
+    else:
+        place = ((picture.to(tl.int64)[:, None] * C + channel) * height + y[:, None]) * width + column
+    tl.store(out + place, acc.to(out.dtype.element_ty), mask=inside)
+
+
+@triton.jit(do_not_specialize=[*_SIZES, "share"])
+def correlate(
+    x,
+    gradient,
+    sums,
+    batch,
+    height,
+    width,
+    share,
+    PIXEL: tl.constexpr,
+    GRADIENT_PIXEL: tl.constexpr,
+    C: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+    SIDE: tl.constexpr,
+    FOLD: tl.constexpr,
+    PRECISION: tl.constexpr,
+    GROUP: tl.constexpr,
+    COUNT: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """The gradient of the band: sums[share, row, (j, ci), (g, co)] of what `gradient` got from each input pixel.
+
+    A program is COUNT pixels of a row of the kernel, for a share of the blocks of groups of outputs.
+    """
+    R: tl.constexpr = SIDE // 2
+    STEPS: tl.constexpr = (GROUP + SIDE - 1 + COUNT - 1) // COUNT
+    row = tl.program_id(0) // STEPS
+    first = tl.program_id(0) % STEPS * COUNT
+    acc = tl.zeros([COUNT * BLOCK_C, GROUP * BLOCK_C], tl.float32)
+    for block in range(tl.program_id(1) * share, (tl.program_id(1) + 1) * share):
+        picture, y, left, wanted = _groups(block, batch, height, width, GROUP, BLOCK)
+        pixels = _rows(
+            x, picture, y, left + first - R, wanted, R - row, height, width, PIXEL, C, BLOCK_C, COUNT, FOLD
+        )
+        outputs = _pixels(gradient, picture, y, left, wanted, height, width, GRADIENT_PIXEL, C, BLOCK_C, GROUP)
+        acc = _dot(tl.trans(pixels), outputs, acc, PRECISION)
+    tile = (tl.program_id(1) * tl.num_programs(0) + tl.program_id(0)).to(tl.int64)
+    k = tl.arange(0, COUNT * BLOCK_C)[:, None]
+    n = tl.arange(0, GROUP * BLOCK_C)[None, :]
+    tl.store(sums + (tile * (COUNT * BLOCK_C) + k) * (GROUP * BLOCK_C) + n, acc)
+
+
+@triton.jit(do_not_specialize=["height", "width", "share"])
+def correlate_dynamic(
+    x,
+    gradient,
+    sums,
+    height,
+    width,
+    share,
+    PIXEL: tl.constexpr,
+    GRADIENT_PIXEL: tl.constexpr,
+    C: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+    SIDE: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """The gradient of the dynamic kernels: sums[picture, share, c, tap] over a share of the picture's pixels.
+
+    A program is a tap, for a share of the blocks of pixels of a picture.
+    """
+    tap = tl.program_id(0)
+    dy = tap // SIDE - SIDE // 2
+    dx = tap % SIDE - SIDE // 2
+    acc = tl.zeros([BLOCK, BLOCK_C], tl.float32)
+    picture = tl.full([BLOCK], 0, tl.int32) + tl.program_id(2)
+    for block in range(tl.program_id(1) * share, (tl.program_id(1) + 1) * share):
+        pixel = block * BLOCK + tl.arange(0, BLOCK)
+        y = pixel // width
+        column = pixel % width
+        pixels = _pixels(x, picture, y + dy, column + dx, y < height, height, width, PIXEL, C, BLOCK_C, 1)
+        outputs = _pixels(gradient, picture, y, column, y < height, height, width, GRADIENT_PIXEL, C, BLOCK_C, 1)
+        acc += pixels.to(tl.float32) * outputs.to(tl.float32)
+    channel = tl.arange(0, BLOCK_C)
+    part = tl.program_id(2) * tl.num_programs(1) + tl.program_id(1)
+    place = (part * C + channel) * (SIDE * SIDE) + tap
+    tl.store(sums + place, tl.sum(acc, 0), mask=channel < C)

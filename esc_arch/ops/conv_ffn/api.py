@@ -1,0 +1,79 @@
+"""ConvFFN: check the inputs, choose a backend, call it."""
+
+from __future__ import annotations
+
+from types import ModuleType
+
+from torch import Tensor
+
+from esc_arch.ops.backends import choose
+
+from . import native, reference
+
+__all__ = ["BACKENDS", "conv_ffn"]
+
+#: Every backend by name: a module with `reasons_against` (why not, empty when it can) and `forward`.
+BACKENDS: dict[str, ModuleType] = {"reference": reference, "cpp": native}
+
+#: What `auto` tries, in this order; the first one with no reason against it is taken.
+AUTO_ORDER = ("cpp", "reference")
+
+
+def conv_ffn(
+    x: Tensor,
+    proj_weight: Tensor,
+    proj_bias: Tensor,
+    dwc_weight: Tensor,
+    dwc_bias: Tensor,
+    aggr_weight: Tensor,
+    aggr_bias: Tensor,
+    *,
+    backend: str = "auto",
+) -> Tensor:
+    """1 x 1 expansion, GELU, a 3 x 3 depth-wise convolution with GELU and a skip around it, 1 x 1 reduction.
+
+    With M hidden channels, and the exact (erf) GELU (arXiv 2503.06671):
+
+    Args:
+        x: (B, C, H, W), H, W >= 1, of any strides.
+        proj_weight, proj_bias: (M, C, 1, 1) and (M,).
+        dwc_weight, dwc_bias: (M, 1, 3, 3) and (M,); zero padding.
+        aggr_weight, aggr_bias: (C, M, 1, 1) and (C,).
+        backend: a key of `BACKENDS`, or auto.
+
+    Returns:
+        (B, C, H, W).
+
+    Raises:
+        ValueError: shapes that do not fit each other, or an unknown backend.
+        RuntimeError: the backend asked for by name cannot take these inputs; the message lists every reason.
+    """
+    parameters = (proj_weight, proj_bias, dwc_weight, dwc_bias, aggr_weight, aggr_bias)
+    _check_shapes(x, *parameters)
+    chosen = choose("ConvFFN", BACKENDS, AUTO_ORDER, backend, x, *parameters, option="ConvFFN backend")
+    out: Tensor = chosen.forward(x, *parameters)
+    return out
+
+
+def _check_shapes(x: Tensor, *parameters: Tensor) -> None:
+    if x.dim() != 4:
+        raise ValueError(f"x has shape {tuple(x.shape)}; it must be (B, C, H, W).")
+    channels, hidden = x.shape[1], parameters[0].shape[0]
+    names = ("proj_weight", "proj_bias", "dwc_weight", "dwc_bias", "aggr_weight", "aggr_bias")
+    shapes = (
+        (hidden, channels, 1, 1),
+        (hidden,),
+        (hidden, 1, 3, 3),
+        (hidden,),
+        (channels, hidden, 1, 1),
+        (channels,),
+    )
+    wrong = [
+        f"{name} {tuple(parameter.shape)}, which must be {shape}"
+        for name, parameter, shape in zip(names, parameters, shapes, strict=True)
+        if tuple(parameter.shape) != shape
+    ]
+    if wrong:
+        raise ValueError(
+            f"for {channels} channels and {hidden} hidden ones these shapes do not fit: {'; '.join(wrong)}."
+        )

@@ -1,0 +1,77 @@
+"""The C++ operators: all steps in one pass over the map, hidden rows only in the cache; see `csrc/conv_ffn.cpp`.
+
+Backward computes the hidden rows again instead of keeping them.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from esc_arch.ops import native
+
+
+def reasons_against(x: Tensor, *parameters: Tensor) -> list[str]:
+    """Why the C++ operators cannot take these inputs."""
+    reasons = []
+    tensors = (x, *parameters)
+    if any(tensor.device.type != "cpu" for tensor in tensors):
+        reasons.append(f"it runs on cpu, not on {x.device.type}")
+    if any(tensor.dtype != torch.float32 for tensor in tensors):
+        reasons.append(f"it takes float32, not {', '.join(sorted({str(tensor.dtype) for tensor in tensors}))}")
+    if torch.is_autocast_enabled("cpu"):
+        reasons.append("autocast asks for half precision, and it computes in float32")
+    if torch.compiler.is_exporting() or torch.jit.is_tracing():
+        reasons.append("an exported network keeps the plain formula")
+    return reasons or native.reasons_against()
+
+
+def forward(x: Tensor, *parameters: Tensor) -> Tensor:
+    """`torch.ops.esc_arch.conv_ffn`, whose result is channels_last; see `conv_ffn`."""
+    out: Tensor = torch.ops.esc_arch.conv_ffn(x, *parameters)
+    return out
+
+
+def _like(x: Tensor) -> Tensor:
+    return torch.empty(x.shape, dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
+
+
+def _fake(x: Tensor, *parameters: Tensor) -> Tensor:
+    return _like(x)
+
+
+def _fake_backward(
+    gradient: Tensor,
+    x: Tensor,
+    proj_weight: Tensor,
+    proj_bias: Tensor,
+    dwc_weight: Tensor,
+    dwc_bias: Tensor,
+    aggr_weight: Tensor,
+    of_x: bool,
+    of_parameters: bool,
+) -> tuple[Tensor, ...]:
+    parameters = (proj_weight, proj_bias, dwc_weight, dwc_bias, aggr_weight)
+    of_all = [torch.empty_like(parameter, memory_format=torch.contiguous_format) for parameter in parameters]
+    return _like(x), *of_all, x.new_empty(x.shape[1])
+
+
+def _keep_inputs(ctx: Any, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+    ctx.save_for_backward(*inputs[:-1])  # the last bias has no part in any gradient
+
+
+def _backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+    if torch.is_grad_enabled():
+        raise RuntimeError("the C++ ConvFFN has no second derivatives: use backend='reference' for create_graph=True.")
+    needed = ctx.needs_input_grad
+    gradients = torch.ops.esc_arch.conv_ffn_backward(gradient, *ctx.saved_tensors, needed[0], any(needed[1:]))
+    return tuple(value if wanted else None for value, wanted in zip(gradients, needed, strict=True))
+
+
+@native.when_loaded
+def _register() -> None:
+    torch.library.register_fake("esc_arch::conv_ffn", _fake)
+    torch.library.register_fake("esc_arch::conv_ffn_backward", _fake_backward)
+    torch.library.register_autograd("esc_arch::conv_ffn", _backward, setup_context=_keep_inputs)

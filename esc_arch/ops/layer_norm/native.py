@@ -1,0 +1,65 @@
+"""The C++ operators: each map is read and written in the layout it has; see `csrc/layer_norm.cpp`."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from esc_arch.ops import native
+
+
+def reasons_against(x: Tensor, weight: Tensor, bias: Tensor) -> list[str]:
+    """Why the C++ operators cannot take these inputs."""
+    reasons = []
+    tensors = (x, weight, bias)
+    if any(tensor.device.type != "cpu" for tensor in tensors):
+        reasons.append(f"it runs on cpu, not on {x.device.type}")
+    if any(tensor.dtype != torch.float32 for tensor in tensors):
+        reasons.append(f"it takes float32, not {', '.join(sorted({str(tensor.dtype) for tensor in tensors}))}")
+    if torch.compiler.is_exporting() or torch.jit.is_tracing():
+        reasons.append("an exported network keeps the plain formula")
+    return reasons or native.reasons_against()
+
+
+def forward(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
+    """`torch.ops.esc_arch.layer_norm`, whose result is channels_last where `x` is; see `layer_norm`."""
+    out: Tensor = torch.ops.esc_arch.layer_norm(x, weight, bias, eps)
+    return out
+
+
+def _like(x: Tensor) -> Tensor:
+    channels_last = not x.is_contiguous() and x.is_contiguous(memory_format=torch.channels_last)
+    layout = torch.channels_last if channels_last else torch.contiguous_format
+    return torch.empty(x.shape, dtype=x.dtype, device=x.device, memory_format=layout)
+
+
+def _fake(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
+    return _like(x)
+
+
+def _fake_backward(gradient: Tensor, x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
+    return _like(x), x.new_empty(x.shape[1]), x.new_empty(x.shape[1])
+
+
+def _keep_inputs(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    x, weight, _, ctx.eps = inputs
+    ctx.save_for_backward(x, weight)
+
+
+def _backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+    if torch.is_grad_enabled():
+        raise RuntimeError(
+            "the C++ LayerNorm has no second derivatives: use backend='reference' for create_graph=True."
+        )
+    gradients = torch.ops.esc_arch.layer_norm_backward(gradient, *ctx.saved_tensors, ctx.eps)
+    needed = ctx.needs_input_grad
+    return *(value if wanted else None for value, wanted in zip(gradients, needed, strict=False)), None
+
+
+@native.when_loaded
+def _register() -> None:
+    torch.library.register_fake("esc_arch::layer_norm", _fake)
+    torch.library.register_fake("esc_arch::layer_norm_backward", _fake_backward)
+    torch.library.register_autograd("esc_arch::layer_norm", _backward, setup_context=_keep_inputs)

@@ -1,0 +1,147 @@
+"""Operators in C++ for the CPU, float32: compiled once by the machine's own compiler, never required.
+
+`auto` uses them where they are built already, and never waits for a compiler; asked for by name, or by `build`, they
+are compiled on demand (about a minute) and kept in the user's cache. ESC_ARCH_NATIVE=0 switches them off.
+
+A file that offers operators to Python registers what PyTorch needs besides the kernels, for tracing and for
+gradients, in a function under `when_loaded`.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import platform
+import sys
+import time
+from collections.abc import Callable
+
+import torch
+
+from . import building
+
+__all__ = ["build", "build_by_name", "ready", "reasons_against", "when_loaded"]
+
+logger = logging.getLogger(__name__)
+
+
+class _State:
+    """What this process knows; looked up on disk once, because every layer asks."""
+
+    ready: bool | None = None
+    failure: str | None = None
+    registrations: list[Callable[[], None]] = []  # noqa: RUF012  (one per process is what is wanted)
+
+
+def when_loaded(register: Callable[[], None]) -> Callable[[], None]:
+    """A decorator: call `register` once the operators are loaded, at once where they are."""
+    _State.registrations.append(register)
+    if _State.ready:
+        _call(register)
+    return register
+
+
+@torch.compiler.assume_constant_result
+def ready() -> bool:
+    """Whether the operators are loaded, or were built before and could be loaded now."""
+    if _State.ready is None:
+        _State.ready = False
+        if not _obstacles():
+            library = building.built_library(building.recipe(_compiler()))
+            if library is not None:
+                try:
+                    _load(str(library))
+                except OSError as error:
+                    _State.failure = str(error)
+    return _State.ready
+
+
+@torch.compiler.assume_constant_result
+def reasons_against() -> list[str]:
+    """Why the operators cannot be called now; empty when they can."""
+    if ready():
+        return []
+    obstacles = _obstacles()
+    if obstacles:
+        return obstacles
+    if _State.failure is not None:
+        return [f"compiling the C++ operators failed: {_State.failure}"]
+    return ["the C++ operators are not built yet"]
+
+
+def build(verbose: bool = False) -> float:
+    """Compile and load the operators, unless that is done.
+
+    Args:
+        verbose: log the compiler's commands.
+
+    Returns:
+        The seconds it took; next to nothing where they were built before.
+
+    Raises:
+        RuntimeError: they cannot be compiled or loaded here; the message lists why.
+    """
+    start = time.perf_counter()
+    if not ready():
+        obstacles = _obstacles()
+        if obstacles:
+            raise RuntimeError(f"The C++ operators cannot be built: {'; '.join(obstacles)}.")
+        try:
+            library, commands = building.compile_library(building.recipe(_compiler()))
+            _load(str(library))
+        except (RuntimeError, OSError) as error:
+            _State.failure = str(error)
+            raise RuntimeError(f"The C++ operators cannot be built: {error}") from error
+        if verbose:
+            for command in commands:
+                logger.info("%s", command)
+    return time.perf_counter() - start
+
+
+@torch.compiler.assume_constant_result
+def build_by_name() -> None:
+    """Build what was asked for by name, and say so; where that fails, `reasons_against` has the reason."""
+    if ready() or _obstacles() or _State.failure is not None:
+        return
+    logger.warning("Compiling the C++ operators for this machine: about a minute, once.")
+    try:
+        logger.warning("The C++ operators are compiled; it took %.0f s.", build())
+    except RuntimeError as error:
+        logger.warning("%s", error)
+
+
+def _obstacles() -> list[str]:
+    """What no building removes."""
+    reasons = []
+    if os.environ.get("ESC_ARCH_NATIVE") == "0":
+        reasons.append("the C++ operators are switched off by ESC_ARCH_NATIVE=0")
+    machine = platform.machine()
+    if not sys.platform.startswith(("linux", "darwin")) or machine not in ("x86_64", "aarch64", "arm64"):
+        reasons.append(
+            f"the C++ operators are for Linux and macOS on x86-64 and arm64, not {sys.platform} on {machine}"
+        )
+    if building.find_compiler() is None:
+        reasons.append("compiling the C++ operators needs g++ or clang++ on the PATH, or CXX naming a compiler")
+    return reasons
+
+
+def _compiler() -> tuple[str, ...]:
+    compiler = building.find_compiler()
+    assert compiler is not None  # `_obstacles` has seen to it
+    return compiler
+
+
+def _load(library: str) -> None:
+    torch.ops.load_library(library)
+    _State.ready = True
+    for register in _State.registrations:
+        _call(register)
+
+
+def _call(register: Callable[[], None]) -> None:
+    try:
+        register()
+    except RuntimeError:
+        # A library of some of the sources, for development, lacks the operators of the others
+        if not os.environ.get("ESC_ARCH_NATIVE_SOURCES"):
+            raise

@@ -1,0 +1,884 @@
+// ConvAttn's two convolutions in one pass over tiles of the map: the large static one by overlap-save fast Fourier
+// transforms, the small one of each image directly.
+//
+// The large kernel is even in both directions, so its transform is real and even. Three things follow:
+//  - two real tiles can be transformed as one complex tile, one as real and one as imaginary part, and stay apart
+//    through the product: no real-to-complex transform is needed;
+//  - the frequencies (fy, fx), (-fy, fx), (fy, -fx) and (-fy, -fx) share one real matrix of C x C, so there are only
+//    (Ny / 2 + 1)(Nx / 2 + 1) of them, and each is read once for eight rows (four frequencies, two parts);
+//  - the gradient of the kernel, as far as an even kernel can follow it, needs only the real part of the correlation,
+//    folded onto the same matrices: one inverse transform at the end, of K x K taps.
+// Vectors run over channels, which lie innermost in every buffer.
+
+#include <ATen/Parallel.h>
+#include <ATen/core/Tensor.h>
+#include <ATen/ops/empty.h>
+#include <ATen/ops/zeros.h>
+#include <torch/library.h>
+
+#include <algorithm>
+#include <atomic>
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+#include <limits>
+#include <tuple>
+#include <type_traits>
+#include <utility>
+#include <vector>
+
+namespace {
+
+#if defined(__AVX512F__)
+constexpr int LANES = 16;
+#else
+constexpr int LANES = 8;
+#endif
+
+typedef float Vec __attribute__((vector_size(LANES * sizeof(float))));
+
+template <size_t... I>
+inline Vec splat(float value, std::index_sequence<I...>) {
+  return Vec{((void)I, value)...};
+}
+inline Vec splat(float value) {
+  return splat(value, std::make_index_sequence<LANES>());
+}
+inline Vec load(const float* from) {
+  Vec value;
+  std::memcpy(&value, from, sizeof(Vec));
+  return value;
+}
+inline void store(float* to, Vec value) {
+  std::memcpy(to, &value, sizeof(Vec));
+}
+
+int64_t blocks_of(int64_t channels) {
+  return (channels + LANES - 1) / LANES;
+}
+
+// ------------------------------------------------------------------------------------------ transforms of a line
+
+struct Complex {
+  Vec re, im;
+};
+inline Complex operator+(Complex a, Complex b) {
+  return {a.re + b.re, a.im + b.im};
+}
+inline Complex operator-(Complex a, Complex b) {
+  return {a.re - b.re, a.im - b.im};
+}
+inline Complex minus_i_times(Complex a) {
+  return {a.im, -a.re};
+}
+inline Complex times(Complex a, float re, float im) {
+  const Vec wr = splat(re), wi = splat(im);
+  return {a.re * wr - a.im * wi, a.re * wi + a.im * wr};
+}
+
+template <int R>
+[[gnu::always_inline]] inline void butterfly(Complex (&z)[R]);
+
+template <>
+[[gnu::always_inline]] inline void butterfly<3>(Complex (&z)[3]) {
+  const Complex sum = z[1] + z[2], difference = minus_i_times(z[1] - z[2]);
+  const Vec half = splat(0.5f), sine = splat(0.8660254037844386f);
+  const Complex middle = {z[0].re - sum.re * half, z[0].im - sum.im * half};
+  const Complex turned = {difference.re * sine, difference.im * sine};
+  z[0] = z[0] + sum;
+  z[1] = middle + turned;
+  z[2] = middle - turned;
+}
+
+template <>
+[[gnu::always_inline]] inline void butterfly<4>(Complex (&z)[4]) {
+  const Complex a = z[0] + z[2], b = z[0] - z[2], c = z[1] + z[3], d = minus_i_times(z[1] - z[3]);
+  z[0] = a + c;
+  z[1] = b + d;
+  z[2] = a - c;
+  z[3] = b - d;
+}
+
+// Good and Thomas: 6 = 2 * 3 without factors between the two
+template <>
+[[gnu::always_inline]] inline void butterfly<6>(Complex (&z)[6]) {
+  Complex even[3] = {z[0] + z[3], z[2] + z[5], z[4] + z[1]};
+  Complex odd[3] = {z[0] - z[3], z[2] - z[5], z[4] - z[1]};
+  butterfly<3>(even);
+  butterfly<3>(odd);
+  z[0] = even[0];
+  z[4] = even[1];
+  z[2] = even[2];
+  z[3] = odd[0];
+  z[1] = odd[1];
+  z[5] = odd[2];
+}
+
+template <>
+[[gnu::always_inline]] inline void butterfly<8>(Complex (&z)[8]) {
+  Complex even[4] = {z[0], z[2], z[4], z[6]};
+  Complex odd[4] = {z[1], z[3], z[5], z[7]};
+  butterfly<4>(even);
+  butterfly<4>(odd);
+  const Vec root = splat(0.7071067811865476f);
+  odd[1] = {(odd[1].re + odd[1].im) * root, (odd[1].im - odd[1].re) * root};
+  odd[2] = minus_i_times(odd[2]);
+  odd[3] = {(odd[3].im - odd[3].re) * root, (odd[3].re + odd[3].im) * -root};
+  for (int k = 0; k < 4; ++k) {
+    z[k] = even[k] + odd[k];
+    z[k + 4] = even[k] - odd[k];
+  }
+}
+
+template <int N1, int N2>
+struct Twiddles {
+  float re[N2][N1], im[N2][N1];
+  Twiddles() {
+    for (int n = 0; n < N2; ++n)
+      for (int k = 0; k < N1; ++k) {
+        const double angle = -2 * M_PI * n * k / (N1 * N2);
+        re[n][k] = float(std::cos(angle));
+        im[n][k] = float(std::sin(angle));
+      }
+  }
+};
+
+// The transform of N1 * N2 points (Cooley and Tukey); input and output may be the same. With real and imaginary parts
+// exchanged on both sides it is the inverse transform, times N1 * N2.
+template <int N1, int N2>
+void transform(const float* re, const float* im, int64_t stride, float* out_re, float* out_im, int64_t out_stride) {
+  static const Twiddles<N1, N2> twiddles;
+  Complex between[N1][N2];
+  for (int n = 0; n < N2; ++n) {
+    Complex z[N1];
+    for (int j = 0; j < N1; ++j) z[j] = {load(re + (N2 * j + n) * stride), load(im + (N2 * j + n) * stride)};
+    butterfly<N1>(z);
+    between[0][n] = z[0];
+    for (int k = 1; k < N1; ++k) between[k][n] = times(z[k], twiddles.re[n][k], twiddles.im[n][k]);
+  }
+  for (int k = 0; k < N1; ++k) {
+    Complex z[N2];
+    for (int n = 0; n < N2; ++n) z[n] = between[k][n];
+    butterfly<N2>(z);
+    for (int j = 0; j < N2; ++j) {
+      store(out_re + (k + N1 * j) * out_stride, z[j].re);
+      store(out_im + (k + N1 * j) * out_stride, z[j].im);
+    }
+  }
+}
+
+using Transform = void (*)(const float*, const float*, int64_t, float*, float*, int64_t);
+
+struct Length {
+  int points;
+  Transform transform;
+};
+const Length LENGTHS[] = {
+    {16, transform<4, 4>}, {24, transform<6, 4>}, {32, transform<8, 4>}, {48, transform<6, 8>}, {64, transform<8, 8>}};
+
+// ------------------------------------------------------------------------------------------------------- tiling
+
+struct Tiling {
+  int64_t batch, channels, height, width;
+  int64_t blocks;  // of LANES channels
+  int64_t margin;  // of a tile's rim, which its outputs do not reach
+  Length y, x;
+  int64_t rows, columns;  // of tiles in an image
+
+  int64_t valid_y() const { return y.points - 2 * margin; }
+  int64_t valid_x() const { return x.points - 2 * margin; }
+  int64_t tiles() const { return batch * rows * columns; }
+  // Not of two images: one with huge numbers or none at all would spoil the other
+  int64_t pairs_of_image() const { return (rows * columns + 1) / 2; }
+  int64_t pairs() const { return batch * pairs_of_image(); }
+  int64_t half_y() const { return y.points / 2 + 1; }
+  int64_t half_x() const { return x.points / 2 + 1; }
+  int64_t padded() const { return blocks * LANES; }
+  int64_t matrix() const { return channels * padded(); }
+  // One more than the points of a row, lest a column fall on a few sets of the cache
+  int64_t spectrum_row() const { return (x.points + 1) * 2 * LANES; }
+  int64_t spectrum_block() const { return y.points * spectrum_row(); }
+  int64_t stage_row() const { return x.points * LANES; }
+  int64_t stage_block() const { return y.points * stage_row(); }
+};
+
+double cost_of(const Tiling& t, int64_t threads) {
+  const double points = double(t.y.points) * t.x.points;
+  const double shares = std::ceil(double(t.pairs()) / threads);
+  const double transforms = 5 * std::log2(points), products = 2.0 * t.channels;
+  // (the kernel's own transform, of a quarter of the frequencies; and what does not fit into the cache comes slower)
+  const double kernel = points / 4 * t.channels * (t.margin + 1) / threads;
+  const double bytes = 4.0 * (t.half_y() * t.half_x() * t.matrix() + 2 * points * t.padded());
+  return t.blocks * (shares * points * (transforms + products) * (bytes > 1e6 ? 1.3 : 1.0) + kernel);
+}
+
+Tiling choose_tiling(const at::Tensor& x, int64_t side, int64_t dynamic_side) {
+  Tiling best{};
+  double least = std::numeric_limits<double>::infinity();
+  for (const Length& y : LENGTHS)
+    for (const Length& columns : LENGTHS) {
+      Tiling t{x.size(0), x.size(1), x.size(2), x.size(3), blocks_of(x.size(1)), std::max(side, dynamic_side) / 2,
+               y, columns, 0, 0};
+      if (t.valid_y() < 1 || t.valid_x() < 1) continue;
+      t.rows = (t.height + t.valid_y() - 1) / t.valid_y();
+      t.columns = (t.width + t.valid_x() - 1) / t.valid_x();
+      const double cost = cost_of(t, at::get_num_threads());
+      if (cost < least) {
+        least = cost;
+        best = t;
+      }
+    }
+  TORCH_CHECK(std::isfinite(least), "conv_attention: a kernel of side ", std::max(side, dynamic_side),
+      " is too large.");
+  return best;
+}
+
+// A map of any strides
+struct Map {
+  float* data;
+  int64_t batch, channel, row, column;
+
+  explicit Map(const at::Tensor& tensor)
+      : data(tensor.data_ptr<float>()),
+        batch(tensor.stride(0)),
+        channel(tensor.stride(1)),
+        row(tensor.stride(2)),
+        column(tensor.stride(3)) {}
+};
+
+struct Tile {
+  bool exists;
+  int64_t image, index;  // of all tiles
+  int64_t top, left;     // of its outputs
+
+  Tile(const Tiling& t, int64_t pair, int64_t part) : image(pair / t.pairs_of_image()) {
+    const int64_t within = 2 * (pair % t.pairs_of_image()) + part;
+    exists = within < t.rows * t.columns;
+    index = image * t.rows * t.columns + within;
+    top = within / t.columns * t.valid_y();
+    left = within % t.columns * t.valid_x();
+  }
+};
+
+struct Range {
+  int64_t begin, end;
+};
+
+// The points of a line of a tile that lie within the map, less `rim` points at both ends
+Range within(int64_t start, int64_t points, int64_t extent, int64_t rim) {
+  const int64_t begin = std::clamp<int64_t>(-start, rim, points - rim);
+  return {begin, std::clamp<int64_t>(extent - start, begin, points - rim)};
+}
+
+// Buffers that a thread keeps: getting megabytes from the system at each call costs as much as the computation
+class Scratch {
+ public:
+  float* get(int64_t count) {
+    const size_t wanted = size_t(count) + LANES;
+    if (memory_.size() < wanted) memory_.resize(wanted);
+    const auto address = reinterpret_cast<uintptr_t>(memory_.data());
+    const uintptr_t alignment = sizeof(Vec);
+    return reinterpret_cast<float*>((address + alignment - 1) / alignment * alignment);
+  }
+
+ private:
+  std::vector<float> memory_;
+};
+
+// --------------------------------------------------------------------------------- the steps of a pair of tiles
+
+// Pixels of a row into [x][LANES], channels beyond the last one as zeros
+void stage_row(const Tiling& t, const Map& map, const float* from, int64_t block, Range x, float* to) {
+  const int64_t lanes = std::min<int64_t>(LANES, t.channels - block * LANES);
+  from += block * LANES * map.channel;
+  if (map.channel == 1 && lanes == LANES) {
+    for (int64_t i = x.begin; i < x.end; ++i) store(to + i * LANES, load(from + i * map.column));
+    return;
+  }
+  if (lanes < LANES) std::memset(to + x.begin * LANES, 0, (x.end - x.begin) * sizeof(Vec));
+  if (map.channel == 1) {
+    for (int64_t i = x.begin; i < x.end; ++i) std::memcpy(to + i * LANES, from + i * map.column, lanes * sizeof(float));
+    return;
+  }
+  for (int64_t c = 0; c < lanes; ++c)
+    for (int64_t i = x.begin; i < x.end; ++i) to[i * LANES + c] = from[c * map.channel + i * map.column];
+}
+
+// A tile with its rim into [block][y][x][LANES], zeros outside the map and, where asked for, in the rim.
+// Returns the rows that are not zero.
+Range stage_tile(const Tiling& t, const Map& map, const Tile& tile, bool with_rim, float* to) {
+  if (!tile.exists) {
+    std::memset(to, 0, t.blocks * t.stage_block() * sizeof(float));
+    return {0, 0};
+  }
+  const int64_t top = tile.top - t.margin, left = tile.left - t.margin, rim = with_rim ? 0 : t.margin;
+  const Range rows = within(top, t.y.points, t.height, rim), columns = within(left, t.x.points, t.width, rim);
+  for (int64_t block = 0; block < t.blocks; ++block)
+    for (int64_t y = 0; y < t.y.points; ++y) {
+      float* row = to + block * t.stage_block() + y * t.stage_row();
+      if (y < rows.begin || y >= rows.end) {
+        std::memset(row, 0, t.stage_row() * sizeof(float));
+        continue;
+      }
+      std::memset(row, 0, columns.begin * sizeof(Vec));
+      std::memset(row + columns.end * LANES, 0, (t.x.points - columns.end) * sizeof(Vec));
+      stage_row(t, map, map.data + tile.image * map.batch + (top + y) * map.row + left * map.column, block, columns,
+          row);
+    }
+  return rows;
+}
+
+// Two staged tiles, as real and imaginary part, into [block][fy][fx][part][LANES]
+void to_spectrum(const Tiling& t, const float* real, const float* imaginary, Range rows, float* spectrum) {
+  for (int64_t block = 0; block < t.blocks; ++block) {
+    float* out = spectrum + block * t.spectrum_block();
+    for (int64_t y = 0; y < t.y.points; ++y) {
+      float* row = out + y * t.spectrum_row();
+      const int64_t at = block * t.stage_block() + y * t.stage_row();
+      if (y < rows.begin || y >= rows.end)
+        std::memset(row, 0, t.spectrum_row() * sizeof(float));
+      else
+        t.x.transform(real + at, imaginary + at, LANES, row, row + LANES, 2 * LANES);
+    }
+    for (int64_t x = 0; x < t.x.points; ++x) {
+      float* column = out + x * 2 * LANES;
+      t.y.transform(column, column + LANES, t.spectrum_row(), column, column + LANES, t.spectrum_row());
+    }
+  }
+}
+
+// The frequencies that share a matrix: offsets of one, two or four of them within a block of a spectrum
+struct Group {
+  int64_t offsets[4];
+  int count;
+
+  Group(const Tiling& t, int64_t fy, int64_t fx) : count(0) {
+    const int64_t mirrored_y = (t.y.points - fy) % t.y.points, mirrored_x = (t.x.points - fx) % t.x.points;
+    for (int64_t y : {fy, mirrored_y}) {
+      for (int64_t x : {fx, mirrored_x}) {
+        offsets[count++] = y * t.spectrum_row() + x * 2 * LANES;
+        if (mirrored_x == fx) break;
+      }
+      if (mirrored_y == fy) break;
+    }
+  }
+};
+
+// The rows of a group (two parts of each frequency): [block][row][LANES]
+template <int COUNT>
+void gather(const Tiling& t, const float* spectrum, const Group& group, float* rows) {
+  for (int64_t block = 0; block < t.blocks; ++block)
+    for (int i = 0; i < COUNT; ++i)
+      for (int part = 0; part < 2; ++part)
+        store(rows + ((block * COUNT + i) * 2 + part) * LANES,
+              load(spectrum + block * t.spectrum_block() + group.offsets[i] + part * LANES));
+}
+
+template <int COUNT>
+void multiply_group(const Tiling& t, const float* rows, const float* matrix, const Group& group, float* spectrum) {
+  const int64_t padded = t.padded();
+  for (int64_t block = 0; block < t.blocks; ++block) {
+    Vec sums[2 * COUNT] = {};
+    const float* weights = matrix + block * LANES;
+    for (int64_t from = 0; from < t.channels; from += LANES, rows += 2 * COUNT * LANES) {
+      const int64_t lanes = std::min<int64_t>(LANES, t.channels - from);
+      for (int64_t k = 0; k < lanes; ++k, weights += padded) {
+        const Vec weight = load(weights);
+        for (int r = 0; r < 2 * COUNT; ++r) sums[r] += splat(rows[r * LANES + k]) * weight;
+      }
+    }
+    rows -= t.blocks * 2 * COUNT * LANES;
+    for (int r = 0; r < 2 * COUNT; ++r)
+      store(spectrum + block * t.spectrum_block() + group.offsets[r / 2] + r % 2 * LANES, sums[r]);
+  }
+}
+
+// sums[input channel][output channel] += what the rows of both have in common
+template <int COUNT>
+void correlate_group(const Tiling& t, const float* inputs, const float* outputs, float* sums) {
+  const int64_t padded = t.padded();
+  for (int64_t block = 0; block < t.blocks; ++block) {
+    Vec right[2 * COUNT];
+    for (int r = 0; r < 2 * COUNT; ++r) right[r] = load(outputs + (block * 2 * COUNT + r) * LANES);
+    for (int64_t k = 0; k < t.channels; ++k) {
+      const float* left = inputs + k / LANES * 2 * COUNT * LANES + k % LANES;
+      float* at = sums + k * padded + block * LANES;
+      Vec sum = load(at);
+      for (int r = 0; r < 2 * COUNT; ++r) sum += splat(left[r * LANES]) * right[r];
+      store(at, sum);
+    }
+  }
+}
+
+// For every matrix: multiply `spectrum` by it, after correlating `inputs` with it; either may be left out (null)
+template <int COUNT>
+void visit_group(const Tiling& t, const Group& group, float* spectrum, const float* matrix, const float* inputs,
+                 float* sums, float* rows) {
+  gather<COUNT>(t, spectrum, group, rows);
+  if (inputs != nullptr) {
+    float* other = rows + 2 * COUNT * t.padded();
+    gather<COUNT>(t, inputs, group, other);
+    correlate_group<COUNT>(t, other, rows, sums);
+  }
+  if (matrix != nullptr) multiply_group<COUNT>(t, rows, matrix, group, spectrum);
+}
+
+void visit_frequencies(const Tiling& t, float* spectrum, const float* matrices, const float* inputs, float* sums,
+                       float* rows) {
+  for (int64_t fy = 0; fy < t.half_y(); ++fy)
+    for (int64_t fx = 0; fx < t.half_x(); ++fx) {
+      const int64_t at = (fy * t.half_x() + fx) * t.matrix();
+      const Group group(t, fy, fx);
+      const auto visit = group.count == 4 ? visit_group<4> : group.count == 2 ? visit_group<2> : visit_group<1>;
+      visit(t, group, spectrum, matrices ? matrices + at : nullptr, inputs, sums ? sums + at : nullptr, rows);
+    }
+}
+
+// out[x] += the small kernel [tap][padded channels] around each pixel of a staged row
+void add_dynamic(const Tiling& t, const float* staged, const float* taps, int64_t side, Range x, float* out) {
+  const int64_t reach = side / 2, padded = t.padded();
+  if (side == 3) {
+    Vec w[9];
+    for (int i = 0; i < 9; ++i) w[i] = load(taps + i * padded);
+    const float *above = staged - t.stage_row(), *below = staged + t.stage_row();
+    for (int64_t i = x.begin; i < x.end; ++i) {
+      Vec sum = load(out + i * LANES);
+      for (int d = 0; d < 3; ++d) {
+        const int64_t at = (i + d - 1) * LANES;
+        sum += w[d] * load(above + at) + w[3 + d] * load(staged + at) + w[6 + d] * load(below + at);
+      }
+      store(out + i * LANES, sum);
+    }
+    return;
+  }
+  for (int64_t i = x.begin; i < x.end; ++i) {
+    Vec sum = load(out + i * LANES);
+    for (int64_t a = 0; a < side; ++a)
+      for (int64_t b = 0; b < side; ++b)
+        sum += load(taps + (a * side + b) * padded) *
+               load(staged + (a - reach) * t.stage_row() + (i + b - reach) * LANES);
+    store(out + i * LANES, sum);
+  }
+}
+
+void write_row(const Tiling& t, const Map& map, float* to, int64_t block, Range x, const float* from) {
+  const int64_t lanes = std::min<int64_t>(LANES, t.channels - block * LANES);
+  to += block * LANES * map.channel;
+  if (map.channel == 1 && lanes == LANES) {
+    for (int64_t i = x.begin; i < x.end; ++i) store(to + i * map.column, load(from + i * LANES));
+  } else if (map.channel == 1) {
+    for (int64_t i = x.begin; i < x.end; ++i) std::memcpy(to + i * map.column, from + i * LANES, lanes * sizeof(float));
+  } else {
+    for (int64_t c = 0; c < lanes; ++c)
+      for (int64_t i = x.begin; i < x.end; ++i) to[c * map.channel + i * map.column] = from[i * LANES + c];
+  }
+}
+
+// What a 1 x 1 convolution makes of the convolved channels and of the others of a map whose channels are innermost
+struct Mixer {
+  Map in, out;
+  int64_t inputs, outputs;
+  std::vector<float> weights;  // [input][padded output]
+  std::vector<float> bias;     // [padded output]
+
+  Mixer(const at::Tensor& x, const at::Tensor& to, const at::Tensor& weight, const at::Tensor& offset)
+      : in(x), out(to), inputs(x.size(1)), outputs(to.size(1)), weights(inputs * padded()), bias(padded()) {
+    const Map from(weight);
+    for (int64_t o = 0; o < outputs; ++o) {
+      bias[o] = offset.data_ptr<float>()[o * offset.stride(0)];
+      for (int64_t i = 0; i < inputs; ++i) weights[i * padded() + o] = from.data[o * from.batch + i * from.channel];
+    }
+  }
+  int64_t padded() const { return blocks_of(outputs) * LANES; }
+};
+
+// VECTORS * LANES outputs of PIXELS neighbours
+template <int PIXELS, int VECTORS>
+void mix_pixels(const Tiling& t, const Mixer& mixer, const float* convolved, const float* passed, int64_t first,
+    float* to) {
+  const int64_t padded = mixer.padded();
+  const float* weights = mixer.weights.data() + first;
+  Vec sums[PIXELS][VECTORS];
+  for (int p = 0; p < PIXELS; ++p)
+    for (int v = 0; v < VECTORS; ++v) sums[p][v] = load(mixer.bias.data() + first + v * LANES);
+  const auto add = [&](const float* values, int64_t step) {
+    for (int v = 0; v < VECTORS; ++v) {
+      const Vec weight = load(weights + v * LANES);
+      for (int p = 0; p < PIXELS; ++p) sums[p][v] += splat(values[p * step]) * weight;
+    }
+    weights += padded;
+  };
+  for (int64_t c = 0; c < t.channels; ++c) add(convolved + c / LANES * 2 * t.stage_row() + c % LANES, LANES);
+  for (int64_t c = t.channels; c < mixer.inputs; ++c) add(passed + c, mixer.in.column);
+  for (int p = 0; p < PIXELS; ++p)
+    for (int v = 0; v < VECTORS; ++v) {
+      const int64_t output = first + v * LANES, lanes = std::min<int64_t>(LANES, mixer.outputs - output);
+      float* at = to + p * mixer.out.column + output;
+      if (lanes == LANES)
+        store(at, sums[p][v]);
+      else
+        std::memcpy(at, &sums[p][v], lanes * sizeof(float));
+    }
+}
+
+// Pixels of a row from their convolved channels [block][tile of the pair][x][LANES] and, in `passed`, all channels
+void mix_row(const Tiling& t, const Mixer& mixer, Range x, const float* convolved, const float* passed, float* to) {
+  constexpr int PIXELS = 6, VECTORS = LANES == 16 ? 4 : 2;
+  int64_t first = 0;
+  const auto run = [&]<int MANY>(std::integral_constant<int, MANY>) {
+    int64_t i = x.begin;
+    for (; i + PIXELS <= x.end; i += PIXELS)
+      mix_pixels<PIXELS, MANY>(t, mixer, convolved + i * LANES, passed + i * mixer.in.column, first, to + i
+          * mixer.out.column);
+    for (; i < x.end; ++i)
+      mix_pixels<1, MANY>(t, mixer, convolved + i * LANES, passed + i * mixer.in.column, first, to + i
+          * mixer.out.column);
+    first += MANY * LANES;
+  };
+  while (first + VECTORS * LANES <= mixer.padded()) run(std::integral_constant<int, VECTORS>{});
+  while (first < mixer.padded()) run(std::integral_constant<int, 1>{});
+}
+
+// Back from a product's spectrum to the outputs of two tiles, the small convolution of the staged tiles added;
+// into `out`, or through `mixer` where there is one
+void from_spectrum(const Tiling& t, float* spectrum, const Tile (&tiles)[2], const float* const (&staged)[2],
+                   const float* taps, int64_t side, const Map& out, const Mixer* mixer, float* lines) {
+  for (int64_t block = 0; block < t.blocks; ++block)
+    for (int64_t x = 0; x < t.x.points; ++x) {
+      float* column = spectrum + block * t.spectrum_block() + x * 2 * LANES;
+      t.y.transform(column + LANES, column, t.spectrum_row(), column + LANES, column, t.spectrum_row());
+    }
+  for (int64_t y = t.margin; y < t.y.points - t.margin; ++y) {
+    const auto is_output = [&](const Tile& tile) { return tile.exists && tile.top + y - t.margin < t.height; };
+    if (!is_output(tiles[0]) && !is_output(tiles[1])) continue;
+    for (int64_t block = 0; block < t.blocks; ++block) {
+      const float* row = spectrum + block * t.spectrum_block() + y * t.spectrum_row();
+      float *real = lines + 2 * block * t.stage_row(), *imaginary = real + t.stage_row();
+      t.x.transform(row + LANES, row, 2 * LANES, imaginary, real, LANES);
+    }
+    for (int i = 0; i < 2; ++i) {
+      const Tile& tile = tiles[i];
+      if (!is_output(tile)) continue;
+      const int64_t target = tile.top + y - t.margin, left = tile.left - t.margin;
+      const Range x = within(left, t.x.points, t.width, t.margin);
+      float* line = lines + i * t.stage_row();
+      for (int64_t block = 0; block < t.blocks; ++block) {
+        add_dynamic(t, staged[i] + block * t.stage_block() + y * t.stage_row(),
+                    taps + tile.image * side * side * t.padded() + block * LANES, side, x, line + 2 * block
+                        * t.stage_row());
+        if (mixer == nullptr)
+          write_row(t, out, out.data + tile.image * out.batch + target * out.row + left * out.column, block, x,
+                    line + 2 * block * t.stage_row());
+      }
+      if (mixer != nullptr)
+        mix_row(t, *mixer, x, line,
+                mixer->in.data + tile.image * mixer->in.batch + target * mixer->in.row + left * mixer->in.column,
+                out.data + tile.image * out.batch + target * out.row + left * out.column);
+    }
+  }
+}
+
+// The gradient of the small kernel from one tile: [tap][padded channels], from inputs without and gradients with rim
+void correlate_dynamic(const Tiling& t, const float* inputs, const float* gradients, int64_t side, Range rows,
+    float* to) {
+  const int64_t reach = side / 2, padded = t.padded();
+  std::memset(to, 0, side * side * padded * sizeof(float));
+  for (int64_t block = 0; block < t.blocks; ++block)
+    for (int64_t y = rows.begin; y < rows.end; ++y)
+      for (int64_t a = 0; a < side; ++a) {
+        const float* in = inputs + block * t.stage_block() + y * t.stage_row();
+        const float* gradient = gradients + block * t.stage_block() + (y - a + reach) * t.stage_row();
+        for (int64_t b = 0; b < side; ++b) {
+          Vec sums[4] = {};
+          int64_t i = t.margin;
+          const int64_t end = t.x.points - t.margin;
+          for (; i + 4 <= end; i += 4)
+            for (int j = 0; j < 4; ++j) sums[j] += load(in + (i + j) * LANES) * load(gradient + (i + j - b + reach)
+                * LANES);
+          for (; i < end; ++i) sums[0] += load(in + i * LANES) * load(gradient + (i - b + reach) * LANES);
+          float* at = to + (a * side + b) * padded + block * LANES;
+          store(at, load(at) + ((sums[0] + sums[1]) + (sums[2] + sums[3])));
+        }
+      }
+}
+
+// ---------------------------------------------------------------------------------------------------- the kernels
+
+// cos(2 pi f d / N), [f][d]
+std::vector<float> cosines(int64_t points, int64_t taps) {
+  std::vector<float> table((points / 2 + 1) * taps);
+  for (int64_t f = 0; f <= points / 2; ++f)
+    for (int64_t d = 0; d < taps; ++d) table[f * taps + d] = float(std::cos(2 * M_PI * double(f * d % points)
+        / points));
+  return table;
+}
+
+// The matrices [fy][fx][input channel][padded output channel] of an even kernel (output, input, K, K) of any strides,
+// divided by the points of a tile, which the inverse transform leaves as a factor.
+void kernel_matrices(const Tiling& t, const at::Tensor& kernel, float* matrices) {
+  const int64_t side = kernel.size(2), reach = side / 2, taps = reach + 1;
+  const Map map(kernel);
+  const auto cos_y = cosines(t.y.points, taps), cos_x = cosines(t.x.points, taps);
+  std::atomic<bool> even{true};
+  at::parallel_for(0, t.channels * t.blocks, 1, [&](int64_t begin, int64_t end) {
+    std::vector<float> memory(taps * (taps + t.half_x()) * LANES);
+    float *folded = memory.data(), *half = folded + taps * taps * LANES;
+    for (int64_t job = begin; job < end; ++job) {
+      const int64_t input = job / t.blocks, block = job % t.blocks;
+      std::fill(memory.begin(), memory.end(), 0.f);
+      const int64_t lanes = std::min<int64_t>(LANES, t.channels - block * LANES);
+      for (int64_t lane = 0; lane < lanes; ++lane) {
+        const float* at = map.data + (block * LANES + lane) * map.batch + input * map.channel;
+        for (int64_t a = 0; a < taps; ++a)
+          for (int64_t b = 0; b < taps; ++b) {
+            const auto tap = [&](int64_t y, int64_t x) { return at[(reach + y) * map.row + (reach + x) * map.column]; };
+            const float value = tap(a, b), others[3] = {tap(-a, b), tap(a, -b), tap(-a, -b)};
+            for (float other : others)
+              if (!(std::abs(value - other) <= 1e-5f * std::abs(value) + 1e-12f)) even = false;
+            const float weight = (a ? 2.f : 1.f) * (b ? 2.f : 1.f) / float(t.y.points * t.x.points);
+            folded[(a * taps + b) * LANES + lane] = weight * value;
+          }
+      }
+      for (int64_t a = 0; a < taps; ++a)
+        for (int64_t fx = 0; fx < t.half_x(); ++fx) {
+          Vec sum = {};
+          for (int64_t b = 0; b < taps; ++b) sum += splat(cos_x[fx * taps + b]) * load(folded + (a * taps + b) * LANES);
+          store(half + (a * t.half_x() + fx) * LANES, sum);
+        }
+      for (int64_t fy = 0; fy < t.half_y(); ++fy)
+        for (int64_t fx = 0; fx < t.half_x(); ++fx) {
+          Vec sum = {};
+          for (int64_t a = 0; a < taps; ++a) sum += splat(cos_y[fy * taps + a]) * load(half + (a * t.half_x() + fx)
+              * LANES);
+          store(matrices + (fy * t.half_x() + fx) * t.matrix() + input * t.padded() + block * LANES, sum);
+        }
+    }
+  });
+  TORCH_CHECK_VALUE(even, "conv_attention: large_kernel is not symmetric, that is, equal to its mirror images in both "
+                          "directions. Pass it through symmetrise, or call with symmetric=False.");
+}
+
+// The gradient (output, input, K, K) from correlations [share][fy][fx][input channel][padded output channel]
+void kernel_gradient(const Tiling& t, const float* sums, int64_t shares, at::Tensor& gradient) {
+  const int64_t side = gradient.size(2), reach = side / 2, taps = reach + 1;
+  const Map map(gradient);
+  const auto cos_y = cosines(t.y.points, taps), cos_x = cosines(t.x.points, taps);
+  const Vec scale = splat(1.f / float(t.y.points * t.x.points));
+  const int64_t share_size = t.half_y() * t.half_x() * t.matrix();
+  at::parallel_for(0, t.channels * t.blocks, 1, [&](int64_t begin, int64_t end) {
+    std::vector<float> memory(taps * (taps + t.half_x()) * LANES);
+    float *spatial = memory.data(), *half = spatial + taps * taps * LANES;
+    for (int64_t job = begin; job < end; ++job) {
+      const int64_t input = job / t.blocks, block = job % t.blocks;
+      std::fill(memory.begin(), memory.end(), 0.f);
+      for (int64_t fy = 0; fy < t.half_y(); ++fy)
+        for (int64_t fx = 0; fx < t.half_x(); ++fx) {
+          const float* at = sums + (fy * t.half_x() + fx) * t.matrix() + input * t.padded() + block * LANES;
+          Vec sum = load(at);
+          for (int64_t share = 1; share < shares; ++share) sum += load(at + share * share_size);
+          for (int64_t a = 0; a < taps; ++a) {
+            float* to = half + (a * t.half_x() + fx) * LANES;
+            store(to, load(to) + splat(cos_y[fy * taps + a]) * sum);
+          }
+        }
+      for (int64_t a = 0; a < taps; ++a)
+        for (int64_t b = 0; b < taps; ++b) {
+          Vec sum = {};
+          for (int64_t fx = 0; fx < t.half_x(); ++fx)
+            sum += splat(cos_x[fx * taps + b]) * load(half + (a * t.half_x() + fx) * LANES);
+          store(spatial + (a * taps + b) * LANES, sum * scale);
+        }
+      const int64_t lanes = std::min<int64_t>(LANES, t.channels - block * LANES);
+      for (int64_t lane = 0; lane < lanes; ++lane) {
+        float* at = map.data + (block * LANES + lane) * map.batch + input * map.channel;
+        for (int64_t y = 0; y < side; ++y)
+          for (int64_t x = 0; x < side; ++x)
+            at[y * map.row + x * map.column] = spatial[(std::abs(y - reach) * taps + std::abs(x - reach)) * LANES
+                + lane];
+      }
+    }
+  });
+}
+
+// (B, C, k, k) -> [image][tap][padded channels], for the gradient turned by 180 degrees
+std::vector<float> arranged_taps(const Tiling& t, const at::Tensor& kernel, bool turned) {
+  const int64_t side = kernel.size(2), count = side * side;
+  const Map map(kernel);
+  std::vector<float> taps(t.batch * count * t.padded());
+  for (int64_t image = 0; image < t.batch; ++image)
+    for (int64_t tap = 0; tap < count; ++tap)
+      for (int64_t c = 0; c < t.channels; ++c) {
+        const int64_t source = turned ? count - 1 - tap : tap;
+        taps[(image * count + tap) * t.padded() + c] =
+            map.data[image * map.batch + c * map.channel + source / side * map.row + source % side * map.column];
+      }
+  return taps;
+}
+
+// ----------------------------------------------------------------------------------------------------- operators
+
+at::Tensor empty_map_like(const at::Tensor& x) {
+  const bool channels_last = x.stride(1) == 1 && x.size(1) > 1;
+  return at::empty(x.sizes(), x.options(), channels_last ? at::MemoryFormat::ChannelsLast
+      : at::MemoryFormat::Contiguous);
+}
+
+void check_inputs(const at::Tensor& x, const at::Tensor& large_kernel, const at::Tensor& dynamic_kernel) {
+  for (const at::Tensor& tensor : {x, large_kernel, dynamic_kernel})
+    TORCH_CHECK(tensor.dim() == 4 && tensor.scalar_type() == at::kFloat && tensor.device().is_cpu(),
+                "conv_attention takes float32 tensors of four dimensions on the CPU.");
+  const int64_t channels = x.size(1), side = large_kernel.size(3), dynamic_side = dynamic_kernel.size(3);
+  TORCH_CHECK(large_kernel.sizes() == at::IntArrayRef({channels, channels, side, side}) && side % 2 == 1 &&
+                  dynamic_kernel.sizes() == at::IntArrayRef({x.size(0), channels, dynamic_side, dynamic_side}) &&
+                  dynamic_side % 2 == 1,
+              "conv_attention: kernels of shapes ", large_kernel.sizes(), " and ", dynamic_kernel.sizes(),
+              " do not fit x of shape ", x.sizes(), ".");
+}
+
+// Threads get contiguous shares of the pairs, so that sums come out the same at every call
+template <typename Job>
+int64_t in_shares(int64_t pairs, const Job& job) {
+  const int64_t shares = std::max<int64_t>(1, std::min<int64_t>(pairs, at::get_num_threads()));
+  at::parallel_for(0, shares, 1, [&](int64_t begin, int64_t end) {
+    for (int64_t share = begin; share < end; ++share)
+      for (int64_t pair = pairs * share / shares; pair < pairs * (share + 1) / shares; ++pair) job(share, pair);
+  });
+  return shares;
+}
+
+void convolve(const at::Tensor& x, const at::Tensor& large_kernel, const at::Tensor& dynamic_kernel,
+    const at::Tensor& out,
+              const Mixer* mixer) {
+  const int64_t side = dynamic_kernel.size(3);
+  const Tiling t = choose_tiling(x, large_kernel.size(3), side);
+  static thread_local Scratch kernel_scratch;
+  float* matrices = kernel_scratch.get(t.half_y() * t.half_x() * t.matrix());
+  kernel_matrices(t, large_kernel, matrices);
+  const auto taps = arranged_taps(t, dynamic_kernel, false);
+  const Map from(x), to(out);
+  in_shares(t.pairs(), [&](int64_t, int64_t pair) {
+    static thread_local Scratch scratch;
+    const int64_t stage = t.blocks * t.stage_block(), spectral = t.blocks * t.spectrum_block();
+    float* staged = scratch.get(2 * stage + spectral + t.blocks * 2 * t.stage_row() + 16 * t.padded());
+    float *spectrum = staged + 2 * stage, *lines = spectrum + spectral, *rows = lines + t.blocks * 2 * t.stage_row();
+    const Tile tiles[2] = {Tile(t, pair, 0), Tile(t, pair, 1)};
+    Range used = stage_tile(t, from, tiles[0], true, staged);
+    const Range second = stage_tile(t, from, tiles[1], true, staged + stage);
+    if (tiles[1].exists) used = {std::min(used.begin, second.begin), std::max(used.end, second.end)};
+    to_spectrum(t, staged, staged + stage, used, spectrum);
+    visit_frequencies(t, spectrum, matrices, nullptr, nullptr, rows);
+    from_spectrum(t, spectrum, tiles, {staged, staged + stage}, taps.data(), side, to, mixer, lines);
+  });
+}
+
+at::Tensor conv_attention(const at::Tensor& x, const at::Tensor& large_kernel, const at::Tensor& dynamic_kernel) {
+  check_inputs(x, large_kernel, dynamic_kernel);
+  at::Tensor out = empty_map_like(x);
+  if (out.numel() != 0) convolve(x, large_kernel, dynamic_kernel, out, nullptr);
+  return out;
+}
+
+// The first channels convolved, the others as they are, and a 1 x 1 convolution of all, without putting them together
+at::Tensor mixed_conv_attention(const at::Tensor& x, const at::Tensor& large_kernel, const at::Tensor& dynamic_kernel,
+                                const at::Tensor& weight, const at::Tensor& bias) {
+  TORCH_CHECK(x.dim() == 4 && x.stride(1) == 1, "mixed_conv_attention takes maps with the channels innermost.");
+  const at::Tensor convolved = x.narrow(1, 0, large_kernel.size(0));
+  check_inputs(convolved, large_kernel, dynamic_kernel);
+  TORCH_CHECK(weight.dim() == 4 && weight.size(1) == x.size(1) && weight.size(2) == 1 && weight.size(3) == 1 &&
+                  bias.sizes() == at::IntArrayRef({weight.size(0)}) && weight.scalar_type() == at::kFloat &&
+                  bias.scalar_type() == at::kFloat,
+              "mixed_conv_attention: a weight of shape ", weight.sizes(), " does not fit x of shape ", x.sizes(), ".");
+  at::Tensor out =
+      at::empty({x.size(0), weight.size(0), x.size(2), x.size(3)}, x.options(), at::MemoryFormat::ChannelsLast);
+  if (out.numel() == 0) return out;
+  const Mixer mixer(x, out, weight, bias);
+  convolve(convolved, large_kernel, dynamic_kernel, out, &mixer);
+  return out;
+}
+
+std::tuple<at::Tensor, at::Tensor, at::Tensor> conv_attention_backward(
+    const at::Tensor& gradient, const at::Tensor& x, const at::Tensor& large_kernel, const at::Tensor& dynamic_kernel,
+    bool of_x, bool of_kernels) {
+  check_inputs(x, large_kernel, dynamic_kernel);
+  TORCH_CHECK(gradient.sizes() == x.sizes() && gradient.scalar_type() == at::kFloat && gradient.device().is_cpu(),
+              "conv_attention_backward: the gradient does not fit x.");
+  at::Tensor x_gradient = of_x ? empty_map_like(x) : at::empty({0}, x.options());
+  at::Tensor large_gradient = of_kernels ? at::zeros(large_kernel.sizes(), x.options()) : at::empty({0}, x.options());
+  at::Tensor dynamic_gradient = of_kernels ? at::zeros(dynamic_kernel.sizes(), x.options()) : at::empty({0},
+      x.options());
+  if (x.numel() == 0) return {x_gradient, large_gradient, dynamic_gradient};
+
+  const int64_t side = dynamic_kernel.size(3), count = side * side;
+  const Tiling t = choose_tiling(x, large_kernel.size(3), side);
+  const int64_t all_matrices = t.half_y() * t.half_x() * t.matrix();
+  static thread_local Scratch kernel_scratch, sum_scratch;
+  float* matrices = nullptr;
+  if (of_x) {
+    matrices = kernel_scratch.get(all_matrices);
+    kernel_matrices(t, large_kernel.transpose(0, 1), matrices);
+  }
+  const int64_t most_shares = std::max<int64_t>(1, std::min<int64_t>(t.pairs(), at::get_num_threads()));
+  float* sums = nullptr;
+  std::vector<float> tap_sums;
+  if (of_kernels) {
+    sums = sum_scratch.get(most_shares * all_matrices);
+    std::memset(sums, 0, most_shares * all_matrices * sizeof(float));
+    tap_sums.resize(t.tiles() * count * t.padded());
+  }
+  const auto taps = arranged_taps(t, dynamic_kernel, true);
+  const Map of_output(gradient), of_input(x);
+  const Map to(of_x ? x_gradient : x);
+  const int64_t shares = in_shares(t.pairs(), [&](int64_t share, int64_t pair) {
+    static thread_local Scratch scratch;
+    const int64_t stage = t.blocks * t.stage_block(), spectral = t.blocks * t.spectrum_block();
+    float* staged = scratch.get(4 * stage + 2 * spectral + t.blocks * 2 * t.stage_row() + 16 * t.padded());
+    float *staged_x = staged + 2 * stage, *spectrum = staged + 4 * stage, *spectrum_x = spectrum + spectral;
+    float *lines = spectrum_x + spectral, *rows = lines + t.blocks * 2 * t.stage_row();
+    const Tile tiles[2] = {Tile(t, pair, 0), Tile(t, pair, 1)};
+    Range used{t.y.points, 0}, used_x{t.y.points, 0};
+    for (int i = 0; i < 2; ++i) {
+      const Range range = stage_tile(t, of_output, tiles[i], true, staged + i * stage);
+      if (tiles[i].exists) used = {std::min(used.begin, range.begin), std::max(used.end, range.end)};
+      if (!of_kernels) continue;
+      // Each input belongs to one tile, while the gradients that it meets may lie in the rim
+      const Range range_x = stage_tile(t, of_input, tiles[i], false, staged_x + i * stage);
+      if (!tiles[i].exists) continue;
+      used_x = {std::min(used_x.begin, range_x.begin), std::max(used_x.end, range_x.end)};
+      correlate_dynamic(t, staged_x + i * stage, staged + i * stage, side, range_x,
+                        tap_sums.data() + tiles[i].index * count * t.padded());
+    }
+    to_spectrum(t, staged, staged + stage, used, spectrum);
+    if (of_kernels) to_spectrum(t, staged_x, staged_x + stage, used_x, spectrum_x);
+    visit_frequencies(t, spectrum, matrices, of_kernels ? spectrum_x : nullptr,
+                      of_kernels ? sums + share * all_matrices : nullptr, rows);
+    if (of_x) from_spectrum(t, spectrum, tiles, {staged, staged + stage}, taps.data(), side, to, nullptr, lines);
+  });
+  if (of_kernels) {
+    kernel_gradient(t, sums, shares, large_gradient);
+    const Map result(dynamic_gradient);
+    for (int64_t tile = 0; tile < t.tiles(); ++tile)
+      for (int64_t tap = 0; tap < count; ++tap)
+        for (int64_t c = 0; c < t.channels; ++c)
+          result.data[tile / (t.rows * t.columns) * result.batch + c * result.channel + tap] +=
+              tap_sums[(tile * count + tap) * t.padded() + c];
+  }
+  return {x_gradient, large_gradient, dynamic_gradient};
+}
+
+}  // namespace
+
+TORCH_LIBRARY_FRAGMENT(esc_arch, library) {
+  library.def("conv_attention(Tensor x, Tensor large_kernel, Tensor dynamic_kernel) -> Tensor");
+  library.def(
+      "mixed_conv_attention(Tensor x, Tensor large_kernel, Tensor dynamic_kernel, Tensor weight, Tensor bias) "
+      "-> Tensor");
+  library.def(
+      "conv_attention_backward(Tensor gradient, Tensor x, Tensor large_kernel, Tensor dynamic_kernel, bool of_x, "
+      "bool of_kernels) -> (Tensor, Tensor, Tensor)");
+}
+
+TORCH_LIBRARY_IMPL(esc_arch, CPU, library) {
+  library.impl("conv_attention", conv_attention);
+  library.impl("mixed_conv_attention", mixed_conv_attention);
+  library.impl("conv_attention_backward", conv_attention_backward);
+}

@@ -1,0 +1,553 @@
+// ConvFFN in one pass, forward and backward: aggr(gelu(dwc(h)) + h) with h = gelu(proj(x)).
+//
+// Maps are channels_last. Hidden rows exist only in a buffer that stays in the cache: a thread walks down its rows of
+// an image, in bands of columns, and keeps the few rows that the 3 x 3 convolution needs. Backward computes them again.
+// Hidden channels are padded to whole vectors by zero weights, which keeps zeros zero through every step.
+
+#include <ATen/ATen.h>
+#include <ATen/Parallel.h>
+#include <torch/library.h>
+
+#include <algorithm>
+#include <array>
+#include <tuple>
+#include <utility>
+#include <vector>
+
+#include "vectors.h"
+
+namespace esc_arch {
+namespace {
+
+constexpr int64_t kTaps = 9;
+constexpr int64_t kCacheBudget = 256 * 1024;  // bytes of a thread's rolling rows: well inside a core's L2
+constexpr int64_t kPiece = 60;                // pixels between two uses of a weight, so that it stays in L1
+
+// --- matrix products ------------------------------------------------------------------------------------------------
+
+struct Strided {
+  const float* data;
+  int64_t row, step;
+
+  ESC_ARCH_INLINE Strided from_row(int64_t r) const {
+    return {data + r * row, row, step};
+  }
+};
+
+// The columns of a tile are kept in registers together with its sums, so fewer rows fit beside more columns.
+constexpr int64_t kTileRows[] = {0, 8, kTileColumns == 2 ? 6 : 8, 8, 6, 5};
+
+// M x (N vectors) sums of products, kept in registers. A function of its own: inlined, the sums would be spilled.
+template <int64_t M, int64_t N>
+__attribute__((noinline)) void tile(int64_t depth, Strided a, const float* b, int64_t b_step, const float* bias,
+                                    float* result) {
+  Vec sums[M][N];
+#pragma GCC unroll 16
+  for (int64_t m = 0; m < M; ++m) {
+#pragma GCC unroll 16
+    for (int64_t n = 0; n < N; ++n) sums[m][n] = bias ? load(bias + n * kLanes) : Vec{};
+  }
+  for (int64_t k = 0; k < depth; ++k) {
+    Vec columns[N];
+#pragma GCC unroll 16
+    for (int64_t n = 0; n < N; ++n) columns[n] = load(b + k * b_step + n * kLanes);
+#pragma GCC unroll 16
+    for (int64_t m = 0; m < M; ++m) {
+      const Vec factor = broadcast(a.data[m * a.row + k * a.step]);
+#pragma GCC unroll 16
+      for (int64_t n = 0; n < N; ++n) sums[m][n] += factor * columns[n];
+    }
+  }
+#pragma GCC unroll 16
+  for (int64_t m = 0; m < M; ++m) {
+#pragma GCC unroll 16
+    for (int64_t n = 0; n < N; ++n) store(result + (m * N + n) * kLanes, sums[m][n]);
+  }
+}
+
+using Tile = void (*)(int64_t, Strided, const float*, int64_t, const float*, float*);
+
+template <int64_t N, size_t... M>
+constexpr std::array<Tile, 9> tiles_of(std::index_sequence<M...>) {
+  return {nullptr, &tile<static_cast<int64_t>(M) + 1, N>...};
+}
+
+template <size_t... N>
+constexpr std::array<std::array<Tile, 9>, 6> all_tiles(std::index_sequence<N...>) {
+  return {std::array<Tile, 9>{}, tiles_of<static_cast<int64_t>(N) + 1>(std::make_index_sequence<kTileRows[N + 1]>())...};
+}
+
+// By vectors of columns, then rows.
+constexpr auto kTiles = all_tiles(std::make_index_sequence<kTileColumns>());
+
+// a (rows, depth) times b (depth, vectors * kLanes), plus bias; use(row, vector, sums) takes each result once.
+template <typename Use>
+ESC_ARCH_INLINE void product(int64_t rows, int64_t vectors, int64_t depth, Strided a, const float* b, int64_t b_step,
+                             const float* bias, Use use) {
+  alignas(64) float result[30 * kLanes];
+  for (int64_t v = 0; v < vectors;) {
+    const int64_t left = vectors - v;
+    const int64_t n = left % kTileColumns == 0 ? kTileColumns : std::min(left, std::max<int64_t>(kTileColumns - 1, 2));
+    for (int64_t first = 0; first < rows;) {
+      const int64_t m = std::min(rows - first, kTileRows[n]);
+      kTiles[n][m](depth, a.from_row(first), b + v * kLanes, b_step, bias ? bias + v * kLanes : nullptr, result);
+      for (int64_t i = 0; i < m; ++i) {
+        for (int64_t j = 0; j < n; ++j) use(first + i, v + j, load(result + (i * n + j) * kLanes));
+      }
+      first += m;
+    }
+    v += n;
+  }
+}
+
+// Write vector v of a pixel that has `channels` channels.
+ESC_ARCH_INLINE void store_channels(float* pixel, int64_t v, int64_t channels, Vec value) {
+  const int64_t left = channels - v * kLanes;
+  if (left >= kLanes) {
+    store(pixel + v * kLanes, value);
+  } else {
+    store_first(pixel + v * kLanes, value, left);
+  }
+}
+
+// --- weights, sizes and who does what -------------------------------------------------------------------------------
+
+struct Sizes {
+  int64_t batch, height, width, channels, hidden;
+  int64_t padded_hidden, hidden_vectors, channel_vectors, padded_channels;
+
+  Sizes(const at::Tensor& x, const at::Tensor& proj_weight)
+      : batch(x.size(0)), height(x.size(2)), width(x.size(3)), channels(x.size(1)), hidden(proj_weight.size(0)),
+        padded_hidden(padded(hidden)), hidden_vectors(padded_hidden / kLanes),
+        channel_vectors(padded(channels) / kLanes), padded_channels(padded(channels)) {}
+};
+
+// (rows, columns) with any strides -> rows of padded columns, the padding zero.
+std::vector<float> packed(const at::Tensor& matrix) {
+  const int64_t rows = matrix.size(0), columns = matrix.size(1), step = padded(columns);
+  const at::Tensor plain = matrix.contiguous();
+  const float* from = plain.const_data_ptr<float>();
+  std::vector<float> result(rows * step + kLanes, 0.0f);
+  for (int64_t row = 0; row < rows; ++row) std::copy_n(from + row * columns, columns, result.data() + row * step);
+  return result;
+}
+
+at::Tensor as_matrix(const at::Tensor& weight) {
+  return weight.reshape({weight.size(0), -1});
+}
+
+struct Weights {
+  std::vector<float> expand, expand_bias, taps, taps_bias, reduce, reduce_bias;
+
+  Weights(const at::Tensor& proj_weight, const at::Tensor& proj_bias, const at::Tensor& dwc_weight,
+          const at::Tensor& dwc_bias, const at::Tensor& aggr_weight, const at::Tensor& aggr_bias)
+      : expand(packed(as_matrix(proj_weight).t())), expand_bias(packed(proj_bias.unsqueeze(0))),
+        taps(packed(as_matrix(dwc_weight).t())), taps_bias(packed(dwc_bias.unsqueeze(0))),
+        reduce(packed(as_matrix(aggr_weight).t())), reduce_bias(packed(aggr_bias.unsqueeze(0))) {}
+};
+
+// Columns of a band such that `rows` rolling hidden rows of it stay in the cache.
+int64_t band_width(const Sizes& s, int64_t rows, int64_t margin) {
+  const int64_t fitting = kCacheBudget / (rows * s.padded_hidden * static_cast<int64_t>(sizeof(float))) - 2 * margin;
+  const int64_t most = std::max<int64_t>(fitting, 16), bands = (s.width + most - 1) / most;
+  return (s.width + bands - 1) / bands;
+}
+
+struct Segment {
+  int64_t image, left, right, top, bottom;
+};
+
+// Cut all rows of all bands and images into `parts` equal parts, and call work(segment) for those of `part`.
+template <typename Work>
+void for_segments(const Sizes& s, int64_t width, int64_t part, int64_t parts, Work work) {
+  const int64_t bands = (s.width + width - 1) / width;
+  const int64_t total = s.batch * bands * s.height;
+  const int64_t end = total * (part + 1) / parts;
+  for (int64_t row = total * part / parts; row < end;) {
+    const int64_t strip = row / s.height, top = row % s.height;
+    const int64_t bottom = std::min(s.height, top + end - row);
+    const int64_t left = strip % bands * width;
+    work(Segment{strip / bands, left, std::min(s.width, left + width), top, bottom});
+    row += bottom - top;
+  }
+}
+
+// As many parts as threads, but none so small that its margins cost more than it does.
+int64_t number_of_parts(const Sizes& s, int64_t width) {
+  const int64_t rows = s.batch * ((s.width + width - 1) / width) * s.height;
+  return std::clamp<int64_t>(rows / 4, 1, at::get_num_threads());
+}
+
+// Rows of hidden pixels, a few at a time, of the columns from `first` on: all columns of the first vector of channels,
+// then those of the next, because the depth-wise convolution goes along the columns.
+struct RollingRows {
+  int64_t rows, plane, vectors, first;
+  std::vector<float> data;
+
+  RollingRows(int64_t rows, int64_t columns, int64_t vectors)
+      : rows(rows), plane(columns * kLanes), vectors(vectors), first(0), data(rows * vectors * plane) {}
+
+  // Where column 0 of the image would be: vector v of a column is at v * plane + column * kLanes from here.
+  float* row(int64_t index) {
+    return data.data() + (index + rows) % rows * vectors * plane - first * kLanes;
+  }
+};
+
+struct Span {
+  int64_t from, to;
+};
+
+// The columns of left .. right that are in the image, none in a row outside; the others are made zero in `hidden`.
+Span inside(const Sizes& s, RollingRows& hidden, int64_t row, int64_t left, int64_t right) {
+  const bool outside = row < 0 || row >= s.height;
+  const Span span = outside ? Span{right, right} : Span{std::max<int64_t>(left, 0), std::min(right, s.width)};
+  float* target = hidden.row(row);
+  for (int64_t v = 0; v < hidden.vectors; ++v, target += hidden.plane) {
+    std::fill(target + left * kLanes, target + span.from * kLanes, 0.0f);
+    std::fill(target + span.to * kLanes, target + right * kLanes, 0.0f);
+  }
+  return span;
+}
+
+// A pointwise product for the columns of a span; use(place of the vector in a rolling row, sums).
+template <typename Use>
+ESC_ARCH_INLINE void hidden_product(const Sizes& s, const float* map_row, const std::vector<float>& weight,
+                                    const float* bias, Span span, int64_t plane, Use use) {
+  for (int64_t begin = span.from; begin < span.to; begin += kPiece) {
+    product(std::min(kPiece, span.to - begin), s.hidden_vectors, s.channels,
+            {map_row + begin * s.channels, s.channels, 1}, weight.data(), s.padded_hidden, bias,
+            [=](int64_t m, int64_t v, Vec sum) { use(v * plane + (begin + m) * kLanes, sum); });
+  }
+}
+
+// hidden (pixels, hidden) times a weight of rows of padded channels -> pixels of a map.
+void channel_product(const Sizes& s, int64_t pixels, const float* hidden, const std::vector<float>& weight,
+                     const float* bias, float* map) {
+  const int64_t channels = s.channels;
+  product(pixels, s.channel_vectors, s.hidden, {hidden, s.padded_hidden, 1}, weight.data(), s.padded_channels, bias,
+          [=](int64_t m, int64_t v, Vec sum) { store_channels(map + m * channels, v, channels, sum); });
+}
+
+// --- forward --------------------------------------------------------------------------------------------------------
+
+// The three rows around one that the depth-wise convolution reads.
+struct Around {
+  const float *above, *here, *below;
+  int64_t plane;
+
+  Around(RollingRows& rows, int64_t row)
+      : above(rows.row(row - 1)), here(rows.row(row)), below(rows.row(row + 1)), plane(rows.plane) {}
+};
+
+// The depth-wise convolution at the columns of a span in vector v; use(column, sums, hidden at the centre).
+template <typename Use>
+ESC_ARCH_INLINE void filter(const Weights& w, int64_t step, Around rows, Span span, int64_t v, Use use) {
+  Vec taps[kTaps];
+#pragma GCC unroll 9
+  for (int64_t t = 0; t < kTaps; ++t) taps[t] = load(w.taps.data() + t * step + v * kLanes);
+  const Vec bias = load(w.taps_bias.data() + v * kLanes);
+  for (int64_t column = span.from; column < span.to; ++column) {
+    const int64_t place = v * rows.plane + column * kLanes;
+    const float *above = rows.above + place, *here = rows.here + place, *below = rows.below + place;
+    const Vec centre = load(here);
+    const Vec first = bias + taps[0] * load(above - kLanes) + taps[1] * load(above) + taps[2] * load(above + kLanes);
+    const Vec second = taps[3] * load(here - kLanes) + taps[4] * centre + taps[5] * load(here + kLanes);
+    const Vec third = taps[6] * load(below - kLanes) + taps[7] * load(below) + taps[8] * load(below + kLanes);
+    use(column, first + second + third, centre);
+  }
+}
+
+void forward_segment(const Sizes& s, const Weights& w, const float* x, float* y, const Segment& part,
+                     RollingRows& hidden, std::vector<float>& mixed) {
+  const int64_t row_size = s.width * s.channels, step = s.padded_hidden;
+  hidden.first = part.left - 1;
+  for (int64_t row = part.top - 1; row <= part.bottom; ++row) {
+    const Span columns = inside(s, hidden, row, part.left - 1, part.right + 1);
+    float* target = hidden.row(row);
+    hidden_product(s, x + row * row_size, w.expand, w.expand_bias.data(), columns, hidden.plane,
+                   [=](int64_t place, Vec sum) { store(target + place, gelu(sum)); });
+    const int64_t done = row - 1;
+    if (done < part.top) continue;
+    for (int64_t begin = part.left; begin < part.right; begin += kPiece) {
+      const Span piece{begin, std::min(begin + kPiece, part.right)};
+      float* result = mixed.data() - begin * step;
+      for (int64_t v = 0; v < s.hidden_vectors; ++v) {
+        filter(w, step, Around(hidden, done), piece, v, [=](int64_t column, Vec sum, Vec centre) {
+          store(result + column * step + v * kLanes, gelu(sum) + centre);
+        });
+      }
+      channel_product(s, piece.to - begin, mixed.data(), w.reduce, w.reduce_bias.data(),
+                      y + done * row_size + begin * s.channels);
+    }
+  }
+}
+
+void check(const at::Tensor& x, const at::Tensor& proj_weight, const at::Tensor& dwc_weight,
+           const at::Tensor& aggr_weight) {
+  TORCH_CHECK(x.dim() == 4 && x.scalar_type() == at::kFloat && x.device().is_cpu(),
+              "conv_ffn takes a float32 map (B, C, H, W) on the CPU");
+  TORCH_CHECK(proj_weight.size(1) == x.size(1) && dwc_weight.size(0) == proj_weight.size(0) &&
+                  dwc_weight.numel() == kTaps * proj_weight.size(0) && aggr_weight.size(1) == proj_weight.size(0) &&
+                  aggr_weight.size(0) == x.size(1),
+              "conv_ffn's weights do not fit the map or each other");
+}
+
+at::Tensor conv_ffn(const at::Tensor& input, const at::Tensor& proj_weight, const at::Tensor& proj_bias,
+                    const at::Tensor& dwc_weight, const at::Tensor& dwc_bias, const at::Tensor& aggr_weight,
+                    const at::Tensor& aggr_bias) {
+  check(input, proj_weight, dwc_weight, aggr_weight);
+  const at::Tensor x = input.contiguous(at::MemoryFormat::ChannelsLast);
+  at::Tensor y = at::empty(x.sizes(), x.options(), at::MemoryFormat::ChannelsLast);
+  if (x.numel() == 0) return y;
+  const Sizes s(x, proj_weight);
+  const Weights w(proj_weight, proj_bias, dwc_weight, dwc_bias, aggr_weight, aggr_bias);
+  const int64_t width = band_width(s, 3, 1), parts = number_of_parts(s, width);
+  const int64_t image_size = s.height * s.width * s.channels;
+  const float* from = x.const_data_ptr<float>();
+  float* to = y.mutable_data_ptr<float>();
+  at::parallel_for(0, parts, 1, [&](int64_t begin, int64_t end) {
+    RollingRows hidden(3, width + 2, s.hidden_vectors);
+    std::vector<float> mixed(kPiece * s.padded_hidden);
+    for (int64_t part = begin; part < end; ++part) {
+      for_segments(s, width, part, parts, [&](const Segment& segment) {
+        const int64_t offset = segment.image * image_size;
+        forward_segment(s, w, from + offset, to + offset, segment, hidden, mixed);
+      });
+    }
+  });
+  return y;
+}
+
+// --- backward -------------------------------------------------------------------------------------------------------
+
+// Gradients of the parameters as one part of the work sums them; `expand` and `reduce` are (channels, hidden).
+struct Gradients {
+  std::vector<float> expand, expand_bias, taps, taps_bias, reduce, reduce_bias;
+
+  explicit Gradients(const Sizes& s)
+      : expand(s.channels * s.padded_hidden), expand_bias(s.padded_hidden), taps(kTaps * s.padded_hidden),
+        taps_bias(s.padded_hidden), reduce(s.channels * s.padded_hidden), reduce_bias(s.channels) {}
+};
+
+// What a thread keeps while it walks down. gu is the gradient of the depth-wise convolution's result.
+struct Scratch {
+  RollingRows hidden, slope, gu, gv;
+  std::vector<float> mixed, row_sums;
+
+  Scratch(const Sizes& s, int64_t width)
+      : hidden(3, width + 4, s.hidden_vectors), slope(3, width + 4, s.hidden_vectors),
+        gu(3, width + 4, s.hidden_vectors), gv(2, width + 4, s.hidden_vectors), mixed((width + 2) * s.padded_hidden), row_sums(s.channels) {}
+
+  void begin_at(int64_t column) {
+    hidden.first = slope.first = gu.first = gv.first = column;
+  }
+};
+
+ESC_ARCH_INLINE void add_to(float* sum, Vec value) {
+  store(sum, load(sum) + value);
+}
+
+// sums (channels, hidden) += map (pixels, channels) transposed times hidden (pixels, hidden).
+void add_outer_products(const Sizes& s, int64_t pixels, const float* map, const float* hidden, float* sums) {
+  const int64_t step = s.padded_hidden;
+  product(s.channels, s.hidden_vectors, pixels, {map, 1, s.channels}, hidden, step, nullptr,
+          [=](int64_t m, int64_t v, Vec sum) { add_to(sums + m * step + v * kLanes, sum); });
+}
+
+// Both hidden maps that backward needs again, h and the slope of its GELU, of one row.
+void recompute_row(const Sizes& s, const Weights& w, const float* x_row, const Segment& part, int64_t row,
+                   Scratch& scratch) {
+  const Span columns = inside(s, scratch.hidden, row, part.left - 2, part.right + 2);
+  float *value = scratch.hidden.row(row), *slope = scratch.slope.row(row);
+  hidden_product(s, x_row, w.expand, w.expand_bias.data(), columns, scratch.hidden.plane, [=](int64_t place, Vec sum) {
+    const GeluAndSlope g = gelu_and_slope(sum);
+    store(value + place, g.value);
+    store(slope + place, g.slope);
+  });
+}
+
+// The gradients of the depth-wise convolution's taps and bias, of one row of the segment.
+void add_filter_gradients(const Sizes& s, const Segment& part, int64_t row, Scratch& scratch, Gradients& gradients) {
+  const int64_t step = s.padded_hidden;
+  const Around hidden(scratch.hidden, row);
+  const float* gu_row = scratch.gu.row(row);
+  for (int64_t v = 0; v < s.hidden_vectors; ++v) {
+    Vec sums[kTaps] = {}, bias = {};
+    for (int64_t column = part.left; column < part.right; ++column) {
+      const int64_t place = v * hidden.plane + column * kLanes;
+      const Vec gu = load(gu_row + place);
+      bias += gu;
+#pragma GCC unroll 3
+      for (int64_t t = 0; t < 3; ++t) {
+        sums[t] += gu * load(hidden.above + place + (t - 1) * kLanes);
+        sums[t + 3] += gu * load(hidden.here + place + (t - 1) * kLanes);
+        sums[t + 6] += gu * load(hidden.below + place + (t - 1) * kLanes);
+      }
+    }
+    add_to(gradients.taps_bias.data() + v * kLanes, bias);
+#pragma GCC unroll 9
+    for (int64_t t = 0; t < kTaps; ++t) add_to(gradients.taps.data() + t * step + v * kLanes, sums[t]);
+  }
+}
+
+void add_sum_of_pixels(int64_t pixels, int64_t channels, const float* map, float* row_sums, float* sums) {
+  std::fill_n(row_sums, channels, 0.0f);
+  for (int64_t p = 0; p < pixels; ++p) {
+    for (int64_t c = 0; c < channels; ++c) row_sums[c] += map[p * channels + c];
+  }
+  for (int64_t c = 0; c < channels; ++c) sums[c] += row_sums[c];
+}
+
+// gu of a row, a column beyond the segment included; and, where the row is the segment's, the gradients behind it.
+void backward_behind_filter(const Sizes& s, const Weights& w, const std::vector<float>& reduce_rows,
+                            const float* gy_row, const Segment& part, int64_t row, Scratch& scratch,
+                            Gradients* gradients) {
+  const int64_t step = s.padded_hidden;
+  const Span columns = inside(s, scratch.gu, row, part.left - 1, part.right + 1);
+  if (columns.from >= columns.to) return;
+  float *gv = scratch.gv.row(row), *gu = scratch.gu.row(row), *mixed = scratch.mixed.data() - (part.left - 1) * step;
+  const int64_t plane = scratch.gv.plane;
+  hidden_product(s, gy_row, reduce_rows, nullptr, columns, plane,
+                 [=](int64_t place, Vec sum) { store(gv + place, sum); });
+  for (int64_t v = 0; v < s.hidden_vectors; ++v) {
+    filter(w, step, Around(scratch.hidden, row), columns, v, [=](int64_t column, Vec sum, Vec centre) {
+      const GeluAndSlope g = gelu_and_slope(sum);
+      const int64_t place = v * plane + column * kLanes;
+      store(gu + place, g.slope * load(gv + place));
+      store(mixed + column * step + v * kLanes, g.value + centre);
+    });
+  }
+  if (!gradients || row < part.top || row >= part.bottom) return;
+  const int64_t pixels = part.right - part.left;
+  const float* gy = gy_row + part.left * s.channels;
+  add_outer_products(s, pixels, gy, mixed + part.left * step, gradients->reduce.data());
+  add_sum_of_pixels(pixels, s.channels, gy, scratch.row_sums.data(), gradients->reduce_bias.data());
+  add_filter_gradients(s, part, row, scratch, *gradients);
+}
+
+// The gradient of proj's result of one of the segment's rows, into `mixed`, and the gradients before it.
+void backward_before_filter(const Sizes& s, const Weights& w, const std::vector<float>& expand_rows,
+                            const float* x_row, float* gx_row, const Segment& part, int64_t row, Scratch& scratch,
+                            Gradients* gradients) {
+  const int64_t step = s.padded_hidden, pixels = part.right - part.left;
+  const Around gu(scratch.gu, row);
+  const float *gv = scratch.gv.row(row), *slope = scratch.slope.row(row);
+  float* result = scratch.mixed.data() - part.left * step;
+  for (int64_t v = 0; v < s.hidden_vectors; ++v) {
+    Vec taps[kTaps], bias = {};
+#pragma GCC unroll 9
+    for (int64_t t = 0; t < kTaps; ++t) taps[t] = load(w.taps.data() + (kTaps - 1 - t) * step + v * kLanes);
+    for (int64_t column = part.left; column < part.right; ++column) {
+      const int64_t place = v * gu.plane + column * kLanes;
+      Vec above = load(gv + place), here = {}, below = {};
+#pragma GCC unroll 3
+      for (int64_t t = 0; t < 3; ++t) {
+        above += taps[t] * load(gu.above + place + (t - 1) * kLanes);
+        here += taps[t + 3] * load(gu.here + place + (t - 1) * kLanes);
+        below += taps[t + 6] * load(gu.below + place + (t - 1) * kLanes);
+      }
+      const Vec sum = (above + here + below) * load(slope + place);
+      bias += sum;
+      store(result + column * step + v * kLanes, sum);
+    }
+    if (gradients) add_to(gradients->expand_bias.data() + v * kLanes, bias);
+  }
+  if (gradients) {
+    add_outer_products(s, pixels, x_row + part.left * s.channels, scratch.mixed.data(), gradients->expand.data());
+  }
+  if (gx_row) {
+    channel_product(s, pixels, scratch.mixed.data(), expand_rows, nullptr, gx_row + part.left * s.channels);
+  }
+}
+
+// (rows, padded columns) -> rows x columns of a tensor, transposed where its shape is (columns, rows, ...).
+at::Tensor unpacked(const std::vector<float>& sums, int64_t rows, int64_t columns, bool transposed, at::IntArrayRef shape) {
+  at::Tensor matrix = at::from_blob(const_cast<float*>(sums.data()), {rows, columns}, {padded(columns), 1}, at::kFloat);
+  return (transposed ? matrix.t() : matrix).clone(at::MemoryFormat::Contiguous).view(shape);
+}
+
+using SevenTensors =
+    std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor>;
+
+SevenTensors conv_ffn_backward(const at::Tensor& grad, const at::Tensor& input, const at::Tensor& proj_weight,
+                               const at::Tensor& proj_bias, const at::Tensor& dwc_weight, const at::Tensor& dwc_bias,
+                               const at::Tensor& aggr_weight, bool needs_input, bool needs_parameters) {
+  check(input, proj_weight, dwc_weight, aggr_weight);
+  TORCH_CHECK(grad.sizes() == input.sizes(), "conv_ffn_backward: the gradient has not the shape of the map");
+  const at::Tensor x = input.contiguous(at::MemoryFormat::ChannelsLast);
+  const at::Tensor gy = grad.contiguous(at::MemoryFormat::ChannelsLast);
+  at::Tensor gx = at::empty(x.sizes(), x.options(), at::MemoryFormat::ChannelsLast);
+  if (x.numel() == 0) {
+    const auto none = [](const at::Tensor& parameter) { return at::zeros(parameter.sizes(), parameter.options()); };
+    return {gx, none(proj_weight), none(proj_bias), none(dwc_weight), none(dwc_bias), none(aggr_weight),
+            at::zeros({x.size(1)}, x.options())};
+  }
+  const Sizes s(x, proj_weight);
+  const Weights w(proj_weight, proj_bias, dwc_weight, dwc_bias, aggr_weight, at::zeros({s.channels}, x.options()));
+  const std::vector<float> reduce_rows = packed(as_matrix(aggr_weight)), expand_rows = packed(as_matrix(proj_weight));
+  const int64_t width = band_width(s, 12, 2), parts = number_of_parts(s, width);
+  const int64_t row_size = s.width * s.channels, image_size = s.height * row_size;
+  std::vector<Gradients> sums;
+  for (int64_t part = 0; part < parts; ++part) sums.emplace_back(s);
+  const float *x_data = x.const_data_ptr<float>(), *gy_data = gy.const_data_ptr<float>();
+  float* gx_data = gx.mutable_data_ptr<float>();
+  at::parallel_for(0, parts, 1, [&](int64_t begin, int64_t end) {
+    Scratch scratch(s, width);
+    for (int64_t part = begin; part < end; ++part) {
+      Gradients* gradients = needs_parameters ? &sums[part] : nullptr;
+      for_segments(s, width, part, parts, [&](const Segment& segment) {
+        const int64_t offset = segment.image * image_size;
+        scratch.begin_at(segment.left - 2);
+        for (int64_t row = segment.top - 2; row <= segment.bottom + 1; ++row) {
+          recompute_row(s, w, x_data + offset + row * row_size, segment, row, scratch);
+          const int64_t behind = row - 1, before = row - 2;
+          if (behind < segment.top - 1) continue;
+          backward_behind_filter(s, w, reduce_rows, gy_data + offset + behind * row_size, segment, behind, scratch,
+                                 gradients);
+          if (before < segment.top) continue;
+          backward_before_filter(s, w, expand_rows, x_data + offset + before * row_size,
+                                 needs_input ? gx_data + offset + before * row_size : nullptr, segment, before, scratch,
+                                 gradients);
+        }
+      });
+    }
+  });
+  // In the order of the parts, so that the sums are the same every time
+  Gradients& total = sums[0];
+  const auto add = [&](std::vector<float> Gradients::*member) {
+    for (int64_t part = 1; part < parts; ++part) {
+      for (size_t i = 0; i < (total.*member).size(); ++i) (total.*member)[i] += (sums[part].*member)[i];
+    }
+  };
+  for (auto member : {&Gradients::expand, &Gradients::expand_bias, &Gradients::taps, &Gradients::taps_bias,
+                      &Gradients::reduce, &Gradients::reduce_bias}) {
+    add(member);
+  }
+  return {gx,
+          unpacked(total.expand, s.channels, s.hidden, true, proj_weight.sizes()),
+          unpacked(total.expand_bias, 1, s.hidden, false, proj_bias.sizes()),
+          unpacked(total.taps, kTaps, s.hidden, true, dwc_weight.sizes()),
+          unpacked(total.taps_bias, 1, s.hidden, false, dwc_bias.sizes()),
+          unpacked(total.reduce, s.channels, s.hidden, false, aggr_weight.sizes()),
+          unpacked(total.reduce_bias, 1, s.channels, false, {s.channels})};
+}
+
+}  // namespace
+}  // namespace esc_arch
+
+TORCH_LIBRARY_FRAGMENT(esc_arch, m) {
+  m.def(
+      "conv_ffn(Tensor x, Tensor proj_weight, Tensor proj_bias, Tensor dwc_weight, Tensor dwc_bias, Tensor aggr_weight, "
+      "Tensor aggr_bias) -> Tensor",
+      {at::Tag::pt2_compliant_tag});
+  m.def(
+      "conv_ffn_backward(Tensor grad, Tensor x, Tensor proj_weight, Tensor proj_bias, Tensor dwc_weight, "
+      "Tensor dwc_bias, Tensor aggr_weight, bool needs_input, bool needs_parameters) -> (Tensor, Tensor, Tensor, Tensor, "
+      "Tensor, Tensor, Tensor)",
+      {at::Tag::pt2_compliant_tag});
+}
+
+TORCH_LIBRARY_IMPL(esc_arch, CPU, m) {
+  m.impl("conv_ffn", &esc_arch::conv_ffn);
+  m.impl("conv_ffn_backward", &esc_arch::conv_ffn_backward);
+}

@@ -1,0 +1,304 @@
+// Layer normalisation over the channels of a map, forward and backward, in the layout the map has: vectors run along
+// the channels of a pixel in channels_last, along the pixels of a channel otherwise. Nothing is copied to be permuted.
+
+#include <ATen/ATen.h>
+#include <ATen/Parallel.h>
+#include <torch/library.h>
+
+#include <algorithm>
+#include <cmath>
+#include <tuple>
+#include <vector>
+
+#include "vectors.h"
+
+namespace esc_arch {
+namespace {
+
+constexpr int64_t kStrip = 4;   // vectors of pixels taken through all channels at once where these lie apart
+constexpr int64_t kFlush = 128;  // pixels summed before they join the total, which keeps rounding errors small
+
+struct Map {
+  int64_t batch, channels, pixels;
+  bool channels_last;
+
+  explicit Map(const at::Tensor& x)
+      : batch(x.size(0)), channels(x.size(1)), pixels(x.size(2) * x.size(3)),
+        channels_last(!x.is_contiguous() && x.is_contiguous(at::MemoryFormat::ChannelsLast)) {}
+
+  at::MemoryFormat format() const {
+    return channels_last ? at::MemoryFormat::ChannelsLast : at::MemoryFormat::Contiguous;
+  }
+
+  int64_t units() const {  // of work: pixels, or strips of them
+    return channels_last ? batch * pixels : batch * strips();
+  }
+
+  int64_t strips() const {
+    return (pixels + kStrip * kLanes - 1) / (kStrip * kLanes);
+  }
+
+  int64_t grain() const {
+    return std::max<int64_t>(1, 16384 / (1 + channels * (channels_last ? 1 : kStrip * kLanes)));
+  }
+};
+
+// Sums over pixels that gradients of weight and bias are made of.
+struct Sums {
+  std::vector<float> weight, bias, weight_total, bias_total;
+
+  explicit Sums(int64_t size) : weight(size), bias(size), weight_total(size), bias_total(size) {}
+
+  void flush() {
+    for (size_t i = 0; i < weight.size(); ++i) {
+      weight_total[i] += weight[i];
+      bias_total[i] += bias[i];
+      weight[i] = bias[i] = 0;
+    }
+  }
+};
+
+// --- channels_last --------------------------------------------------------------------------------------------------
+
+// A pixel's channels as vectors; beyond the last channel they are zero.
+struct Pixel {
+  int64_t whole, rest;  // vectors, and channels after them
+  Vec mask;             // 1 where the last vector has a channel
+  float share;          // 1 / channels
+
+  explicit Pixel(int64_t channels) : whole(channels / kLanes), rest(channels % kLanes), mask{}, share(1.0f / channels) {
+    for (int64_t lane = 0; lane < rest; ++lane) mask[lane] = 1;
+  }
+
+  template <typename Use>
+  ESC_ARCH_INLINE void each(Use use) const {
+    for (int64_t v = 0; v < whole; ++v) use(v * kLanes, kLanes);
+    if (rest) use(whole * kLanes, rest);
+  }
+};
+
+ESC_ARCH_INLINE Vec load_count(const float* from, int64_t count) {
+  return count == kLanes ? load(from) : load_first(from, count);
+}
+
+ESC_ARCH_INLINE void store_count(float* to, Vec value, int64_t count) {
+  if (count == kLanes) {
+    store(to, value);
+  } else {
+    store_first(to, value, count);
+  }
+}
+
+struct Moments {
+  float mean, scale;
+};
+
+ESC_ARCH_INLINE Moments moments(const Pixel& pixel, const float* x, float eps) {
+  Vec sum = {}, squares = {};
+  pixel.each([&](int64_t c, int64_t count) { sum += load_count(x + c, count); });
+  const float mean = sum_of_lanes(sum) * pixel.share;
+  pixel.each([&](int64_t c, int64_t count) {
+    const Vec centred = load_count(x + c, count) - broadcast(mean);
+    squares += centred * centred * (count == kLanes ? broadcast(1) : pixel.mask);
+  });
+  return {mean, 1 / std::sqrt(sum_of_lanes(squares) * pixel.share + eps)};
+}
+
+void normalise_pixels(int64_t begin, int64_t end, int64_t channels, const float* x, const float* weight,
+                      const float* bias, float eps, float* y) {
+  const Pixel pixel(channels);
+  for (int64_t p = begin; p < end; ++p) {
+    const float* from = x + p * channels;
+    float* to = y + p * channels;
+    const Moments m = moments(pixel, from, eps);
+    pixel.each([&](int64_t c, int64_t count) {
+      const Vec normal = (load_count(from + c, count) - broadcast(m.mean)) * broadcast(m.scale);
+      store_count(to + c, normal * load_count(weight + c, count) + load_count(bias + c, count), count);
+    });
+  }
+}
+
+// With n the normalised map and g = gradient * weight: gx = scale * (g - mean(g) - n * mean(g n)).
+void backward_pixels(int64_t begin, int64_t end, int64_t channels, const float* gy, const float* x, const float* weight,
+                     float eps, float* gx, Sums& sums) {
+  const Pixel pixel(channels);
+  for (int64_t p = begin; p < end; ++p) {
+    const float *from = x + p * channels, *gradient = gy + p * channels;
+    const Moments m = moments(pixel, from, eps);
+    Vec sum = {}, product = {};
+    pixel.each([&](int64_t c, int64_t count) {
+      const Vec normal = (load_count(from + c, count) - broadcast(m.mean)) * broadcast(m.scale);
+      const Vec g = load_count(gradient + c, count), weighted = g * load_count(weight + c, count);
+      sum += weighted;
+      product += weighted * normal;
+      store(sums.weight.data() + c, load(sums.weight.data() + c) + g * normal);
+      store(sums.bias.data() + c, load(sums.bias.data() + c) + g);
+    });
+    const Vec mean = broadcast(sum_of_lanes(sum) * pixel.share);
+    const Vec along = broadcast(sum_of_lanes(product) * pixel.share);
+    pixel.each([&](int64_t c, int64_t count) {
+      const Vec normal = (load_count(from + c, count) - broadcast(m.mean)) * broadcast(m.scale);
+      const Vec weighted = load_count(gradient + c, count) * load_count(weight + c, count);
+      store_count(gx + p * channels + c, (weighted - mean - normal * along) * broadcast(m.scale), count);
+    });
+    if ((p - begin) % kFlush == kFlush - 1) sums.flush();
+  }
+}
+
+// --- channels apart -------------------------------------------------------------------------------------------------
+
+// use(offset of a strip of pixels in the whole map, how many pixels), strip by strip.
+template <typename Use>
+void for_strips(const Map& map, int64_t begin, int64_t end, Use use) {
+  for (int64_t strip = begin; strip < end; ++strip) {
+    const int64_t first = strip % map.strips() * kStrip * kLanes;
+    use(strip / map.strips() * map.channels * map.pixels + first, std::min(kStrip * kLanes, map.pixels - first));
+  }
+}
+
+// use(first pixel, count, which) for every vector of a strip.
+template <typename Use>
+ESC_ARCH_INLINE void for_vectors(int64_t pixels, Use use) {
+  for (int64_t v = 0; v * kLanes < pixels; ++v) use(v * kLanes, std::min(kLanes, pixels - v * kLanes), v);
+}
+
+ESC_ARCH_INLINE Vec inverse_root(Vec x) {
+  Vec result;
+  for (int64_t lane = 0; lane < kLanes; ++lane) result[lane] = 1 / std::sqrt(x[lane]);
+  return result;
+}
+
+struct StripMoments {
+  Vec mean[kStrip] = {}, scale[kStrip] = {};
+
+  StripMoments(const Map& map, const float* x, int64_t pixels, float eps) {
+    const Vec share = broadcast(1.0f / map.channels);
+    for (int64_t c = 0; c < map.channels; ++c) {
+      for_vectors(pixels, [&](int64_t p, int64_t count, int64_t v) { mean[v] += load_count(x + c * map.pixels + p, count); });
+    }
+    for (Vec& value : mean) value *= share;
+    for (int64_t c = 0; c < map.channels; ++c) {
+      for_vectors(pixels, [&](int64_t p, int64_t count, int64_t v) {
+        const Vec centred = load_count(x + c * map.pixels + p, count) - mean[v];
+        scale[v] += centred * centred;
+      });
+    }
+    for (Vec& value : scale) value = inverse_root(value * share + broadcast(eps));
+  }
+};
+
+void normalise_strip(const Map& map, int64_t pixels, const float* x, const float* weight, const float* bias, float eps,
+                     float* y) {
+  const StripMoments m(map, x, pixels, eps);
+  for (int64_t c = 0; c < map.channels; ++c) {
+    for_vectors(pixels, [&](int64_t p, int64_t count, int64_t v) {
+      const Vec normal = (load_count(x + c * map.pixels + p, count) - m.mean[v]) * m.scale[v];
+      store_count(y + c * map.pixels + p, normal * broadcast(weight[c]) + broadcast(bias[c]), count);
+    });
+  }
+}
+
+void backward_strip(const Map& map, int64_t pixels, const float* gy, const float* x, const float* weight, float eps,
+                    float* gx, Sums& sums) {
+  const StripMoments m(map, x, pixels, eps);
+  Vec mean[kStrip] = {}, along[kStrip] = {};
+  for (int64_t c = 0; c < map.channels; ++c) {
+    Vec of_weight = {}, of_bias = {};
+    for_vectors(pixels, [&](int64_t p, int64_t count, int64_t v) {
+      const Vec g = load_count(gy + c * map.pixels + p, count);
+      const Vec product = g * (load_count(x + c * map.pixels + p, count) - m.mean[v]) * m.scale[v];
+      mean[v] += g * broadcast(weight[c]);
+      along[v] += product * broadcast(weight[c]);
+      of_weight += product;
+      of_bias += g;
+    });
+    sums.weight[c] += sum_of_lanes(of_weight);
+    sums.bias[c] += sum_of_lanes(of_bias);
+  }
+  const Vec share = broadcast(1.0f / map.channels);
+  for (int64_t c = 0; c < map.channels; ++c) {
+    for_vectors(pixels, [&](int64_t p, int64_t count, int64_t v) {
+      const Vec normal = (load_count(x + c * map.pixels + p, count) - m.mean[v]) * m.scale[v];
+      const Vec weighted = load_count(gy + c * map.pixels + p, count) * broadcast(weight[c]);
+      store_count(gx + c * map.pixels + p, (weighted - (mean[v] + normal * along[v]) * share) * m.scale[v], count);
+    });
+  }
+}
+
+// --- operators ------------------------------------------------------------------------------------------------------
+
+void check(const at::Tensor& x, const at::Tensor& weight) {
+  TORCH_CHECK(x.dim() == 4 && x.scalar_type() == at::kFloat && x.device().is_cpu(),
+              "layer_norm takes a float32 map (B, C, H, W) on the CPU");
+  TORCH_CHECK(weight.numel() == x.size(1), "layer_norm's weight does not fit the map");
+}
+
+at::Tensor layer_norm(const at::Tensor& input, const at::Tensor& weight, const at::Tensor& bias, double eps) {
+  check(input, weight);
+  const Map map(input);
+  const at::Tensor x = input.contiguous(map.format()), w = weight.contiguous(), b = bias.contiguous();
+  at::Tensor y = at::empty(x.sizes(), x.options(), map.format());
+  const float *from = x.const_data_ptr<float>(), *scale = w.const_data_ptr<float>(), *shift = b.const_data_ptr<float>();
+  float* to = y.mutable_data_ptr<float>();
+  at::parallel_for(0, map.units(), map.grain(), [&](int64_t begin, int64_t end) {
+    if (map.channels_last) {
+      normalise_pixels(begin, end, map.channels, from, scale, shift, eps, to);
+    } else {
+      for_strips(map, begin, end, [&](int64_t offset, int64_t pixels) {
+        normalise_strip(map, pixels, from + offset, scale, shift, eps, to + offset);
+      });
+    }
+  });
+  return y;
+}
+
+std::tuple<at::Tensor, at::Tensor, at::Tensor> layer_norm_backward(const at::Tensor& grad, const at::Tensor& input,
+                                                                   const at::Tensor& weight, double eps) {
+  check(input, weight);
+  TORCH_CHECK(grad.sizes() == input.sizes(), "layer_norm_backward: the gradient has not the shape of the map");
+  const Map map(input);
+  const at::Tensor x = input.contiguous(map.format()), gy = grad.contiguous(map.format()), w = weight.contiguous();
+  at::Tensor gx = at::empty(x.sizes(), x.options(), map.format());
+  at::Tensor gw = at::zeros({map.channels}, x.options()), gb = at::zeros({map.channels}, x.options());
+  const float *from = x.const_data_ptr<float>(), *gradient = gy.const_data_ptr<float>();
+  const float* scale = w.const_data_ptr<float>();
+  float* to = gx.mutable_data_ptr<float>();
+  const int64_t units = map.units(), most = at::get_num_threads();
+  const int64_t parts = std::clamp<int64_t>(units / map.grain(), 1, most);
+  std::vector<Sums> sums(parts, Sums(padded(map.channels)));
+  at::parallel_for(0, parts, 1, [&](int64_t first, int64_t last) {
+    for (int64_t part = first; part < last; ++part) {
+      const int64_t begin = units * part / parts, end = units * (part + 1) / parts;
+      if (map.channels_last) {
+        backward_pixels(begin, end, map.channels, gradient, from, scale, eps, to, sums[part]);
+      } else {
+        for_strips(map, begin, end, [&](int64_t offset, int64_t pixels) {
+          backward_strip(map, pixels, gradient + offset, from + offset, scale, eps, to + offset, sums[part]);
+        });
+      }
+      sums[part].flush();
+    }
+  });
+  float *of_weight = gw.mutable_data_ptr<float>(), *of_bias = gb.mutable_data_ptr<float>();
+  for (const Sums& part : sums) {  // in their order, so that the result is the same every time
+    for (int64_t c = 0; c < map.channels; ++c) {
+      of_weight[c] += part.weight_total[c];
+      of_bias[c] += part.bias_total[c];
+    }
+  }
+  return {gx, gw, gb};
+}
+
+}  // namespace
+}  // namespace esc_arch
+
+TORCH_LIBRARY_FRAGMENT(esc_arch, m) {
+  m.def("layer_norm(Tensor x, Tensor weight, Tensor bias, float eps) -> Tensor", {at::Tag::pt2_compliant_tag});
+  m.def("layer_norm_backward(Tensor grad, Tensor x, Tensor weight, float eps) -> (Tensor, Tensor, Tensor)",
+        {at::Tag::pt2_compliant_tag});
+}
+
+TORCH_LIBRARY_IMPL(esc_arch, CPU, m) {
+  m.impl("layer_norm", &esc_arch::layer_norm);
+  m.impl("layer_norm_backward", &esc_arch::layer_norm_backward);
+}

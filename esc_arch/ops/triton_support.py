@@ -1,0 +1,46 @@
+"""What the backends in Triton kernels have in common: where they run, and how they multiply. Does not import triton."""
+
+from __future__ import annotations
+
+import importlib.util
+from functools import cache
+
+import torch
+from torch import Tensor
+
+__all__ = ["DTYPES", "missing", "precision"]
+
+#: What tensor cores multiply.
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+@torch.compiler.assume_constant_result
+def missing(device: str, index: int | None) -> str:
+    """What this machine lacks; empty when nothing. A compiler at work takes the answer as it is.
+
+    Args:
+        device, index: type and number of the device that the inputs are on.
+    """
+    return _missing(device, index)
+
+
+@cache
+def _missing(device: str, index: int | None) -> str:
+    if importlib.util.find_spec("triton") is None:
+        return "triton is not installed"
+    if device == "cpu":
+        import triton
+
+        interpreted = hasattr(triton, "knobs") and triton.knobs.runtime.interpret
+        return "" if interpreted else "it runs on GPUs (on a CPU only in Triton's interpreter, TRITON_INTERPRET=1)"
+    if device != "cuda" or torch.version.hip:
+        return "it runs on GPUs of NVIDIA"
+    major, minor = torch.cuda.get_device_capability(index)
+    return "" if major >= 8 else f"its kernels need a GPU of compute capability 8.0 or newer, not {major}.{minor}"
+
+
+def precision(x: Tensor, tf32: bool) -> str:
+    """How kernels multiply numbers of the type of `x`; `tf32`: float32 may lose all but ten bits of its fraction."""
+    if x.dtype is not torch.float32:
+        return "half" if x.is_cuda else "widened"
+    return "tf32" if tf32 else "ieee"

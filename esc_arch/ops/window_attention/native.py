@@ -1,0 +1,89 @@
+"""Window attention in C++ for the CPU: reads the projection where it lies, padding included, and keeps scores in cache.
+
+Computes in float32; half-precision maps are converted on the way in and out. See `esc_arch.ops.native` for when it
+is compiled.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from esc_arch.ops import native
+
+from .bias import Bias
+
+#: A window's keys, values and gradients are held by each thread: some megabytes here, and no longer in the cache.
+LARGEST_WINDOW = 96
+
+
+def reasons_against(qkv: Tensor, bias: Bias, window: int, heads: int) -> list[str]:
+    """Why the C++ operators cannot take these inputs."""
+    reasons = native.reasons_against()
+    if qkv.device.type != "cpu":
+        reasons.append(f"it runs on cpu, not on {qkv.device.type}")
+    if qkv.dtype not in (torch.float32, torch.bfloat16, torch.float16):
+        reasons.append(f"it takes float32, bfloat16 and float16, not {qkv.dtype}")
+    if window > LARGEST_WINDOW:
+        reasons.append(f"it takes windows up to {LARGEST_WINDOW}, not {window}")
+    if torch.compiler.is_exporting():
+        reasons.append("an operator that this machine compiled cannot be exported")
+    return reasons
+
+
+def forward(qkv: Tensor, bias: Bias, window: int, heads: int) -> Tensor:
+    """The C++ operator; see `window_attention`."""
+    parts = (bias, None) if isinstance(bias, Tensor) else bias
+    first, second = (None if part is None else part.float().contiguous() for part in parts)
+    out, _ = torch.ops.esc_arch.cpu_window_attention(qkv.float(), first, second, window, heads)
+    return out.to(qkv.dtype)
+
+
+@native.when_loaded
+def _register() -> None:
+    torch.library.register_fake("esc_arch::cpu_window_attention", _fake_forward)
+    torch.library.register_fake("esc_arch::cpu_window_attention_backward", _fake_backward)
+    torch.library.register_autograd("esc_arch::cpu_window_attention", _backward, setup_context=_save)
+
+
+def _fake_forward(
+    qkv: Tensor, bias: Tensor, key_factors: Tensor | None, window: int, heads: int
+) -> tuple[Tensor, Tensor]:
+    batch, channels, height, width = qkv.shape
+    windows = batch * -(-height // window) * -(-width // window)
+    return _empty_map(qkv, channels // 3), qkv.new_empty((2, heads, windows, window**2))
+
+
+def _fake_backward(
+    grad: Tensor,
+    qkv: Tensor,
+    bias: Tensor,
+    key_factors: Tensor | None,
+    out: Tensor,
+    statistics: Tensor,
+    window: int,
+    heads: int,
+) -> tuple[Tensor, Tensor, Tensor]:
+    of_keys = qkv.new_empty(0) if key_factors is None else torch.empty_like(key_factors)
+    return _empty_map(qkv, qkv.shape[1]), torch.empty_like(bias), of_keys
+
+
+def _empty_map(qkv: Tensor, channels: int) -> Tensor:
+    """A map in the layout that the operator gives its results."""
+    layout = torch.channels_last if qkv.stride(1) == 1 else torch.contiguous_format
+    return qkv.new_empty((qkv.shape[0], channels, *qkv.shape[2:])).contiguous(memory_format=layout)
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    qkv, bias, key_factors, ctx.window, ctx.heads = inputs
+    ctx.save_for_backward(qkv, bias, key_factors, *output)
+
+
+def _backward(ctx: Any, grad: Tensor, _: Tensor | None) -> tuple[Tensor | None, ...]:
+    qkv, bias, key_factors, out, statistics = ctx.saved_tensors
+    of_qkv, of_bias, of_keys = torch.ops.esc_arch.cpu_window_attention_backward(
+        grad, qkv, bias, key_factors, out, statistics, ctx.window, ctx.heads
+    )
+    return of_qkv, of_bias, None if key_factors is None else of_keys, None, None

@@ -1,0 +1,539 @@
+"""Kernels of the `triton` backend: attention inside windows, straight from the map of q, k and v to the merged map.
+
+Letters: B batch, C channels, H and W of the map, G windows of a picture, h heads, d head dimension, w side of a window,
+N = w^2 tokens, numbered row by row. A tile is a block of tokens by the head dimension, padded to a power of two.
+
+The bias of query (qy, qx) and key (ky, kx) is the table's entry at ky * (2 w - 1) + kx less qy * (2 w - 1) + qx (and a
+constant): a number of the key less a number of the query. Where blocks of keys are whole rows of a window, the address
+of a score's bias is one of its query plus a constant of the code, and scores that are equally far apart share a load:
+for windows of 32 that is under one load and no arithmetic per score, all from a table that the L1 cache holds.
+
+A map is dense, in one of two layouts. Channels last is the faster one: the channels of a pixel are read at once, while
+rows of a NCHW map are read pixel by pixel. Sizes of maps are arguments that nothing is specialised on, so that new
+sizes compile nothing.
+
+This imports triton: import it only where that is known to be there.
+"""
+
+# What Triton compiles are its own types, which annotations cannot say
+# mypy: disallow_untyped_defs=False, check_untyped_defs=False
+
+from __future__ import annotations
+
+import inspect
+
+import triton
+import triton.language as tl
+from triton import Config
+
+from .triton import INTERPRETED
+
+LOG2E = tl.constexpr(1.4426950408889634)
+
+#: The arguments that decide which configuration is the fastest; sizes of maps are not among them.
+_KEY = ["WINDOW", "HEADS", "HEAD_DIM", "CHANNELS_LAST", "PRECISION"]
+_SIZES = ["height", "width"]
+#: Where Triton can (from 3.4 on), the choice is kept on disk beside the compiled kernels.
+_CACHED = {"cache_results": True} if "cache_results" in inspect.signature(triton.autotune).parameters else {}
+
+
+def _config(queries, keys, warps, stages):
+    return Config({"BLOCK_Q": queries, "BLOCK_K": keys}, num_warps=warps, num_stages=stages)
+
+
+def _fitting(configs, named_args, **arguments):
+    """Those whose blocks are not larger than a window needs, and whose tiles the registers can hold."""
+    tokens = max(triton.next_power_of_2(arguments["WINDOW"] ** 2), 16)
+    dim, words = arguments["BLOCK_D"], arguments["PRECISION"] in ("ieee", "tf32")
+    chosen = [
+        config
+        for config in configs
+        if max(config.kwargs["BLOCK_Q"], config.kwargs["BLOCK_K"]) <= max(tokens, 32)
+        and (config.kwargs["BLOCK_Q"] + config.kwargs["BLOCK_K"]) * dim * (1 + words) <= 24576
+    ]
+    return chosen or [min(configs, key=lambda config: config.kwargs["BLOCK_Q"] * config.kwargs["BLOCK_K"])]
+
+
+def _tuned(*configs):
+    if INTERPRETED:  # there is nothing to measure; small blocks, so that small windows have several
+        return triton.autotune([_config(32, 32, 1, 1)], key=[])
+    return triton.autotune(list(configs), key=_KEY, prune_configs_by={"early_config_prune": _fitting}, **_CACHED)
+
+
+@triton.jit
+def _reflected(index, size):
+    """To and fro between 0 and size - 1; see `esc_arch.ops.padding`."""
+    period = tl.maximum(2 * size - 2, 1)
+    index = index % period
+    return tl.minimum(index, period - index)
+
+
+@triton.jit
+def _pixels(token, window, height, width, WINDOW: tl.constexpr):
+    """Where tokens of a window of a picture lie: the pixel's number, of the padding the one that it repeats.
+
+    The third result says which tokens are pixels of the map and not of its padding.
+    """
+    columns = tl.cdiv(width, WINDOW)
+    top = window // columns * WINDOW
+    left = window % columns * WINDOW
+    y = top + token // WINDOW
+    x = left + token % WINDOW
+    inside = (y < height) & (x < width)
+    if top + WINDOW > height:
+        y = _reflected(y, height)
+    if left + WINDOW > width:
+        x = _reflected(x, width)
+    return y * width + x, inside
+
+
+@triton.jit
+def _pointers(
+    map, picture, channel, pixel, area, CHANNELS: tl.constexpr, BLOCK_D: tl.constexpr, CHANNELS_LAST: tl.constexpr
+):
+    """Of a tile in a map of `area` pixels: (tokens, d) where channels are last, else (d, tokens)."""
+    d = tl.arange(0, BLOCK_D)
+    pixel = pixel.to(tl.int64)
+    if CHANNELS_LAST:
+        first = map + picture.to(tl.int64) * area * CHANNELS + channel
+        return first + pixel[:, None] * CHANNELS + d[None, :]
+    else:
+        first = map + (picture.to(tl.int64) * CHANNELS + channel) * area
+        return first + d[:, None].to(tl.int64) * area + pixel[None, :]
+
+
+@triton.jit
+def _mask(wanted, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, CHANNELS_LAST: tl.constexpr):
+    d = tl.arange(0, BLOCK_D) < HEAD_DIM
+    if CHANNELS_LAST:
+        return wanted[:, None] & d[None, :]
+    else:
+        return d[:, None] & wanted[None, :]
+
+
+@triton.jit
+def _load(
+    map,
+    picture,
+    channel,
+    pixel,
+    area,
+    CHANNELS: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    CHANNELS_LAST: tl.constexpr,
+):
+    """A tile (tokens, d); zeros beyond the head dimension."""
+    pointers = _pointers(map, picture, channel, pixel, area, CHANNELS, BLOCK_D, CHANNELS_LAST)
+    if HEAD_DIM == BLOCK_D:
+        tile = tl.load(pointers)
+    else:
+        tile = tl.load(pointers, mask=_mask(pixel >= 0, HEAD_DIM, BLOCK_D, CHANNELS_LAST), other=0.0)
+    if CHANNELS_LAST:
+        return tile
+    else:
+        return tl.trans(tile)
+
+
+@triton.jit
+def _store(
+    map,
+    tile,
+    picture,
+    channel,
+    pixel,
+    wanted,
+    area,
+    CHANNELS: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    CHANNELS_LAST: tl.constexpr,
+):
+    pointers = _pointers(map, picture, channel, pixel, area, CHANNELS, BLOCK_D, CHANNELS_LAST)
+    tile = tile.to(map.dtype.element_ty)
+    if not CHANNELS_LAST:
+        tile = tl.trans(tile)
+    tl.store(pointers, tile, mask=_mask(wanted, HEAD_DIM, BLOCK_D, CHANNELS_LAST))
+
+
+@triton.jit
+def _dot(a, b, PRECISION: tl.constexpr):
+    """a @ b summed in float32."""
+    if PRECISION == "widened":  # the interpreter multiplies the bit patterns of bfloat16
+        return tl.dot(a.to(tl.float32), b.to(tl.float32), input_precision="ieee")
+    elif PRECISION == "half":
+        return tl.dot(a, b)
+    else:
+        return tl.dot(a, b, input_precision=PRECISION)
+
+
+@triton.jit
+def _tokens(start, BLOCK: tl.constexpr, WINDOW: tl.constexpr):
+    """The tokens of a block; in place of those beyond the last one, the last one."""
+    token = start + tl.arange(0, BLOCK)
+    if WINDOW * WINDOW % BLOCK == 0:
+        return token
+    else:
+        return tl.minimum(token, WINDOW * WINDOW - 1)
+
+
+@triton.jit
+def _place(token, WINDOW: tl.constexpr):
+    """The number of a token; the table has the bias of two at the difference of theirs, key less query."""
+    return token // WINDOW * (2 * WINDOW - 1) + token % WINDOW
+
+
+@triton.jit
+def _places(start, BLOCK: tl.constexpr, WINDOW: tl.constexpr):
+    """The places of a block as a number and numbers to add to it.
+
+    Where blocks are whole rows, or rows whole blocks, the latter are the same for all blocks: they become constants in
+    the addresses of the loads, and no instruction is spent on them.
+    """
+    if WINDOW * WINDOW % BLOCK == 0 and (WINDOW % BLOCK == 0 or BLOCK % WINDOW == 0):
+        return _place(start, WINDOW), _place(tl.arange(0, BLOCK), WINDOW)
+    else:
+        return 0, _place(_tokens(start, BLOCK, WINDOW), WINDOW)
+
+
+@triton.jit
+def _bias(pointers, DIRECT: tl.constexpr):
+    """The table's entries for a tile of scores.
+
+    A load has a layout of its own, from which the numbers would pass through shared memory to that of the scores.
+    DIRECT loads them where the scores are: an instruction that is given as such takes the layout of its users.
+    """
+    if DIRECT:
+        return tl.inline_asm_elementwise(
+            "ld.global.nc.f32 $0, [$1];",
+            "=f,l",
+            [pointers.to(tl.int64)],
+            dtype=tl.float32,
+            is_pure=True,
+            pack=1,
+        )
+    else:
+        return tl.load(pointers)
+
+
+@_tuned(
+    _config(128, 64, 4, 3),
+    _config(64, 64, 4, 3),
+    _config(128, 128, 8, 2),
+    _config(32, 32, 4, 2),
+)
+@triton.jit(do_not_specialize=_SIZES)
+def attend(
+    qkv,
+    table,
+    out,
+    lse,
+    height,
+    width,
+    SCALE: tl.constexpr,
+    KEEP_LSE: tl.constexpr,
+    WINDOW: tl.constexpr,
+    HEADS: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    CHANNELS_LAST: tl.constexpr,
+    PRECISION: tl.constexpr,
+    BLOCK_Q: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    DIRECT: tl.constexpr,
+):
+    """out = softmax(q k^T SCALE + bias) v; lse, (B * G, h, N), the base-2 logarithm of the softmax's denominator.
+
+    A program is a block of queries of a head of a window.
+    """
+    TOKENS: tl.constexpr = WINDOW * WINDOW
+    CHANNELS: tl.constexpr = HEADS * HEAD_DIM
+    blocks = tl.cdiv(TOKENS, BLOCK_Q)
+    program = tl.program_id(0)
+    block = program % blocks
+    head = program // blocks % HEADS
+    window = program // blocks // HEADS
+    windows = tl.cdiv(height, WINDOW) * tl.cdiv(width, WINDOW)
+    picture = window // windows
+    area = height.to(tl.int64) * width
+    table += head * (2 * WINDOW - 1) * (2 * WINDOW - 1)
+    channel = head * HEAD_DIM
+
+    row = block * BLOCK_Q + tl.arange(0, BLOCK_Q)
+    query = _tokens(block * BLOCK_Q, BLOCK_Q, WINDOW)
+    q_pixel, inside = _pixels(query, window % windows, height, width, WINDOW)
+    wanted = inside & (row < TOKENS)
+    q = _load(qkv, picture, channel, q_pixel, area, 3 * CHANNELS, HEAD_DIM, BLOCK_D, CHANNELS_LAST)
+    rows = table + 2 * WINDOW * (WINDOW - 1) - _place(query, WINDOW)
+
+    largest = tl.full([BLOCK_Q], float("-inf"), tl.float32)
+    total = tl.zeros([BLOCK_Q], tl.float32)
+    acc = tl.zeros([BLOCK_Q, BLOCK_D], tl.float32)
+    for start in range(0, TOKENS, BLOCK_K):
+        column = start + tl.arange(0, BLOCK_K)
+        key = _tokens(start, BLOCK_K, WINDOW)
+        k_pixel = _pixels(key, window % windows, height, width, WINDOW)[0]
+        k = _load(qkv, picture, CHANNELS + channel, k_pixel, area, 3 * CHANNELS, HEAD_DIM, BLOCK_D, CHANNELS_LAST)
+        first, others = _places(start, BLOCK_K, WINDOW)
+        bias = _bias((rows + first)[:, None] + others[None, :], DIRECT)
+        scores = _dot(q, tl.trans(k), PRECISION) * SCALE + bias
+        if TOKENS % BLOCK_K != 0:
+            scores = tl.where(column[None, :] < TOKENS, scores, float("-inf"))
+        larger = tl.maximum(largest, tl.max(scores, 1))
+        weights = tl.exp2(scores * LOG2E - (larger * LOG2E)[:, None])
+        shrink = tl.exp2((largest - larger) * LOG2E)
+        total = total * shrink + tl.sum(weights, 1)
+        largest = larger
+        v = _load(qkv, picture, 2 * CHANNELS + channel, k_pixel, area, 3 * CHANNELS, HEAD_DIM, BLOCK_D, CHANNELS_LAST)
+        acc = acc * shrink[:, None] + _dot(weights.to(v.dtype), v, PRECISION)
+
+    acc = acc / total[:, None]
+    _store(out, acc, picture, channel, q_pixel, wanted, area, CHANNELS, HEAD_DIM, BLOCK_D, CHANNELS_LAST)
+    if KEEP_LSE:
+        pointers = lse + (window.to(tl.int64) * HEADS + head) * TOKENS + row
+        # In the padding infinity: the weights of its queries, which nobody asked for, are then 0 in every gradient
+        log_sum = tl.where(inside, largest * LOG2E + tl.log2(total), float("inf"))
+        tl.store(pointers, log_sum, mask=row < TOKENS)
+
+
+@_tuned(
+    _config(64, 64, 4, 3),
+    _config(128, 64, 4, 2),
+    _config(32, 32, 4, 2),
+)
+@triton.jit(do_not_specialize=_SIZES)
+def differentiate_queries(
+    qkv,
+    table,
+    out,
+    d_out,
+    lse,
+    products,
+    d_qkv,
+    height,
+    width,
+    SCALE: tl.constexpr,
+    WINDOW: tl.constexpr,
+    HEADS: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    CHANNELS_LAST: tl.constexpr,
+    PRECISION: tl.constexpr,
+    BLOCK_Q: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    DIRECT: tl.constexpr,
+):
+    """The gradient of q, into d_qkv, and products = sum over d of out * d_out, (B * G, h, N), that the others need.
+
+    A program is a block of queries of a head of a window. The padding has no queries, so that nothing is added up.
+    """
+    TOKENS: tl.constexpr = WINDOW * WINDOW
+    CHANNELS: tl.constexpr = HEADS * HEAD_DIM
+    blocks = tl.cdiv(TOKENS, BLOCK_Q)
+    program = tl.program_id(0)
+    block = program % blocks
+    head = program // blocks % HEADS
+    window = program // blocks // HEADS
+    windows = tl.cdiv(height, WINDOW) * tl.cdiv(width, WINDOW)
+    picture = window // windows
+    area = height.to(tl.int64) * width
+    table += head * (2 * WINDOW - 1) * (2 * WINDOW - 1)
+    channel = head * HEAD_DIM
+
+    row = block * BLOCK_Q + tl.arange(0, BLOCK_Q)
+    query = _tokens(block * BLOCK_Q, BLOCK_Q, WINDOW)
+    q_pixel, inside = _pixels(query, window % windows, height, width, WINDOW)
+    wanted = inside & (row < TOKENS)
+    q = _load(qkv, picture, channel, q_pixel, area, 3 * CHANNELS, HEAD_DIM, BLOCK_D, CHANNELS_LAST)
+    do = _load(d_out, picture, channel, q_pixel, area, CHANNELS, HEAD_DIM, BLOCK_D, CHANNELS_LAST)
+    o = _load(out, picture, channel, q_pixel, area, CHANNELS, HEAD_DIM, BLOCK_D, CHANNELS_LAST)
+    product = tl.sum(o.to(tl.float32) * do.to(tl.float32), 1)
+    statistics = (window.to(tl.int64) * HEADS + head) * TOKENS + query
+    tl.store(products + statistics, product, mask=row < TOKENS)
+    log_sum = tl.load(lse + statistics)
+    rows = table + 2 * WINDOW * (WINDOW - 1) - _place(query, WINDOW)
+
+    acc = tl.zeros([BLOCK_Q, BLOCK_D], tl.float32)
+    for start in range(0, TOKENS, BLOCK_K):
+        column = start + tl.arange(0, BLOCK_K)
+        key = _tokens(start, BLOCK_K, WINDOW)
+        k_pixel = _pixels(key, window % windows, height, width, WINDOW)[0]
+        k = _load(qkv, picture, CHANNELS + channel, k_pixel, area, 3 * CHANNELS, HEAD_DIM, BLOCK_D, CHANNELS_LAST)
+        v = _load(qkv, picture, 2 * CHANNELS + channel, k_pixel, area, 3 * CHANNELS, HEAD_DIM, BLOCK_D, CHANNELS_LAST)
+        first, others = _places(start, BLOCK_K, WINDOW)
+        bias = _bias((rows + first)[:, None] + others[None, :], DIRECT)
+        scores = _dot(q, tl.trans(k), PRECISION) * SCALE + bias
+        weights = tl.exp2(scores * LOG2E - log_sum[:, None])
+        if TOKENS % BLOCK_K != 0:
+            weights = tl.where(column[None, :] < TOKENS, weights, 0.0)
+        d_scores = weights * (_dot(do, tl.trans(v), PRECISION) - product[:, None])
+        acc += _dot(d_scores.to(k.dtype), k, PRECISION)
+    _store(d_qkv, acc * SCALE, picture, channel, q_pixel, wanted, area, 3 * CHANNELS, HEAD_DIM, BLOCK_D, CHANNELS_LAST)
+
+
+@_tuned(
+    _config(64, 64, 4, 3),
+    _config(64, 128, 4, 2),
+    _config(32, 32, 4, 2),
+)
+@triton.jit(do_not_specialize=[*_SIZES, "target_height", "target_width"])
+def differentiate_keys(
+    qkv,
+    table,
+    d_out,
+    lse,
+    products,
+    target,
+    height,
+    width,
+    target_height,
+    target_width,
+    SCALE: tl.constexpr,
+    PADDED: tl.constexpr,
+    WINDOW: tl.constexpr,
+    HEADS: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    CHANNELS_LAST: tl.constexpr,
+    PRECISION: tl.constexpr,
+    BLOCK_Q: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    DIRECT: tl.constexpr,
+):
+    """The gradients of k and v.
+
+    A program is a block of keys of a head of a window. The target is d_qkv where the map consists of whole windows;
+    else (PADDED) a padded map of k and v, (B, 2C, target_height, target_width), that is to be folded back.
+    """
+    TOKENS: tl.constexpr = WINDOW * WINDOW
+    CHANNELS: tl.constexpr = HEADS * HEAD_DIM
+    TARGET_CHANNELS: tl.constexpr = (2 if PADDED else 3) * CHANNELS
+    blocks = tl.cdiv(TOKENS, BLOCK_K)
+    program = tl.program_id(0)
+    block = program % blocks
+    head = program // blocks % HEADS
+    window = program // blocks // HEADS
+    windows = tl.cdiv(height, WINDOW) * tl.cdiv(width, WINDOW)
+    picture = window // windows
+    area = height.to(tl.int64) * width
+    table += head * (2 * WINDOW - 1) * (2 * WINDOW - 1)
+    channel = head * HEAD_DIM
+
+    column = block * BLOCK_K + tl.arange(0, BLOCK_K)
+    key = _tokens(block * BLOCK_K, BLOCK_K, WINDOW)
+    there = column < TOKENS
+    k_pixel = _pixels(key, window % windows, height, width, WINDOW)[0]
+    k = _load(qkv, picture, CHANNELS + channel, k_pixel, area, 3 * CHANNELS, HEAD_DIM, BLOCK_D, CHANNELS_LAST)
+    v = _load(qkv, picture, 2 * CHANNELS + channel, k_pixel, area, 3 * CHANNELS, HEAD_DIM, BLOCK_D, CHANNELS_LAST)
+    rows = table + 2 * WINDOW * (WINDOW - 1) + _place(key, WINDOW)
+    statistics = (window.to(tl.int64) * HEADS + head) * TOKENS
+
+    dk = tl.zeros([BLOCK_K, BLOCK_D], tl.float32)
+    dv = tl.zeros([BLOCK_K, BLOCK_D], tl.float32)
+    for start in range(0, TOKENS, BLOCK_Q):
+        row = start + tl.arange(0, BLOCK_Q)
+        query = _tokens(start, BLOCK_Q, WINDOW)
+        q_pixel = _pixels(query, window % windows, height, width, WINDOW)[0]
+        q = _load(qkv, picture, channel, q_pixel, area, 3 * CHANNELS, HEAD_DIM, BLOCK_D, CHANNELS_LAST)
+        do = _load(d_out, picture, channel, q_pixel, area, CHANNELS, HEAD_DIM, BLOCK_D, CHANNELS_LAST)
+        log_sum = tl.load(lse + statistics + query)
+        product = tl.load(products + statistics + query)
+        first, others = _places(start, BLOCK_Q, WINDOW)
+        bias = _bias((rows - first)[:, None] - others[None, :], DIRECT)
+        scores = _dot(k, tl.trans(q), PRECISION) * SCALE + bias
+        weights = tl.exp2(scores * LOG2E - log_sum[None, :])
+        if TOKENS % BLOCK_Q != 0:
+            weights = tl.where(row[None, :] < TOKENS, weights, 0.0)
+        dv += _dot(weights.to(do.dtype), do, PRECISION)
+        d_scores = weights * (_dot(v, tl.trans(do), PRECISION) - product[None, :])
+        dk += _dot(d_scores.to(q.dtype), q, PRECISION)
+
+    columns = tl.cdiv(width, WINDOW)
+    y = window % windows // columns * WINDOW + key // WINDOW
+    x = window % windows % columns * WINDOW + key % WINDOW
+    pixel = y * target_width + x
+    area = target_height.to(tl.int64) * target_width
+    first = channel + (0 if PADDED else CHANNELS)
+    _store(target, dk * SCALE, picture, first, pixel, there, area, TARGET_CHANNELS, HEAD_DIM, BLOCK_D, CHANNELS_LAST)
+    _store(target, dv, picture, first + CHANNELS, pixel, there, area, TARGET_CHANNELS, HEAD_DIM, BLOCK_D, CHANNELS_LAST)
+
+
+@triton.jit(do_not_specialize=[*_SIZES, "batch", "share"])
+def differentiate_table(
+    qkv,
+    table,
+    d_out,
+    lse,
+    products,
+    sums,
+    batch,
+    height,
+    width,
+    share,
+    SCALE: tl.constexpr,
+    WINDOW: tl.constexpr,
+    HEADS: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    CHANNELS_LAST: tl.constexpr,
+    PRECISION: tl.constexpr,
+    BLOCK: tl.constexpr,
+    DIRECT: tl.constexpr,
+):
+    """The gradient of the scores, summed over all rows of queries and keys that are equally far apart.
+
+    sums is (shares of the windows, h, 2 w - 1 distances of rows, w queries of a row, w keys of a row); its diagonals
+    are what is left to sum. A program takes the rows of keys `near` rows below those of queries, and then those that
+    are w - near above: together w pairs of rows in a window whatever `near` is, and all of either with the same biases.
+    """
+    CHANNELS: tl.constexpr = HEADS * HEAD_DIM
+    SIDE: tl.constexpr = 2 * WINDOW - 1
+    blocks: tl.constexpr = (WINDOW + BLOCK - 1) // BLOCK
+    program = tl.program_id(0)
+    q_block = program % blocks
+    k_block = program // blocks % blocks
+    near = program // (blocks * blocks) % WINDOW
+    head = program // (blocks * blocks * WINDOW)
+    chunk = tl.program_id(1)
+    windows = tl.cdiv(height, WINDOW) * tl.cdiv(width, WINDOW)
+    area = height.to(tl.int64) * width
+    table += head * SIDE * SIDE
+    channel = head * HEAD_DIM
+
+    q_column = q_block * BLOCK + tl.arange(0, BLOCK)
+    k_column = k_block * BLOCK + tl.arange(0, BLOCK)
+    qx = tl.minimum(q_column, WINDOW - 1)
+    kx = tl.minimum(k_column, WINDOW - 1)
+    for side in tl.static_range(2):
+        distance = near - side * WINDOW
+        first_row = side * (WINDOW - near)
+        last_row = side * WINDOW + (1 - side) * (WINDOW - near)
+        # (No keys are w rows above; there are no rows either, and what is read here is not used)
+        place = tl.maximum(distance + WINDOW - 1, 0) * SIDE + WINDOW - 1
+        bias = _bias((table + place - qx)[:, None] + kx[None, :], DIRECT)
+        acc = tl.zeros([BLOCK, BLOCK], tl.float32)
+        for window in range(chunk * share, tl.minimum((chunk + 1) * share, batch * windows)):
+            picture = window // windows
+            statistics = (head.to(tl.int64) + window * HEADS) * (WINDOW * WINDOW)
+            for qy in range(first_row, last_row):
+                query = qy * WINDOW + qx
+                key = (qy + distance) * WINDOW + kx
+                q_pixel = _pixels(query, window % windows, height, width, WINDOW)[0]
+                k_pixel = _pixels(key, window % windows, height, width, WINDOW)[0]
+                q = _load(qkv, picture, channel, q_pixel, area, 3 * CHANNELS, HEAD_DIM, BLOCK_D, CHANNELS_LAST)
+                do = _load(d_out, picture, channel, q_pixel, area, CHANNELS, HEAD_DIM, BLOCK_D, CHANNELS_LAST)
+                k = _load(
+                    qkv, picture, CHANNELS + channel, k_pixel, area, 3 * CHANNELS, HEAD_DIM, BLOCK_D, CHANNELS_LAST
+                )
+                v = _load(
+                    qkv, picture, 2 * CHANNELS + channel, k_pixel, area, 3 * CHANNELS, HEAD_DIM, BLOCK_D, CHANNELS_LAST
+                )
+                log_sum = tl.load(lse + statistics + query)
+                product = tl.load(products + statistics + query)
+                scores = _dot(q, tl.trans(k), PRECISION) * SCALE + bias
+                weights = tl.exp2(scores * LOG2E - log_sum[:, None])
+                acc += weights * (_dot(do, tl.trans(v), PRECISION) - product[:, None])
+        if distance > -WINDOW:
+            row = (chunk.to(tl.int64) * HEADS + head) * SIDE + distance + WINDOW - 1
+            pointers = sums + row * WINDOW * WINDOW + q_column[:, None] * WINDOW + k_column[None, :]
+            tl.store(pointers, acc, mask=(q_column < WINDOW)[:, None] & (k_column < WINDOW)[None, :])

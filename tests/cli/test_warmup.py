@@ -1,0 +1,122 @@
+"""`basicsr warmup`: what it makes ready, what it says, and its exit status."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from esc_arch.cli import main, warmup
+
+
+@pytest.fixture
+def building(monkeypatch: pytest.MonkeyPatch) -> Callable[[Callable[[], float]], None]:
+    """Replaces what builds the C++ operators, which may be long built or never be here."""
+
+    def replace(build: Callable[[], float]) -> None:
+        monkeypatch.setattr(warmup.native, "ready", lambda: False)
+        monkeypatch.setattr(warmup.native, "build", build)
+        monkeypatch.setattr(warmup, "_library", lambda: Path("/cache/native-1/operators.so"))
+
+    replace(lambda: 31.4)
+    return replace
+
+
+def raising(cause: Exception | None) -> Callable[[], float]:
+    def build() -> float:
+        raise RuntimeError("The C++ operators cannot be built: the reason.") from cause
+
+    return build
+
+
+@pytest.mark.usefixtures("building")
+def test_base_networks_without_an_option_file(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["warmup", "--size", "5x7", "--device", "cpu"]) == 0
+    out = capsys.readouterr().out
+    assert "C++ operators: ready after 31.4 s, kept in /cache/native-1\n" in out
+    for scale in (2, 3, 4):
+        assert f"ESC x{scale} on cpu: ready. The first image took " in out
+    assert "by attn_type: auto" in out
+    assert "not triton: it runs on GPUs" in out
+
+
+@pytest.mark.parametrize(("cause", "status"), [(None, 0), (OSError("the disk is full"), 1)])
+def test_operators_that_cannot_be_built(
+    building: Callable[..., None], run_basicsr: Any, train_options: Any, cause: Exception | None, status: int
+) -> None:
+    building(raising(cause))
+    run = run_basicsr("warmup", train_options, "--size", "8x8", "--device", "cpu")
+    assert run.status == status
+    assert "The C++ operators cannot be built: the reason." in run.out
+    assert "CPUs use PyTorch's own operators in their place" in run.out
+    assert "trial.yml on cpu: ready" in run.out
+
+
+@pytest.mark.usefixtures("building")
+def test_a_network_to_train_runs_backward_in_its_precision(
+    run_basicsr: Any, train_options: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    train_options["train"] |= {"amp": "bf16", "channels_last": True, "compile": True}
+    made: list[nn.Module] = []
+    original = warmup.build_network
+    monkeypatch.setattr(warmup, "build_network", lambda section: made.append(original(section)) or made[0])
+    run = run_basicsr("warmup", train_options, "--size", "8x8", "--device", "cpu")
+    assert run.status == 0, run.err
+    assert "trial.yml on cpu: ready. The first forward and backward pass took " in run.out
+    assert "window attention (bfloat16): " in run.out
+    assert "not flex: PyTorch's flex attention has no backward pass on the CPU" in run.out
+    assert made[0].proj.weight.grad.abs().sum() > 0
+    assert made[0].blocks[0].attn.to_qkv.weight.is_contiguous(memory_format=torch.channels_last)
+
+
+@pytest.mark.usefixtures("building")
+def test_a_network_to_test_has_no_backward_pass(run_basicsr: Any, test_options: Any) -> None:
+    test_options["network_g"]["attn_type"] = "naive"
+    run = run_basicsr("warmup", test_options, "--size", "8x8", "--device", "cpu")
+    assert run.status == 0
+    assert "The first image took " in run.out
+    assert "window attention (float32): naive, by attn_type: naive" in run.out
+
+
+@pytest.mark.usefixtures("building")
+def test_a_backend_asked_for_by_name_that_cannot_run(run_basicsr: Any, train_options: Any) -> None:
+    train_options["network_g"]["attn_type"] = "Flex"
+    run = run_basicsr("warmup", train_options, "--size", "8x8", "--device", "cpu")
+    assert run.status == 2
+    assert "trial.yml: attn_type flex cannot run here. flex: PyTorch's flex attention has no backward" in run.err
+
+
+@pytest.mark.usefixtures("building")
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"network_g": None}, "trial.yml: network_g has no type. Name the network to make ready there."),
+        ({"network_g": {"type": "ESC", "dim": 7}}, "trial.yml: network_g: .*must divide dim = 7"),
+        ({"network_g": {"type": "ESX"}}, "trial.yml: network_g: .*ESX"),
+        ({"train": {"amp": "fp8"}}, "trial.yml: train:amp: 'fp8' given; must be bf16 or fp16"),
+    ],
+)
+def test_option_files_that_cannot_be_used(
+    run_basicsr: Any, train_options: Any, change: dict[str, Any], message: str
+) -> None:
+    run = run_basicsr("warmup", train_options | change, "--device", "cpu")
+    assert run.status == 2
+    assert re.search(message, run.err)
+
+
+@pytest.mark.parametrize("size", ["64", "0x8", "axb", "8x8x8"])
+def test_a_size_that_is_none(capsys: pytest.CaptureFixture[str], size: str) -> None:
+    assert main(["warmup", "--size", size]) == 2
+    message = f"basicsr warmup: --size {size}: give rows and columns of the LR image, such as 128x128."
+    assert message in capsys.readouterr().err
+
+
+def test_a_gpu_that_is_not_there(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert main(["warmup", "--device", "cuda"]) == 2
+    assert "--device cuda: PyTorch finds no GPU here. Use --device cpu, or auto." in capsys.readouterr().err

@@ -1,0 +1,119 @@
+"""ConvFFN: the formula pixel by pixel, the choice of a backend, and errors."""
+
+from __future__ import annotations
+
+import math
+from types import SimpleNamespace
+
+import pytest
+import torch
+from networks import max_error, normal
+from torch import Tensor
+
+from esc_arch.modules import ConvFFN
+from esc_arch.ops import backends
+from esc_arch.ops.conv_ffn import api, conv_ffn
+
+
+def arguments(*size: int, hidden: int = 6, dtype: torch.dtype = torch.float32) -> tuple[Tensor, ...]:
+    """A map of `size` and parameters that keep every step's numbers near 1."""
+    channels = size[1]
+    return (
+        normal(*size, seed=1, dtype=dtype),
+        normal(hidden, channels, 1, 1, seed=2, dtype=dtype) * 1.5 * channels**-0.5,
+        0.3 * normal(hidden, seed=3, dtype=dtype),
+        0.5 * normal(hidden, 1, 3, 3, seed=4, dtype=dtype),
+        0.3 * normal(hidden, seed=5, dtype=dtype),
+        normal(channels, hidden, 1, 1, seed=6, dtype=dtype) * hidden**-0.5,
+        0.3 * normal(channels, seed=7, dtype=dtype),
+    )
+
+
+def gelu(x: Tensor) -> Tensor:
+    return 0.5 * x * (1 + torch.erf(x / math.sqrt(2)))
+
+
+def by_pixels(x: Tensor, *parameters: Tensor) -> Tensor:
+    """The formula, a pixel at a time."""
+    expand, expand_bias, taps, taps_bias, reduce, reduce_bias = (parameter.squeeze() for parameter in parameters)
+    batch, _, height, width = x.shape
+    out = torch.empty_like(x)
+    for b in range(batch):
+        hidden = {
+            (row, column): gelu(expand @ x[b, :, row, column] + expand_bias)
+            for row in range(height)
+            for column in range(width)
+        }
+        for (row, column), centre in hidden.items():
+            around = sum(
+                taps[:, i, j] * hidden[row + i - 1, column + j - 1]
+                for i in range(3)
+                for j in range(3)
+                if (row + i - 1, column + j - 1) in hidden
+            )
+            out[b, :, row, column] = reduce @ (gelu(around + taps_bias) + centre) + reduce_bias
+    return out
+
+
+@pytest.mark.parametrize("size", [(1, 4, 1, 1), (2, 3, 4, 5)])
+def test_reference_is_the_formula(size: tuple[int, ...]) -> None:
+    values = arguments(*size, dtype=torch.float64)
+    assert max_error(conv_ffn(*values, backend="reference"), by_pixels(*values)) < 1e-13
+
+
+def test_the_layer_hands_over_its_parameters() -> None:
+    values = arguments(1, 8, 4, 5, hidden=10, dtype=torch.float64)
+    layer = ConvFFN(8, 1.25).double()
+    with torch.no_grad():
+        for parameter, value in zip(layer.parameters(), values[1:], strict=True):
+            parameter.copy_(value)
+    assert max_error(layer(values[0]), by_pixels(*values)) < 1e-13
+
+
+def test_auto_takes_the_first_backend_that_can(monkeypatch: pytest.MonkeyPatch) -> None:
+    def backend(answer: float, *reasons: str) -> SimpleNamespace:
+        return SimpleNamespace(reasons_against=lambda *_: list(reasons), forward=lambda *_: torch.tensor(answer))
+
+    monkeypatch.setattr(api, "BACKENDS", {"cpp": backend(1), "reference": backend(2)})
+    assert conv_ffn(*arguments(1, 4, 2, 2)) == 1
+    monkeypatch.setitem(api.BACKENDS, "cpp", backend(1, "too new"))
+    assert conv_ffn(*arguments(1, 4, 2, 2)) == 2
+    monkeypatch.setitem(api.BACKENDS, "reference", backend(2, "too old", "too slow"))
+    with pytest.raises(RuntimeError, match=r"cpp: too new\. reference: too old; too slow\. Use"):
+        conv_ffn(*arguments(1, 4, 2, 2))
+
+
+def test_unknown_backend() -> None:
+    with pytest.raises(ValueError, match=r"'fast' is not known; allowed: auto, reference, cpp\."):
+        conv_ffn(*arguments(1, 4, 2, 2), backend="fast")
+
+
+def test_a_map_has_four_dimensions() -> None:
+    x, *parameters = arguments(1, 4, 2, 2)
+    with pytest.raises(ValueError, match=r"x has shape \(4, 2, 2\); it must be \(B, C, H, W\)"):
+        conv_ffn(x[0], *parameters)
+
+
+def test_shapes_that_do_not_fit_are_listed() -> None:
+    values = list(arguments(1, 4, 2, 2))
+    values[2], values[5] = values[2][:5], values[5][:3]
+    with pytest.raises(
+        ValueError,
+        match=r"for 4 channels and 6 hidden ones .*: proj_bias \(5,\), which must be \(6,\); "
+        r"aggr_weight \(3, 6, 1, 1\), which must be \(4, 6, 1, 1\)\.",
+    ):
+        conv_ffn(*values)
+
+
+def test_cpp_by_name_says_why_not(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(backends, "build_by_name", lambda: None)
+    with pytest.raises(RuntimeError, match=r"it runs on cpu, not on meta; it takes float32, not torch\.float64\."):
+        conv_ffn(*(value.double().to("meta") for value in arguments(1, 4, 2, 2)), backend="cpp")
+    with (
+        torch.autocast("cpu", dtype=torch.bfloat16),
+        pytest.raises(RuntimeError, match="autocast asks for half precision, and it computes in float32"),
+    ):
+        conv_ffn(*arguments(1, 4, 2, 2), backend="cpp")
+    monkeypatch.setattr(torch.compiler, "is_exporting", lambda: True)
+    with pytest.raises(RuntimeError, match="an exported network keeps the plain formula"):
+        conv_ffn(*arguments(1, 4, 2, 2), backend="cpp")

@@ -1,0 +1,251 @@
+"""Compiling C++ operators: what is built when, what is kept, and what is said when it does not work.
+
+A few tiny sources stand in for the operators: they need no header of PyTorch and compile in a moment.
+"""
+
+from __future__ import annotations
+
+import logging
+import platform
+import shutil
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+import torch
+
+from esc_arch.ops import native
+from esc_arch.ops.native import building
+
+needs_compiler = pytest.mark.skipif(
+    shutil.which("g++") is None and shutil.which("clang++") is None, reason="needs g++ or clang++"
+)
+
+NOT_BUILT = ["the C++ operators are not built yet"]
+
+
+@pytest.fixture(autouse=True)
+def new_process(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[[], None]:
+    """Tiny sources and an empty cache; the function makes this process forget what it knows."""
+    csrc = tmp_path / "csrc"
+    csrc.mkdir()
+    (csrc / "common.h").write_text("constexpr int answer = 42;\n")
+    for name in ("one", "two"):
+        (csrc / f"{name}.cpp").write_text(f'#include "common.h"\nextern "C" int {name}() {{ return answer; }}\n')
+    monkeypatch.setattr(building, "CSRC", csrc)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    for variable in ("ESC_ARCH_NATIVE", "ESC_ARCH_NATIVE_SOURCES", "CXX"):
+        monkeypatch.delenv(variable, raising=False)
+    monkeypatch.setattr(native._State, "registrations", [])
+
+    def forget() -> None:
+        monkeypatch.setattr(native._State, "ready", None)
+        monkeypatch.setattr(native._State, "failure", None)
+
+    forget()
+    return forget
+
+
+@pytest.fixture
+def csrc() -> Path:
+    return building.CSRC
+
+
+def wanted() -> building.Recipe:
+    compiler = building.find_compiler()
+    assert compiler is not None
+    return building.recipe(compiler)
+
+
+@needs_compiler
+def test_built_once_and_found_again(new_process: Callable[[], None]) -> None:
+    assert native.reasons_against() == NOT_BUILT
+    assert not native.ready()
+    assert native.build() > 0
+    assert native.ready()
+    assert native.reasons_against() == []
+    new_process()
+    assert native.ready()
+    _, commands = building.compile_library(wanted())
+    assert commands == []
+
+
+@needs_compiler
+def test_only_what_changed_is_compiled_again(csrc: Path) -> None:
+    first, commands = building.compile_library(wanted())
+    assert len(commands) == 3  # two files and the link
+    (csrc / "one.cpp").write_text('extern "C" int one() { return 1; }\n')
+    second, commands = building.compile_library(wanted())
+    assert first != second
+    assert [Path(command.split()[-1]).name for command in commands[:-1]] == ["one.cpp"]
+    assert first.exists()  # for those who run the older version
+    assert len(list((first.parent.parent / "objects").glob("*.o"))) == 2
+    (csrc / "common.h").write_text("constexpr int answer = 43;\n")
+    _, commands = building.compile_library(wanted())
+    assert len(commands) == 3
+
+
+@needs_compiler
+@pytest.mark.parametrize("damage", ["cut", "changed", "gone", "no note"])
+def test_a_damaged_library_is_built_again(new_process: Callable[[], None], damage: str) -> None:
+    native.build()
+    library = building.built_library(wanted())
+    assert library is not None
+    content = library.read_bytes()
+    library.unlink()  # (this process has it loaded: its file must not change under it)
+    if damage == "cut":
+        library.write_bytes(content[: len(content) // 2])
+    elif damage == "changed":
+        library.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+    elif damage == "no note":
+        library.write_bytes(content)
+        library.with_suffix(".sha256").unlink()
+    new_process()
+    assert native.reasons_against() == NOT_BUILT
+    native.build()
+    assert native.ready()
+    assert building.built_library(wanted()) == library
+
+
+@needs_compiler
+def test_several_at_once_build_once() -> None:
+    recipe = wanted()
+    with ThreadPoolExecutor(4) as pool:
+        made = list(pool.map(lambda _: building.compile_library(recipe), range(4)))
+    assert len({library for library, _ in made}) == 1
+    assert sorted(len(commands) for _, commands in made) == [0, 0, 0, 3]
+
+
+@needs_compiler
+def test_the_library_depends_on_cpu_compiler_and_torch(monkeypatch: pytest.MonkeyPatch) -> None:
+    keys = {wanted().key}
+    monkeypatch.setattr(building, "_cpu", lambda: "flags: another")
+    keys.add(wanted().key)
+    monkeypatch.setattr(building, "_version_of", lambda _: "another")
+    keys.add(wanted().key)
+    monkeypatch.setattr(torch, "__version__", "another")
+    keys.add(wanted().key)
+    capabilities = {"AVX2": "-mno-avx512f", "AVX512": "-mprefer-vector-width=512", "other": "-DCPU_CAPABILITY_DEFAULT"}
+    for capability, flag in capabilities.items():
+        monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda capability=capability: capability)
+        assert flag in wanted().flags
+        keys.add(wanted().key)
+    assert len(keys) >= 6  # one of the three is this machine's
+
+
+@needs_compiler
+def test_what_the_compiler_says_is_passed_on(
+    csrc: Path, new_process: Callable[[], None], caplog: pytest.LogCaptureFixture
+) -> None:
+    (csrc / "two.cpp").write_text('extern "C" int two() { return nothing; }\n')
+    with pytest.raises(RuntimeError, match=r"The C\+\+ operators cannot be built: .*two\.cpp:1:.*error.*nothing"):
+        native.build()
+    (reason,) = native.reasons_against()
+    assert reason.startswith("compiling the C++ operators failed: ")
+    assert "nothing" in reason
+    assert not native.ready()
+    assert not list(csrc.parent.glob("cache/esc_arch/native-*/operators.so"))
+    native.build_by_name()
+    assert not caplog.records  # it is not tried again for every layer
+    (csrc / "two.cpp").write_text('extern "C" int two() { return 2; }\n')
+    new_process()
+    native.build()
+    assert native.ready()
+
+
+@needs_compiler
+def test_by_name_it_is_built_and_said(caplog: pytest.LogCaptureFixture) -> None:
+    native.build_by_name()
+    assert native.ready()
+    text = [record.getMessage() for record in caplog.records]
+    assert text[0] == "Compiling the C++ operators for this machine: about a minute, once."
+    assert text[1].startswith("The C++ operators are compiled; it took ")
+    native.build_by_name()
+    assert len(caplog.records) == 2
+
+
+@needs_compiler
+def test_by_name_a_failure_is_said(csrc: Path, caplog: pytest.LogCaptureFixture) -> None:
+    (csrc / "one.cpp").write_text("nonsense\n")
+    native.build_by_name()
+    assert not native.ready()
+    assert "The C++ operators cannot be built: " in caplog.records[-1].getMessage()
+
+
+@needs_compiler
+def test_verbose_logs_the_commands(caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.INFO):
+        native.build(verbose=True)
+    assert sum("-O3" in record.getMessage() for record in caplog.records) == 2
+
+
+@needs_compiler
+def test_registrations_run_when_the_operators_are_there() -> None:
+    calls = []
+    native.when_loaded(lambda: calls.append("before"))
+    assert calls == []
+    native.build()
+    native.when_loaded(lambda: calls.append("after"))
+    assert calls == ["before", "after"]
+
+
+@needs_compiler
+def test_a_library_that_does_not_load(new_process: Callable[[], None], monkeypatch: pytest.MonkeyPatch) -> None:
+    native.build()
+
+    def fail(_: str) -> None:
+        raise OSError("undefined symbol: x")
+
+    monkeypatch.setattr(torch.ops, "load_library", fail)
+    new_process()
+    assert native.reasons_against() == ["compiling the C++ operators failed: undefined symbol: x"]
+
+
+@needs_compiler
+def test_some_of_the_sources(monkeypatch: pytest.MonkeyPatch) -> None:
+    everything = wanted()
+    monkeypatch.setenv("ESC_ARCH_NATIVE_SOURCES", "two.cpp")
+    assert [source.name for source in wanted().sources] == ["two.cpp"]
+    assert wanted().key != everything.key
+    monkeypatch.setenv("ESC_ARCH_NATIVE_SOURCES", "two.cpp,three.cpp")
+    with pytest.raises(RuntimeError, match=r"NATIVE_SOURCES names three\.cpp; there are one\.cpp, two\.cpp"):
+        wanted()
+
+
+def test_no_compiler(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))
+    message = "compiling the C++ operators needs g++ or clang++ on the PATH, or CXX naming a compiler"
+    assert native.reasons_against() == [message]
+    with pytest.raises(RuntimeError, match=r"The C\+\+ operators cannot be built: compiling .* needs g\+\+ or clang"):
+        native.build()
+    native.build_by_name()
+    assert not native.ready()
+
+
+def test_switched_off_and_unknown_machine(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ESC_ARCH_NATIVE", "0")
+    assert "the C++ operators are switched off by ESC_ARCH_NATIVE=0" in native.reasons_against()
+    monkeypatch.setattr(platform, "machine", lambda: "riscv64")
+    assert any("on x86-64 and arm64, not linux on riscv64" in reason for reason in native.reasons_against())
+    with pytest.raises(RuntimeError, match=r"switched off by ESC_ARCH_NATIVE=0; .*riscv64"):
+        native.build()
+
+
+def test_the_compiler_of_the_environment(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    mine = tmp_path / "mine"
+    mine.write_text("#!/bin/sh\nexit 1\n")
+    mine.chmod(0o755)
+    monkeypatch.setenv("CXX", f"{mine} -extra")
+    assert building.find_compiler() == (str(mine), "-extra")
+    with pytest.raises(RuntimeError, match="cannot be built: no message"):
+        native.build()
+
+
+def test_a_compiler_that_cannot_run(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    broken = tmp_path / "broken"
+    broken.write_bytes(b"\x7fELF")
+    broken.chmod(0o755)
+    monkeypatch.setenv("CXX", str(broken))
+    with pytest.raises(RuntimeError, match="broken cannot be run"):
+        native.build()

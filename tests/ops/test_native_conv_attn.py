@@ -1,0 +1,301 @@
+"""ConvAttn's C++ operators: against the formula in float64, and inside networks, compiled and recorded."""
+
+from __future__ import annotations
+
+import pytest
+import test_golden as golden
+import torch
+import torch.nn.functional as F
+from networks import max_error, normal
+from torch import Tensor
+
+from esc_arch.modules import ConvAttn
+from esc_arch.ops.conv_attn import api, conv_attention, mixed_conv_attention, symmetrise
+from esc_arch.ops.conv_attn import native as operators
+from esc_arch.ops.conv_attn.native import LARGEST_KERNEL
+
+NAMES = ("output", "gradient of x", "gradient of the large kernel", "gradient of the dynamic kernel")
+FORWARD_ONLY = ("test_schema", "test_faketensor", "test_aot_dispatch_dynamic")
+
+pytestmark = pytest.mark.usefixtures("native")
+
+
+def inputs(
+    pdim: int, side: int, size: tuple[int, int], batch: int = 1, channels_last: bool = True, dynamic_side: int = 3
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The first `pdim` channels of a wider map, as ConvAttn has them, a free large kernel and the dynamic one."""
+    layout = torch.channels_last if channels_last else torch.contiguous_format
+    x = normal(batch, pdim + 3, *size).contiguous(memory_format=layout)[:, :pdim]
+    return x, normal(pdim, pdim, side, side, seed=3), normal(batch, pdim, dynamic_side, dynamic_side, seed=4)
+
+
+def results(backend: str, dtype: torch.dtype, *tensors: Tensor) -> list[Tensor]:
+    """The output and the gradients; those of the large kernel through its symmetrisation, as in the networks."""
+    x, large, dynamic = leaves = [tensor.detach().to(dtype).requires_grad_() for tensor in tensors]
+    out = conv_attention(x, symmetrise(large), dynamic, symmetric=True, backend=backend)
+    cotangent = normal(*out.shape, seed=5).to(dtype)
+    return [out.detach(), *torch.autograd.grad(out, leaves, cotangent)]
+
+
+def assert_within_budget(*tensors: Tensor) -> None:
+    """At most twice the error of the plain formula in float32, or of a few roundings of the largest number.
+
+    (A map of one pixel is a single product to the plain formula, and still a whole transform here.)
+    """
+    exact = results("reference", torch.float64, *tensors)
+    plain = results("reference", torch.float32, *tensors)
+    ours = results("cpp", torch.float32, *tensors)
+    for name, truth, formula, fast in zip(NAMES, exact, plain, ours, strict=True):
+        rounding = 4 * torch.finfo(torch.float32).eps * truth.abs().max().item()
+        assert max_error(fast, truth) <= max(2 * max_error(formula, truth), rounding), name
+
+
+@pytest.mark.parametrize("channels_last", [True, False])
+@pytest.mark.parametrize("size", [(1, 1), (2, 30), (70, 45)])
+@pytest.mark.parametrize(("pdim", "side"), [(4, 3), (8, 5), (16, 13), (20, 7), (16, 15)])
+def test_against_float64(pdim: int, side: int, size: tuple[int, int], channels_last: bool) -> None:
+    assert_within_budget(*inputs(pdim, side, size, channels_last=channels_last))
+
+
+@pytest.mark.parametrize("channels_last", [True, False])
+@pytest.mark.parametrize("batch", [2, 3])
+@pytest.mark.parametrize("size", [(1, 7), (5, 6), (37, 40)])
+def test_each_image_of_a_batch(size: tuple[int, int], batch: int, channels_last: bool) -> None:
+    assert_within_budget(*inputs(16, 13, size, batch, channels_last))
+
+
+@pytest.mark.parametrize("spoiled", [float("nan"), 1e12])
+def test_an_image_does_not_see_the_others_of_its_batch(spoiled: float) -> None:
+    x, large, dynamic = inputs(4, 5, (40, 30), 3)
+    alone = conv_attention(x, symmetrise(large), dynamic, symmetric=True, backend="cpp")
+    x[1] *= spoiled
+    beside = conv_attention(x, symmetrise(large), dynamic, symmetric=True, backend="cpp")
+    assert torch.equal(beside[::2], alone[::2])
+
+
+@pytest.mark.parametrize(("side", "dynamic_side"), [(13, 1), (13, 5), (1, 3), (1, 1), (3, 7), (LARGEST_KERNEL, 3)])
+def test_other_kernel_sizes(side: int, dynamic_side: int) -> None:
+    assert_within_budget(*inputs(4, side, (40, 21), 2, dynamic_side=dynamic_side))
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+def test_the_same_to_the_bit_at_every_call(threads: int) -> None:
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        first, second = (results("cpp", torch.float32, *inputs(16, 13, (50, 90), 2)) for _ in range(2))
+    finally:
+        torch.set_num_threads(before)
+    assert all(torch.equal(one, other) for one, other in zip(first, second, strict=True))
+
+
+def test_any_strides_and_no_input_modified() -> None:
+    x, large, dynamic = normal(1, 8, 30, 44), symmetrise(normal(4, 4, 13, 13)), normal(2, 4, 3, 3)
+    before = x.clone()
+    view = x.expand(2, -1, -1, -1)[:, ::2, :, 1::2].transpose(2, 3)
+    expected = conv_attention(view, large, dynamic, backend="reference")
+    turned = dynamic.transpose(2, 3).contiguous().transpose(2, 3)
+    assert max_error(conv_attention(view, large, turned, symmetric=True, backend="cpp"), expected) < 1e-4
+    assert torch.equal(x, before)
+
+
+def test_layout_of_the_input_is_kept() -> None:
+    for channels_last in (True, False):
+        tensors = inputs(4, 5, (6, 7), 2, channels_last)
+        layout = torch.channels_last if channels_last else torch.contiguous_format
+        for part in results("cpp", torch.float32, *tensors)[:2]:
+            assert part.is_contiguous(memory_format=layout)
+
+
+def test_only_the_gradients_asked_for() -> None:
+    x, large, dynamic = inputs(4, 5, (9, 8), 2)
+    large = symmetrise(large)
+    for chosen in range(3):
+        leaves = [value.detach().requires_grad_(i == chosen) for i, value in enumerate((x, large, dynamic))]
+        out, expected = (
+            torch.autograd.grad(
+                conv_attention(*leaves, symmetric=True, backend=backend).square().sum(), leaves[chosen]
+            )[0]
+            for backend in ("cpp", "reference")
+        )
+        if chosen == 1:  # only the part that an even kernel can follow is promised
+            out, expected = symmetrise(out), symmetrise(expected)
+        assert max_error(out, expected) < 1e-5 * expected.abs().max().item()
+
+
+def test_an_empty_batch() -> None:
+    out, *gradients = results("cpp", torch.float32, *inputs(4, 5, (6, 7), batch=0))
+    assert out.shape == (0, 4, 6, 7)
+    assert [part.shape for part in gradients] == [(0, 4, 6, 7), (4, 4, 5, 5), (0, 4, 3, 3)]
+    assert not gradients[1].any()
+
+
+def test_a_kernel_that_is_not_symmetric_is_not_taken_for_one() -> None:
+    x, large, dynamic = inputs(4, 5, (9, 8))
+    with pytest.raises(ValueError, match=r"large_kernel is not symmetric.*Pass it through symmetrise, or call with"):
+        conv_attention(x, large, dynamic, symmetric=True, backend="cpp")
+    with pytest.raises(ValueError, match="large_kernel is not symmetric"):
+        conv_attention(x, symmetrise(large).index_fill(3, torch.tensor([0]), float("nan")), dynamic, symmetric=True)
+
+
+@pytest.mark.parametrize(
+    ("tensors", "symmetric", "reason"),
+    [
+        (inputs(4, 5, (9, 8)), False, "needs a large kernel that is symmetric"),
+        ([value.double() for value in inputs(4, 5, (9, 8))], True, r"takes float32, not torch\.float64"),
+        ([value.to("meta") for value in inputs(4, 5, (9, 8))], True, "runs on cpu, not on meta"),
+        (inputs(2, LARGEST_KERNEL + 2, (9, 8)), True, f"takes kernels of at most {LARGEST_KERNEL} x {LARGEST_KERNEL}"),
+    ],
+)
+def test_what_the_operators_cannot_do(tensors: list[Tensor], symmetric: bool, reason: str) -> None:
+    with pytest.raises(RuntimeError, match=f"ConvAttn backend cpp cannot run here. cpp: .*{reason}"):
+        conv_attention(*tensors, symmetric=symmetric, backend="cpp")
+    out = conv_attention(*tensors, symmetric=symmetric)
+    assert out.shape == tensors[0].shape
+
+
+@pytest.mark.parametrize(("dim", "pdim", "outputs"), [(24, 16, 24), (64, 16, 64), (40, 20, 7), (5, 5, 90)])
+@pytest.mark.parametrize("size", [(1, 1), (43, 55)])
+def test_mixed_with_the_other_channels(dim: int, pdim: int, outputs: int, size: tuple[int, int]) -> None:
+    x = normal(2, dim, *size).contiguous(memory_format=torch.channels_last)
+    large, dynamic = symmetrise(normal(pdim, pdim, 13, 13, seed=3)), normal(2, pdim, 3, 3, seed=4)
+    weight, bias = normal(outputs, dim, 1, 1, seed=5), normal(outputs, seed=6)
+
+    def formula(dtype: torch.dtype) -> Tensor:
+        double = [value.to(dtype) for value in (x[:, :pdim], large, dynamic)]
+        joined = torch.cat([conv_attention(*double, backend="reference"), x[:, pdim:].to(dtype)], dim=1)
+        return F.conv2d(joined, weight.to(dtype), bias.to(dtype))
+
+    out = mixed_conv_attention(x, large, dynamic, weight, bias, symmetric=True)
+    assert out is not None
+    truth = formula(torch.float64)
+    rounding = 4 * torch.finfo(torch.float32).eps * truth.abs().max().item()
+    assert max_error(out, truth) <= max(2 * max_error(formula(torch.float32), truth), rounding)
+    assert out.is_contiguous(memory_format=torch.channels_last)
+
+
+def test_where_mixing_is_left_to_pytorch() -> None:
+    x = normal(1, 6, 9, 8).contiguous(memory_format=torch.channels_last)
+    large, dynamic, weight, bias = symmetrise(normal(4, 4, 5, 5)), normal(1, 4, 3, 3), normal(6, 6, 1, 1), normal(6)
+
+    def mixes(x: Tensor = x, weight: Tensor = weight, symmetric: bool = True) -> bool:
+        return mixed_conv_attention(x, large, dynamic, weight, bias, symmetric=symmetric) is not None
+
+    assert mixes()
+    assert not mixes(x=x.contiguous())
+    assert not mixes(x=x.double())
+    assert not mixes(symmetric=False)
+    assert not mixes(weight=weight.clone().requires_grad_())
+    with torch.no_grad():
+        assert mixes(weight=weight.clone().requires_grad_())
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert not mixes()
+
+
+def calls_of(backend: str, monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, ...]]:
+    """The shapes of x that reach a backend from now on."""
+    shapes: list[tuple[int, ...]] = []
+    forward = api.BACKENDS[backend].forward
+
+    def counted(x: Tensor, *kernels: Tensor) -> Tensor:
+        shapes.append(tuple(x.shape))
+        return forward(x, *kernels)
+
+    monkeypatch.setattr(api.BACKENDS[backend], "forward", counted)
+    return shapes
+
+
+@pytest.mark.parametrize("name", golden.TRAINED_FILES)
+def test_recorded_networks(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    calls = calls_of("cpp", monkeypatch)
+    net = golden.golden_net(name, "naive").train()
+    output = net(golden.tensors(name)["train.input"])
+    assert max_error(output, golden.tensors(name)["train.output"]) < golden.TOLERANCE
+    assert bool(calls) == (golden.MANIFEST[name]["type"] != "ESCFP")  # whose ConvAttn is another one
+    F.l1_loss(output, golden.tensors(name)["train.target"]).backward()
+    gradients = {key: parameter.grad for key, parameter in net.named_parameters()}
+    expected = golden.part(name, "grad.")
+    assert max(max_error(gradients[key], expected[key]) for key in expected) < golden.TOLERANCE
+
+
+@pytest.mark.parametrize("name", ["esc_x2", "esc_rib_x2"])
+def test_recorded_networks_without_gradient(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    shapes = []
+    forward = operators.mixed_forward
+
+    def counted(x: Tensor, *others: Tensor) -> Tensor:
+        shapes.append(tuple(x.shape))
+        return forward(x, *others)
+
+    monkeypatch.setattr(operators, "mixed_forward", counted)
+    net = golden.golden_net(name, "naive").to(memory_format=torch.channels_last)
+    with torch.no_grad():
+        output = net(golden.tensors(name)["input"].contiguous(memory_format=torch.channels_last))
+    assert max_error(output, golden.tensors(name)["output"]) < golden.TOLERANCE
+    assert len(shapes) == sum(isinstance(module, ConvAttn) for module in net.modules())
+
+
+def test_conv_attn_with_a_kernel_of_unknown_symmetry(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls = calls_of("cpp", monkeypatch)
+    x, kernel = normal(1, 6, 9, 8), normal(4, 4, 5, 5)
+    ConvAttn(dim=6, pdim=4, kernel_size=5)(x, kernel)
+    assert calls == []
+    ConvAttn(dim=6, pdim=4, kernel_size=5, symmetric=True)(x, symmetrise(kernel))
+    ConvAttn(dim=6, pdim=4, kernel_size=5, own_kernel=True)(x)
+    assert calls == [(1, 4, 9, 8)] * 2
+
+
+def test_the_operators_are_registered_as_pytorch_wants() -> None:
+    x, large, dynamic = inputs(4, 5, (9, 8), 2)
+    leaves = [value.detach().requires_grad_() for value in (x, symmetrise(large), dynamic)]
+    torch.library.opcheck(torch.ops.esc_arch.conv_attention.default, leaves)
+    whole = normal(2, 6, 9, 8).contiguous(memory_format=torch.channels_last)
+    arguments = (whole, symmetrise(large), dynamic, normal(7, 6, 1, 1), normal(7))
+    torch.library.opcheck(torch.ops.esc_arch.mixed_conv_attention.default, arguments, test_utils=FORWARD_ONLY)
+    for wanted in ((True, True), (True, False), (False, True)):
+        arguments = (normal(*x.shape, seed=6), x, symmetrise(large), dynamic, *wanted)
+        operator = torch.ops.esc_arch.conv_attention_backward.default
+        torch.library.opcheck(operator, arguments, test_utils=FORWARD_ONLY)
+
+
+def test_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
+    layer = ConvAttn(dim=6, pdim=4, kernel_size=5, own_kernel=True)
+    for parameter in layer.parameters():
+        torch.nn.init.normal_(parameter)
+    graphs = []
+
+    def backend(graph: torch.fx.GraphModule, example_inputs: list[Tensor]) -> object:
+        graphs.append(graph)
+        return torch._dynamo.lookup_backend("aot_eager")(graph, example_inputs)
+
+    compiled = torch.compile(layer, backend=backend, fullgraph=True)
+    x = normal(2, 6, 9, 8)
+    gradients = []
+    for call in (layer, compiled):
+        layer.zero_grad()
+        call(x).square().sum().backward()
+        gradients.append([parameter.grad.clone() for parameter in layer.parameters()])
+    assert any("conv_attention" in str(node.target) for graph in graphs for node in graph.graph.nodes)
+    for eager, traced in zip(*gradients, strict=True):
+        assert max_error(traced, eager) < 1e-5 * max(1.0, eager.abs().max().item())
+
+
+def test_compiled_without_gradient() -> None:
+    layer = ConvAttn(dim=6, pdim=4, kernel_size=5, own_kernel=True)
+    for parameter in layer.parameters():
+        torch.nn.init.normal_(parameter)
+    x = normal(2, 6, 9, 8).contiguous(memory_format=torch.channels_last)
+    with torch.no_grad():
+        out = torch.compile(layer, backend="aot_eager", fullgraph=True)(x)
+        assert max_error(out, layer(x)) < 1e-5 * out.abs().max().item()
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit.trace:", "ignore::torch.jit.TracerWarning")
+def test_an_exported_layer_keeps_the_plain_formula() -> None:
+    layer = ConvAttn(dim=6, pdim=4, kernel_size=5, own_kernel=True).eval()
+    x = normal(1, 6, 9, 8)
+    exported = torch.export.export(layer, (x,))
+    traced = torch.jit.trace(layer, x)
+    assert "ops.esc_arch" not in exported.graph_module.code
+    assert "esc_arch::" not in str(traced.inlined_graph)
+    assert max_error(exported.module()(x), layer(x)) < 1e-5
