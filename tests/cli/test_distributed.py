@@ -129,6 +129,7 @@ TWO_MACHINES = """
 ip link set lo up
 unshare -n sleep 120 & second=$!
 trap 'kill $second' EXIT
+until [ "$(readlink /proc/$second/ns/net)" != "$(readlink /proc/$$/ns/net)" ]; do sleep 0.05; done
 until ip link add cable0 type veth peer name cable1 && ip link set cable1 netns $second; do
     ip link delete cable0 2> /dev/null; [ "$((tries += 1))" -lt 50 ] || exit 1; sleep 0.1
 done

@@ -299,3 +299,11 @@ def test_an_exported_layer_keeps_the_plain_formula() -> None:
     assert "ops.esc_arch" not in exported.graph_module.code
     assert "esc_arch::" not in str(traced.inlined_graph)
     assert max_error(exported.module()(x), layer(x)) < 1e-5
+
+
+@pytest.mark.usefixtures("native")
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_a_kernel_that_is_no_number_any_more_is_no_mistake_of_the_caller(value: float) -> None:
+    """A training whose weights are spoiled has to get as far as the loss, which says so."""
+    x, large, dynamic = torch.ones(1, 16, 8, 8), torch.full((16, 16, 13, 13), value), torch.zeros(1, 16, 3, 3)
+    assert not conv_attention(x, large, dynamic, symmetric=True, backend="cpp").isfinite().any()
