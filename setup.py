@@ -28,7 +28,7 @@ setup(
     # this bound makes pip say so in one line, before that build fails obscurely.
     python_requires=">=3.10,<3.13",
     packages=find_packages(include=["esc_arch", "esc_arch.*"]),
-    package_data={"esc_arch": ["py.typed", "ops/native/csrc/*"]},
+    package_data={"esc_arch": ["py.typed", "ops/native/csrc/*", "benchmark/*.json"]},
     install_requires=read_requirements(),
     extras_require={
         "flash-attn": ["flash-attn>=2.6"],

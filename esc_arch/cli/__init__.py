@@ -14,12 +14,19 @@ from collections.abc import Sequence
 from esc_arch import __version__
 from esc_arch.errors import UserError
 
-from . import convert, prepare, test, train, warmup
+from . import benchmark, convert, prepare, test, train, warmup
 from .status import describe
 
 __all__ = ["main"]
 
-VERBS = {"train": train, "test": test, "prepare": prepare, "convert": convert, "warmup": warmup}
+VERBS = {
+    "train": train,
+    "test": test,
+    "prepare": prepare,
+    "convert": convert,
+    "benchmark": benchmark,
+    "warmup": warmup,
+}
 
 
 def main(argv: Sequence[str] | None = None) -> int:

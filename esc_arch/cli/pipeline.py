@@ -13,7 +13,7 @@ from esc_arch.distributed import failing_together
 
 from .status import describe
 
-__all__ = ["run_pipeline"]
+__all__ = ["run_pipeline", "run_within"]
 
 
 def run_pipeline(module: ModuleType, pipeline: Callable[[str], None], args: argparse.Namespace) -> int:
@@ -25,6 +25,17 @@ def run_pipeline(module: ModuleType, pipeline: Callable[[str], None], args: argp
     Raises:
         UserError: something in the options, the data or a checkpoint cannot be used.
     """
+    with failing_together(describe):
+        run_within(module, pipeline, args)
+    return 0
+
+
+def run_within(module: ModuleType, pipeline: Callable[[str], None], args: argparse.Namespace) -> None:
+    """`run_pipeline` for a caller that is within `failing_together`, and may run several one after the other.
+
+    Raises:
+        UserError: as `run_pipeline`.
+    """
 
     def parse_options(root_path: str, is_train: bool) -> tuple[dict[str, Any], argparse.Namespace]:
         return options.parse_options(root_path, is_train, args)
@@ -33,8 +44,6 @@ def run_pipeline(module: ModuleType, pipeline: Callable[[str], None], args: argp
     original = module.parse_options
     module.parse_options = parse_options  # type: ignore[attr-defined]
     try:
-        with failing_together(describe):
-            pipeline(os.getcwd())
+        pipeline(os.getcwd())
     finally:
         module.parse_options = original  # type: ignore[attr-defined]
-    return 0

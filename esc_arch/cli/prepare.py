@@ -51,12 +51,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="S=FOLDER",
         help="LR images of scale S, named like 0001x2.png or 0001.png, to be used instead of making them",
     )
-    kinds.add_parser(
+    benchmark = kinds.add_parser(
         "benchmark",
         parents=[folders, common],
         help="write HR images and their bicubic LR images as PNG files",
-        description="Write HR images, cropped to a multiple of all scales, to OUT/HR and their bicubic LR images to "
-        "OUT/LR_bicubic/Xs. If it is interrupted, the same command continues.",
+        description="Write HR images to OUT/HR and their bicubic LR images to OUT/LR_bicubic/Xs. If it is interrupted, "
+        "the same command continues.",
+    )
+    benchmark.add_argument(
+        "--crop",
+        choices=["per-scale", "common"],
+        default="per-scale",
+        help="per-scale: HR stays whole, and the LR of each scale is made from as much of it as that scale divides, as "
+        "published benchmark data are; common: HR is cropped to a multiple of all scales (%(default)s)",
     )
     demo = kinds.add_parser(
         "demo",
@@ -102,7 +109,12 @@ def _benchmark(args: argparse.Namespace) -> None:
     if args.input.resolve() in (folder.resolve() for folder in benchmark_folders(args.output, args.scales).values()):
         raise UserError(f"{args.input} would be written to, but sources are never changed. Choose another -o.")
     folders = prepare_benchmark(
-        folder_sources(args.input), args.output, scales=args.scales, jobs=args.jobs, overwrite=args.overwrite
+        folder_sources(args.input),
+        args.output,
+        scales=args.scales,
+        per_scale=args.crop == "per-scale",
+        jobs=args.jobs,
+        overwrite=args.overwrite,
     )
     _print_benchmark(folders)
 

@@ -17,7 +17,7 @@ from pathlib import Path
 import basicsr
 
 from ..errors import UserError
-from .image_files import Source, checked_scales, downscale, encode_png, read_hr
+from .image_files import Source, checked_scales, crop_to_multiple, downscale, encode_png, read_hr
 from .safe_files import locked, write_atomically, writing_to
 from .worker_pool import map_in_order, progress_bar
 
@@ -37,19 +37,23 @@ def prepare_benchmark(
     out: Path,
     *,
     scales: Sequence[int] = (2, 3, 4),
+    per_scale: bool = False,
     jobs: int = 1,
     overwrite: bool = False,
 ) -> dict[int, Path]:
     """Write HR images and their LR images as the PNG files that validation and testing read.
 
     ``HR/NAME.png`` is cropped at the bottom and right to a multiple of all scales, ``LR_bicubic/Xs/NAMExs.png`` made
-    from that (MATLAB's bicubic). ``prepare.json`` in `out` notes what was made from what: files with the same
+    from that (MATLAB's bicubic). With `per_scale` HR is not cropped, and what the LR of a scale is made from is cropped
+    to a multiple of that scale alone, as published LR are; BasicSR's paired data set, where it does not train, crops HR
+    to what belongs to the LR. ``prepare.json`` in `out` notes what was made from what: files with the same
     settings are kept, others are never touched without `overwrite`. Each file is there in full or not at all.
 
     Args:
         sources: the HR images.
         out: folder for all of it.
         scales: of the LR images.
+        per_scale: whether to crop for each scale by itself.
         jobs: how many processes work.
         overwrite: replace files in the way that this function did not make with these settings.
 
@@ -61,7 +65,7 @@ def prepare_benchmark(
     """
     scales = checked_scales(scales)
     folders = benchmark_folders(out, scales)
-    tasks = [_BenchmarkTask(source, folders, scales) for source in sources]
+    tasks = [_BenchmarkTask(source, folders, scales, per_scale) for source in sources]
     recipes = {path: recipe for task in tasks for path, recipe in task.recipes().items()}
     _refuse_other_images(folders.values(), recipes.keys())
     with locked(out):
@@ -100,6 +104,7 @@ class _BenchmarkTask:
     source: Source
     folders: Mapping[int, Path]
     scales: tuple[int, ...]
+    per_scale: bool
 
     def paths(self) -> dict[int, Path]:
         """The files to make, by scale."""
@@ -108,7 +113,8 @@ class _BenchmarkTask:
 
     def recipes(self) -> dict[Path, str]:
         """For each file to make, a digest of all that its content depends on."""
-        common = [FORMAT, basicsr.__version__, self.source.identity, math.lcm(*self.scales)]
+        crop = "per-scale" if self.per_scale else math.lcm(*self.scales)
+        common = [FORMAT, basicsr.__version__, self.source.identity, crop]
         return {
             path: hashlib.sha256(json.dumps([*common, scale]).encode()).hexdigest()
             for scale, path in self.paths().items()
@@ -116,8 +122,10 @@ class _BenchmarkTask:
 
 
 def _benchmark_files(task: _BenchmarkTask) -> dict[Path, bytes]:
-    hr = read_hr(task.source, task.scales)
-    return {path: encode_png(hr if s == 1 else downscale(hr, s)) for s, path in task.paths().items()}
+    hr = read_hr(task.source, task.scales, crop=not task.per_scale)
+    return {
+        path: encode_png(hr if s == 1 else downscale(crop_to_multiple(hr, s), s)) for s, path in task.paths().items()
+    }
 
 
 def _refuse_other_images(folders: Iterable[Path], wanted: Iterable[Path]) -> None:

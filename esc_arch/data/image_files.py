@@ -27,6 +27,7 @@ __all__ = [
     "Image",
     "Source",
     "checked_scales",
+    "crop_to_multiple",
     "digest_of",
     "downscale",
     "encode_png",
@@ -181,13 +182,13 @@ def checked_scales(scales: Iterable[int]) -> tuple[int, ...]:
     return checked
 
 
-def read_hr(source: Source, scales: Sequence[int]) -> Image:
-    """The HR image of `source`, cropped at the bottom and right to a multiple of all `scales`.
+def read_hr(source: Source, scales: Sequence[int], *, crop: bool = True) -> Image:
+    """The HR image of `source`, cropped at the bottom and right to a multiple of all `scales` (or not at all).
 
     Raises:
         UserError: it cannot be read, or is too small to be reduced by all `scales`.
     """
-    multiple = math.lcm(*scales)
+    multiple = math.lcm(*scales) if crop else 1
     smallest = max(multiple, 2 * max(scales))
     image = source.read()
     if min(image.shape[:2]) < smallest:
@@ -195,5 +196,10 @@ def read_hr(source: Source, scales: Sequence[int]) -> Image:
             f"{source.name} has {image.shape[0]} x {image.shape[1]} pixels (height x width), but each side needs "
             f"{smallest} for the scales {', '.join(map(str, scales))}. Remove it."
         )
+    return crop_to_multiple(image, multiple)
+
+
+def crop_to_multiple(image: Image, multiple: int) -> Image:
+    """`image` (H, W, 3) without what is too much at the bottom and the right."""
     height, width = (length - length % multiple for length in image.shape[:2])
     return image[:height, :width]

@@ -14,7 +14,6 @@ from torch import Tensor, nn
 from esc_arch.data.arbitrary_scale_dataset import ScaleRange
 from esc_arch.models.esc_model import ESCModel
 from esc_arch.modules.lte import query_grid
-from esc_arch.ops.padding import reflect_pad_to_multiple
 from esc_arch.ops.resize import matlab_resize, round_to_8bit, scale_pair, scaled_size
 from esc_arch.registry import register
 
@@ -66,14 +65,18 @@ class ESCLTEModel(ESCModel):
         output: Tensor = net(self.lq[share], **{name: asked[share] for name, asked in self._query.items()})
         return output
 
-    def test(self) -> None:
-        image = self.lq
+    @property
+    def enlarges_evenly(self) -> bool:
+        down, across = scale_pair(self._scale)
+        return down == across
+
+    def enlarge(self, image: Tensor) -> Tensor:
         size = scaled_size(image.shape[-2:], self._scale)
-        padded = reflect_pad_to_multiple(image, self.window_size)
+        padded = self.pad(image)
         part = (image.shape[-2] / padded.shape[-2], image.shape[-1] / padded.shape[-1])
         coords, cell = query_grid(size, device=image.device, part=part)
         points = self.evaluate(padded, coords=coords.expand(len(image), -1, -1), cell=cell.expand(len(image), -1))
-        self.output = points.unflatten(-1, size)
+        return points.unflatten(-1, size)
 
     def nondist_validation(self, dataloader: Any, current_iter: Any, tb_logger: Any, save_img: bool) -> None:
         default, val = self._scale, self.opt["val"]

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import csv
 import functools
+import io
 import logging
 import math
 import os
@@ -23,18 +25,23 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader, Subset
 from tqdm import tqdm
 
+from esc_arch.data.safe_files import write_atomically
 from esc_arch.distributed import gather_objects
 from esc_arch.errors import UserError
 from esc_arch.losses import build_losses
 from esc_arch.models.comparison import Comparison
-from esc_arch.models.speed import Speed, eager, speed_problems
+from esc_arch.models.self_ensemble import self_ensemble
+from esc_arch.models.speed import Speed, eager, full_float32, speed_problems
 from esc_arch.models.validation_pictures import validation_picture
 from esc_arch.ops.padding import reflect_pad_to_multiple
 from esc_arch.registry import register
 from esc_arch.training.parameter_groups import freeze, parameter_groups
 from esc_arch.training.run import current_run
 
-__all__ = ["ESCModel"]
+__all__ = ["PROTOCOLS", "ESCModel"]
+
+#: Ways to test, by `val: protocol`.
+PROTOCOLS = ("published", "srmodel", "ensemble")
 
 #: So many steps skipped one after the other mean that the training is lost.
 MOST_SKIPPED = 100
@@ -64,6 +71,9 @@ class ESCModel(SRModel):
 
      - ``val: comparison: true`` writes, for each validation image, LR-bicubic, result and ground truth side by side
        with their PSNR to ``visualization/comparison/``, and logs the figures and their means.
+     - ``val: protocol``: ``published`` (the default), ``srmodel`` (the image as it is, as SRModel does), ``ensemble``
+       (published, averaged over eight orientations of the image).
+     - ``val: per_image: true`` writes the metrics of each image to ``visualization/per_image/<data set>.csv``.
      - ``val: tb_images: N`` shows LR, result and ground truth of N images of each set in TensorBoard.
      - ``train: amp, channels_last, compile, accumulate_grad, gradient_clip, tf32, activation_checkpointing,
        nonfinite``: see `esc_arch.models.speed.Speed`.
@@ -280,12 +290,32 @@ class ESCModel(SRModel):
 
     # --- validation -------------------------------------------------------------------------------------------------
 
+    @property
+    def protocol(self) -> str:
+        """One of `PROTOCOLS`."""
+        return (self.opt.get("val") or {}).get("protocol") or PROTOCOLS[0]
+
+    @property
+    def enlarges_evenly(self) -> bool:
+        """Whether height and width are enlarged alike, so that a transposed image gives the transposed result."""
+        return True
+
     def test(self) -> None:
-        image = self.lq
-        padded = reflect_pad_to_multiple(image, self.window_size)
+        if self.protocol == "ensemble":
+            self.output = self_ensemble(self.enlarge, self.lq, transpose=self.enlarges_evenly)
+        else:
+            self.output = self.enlarge(self.lq)
+
+    def enlarge(self, image: Tensor) -> Tensor:
+        """The result for LR images: (B, 3, H * scale, W * scale) for (B, 3, H, W)."""
+        padded = self.pad(image)
         output = self.evaluate(padded)
         scale = output.shape[-1] // padded.shape[-1]
-        self.output = output[..., : image.shape[-2] * scale, : image.shape[-1] * scale]
+        return output[..., : image.shape[-2] * scale, : image.shape[-1] * scale]
+
+    def pad(self, image: Tensor) -> Tensor:
+        """An LR image (B, 3, H, W) as the network is to see it by the protocol."""
+        return image if self.protocol == "srmodel" else reflect_pad_to_multiple(image, self.window_size)
 
     def evaluate(self, image: Tensor, **query: Tensor) -> Tensor:
         """What the averaged network, or without one the trained one, makes of an image."""
@@ -293,7 +323,7 @@ class ESCModel(SRModel):
         net = getattr(self, "net_g_ema", None) or self.get_bare_model(self.net_g)
         training = net.training
         net.eval()
-        with torch.no_grad(), eager(net):
+        with torch.no_grad(), eager(net), full_float32():
             output: Tensor = net(image, **query)
         net.train(training)
         return output
@@ -408,9 +438,22 @@ class ESCModel(SRModel):
         for each in done:
             if tb_logger and each.picture is not None:
                 tb_logger.add_image(f"{dataset}/{each.name}", each.picture, iteration, dataformats="HWC")
+        if self.opt["val"].get("per_image"):
+            self._write_per_image(done, dataset)
         if comparison is not None:
             comparison.rows = [each.comparison for each in done if each.comparison is not None]
             logging.getLogger("basicsr").info(comparison.summary())
+
+    def _write_per_image(self, done: list[_Validated], dataset: str) -> None:
+        """The metrics of each image, with all digits, in place of those of an earlier validation."""
+        names = list(self.opt["val"].get("metrics") or {})
+        text = io.StringIO()
+        writer = csv.writer(text, lineterminator="\n")
+        writer.writerow(["image", *names])
+        writer.writerows([each.name, *(each.metrics[name] for name in names)] for each in done)
+        folder = Path(self.opt["path"]["visualization"], "per_image")
+        folder.mkdir(parents=True, exist_ok=True)
+        write_atomically(folder / f"{dataset}.csv", text.getvalue().encode())
 
     def _keep_if_best(self, dataset: str, iteration: Any) -> None:
         """Where old checkpoints are removed, the best one must be there, though this iteration may save none."""

@@ -13,7 +13,7 @@ from torch import nn
 
 from esc_arch.archs.base import ESCFamily
 
-__all__ = ["COMPILE_MODES", "Speed", "eager", "speed_problems"]
+__all__ = ["COMPILE_MODES", "Speed", "eager", "full_float32", "speed_problems"]
 
 COMPILE_MODES = ("default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs")
 _PRECISIONS = {"bf16": torch.bfloat16, "fp16": torch.float16}
@@ -94,6 +94,19 @@ def eager(net: nn.Module) -> Iterator[None]:
         yield
     finally:
         net._compiled_call_impl = compiled
+
+
+@contextmanager
+def full_float32() -> Iterator[None]:
+    """Float32 products without TF32, whose 10 bits of mantissa are seen in the last digits of a PSNR."""
+    products, convolutions = torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32
+    torch.set_float32_matmul_precision("highest")
+    torch.backends.cudnn.allow_tf32 = False
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(products)
+        torch.backends.cudnn.allow_tf32 = convolutions
 
 
 def speed_problems(opt: Mapping[str, Any], net: type[Any] | None) -> Iterator[str]:

@@ -6,6 +6,7 @@ import argparse
 import os
 import random
 
+import torch.distributed
 from basicsr.utils import set_random_seed
 from basicsr.utils.dist_util import get_dist_info
 
@@ -22,6 +23,7 @@ __all__ = [
     "add_arguments",
     "apply_force_yml",
     "check_options",
+    "checked_options",
     "init_dist",
     "load_yaml",
     "parse_options",
@@ -66,6 +68,22 @@ def parse_options(root_path: str, is_train: bool, args: argparse.Namespace) -> t
     Raises:
         UserError: with every problem of the option file, `--force_yml` and the launcher.
     """
+    opt = checked_options(root_path, is_train, args)
+    if opt["dist"] and not torch.distributed.is_initialized():  # by a run before this one
+        init_dist(args.launcher, **(opt.get("dist_params") or {} if args.launcher == "slurm" else {}))
+    opt["rank"], opt["world_size"] = get_dist_info()
+    if opt.get("manual_seed") is None:
+        opt["manual_seed"] = gather_objects(random.randint(1, 10000))[0]  # one for all processes
+    set_random_seed(opt["manual_seed"] + opt["rank"])
+    return opt, args
+
+
+def checked_options(root_path: str, is_train: bool, args: argparse.Namespace) -> Options:
+    """The options that `parse_options` gives, before the processes have joined: without rank and world size.
+
+    Raises:
+        UserError: as `parse_options`.
+    """
     args.launcher = resolve_launcher(args.launcher, os.environ)
     opt = load_yaml(args.opt)
     apply_force_yml(opt, args.force_yml or [])
@@ -76,14 +94,7 @@ def parse_options(root_path: str, is_train: bool, args: argparse.Namespace) -> t
     set_paths(opt, root_path, is_train)
     _raise_problems(args.opt, check_options(opt, is_train))
     _raise_problems(args.opt, list(check_networks(opt, is_train)))
-
-    if opt["dist"]:
-        init_dist(args.launcher, **(opt.get("dist_params") or {} if args.launcher == "slurm" else {}))
-    opt["rank"], opt["world_size"] = get_dist_info()
-    if opt.get("manual_seed") is None:
-        opt["manual_seed"] = gather_objects(random.randint(1, 10000))[0]  # one for all processes
-    set_random_seed(opt["manual_seed"] + opt["rank"])
-    return opt, args
+    return opt
 
 
 def _raise_problems(file: str, problems: list[str]) -> None:

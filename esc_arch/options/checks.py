@@ -15,6 +15,8 @@ from typing import Any
 import torch
 from basicsr.utils.registry import ARCH_REGISTRY, DATASET_REGISTRY, METRIC_REGISTRY, MODEL_REGISTRY
 
+from esc_arch.models import ESCModel
+from esc_arch.models.esc_model import PROTOCOLS
 from esc_arch.suggestions import did_you_mean
 
 from .data_checks import check_data
@@ -39,6 +41,7 @@ def check_options(opt: Options, is_train: bool) -> list[str]:
             _check_datasets(opt, is_train),
             check_training(opt) if is_train else (),
             _check_metrics(opt),
+            _check_protocol(opt),
             check_logger(opt) if is_train else (),
             _check_paths(opt, is_train),
         )
@@ -178,6 +181,15 @@ def _check_metrics(opt: Options) -> Iterator[str]:
         yield from check_call(
             f"val:metrics:{name}", metric, entries(METRIC_REGISTRY), supplied=["img", "img2"], extra=["better"]
         )
+
+
+def _check_protocol(opt: Options) -> Iterator[str]:
+    val, model = opt.get("val") or {}, sr_model(opt)
+    own = model is not None and issubclass(model, ESCModel)
+    for key in [key for key in ("protocol", "per_image") if val.get(key) and model is not None and not own]:
+        yield f"val:{key}: {opt['model_type']} does not use it; ESCModel does. Change model_type, or remove it"
+    if own and val.get("protocol") not in (None, *PROTOCOLS):
+        yield f"val:protocol: {val['protocol']!r} is not known. {did_you_mean(val['protocol'], PROTOCOLS)}"
 
 
 def _check_paths(opt: Options, is_train: bool) -> Iterator[str]:

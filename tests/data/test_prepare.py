@@ -298,11 +298,11 @@ class Counter:
         for module in (prepare, benchmark):
             monkeypatch.setattr(module, "read_hr", self)
 
-    def __call__(self, source: image_files.Source, scales: tuple[int, ...]) -> Image:
+    def __call__(self, source: image_files.Source, scales: tuple[int, ...], **crop: bool) -> Image:
         self.count += 1
         if self.error and self.count == self.stop:
             raise self.error
-        return self.read(source, scales)
+        return self.read(source, scales, **crop)
 
 
 def test_continues_to_the_same_data(
@@ -509,10 +509,11 @@ def test_lmdbs_in_the_way(hr_folder: Path, tmp_path: Path, monkeypatch: pytest.M
 # --- benchmarks ---
 
 
-def test_benchmark_layout(hr_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize("crop", ["common", "per-scale"])
+def test_benchmark_layout(hr_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], crop: str) -> None:
     save(hr_folder / "v1.2.png", photograph(60, 60))
     out = tmp_path / "out"
-    assert basicsr_prepare("benchmark", "-i", hr_folder, "-o", out, "-j", 1) == 0
+    assert basicsr_prepare("benchmark", "-i", hr_folder, "-o", out, "--crop", crop, "-j", 1) == 0
     assert f"dataroot_lq: {out}/LR_bicubic/X3\n    filename_tmpl: '{{}}x3'\n" in capsys.readouterr().out
     for scale in (2, 3, 4):
         dataset = PairedImageDataset(
@@ -528,10 +529,27 @@ def test_benchmark_layout(hr_folder: Path, tmp_path: Path, capsys: pytest.Captur
         assert len(dataset) == 5
         pairs = {Path(pair["gt_path"]).stem: pair for pair in (dataset[index] for index in range(5))}
         assert sorted(pairs) == ["im0", "im1", "im2", "im3", "v1.2"]
-        hr = read_image(hr_folder / "im0.png")[:96, :120]
+        multiple = 12 if crop == "common" else scale  # of 101 x 130
+        hr = read_image(hr_folder / "im0.png")[: 101 // multiple * multiple, : 130 // multiple * multiple]
         for name, expected in (("gt", hr), ("lq", expected_lr(hr, scale))):
             array = (pairs["im0"][name].numpy() * 255).round().astype(np.uint8).transpose(1, 2, 0)[:, :, ::-1]
             np.testing.assert_array_equal(array, expected)
+
+
+def test_benchmark_keeps_hr_whole_and_takes_further_scales(
+    hr_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What a scale's files are depends on no other scale, so that adding one replaces nothing."""
+    arguments = ["benchmark", "-i", hr_folder, "-o", tmp_path / "out", "-j", 1, "--scales"]
+    assert basicsr_prepare(*arguments, 2) == 0
+    before = {path: path.stat().st_mtime_ns for path in (tmp_path / "out").rglob("*.png")}
+    assert len(before) == 8
+    written = read_image(tmp_path / "out" / "HR" / "im0.png")
+    np.testing.assert_array_equal(written, read_image(hr_folder / "im0.png"))
+    assert basicsr_prepare(*arguments, 2, 3) == 0
+    assert {path: path.stat().st_mtime_ns for path in before} == before
+    assert basicsr_prepare(*arguments, 2, 3, "--overwrite", "--crop", "common") == 0
+    assert read_image(tmp_path / "out" / "HR" / "im0.png").shape == (96, 126, 3)
 
 
 def test_benchmark_continues(
@@ -555,7 +573,7 @@ def test_benchmark_continues(
 
 def test_benchmark_never_overwrites(hr_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     out = tmp_path / "out"
-    arguments = ["benchmark", "-i", hr_folder, "-o", out, "-j", 1]
+    arguments = ["benchmark", "-i", hr_folder, "-o", out, "-j", 1, "--crop", "common"]
     save(out / "HR" / "im1.png", photograph(10, 10))
     foreign = (out / "HR" / "im1.png").read_bytes()
     message = (

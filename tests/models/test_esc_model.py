@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import re
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from skimage.metrics import peak_signal_noise_ratio
 from esc_arch import ESC, ESCModel
 from esc_arch.models import comparison
 from esc_arch.models.comparison import CAPTION, PANEL, Comparison, side_by_side
+from esc_arch.models.self_ensemble import self_ensemble
 
 WINDOW = 4
 SIZES = [(8, 12), (9, 12), (8, 10), (7, 5), (3, 2), (1, 6), (1, 1)]
@@ -105,6 +107,27 @@ def test_a_network_without_a_window_is_not_padded(make_model: Any) -> None:
     model.test()
     with torch.no_grad():
         assert torch.equal(model.output, model.net_g_ema(image))
+
+
+def test_results_are_computed_without_tf32(model: ESCModel) -> None:
+    """On GPUs, where it would change the last digits; training's choice comes back."""
+
+    def switches(*_: Any) -> tuple[str, bool]:
+        return torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32
+
+    before = switches()
+    seen: list[tuple[str, bool]] = []
+    model.net_g_ema.register_forward_pre_hook(lambda *_: seen.append(switches()))
+    try:
+        torch.set_float32_matmul_precision("high")
+        torch.backends.cudnn.allow_tf32 = True
+        model.feed_data({"lq": image_of((5, 6))})
+        model.test()
+        assert seen == [("highest", False)]
+        assert switches() == ("high", True)
+    finally:
+        torch.set_float32_matmul_precision(before[0])
+        torch.backends.cudnn.allow_tf32 = before[1]
 
 
 def test_the_window_may_be_left_to_the_network(make_model: Any, train_options: Any) -> None:
@@ -250,3 +273,82 @@ def test_the_scale_of_the_comparison_is_the_network_s(tmp_path: Path, monkeypatc
         "a.png", {"lq": torch.rand(1, 3, 9, 8), "result": torch.rand(1, 3, 27, 24), "gt": torch.rand(1, 3, 27, 24)}
     )
     assert borders == [(3, True, (27, 24, 3))] * 2
+
+
+# --- protocols ----------------------------------------------------------------------------------------------------
+
+
+def result_of(make_model: Any, train_options: Any, image: torch.Tensor, **val: Any) -> torch.Tensor:
+    model = make_model(val=train_options["val"] | val)
+    randomise(model.net_g_ema, 3)
+    model.feed_data({"lq": image})
+    model.test()
+    return model.output
+
+
+def test_the_protocol_of_srmodel_is_what_srmodel_does(make_model: Any, train_options: Any) -> None:
+    image = image_of((5, 6))
+    expected = make_model(model_type="SRModel")
+    randomise(expected.net_g_ema, 3)
+    expected.feed_data({"lq": image})
+    expected.test()
+    assert torch.equal(result_of(make_model, train_options, image, protocol="srmodel"), expected.output)
+    assert not torch.equal(result_of(make_model, train_options, image), expected.output)
+
+
+def test_the_ensemble_is_the_mean_of_eight_orientations(make_model: Any, train_options: Any) -> None:
+    image = image_of((5, 6))
+    expected = []
+    for turns in range(4):
+        for mirrored in (False, True):
+            version = torch.rot90(image, turns, (-2, -1))
+            result = result_of(make_model, train_options, version.flip(-1) if mirrored else version)
+            expected.append(torch.rot90(result.flip(-1) if mirrored else result, -turns, (-2, -1)))
+    output = result_of(make_model, train_options, image, protocol="ensemble")
+    torch.testing.assert_close(output, torch.stack(expected).mean(0), rtol=1e-5, atol=1e-6)
+    assert not torch.allclose(output, expected[0], atol=1e-3)
+    # Of an image that is turned, the result is turned: what the ensemble is for
+    turned = result_of(make_model, train_options, torch.rot90(image, 1, (-2, -1)), protocol="ensemble")
+    torch.testing.assert_close(torch.rot90(turned, -1, (-2, -1)), output, rtol=1e-5, atol=1e-6)
+
+
+def test_unevenly_enlarged_images_are_not_transposed() -> None:
+    seen = []
+
+    def enlarge(image: torch.Tensor) -> torch.Tensor:
+        seen.append(tuple(image.shape[-2:]))
+        return image.repeat_interleave(3, -1)
+
+    image = image_of((5, 6))
+    assert torch.equal(self_ensemble(enlarge, image, transpose=False), image.repeat_interleave(3, -1))
+    assert seen == [(5, 6)] * 4
+
+
+def test_the_metrics_of_each_image_are_kept(run_basicsr: Any, test_options: Any) -> None:
+    test_options["val"]["per_image"] = True
+    run = run_basicsr("test", test_options)
+    assert run.status == 0, run.err
+    with open(run.folder / "results/trial/visualization/per_image/Cuts.csv", encoding="utf-8") as file:
+        rows = list(csv.DictReader(file))
+    assert [row["image"] for row in rows] == ["val0x2", "val1x2"]
+    for metric in ("psnr", "ssim"):
+        mean = sum(float(row[metric]) for row in rows) / 2
+        assert f"# {metric}: {mean:.4f}" in run.log(of="results")
+
+
+@pytest.mark.parametrize(
+    ("model", "val", "message"),
+    [
+        ("ESCModel", {"protocol": "ensembel"}, "val:protocol: 'ensembel' is not known. Did you mean 'ensemble'?"),
+        ("SRModel", {"protocol": "ensemble"}, "val:protocol: SRModel does not use it; ESCModel does"),
+        ("SRModel", {"per_image": True}, "val:per_image: SRModel does not use it; ESCModel does"),
+    ],
+)
+def test_a_wrong_protocol_is_reported(
+    model: str, val: dict[str, Any], message: str, run_basicsr: Any, test_options: Any
+) -> None:
+    test_options["model_type"] = model
+    test_options["val"] |= val
+    run = run_basicsr("test", test_options)
+    assert run.status == 2 and message in run.err
+    assert not (run.folder / "results").exists()

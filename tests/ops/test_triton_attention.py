@@ -12,7 +12,6 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -403,16 +402,14 @@ def test_configurations_suit_the_window_and_the_head(kernels: Any) -> None:
 @pytest.fixture
 def anywhere(monkeypatch: pytest.MonkeyPatch) -> None:
     """As if there were a GPU for it."""
-    monkeypatch.setattr(backend, "_missing", lambda *_: "")
+    monkeypatch.setattr(backend, "missing", lambda *_: "")
 
 
 def ask(qkv: Tensor, bias: Any) -> Tensor:
     return window_attention(qkv, bias, window=4, heads=1, backend="triton")
 
 
-def test_it_is_taken_by_name_alone_until_it_has_run_on_a_gpu(
-    anywhere: None, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_it_is_taken_by_name_alone_until_it_has_run_on_a_gpu(anywhere: None, monkeypatch: pytest.MonkeyPatch) -> None:
     called = []
     monkeypatch.setattr(backend, "forward", lambda *_: called.append("triton") or torch.zeros(1))
     window_attention(normal(1, 48, 4, 4), normal(1, 49), window=4, heads=1)
@@ -441,31 +438,6 @@ def test_exporting_is_refused(anywhere: None, monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setattr(torch.compiler, "is_exporting", lambda: True)
     with pytest.raises(RuntimeError, match="triton: a compiled kernel cannot be exported"):
         ask(torch.zeros(1, 48, 4, 4), torch.zeros(1, 49))
-
-
-@pytest.fixture
-def machine(monkeypatch: pytest.MonkeyPatch) -> Iterator[SimpleNamespace]:
-    """A machine whose GPU can be set."""
-    settings = SimpleNamespace(triton=True, capability=(9, 0))
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: object() if settings.triton else None)
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: settings.capability)
-    backend._missing.cache_clear()
-    yield settings
-    backend._missing.cache_clear()
-
-
-def test_what_a_machine_lacks(machine: SimpleNamespace, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert backend._missing("cuda", 0) == ""
-    assert backend._missing("mps", None) == "it runs on GPUs of NVIDIA"
-    backend._missing.cache_clear()
-    machine.capability = (7, 5)
-    assert backend._missing("cuda", 0) == "its kernels need a GPU of compute capability 8.0 or newer, not 7.5"
-    backend._missing.cache_clear()
-    monkeypatch.setattr(torch.version, "hip", "6.0")
-    assert backend._missing("cuda", 0) == "it runs on GPUs of NVIDIA"
-    backend._missing.cache_clear()
-    machine.triton = False
-    assert backend._missing("cuda", 0) == "triton is not installed"
 
 
 @needs_triton

@@ -22,9 +22,7 @@ INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 needs_triton = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="needs triton")
 #: The id is what `run_in_the_interpreter` chooses tests by.
 DEVICES = [
-    pytest.param(
-        "cpu", marks=pytest.mark.skipif(not INTERPRETED, reason="run by another test"), id="interpreter"
-    ),
+    pytest.param("cpu", marks=pytest.mark.skipif(not INTERPRETED, reason="run by another test"), id="interpreter"),
     pytest.param("cuda", marks=needs_cuda),
 ]
 

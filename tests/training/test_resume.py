@@ -56,16 +56,22 @@ def interrupted(run_basicsr: Any, options: Any, status: int = 128 + signal.SIGTE
     assert stopped.value.code == status
 
 
+IN_MAIN_PROCESS = {"num_worker_per_gpu": 0}
+PREFETCHED = {"num_worker_per_gpu": 1, "prefetch_mode": "cpu"}
+WORKERS = {"num_worker_per_gpu": 2, "persistent_workers": False}
+
+
 @pytest.mark.parametrize(
-    "loading",
-    [
-        {"num_worker_per_gpu": 0},
-        {"num_worker_per_gpu": 1, "prefetch_mode": "cpu"},
-        {"num_worker_per_gpu": 2, "persistent_workers": False},
+    ("loading", "iteration"),
+    [(IN_MAIN_PROCESS, 2), (IN_MAIN_PROCESS, 3), (PREFETCHED, 4), (WORKERS, 2), (WORKERS, 4)],
+    ids=[
+        "in the first epoch",
+        "at its end and a validation",
+        "second, prefetched",
+        "first, workers",
+        "second, workers",
     ],
-    ids=["main process", "prefetched", "workers"],
 )
-@pytest.mark.parametrize("iteration", [2, 3, 4], ids=["in the first epoch", "at its end, at a validation", "second"])
 def test_30_a_resumed_run_is_bit_identical(
     loading: Any, iteration: int, run_basicsr: Any, options: Any, stop_at: Callable[..., None]
 ) -> None:

@@ -162,9 +162,7 @@ def _differentiate_taps(gradient: Tensor, x: Tensor, taps: Tensor, fold: str) ->
     rows, steps = side // 2 + 1 if folded else side, math.ceil((group + side - 1) / count)
     blocks = math.ceil(batch * height * math.ceil(width / group) / block)
     share = math.ceil(blocks / math.ceil(PROGRAMS / (rows * steps)))
-    sums = x.new_empty(
-        math.ceil(blocks / share), rows, steps * count, block_c, group, block_c, dtype=torch.float32
-    )
+    sums = x.new_empty(math.ceil(blocks / share), rows, steps * count, block_c, group, block_c, dtype=torch.float32)
     with torch.cuda.device_of(x):
         correlate[(rows * steps, sums.shape[0])](
             x,

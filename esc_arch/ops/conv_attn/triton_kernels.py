@@ -260,9 +260,7 @@ def convolve(
     GROUP: tl.constexpr = COLUMNS // BLOCK_C if COLUMNS else 1
     R: tl.constexpr = SIDE // 2
     picture, y, left, wanted = _groups(tl.program_id(0), batch, height, width, GROUP, BLOCK)
-    acc = _dynamic_part(
-        x, dynamic, picture, y, left, wanted, height, width, PIXEL, C, BLOCK_C, GROUP, DYNAMIC_SIDE
-    )
+    acc = _dynamic_part(x, dynamic, picture, y, left, wanted, height, width, PIXEL, C, BLOCK_C, GROUP, DYNAMIC_SIDE)
     if FOLD == FOLD_ALL:
         for far in range(R + 1):
             for near in range(far + 1):
@@ -323,9 +321,7 @@ def correlate(
     acc = tl.zeros([COUNT * BLOCK_C, GROUP * BLOCK_C], tl.float32)
     for block in range(tl.program_id(1) * share, (tl.program_id(1) + 1) * share):
         picture, y, left, wanted = _groups(block, batch, height, width, GROUP, BLOCK)
-        pixels = _rows(
-            x, picture, y, left + first - R, wanted, R - row, height, width, PIXEL, C, BLOCK_C, COUNT, FOLD
-        )
+        pixels = _rows(x, picture, y, left + first - R, wanted, R - row, height, width, PIXEL, C, BLOCK_C, COUNT, FOLD)
         outputs = _pixels(gradient, picture, y, left, wanted, height, width, GRADIENT_PIXEL, C, BLOCK_C, GROUP)
         acc = _dot(tl.trans(pixels), outputs, acc, PRECISION)
     tile = (tl.program_id(1) * tl.num_programs(0) + tl.program_id(0)).to(tl.int64)

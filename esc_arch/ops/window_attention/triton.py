@@ -15,15 +15,15 @@ Inside a CUDA graph that choice cannot be made: call once before capturing.
 
 from __future__ import annotations
 
-import importlib.util
 import math
 import os
-from functools import cache
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from esc_arch.ops.triton_support import DTYPES, missing
 
 from .bias import Bias
 
@@ -39,12 +39,12 @@ def reasons_against(qkv: Tensor, bias: Bias, window: int, heads: int) -> list[st
     """Why these kernels cannot take these inputs."""
     reasons = []
     head_dim = qkv.shape[1] // (3 * heads)
-    missing = _missing(qkv.device.type, qkv.device.index)
-    if missing:
-        reasons.append(missing)
+    lacking = missing(qkv.device.type, qkv.device.index)
+    if lacking:
+        reasons.append(lacking)
     if torch.compiler.is_exporting():
         reasons.append("a compiled kernel cannot be exported")
-    if qkv.dtype not in (torch.float32, torch.bfloat16, torch.float16):
+    if qkv.dtype not in DTYPES:
         reasons.append(f"its kernels take float32, bfloat16 and float16, not {qkv.dtype}")
     if head_dim > MAX_HEAD_DIM:
         reasons.append(f"its kernels take a head dimension of up to {MAX_HEAD_DIM}, not {head_dim}")
@@ -59,20 +59,6 @@ def forward(qkv: Tensor, bias: Bias, window: int, heads: int) -> Tensor:
     keep = torch.is_grad_enabled() and (qkv.requires_grad or bias.requires_grad)
     out, _ = _attend(qkv, bias, window, heads, keep)
     return out
-
-
-@torch.compiler.assume_constant_result
-@cache
-def _missing(device: str, index: int | None) -> str:
-    """What this machine lacks; empty when nothing. A compiler at work takes the answer as it is."""
-    if importlib.util.find_spec("triton") is None:
-        return "triton is not installed"
-    if device == "cpu":
-        return "" if INTERPRETED else "it runs on GPUs (on a CPU only in Triton's interpreter, TRITON_INTERPRET=1)"
-    if device != "cuda" or torch.version.hip:
-        return "it runs on GPUs of NVIDIA"
-    major, minor = torch.cuda.get_device_capability(index)
-    return "" if major >= 8 else f"its kernels need a GPU of compute capability 8.0 or newer, not {major}.{minor}"
 
 
 @torch.library.custom_op("esc_arch::window_attention", mutates_args=())

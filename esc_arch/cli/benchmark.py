@@ -1,0 +1,25 @@
+"""`basicsr benchmark`: the paper's tables, a sub-command each, whose modules are like those of the verbs."""
+
+from __future__ import annotations
+
+import argparse
+
+from esc_arch.benchmark import cost_command, data_command, quality_command
+
+__all__ = ["HELP", "add_arguments", "run"]
+
+HELP = "Reproduce the paper's tables, and show where its figures and ours agree."
+
+PARTS = {"cost": cost_command, "quality": quality_command, "data": data_command}
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the sub-commands."""
+    parts = parser.add_subparsers(dest="part", metavar="PART", required=True)
+    for name, part in PARTS.items():
+        part.add_arguments(parts.add_parser(name, help=part.HELP, description=part.HELP))
+
+
+def run(args: argparse.Namespace) -> int:
+    """Run a sub-command; returns the exit status."""
+    return PARTS[args.part].run(args)
