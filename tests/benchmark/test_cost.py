@@ -64,6 +64,12 @@ def test_the_document_is_what_its_command_makes(generated: tuple[str, list[Cost]
     assert DOCUMENT.read_text(encoding="utf-8") == generated[0]
 
 
+def test_the_readme_has_lines_of_the_document() -> None:
+    table = [line for line in (ROOT / "README.md").read_text(encoding="utf-8").splitlines() if "1280x720 |" in line]
+    assert len(table) == 9
+    assert set(table) <= set(DOCUMENT.read_text(encoding="utf-8").splitlines())
+
+
 def test_the_papers_figures(generated: tuple[str, list[Cost]]) -> None:
     compared = {}
     for cost in generated[1]:
