@@ -64,6 +64,13 @@ def choosing(orders: Mapping[str, Sequence[str]]) -> Iterator[None]:
         yield
 
 
+@contextmanager
+def layout_as_given() -> Iterator[None]:
+    """Without the change to channels_last that networks make by themselves on a CPU."""
+    with mock.patch("esc_arch.archs.base.fast_layout", lambda x: x):
+        yield
+
+
 def plain_orders() -> dict[str, tuple[str, ...]]:
     """The readable reference of every operation, which is the first in its table."""
     return {name: (next(iter(api.BACKENDS)),) for name, api in operations().items()}

@@ -21,7 +21,7 @@ import copy
 import logging
 import sys
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext, suppress
+from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import product
@@ -244,7 +244,12 @@ class Runner:
             image = image.contiguous(memory_format=torch.channels_last)
         if self.setting.all_low:
             image = image.to(self.dtype)
-        with torch.no_grad(), common.tf32_of(self.setting.precision), common.choosing(self.setting.orders):
+        with ExitStack() as stack:
+            stack.enter_context(torch.no_grad())
+            stack.enter_context(common.tf32_of(self.setting.precision))
+            stack.enter_context(common.choosing(self.setting.orders))
+            if not self.setting.channels_last:
+                stack.enter_context(common.layout_as_given())
             yield lambda: self._run(image)
 
     def _run(self, image: Tensor) -> Tensor:

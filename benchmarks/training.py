@@ -28,6 +28,7 @@ import tempfile
 import time
 import traceback
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -37,6 +38,8 @@ import torch
 from basicsr.models import build_model
 
 from esc_arch.options.files import apply_force_yml, load_yaml
+
+from common import choosing, layout_as_given, plain_orders, prepare_operators  # isort: skip
 
 OPTIONS = Path(__file__).parents[1] / "options"
 CPU_BATCH = 2
@@ -48,12 +51,18 @@ MIB = 2**20
 
 @dataclass(frozen=True)
 class Setting:
-    """How a step is computed: an attention backend, and options of `train:` and of its `optim_g`."""
+    """How a step is computed: an attention backend, and options of `train:` and of its `optim_g`.
+
+    Attributes:
+        plain: all other operations by their readable references, and on a CPU in the layout that they get; without, as
+            `auto` chooses.
+    """
 
     label: str
     attention: str = "sdpa"
     train: dict[str, Any] = field(default_factory=dict)
     optimizer: dict[str, Any] = field(default_factory=dict)
+    plain: bool = True
 
 
 def settings_for(device: str, compiled: bool) -> list[Setting]:
@@ -75,6 +84,8 @@ def settings_for(device: str, compiled: bool) -> list[Setting]:
     settings.append(Setting("+ checkpointing", train=train | {"activation_checkpointing": True}, optimizer=fused))
     if device == "cuda":
         settings.append(Setting("fused AdamW, flex", "flex", train, fused))
+    else:
+        settings.append(Setting("fp32 auto (C++ operators)", "auto", plain=False))
     return settings
 
 
@@ -110,14 +121,19 @@ class Trial:
 
     def step(self, batch: dict[str, torch.Tensor], count: int = 1) -> float:
         """Seconds per step of `count` steps."""
-        synchronize()
-        start = time.perf_counter()
-        for _ in range(count):
-            self.iteration += 1
-            self.model.feed_data(batch)
-            self.model.optimize_parameters(self.iteration)
-        synchronize()
-        return (time.perf_counter() - start) / count
+        with ExitStack() as stack:
+            if self.setting.plain:
+                others = {name: order for name, order in plain_orders().items() if name != "window_attention"}
+                stack.enter_context(choosing(others))
+                stack.enter_context(layout_as_given())
+            synchronize()
+            start = time.perf_counter()
+            for _ in range(count):
+                self.iteration += 1
+                self.model.feed_data(batch)
+                self.model.optimize_parameters(self.iteration)
+            synchronize()
+            return (time.perf_counter() - start) / count
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -128,7 +144,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         return
     if args.curves:
         import training_curves  # fails for want of matplotlib before anything is measured
-    print(machine(args.device), flush=True)
+    operators = prepare_operators()
+    print(f"{machine(args.device)}; {operators}", flush=True)
     # torch counts the networks of all settings together, and runs those beyond its limit uncompiled
     torch._dynamo.config.recompile_limit = 64
     # A cache of its own: what is compiled is compiled for the first time

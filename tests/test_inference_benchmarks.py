@@ -6,6 +6,8 @@ import importlib
 import json
 import logging
 import os
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
@@ -279,3 +281,12 @@ def test_a_network_that_is_not_there(inference: ModuleType, capsys: pytest.Captu
 def test_a_scale_without_option_file_is_said(inference: ModuleType, capsys: pytest.CaptureFixture[str]) -> None:
     assert inference.main([*QUICK, "--networks", "ESC-Real", "--scales", "3"]) == 0
     assert "There is no ESC-Real x3." in capsys.readouterr().out
+
+
+def test_the_convolutions_of_convattn_are_compared() -> None:
+    command = [sys.executable, str(BENCHMARKS / "conv_attn.py"), "--quick", "--rounds", "2"]
+    done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=200)
+    assert "| ms (times as fast) | reference |" in done.stdout
+    assert "| channels_last, 1x16x24x32, forward and backward | " in done.stdout
+    errors = [float(cell) for cell in done.stdout.splitlines()[-1].split("|")[2:-1]]
+    assert len(errors) >= 4 and max(errors) < 1e-5
