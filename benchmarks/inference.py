@@ -98,6 +98,7 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--scales", type=int, nargs="+", choices=(2, 3, 4), default=[2, 3, 4])
     parser.add_argument("--output", type=common.size, metavar="WxH", help="default: 1280x720; with --quick 256x192")
     parser.add_argument("--compile", action=argparse.BooleanOptionalAction, help="default: on a GPU")
+    parser.add_argument("--precisions", nargs="+", choices=common.PRECISIONS, help="default: all that the device has")
     parser.add_argument("--force_yml", nargs="+", default=[], metavar="KEY=VALUE", help="changes to the option files")
     common.add_common_arguments(parser)
     args = parser.parse_args(argv)
@@ -162,6 +163,8 @@ def _changed(setting: Setting, label: str, **changes: Any) -> Setting:
 
 def chosen_settings(args: argparse.Namespace) -> list[Setting]:
     settings = settings_for(args.device, args.compile)
+    if args.precisions is not None:
+        settings = [each for each in settings if each.precision in args.precisions]
     if args.only is None:
         return settings
     return [each for each in settings if each.label in (NAIVE, FLEX) or any(text in each.label for text in args.only)]

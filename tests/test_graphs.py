@@ -152,7 +152,7 @@ def test_a_network_with_triton_operators_is_one_graph_for_all_sizes(
     monkeypatch.setattr(torch, "is_autocast_enabled", lambda *_: False)
     monkeypatch.setattr(conv_attn, "AUTO_ORDER", ("triton_folded",))
     monkeypatch.setattr(conv_attn.BACKENDS["triton"], "missing", lambda *_: "")
-    monkeypatch.setattr(window_attention["triton"], "_missing", lambda *_: "")
+    monkeypatch.setattr(window_attention["triton"], "missing", lambda *_: "")
     net = small_esc(attn_type="triton").to("meta")
     traced = []
 

@@ -634,8 +634,10 @@ void kernel_matrices(const Tiling& t, const at::Tensor& kernel, float* matrices)
             const auto tap = [&](int64_t y, int64_t x) { return at[(reach + y) * map.row + (reach + x) * map.column]; };
             const float value = tap(a, b), others[3] = {tap(-a, b), tap(a, -b), tap(-a, -b)};
             for (float other : others)
-              // Not the other way round: weights that are no numbers any more are for the training to report
-              if (std::abs(value - other) > 1e-5f * std::abs(value) + 1e-12f) even = false;
+              // Weights that have all become infinite or no numbers are for the training to report
+              if (!(std::abs(value - other) <= 1e-5f * std::abs(value) + 1e-12f || value == other ||
+                    (std::isnan(value) && std::isnan(other))))
+                even = false;
             const float weight = (a ? 2.f : 1.f) * (b ? 2.f : 1.f) / float(t.y.points * t.x.points);
             folded[(a * taps + b) * LANES + lane] = weight * value;
           }
