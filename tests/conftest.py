@@ -34,6 +34,11 @@ from esc_arch.ops import native as operators
 
 Options = dict[str, Any]
 
+# Tests that run side by side, and what they start, would each wait for threads that have no core
+if "PYTEST_XDIST_WORKER" in os.environ:
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+    torch.set_num_threads(1)
+
 SCALE = 2
 NETWORK = {
     "type": "ESC",
