@@ -6,34 +6,26 @@ and `test_in_the_interpreter` runs this file once more, in a process of its own.
 
 from __future__ import annotations
 
-import importlib.util
-import os
-import subprocess
-import sys
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from networks import max_error, needs_cuda, normal
 from torch import Tensor, nn
+from triton_testing import (
+    DEVICES,
+    INTERPRETED,
+    compile_for_a_gpu,
+    needs_triton,
+    patch_language_once,
+    run_in_the_interpreter,
+    skip_without_assembler,
+)
 
 from esc_arch.ops.window_attention import BACKENDS, window_attention
 
 backend = BACKENDS["triton"]
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-HAS_TRITON = importlib.util.find_spec("triton") is not None
-
-needs_triton = pytest.mark.skipif(not HAS_TRITON, reason="needs triton")
-DEVICES = [
-    pytest.param(
-        "cpu",
-        marks=pytest.mark.skipif(not INTERPRETED, reason="run by test_in_the_interpreter"),
-        id="interpreter",
-    ),
-    pytest.param("cuda", marks=needs_cuda),
-]
 FLOAT, BRAIN, HALF = torch.float32, torch.bfloat16, torch.float16
 LAYOUTS = {"NCHW": torch.contiguous_format, "channels last": torch.channels_last}
 
@@ -59,22 +51,10 @@ LARGE_CASES = [
 ]
 
 
-@pytest.fixture(autouse=INTERPRETED)
-def patch_language_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The interpreter patches triton.language for milliseconds at every call of a helper, though it stays patched."""
-    from triton.runtime import interpreter
-
-    patched = set()
-
-    def call(self: Any, *args: Any, **kwargs: Any) -> Any:
-        modules = frozenset(id(value) for value in self.fn.__globals__.values() if value in (language, language.core))
-        if modules not in patched:
-            patched.add(modules)
-            interpreter._patch_lang(self.fn)
-        return self.rewrite()(*args, **kwargs)
-
-    language = interpreter.tl
-    monkeypatch.setattr(interpreter.InterpretedFunction, "__call__", call)
+@pytest.fixture(autouse=True)
+def interpret_quickly(monkeypatch: pytest.MonkeyPatch) -> None:
+    if INTERPRETED:
+        patch_language_once(monkeypatch)
 
 
 def inputs(
@@ -276,11 +256,7 @@ def test_new_sizes_compile_nothing() -> None:
 @needs_triton
 @pytest.mark.skipif(INTERPRETED, reason="is itself in the interpreter")
 def test_in_the_interpreter() -> None:
-    environment = {**os.environ, "TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": ""}
-    options = ["-k", "interpreter", "-q", "-p", "no:cacheprovider", "-o", "addopts="]
-    command = [sys.executable, "-m", "pytest", __file__, *options]
-    run = subprocess.run(command, env=environment, capture_output=True, text=True, cwd=Path(__file__).parents[2])
-    assert run.returncode == 0, run.stdout[-6000:] + run.stderr[-2000:]
+    run_in_the_interpreter(__file__)
 
 
 # --- the pieces in PyTorch -----------------------------------------------------------------------------------------
@@ -306,42 +282,19 @@ def test_fold_is_the_gradient_of_padding(size: int) -> None:
 
 # --- compiled without a GPU ----------------------------------------------------------------------------------------
 
-POINTERS = {"qkv", "out", "d_out", "d_qkv", "target"}
 
-
-def compile_for_a_gpu(kernel: Any, constants: dict[str, Any], dtype: str, capability: int, config: Any) -> Any:
-    """The assembly of a kernel for a GPU of this compute capability (90 is 9.0), with its metadata."""
-    compiler = pytest.importorskip("triton.compiler")
-    from triton.backends.compiler import GPUTarget
-
-    function = getattr(kernel, "fn", kernel) if hasattr(kernel, "configs") else kernel
-    constants = {name: value for name, value in {**constants, **config.kwargs}.items() if name in function.arg_names}
-    types = {
-        name: f"*{dtype if name in POINTERS else 'fp32'}" for name in (*POINTERS, "table", "lse", "products", "sums")
-    }
-    signature = {name: "constexpr" if name in constants else types.get(name, "i32") for name in function.arg_names}
-    aligned = {(i,): [["tt.divisibility", 16]] for i, name in enumerate(function.arg_names) if name in types}
-    return compiler.compile(
-        compiler.ASTSource(function, signature, constexprs=constants, attrs=aligned),
-        target=GPUTarget("cuda", capability, 32),
-        options={"num_warps": config.num_warps, "num_stages": config.num_stages, "enable_fp_fusion": True},
-    )
+def pointers(dtype: str) -> dict[str, str]:
+    """What the kernels' pointers point at, for maps of this type."""
+    maps = dict.fromkeys(("qkv", "out", "d_out", "d_qkv", "target"), dtype)
+    return maps | dict.fromkeys(("table", "lse", "products", "sums"), "fp32")
 
 
 @pytest.fixture
 def kernels() -> Iterator[Any]:
-    pytest.importorskip("triton")
-    if INTERPRETED:
-        pytest.skip("interpreted kernels are not compiled")
-    try:
-        from triton.backends.nvidia import compiler
+    for _ in skip_without_assembler():
+        from esc_arch.ops.window_attention import triton_kernels
 
-        compiler.get_ptxas(90)
-    except Exception as error:
-        pytest.skip(f"no ptxas: {error}")
-    from esc_arch.ops.window_attention import triton_kernels
-
-    yield triton_kernels
+        yield triton_kernels
 
 
 @pytest.mark.parametrize(
@@ -376,7 +329,7 @@ def test_compiles(
         config = kernels.Config({"BLOCK": 32}, num_warps=2, num_stages=3)
     else:
         config = kernels._fitting(kernel.configs, {}, **constants)[0]
-    compiled = compile_for_a_gpu(kernel, constants, dtype, capability, config)
+    compiled = compile_for_a_gpu(kernel, constants, pointers(dtype), capability, config)
     assert compiled.asm["cubin"]
     assert compiled.metadata.shared <= 160 * 1024
     assert ("mma" in compiled.asm["ptx"]) == (precision != "ieee")
