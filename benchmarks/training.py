@@ -20,7 +20,6 @@ import gc
 import json
 import logging
 import os
-import platform
 import statistics
 import subprocess
 import sys
@@ -33,13 +32,23 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import esc_arch  # isort: skip  makes basicsr importable
+import esc_arch  # noqa: F401  # isort: skip  makes basicsr importable
 import torch
 from basicsr.models import build_model
 
 from esc_arch.options.files import apply_force_yml, load_yaml
 
-from common import choosing, layout_as_given, plain_orders, prepare_operators  # isort: skip
+from common import (  # isort: skip
+    choosing,
+    high_water,
+    layout_as_given,
+    machine,
+    markdown,
+    plain_orders,
+    prepare_operators,
+    progress,
+    synchronize,
+)
 
 OPTIONS = Path(__file__).parents[1] / "options"
 CPU_BATCH = 2
@@ -278,49 +287,7 @@ def resident_peak(args: argparse.Namespace) -> int | None:
     return None if before is None or after is None else after - before
 
 
-def high_water() -> int | None:
-    """Linux only; getrusage would have what the parent process had at its highest."""
-    try:
-        status = Path("/proc/self/status").read_text()
-    except OSError:
-        return None
-    return next(int(line.split()[1]) * 1024 for line in status.splitlines() if line.startswith("VmHWM"))
-
-
-def synchronize() -> None:
-    if torch.cuda.is_initialized():
-        torch.cuda.synchronize()
-
-
-def progress(text: str) -> None:
-    print(f"[{time.strftime('%H:%M:%S')}] {text}", file=sys.stderr, flush=True)
-
-
 # --- telling --------------------------------------------------------------------------------------------------------
-
-
-def machine(device: str) -> str:
-    """Versions, and what the figures depend on."""
-    parts = [f"Python {platform.python_version()}, torch {torch.__version__}, esc_arch {esc_arch.__version__}"]
-    if device == "cuda":
-        parts.append(
-            f"CUDA {torch.version.cuda}, cuDNN {torch.backends.cudnn.version()}, {torch.cuda.get_device_name()}"
-        )
-    threads = f"{torch.get_num_threads()} threads of {os.cpu_count()} CPUs"
-    parts.append(f"{cpu_name()}, {torch.backends.cpu.get_cpu_capability()}, {threads}")
-    prefixes = ("MALLOC_", "PYTORCH_ALLOC", "PYTORCH_CUDA_ALLOC", "LD_PRELOAD", "OMP_", "KMP_")
-    chosen = [f"{name}={value}" for name, value in sorted(os.environ.items()) if name.startswith(prefixes)]
-    parts.append(f"allocator and threads from the environment: {' '.join(chosen) or 'nothing (default)'}")
-    parts.append(f"load average at the start: {os.getloadavg()[0]:.1f}")
-    return "; ".join(parts)
-
-
-def cpu_name() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        lines = []
-    return next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), platform.machine())
 
 
 def heading(args: argparse.Namespace, scale: int, batch: dict[str, torch.Tensor]) -> str:
@@ -342,10 +309,7 @@ def table(trials: Sequence[Trial], images: int) -> str:
     baselines = [trial for trial in trials if trial.setting.label in ("fp32 naive", "fp32 flex")]
     against = [f"against {trial.setting.label}" for trial in baselines]
     head = ["setting", "first step, s", "step, ms", "images/s", *against, "MiB", "loss"]
-    lines = [head, ["---"] * len(head)]
-    for trial in trials:
-        lines.append([trial.setting.label, *cells(trial, baselines, images)])
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+    return markdown(head, [[trial.setting.label, *cells(trial, baselines, images)] for trial in trials])
 
 
 def cells(trial: Trial, baselines: Sequence[Trial], images: int) -> Iterator[str]:
