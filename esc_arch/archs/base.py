@@ -48,6 +48,25 @@ class ESCFamily(nn.Module):
         """What the blocks start from, in the layout that suits the device: (B, 3, H, W) -> (B, dim, H, W)."""
         return self.proj(fast_layout(x))
 
+    def forward(self, x: Tensor) -> Tensor:
+        shallow = self.shallow_features(x)
+        return self.reconstruct(self.run_blocks(shallow, *self.large_kernels()), shallow, x)
+
+    def large_kernels(self) -> tuple[Tensor, ...]:
+        """What the blocks convolve with besides the kernels made from the image."""
+        raise TypeError(f"{type(self).__name__} has no large kernels: use one of its subclasses.")
+
+    def reconstruct(self, feat: Tensor, shallow: Tensor, image: Tensor) -> Tensor:
+        """The tail: from the features behind the blocks to the enlarged image.
+
+        Every pixel of it depends on its neighbourhood alone (see `inference.large_images`).
+
+        Args:
+            feat, shallow: features behind and before the blocks, (B, dim, H, W).
+            image: (B, 3, H, W), the network's input; f times larger where the network folds it (`ESCRealM`).
+        """
+        raise TypeError(f"{type(self).__name__} has no tail: use one of its subclasses.")
+
     def run_blocks(self, x: Tensor, *large_kernels: Tensor) -> Tensor:
         """All blocks one after the other: (B, dim, H, W) -> (B, dim, H, W)."""
         for block in self.blocks:
@@ -131,9 +150,9 @@ class SharedKernelNetwork(ESCFamily):
         super().__init__(window_size=window_size, upscaling_factor=upscaling_factor)
         self.plk_filter = new_large_kernel(pdim, kernel_size)
 
-    def large_kernel(self) -> Tensor:
-        """What the blocks convolve with: (pdim, pdim, K, K)."""
-        return symmetrise(self.plk_filter)
+    def large_kernels(self) -> tuple[Tensor, ...]:
+        """The symmetrised kernel alone, (pdim, pdim, K, K)."""
+        return (symmetrise(self.plk_filter),)
 
     @torch.no_grad()
     def fold(self: Network) -> Network:

@@ -6,6 +6,7 @@ from basicsr.utils.registry import ARCH_REGISTRY
 from torch import Tensor, nn
 
 from esc_arch.archs.base import SharedKernelNetwork, esc_block
+from esc_arch.modules.conv3x3 import conv3x3
 from esc_arch.modules.upsample import pixel_shuffle_with_skip
 from esc_arch.registry import register
 
@@ -80,7 +81,6 @@ class ESC(SharedKernelNetwork):
         self.last = nn.Conv2d(dim, dim, 3, padding=1)
         self.to_img = nn.Conv2d(dim, 3 * self.upscaling_factor**2, 3, padding=1)
 
-    def forward(self, x: Tensor) -> Tensor:
-        shallow = self.shallow_features(x)
-        feat = self.last(self.run_blocks(shallow, self.large_kernel())) + shallow
-        return pixel_shuffle_with_skip(self.to_img(feat), x, self.upscaling_factor)
+    def reconstruct(self, feat: Tensor, shallow: Tensor, image: Tensor) -> Tensor:
+        feat = conv3x3(self.last, feat, residual=shallow)
+        return pixel_shuffle_with_skip(conv3x3(self.to_img, feat), image, self.upscaling_factor)

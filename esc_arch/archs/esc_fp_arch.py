@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from esc_arch.archs.base import ESCFamily, biased_attention
 from esc_arch.modules import DecomposedConvAttn, ESCBlock, LayerNorm
+from esc_arch.modules.conv3x3 import conv3x3
 from esc_arch.modules.conv_attn import new_decomposed_kernel
 from esc_arch.registry import register
 
@@ -66,9 +67,11 @@ class ESCFP(ESCFamily):
         self.last = nn.Conv2d(dim, dim, 3, padding=1)
         self.to_img = nn.Conv2d(dim, 3 * self.upscaling_factor**2, 3, padding=1)
 
-    def forward(self, x: Tensor) -> Tensor:
-        shallow = self.shallow_features(x)
-        feat = self.run_blocks(shallow, self.lk_channel, self.lk_spatial)
-        feat = self.last(self.ln_last(feat)) + shallow
-        enlarged = F.interpolate(x, scale_factor=self.upscaling_factor, mode="bicubic", align_corners=False)
-        return (F.pixel_shuffle(self.to_img(feat), self.upscaling_factor) + enlarged).contiguous()
+    def large_kernels(self) -> tuple[Tensor, ...]:
+        """The channel mixing (pdim, pdim, 1, 1) and the depth-wise filter (pdim, 1, K, K)."""
+        return self.lk_channel, self.lk_spatial
+
+    def reconstruct(self, feat: Tensor, shallow: Tensor, image: Tensor) -> Tensor:
+        feat = conv3x3(self.last, feat, norm=self.ln_last, residual=shallow)
+        enlarged = F.interpolate(image, scale_factor=self.upscaling_factor, mode="bicubic", align_corners=False)
+        return (F.pixel_shuffle(conv3x3(self.to_img, feat), self.upscaling_factor) + enlarged).contiguous()

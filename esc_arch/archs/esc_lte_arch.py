@@ -9,6 +9,7 @@ from basicsr.utils.registry import ARCH_REGISTRY
 from torch import Tensor, nn
 
 from esc_arch.archs.base import SharedKernelNetwork, esc_block
+from esc_arch.modules.conv3x3 import conv3x3
 from esc_arch.modules.lte import LTE, query_grid
 from esc_arch.ops.resize import scaled_size
 from esc_arch.registry import register
@@ -136,4 +137,4 @@ class ESCLTE(SharedKernelNetwork):
     def features(self, x: Tensor) -> Tensor:
         """What the upsampler starts from: (B, 3, H, W) -> (B, dim, H, W). It does not depend on the scale."""
         shallow = self.shallow_features(x)
-        return self.last(self.run_blocks(shallow, self.large_kernel())) + shallow
+        return conv3x3(self.last, self.run_blocks(shallow, *self.large_kernels()), residual=shallow)

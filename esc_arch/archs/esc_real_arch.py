@@ -8,6 +8,7 @@ from basicsr.utils.registry import ARCH_REGISTRY
 from torch import Tensor, nn
 
 from esc_arch.archs.base import SharedKernelNetwork, esc_block
+from esc_arch.modules.conv3x3 import conv3x3
 from esc_arch.modules.upsample import DySample, ReflectDepthwiseConv, UniversalUpsampler
 from esc_arch.ops.padding import reflect_pad_to_multiple
 from esc_arch.registry import register
@@ -68,9 +69,8 @@ class _RealNetwork(SharedKernelNetwork):
     skip: nn.Module
     to_img: nn.Module
 
-    def forward(self, x: Tensor) -> Tensor:
-        shallow = self.shallow_features(x)
-        feat = self.last(self.run_blocks(shallow, self.large_kernel())) + shallow + self.skip(x)
+    def reconstruct(self, feat: Tensor, shallow: Tensor, image: Tensor) -> Tensor:
+        feat = conv3x3(self.last, feat, residual=shallow) + self.skip(image)
         return self.to_img(feat).contiguous()
 
 

@@ -9,7 +9,9 @@ from torch import Tensor, nn
 
 from esc_arch.archs.base import SharedKernelNetwork
 from esc_arch.modules import ConvAttn, ESCBlock, FactorBiasWindowAttention, LayerNorm, RIBWindowAttention
+from esc_arch.modules.conv3x3 import conv3x3
 from esc_arch.modules.upsample import pixel_shuffle_with_skip
+from esc_arch.modules.window_attention import WindowAttention
 from esc_arch.registry import register
 
 __all__ = ["ESCRIB"]
@@ -60,7 +62,7 @@ class ESCRIB(SharedKernelNetwork):
         if gate_type not in GATE_TYPES:
             raise ValueError(f"gate_type is {gate_type!r}; ESCRIB takes DWC or none (~).")
 
-        def attention() -> nn.Module:
+        def attention() -> WindowAttention:
             common: dict[str, Any] = {
                 "dim": dim,
                 "window_size": window_size,
@@ -90,7 +92,7 @@ class ESCRIB(SharedKernelNetwork):
         # A module of its own for the sake of the published parameter names
         self.upsampler = nn.ModuleDict({"up_conv": nn.Conv2d(dim, 3 * self.upscaling_factor**2, 3, padding=1)})
 
-    def forward(self, x: Tensor) -> Tensor:
-        shallow = self.shallow_features(x)
-        feat = self.last(self.run_blocks(shallow, self.large_kernel())) + shallow
-        return pixel_shuffle_with_skip(self.upsampler["up_conv"](feat), x, self.upscaling_factor)
+    def reconstruct(self, feat: Tensor, shallow: Tensor, image: Tensor) -> Tensor:
+        norm, last = self.last
+        feat = conv3x3(last, feat, norm=norm, residual=shallow)
+        return pixel_shuffle_with_skip(conv3x3(self.upsampler["up_conv"], feat), image, self.upscaling_factor)

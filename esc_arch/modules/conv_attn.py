@@ -5,7 +5,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from esc_arch.ops.conv_attn import conv_attention, decomposed_conv_attention, mixed_conv_attention, symmetrise
+from esc_arch.ops.conv_attn import (
+    conv_attention,
+    decomposed_conv_attention,
+    mixed_conv_attention,
+    symmetrise,
+)
 
 from .precision import in_float32
 
@@ -104,6 +109,8 @@ class ConvAttn(nn.Module):
         symmetric: every `lk` handed in went through `symmetrise`, which lets faster algorithms be used. The gradient
             of `lk` may then have only its symmetric part; see `conv_attention`.
 
+    `means`, (B, pdim), stand for those of the first `pdim` channels over all pixels, where x is a part of an image.
+
     Raises:
         ValueError: `pdim` is not within 2 .. dim, `kernel_size` is even; at the call: `lk` is missing or does not fit.
     """
@@ -120,7 +127,7 @@ class ConvAttn(nn.Module):
         self.plk = _PooledKernel(pdim)
         self.aggr = nn.Conv2d(dim, dim, 1)
 
-    def forward(self, x: Tensor, lk: Tensor | None = None) -> Tensor:
+    def forward(self, x: Tensor, lk: Tensor | None = None, means: Tensor | None = None) -> Tensor:
         symmetric = self.symmetric
         if lk is None:
             if self.plk_filter is None:
@@ -129,13 +136,23 @@ class ConvAttn(nn.Module):
             symmetric = True
         _check_kernel("large kernel", lk, (self.pdim, self.pdim, self.kernel_size, self.kernel_size))
         convolved, passed = x[:, : self.pdim], x[:, self.pdim :]
-        dynamic = self.plk(convolved)
+        dynamic = self.plk(_to_pool(convolved, means))
         assert self.aggr.bias is not None
         mixed = mixed_conv_attention(x, lk, dynamic, self.aggr.weight, self.aggr.bias, symmetric=symmetric)
         if mixed is not None:
             return mixed
         convolved = conv_attention(convolved, lk, dynamic, symmetric=symmetric)
         return self.aggr(torch.cat([convolved, passed], dim=1))
+
+    def added_to(self, x: Tensor, mixed: Tensor, lk: Tensor, *, means: Tensor | None = None) -> Tensor:
+        """x + self(mixed, lk), in one pass over the map where an operator for that is at hand.
+
+        Args:
+            x: (B, dim, H, W).
+            mixed, lk: as of a call.
+            means: of the first pdim channels of `mixed` over the whole image, (B, pdim), where they are known.
+        """
+        return x + self(mixed, lk, means)
 
 
 class DecomposedConvAttn(nn.Module):
@@ -168,7 +185,13 @@ class DecomposedConvAttn(nn.Module):
         self.plk = _DecomposedPooledKernel(pdim)
         self.aggr = nn.Conv2d(dim, dim, 1)
 
-    def forward(self, x: Tensor, lk_channel: Tensor | None = None, lk_spatial: Tensor | None = None) -> Tensor:
+    def forward(
+        self,
+        x: Tensor,
+        lk_channel: Tensor | None = None,
+        lk_spatial: Tensor | None = None,
+        means: Tensor | None = None,
+    ) -> Tensor:
         lk_channel = self.lk_channel if lk_channel is None else lk_channel
         lk_spatial = self.lk_spatial if lk_spatial is None else lk_spatial
         if lk_channel is None or lk_spatial is None:
@@ -179,8 +202,20 @@ class DecomposedConvAttn(nn.Module):
         _check_kernel("channel kernel", lk_channel, (self.pdim, self.pdim, 1, 1))
         _check_kernel("spatial kernel", lk_spatial, (self.pdim, 1, self.kernel_size, self.kernel_size))
         convolved, passed = x[:, : self.pdim], x[:, self.pdim :]
-        convolved = decomposed_conv_attention(convolved, lk_channel, lk_spatial, self.plk(convolved))
+        dynamic = self.plk(_to_pool(convolved, means))
+        convolved = decomposed_conv_attention(convolved, lk_channel, lk_spatial, dynamic)
         return self.aggr(torch.cat([convolved, passed], dim=1))
+
+    def added_to(
+        self, x: Tensor, mixed: Tensor, lk_channel: Tensor, lk_spatial: Tensor, *, means: Tensor | None = None
+    ) -> Tensor:
+        """x + self(mixed, lk_channel, lk_spatial, means); see `ConvAttn.added_to`."""
+        return x + self(mixed, lk_channel, lk_spatial, means)
+
+
+def _to_pool(convolved: Tensor, means: Tensor | None) -> Tensor:
+    """What the dynamic kernel is computed from: a map, or its means (B, pdim), whose means are themselves."""
+    return convolved if means is None else means[:, :, None, None]
 
 
 def _checked_pdim(pdim: int, least: int, dim: int) -> int:

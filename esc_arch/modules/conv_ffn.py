@@ -32,8 +32,24 @@ class ConvFFN(nn.Module):
         self.aggr = nn.Conv2d(hidden, dim, 1)
 
     def forward(self, x: Tensor) -> Tensor:
+        return conv_ffn(x, *self._weights())
+
+    def of_normed(self, x: Tensor, norm: nn.Module, means_of: int = 0) -> tuple[Tensor, Tensor | None]:
+        """This network of norm(x), in one pass over the map where an operator for that is at hand.
+
+        Args:
+            x: (B, C, H, W).
+            norm: a LayerNorm, or the identity.
+            means_of: how many channels of the result are wanted as means over all pixels too.
+
+        Returns:
+            (B, C, H, W), and (B, means_of) where they come without a pass of their own, else None.
+        """
+        return self(norm(x)), None
+
+    def _weights(self) -> tuple[Tensor, ...]:
         proj, dwc, aggr = self.proj, self.dwc, self.aggr
         assert proj.bias is not None
         assert dwc.bias is not None
         assert aggr.bias is not None
-        return conv_ffn(x, proj.weight, proj.bias, dwc.weight, dwc.bias, aggr.weight, aggr.bias)
+        return proj.weight, proj.bias, dwc.weight, dwc.bias, aggr.weight, aggr.bias

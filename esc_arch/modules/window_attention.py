@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from esc_arch.ops.window_attention import Bias, resolve_backend, window_attention
 
+from .norm import LayerNorm
 from .precision import in_float32
 
 __all__ = [
@@ -111,6 +112,10 @@ class WindowAttention(nn.Module):
     def position_bias(self) -> Bias:
         """What is added to the scores; see `esc_arch.ops.window_attention.Bias`."""
         raise TypeError(f"{type(self).__name__} has no position bias: use one of its subclasses.")
+
+    def added_to(self, x: Tensor, norm: LayerNorm) -> Tensor:
+        """x + self(norm(x)), in one pass over the map where an operator for that is at hand."""
+        return x + self(norm(x))
 
     def forward(self, x: Tensor) -> Tensor:
         attended = window_attention(
