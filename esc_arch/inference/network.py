@@ -1,0 +1,169 @@
+"""A checkpoint as a network that is ready to enlarge images."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from esc_arch.archs.base import ESCFamily, SharedKernelNetwork
+from esc_arch.archs.esc_lte_arch import ESCLTE
+from esc_arch.checkpoints.conversion import build_network, open_checkpoint
+from esc_arch.errors import UserError
+from esc_arch.modules.lte import query_grid
+from esc_arch.ops.padding import reflect_pad_to_multiple
+from esc_arch.ops.resize import scaled_size
+
+__all__ = ["PRECISIONS", "Upscaler", "load"]
+
+#: What networks may compute in, by name.
+PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+@dataclass(frozen=True, eq=False)
+class Upscaler:
+    """A network with its weights, in evaluation mode on its device, and what its file says of it.
+
+    Attributes:
+        net: the network.
+        network_g: its type and options, as an option file has them.
+        source: the file that its weights are from.
+        metadata: plain values that stood beside the weights, such as `iter`.
+        assumptions: what of network_g does not follow from the weights, a sentence each.
+        device: where it computes.
+        precision: what it computes in: torch.float32, or a type for autocast.
+    """
+
+    net: ESCFamily
+    network_g: Mapping[str, Any]
+    source: Path
+    device: torch.device
+    precision: torch.dtype = torch.float32
+    metadata: Mapping[str, Any] = field(default_factory=dict)
+    assumptions: tuple[str, ...] = ()
+
+    @property
+    def scale(self) -> float:
+        """By how much it enlarges; ESCLTE's is what it enlarges by when nothing else is asked for."""
+        return self.net.upscaling_factor
+
+    @property
+    def any_scale(self) -> bool:
+        """Whether it can be asked for any scale."""
+        return isinstance(self.net, ESCLTE)
+
+    @property
+    def window(self) -> int:
+        """Images are padded to multiples of this many pixels."""
+        return self.net.window_size
+
+    def output_size(self, height: int, width: int, scale: float | None = None) -> tuple[int, int]:
+        """The size of what an image of this size becomes.
+
+        Raises:
+            UserError: a scale that this network has not.
+        """
+        if scale is not None and scale != self.scale and not self.any_scale:
+            raise UserError(f"{self.source.name} enlarges by {self.scale:g}, not by {scale:g}.")
+        return scaled_size((height, width), self.scale if scale is None else scale)
+
+    @torch.no_grad()
+    def __call__(self, image: Tensor, scale: float | None = None) -> Tensor:
+        """The whole image at once, by the protocol of the published figures (see `esc_arch.models.ESCModel`).
+
+        Args:
+            image: (B, 3, H, W), RGB in 0 .. 1, of any floating type, on any device.
+            scale: of ESCLTE, any; others have their own.
+
+        Returns:
+            (B, 3, H', W'), float32, on the network's device, not clipped.
+
+        Raises:
+            UserError: a scale that this network has not.
+        """
+        size = self.output_size(*image.shape[-2:], scale)
+        padded = self.pad(image.to(self.device, torch.float32))
+        with self.computing():
+            if self.any_scale:
+                part = (image.shape[-2] / padded.shape[-2], image.shape[-1] / padded.shape[-1])
+                coords, cell = query_grid(size, device=self.device, part=part)
+                count = len(image)
+                points = self.net(padded, coords=coords.expand(count, -1, -1), cell=cell.expand(count, -1))
+                return points.float().unflatten(-1, size)
+            out: Tensor = self.net(padded)
+        return out.float()[..., : size[0], : size[1]]
+
+    def pad(self, image: Tensor) -> Tensor:
+        """An image (B, 3, H, W) as the network is to see it: padded by reflection at the bottom and the right."""
+        return reflect_pad_to_multiple(image, self.window)
+
+    def computing(self) -> AbstractContextManager[Any]:
+        """The context that the network, or parts of it, compute in."""
+        if self.precision == torch.float32:
+            return nullcontext()
+        return torch.autocast(self.device.type, dtype=self.precision)
+
+    def __repr__(self) -> str:
+        options = ", ".join(f"{key}: {value}" for key, value in self.network_g.items() if key != "type")
+        name = next(name for name, kind in PRECISIONS.items() if kind == self.precision)
+        return f"Upscaler({self.source.name}: {self.network_g['type']} x{self.scale:g} ({options}), {self.device}, {name})"
+
+
+def load(
+    weights: str | Path,
+    *,
+    device: str | torch.device = "auto",
+    precision: str = "auto",
+    param_key: str | None = None,
+    window_size: int | None = None,
+) -> Upscaler:
+    """A network from its checkpoint alone: recognised, built, and ready to enlarge images.
+
+    Args:
+        weights: a .pth or .safetensors file.
+        device: auto (the first GPU, else the CPU), or a device's name.
+        precision: a key of `PRECISIONS`; auto: fp16 on a GPU, fp32 on a CPU, where half precision is slower.
+        param_key: the entry of the file wanted; None for the first of `params_ema`, `params` and others.
+        window_size: of ESCRIB, whose weights do not say it.
+
+    Raises:
+        UserError: the file cannot be read or is of no network of the family; the device is not there; the precision
+            is not known.
+    """
+    place = _device(device)
+    if precision not in ("auto", *PRECISIONS):
+        raise UserError(f"The precision {precision!r} is not known; allowed: auto, {', '.join(PRECISIONS)}.")
+    checkpoint = open_checkpoint(weights, param_key=param_key, window_size=window_size)
+    net = build_network(checkpoint.network_g)
+    assert isinstance(net, ESCFamily)
+    net.load_state_dict(checkpoint.weights)
+    if isinstance(net, SharedKernelNetwork):
+        net.fold()
+    half = precision == "auto" and place.type == "cuda"
+    return Upscaler(
+        net.eval().requires_grad_(False).to(place),
+        checkpoint.network_g,
+        Path(weights),
+        place,
+        torch.float16 if half else PRECISIONS.get(precision, torch.float32),
+        checkpoint.beside,
+        tuple(checkpoint.assumptions),
+    )
+
+
+def _device(name: str | torch.device) -> torch.device:
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+        if device.type == "cuda" and not torch.cuda.is_available():
+            raise UserError("There is no CUDA device here: use device='cpu', or auto.")
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise UserError(f"The device {str(name)!r} cannot be used: {str(error).splitlines()[0]}") from error
+    return device
