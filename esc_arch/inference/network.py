@@ -86,11 +86,12 @@ class Upscaler:
         Raises:
             UserError: a scale that this network has not.
         """
-        size = self.output_size(*image.shape[-2:], scale)
+        height, width = image.shape[-2:]
+        size = self.output_size(height, width, scale)
         padded = self.pad(image.to(self.device, torch.float32))
         with self.computing():
             if self.any_scale:
-                part = (image.shape[-2] / padded.shape[-2], image.shape[-1] / padded.shape[-1])
+                part = (height / padded.shape[-2], width / padded.shape[-1])
                 coords, cell = query_grid(size, device=self.device, part=part)
                 count = len(image)
                 points = self.net(padded, coords=coords.expand(count, -1, -1), cell=cell.expand(count, -1))
@@ -111,7 +112,8 @@ class Upscaler:
     def __repr__(self) -> str:
         options = ", ".join(f"{key}: {value}" for key, value in self.network_g.items() if key != "type")
         name = next(name for name, kind in PRECISIONS.items() if kind == self.precision)
-        return f"Upscaler({self.source.name}: {self.network_g['type']} x{self.scale:g} ({options}), {self.device}, {name})"
+        network = f"{self.network_g['type']} x{self.scale:g} ({options})"
+        return f"Upscaler({self.source.name}: {network}, {self.device}, {name})"
 
 
 def load(
