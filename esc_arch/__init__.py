@@ -9,6 +9,8 @@ That is its only side effect.
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING, Any
+
 from . import compat
 
 compat.prepare_import()
@@ -34,6 +36,10 @@ from .losses import FFTLoss, LPIPSLoss, SSIMLoss
 from .models import ESCLTEModel, ESCModel, ESCRealGANModel, ESCRealMSEModel
 from .version import __version__
 
+if TYPE_CHECKING:
+    from .inference.network import load
+    from .inference.upscaling import upscale
+
 __all__ = [
     "ESC",
     "ESCFP",
@@ -55,4 +61,15 @@ __all__ = [
     "SSIMLoss",
     "UserError",
     "__version__",
+    "load",
+    "upscale",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    # Training needs neither these nor the libraries that read pictures
+    if name not in ("load", "upscale"):
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from . import inference
+
+    return getattr(inference, name)

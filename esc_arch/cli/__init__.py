@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from esc_arch import __version__
 from esc_arch.errors import UserError
 
-from . import benchmark, convert, prepare, test, train, warmup
+from . import benchmark, convert, export, prepare, publish, test, train, upscale, warmup
 from .status import describe
 
 __all__ = ["main"]
@@ -24,6 +24,9 @@ VERBS = {
     "test": test,
     "prepare": prepare,
     "convert": convert,
+    "export": export,
+    "publish": publish,
+    "upscale": upscale,
     "benchmark": benchmark,
     "warmup": warmup,
 }

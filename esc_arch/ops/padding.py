@@ -50,6 +50,7 @@ def _missing(size: int, multiple: int) -> int:
 def _reflected(size: int, before: int, after: int, like: Tensor) -> Tensor:
     """-before .. size - 1 + after, going to and fro between 0 and size - 1 without repeating the ends."""
     index = torch.arange(before + size + after, device=like.device) - before
-    period = at_least(2 * size - 2, 1)
+    # (As a tensor: exporters to ONNX take no symbol as a divisor)
+    period = torch.full((), at_least(2 * size - 2, 1), device=like.device)
     index = index % period
     return torch.minimum(index, period - index)

@@ -1,0 +1,277 @@
+"""Images of any size in bounded memory: time and peak memory from 1 to 400 megapixels, and what fast tiling changes.
+
+    python benchmarks/large_images.py --max-memory 2G --json large_images.json
+
+enlarges random images with base ESC x4, each size in a process of its own: in exact parts (`enlarge_exactly`), and at
+once where that fits into the machine's memory. Memory is the most that the whole process has had resident, of which the
+libraries take some hundred MiB; on a GPU, the most that was allocated there stands beside it. The difference is the
+largest one between both results. `--megapixels 1 4 16` takes a part of it; 400 take hours on a few cores.
+
+    python benchmarks/large_images.py --tilings [--weights ESC_X2.pth]
+
+measures instead how far `enlarge_in_tiles` is from the whole image, on photographs that come with scikit-image: as PSNR
+of the picture, and as what the network adds to bicubic enlargement against the difference. Without weights they are
+random, of a size at which the kernels that are made from the image matter about as much as anything can.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import math
+import sys
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import esc_arch  # isort: skip  # noqa: F401  makes basicsr importable
+import common
+import numpy as np
+import numpy.typing as npt
+import torch
+from basicsr.archs import build_network
+from common import MIB, Trial
+from torch import Tensor
+
+from esc_arch.inference.large_images import enlarge_exactly, enlarge_in_tiles
+from esc_arch.inference.memory import parse_memory
+from esc_arch.inference.network import PRECISIONS, Upscaler, load
+from esc_arch.inference.planning import whole
+from esc_arch.inference.tiles import POOLS
+from esc_arch.ops.resize import matlab_resize
+from esc_arch.options.files import load_yaml
+
+OPTIONS = Path(__file__).parents[1] / "options"
+MEGAPIXELS = (1, 4, 16, 64, 100, 200, 400)
+PHOTOGRAPHS = ("astronaut", "coffee", "rocket", "retina", "hubble_deep_field")
+#: Both results are compared up to here; they take 24 bytes a pixel together.
+LARGEST_COMPARED = 64
+
+Image = npt.NDArray[np.uint8]
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    args = parse_arguments(sys.argv[1:] if argv is None else argv)
+    logging.disable(logging.INFO)  # basicsr prints every network that it builds
+    if args.of_own_process is not None:
+        measure_own_process(args)
+        return 0
+    about, operators = common.machine(args.device), common.prepare_operators()
+    print(f"{about}; {operators}\n", flush=True)
+    record: dict[str, Any] = {"machine": about, "operators": operators, "tables": []}
+    if args.tilings:
+        common.keep(record, {"tilings": compare_tilings(args)}, args.json)
+    else:
+        measure_sizes(args, record)
+    return 0
+
+
+def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--megapixels", type=float, nargs="+", default=list(MEGAPIXELS), help="of the results")
+    parser.add_argument("--max-memory", default="2G", help="of the process, such as 2G")
+    parser.add_argument("--network", default="ESC", metavar="NAME", help="of options/test_*.yml, such as ESC-Real")
+    parser.add_argument("--scale", type=int, default=4)
+    parser.add_argument("--weights", type=Path, metavar="FILE", help="a checkpoint in place of random weights")
+    parser.add_argument("--precision", choices=list(PRECISIONS), default="fp32")
+    parser.add_argument("--scratch", type=Path, metavar="FOLDER", help="for features that do not fit into memory")
+    parser.add_argument("--tilings", action="store_true", help="how far fast tiling is from the whole image")
+    parser.add_argument("--side", type=int, default=384, help="of the photographs of --tilings, at most")
+    parser.add_argument("--tile", type=int, default=128, help="of --tilings")
+    parser.add_argument("--overlaps", type=int, nargs="+", default=[0, 32, 64], help="of --tilings")
+    parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
+    parser.add_argument("--quick", action="store_true", help="small sizes and a small network, to see that it works")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write everything that was measured there, too")
+    parser.add_argument("--of-own-process", metavar="WHAT", help=argparse.SUPPRESS)
+    args = parser.parse_args(argv)
+    if args.device == "auto":
+        args.device = "cuda" if torch.cuda.is_available() else "cpu"
+    if args.quick:
+        args.megapixels, args.side, args.tile, args.overlaps = args.megapixels[:2], 64, 32, args.overlaps[:2]
+    return args
+
+
+def make_upscaler(args: argparse.Namespace) -> Upscaler:
+    precision = PRECISIONS[args.precision]
+    if args.weights is not None:
+        return load(args.weights, device=args.device, precision=args.precision)
+    options = load_yaml(OPTIONS / f"test_{args.network.replace('-', '_')}_x{args.scale}.yml")["network_g"]
+    if args.quick:
+        options |= {"dim": 16, "pdim": 8, "n_blocks": 1, "conv_blocks": 2, "window_size": 16, "num_heads": 2}
+    net = common.randomise(build_network(dict(options))).eval().requires_grad_(False).to(args.device)
+    return Upscaler(net, options, Path(f"{args.network} x{args.scale}"), torch.device(args.device), precision)
+
+
+# --- time and memory by size ----------------------------------------------------------------------------------------
+
+
+def measure_sizes(args: argparse.Namespace, record: dict[str, Any]) -> None:
+    rows = []
+    for megapixels in args.megapixels:
+        trials = {}
+        for what in ("exact", "whole", "difference"):
+            common.progress(f"{megapixels:g} megapixels: {what}")
+            trials[what] = Trial(what)
+            if what != "difference" or (trials["whole"].runs and megapixels <= LARGEST_COMPARED):
+                common.measure_in_own_process(trials[what], __file__, own_arguments(args, megapixels, what))
+        common.keep(
+            record, {"megapixels": megapixels, **{name: each.as_record() for name, each in trials.items()}}, args.json
+        )
+        rows.append(row_of(megapixels, trials))
+    print(f"{args.network} x{args.scale}, {args.precision}, max_memory {args.max_memory}:\n")
+    print(common.markdown(HEAD, rows), flush=True)
+
+
+HEAD = ("result, MP", "parts, s", "s / MP", "resident, MiB", "GPU, MiB", "whole, s", "resident, MiB", "difference")
+
+
+def row_of(megapixels: float, trials: dict[str, Trial]) -> list[str]:
+    exact, at_once = trials["exact"], trials["whole"]
+    return [
+        f"{megapixels:g}",
+        exact.failure or common.number(exact.first, ".1f"),
+        "-" if exact.first is None else f"{exact.first / megapixels:.2f}",
+        mebibytes(exact.memory),
+        mebibytes(getattr(exact, "gpu", None)),
+        at_once.failure or common.number(at_once.first, ".1f"),
+        mebibytes(at_once.memory),
+        common.number(trials["difference"].error, ".1e"),
+    ]
+
+
+def mebibytes(count: int | None) -> str:
+    return "-" if count is None else f"{count / MIB:.0f}"
+
+
+def own_arguments(args: argparse.Namespace, megapixels: float, what: str) -> list[str]:
+    arguments = ["--of-own-process", what, "--megapixels", str(megapixels), "--max-memory", args.max_memory]
+    arguments += ["--network", args.network, "--scale", str(args.scale), "--device", args.device]
+    arguments += ["--precision", args.precision]
+    for option in ("weights", "scratch"):
+        value = getattr(args, option)
+        arguments += [f"--{option}", str(value)] if value is not None else []
+    return arguments + (["--quick"] if args.quick else [])
+
+
+def measure_own_process(args: argparse.Namespace) -> None:
+    """One size in one way; prints a line for `common.measure_in_own_process`."""
+    upscaler = make_upscaler(args)
+    image = random_image(args.megapixels[0], upscaler.scale)
+    what = args.of_own_process
+    if what != "exact":
+        common.limit_own_memory()
+    trial = Trial(what)
+    result: dict[str, Any] = {}
+
+    def measure() -> None:
+        start = time.perf_counter()
+        if what == "exact":
+            enlarge_exactly(upscaler, image, discard, max_memory=parse_memory(args.max_memory), scratch=args.scratch)
+        elif what == "whole":
+            whole(upscaler, image, None)
+        else:
+            result["error"] = difference(args, upscaler, image)
+        result["first"] = time.perf_counter() - start
+
+    trial.attempt(measure)
+    result |= {"memory": common.high_water(), "failure": trial.failure}
+    result["gpu"] = torch.cuda.max_memory_allocated() if args.device == "cuda" else None
+    print(json.dumps(result))
+
+
+def difference(args: argparse.Namespace, upscaler: Upscaler, image: Image) -> float:
+    """The largest one between the image at once and in parts, without a third picture."""
+    at_once = whole(upscaler, image, None)
+    largest = 0.0
+
+    def compare(top: int, left: int, block: Tensor) -> None:
+        nonlocal largest
+        same = at_once[:, top : top + block.shape[1], left : left + block.shape[2]]
+        largest = max(largest, common.largest_difference(block, same))
+
+    budget = parse_memory(args.max_memory) + at_once.nbytes
+    enlarge_exactly(upscaler, image, compare, max_memory=budget, scratch=args.scratch)
+    return largest
+
+
+def discard(top: int, left: int, block: Tensor) -> None:
+    """What a program would write to a file."""
+
+
+def random_image(megapixels: float, scale: float) -> Image:
+    """A picture of 4 : 3 whose enlargement has so many megapixels."""
+    pixels = megapixels * 1e6 / scale**2
+    height, width = round(math.sqrt(pixels * 3 / 4)), round(math.sqrt(pixels * 4 / 3))
+    return np.random.default_rng(0).integers(0, 256, (height, width, 3), dtype=np.uint8)
+
+
+# --- fast tiling ----------------------------------------------------------------------------------------------------
+
+
+def compare_tilings(args: argparse.Namespace) -> list[dict[str, Any]]:
+    """A table of photographs and tilings."""
+    upscaler = make_upscaler(args)
+    figures, rows = [], []
+    for name in PHOTOGRAPHS:
+        image = photograph(name, args.side)
+        common.progress(f"{name}, {image.shape[1]} x {image.shape[0]}")
+        at_once = whole(upscaler, image, None)
+        plain = matlab_resize(
+            torch.from_numpy(image).permute(2, 0, 1)[None].float() / 255, (at_once.shape[1], at_once.shape[2])
+        )[0]
+        adds = (at_once - plain).square().mean().item()
+        for pools in POOLS:
+            for overlap in args.overlaps:
+                tiled, seconds = gathered(
+                    at_once.shape,
+                    lambda write, image=image, pools=pools, overlap=overlap: enlarge_in_tiles(
+                        upscaler, image, write, tile=args.tile, overlap=overlap, pools=pools
+                    ),
+                )
+                error = (tiled - at_once).square().mean().item()
+                figures.append({"photograph": name, "pools": pools, "overlap": overlap, "seconds": seconds})
+                figures[-1] |= {"psnr": -10 * math.log10(error), "of_added": 10 * math.log10(adds / error)}
+                rows.append(
+                    [
+                        f"{name}, {image.shape[1]} x {image.shape[0]}",
+                        pools,
+                        str(overlap),
+                        f"{figures[-1]['psnr']:.1f}",
+                        f"{figures[-1]['of_added']:.1f}",
+                        f"{(tiled - at_once).abs().max().item():.1e}",
+                    ]
+                )
+    print(f"{upscaler}, tiles of {args.tile}, beside the whole image:\n")
+    head = ("photograph", "pools", "overlap", "PSNR, dB", "what it adds to the difference, dB", "largest difference")
+    print(common.markdown(head, rows), flush=True)
+    return figures
+
+
+def gathered(
+    shape: Sequence[int], enlarge: Callable[[Callable[[int, int, Tensor], None]], None]
+) -> tuple[Tensor, float]:
+    """What is written, as one picture, and the seconds that it took."""
+    picture = torch.full(tuple(shape), math.nan)
+
+    def write(top: int, left: int, block: Tensor) -> None:
+        picture[:, top : top + block.shape[1], left : left + block.shape[2]] = block
+
+    start = time.perf_counter()
+    enlarge(write)
+    return picture, time.perf_counter() - start
+
+
+def photograph(name: str, side: int) -> Image:
+    """A photograph of skimage.data, made small enough by MATLAB's bicubic."""
+    from skimage import data
+
+    picture = torch.from_numpy(getattr(data, name)()[..., :3].copy()).permute(2, 0, 1)[None].float() / 255
+    small = matlab_resize(picture, scale=min(1.0, side / max(picture.shape[-2:])))
+    image: Image = (small[0].permute(1, 2, 0).clamp(0, 1) * 255).round().byte().numpy()
+    return image
+
+
+if __name__ == "__main__":
+    sys.exit(main())

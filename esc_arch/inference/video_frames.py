@@ -1,0 +1,224 @@
+"""Frames of a video as numbers that a network sees, and back: every pixel format, matrix, range and depth.
+
+FFmpeg's scaler is used for layouts alone: from packed or semi-planar to planar samples, from subsampled to full chroma,
+and back. Matrix and range are applied here, in float32: the scaler's RGB is off by up to a step of 8 bits, and it takes
+all grey for full range.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import lru_cache
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from esc_arch.errors import UserError
+
+__all__ = ["BT709", "FULL", "LIMITED", "RGB", "SMPTE170M", "Coding", "frame_of", "import_av", "planes_of"]
+
+Planes = npt.NDArray[Any]
+
+#: Of FFmpeg's AVColorSpace, which are the numbers of ITU-T H.273, table 4.
+RGB, BT709, FCC, BT470BG, SMPTE170M, SMPTE240M, YCGCO, BT2020 = 0, 1, 4, 5, 6, 7, 8, 9
+UNKNOWN = (2, 3)
+#: The weights of red and blue in luma.
+LUMA_WEIGHTS = {
+    BT709: (0.2126, 0.0722),
+    FCC: (0.30, 0.11),
+    BT470BG: (0.299, 0.114),
+    SMPTE170M: (0.299, 0.114),
+    SMPTE240M: (0.212, 0.087),
+    BT2020: (0.2627, 0.0593),
+}
+#: Of AVColorRange.
+LIMITED, FULL = 1, 2
+#: Bits that FFmpeg's planar formats have.
+DEPTHS = (8, 9, 10, 12, 14, 16)
+#: SWS_BICUBIC, SWS_ACCURATE_RND and SWS_BITEXACT, by number since PyAV 17 has no names for the last two: the same on
+#: every machine.
+SCALER = 0x4 | 0x40000 | 0x80000
+
+
+def import_av() -> ModuleType:
+    """PyAV, which brings FFmpeg.
+
+    Raises:
+        UserError: it is not installed, or too old.
+    """
+    try:
+        import av
+        from av.video.stream import VideoStream
+
+        if not hasattr(VideoStream, "set_display_matrix"):
+            raise ImportError(f"PyAV {av.__version__} is too old")
+    except ImportError as error:
+        raise UserError(f'Video needs PyAV 17.1 or newer ({error}): pip install "esc-arch[video]"') from error
+    return av
+
+
+@dataclass(frozen=True)
+class Coding:
+    """What the samples of a frame mean.
+
+    Attributes:
+        matrix: of AVColorSpace: `RGB`, `YCGCO` or a key of `LUMA_WEIGHTS`.
+        full: whether they use all numbers; otherwise those of 8 bits are 16 .. 235, of chroma 16 .. 240.
+        depth: bits, of `DEPTHS`.
+    """
+
+    matrix: int
+    full: bool
+    depth: int
+
+    @classmethod
+    def of(cls, frame: Any) -> Coding:
+        """Of a frame of PyAV's. What it does not say is taken as players take it: from its size, limited range.
+
+        Raises:
+            UserError: a matrix that is not known here.
+        """
+        depth = depth_of(frame.format)
+        if is_rgb(frame.format):
+            return cls(RGB, frame.color_range != LIMITED, depth)
+        matrix = int(frame.colorspace)
+        if matrix in UNKNOWN or matrix == RGB:
+            matrix = guessed_matrix(frame.height, frame.width)
+        if matrix != YCGCO and matrix not in LUMA_WEIGHTS:
+            raise UserError(
+                f"its colours are coded with matrix {matrix} of ITU-T H.273, which is not known here. Convert them to "
+                "BT.709 or BT.2020 (non-constant luminance) first, for instance with ffmpeg's filter zscale."
+            )
+        full = frame.color_range == FULL or frame.format.name.startswith(("yuvj", "mono"))
+        return cls(matrix, full, depth)
+
+    @property
+    def layout(self) -> str:
+        """The pixel format, with full chroma, that frames have here."""
+        return _named("gbrp" if self.matrix == RGB else "yuv444p", self.depth)
+
+    @property
+    def dtype(self) -> np.dtype[Any]:
+        """What samples are kept in."""
+        return np.dtype(np.uint8 if self.depth == 8 else np.uint16)
+
+    def to_rgb(self, planes: Tensor) -> Tensor:
+        """Samples (..., 3, H, W), whole numbers of any type, as RGB in 0 .. 1, float32, clipped, on their device."""
+        matrix, zero, gain = (x.to(planes.device) for x in _arithmetic(self))
+        components = (planes.float() - zero) / gain
+        return torch.einsum("ij,...jhw->...ihw", torch.linalg.inv(matrix), components).clamp_(0, 1)
+
+    def from_rgb(self, rgb: Tensor) -> Tensor:
+        """RGB (..., 3, H, W), clipped to 0 .. 1, as samples: uint8 for 8 bits, else int32."""
+        matrix, zero, gain = (x.to(rgb.device) for x in _arithmetic(self))
+        components = torch.einsum("ij,...jhw->...ihw", matrix, rgb.float().clamp(0, 1))
+        samples = (components * gain + zero).round_().clamp_(0, 2**self.depth - 1)
+        return samples.to(torch.uint8 if self.depth == 8 else torch.int32)
+
+
+@lru_cache(maxsize=8)
+def _arithmetic(coding: Coding) -> tuple[Tensor, Tensor, Tensor]:
+    """RGB to components (luma in 0 .. 1, chroma in -0.5 .. 0.5), and what these are shifted and multiplied by.
+
+    ITU-T H.273, equations 20 to 34 for limited and full range, 38 to 40 and 47 to 49 for matrices.
+    """
+    if coding.matrix == RGB:
+        rows = [[1.0, 0.0, 0.0], [0.0, 1.0, 0.0], [0.0, 0.0, 1.0]]
+    elif coding.matrix == YCGCO:
+        rows = [[0.25, 0.5, 0.25], [-0.25, 0.5, -0.25], [0.5, 0.0, -0.5]]
+    else:
+        red, blue = LUMA_WEIGHTS[coding.matrix]
+        luma = np.array([red, 1 - red - blue, blue])
+        differences = ((np.array([0.0, 0.0, 1.0]) - luma) / (1 - blue), (np.array([1.0, 0.0, 0.0]) - luma) / (1 - red))
+        rows = [list(luma), *(list(difference / 2) for difference in differences)]
+    step = 2 ** (coding.depth - 8)
+    largest = 2**coding.depth - 1
+    chroma = coding.matrix != RGB
+    zero = [0 if coding.full else 16 * step] + [128 * step if chroma else 0 if coding.full else 16 * step] * 2
+    gain = [largest if coding.full else 219 * step]
+    gain += [largest if coding.full else (224 if chroma else 219) * step] * 2
+    column = (-1, 1, 1)
+    return (
+        torch.from_numpy(np.array(rows, np.float32)),
+        torch.tensor(zero, dtype=torch.float32).view(column),
+        torch.tensor(gain, dtype=torch.float32).view(column),
+    )
+
+
+def guessed_matrix(height: int, width: int) -> int:
+    """What players take for the matrix of a video that does not say it."""
+    return BT709 if width >= 1280 or height > 576 else SMPTE170M
+
+
+def is_rgb(pixel_format: Any) -> bool:
+    """Whether its samples are RGB, or such that FFmpeg makes RGB of them: palettes, CIE XYZ and sensors' patterns."""
+    others = pixel_format.has_palette or pixel_format.is_bayer
+    return bool(pixel_format.is_rgb or others or pixel_format.name.startswith("xyz"))
+
+
+def depth_of(pixel_format: Any) -> int:
+    """The least of `DEPTHS` that holds its samples."""
+    bits = max(component.bits for component in pixel_format.components)
+    return next((depth for depth in DEPTHS if depth >= bits), DEPTHS[-1])
+
+
+def planes_of(frame: Any, coding: Coding, height: int, width: int) -> Planes:
+    """A frame's samples with full chroma, (3, H, W), uint8 or uint16: luma and chroma, or red, green and blue.
+
+    A frame of another size than this one, which some streams have, is resized.
+    """
+    grey = len([part for part in frame.format.components if not part.is_alpha]) == 1 and coding.matrix != RGB
+    found = _relaid(frame, _named("gray", coding.depth) if grey else coding.layout, coding, height, width)
+    planes = np.empty((3, height, width), coding.dtype)
+    if grey:
+        planes[0] = _samples(found.planes[0], coding)
+        planes[1:] = 128 * 2 ** (coding.depth - 8)
+        return planes
+    for index, plane in zip((1, 2, 0) if coding.matrix == RGB else (0, 1, 2), found.planes, strict=True):
+        planes[index] = _samples(plane, coding)
+    return planes
+
+
+def frame_of(planes: Planes, coding: Coding, pixel_format: str, height: int, width: int) -> Any:
+    """Samples as of `planes_of`, (3, H, W), as a frame of PyAV's in a pixel format and of a size.
+
+    To a size that is larger by a row or a column the last one is repeated; to any other the frame is resized.
+    """
+    rows, columns = height - planes.shape[1], width - planes.shape[2]
+    if (rows, columns) in ((0, 1), (1, 0), (1, 1)):
+        planes = np.pad(planes, ((0, 0), (0, rows), (0, columns)), mode="edge")
+    frame = import_av().VideoFrame(planes.shape[2], planes.shape[1], coding.layout)
+    for index, plane in zip((1, 2, 0) if coding.matrix == RGB else (0, 1, 2), frame.planes, strict=True):
+        _samples(plane, coding)[...] = planes[index]
+    return _relaid(frame, pixel_format, coding, height, width)
+
+
+def _samples(plane: Any, coding: Coding) -> Planes:
+    """The samples of a plane, as part of the memory that they are in."""
+    rows = np.frombuffer(plane, coding.dtype).reshape(-1, plane.line_size // coding.dtype.itemsize)
+    return rows[: plane.height, : plane.width]
+
+
+def _relaid(frame: Any, pixel_format: str, coding: Coding, height: int, width: int) -> Any:
+    from av.video.reformatter import Colorspace
+
+    # One and the same matrix and range on both sides, whichever it is: no colour is to be changed
+    same = FULL if coding.full else LIMITED
+    return frame.reformat(
+        width=width,
+        height=height,
+        format=pixel_format,
+        src_colorspace=Colorspace.ITU601,
+        dst_colorspace=Colorspace.ITU601,
+        src_color_range=same,
+        dst_color_range=same,
+        interpolation=SCALER,
+    )
+
+
+def _named(layout: str, depth: int) -> str:
+    return layout if depth == 8 else f"{layout}{depth}le"

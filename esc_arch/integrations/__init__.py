@@ -1,0 +1,1 @@
+"""ESC in other programs' libraries, a module each. None is imported unless asked for."""

@@ -1,0 +1,432 @@
+"""`basicsr upscale`: which files, where to, what is said, exit statuses, and interruptions."""
+
+from __future__ import annotations
+
+import io
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import cv2
+import numpy as np
+import pytest
+import torch
+from conftest import NETWORK
+from PIL import Image
+from skimage.data import astronaut
+
+import esc_arch
+from esc_arch import ESC
+from esc_arch.cli import main, upscale
+from esc_arch.inference import batch, large_images
+from esc_arch.inference.batch import Options, Task
+from esc_arch.inference.network import Upscaler
+
+PHOTOGRAPH = astronaut()[40:70, 170:205]
+OPTIONS = {key: value for key, value in NETWORK.items() if key != "type"}
+Upscale = Callable[..., tuple[int, str, str]]
+
+
+@pytest.fixture(scope="module")
+def weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    torch.manual_seed(0)
+    net = ESC(**OPTIONS)
+    for parameter in net.parameters():
+        torch.nn.init.normal_(parameter, std=0.05)
+    path = tmp_path_factory.mktemp("weights") / "x2.pth"
+    torch.save({"params": net.state_dict()}, path)
+    return path
+
+
+@pytest.fixture
+def run(work_folder: Path, weights: Path, capsys: pytest.CaptureFixture[str]) -> Upscale:
+    """Runs the command on the CPU in an empty folder: exit status, and what it prints."""
+
+    def start(*arguments: object, model: object = weights) -> tuple[int, str, str]:
+        capsys.readouterr()
+        status = main(["upscale", "-g", "-1", "-m", str(model), *map(str, arguments)])
+        return status, *capsys.readouterr()
+
+    return start
+
+
+def put(path: str, image: np.ndarray = PHOTOGRAPH, **options: Any) -> Path:
+    place = Path(path)
+    place.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(image).save(place, **options)
+    return place
+
+
+def files(folder: str) -> list[str]:
+    return sorted(str(path.relative_to(folder)) for path in Path(folder).rglob("*") if path.is_file())
+
+
+def expected(weights: Path, image: np.ndarray, **options: Any) -> np.ndarray:
+    return esc_arch.upscale(image, esc_arch.load(weights, device="cpu"), **options)
+
+
+def test_a_file_to_a_file(run: Upscale, weights: Path) -> None:
+    status, out, err = run("-i", put("a.png"), "-o", "new/b.png")
+    assert (status, err) == (0, "")
+    np.testing.assert_array_equal(np.asarray(Image.open("new/b.png")), expected(weights, PHOTOGRAPH))
+    assert "Upscaler(x2.pth: ESC x2" in out
+    assert "a.png -> new/b.png (70 x 60)\n" in out
+    assert out.endswith("1 done, 0 skipped (there already), 0 failed\n")
+
+
+def test_folders_keep_their_structure(run: Upscale) -> None:
+    for name in ("in/a.png", "in/b/c.JPG", "in/b/d/e.webp", "in/f.bmp", "in/.hidden.png", "in/.h/g.png"):
+        put(name)
+    Path("in/notes.txt").write_text("no picture")
+    assert run("-i", "in", "-o", "out")[0] == 0
+    assert files("out") == ["a_out.png", "b/c_out.JPG", "b/d/e_out.webp", "f_out.png"]
+
+
+def test_several_inputs_and_a_list(run: Upscale, monkeypatch: pytest.MonkeyPatch) -> None:
+    put("a.png"), put("folder/b.png"), put("with space.png")
+    monkeypatch.setattr(sys, "stdin", io.StringIO("with space.png\n\nfolder\r\n"))
+    assert run("-i", "a.png", "-", "-o", "out", "--suffix", "")[0] == 0
+    assert files("out") == ["a.png", "b.png", "with space.png"]
+
+
+@pytest.mark.parametrize(("ext", "kind"), [("png", "PNG"), ("jpg", "JPEG"), ("webp", "WEBP"), ("tiff", "TIFF")])
+def test_formats(run: Upscale, ext: str, kind: str) -> None:
+    put("a.webp")
+    assert run("-i", "a.webp", "-o", "out", "--ext", ext, "--suffix", "x2")[0] == 0
+    with Image.open(f"out/a_x2.{ext}") as image:
+        assert (image.format, image.size) == (kind, (70, 60))
+
+
+def test_16_bits_stay(run: Upscale, weights: Path) -> None:
+    image = PHOTOGRAPH.astype(np.uint16) * 250 + 7
+    cv2.imwrite("deep.png", image[..., ::-1])
+    assert run("-i", "deep.png", "-o", "out")[0] == 0
+    found = cv2.imread("out/deep_out.png", cv2.IMREAD_UNCHANGED)[..., ::-1]
+    np.testing.assert_array_equal(found, expected(weights, image))
+    assert run("-i", "deep.png", "-o", "out", "--ext", "jpg")[0] == 0
+    assert Image.open("out/deep_out.jpg").size == (70, 60)
+
+
+def test_quality(run: Upscale) -> None:
+    put("a.jpg")
+    for quality in (20, 95):
+        assert run("-i", "a.jpg", "-o", "out", "--suffix", quality, "--quality", quality)[0] == 0
+    assert 2 * Path("out/a_20.jpg").stat().st_size < Path("out/a_95.jpg").stat().st_size
+    assert run("-i", "a.jpg", "-o", "out", "--ext", "webp", "--lossless")[0] == 0
+    assert run("-i", "a.jpg", "-o", "out", "--ext", "png")[0] == 0
+    np.testing.assert_array_equal(np.asarray(Image.open("out/a_out.webp")), np.asarray(Image.open("out/a_out.png")))
+
+
+def test_options_reach_the_network(run: Upscale, weights: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[dict[str, Any]] = []
+    original = large_images.enlarge
+
+    def enlarge(*arguments: Any, **options: Any) -> None:
+        seen.append(options)
+        original(*arguments, **options)
+
+    monkeypatch.setattr(large_images, "enlarge", enlarge)
+    put("a.png")
+    run("-i", "a.png", "-o", "out/1.png", "-t", 16, "--tile_pad", 4, "--fp32")
+    run("-i", "a.png", "-o", "out/2.png", "--max-memory", "16G", "-s", 3, "--pre_pad", 4)
+    assert (seen[0]["tile"], seen[0]["overlap"], seen[0]["max_memory"]) == (16, 4, None)
+    assert (seen[1]["tile"], seen[1]["max_memory"]) == (0, 2**34)
+    assert Image.open("out/2.png").size == (105, 90)
+    assert files("out") == ["1.png", "2.png"]
+
+
+def test_what_is_there_is_skipped(run: Upscale) -> None:
+    put("in/a.png"), put("in/b.png")
+    assert run("-i", "in", "-o", "out")[0] == 0
+    Path("out/a_out.png").write_bytes(b"kept")
+    Path("out/b_out.png").unlink()
+    status, out, _ = run("-i", "in", "-o", "out")
+    assert status == 0
+    assert "in/a.png: skipped, out/a_out.png is there" in out
+    assert out.endswith("1 done, 1 skipped (there already), 0 failed\n")
+    assert Path("out/a_out.png").read_bytes() == b"kept"
+    assert run("-i", "in", "-o", "out", "--overwrite")[1].endswith("2 done, 0 skipped (there already), 0 failed\n")
+    assert Image.open("out/a_out.png").size == (70, 60)
+
+
+def test_a_failing_file_is_a_line_and_the_rest_is_done(run: Upscale) -> None:
+    put("in/a.png"), put("in/z.png")
+    Path("in/b.png").write_bytes(Path("in/a.png").read_bytes()[:500])
+    Path("in/c.jpg").write_bytes(b"")
+    rgba = np.dstack([PHOTOGRAPH, PHOTOGRAPH[..., 0]])
+    put("in/d.png", rgba)
+    status, out, err = run("-i", "in", "missing.png", "-o", "out", "--ext", "jpg")
+    assert status == 1
+    lines = err.splitlines()
+    assert len(lines) == 4
+    assert re.fullmatch(r"basicsr upscale: in/b.png: damaged \(.*\)\. Replace it\.", lines[0])
+    assert lines[1] == "basicsr upscale: in/c.jpg: empty. Replace it."
+    assert lines[2].startswith("basicsr upscale: in/d.png: has an alpha channel, which JPEG cannot hold. Use --ext png")
+    assert lines[3] == "basicsr upscale: missing.png: cannot be read: No such file or directory."
+    assert out.endswith("2 done, 0 skipped (there already), 4 failed: in/b.png, in/c.jpg, in/d.png, missing.png\n")
+    assert files("out") == ["a_out.jpg", "z_out.jpg"]
+
+
+def test_names_do_not_steer_the_terminal(run: Upscale) -> None:
+    Path("a\x1b[31m.png").write_bytes(b"")
+    put("b.png")
+    _, out, err = run("-i", "a\x1b[31m.png", "b.png", "-o", "out")
+    assert "a?[31m.png: empty" in err
+    assert "\x1b" not in out + err
+
+
+def test_a_fault_of_the_network_is_a_line(run: Upscale, monkeypatch: pytest.MonkeyPatch) -> None:
+    def enlarge(upscaler: Any, image: Any, write: Any, **_: Any) -> None:
+        write(0, 0, torch.zeros(3, 20, 70))
+        raise RuntimeError("the device\nis gone")
+
+    monkeypatch.setattr(large_images, "enlarge", enlarge)
+    status, _, err = run("-i", put("a.png"), "-o", "out")
+    assert (status, err) == (1, "basicsr upscale: a.png: RuntimeError: the device is gone\n")
+    assert files("out") == []
+
+
+def test_a_disk_that_is_full_is_a_line(run: Upscale, monkeypatch: pytest.MonkeyPatch) -> None:
+    from esc_arch.inference import picture_files
+
+    def full(*_: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(picture_files._PNG, "finish", full)
+    status, _, err = run("-i", put("a.png"), put("b.jpg"), "-o", "out")
+    assert status == 1
+    assert "a.png: out/a_out.png: cannot be written: No space left on device. Nothing of it is left." in err
+    assert files("out") == ["b_out.jpg"]
+
+
+def test_alpha_in_bounded_memory(run: Upscale, weights: Path) -> None:
+    image = np.dstack([PHOTOGRAPH, PHOTOGRAPH[..., 0]])
+    put("a.png", image)
+    assert run("-i", "a.png", "-o", "out", "--max-memory", "16G")[0] == 0
+    np.testing.assert_array_equal(np.asarray(Image.open("out/a_out.png")), expected(weights, image))
+    assert files("out") == ["a_out.png"]
+
+
+def test_memory_that_runs_out_is_said(run: Upscale, weights: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    original = Upscaler.__call__
+
+    def call(self: Upscaler, image: torch.Tensor, scale: float | None = None) -> torch.Tensor:
+        if image.shape[-2:] == PHOTOGRAPH.shape[:2]:
+            raise torch.OutOfMemoryError("out of memory")
+        return original(self, image, scale)
+
+    monkeypatch.setattr(Upscaler, "__call__", call)
+    status, _, err = run("-i", put("a.png"), "-o", "out")
+    assert status == 0
+    assert re.match(r"basicsr upscale: Memory ran out for .* 35 x 30 pixels .* in parts, with the same result", err)
+    monkeypatch.setattr(Upscaler, "__call__", original)
+    found = np.asarray(Image.open("out/a_out.png")).astype(int)
+    assert np.abs(found - expected(weights, PHOTOGRAPH)).max() <= 1
+
+
+def test_remarks_are_said(run: Upscale) -> None:
+    Image.fromarray(PHOTOGRAPH).convert("CMYK").save("a.jpg")
+    status, _, err = run("-i", "a.jpg", "-o", "out")
+    assert status == 0
+    assert err.startswith("basicsr upscale: a.jpg: CMYK was converted to sRGB by a plain formula")
+
+
+@pytest.mark.parametrize("names", [("a.png", "a.jpg"), ("x/a.png", "y/a.png")])
+def test_two_results_of_one_name(run: Upscale, names: tuple[str, str]) -> None:
+    for name in names:
+        put(name)
+    status, _, err = run("-i", *names, "-o", "out", "--ext", "png")
+    assert status == 1
+    assert err.startswith(f"basicsr upscale: {names[1]}: would be written to out/a_out.png, as {names[0]} is. Use")
+    assert files("out") == ["a_out.png"]
+
+
+def test_inputs_named_twice_are_one(run: Upscale) -> None:
+    put("a.png")
+    status, out, err = run("-i", "a.png", "./a.png", ".", "a.png", "-o", "out")
+    assert (status, err) == (0, "")
+    assert out.endswith("1 done, 0 skipped (there already), 0 failed\n")
+
+
+@pytest.mark.parametrize("overwrite", [[], ["--overwrite"]])
+def test_inputs_are_never_written_over(run: Upscale, overwrite: list[str]) -> None:
+    before = put("a.png").read_bytes()
+    status, _, err = run("-i", "a.png", "-o", ".", "--suffix", "", *overwrite)
+    assert status == 1
+    assert "a.png: would be written over the input a.png. Choose another -o, or a --suffix." in err
+    assert Path("a.png").read_bytes() == before
+
+
+def test_results_beside_inputs_are_no_inputs(run: Upscale) -> None:
+    put("in/a.png"), put("in/b.png")
+    assert run("-i", "in", "-o", "in")[0] == 0
+    status, out, _ = run("-i", "in", "-o", "in")
+    assert (status, files("in")) == (0, ["a.png", "a_out.png", "b.png", "b_out.png"])
+    assert out.endswith("0 done, 2 skipped (there already), 0 failed\n")
+    assert run("-i", "in", "-o", "in/results")[0] == 0
+    assert run("-i", "in", "-o", "in/results")[1].endswith("skipped (there already), 0 failed\n")
+    assert not any("results/" in name for name in files("in/results"))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["-i", "empty", "-o", "out"], "empty: no picture found (.png .jpg .jpeg .webp .tif .tiff .bmp; hidden files"),
+        (["-i", "no.png", "-o", "out"], "no.png: not there. Give pictures or folders."),
+        (["-i", "a.png", "-o", "out.bmp"], "out.bmp: no format that is written; allowed: .png .jpg .jpeg .webp .tif"),
+        (["-i", "a.png", "a.png", "-o", "b.png"], "b.png: a folder is needed, since the input is not one file. Give"),
+        (["-i", ".", "-o", "b.png"], "b.png: a folder is needed"),
+        (["-i", "a.png", "-o", "a.png/out"], "a.png/out: cannot be written to: Not a directory. Choose another -o."),
+        (["-i", "a.png", "-o", "out", "--batch", "0"], "--batch 0: give a number of pictures, 1 or more."),
+        (["-i", "a.png", "-o", "out", "--quality", "0"], "--quality 0: give a number from 1 to 100."),
+        (["-i", "a.png", "-o", "out", "--suffix", "a/b"], "--suffix a/b: a suffix is a part of a name"),
+        (["-i", "a.png", "-o", "out", "-s", "-1"], "The scale is -1; it must be a number above 0."),
+        (["-i", "a.png", "-o", "out", "--max-memory", "much"], "The memory 'much' is not known"),
+        (["-i", "a.png", "-o", "out", "-g", "99"], "-g 99: PyTorch finds "),
+        (["-i", "a.png", "-o", "out", "--window", "8"], "by its weights; a window is to be given for RIB alone"),
+    ],
+)
+def test_mistakes_end_it_before_anything_is_done(run: Upscale, arguments: list[str], message: str) -> None:
+    put("a.png")
+    Path("empty").mkdir()
+    status, _, err = run(*arguments)
+    assert status == 2
+    assert message in err
+    assert len(err.splitlines()) == 1
+    assert files(".") == ["a.png"]
+
+
+@pytest.mark.parametrize("content", [None, b"no weights"])
+def test_a_wrong_checkpoint(run: Upscale, content: bytes | None) -> None:
+    put("a.png")
+    if content is not None:
+        Path("wrong.pth").write_bytes(content)
+    status, _, err = run("-i", "a.png", "-o", "out", model="wrong.pth")
+    assert status == 2
+    assert "wrong.pth" in err
+    assert not Path("out").exists()
+
+
+@pytest.mark.parametrize("number", [2, 3])
+def test_pictures_of_one_size_run_together(run: Upscale, weights: Path, monkeypatch: Any, number: int) -> None:
+    sizes: list[tuple[int, ...]] = []
+    original = Upscaler.__call__
+
+    def call(self: Upscaler, image: torch.Tensor, scale: float | None = None) -> torch.Tensor:
+        sizes.append(tuple(image.shape))
+        return original(self, image, scale)
+
+    turned = PHOTOGRAPH[::-1].copy()
+    for index, image in enumerate((PHOTOGRAPH, turned, PHOTOGRAPH, PHOTOGRAPH[:9], turned)):
+        put(f"in/{index}.png", image)
+    monkeypatch.setattr(Upscaler, "__call__", call)
+    assert run("-i", "in", "-o", "out", "--batch", number)[0] == 0
+    monkeypatch.setattr(Upscaler, "__call__", original)
+    assert [size[0] for size in sizes if size[0] > 1] == [number]
+    for name, image in (("1", turned), ("2", PHOTOGRAPH), ("3", PHOTOGRAPH[:9]), ("4", turned)):
+        found = np.asarray(Image.open(f"out/{name}_out.png")).astype(int)
+        assert np.abs(found - expected(weights, image)).max() <= 1
+
+
+def test_how_many_run_together(weights: Path) -> None:
+    upscaler = esc_arch.load(weights, device="cpu")
+    assert Options().batch_of(upscaler, 64, 64) == 1
+    assert Options(batch=7).batch_of(upscaler, 64, 64) == 7
+    object.__setattr__(upscaler, "device", torch.device("cuda"))
+    assert [Options().batch_of(upscaler, side, side) for side in (64, 256, 1024)] == [16, 4, 1]
+    assert Options(batch.Settings(tile=8), batch=7).batch_of(upscaler, 64, 64) == 1
+
+
+def test_one_of_a_batch_that_fails(run: Upscale, monkeypatch: pytest.MonkeyPatch) -> None:
+    def together(*_: Any) -> None:
+        raise RuntimeError("no")
+
+    monkeypatch.setattr(batch, "enlarge_many", together)
+    put("in/a.png"), put("in/b.png")
+    assert run("-i", "in", "-o", "out", "--batch", 2)[0] == 0
+    assert files("out") == ["a_out.png", "b_out.png"]
+
+
+def test_videos_among_the_inputs(run: Upscale, monkeypatch: pytest.MonkeyPatch) -> None:
+    from esc_arch.inference import video
+
+    seen: list[tuple[Path, Path, Any]] = []
+
+    def upscale_video(upscaler: Upscaler, source: Path, target: Path, *, scale: Any, **options: Any) -> None:
+        assert sorted(options) == ["batch", "max_memory", "overwrite", "progress"]
+        seen.append((source, target, scale))
+        if source.stem == "bad":
+            raise esc_arch.UserError(f"{source}: no video.")
+
+    monkeypatch.setattr(video, "upscale_video", upscale_video)
+    put("in/a.png")
+    for name in ("in/b/film.mp4", "in/bad.mkv"):
+        Path(name).parent.mkdir(exist_ok=True)
+        Path(name).write_bytes(b"")
+    status, out, err = run("-i", "in", "-o", "out", "--ext", "jpg", "-s", "3")
+    assert status == 1
+    assert err == "basicsr upscale: in/bad.mkv: no video.\n"
+    assert sorted(seen) == [
+        (Path("in/b/film.mp4"), Path("out/b/film_out.mp4"), 3.0),
+        (Path("in/bad.mkv"), Path("out/bad_out.mkv"), 3.0),
+    ]
+    assert "in/b/film.mp4 -> out/b/film_out.mp4\n" in out
+    assert run("-i", "in/b/film.mp4", "-o", "new.mp4")[0] == 0
+    assert seen[-1][:2] == (Path("in/b/film.mp4"), Path("new.mp4"))
+
+
+def test_ctrl_c_keeps_what_is_finished(run: Upscale, monkeypatch: pytest.MonkeyPatch) -> None:
+    original, count = large_images.enlarge, []
+
+    def enlarge(upscaler: Any, image: Any, write: Any, **options: Any) -> None:
+        count.append(1)
+        if len(count) == 3:
+            write(0, 0, torch.zeros(3, 20, 70))
+            raise KeyboardInterrupt
+        original(upscaler, image, write, **options)
+
+    monkeypatch.setattr(large_images, "enlarge", enlarge)
+    for name in "abcd":
+        put(f"in/{name}.png")
+    status, _, err = run("-i", "in", "-o", "out")
+    assert (status, err) == (130, "basicsr upscale: interrupted.\n")
+    assert files("out") == ["a_out.png", "b_out.png"]
+    assert Image.open("out/b_out.png").size == (70, 60)
+
+
+@pytest.mark.skipif(os.name != "posix", reason="signals")
+def test_a_signal_ends_the_process(work_folder: Path, weights: Path) -> None:
+    for index in range(400):
+        put(f"in/{index}.png", PHOTOGRAPH.repeat(4, axis=0).repeat(4, axis=1))
+    command = [sys.executable, "-m", "esc_arch", "upscale", "-i", "in", "-o", "out", "-m", str(weights), "-g", "-1"]
+    environment = os.environ | {"PYTHONPATH": str(Path(esc_arch.__file__).parents[1]), "OMP_NUM_THREADS": "1"}
+    process = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    deadline = time.monotonic() + 100
+    while not list(Path("out").glob("*_out.png")) and time.monotonic() < deadline and process.poll() is None:
+        time.sleep(0.05)
+    process.send_signal(signal.SIGINT)
+    _, err = process.communicate(timeout=60)
+    assert (process.returncode, err) == (130, "basicsr upscale: interrupted.\n")
+    assert 0 < len(files("out")) < 400
+    for name in files("out"):
+        Image.open(f"out/{name}").load()
+
+
+def test_a_bar_on_a_terminal(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
+    report = upscale._Progress(2)
+    task = Task(Path("a.png"), Path("b.png"))
+    report.progress(0.5)
+    report.done(task, None)
+    report.failed(task, "a.png: bad")
+    report.close()
+    out, err = capsys.readouterr()
+    assert "-> b.png" not in out
+    assert "100%" in err and "2/2" in err
+    assert "basicsr upscale: a.png: bad\n" in err
