@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 from typing import Any
 
 import pytest
@@ -25,6 +26,7 @@ STEPS = {
     "ConvFFN": (conv_ffn, "step_forward"),
     "ConvAttn": (conv_attn, "step_forward"),
     "3 x 3": (conv3x3, "step_forward"),
+    "3 x 3 alone": (conv3x3, "forward"),
 }
 #: The small network with 16 channels and more, which the 3 x 3 operator wants.
 OPTIONS = {**SMALL, "window_size": 8}
@@ -82,10 +84,21 @@ def test_the_same_as_step_by_step(make: Any, taken: dict[str, int]) -> None:
     assert counts["ConvAttn"] == pairs
     assert counts["ConvFFN"] == blocks * (1 + OPTIONS["conv_blocks"])
     # All but the first, whose 3 or 12 channels are too few
-    assert counts["3 x 3"] == sum(isinstance(module, Conv3x3) and module.in_channels >= 16 for module in net.modules())
+    assert counts["3 x 3"] + counts["3 x 3 alone"] == sum(
+        isinstance(module, Conv3x3) and module.in_channels >= 16 for module in net.modules()
+    )
 
 
 def test_not_where_gradients_are_wanted(taken: dict[str, int]) -> None:
+    small_net()(image(1, 3, 20, 27))
+    assert taken == {**dict.fromkeys(STEPS, 0), "3 x 3 alone": 3}
+
+
+@torch.no_grad()
+def test_only_where_auto_may_choose_them(taken: dict[str, int], monkeypatch: pytest.MonkeyPatch) -> None:
+    for package in (attention, conv_ffn, conv_attn, conv3x3):
+        api = importlib.import_module(package.__name__.replace(".native", ".api"))
+        monkeypatch.setattr(api, "AUTO_ORDER", tuple(name for name in api.AUTO_ORDER if name != "cpp"))
     small_net()(image(1, 3, 20, 27))
     assert taken == dict.fromkeys(STEPS, 0)
 
@@ -115,8 +128,7 @@ def test_hooked_layers_are_left_to_be_called(layer: str, step: str, taken: dict[
     # ConvFFN and ConvAttn have operators without norm and residual, which take their weights
     assert (len(seen) == 1) == (not layer.endswith(("dwc", "aggr")))
     assert max_error(out, expected) < 1e-4
-    # A 3 x 3 convolution that is called takes the operator itself, and leaves norm and residual to others
-    assert taken[step] - before[step] == before[step] - (step != "3 x 3")
+    assert taken[step] - before[step] == before[step] - 1
 
 
 @torch.no_grad()

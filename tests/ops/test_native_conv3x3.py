@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from networks import max_error, normal
 from torch import Tensor
 
-from esc_arch.ops.conv3x3 import conv3x3, conv3x3_step
+from esc_arch.ops.conv3x3 import api, conv3x3, conv3x3_step
 
 pytestmark = pytest.mark.usefixtures("native")
 
@@ -238,21 +238,26 @@ def test_frozen_parameters(wanted: tuple[int, ...]) -> None:
     values = (normal(1, 16, 16, 16).contiguous(memory_format=torch.channels_last), normal(8, 16, 3, 3), normal(8))
     leaves = [value.clone().requires_grad_(index in wanted) for index, value in enumerate(values)]
     out = conv3x3(*leaves)
-    assert out is not None
     assert out.requires_grad == bool(wanted)
     if wanted:
         out.sum().backward()
     assert [index for index, leaf in enumerate(leaves) if leaf.grad is not None] == list(wanted)
 
 
-def test_where_the_plain_one_is_left_to_pytorch() -> None:
+def test_where_the_plain_one_is_left_to_pytorch(monkeypatch: pytest.MonkeyPatch) -> None:
     x, weight = normal(1, 16, 16, 16).contiguous(memory_format=torch.channels_last), normal(8, 16, 3, 3)
-    assert conv3x3(x, weight, None) is not None
-    assert conv3x3(x, weight.requires_grad_(), None) is not None
-    assert conv3x3(x.contiguous(), weight, None) is None
-    assert conv3x3(x[..., :15], weight, None) is None
+    taken = []
+    monkeypatch.setattr(api.native, "forward", lambda *args: taken.append(args))
+    conv3x3(x, weight, None)
+    conv3x3(x, weight.requires_grad_(), None)
+    assert len(taken) == 2
+    for other in (x.contiguous(), x[..., :15]):
+        assert torch.equal(conv3x3(other, weight, None), F.conv2d(other, weight, padding=1))
+        with pytest.raises(RuntimeError, match=r"cpp: it takes maps with the channels innermost|so few pixels"):
+            conv3x3(other, weight, None, backend="cpp")
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        assert conv3x3(x, weight, None) is None
+        assert conv3x3(x, weight, None).dtype == torch.bfloat16
+    assert len(taken) == 2
     with pytest.raises(ValueError, match="they must be"):
         conv3x3(x, normal(8, 4, 3, 3), None)
 

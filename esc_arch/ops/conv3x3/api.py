@@ -2,15 +2,25 @@
 
 from __future__ import annotations
 
+from types import ModuleType
+
 from torch import Tensor
 
-from . import native
+from esc_arch.ops.backends import choose
 
-__all__ = ["conv3x3", "conv3x3_step"]
+from . import native, reference
+
+__all__ = ["BACKENDS", "conv3x3", "conv3x3_step"]
+
+#: Every backend by name: a module with `reasons_against` (why not, empty when it can) and `forward`.
+BACKENDS: dict[str, ModuleType] = {"reference": reference, "cpp": native}
+
+#: What `auto` tries, in this order; the first one with no reason against it is taken.
+AUTO_ORDER = ("cpp", "reference")
 
 
-def conv3x3(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor | None:
-    """conv2d(x, weight, bias, padding=1), with gradients.
+def conv3x3(x: Tensor, weight: Tensor, bias: Tensor | None, *, backend: str = "auto") -> Tensor:
+    """conv2d(x, weight, bias, padding=1).
 
     On the CPU the result and the gradient of `x` take less than half the time of a direct convolution, with about twice
     its rounding errors; the gradient of `weight` is PyTorch's own.
@@ -19,15 +29,19 @@ def conv3x3(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor | None:
         x: (B, C, H, W).
         weight: (D, C, 3, 3).
         bias: (D,), or None.
+        backend: a key of `BACKENDS`, or auto.
 
     Returns:
-        (B, D, H, W), channels_last; None where no operator does it, or PyTorch's convolution is faster.
+        (B, D, H, W).
 
     Raises:
-        ValueError: shapes that do not fit each other.
+        ValueError: shapes that do not fit each other, or an unknown backend.
+        RuntimeError: the backend asked for by name cannot take these inputs; the message lists every reason.
     """
     _check_shapes(x, None, None, weight, bias, None)
-    return None if native.reasons_against(x, weight, bias) else native.forward(x, weight, bias)
+    chosen = choose("3x3 convolution", BACKENDS, AUTO_ORDER, backend, x, weight, bias, option="3x3 convolution backend")
+    out: Tensor = chosen.forward(x, weight, bias)
+    return out
 
 
 def conv3x3_step(
@@ -60,7 +74,7 @@ def conv3x3_step(
         ValueError: shapes that do not fit each other.
     """
     _check_shapes(x, norm_weight, norm_bias, weight, bias, residual)
-    if native.step_reasons_against(x, norm_weight, norm_bias, weight, bias, residual):
+    if "cpp" not in AUTO_ORDER or native.step_reasons_against(x, norm_weight, norm_bias, weight, bias, residual):
         return None
     return native.step_forward(x, norm_weight, norm_bias, eps, weight, bias, residual)
 

@@ -83,7 +83,9 @@ def mixed_conv_attention(
         ValueError: as of `conv_attention`.
     """
     _check_shapes(x[:, : large_kernel.shape[0]], large_kernel, dynamic_kernel)
-    if native.mixed_reasons_against(x, large_kernel, dynamic_kernel, weight, bias, symmetric):
+    if "cpp" not in AUTO_ORDER or native.mixed_reasons_against(
+        x, large_kernel, dynamic_kernel, weight, bias, symmetric
+    ):
         return None
     return native.mixed_forward(x, large_kernel, dynamic_kernel, weight, bias)
 
@@ -126,7 +128,7 @@ def conv_attention_step(
     """
     _check_kernel("large kernel", large_kernel, (large_kernel.shape[0],) * 2)
     parameters = (means, proj1_weight, proj1_bias, proj2_weight, proj2_bias, weight, bias)
-    if native.step_reasons_against(x, residual, large_kernel, parameters, symmetric):
+    if "cpp" not in AUTO_ORDER or native.step_reasons_against(x, residual, large_kernel, parameters, symmetric):
         return None
     return native.step_forward(x, residual, large_kernel, parameters)
 

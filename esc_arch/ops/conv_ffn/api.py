@@ -94,7 +94,7 @@ def conv_ffn_step(
         raise ValueError(f"the norm has weight {given[0]} and bias {given[1]}; both must be ({channels},), or None.")
     if not 0 <= pooled <= channels:
         raise ValueError(f"pooled is {pooled}; of {channels} channels 0 to {channels} can be averaged.")
-    if native.step_reasons_against(x, norm_weight, norm_bias, *parameters):
+    if "cpp" not in AUTO_ORDER or native.step_reasons_against(x, norm_weight, norm_bias, *parameters):
         return None
     return native.step_forward(x, norm_weight, norm_bias, eps, *parameters, pooled=pooled)
 

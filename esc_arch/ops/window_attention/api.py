@@ -104,7 +104,8 @@ def attention_layer(
     _check_sizes(window, heads)
     _check_layer(x, to_qkv, to_out, norm, heads)
     _check_bias(bias, window, heads)
-    if resolve_backend(backend) not in ("auto", "cpp"):
+    name = resolve_backend(backend)
+    if name not in ("auto", "cpp") or (name == "auto" and "cpp" not in AUTO_ORDER):
         return None
     inputs = (x, to_qkv, bias, to_out, window, heads, norm)
     return None if native.layer_reasons_against(*inputs) else native.layer_forward(*inputs, residual)
