@@ -6,7 +6,7 @@ from basicsr.utils.registry import ARCH_REGISTRY
 from torch import Tensor, nn
 
 from esc_arch.archs.base import SharedKernelNetwork, esc_block
-from esc_arch.modules.conv3x3 import conv3x3
+from esc_arch.modules.conv3x3 import Conv3x3, conv3x3
 from esc_arch.modules.upsample import pixel_shuffle_with_skip
 from esc_arch.registry import register
 
@@ -61,7 +61,7 @@ class ESC(SharedKernelNetwork):
         backend: str = "auto",
     ) -> None:
         super().__init__(pdim=pdim, kernel_size=kernel_size, window_size=window_size, upscaling_factor=upscaling_factor)
-        self.proj = nn.Conv2d(3, dim, 3, padding=1)
+        self.proj = Conv3x3(3, dim)
         self.blocks = nn.ModuleList(
             esc_block(
                 dim=dim,
@@ -78,8 +78,8 @@ class ESC(SharedKernelNetwork):
             )
             for _ in range(n_blocks)
         )
-        self.last = nn.Conv2d(dim, dim, 3, padding=1)
-        self.to_img = nn.Conv2d(dim, 3 * self.upscaling_factor**2, 3, padding=1)
+        self.last = Conv3x3(dim, dim)
+        self.to_img = Conv3x3(dim, 3 * self.upscaling_factor**2)
 
     def reconstruct(self, feat: Tensor, shallow: Tensor, image: Tensor) -> Tensor:
         feat = conv3x3(self.last, feat, residual=shallow)

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from esc_arch.archs.base import ESCFamily, biased_attention
 from esc_arch.modules import DecomposedConvAttn, ESCBlock, LayerNorm
-from esc_arch.modules.conv3x3 import conv3x3
+from esc_arch.modules.conv3x3 import Conv3x3, conv3x3
 from esc_arch.modules.conv_attn import new_decomposed_kernel
 from esc_arch.registry import register
 
@@ -44,7 +44,7 @@ class ESCFP(ESCFamily):
     ) -> None:
         super().__init__(window_size=window_size, upscaling_factor=upscaling_factor)
         self.lk_channel, self.lk_spatial = new_decomposed_kernel(pdim, kernel_size)
-        self.proj = nn.Conv2d(3, dim, 3, padding=1)
+        self.proj = Conv3x3(3, dim)
         self.blocks = nn.ModuleList(
             ESCBlock(
                 dim,
@@ -64,8 +64,8 @@ class ESCFP(ESCFamily):
             for _ in range(n_blocks)
         )
         self.ln_last = LayerNorm(dim)
-        self.last = nn.Conv2d(dim, dim, 3, padding=1)
-        self.to_img = nn.Conv2d(dim, 3 * self.upscaling_factor**2, 3, padding=1)
+        self.last = Conv3x3(dim, dim)
+        self.to_img = Conv3x3(dim, 3 * self.upscaling_factor**2)
 
     def large_kernels(self) -> tuple[Tensor, ...]:
         """The channel mixing (pdim, pdim, 1, 1) and the depth-wise filter (pdim, 1, K, K)."""

@@ -9,7 +9,7 @@ from basicsr.utils.registry import ARCH_REGISTRY
 from torch import Tensor, nn
 
 from esc_arch.archs.base import SharedKernelNetwork, esc_block
-from esc_arch.modules.conv3x3 import conv3x3
+from esc_arch.modules.conv3x3 import Conv3x3, conv3x3
 from esc_arch.modules.lte import LTE, query_grid
 from esc_arch.ops.resize import scaled_size
 from esc_arch.registry import register
@@ -70,7 +70,7 @@ class ESCLTE(SharedKernelNetwork):
             raise ValueError(f"query_chunk is {query_chunk}; it must be at least 1, or null for all points at once.")
         self.upscaling_factor: float = upscaling_factor  # type: ignore[assignment]  # others have whole ones
         self.query_chunk = query_chunk
-        self.proj = nn.Conv2d(3, dim, 3, padding=1)
+        self.proj = Conv3x3(3, dim)
         self.blocks = nn.ModuleList(
             esc_block(
                 dim=dim,
@@ -87,7 +87,7 @@ class ESCLTE(SharedKernelNetwork):
             )
             for _ in range(n_blocks)
         )
-        self.last = nn.Conv2d(dim, dim, 3, padding=1)
+        self.last = Conv3x3(dim, dim)
         self.lte = LTE(dim, hidden_dim=hidden_dim, mlp_dims=mlp_dims, max_scale=max_scale)
 
     def forward(

@@ -8,7 +8,7 @@ from basicsr.utils.registry import ARCH_REGISTRY
 from torch import Tensor, nn
 
 from esc_arch.archs.base import SharedKernelNetwork, esc_block
-from esc_arch.modules.conv3x3 import conv3x3
+from esc_arch.modules.conv3x3 import Conv3x3, conv3x3
 from esc_arch.modules.upsample import DySample, ReflectDepthwiseConv, UniversalUpsampler
 from esc_arch.ops.padding import reflect_pad_to_multiple
 from esc_arch.registry import register
@@ -64,7 +64,7 @@ class _RealNetwork(SharedKernelNetwork):
             )
             for _ in range(n_blocks)
         )
-        self.last = nn.Conv2d(dim, dim, 3, padding=1)
+        self.last = Conv3x3(dim, dim)
 
     skip: nn.Module
     to_img: nn.Module
@@ -122,7 +122,7 @@ class ESCReal(_RealNetwork):
                 f"upscaling_factor is {upscaling_factor}; ESCReal enlarges by 4. ESCRealM takes 1 to 4, "
                 f"use_dysample: true any."
             )
-        self.proj = nn.Conv2d(3, dim, 3, padding=1)
+        self.proj = Conv3x3(3, dim)
         self.skip = nn.Sequential(*_image_skip(3, dim))
         self.to_img = DySample(dim, scale=self.upscaling_factor) if use_dysample else _nearest_tail(dim)
 
@@ -131,14 +131,14 @@ def _nearest_tail(dim: int) -> nn.Sequential:
     """ESC-Real's enlargement by 4: twice nearest neighbours and a convolution, then two more."""
     return nn.Sequential(
         nn.Upsample(scale_factor=2),
-        nn.Conv2d(dim, dim, 3, padding=1),
+        Conv3x3(dim, dim),
         nn.LeakyReLU(0.2),
         nn.Upsample(scale_factor=2),
-        nn.Conv2d(dim, dim, 3, padding=1),
+        Conv3x3(dim, dim),
         nn.LeakyReLU(0.2),
-        nn.Conv2d(dim, dim, 3, padding=1),
+        Conv3x3(dim, dim),
         nn.LeakyReLU(0.2),
-        nn.Conv2d(dim, 3, 3, padding=1),
+        Conv3x3(dim, 3),
     )
 
 
@@ -201,7 +201,7 @@ class ESCRealM(_RealNetwork):
         #: How many pixels of the image along each side become one of the features.
         self.folding = self.TAIL_SCALE // self.upscaling_factor if unshuffle else 1
         channels = 3 * self.folding**2
-        proj = nn.Conv2d(channels, dim, 3, padding=1)
+        proj = Conv3x3(channels, dim)
         skip = _image_skip(channels, dim)
         if unshuffle:
             self.proj = nn.Sequential(nn.PixelUnshuffle(self.folding), proj)

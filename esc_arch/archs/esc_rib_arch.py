@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from esc_arch.archs.base import SharedKernelNetwork
 from esc_arch.modules import ConvAttn, ESCBlock, FactorBiasWindowAttention, LayerNorm, RIBWindowAttention
-from esc_arch.modules.conv3x3 import conv3x3
+from esc_arch.modules.conv3x3 import Conv3x3, conv3x3
 from esc_arch.modules.upsample import pixel_shuffle_with_skip
 from esc_arch.modules.window_attention import WindowAttention
 from esc_arch.registry import register
@@ -74,7 +74,7 @@ class ESCRIB(SharedKernelNetwork):
                 return FactorBiasWindowAttention(rank=rank, gate=gate, **common)
             return RIBWindowAttention(rank=rank, hidden_dim=rib_hidden_dim, n_freqs=rib_n_freqs, gate=gate, **common)
 
-        self.proj = nn.Conv2d(3, dim, 3, padding=1)
+        self.proj = Conv3x3(3, dim)
         self.blocks = nn.ModuleList(
             ESCBlock(
                 dim,
@@ -88,9 +88,9 @@ class ESCRIB(SharedKernelNetwork):
             )
             for _ in range(n_blocks)
         )
-        self.last = nn.Sequential(LayerNorm(dim), nn.Conv2d(dim, dim, 3, padding=1))
+        self.last = nn.Sequential(LayerNorm(dim), Conv3x3(dim, dim))
         # A module of its own for the sake of the published parameter names
-        self.upsampler = nn.ModuleDict({"up_conv": nn.Conv2d(dim, 3 * self.upscaling_factor**2, 3, padding=1)})
+        self.upsampler = nn.ModuleDict({"up_conv": Conv3x3(dim, 3 * self.upscaling_factor**2)})
 
     def reconstruct(self, feat: Tensor, shallow: Tensor, image: Tensor) -> Tensor:
         norm, last = self.last

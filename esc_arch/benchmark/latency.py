@@ -5,7 +5,7 @@ from __future__ import annotations
 import statistics
 import time
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -175,20 +175,18 @@ def _precision(protocol: Protocol) -> Iterator[None]:
 @contextmanager
 def _observed_backends(taken: set[str]) -> Iterator[None]:
     """Note the names of the attention backends that are called."""
-    originals = {name: module.forward for name, module in BACKENDS.items()}
 
-    def observing(name: str) -> Callable[..., Tensor]:
+    def observing(name: str, original: Callable[..., Tensor]) -> Callable[..., Tensor]:
         def forward(*args: object) -> Tensor:
             taken.add(name)
-            out: Tensor = originals[name](*args)
-            return out
+            return original(*args)
 
         return forward
 
-    for name, module in BACKENDS.items():
-        module.forward = observing(name)  # type: ignore[attr-defined]
-    try:
-        yield
-    finally:
+    with ExitStack() as stack:
         for name, module in BACKENDS.items():
-            module.forward = originals[name]  # type: ignore[attr-defined]
+            for function in ("forward", "layer_forward"):  # the attention alone, and with its projections
+                if (original := getattr(module, function, None)) is not None:
+                    stack.callback(setattr, module, function, original)
+                    setattr(module, function, observing(name, original))
+        yield

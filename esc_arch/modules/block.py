@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from torch import Tensor, nn
 
-from .conv3x3 import conv3x3
+from .conv3x3 import Conv3x3, conv3x3
 from .conv_attn import ConvAttn, DecomposedConvAttn
 from .conv_ffn import ConvFFN
 from .norm import LayerNorm
@@ -47,7 +47,7 @@ class ESCBlock(nn.Module):
         self.convffns = nn.ModuleList(ConvFFN(dim, exp_ratio) for _ in pconvs)
         self.pconvs = nn.ModuleList(pconvs)
         self.ln_out = LayerNorm(dim)
-        self.conv_out = nn.Conv2d(dim, dim, 3, padding=1)
+        self.conv_out = Conv3x3(dim, dim)
 
     def forward(self, x: Tensor, *large_kernels: Tensor) -> Tensor:
         skip = x

@@ -1,17 +1,34 @@
-"""A 3 x 3 convolution with the normalisation before it and the addition behind it."""
+"""3 x 3 convolutions, with the normalisation before and the addition behind them."""
 
 from __future__ import annotations
 
 from torch import Tensor, nn
 
-__all__ = ["conv3x3"]
+from esc_arch.ops import conv3x3 as operators
+
+from .plain import are_plain, numbers_of
+
+__all__ = ["Conv3x3", "conv3x3"]
+
+
+class Conv3x3(nn.Conv2d):
+    """A 3 x 3 convolution with padding 1 and stride 1, by a faster algorithm where an operator for that is at hand.
+
+    Shapes: (B, C, H, W) -> (B, D, H, W).
+    """
+
+    def __init__(self, dim: int, out_dim: int) -> None:
+        super().__init__(dim, out_dim, 3, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return operators.conv3x3(x, self.weight, self.bias)
 
 
 def conv3x3(conv: nn.Module, x: Tensor, *, norm: nn.Module | None = None, residual: Tensor | None = None) -> Tensor:
-    """residual + conv(norm(x)).
+    """residual + conv(norm(x)), in one pass over the map where an operator for that is at hand.
 
     Args:
-        conv: 3 x 3, padding 1, stride 1.
+        conv: `Conv3x3`, or what was put in its place.
         x: (B, C, H, W).
         norm: a LayerNorm before it; none for x as it is.
         residual: (B, D, H, W), added to the result.
@@ -19,5 +36,9 @@ def conv3x3(conv: nn.Module, x: Tensor, *, norm: nn.Module | None = None, residu
     Returns:
         (B, D, H, W).
     """
-    out = conv(x if norm is None else norm(x))
+    if isinstance(conv, Conv3x3) and are_plain(conv, norm):
+        done = operators.conv3x3_step(x, *numbers_of(norm), conv.weight, conv.bias, residual)
+        if done is not None:
+            return done
+    out: Tensor = conv(x if norm is None else norm(x))
     return out if residual is None else out + residual

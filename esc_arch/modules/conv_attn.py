@@ -7,11 +7,13 @@ from torch import Tensor, nn
 
 from esc_arch.ops.conv_attn import (
     conv_attention,
+    conv_attention_step,
     decomposed_conv_attention,
     mixed_conv_attention,
     symmetrise,
 )
 
+from .plain import are_plain
 from .precision import in_float32
 
 __all__ = ["ConvAttn", "DecomposedConvAttn", "new_decomposed_kernel", "new_large_kernel"]
@@ -152,6 +154,14 @@ class ConvAttn(nn.Module):
             mixed, lk: as of a call.
             means: of the first pdim channels of `mixed` over the whole image, (B, pdim), where they are known.
         """
+        _, first, _, second = self.plk.dwc_proj
+        if means is not None and are_plain(first, second, self.aggr):
+            assert isinstance(first, nn.Conv2d)
+            assert isinstance(second, nn.Conv2d)
+            weights = (first.weight, first.bias, second.weight, second.bias, self.aggr.weight, self.aggr.bias)
+            done = conv_attention_step(mixed, x, lk, means, *weights, symmetric=self.symmetric)
+            if done is not None:
+                return done
         return x + self(mixed, lk, means)
 
 

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
-from esc_arch.ops.conv_ffn import conv_ffn
+from esc_arch.ops.conv_ffn import conv_ffn, conv_ffn_step
+
+from .plain import are_plain, numbers_of
 
 __all__ = ["ConvFFN"]
 
@@ -45,9 +47,14 @@ class ConvFFN(nn.Module):
         Returns:
             (B, C, H, W), and (B, means_of) where they come without a pass of their own, else None.
         """
+        layer_norm = None if isinstance(norm, nn.Identity) else norm
+        if are_plain(self.proj, self.dwc, self.aggr, layer_norm):
+            done = conv_ffn_step(x, *numbers_of(layer_norm), *self._weights(), pooled=means_of)
+            if done is not None:
+                return done
         return self(norm(x)), None
 
-    def _weights(self) -> tuple[Tensor, ...]:
+    def _weights(self) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
         proj, dwc, aggr = self.proj, self.dwc, self.aggr
         assert proj.bias is not None
         assert dwc.bias is not None

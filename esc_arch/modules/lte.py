@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .conv3x3 import Conv3x3
 from .precision import in_float32
 
 __all__ = ["LTE", "query_grid"]
@@ -59,8 +60,8 @@ class LTE(nn.Module):
         if not 0 < max_scale < math.inf:
             raise ValueError(f"max_scale is {max_scale}; it must be a number above 0.")
         self.max_scale = max_scale
-        self.coef = nn.Conv2d(dim, hidden_dim, 3, padding=1)
-        self.freq = nn.Conv2d(dim, hidden_dim, 3, padding=1)
+        self.coef = Conv3x3(dim, hidden_dim)
+        self.freq = Conv3x3(dim, hidden_dim)
         self.phase = nn.Linear(2, hidden_dim // 2, bias=False)
         layers: list[nn.Module] = []
         for before, after in zip((hidden_dim, *mlp_dims), mlp_dims, strict=False):

@@ -20,11 +20,6 @@ class LayerNorm(nn.LayerNorm):
     def __init__(self, dim: int) -> None:
         super().__init__(dim, eps=1e-6)
 
-    @property
-    def numbers(self) -> tuple[Tensor, Tensor, float]:
-        """Weight, bias and eps, for operators that begin with this normalisation."""
-        return self.weight, self.bias, self.eps
-
     @in_float32
     def forward(self, x: Tensor) -> Tensor:
         return layer_norm(x, self.weight, self.bias, eps=self.eps)

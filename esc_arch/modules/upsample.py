@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from esc_arch.ops.padding import reflect_pad
 
+from .conv3x3 import Conv3x3
 from .precision import in_float32
 
 __all__ = [
@@ -141,36 +142,32 @@ def _subpixel_places(scale: int, groups: int) -> Tensor:
     return torch.stack([x.flatten(), y.flatten()])[:, None].repeat(1, groups, 1).reshape(1, -1, 1, 1)
 
 
-def _conv(dim_in: int, dim_out: int) -> nn.Conv2d:
-    return nn.Conv2d(dim_in, dim_out, 3, padding=1)
-
-
 def _plain(scale: int, dim: int, out: int, mid: int, groups: int) -> list[nn.Module]:
     if scale != 1:
         raise ValueError(f"upsampler conv does not enlarge, but the scale here is {scale}: choose another upsampler.")
-    return [_conv(dim, out)]
+    return [Conv3x3(dim, out)]
 
 
 def _pixel_shuffle_direct(scale: int, dim: int, out: int, mid: int, groups: int) -> list[nn.Module]:
-    return [_conv(dim, out * scale**2), nn.PixelShuffle(scale)]
+    return [Conv3x3(dim, out * scale**2), nn.PixelShuffle(scale)]
 
 
 def _pixel_shuffle(scale: int, dim: int, out: int, mid: int, groups: int) -> list[nn.Module]:
-    layers: list[nn.Module] = [_conv(dim, mid), nn.LeakyReLU()]
+    layers: list[nn.Module] = [Conv3x3(dim, mid), nn.LeakyReLU()]
     for step in _steps(scale):
-        layers += [_conv(mid, mid * step**2), nn.PixelShuffle(step)]
-    return [*layers, _conv(mid, out)]
+        layers += [Conv3x3(mid, mid * step**2), nn.PixelShuffle(step)]
+    return [*layers, Conv3x3(mid, out)]
 
 
 def _nearest_conv(scale: int, dim: int, out: int, mid: int, groups: int) -> list[nn.Module]:
     layers: list[nn.Module] = []
     for step in _steps(scale):
-        layers += [_conv(dim, dim), nn.Upsample(scale_factor=step), nn.LeakyReLU(0.2)]
-    return [*layers, _conv(dim, dim), nn.LeakyReLU(0.2), _conv(dim, out)]
+        layers += [Conv3x3(dim, dim), nn.Upsample(scale_factor=step), nn.LeakyReLU(0.2)]
+    return [*layers, Conv3x3(dim, dim), nn.LeakyReLU(0.2), Conv3x3(dim, out)]
 
 
 def _dysample(scale: int, dim: int, out: int, mid: int, groups: int) -> list[nn.Module]:
-    narrowing: list[nn.Module] = [] if mid == dim else [_conv(dim, mid), nn.LeakyReLU()]
+    narrowing: list[nn.Module] = [] if mid == dim else [Conv3x3(dim, mid), nn.LeakyReLU()]
     return [*narrowing, DySample(mid, out, scale, groups)]
 
 

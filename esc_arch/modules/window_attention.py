@@ -10,9 +10,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from esc_arch.ops.window_attention import Bias, resolve_backend, window_attention
+from esc_arch.ops.window_attention import Bias, attention_layer, resolve_backend, window_attention
 
 from .norm import LayerNorm
+from .plain import are_plain
 from .precision import in_float32
 
 __all__ = [
@@ -115,6 +116,20 @@ class WindowAttention(nn.Module):
 
     def added_to(self, x: Tensor, norm: LayerNorm) -> Tensor:
         """x + self(norm(x)), in one pass over the map where an operator for that is at hand."""
+        if self.gate is None and are_plain(self.to_qkv, self.to_out, norm):
+            done = attention_layer(
+                x,
+                (self.to_qkv.weight, self.to_qkv.bias),
+                self.position_bias(),
+                (self.to_out.weight, self.to_out.bias),
+                window=self.window_size,
+                heads=self.num_heads,
+                norm=(norm.weight, norm.bias, norm.eps),
+                residual=True,
+                backend=self.attn_type,
+            )
+            if done is not None:
+                return done
         return x + self(norm(x))
 
     def forward(self, x: Tensor) -> Tensor:

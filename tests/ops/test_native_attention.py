@@ -102,6 +102,30 @@ def test_scores_of_any_size(native: ModuleType, make_bias: type[Bias]) -> None:
         assert max_error(value, expected) <= 2 * max_error(reference, expected) + 16 * ulp
 
 
+@pytest.mark.parametrize("make_bias", BIASES)
+@pytest.mark.parametrize("scale", [1, 30])
+def test_no_number_reaches_all_that_attend_to_it(native: ModuleType, scale: int, make_bias: type[Bias]) -> None:
+    """Whether the softmax needs its maximum or the scores are small; and no other window."""
+    qkv, bias = scale * normal(1, 2 * 3 * 4, 8, 16), make_bias(8, 2)
+    clean = window_attention(qkv, bias, window=8, heads=2, backend="cpp")
+    qkv[0, 8, 3, 4] = float("nan")  # of a key
+    out = window_attention(qkv, bias, window=8, heads=2, backend="cpp")
+    assert out[:, :4, :, :8].isnan().all()
+    assert torch.equal(out[:, 4:], clean[:, 4:])
+    assert torch.equal(out[..., 8:], clean[..., 8:])
+
+
+def test_bounded_scores_beside_others(native: ModuleType) -> None:
+    """Only some pairs of queries need the maximum; the results do not show which."""
+    qkv, bias = normal(1, 3 * 16, 8, 8), table_bias(8, 1)
+    qkv[:, :16, 4:] *= 40
+    exact = results(qkv.double(), in_double(bias), 8, 1, "naive")
+    plain = results(qkv, bias, 8, 1, "naive")
+    for expected, reference, value in zip(exact, plain, results(qkv, bias, 8, 1, "cpp"), strict=True):
+        ulp = torch.finfo(torch.float32).eps * expected.abs().max().item()
+        assert max_error(value, expected) <= 2 * max_error(reference, expected) + 8 * ulp
+
+
 def test_large_biases_of_either_sign(native: ModuleType) -> None:
     """Lanes of a vector without a query read any part of the table: they must not reach the gradients."""
     qkv, bias = normal(1, 3 * 4, 7, 5), 300 * normal(1, 13**2, seed=1)

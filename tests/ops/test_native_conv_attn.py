@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 import test_golden as golden
 import torch
@@ -10,7 +12,7 @@ from networks import max_error, normal
 from torch import Tensor
 
 from esc_arch.modules import ConvAttn
-from esc_arch.ops.conv_attn import api, conv_attention, mixed_conv_attention, symmetrise
+from esc_arch.ops.conv_attn import api, conv_attention, conv_attention_step, mixed_conv_attention, symmetrise
 from esc_arch.ops.conv_attn import native as operators
 from esc_arch.ops.conv_attn.native import LARGEST_KERNEL
 
@@ -192,6 +194,134 @@ def test_where_mixing_is_left_to_pytorch() -> None:
         assert not mixes()
 
 
+def step_inputs(dim: int, pdim: int, outputs: int, size: tuple[int, int], batch: int = 2) -> dict[str, Tensor | None]:
+    layout = torch.channels_last
+    hidden, taps = pdim // 2, 9 * pdim
+    return {
+        "x": normal(batch, dim, *size).contiguous(memory_format=layout),
+        "residual": normal(batch, outputs, *size, seed=1).contiguous(memory_format=layout),
+        "large_kernel": symmetrise(normal(pdim, pdim, 13, 13, seed=2)),
+        "means": normal(batch, pdim, seed=3),
+        "proj1_weight": normal(hidden, pdim, 1, 1, seed=4),
+        "proj1_bias": normal(hidden, seed=5),
+        "proj2_weight": normal(taps, hidden, 1, 1, seed=6),
+        "proj2_bias": normal(taps, seed=7),
+        "weight": normal(outputs, dim, 1, 1, seed=8),
+        "bias": normal(outputs, seed=9),
+    }
+
+
+def step_formula(dtype: torch.dtype, values: dict[str, Tensor | None]) -> Tensor:
+    v = {name: value if value is None else value.to(dtype) for name, value in values.items()}
+    x, large_kernel, pdim = v["x"], v["large_kernel"], v["large_kernel"].shape[0]
+    hidden = F.gelu(F.conv2d(v["means"][:, :, None, None], v["proj1_weight"], v["proj1_bias"]))
+    dynamic = F.conv2d(hidden, v["proj2_weight"], v["proj2_bias"]).reshape(-1, pdim, 3, 3)
+    convolved = conv_attention(x[:, :pdim], large_kernel, dynamic, backend="reference")
+    out = F.conv2d(torch.cat([convolved, x[:, pdim:]], dim=1), v["weight"], v["bias"])
+    return out if v["residual"] is None else v["residual"] + out
+
+
+def assert_step_within_budget(values: dict[str, Tensor | None]) -> None:
+    out = conv_attention_step(**values, symmetric=True)
+    assert out is not None
+    truth = step_formula(torch.float64, values)
+    rounding = 4 * torch.finfo(torch.float32).eps * truth.abs().max().item()
+    assert max_error(out, truth) <= max(2 * max_error(step_formula(torch.float32, values), truth), rounding)
+    assert out.is_contiguous(memory_format=torch.channels_last)
+
+
+@pytest.mark.parametrize(("dim", "pdim", "outputs"), [(24, 16, 24), (64, 16, 64), (40, 20, 7), (5, 5, 90)])
+@pytest.mark.parametrize("size", [(1, 1), (43, 55)])
+def test_step_against_float64(dim: int, pdim: int, outputs: int, size: tuple[int, int]) -> None:
+    assert_step_within_budget(step_inputs(dim, pdim, outputs, size))
+
+
+@pytest.mark.parametrize("left_out", ["residual", "proj1_bias", "proj2_bias", "bias"])
+def test_step_without(left_out: str) -> None:
+    assert_step_within_budget({**step_inputs(24, 16, 24, (9, 38), batch=3), left_out: None})
+
+
+def test_step_with_maps_that_are_parts_of_others() -> None:
+    values = step_inputs(24, 16, 20, (9, 38))
+    for name in ("x", "residual"):
+        wider = torch.cat([values[name], values[name]], dim=1).contiguous(memory_format=torch.channels_last)
+        values[name] = wider[:, : values[name].shape[1], 1:, ::2]
+    values["means"] = values["means"].t().contiguous().t()
+    assert_step_within_budget(values)
+
+
+def test_step_of_an_empty_batch() -> None:
+    assert conv_attention_step(**step_inputs(24, 16, 20, (9, 8), batch=0), symmetric=True).shape == (0, 20, 9, 8)
+
+
+@pytest.mark.parametrize("spoiled", ["x", "residual", "means", "proj1_weight", "proj2_bias", "weight", "bias"])
+def test_step_lets_nan_through(spoiled: str) -> None:
+    values = step_inputs(24, 16, 24, (5, 6))
+    values[spoiled] = torch.full_like(values[spoiled], float("nan"))
+    assert conv_attention_step(**values, symmetric=True).isnan().all()
+
+
+def test_where_steps_are_left_to_others() -> None:
+    values = step_inputs(24, 16, 24, (9, 8))
+
+    def runs(symmetric: bool = True, **changed: Tensor) -> bool:
+        return conv_attention_step(**{**values, **changed}, symmetric=symmetric) is not None
+
+    assert runs()
+    assert not runs(symmetric=False)
+    assert not runs(x=values["x"].contiguous())
+    assert not runs(residual=values["residual"].contiguous())
+    assert not runs(means=values["means"].double())
+    assert not runs(proj1_bias=values["proj1_bias"].to("meta"))
+    assert not runs(bias=values["bias"].clone().requires_grad_())
+    with torch.no_grad():
+        assert runs(bias=values["bias"].clone().requires_grad_())
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert not runs()
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "message"),
+    [
+        ("means", normal(2, 15), r"means of shape \[2, 15\] do not fit x of shape \[2, 24, 5, 6\]"),
+        ("proj1_weight", normal(8, 15, 1, 1), r"a projection of shape \[8, 15, 1, 1\] where 8 x 16 x 1 x 1"),
+        ("proj2_bias", normal(16), "a projection of shape .* where 144 x 8 x 1 x 1, and a bias to it, are needed"),
+        ("residual", normal(2, 24, 6, 5).contiguous(memory_format=torch.channels_last), "must be as the output"),
+        ("weight", normal(24, 23, 1, 1), r"a weight of shape \[24, 23, 1, 1\] does not fit x"),
+    ],
+)
+def test_step_says_what_does_not_fit(name: str, value: Tensor, message: str) -> None:
+    with pytest.raises(RuntimeError, match=message):
+        conv_attention_step(**{**step_inputs(24, 16, 24, (5, 6)), name: value}, symmetric=True)
+
+
+def test_step_with_a_kernel_that_is_not_symmetric() -> None:
+    values = step_inputs(24, 16, 24, (5, 6))
+    with pytest.raises(ValueError, match="large_kernel is not symmetric"):
+        conv_attention_step(**{**values, "large_kernel": normal(16, 16, 13, 13)}, symmetric=True)
+
+
+def test_step_does_not_depend_on_the_number_of_threads() -> None:
+    values, before, outputs = step_inputs(64, 16, 64, (80, 90), batch=1), torch.get_num_threads(), []
+    try:
+        for threads in (1, 2, 5):
+            torch.set_num_threads(threads)
+            outputs.append(conv_attention_step(**values, symmetric=True))
+    finally:
+        torch.set_num_threads(before)
+    assert all(torch.equal(output, outputs[0]) for output in outputs)
+
+
+def test_step_compiled() -> None:
+    values = step_inputs(24, 16, 24, (9, 8))
+
+    def step(values: dict[str, Tensor | None]) -> Tensor | None:
+        return conv_attention_step(**values, symmetric=True)
+
+    out = torch.compile(step, backend="aot_eager", fullgraph=True)(values)
+    assert torch.equal(out, step(values))
+
+
 def calls_of(backend: str, monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, ...]]:
     """The shapes of x that reach a backend from now on."""
     shapes: list[tuple[int, ...]] = []
@@ -220,19 +350,22 @@ def test_recorded_networks(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize("name", ["esc_x2", "esc_rib_x2"])
 def test_recorded_networks_without_gradient(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    shapes = []
-    forward = operators.mixed_forward
+    calls = []
 
-    def counted(x: Tensor, *others: Tensor) -> Tensor:
-        shapes.append(tuple(x.shape))
-        return forward(x, *others)
+    def counted(forward: Callable[..., Tensor]) -> Callable[..., Tensor]:
+        def call(*arguments: object) -> Tensor:
+            calls.append(forward)
+            return forward(*arguments)
 
-    monkeypatch.setattr(operators, "mixed_forward", counted)
+        return call
+
+    for one_operator in ("mixed_forward", "step_forward"):
+        monkeypatch.setattr(operators, one_operator, counted(getattr(operators, one_operator)))
     net = golden.golden_net(name, "naive").to(memory_format=torch.channels_last)
     with torch.no_grad():
         output = net(golden.tensors(name)["input"].contiguous(memory_format=torch.channels_last))
     assert max_error(output, golden.tensors(name)["output"]) < golden.TOLERANCE
-    assert len(shapes) == sum(isinstance(module, ConvAttn) for module in net.modules())
+    assert len(calls) == sum(isinstance(module, ConvAttn) for module in net.modules())
 
 
 def test_conv_attn_with_a_kernel_of_unknown_symmetry(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -252,6 +385,8 @@ def test_the_operators_are_registered_as_pytorch_wants() -> None:
     whole = normal(2, 6, 9, 8).contiguous(memory_format=torch.channels_last)
     arguments = (whole, symmetrise(large), dynamic, normal(7, 6, 1, 1), normal(7))
     torch.library.opcheck(torch.ops.esc_arch.mixed_conv_attention.default, arguments, test_utils=FORWARD_ONLY)
+    step = torch.ops.esc_arch.conv_attention_step.default
+    torch.library.opcheck(step, tuple(step_inputs(24, 16, 20, (9, 8)).values()), test_utils=FORWARD_ONLY)
     for wanted in ((True, True), (True, False), (False, True)):
         arguments = (normal(*x.shape, seed=6), x, symmetrise(large), dynamic, *wanted)
         operator = torch.ops.esc_arch.conv_attention_backward.default

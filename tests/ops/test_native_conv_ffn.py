@@ -10,10 +10,11 @@ import torch
 from networks import max_error, normal
 from test_conv_ffn import arguments
 from torch import Tensor, nn
+from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from esc_arch.modules import ConvFFN
-from esc_arch.ops.conv_ffn import conv_ffn
+from esc_arch.ops.conv_ffn import conv_ffn, conv_ffn_step, native
 
 pytestmark = pytest.mark.usefixtures("native")
 
@@ -178,3 +179,126 @@ def test_tied_weights_get_both_gradients() -> None:
 def test_under_autocast_the_layer_is_in_half_precision() -> None:
     with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16):
         assert ConvFFN(8, 1)(normal(1, 8, 4, 4)).dtype == torch.bfloat16
+
+
+EPS = 1e-6
+STEP_SIZES = [((1, 64, 1, 1), 80), ((3, 7, 4, 5), 6), ((2, 20, 3, 2), 33), ((1, 48, 9, 301), 128), ((1, 5, 31, 3), 6)]
+
+
+def step_arguments(*size: int, hidden: int = 10, norm: bool = True) -> tuple[list[Tensor], list[Tensor | None]]:
+    x, *parameters = arguments(*size, hidden=hidden)
+    x = (3 * x + 2).contiguous(memory_format=torch.channels_last)
+    return [x, *parameters], [normal(size[1], seed=11), normal(size[1], seed=12)] if norm else [None, None]
+
+
+def step_by_parts(
+    values: Sequence[Tensor], norm: Sequence[Tensor | None], pooled: int, dtype: torch.dtype
+) -> list[Tensor]:
+    x, *parameters = (value.to(dtype) for value in values)
+    weight, bias = (None if value is None else value.to(dtype) for value in norm)
+    if weight is not None:
+        x = F.layer_norm(x.permute(0, 2, 3, 1), weight.shape, weight, bias, EPS).permute(0, 3, 1, 2)
+    out = conv_ffn(x, *parameters, backend="reference")
+    return [out, out[:, :pooled].mean((2, 3))]
+
+
+def step(values: Sequence[Tensor], norm: Sequence[Tensor | None], pooled: int) -> tuple[Tensor, Tensor]:
+    done = conv_ffn_step(values[0], *norm, EPS, *values[1:], pooled=pooled)
+    assert done is not None
+    return done
+
+
+@pytest.mark.parametrize("norm", [True, False])
+@pytest.mark.parametrize(("size", "hidden"), STEP_SIZES)
+def test_step_is_its_parts(size: tuple[int, ...], hidden: int, norm: bool) -> None:
+    values, of_norm = step_arguments(*size, hidden=hidden, norm=norm)
+    for pooled in (0, 5):
+        exact = step_by_parts(values, of_norm, pooled, torch.float64)
+        usual = step_by_parts(values, of_norm, pooled, torch.float32)
+        for wanted, plain, got in zip(exact, usual, step(values, of_norm, pooled), strict=True):
+            assert got.shape == wanted.shape
+            if wanted.numel():
+                ulp = torch.finfo(torch.float32).eps * wanted.abs().max().item()
+                assert max_error(got, wanted) <= 2 * max_error(plain, wanted) + 8 * ulp
+
+
+def test_step_leaves_strange_layouts_unchanged() -> None:
+    values, norm = step_arguments(2, 8, 6, 10)
+    values[0] = normal(2, 6, 20, 12, seed=9).permute(0, 3, 1, 2)[:, 2:10, :, ::2]
+    values[1] = values[1].transpose(0, 1).contiguous().transpose(0, 1)
+    norm[0] = normal(16, seed=9)[::2]
+    unchanged = [value.clone() for value in values]
+    got, wanted = step(values, norm, 3), step_by_parts(values, norm, 3, torch.float64)
+    assert max(max_error(a, b) for a, b in zip(got, wanted, strict=True)) < 1e-5
+    assert all(torch.equal(value, before) for value, before in zip(values, unchanged, strict=True))
+
+
+def test_step_is_the_same_with_any_number_of_threads() -> None:
+    values, norm = step_arguments(2, 20, 37, 150, hidden=33)
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(1)
+        alone = step(values, norm, 17)
+        for threads in (2, 3, 7):
+            torch.set_num_threads(threads)
+            assert all(torch.equal(one, other) for one, other in zip(alone, step(values, norm, 17), strict=True))
+    finally:
+        torch.set_num_threads(before)
+
+
+def test_step_averages_many_pixels_accurately() -> None:
+    values, norm = step_arguments(1, 8, 300, 200)
+    exact = step_by_parts(values, norm, 8, torch.float64)[1]
+    assert max_error(step(values, norm, 8)[1], exact) < 3e-7
+
+
+@pytest.mark.parametrize("size", [(0, 8, 4, 4), (2, 8, 0, 4), (2, 8, 4, 0)])
+def test_step_of_nothing(size: tuple[int, ...]) -> None:
+    values, norm = step_arguments(*size)
+    out, means = step(values, norm, 3)
+    assert out.shape == size
+    assert means.shape == (size[0], 3)
+    assert means.isnan().all()
+
+
+def test_step_lets_nan_through() -> None:
+    values, norm = step_arguments(2, 20, 5, 6)
+    values[0][1, 3, 2, 4] = torch.nan
+    out, means = step(values, norm, 20)
+    assert torch.equal(out.isnan(), step_by_parts(values, norm, 20, torch.float32)[0].isnan())
+    assert torch.equal(means.isnan(), torch.tensor([[False], [True]]).expand(2, 20))
+
+
+def test_step_compiled() -> None:
+    values, norm = step_arguments(2, 8, 5, 4)
+    compiled = torch.compile(lambda *args: step(args[:7], args[7:], 3), backend="aot_eager", fullgraph=True)
+    for one, other in zip(compiled(*values, *norm), step(values, norm, 3), strict=True):
+        assert torch.equal(one, other)
+    torch.library.opcheck(torch.ops.esc_arch.conv_ffn_step.default, (values[0], *norm, EPS, *values[1:], 3))
+    torch.library.opcheck(torch.ops.esc_arch.conv_ffn_step.default, (values[0], None, None, EPS, *values[1:], 0))
+
+
+def test_step_says_why_not() -> None:
+    values, norm = step_arguments(1, 8, 5, 4)
+    assert native.step_reasons_against(values[0], *norm, *values[1:]) == []
+    wanted = [*values[:3], values[3].clone().requires_grad_(), *values[4:]]
+    assert native.step_reasons_against(wanted[0], *norm, *wanted[1:]) == ["it has no backward pass"]
+    assert conv_ffn_step(wanted[0], *norm, EPS, *wanted[1:]) is None
+    with torch.no_grad():
+        assert conv_ffn_step(wanted[0], *norm, EPS, *wanted[1:]) is not None
+    nchw = values[0].contiguous()
+    assert native.step_reasons_against(nchw, *norm, *values[1:]) == ["it takes maps with the channels innermost"]
+    doubled = [value.double() for value in values]
+    assert "it takes float32" in native.step_reasons_against(doubled[0], *norm, *doubled[1:])[0]
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert conv_ffn_step(values[0], *norm, EPS, *values[1:]) is None
+
+
+def test_step_refuses_what_does_not_fit() -> None:
+    values, norm = step_arguments(1, 8, 5, 4)
+    with pytest.raises(ValueError, match=r"pooled is 9; of 8 channels 0 to 8 can be averaged\."):
+        conv_ffn_step(values[0], *norm, EPS, *values[1:], pooled=9)
+    with pytest.raises(ValueError, match=r"the norm has weight \(8,\) and bias None; both must be \(8,\), or None\."):
+        conv_ffn_step(values[0], norm[0], None, EPS, *values[1:])
+    with pytest.raises(ValueError, match="for 8 channels and 10 hidden ones these shapes do not fit"):
+        conv_ffn_step(values[0], *norm, EPS, *values[1:4], values[1], *values[5:])

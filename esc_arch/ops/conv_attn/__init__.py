@@ -1,7 +1,19 @@
 """Convolutional attention without parameters: the large kernel's symmetry, and the two convolutions."""
 
-from .api import BACKENDS, conv_attention, mixed_conv_attention
-from .reference import decomposed_conv_attention
+from .api import (
+    BACKENDS,
+    conv_attention,
+    conv_attention_step,
+    decomposed_conv_attention,
+    mixed_conv_attention,
+)
 from .symmetry import symmetrise
 
-__all__ = ["BACKENDS", "conv_attention", "decomposed_conv_attention", "mixed_conv_attention", "symmetrise"]
+__all__ = [
+    "BACKENDS",
+    "conv_attention",
+    "conv_attention_step",
+    "decomposed_conv_attention",
+    "mixed_conv_attention",
+    "symmetrise",
+]

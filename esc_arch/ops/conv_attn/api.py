@@ -4,13 +4,21 @@ from __future__ import annotations
 
 from types import ModuleType
 
+import torch.nn.functional as F
 from torch import Tensor
 
 from esc_arch.ops.backends import choose, untried_on_gpus
 
 from . import folded, native, reference, triton, triton_folded
+from .depthwise import per_image_depthwise
 
-__all__ = ["BACKENDS", "conv_attention", "mixed_conv_attention"]
+__all__ = [
+    "BACKENDS",
+    "conv_attention",
+    "conv_attention_step",
+    "decomposed_conv_attention",
+    "mixed_conv_attention",
+]
 
 #: Every backend by name: a module with `reasons_against` (why not, empty when it can) and `forward`.
 BACKENDS: dict[str, ModuleType] = {
@@ -75,9 +83,73 @@ def mixed_conv_attention(
         ValueError: as of `conv_attention`.
     """
     _check_shapes(x[:, : large_kernel.shape[0]], large_kernel, dynamic_kernel)
-    if native.mixed_reasons_against(x, large_kernel, dynamic_kernel, weight, bias, symmetric):
+    if "cpp" not in AUTO_ORDER or native.mixed_reasons_against(
+        x, large_kernel, dynamic_kernel, weight, bias, symmetric
+    ):
         return None
     return native.mixed_forward(x, large_kernel, dynamic_kernel, weight, bias)
+
+
+def conv_attention_step(
+    x: Tensor,
+    residual: Tensor | None,
+    large_kernel: Tensor,
+    means: Tensor,
+    proj1_weight: Tensor,
+    proj1_bias: Tensor | None,
+    proj2_weight: Tensor,
+    proj2_bias: Tensor | None,
+    weight: Tensor,
+    bias: Tensor | None,
+    *,
+    symmetric: bool = False,
+) -> Tensor | None:
+    """ConvAttn and the addition of its residual in one operator, without gradients and on the CPU.
+
+    The dynamic kernel is `proj2(gelu(proj1(means)))`, a 3 x 3 filter for each channel and image; the rest is
+    `mixed_conv_attention` plus `residual`.
+
+    Args:
+        x: (B, D, H, W), D >= C.
+        residual: (B, D', H, W), added to the output; None for zero.
+        large_kernel: (C, C, K, K), see `conv_attention`.
+        means: (B, C), of the first C channels of x over all pixels.
+        proj1_weight, proj1_bias: (E, C, 1, 1) and (E).
+        proj2_weight, proj2_bias: (9 C, E, 1, 1) and (9 C), by channel, then row of the kernel, then column.
+        weight, bias: (D', D, 1, 1) and (D').
+        symmetric: see `conv_attention`.
+
+    Returns:
+        (B, D', H, W); None where no operator does it in one.
+
+    Raises:
+        ValueError: a large kernel that does not fit x, or is said to be symmetric and is not.
+        RuntimeError: shapes of the others that do not fit.
+    """
+    _check_kernel("large kernel", large_kernel, (large_kernel.shape[0],) * 2)
+    parameters = (means, proj1_weight, proj1_bias, proj2_weight, proj2_bias, weight, bias)
+    if "cpp" not in AUTO_ORDER or native.step_reasons_against(x, residual, large_kernel, parameters, symmetric):
+        return None
+    return native.step_forward(x, residual, large_kernel, parameters)
+
+
+def decomposed_conv_attention(
+    x: Tensor, channel_kernel: Tensor, spatial_kernel: Tensor, dynamic_kernel: Tensor
+) -> Tensor:
+    """Channel mixing, then a depth-wise kernel with the image's own added to its centre.
+
+    Args:
+        x: (B, C, H, W).
+        channel_kernel: (C, C, 1, 1).
+        spatial_kernel: (C, 1, K, K) with K odd, zero padding.
+        dynamic_kernel: (B, C, k, k) with k odd, k <= K.
+
+    Returns:
+        (B, C, H, W).
+    """
+    margin = (spatial_kernel.shape[-1] - dynamic_kernel.shape[-1]) // 2
+    kernel = F.pad(dynamic_kernel, (margin,) * 4) + spatial_kernel[None, :, 0]
+    return per_image_depthwise(F.conv2d(x, channel_kernel), kernel)
 
 
 def _check_shapes(x: Tensor, large_kernel: Tensor, dynamic_kernel: Tensor) -> None:

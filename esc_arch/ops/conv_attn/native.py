@@ -16,20 +16,28 @@ from esc_arch.ops import native
 #: Beyond this no tile has room for outputs beside its margins.
 LARGEST_KERNEL = 33
 
+#: Of the kernel that `conv_attention_step` computes from the image.
+DYNAMIC_SIDE = 3
+
 
 def reasons_against(x: Tensor, large_kernel: Tensor, dynamic_kernel: Tensor, symmetric: bool) -> list[str]:
     """Why the C++ operators cannot take these inputs."""
+    return _reasons_against(large_kernel, dynamic_kernel.shape[-1], symmetric, (x, large_kernel, dynamic_kernel))
+
+
+def _reasons_against(
+    large_kernel: Tensor, dynamic_side: int, symmetric: bool, tensors: tuple[Tensor, ...]
+) -> list[str]:
     if torch.compiler.is_exporting() or torch.jit.is_tracing():
         return ["an exported network keeps the plain formula"]
     reasons = []
-    tensors = (x, large_kernel, dynamic_kernel)
     if any(tensor.device.type != "cpu" for tensor in tensors):
-        reasons.append(f"it runs on cpu, not on {x.device.type}")
+        reasons.append(f"it runs on cpu, not on {tensors[0].device.type}")
     if any(tensor.dtype != torch.float32 for tensor in tensors):
         reasons.append(f"it takes float32, not {', '.join(sorted({str(tensor.dtype) for tensor in tensors}))}")
     if not symmetric:
         reasons.append("it needs a large kernel that is symmetric, as `symmetrise` makes it")
-    if max(large_kernel.shape[-1], dynamic_kernel.shape[-1]) > LARGEST_KERNEL:
+    if max(large_kernel.shape[-1], dynamic_side) > LARGEST_KERNEL:
         reasons.append(f"it takes kernels of at most {LARGEST_KERNEL} x {LARGEST_KERNEL}")
     return reasons or native.reasons_against()
 
@@ -44,14 +52,30 @@ def mixed_reasons_against(
     x: Tensor, large_kernel: Tensor, dynamic_kernel: Tensor, weight: Tensor, bias: Tensor, symmetric: bool
 ) -> list[str]:
     """Why the 1 x 1 convolution cannot be taken into the same operator; see `mixed_conv_attention`."""
-    reasons = reasons_against(x[:, : large_kernel.shape[0]], large_kernel, dynamic_kernel, symmetric)
+    others = (large_kernel, dynamic_kernel, weight, bias)
+    return _reasons_against_inference(large_kernel, dynamic_kernel.shape[-1], symmetric, (x,), others)
+
+
+def step_reasons_against(
+    x: Tensor, residual: Tensor | None, large_kernel: Tensor, parameters: tuple[Tensor | None, ...], symmetric: bool
+) -> list[str]:
+    """Why one operator cannot do all of ConvAttn; `parameters` are the others of `conv_attention_step`."""
+    maps = (x,) if residual is None else (x, residual)
+    others = (large_kernel, *(tensor for tensor in parameters if tensor is not None))
+    return _reasons_against_inference(large_kernel, DYNAMIC_SIDE, symmetric, maps, others)
+
+
+def _reasons_against_inference(
+    large_kernel: Tensor, dynamic_side: int, symmetric: bool, maps: tuple[Tensor, ...], others: tuple[Tensor, ...]
+) -> list[str]:
+    reasons = _reasons_against(large_kernel, dynamic_side, symmetric, (*maps, *others))
     if reasons:
         return reasons
-    if torch.is_autocast_enabled("cpu") or weight.dtype != torch.float32:
+    if torch.is_autocast_enabled("cpu"):
         reasons.append("it takes float32")
-    if torch.is_grad_enabled() and any(t.requires_grad for t in (x, large_kernel, dynamic_kernel, weight, bias)):
+    if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (*maps, *others)):
         reasons.append("it has no backward pass")
-    if x.stride(1) != 1:
+    if any(tensor.stride(1) != 1 for tensor in maps):
         reasons.append("it takes maps with the channels innermost")
     return reasons
 
@@ -62,12 +86,30 @@ def mixed_forward(x: Tensor, large_kernel: Tensor, dynamic_kernel: Tensor, weigh
     return out
 
 
+def step_forward(
+    x: Tensor, residual: Tensor | None, large_kernel: Tensor, parameters: tuple[Tensor | None, ...]
+) -> Tensor:
+    """`torch.ops.esc_arch.conv_attention_step`; see `conv_attention_step`."""
+    out: Tensor = torch.ops.esc_arch.conv_attention_step(x, residual, large_kernel, *parameters)
+    return out
+
+
 def _empty_like(x: Tensor) -> Tensor:
     channels_last = x.stride(1) == 1 and x.shape[1] > 1
     return torch.empty_like(x, memory_format=torch.channels_last if channels_last else torch.contiguous_format)
 
 
 def _fake_mixed(x: Tensor, large_kernel: Tensor, dynamic_kernel: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    return _empty_output(x, weight)
+
+
+def _fake_step(x: Tensor, residual: Tensor | None, large_kernel: Tensor, *parameters: Tensor | None) -> Tensor:
+    *_, weight, _bias = parameters
+    assert weight is not None  # only biases may be left out
+    return _empty_output(x, weight)
+
+
+def _empty_output(x: Tensor, weight: Tensor) -> Tensor:
     shape = (x.shape[0], weight.shape[0], *x.shape[2:])
     return torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
 
@@ -98,5 +140,6 @@ def _backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
 def _register() -> None:
     torch.library.register_fake("esc_arch::conv_attention", lambda x, large_kernel, dynamic_kernel: _empty_like(x))
     torch.library.register_fake("esc_arch::mixed_conv_attention", _fake_mixed)
+    torch.library.register_fake("esc_arch::conv_attention_step", _fake_step)
     torch.library.register_fake("esc_arch::conv_attention_backward", _fake_backward)
     torch.library.register_autograd("esc_arch::conv_attention", _backward, setup_context=_keep_inputs)

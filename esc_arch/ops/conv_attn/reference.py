@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch.nn.functional as F
 from torch import Tensor
 
-__all__ = ["decomposed_conv_attention", "forward", "reasons_against"]
+__all__ = ["forward", "per_image_depthwise", "reasons_against"]
 
 
 def reasons_against(x: Tensor, large_kernel: Tensor, dynamic_kernel: Tensor, symmetric: bool) -> list[str]:
@@ -17,25 +17,6 @@ def forward(x: Tensor, large_kernel: Tensor, dynamic_kernel: Tensor) -> Tensor:
     """Two convolutions, added; see `conv_attention`."""
     static = F.conv2d(x, large_kernel, padding=large_kernel.shape[-1] // 2)
     return static + per_image_depthwise(x, dynamic_kernel)
-
-
-def decomposed_conv_attention(
-    x: Tensor, channel_kernel: Tensor, spatial_kernel: Tensor, dynamic_kernel: Tensor
-) -> Tensor:
-    """Channel mixing, then a depth-wise kernel with the image's own added to its centre.
-
-    Args:
-        x: (B, C, H, W).
-        channel_kernel: (C, C, 1, 1).
-        spatial_kernel: (C, 1, K, K) with K odd, zero padding.
-        dynamic_kernel: (B, C, k, k) with k odd, k <= K.
-
-    Returns:
-        (B, C, H, W).
-    """
-    margin = (spatial_kernel.shape[-1] - dynamic_kernel.shape[-1]) // 2
-    kernel = F.pad(dynamic_kernel, (margin,) * 4) + spatial_kernel[None, :, 0]
-    return per_image_depthwise(F.conv2d(x, channel_kernel), kernel)
 
 
 def per_image_depthwise(x: Tensor, kernel: Tensor) -> Tensor:

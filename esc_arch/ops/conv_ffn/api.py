@@ -10,7 +10,7 @@ from esc_arch.ops.backends import choose
 
 from . import native, reference
 
-__all__ = ["BACKENDS", "conv_ffn"]
+__all__ = ["BACKENDS", "conv_ffn", "conv_ffn_step"]
 
 #: Every backend by name: a module with `reasons_against` (why not, empty when it can) and `forward`.
 BACKENDS: dict[str, ModuleType] = {"reference": reference, "cpp": native}
@@ -53,6 +53,50 @@ def conv_ffn(
     chosen = choose("ConvFFN", BACKENDS, AUTO_ORDER, backend, x, *parameters, option="ConvFFN backend")
     out: Tensor = chosen.forward(x, *parameters)
     return out
+
+
+def conv_ffn_step(
+    x: Tensor,
+    norm_weight: Tensor | None,
+    norm_bias: Tensor | None,
+    eps: float,
+    proj_weight: Tensor,
+    proj_bias: Tensor,
+    dwc_weight: Tensor,
+    dwc_bias: Tensor,
+    aggr_weight: Tensor,
+    aggr_bias: Tensor,
+    *,
+    pooled: int = 0,
+) -> tuple[Tensor, Tensor] | None:
+    """`conv_ffn` of the normalised map, and the means of the result's first channels, in one operator.
+
+    Without gradients and on the CPU this saves two passes over the map.
+
+    Args:
+        x: (B, C, H, W).
+        norm_weight, norm_bias: (C) and (C) of a normalisation of each pixel over its channels; None for none.
+        eps: added to the variance by this normalisation.
+        pooled: how many channels are averaged over all pixels.
+        others: see `conv_ffn`.
+
+    Returns:
+        (B, C, H, W) and (B, pooled); None where no operator does it in one.
+
+    Raises:
+        ValueError: shapes that do not fit each other, more channels to be averaged than there are.
+    """
+    parameters = (proj_weight, proj_bias, dwc_weight, dwc_bias, aggr_weight, aggr_bias)
+    _check_shapes(x, *parameters)
+    channels = x.shape[1]
+    given = [None if tensor is None else tuple(tensor.shape) for tensor in (norm_weight, norm_bias)]
+    if given not in ([None, None], [(channels,)] * 2):
+        raise ValueError(f"the norm has weight {given[0]} and bias {given[1]}; both must be ({channels},), or None.")
+    if not 0 <= pooled <= channels:
+        raise ValueError(f"pooled is {pooled}; of {channels} channels 0 to {channels} can be averaged.")
+    if "cpp" not in AUTO_ORDER or native.step_reasons_against(x, norm_weight, norm_bias, *parameters):
+        return None
+    return native.step_forward(x, norm_weight, norm_bias, eps, *parameters, pooled=pooled)
 
 
 def _check_shapes(x: Tensor, *parameters: Tensor) -> None:

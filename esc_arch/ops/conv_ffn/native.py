@@ -34,12 +34,40 @@ def forward(x: Tensor, *parameters: Tensor) -> Tensor:
     return out
 
 
+def step_reasons_against(
+    x: Tensor, norm_weight: Tensor | None, norm_bias: Tensor | None, *parameters: Tensor
+) -> list[str]:
+    """Why the normalisation and the means cannot be taken into the same operator; see `conv_ffn_step`."""
+    norm = [tensor for tensor in (norm_weight, norm_bias) if tensor is not None]
+    reasons = reasons_against(x, *norm, *parameters)
+    if reasons:
+        return reasons
+    if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (x, *norm, *parameters)):
+        reasons.append("it has no backward pass")
+    if x.stride(1) != 1:
+        reasons.append("it takes maps with the channels innermost")
+    return reasons
+
+
+def step_forward(
+    x: Tensor, norm_weight: Tensor | None, norm_bias: Tensor | None, eps: float, *parameters: Tensor, pooled: int
+) -> tuple[Tensor, Tensor]:
+    """`torch.ops.esc_arch.conv_ffn_step`; see `conv_ffn_step`."""
+    out, means = torch.ops.esc_arch.conv_ffn_step(x, norm_weight, norm_bias, eps, *parameters, pooled)
+    return out, means
+
+
 def _like(x: Tensor) -> Tensor:
     return torch.empty(x.shape, dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
 
 
 def _fake(x: Tensor, *parameters: Tensor) -> Tensor:
     return _like(x)
+
+
+def _fake_step(x: Tensor, *others: Any) -> tuple[Tensor, Tensor]:
+    pooled: int = others[-1]
+    return _like(x), x.new_empty(x.shape[0], pooled)
 
 
 def _fake_backward(
@@ -73,5 +101,6 @@ def _backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
 @native.when_loaded
 def _register() -> None:
     torch.library.register_fake("esc_arch::conv_ffn", _fake)
+    torch.library.register_fake("esc_arch::conv_ffn_step", _fake_step)
     torch.library.register_fake("esc_arch::conv_ffn_backward", _fake_backward)
     torch.library.register_autograd("esc_arch::conv_ffn", _backward, setup_context=_keep_inputs)

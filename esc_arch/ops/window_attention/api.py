@@ -10,8 +10,9 @@ from esc_arch.ops.backends import choose, untried_on_gpus
 
 from . import flash, flex, naive, native, sdpa, triton
 from .bias import Bias
+from .native import Norm, Projection
 
-__all__ = ["BACKENDS", "resolve_backend", "window_attention"]
+__all__ = ["BACKENDS", "attention_layer", "resolve_backend", "window_attention"]
 
 #: Every backend by name: a module with `reasons_against` (why not, empty when it can) and `forward`.
 BACKENDS: dict[str, ModuleType] = {
@@ -68,11 +69,78 @@ def window_attention(qkv: Tensor, bias: Bias, *, window: int, heads: int, backen
     return out
 
 
+def attention_layer(
+    x: Tensor,
+    to_qkv: Projection,
+    bias: Bias,
+    to_out: Projection,
+    *,
+    window: int,
+    heads: int,
+    norm: Norm | None = None,
+    residual: bool = False,
+    backend: str = "auto",
+) -> Tensor | None:
+    """to_out(`window_attention`(to_qkv(norm(x)))), added to x if that is wanted, in one operator.
+
+    Without gradients and on the CPU this saves writing the normalised map, the projection and what was attended to
+    memory, and reading them again.
+
+    Args:
+        x: (B, C, H, W).
+        to_qkv: weight and bias of the first 1 x 1 convolution, (3C, C, 1, 1) and (3C), or None for no bias.
+        to_out: of the last one, (C, C, 1, 1) and (C) or None.
+        norm: weight (C), bias (C) and eps of a layer normalisation over the channels; None for none.
+        residual: add x to the result.
+        backend: as of `window_attention`; only `auto` and `cpp` can be this operator.
+        others: see `window_attention`.
+
+    Returns:
+        (B, C, H, W), channels_last; None where no operator does it in one.
+
+    Raises:
+        ValueError: shapes that do not fit each other, or an unknown backend.
+    """
+    _check_sizes(window, heads)
+    _check_layer(x, to_qkv, to_out, norm, heads)
+    _check_bias(bias, window, heads)
+    name = resolve_backend(backend)
+    if name not in ("auto", "cpp") or (name == "auto" and "cpp" not in AUTO_ORDER):
+        return None
+    inputs = (x, to_qkv, bias, to_out, window, heads, norm)
+    return None if native.layer_reasons_against(*inputs) else native.layer_forward(*inputs, residual)
+
+
+def _check_layer(x: Tensor, to_qkv: Projection, to_out: Projection, norm: Norm | None, heads: int) -> None:
+    if x.dim() != 4 or x.shape[1] % heads:
+        raise ValueError(f"x has shape {tuple(x.shape)}; it must be (B, C, H, W), C a multiple of {heads} heads.")
+    channels = x.shape[1]
+    expected = {"to_qkv": (to_qkv, 3 * channels), "to_out": (to_out, channels)}
+    parts = [
+        part
+        for name, ((weight, bias), outputs) in expected.items()
+        for part in ((f"{name}'s weight", weight, (outputs, channels, 1, 1)), (f"{name}'s bias", bias, (outputs,)))
+    ]
+    if norm is not None:
+        parts += [("the norm's weight", norm[0], (channels,)), ("the norm's bias", norm[1], (channels,))]
+    for name, tensor, shape in parts:
+        if tensor is not None and tuple(tensor.shape) != shape:
+            raise ValueError(f"{name} has shape {tuple(tensor.shape)}; for {channels} channels it must be {shape}.")
+
+
 def _check_shapes(qkv: Tensor, bias: Bias, window: int, heads: int) -> None:
-    if window < 1 or heads < 1:
-        raise ValueError(f"window is {window} and heads is {heads}; both must be at least 1.")
+    _check_sizes(window, heads)
     if qkv.dim() != 4 or qkv.shape[1] % (3 * heads):
         raise ValueError(f"qkv has shape {tuple(qkv.shape)}; it must be (B, 3C, H, W), C a multiple of {heads} heads.")
+    _check_bias(bias, window, heads)
+
+
+def _check_sizes(window: int, heads: int) -> None:
+    if window < 1 or heads < 1:
+        raise ValueError(f"window is {window} and heads is {heads}; both must be at least 1.")
+
+
+def _check_bias(bias: Bias, window: int, heads: int) -> None:
     if isinstance(bias, Tensor):
         if tuple(bias.shape) != (heads, (2 * window - 1) ** 2):
             raise ValueError(

@@ -15,6 +15,11 @@ from esc_arch.ops import native
 
 from .bias import Bias
 
+#: Weight and bias of a 1 x 1 convolution.
+Projection = tuple[Tensor, Tensor | None]
+#: Weight, bias and eps of a layer normalisation.
+Norm = tuple[Tensor, Tensor, float]
+
 #: A window's keys, values and gradients are held by each thread: some megabytes here, and no longer in the cache.
 LARGEST_WINDOW = 96
 
@@ -35,14 +40,63 @@ def reasons_against(qkv: Tensor, bias: Bias, window: int, heads: int) -> list[st
 
 def forward(qkv: Tensor, bias: Bias, window: int, heads: int) -> Tensor:
     """The C++ operator; see `window_attention`."""
-    parts = (bias, None) if isinstance(bias, Tensor) else bias
-    first, second = (None if part is None else part.float().contiguous() for part in parts)
+    first, second = _parts(bias)
     out, _ = torch.ops.esc_arch.cpu_window_attention(qkv.float(), first, second, window, heads)
     return out.to(qkv.dtype)
 
 
+def layer_reasons_against(
+    x: Tensor, to_qkv: Projection, bias: Bias, to_out: Projection, window: int, heads: int, norm: Norm | None
+) -> list[str]:
+    """Why the projections and the norm cannot be taken into the same operator; see `attention_layer`."""
+    reasons = reasons_against(x, bias, window, heads)
+    if reasons:
+        return reasons
+    scales = () if norm is None else norm[:2]
+    tensors = [t for t in (x, *to_qkv, *_factors(bias), *to_out, *scales) if t is not None]
+    if torch.jit.is_tracing():
+        reasons.append("an operator that this machine compiled cannot be exported")
+    if torch.is_autocast_enabled("cpu") or any(t.dtype != torch.float32 for t in tensors):
+        reasons.append("it takes float32")
+    if any(t.device.type != "cpu" for t in tensors):
+        reasons.append("it runs on cpu")
+    if torch.is_grad_enabled() and any(t.requires_grad for t in tensors):
+        reasons.append("it has no backward pass")
+    if x.stride(1) != 1:
+        reasons.append("it takes maps with the channels innermost")
+    return reasons
+
+
+def layer_forward(
+    x: Tensor,
+    to_qkv: Projection,
+    bias: Bias,
+    to_out: Projection,
+    window: int,
+    heads: int,
+    norm: Norm | None,
+    residual: bool,
+) -> Tensor:
+    """`torch.ops.esc_arch.cpu_attention_layer`; see `attention_layer`."""
+    out: Tensor = torch.ops.esc_arch.cpu_attention_layer(
+        x, *(norm or (None, None, 0.0)), *to_qkv, *_parts(bias), *to_out, window, heads, residual
+    )
+    return out
+
+
+def _factors(bias: Bias) -> tuple[Tensor, ...]:
+    return (bias,) if isinstance(bias, Tensor) else bias
+
+
+def _parts(bias: Bias) -> tuple[Tensor, Tensor | None]:
+    """The table and None, or the factors of queries and keys, as the operators take them."""
+    first, *others = (part.float().contiguous() for part in _factors(bias))
+    return first, others[0] if others else None
+
+
 @native.when_loaded
 def _register() -> None:
+    torch.library.register_fake("esc_arch::cpu_attention_layer", _fake_layer)
     torch.library.register_fake("esc_arch::cpu_window_attention", _fake_forward)
     torch.library.register_fake("esc_arch::cpu_window_attention_backward", _fake_backward)
     torch.library.register_autograd("esc_arch::cpu_window_attention", _backward, setup_context=_save)
@@ -54,6 +108,10 @@ def _fake_forward(
     batch, channels, height, width = qkv.shape
     windows = batch * -(-height // window) * -(-width // window)
     return _empty_map(qkv, channels // 3), qkv.new_empty((2, heads, windows, window**2))
+
+
+def _fake_layer(x: Tensor, *others: Any) -> Tensor:
+    return torch.empty(x.shape, dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
 
 
 def _fake_backward(

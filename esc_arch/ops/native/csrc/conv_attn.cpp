@@ -22,40 +22,17 @@
 #include <cstdint>
 #include <cstring>
 #include <limits>
+#include <optional>
 #include <tuple>
 #include <type_traits>
 #include <utility>
 #include <vector>
 
+#include "products.h"
+#include "vectors.h"
+
+namespace esc_arch {
 namespace {
-
-#if defined(__AVX512F__)
-constexpr int LANES = 16;
-#else
-constexpr int LANES = 8;
-#endif
-
-typedef float Vec __attribute__((vector_size(LANES * sizeof(float))));
-
-template <size_t... I>
-inline Vec splat(float value, std::index_sequence<I...>) {
-  return Vec{((void)I, value)...};
-}
-inline Vec splat(float value) {
-  return splat(value, std::make_index_sequence<LANES>());
-}
-inline Vec load(const float* from) {
-  Vec value;
-  std::memcpy(&value, from, sizeof(Vec));
-  return value;
-}
-inline void store(float* to, Vec value) {
-  std::memcpy(to, &value, sizeof(Vec));
-}
-
-int64_t blocks_of(int64_t channels) {
-  return (channels + LANES - 1) / LANES;
-}
 
 // ------------------------------------------------------------------------------------------ transforms of a line
 
@@ -72,7 +49,7 @@ inline Complex minus_i_times(Complex a) {
   return {a.im, -a.re};
 }
 inline Complex times(Complex a, float re, float im) {
-  const Vec wr = splat(re), wi = splat(im);
+  const Vec wr = broadcast(re), wi = broadcast(im);
   return {a.re * wr - a.im * wi, a.re * wi + a.im * wr};
 }
 
@@ -82,7 +59,7 @@ template <int R>
 template <>
 [[gnu::always_inline]] inline void butterfly<3>(Complex (&z)[3]) {
   const Complex sum = z[1] + z[2], difference = minus_i_times(z[1] - z[2]);
-  const Vec half = splat(0.5f), sine = splat(0.8660254037844386f);
+  const Vec half = broadcast(0.5f), sine = broadcast(0.8660254037844386f);
   const Complex middle = {z[0].re - sum.re * half, z[0].im - sum.im * half};
   const Complex turned = {difference.re * sine, difference.im * sine};
   z[0] = z[0] + sum;
@@ -120,7 +97,7 @@ template <>
   Complex odd[4] = {z[1], z[3], z[5], z[7]};
   butterfly<4>(even);
   butterfly<4>(odd);
-  const Vec root = splat(0.7071067811865476f);
+  const Vec root = broadcast(0.7071067811865476f);
   odd[1] = {(odd[1].re + odd[1].im) * root, (odd[1].im - odd[1].re) * root};
   odd[2] = minus_i_times(odd[2]);
   odd[3] = {(odd[3].im - odd[3].re) * root, (odd[3].re + odd[3].im) * -root};
@@ -180,7 +157,7 @@ const Length LENGTHS[] = {
 
 struct Tiling {
   int64_t batch, channels, height, width;
-  int64_t blocks;  // of LANES channels
+  int64_t blocks;  // of kLanes channels
   int64_t margin;  // of a tile's rim, which its outputs do not reach
   Length y, x;
   int64_t rows, columns;  // of tiles in an image
@@ -193,23 +170,23 @@ struct Tiling {
   int64_t pairs() const { return batch * pairs_of_image(); }
   int64_t half_y() const { return y.points / 2 + 1; }
   int64_t half_x() const { return x.points / 2 + 1; }
-  int64_t padded() const { return blocks * LANES; }
+  int64_t padded() const { return blocks * kLanes; }
   int64_t matrix() const { return channels * padded(); }
   // One more than the points of a row, lest a column fall on a few sets of the cache
-  int64_t spectrum_row() const { return (x.points + 1) * 2 * LANES; }
+  int64_t spectrum_row() const { return (x.points + 1) * 2 * kLanes; }
   int64_t spectrum_block() const { return y.points * spectrum_row(); }
-  int64_t stage_row() const { return x.points * LANES; }
+  int64_t stage_row() const { return x.points * kLanes; }
   int64_t stage_block() const { return y.points * stage_row(); }
 };
 
-double cost_of(const Tiling& t, int64_t threads) {
+// (Whatever the number of threads, so that the results do not depend on it)
+double cost_of(const Tiling& t) {
   const double points = double(t.y.points) * t.x.points;
-  const double shares = std::ceil(double(t.pairs()) / threads);
   const double transforms = 5 * std::log2(points), products = 2.0 * t.channels;
   // (the kernel's own transform, of a quarter of the frequencies; and what does not fit into the cache comes slower)
-  const double kernel = points / 4 * t.channels * (t.margin + 1) / threads;
+  const double kernel = points / 4 * t.channels * (t.margin + 1);
   const double bytes = 4.0 * (t.half_y() * t.half_x() * t.matrix() + 2 * points * t.padded());
-  return t.blocks * (shares * points * (transforms + products) * (bytes > 1e6 ? 1.3 : 1.0) + kernel);
+  return t.blocks * (t.pairs() * points * (transforms + products) * (bytes > 1e6 ? 1.3 : 1.0) + kernel);
 }
 
 Tiling choose_tiling(const at::Tensor& x, int64_t side, int64_t dynamic_side) {
@@ -217,12 +194,12 @@ Tiling choose_tiling(const at::Tensor& x, int64_t side, int64_t dynamic_side) {
   double least = std::numeric_limits<double>::infinity();
   for (const Length& y : LENGTHS)
     for (const Length& columns : LENGTHS) {
-      Tiling t{x.size(0), x.size(1), x.size(2), x.size(3), blocks_of(x.size(1)), std::max(side, dynamic_side) / 2,
+      Tiling t{x.size(0), x.size(1), x.size(2), x.size(3), padded(x.size(1)) / kLanes, std::max(side, dynamic_side) / 2,
                y, columns, 0, 0};
       if (t.valid_y() < 1 || t.valid_x() < 1) continue;
       t.rows = (t.height + t.valid_y() - 1) / t.valid_y();
       t.columns = (t.width + t.valid_x() - 1) / t.valid_x();
-      const double cost = cost_of(t, at::get_num_threads());
+      const double cost = cost_of(t);
       if (cost < least) {
         least = cost;
         best = t;
@@ -244,6 +221,8 @@ struct Map {
         channel(tensor.stride(1)),
         row(tensor.stride(2)),
         column(tensor.stride(3)) {}
+
+  float* at(int64_t image, int64_t y, int64_t x) const { return data + image * batch + y * row + x * column; }
 };
 
 struct Tile {
@@ -274,7 +253,7 @@ Range within(int64_t start, int64_t points, int64_t extent, int64_t rim) {
 class Scratch {
  public:
   float* get(int64_t count) {
-    const size_t wanted = size_t(count) + LANES;
+    const size_t wanted = size_t(count) + kLanes;
     if (memory_.size() < wanted) memory_.resize(wanted);
     const auto address = reinterpret_cast<uintptr_t>(memory_.data());
     const uintptr_t alignment = sizeof(Vec);
@@ -287,24 +266,25 @@ class Scratch {
 
 // --------------------------------------------------------------------------------- the steps of a pair of tiles
 
-// Pixels of a row into [x][LANES], channels beyond the last one as zeros
+// Pixels of a row into [x][kLanes], channels beyond the last one as zeros
 void stage_row(const Tiling& t, const Map& map, const float* from, int64_t block, Range x, float* to) {
-  const int64_t lanes = std::min<int64_t>(LANES, t.channels - block * LANES);
-  from += block * LANES * map.channel;
-  if (map.channel == 1 && lanes == LANES) {
-    for (int64_t i = x.begin; i < x.end; ++i) store(to + i * LANES, load(from + i * map.column));
+  const int64_t lanes = std::min<int64_t>(kLanes, t.channels - block * kLanes);
+  from += block * kLanes * map.channel;
+  if (map.channel == 1 && lanes == kLanes) {
+    for (int64_t i = x.begin; i < x.end; ++i) store(to + i * kLanes, load(from + i * map.column));
     return;
   }
-  if (lanes < LANES) std::memset(to + x.begin * LANES, 0, (x.end - x.begin) * sizeof(Vec));
+  if (lanes < kLanes) std::memset(to + x.begin * kLanes, 0, (x.end - x.begin) * sizeof(Vec));
   if (map.channel == 1) {
-    for (int64_t i = x.begin; i < x.end; ++i) std::memcpy(to + i * LANES, from + i * map.column, lanes * sizeof(float));
+    for (int64_t i = x.begin; i < x.end; ++i)
+      std::memcpy(to + i * kLanes, from + i * map.column, lanes * sizeof(float));
     return;
   }
   for (int64_t c = 0; c < lanes; ++c)
-    for (int64_t i = x.begin; i < x.end; ++i) to[i * LANES + c] = from[c * map.channel + i * map.column];
+    for (int64_t i = x.begin; i < x.end; ++i) to[i * kLanes + c] = from[c * map.channel + i * map.column];
 }
 
-// A tile with its rim into [block][y][x][LANES], zeros outside the map and, where asked for, in the rim.
+// A tile with its rim into [block][y][x][kLanes], zeros outside the map and, where asked for, in the rim.
 // Returns the rows that are not zero.
 Range stage_tile(const Tiling& t, const Map& map, const Tile& tile, bool with_rim, float* to) {
   if (!tile.exists) {
@@ -321,29 +301,32 @@ Range stage_tile(const Tiling& t, const Map& map, const Tile& tile, bool with_ri
         continue;
       }
       std::memset(row, 0, columns.begin * sizeof(Vec));
-      std::memset(row + columns.end * LANES, 0, (t.x.points - columns.end) * sizeof(Vec));
+      std::memset(row + columns.end * kLanes, 0, (t.x.points - columns.end) * sizeof(Vec));
       stage_row(t, map, map.data + tile.image * map.batch + (top + y) * map.row + left * map.column, block, columns,
           row);
     }
   return rows;
 }
 
-// Two staged tiles, as real and imaginary part, into [block][fy][fx][part][LANES]
-void to_spectrum(const Tiling& t, const float* real, const float* imaginary, Range rows, float* spectrum) {
-  for (int64_t block = 0; block < t.blocks; ++block) {
-    float* out = spectrum + block * t.spectrum_block();
+// Two staged tiles, as real and imaginary part, into [block][y][fx][part][kLanes]
+void transform_rows(const Tiling& t, const float* real, const float* imaginary, Range rows, float* spectrum) {
+  for (int64_t block = 0; block < t.blocks; ++block)
     for (int64_t y = 0; y < t.y.points; ++y) {
-      float* row = out + y * t.spectrum_row();
+      float* row = spectrum + block * t.spectrum_block() + y * t.spectrum_row();
       const int64_t at = block * t.stage_block() + y * t.stage_row();
       if (y < rows.begin || y >= rows.end)
         std::memset(row, 0, t.spectrum_row() * sizeof(float));
       else
-        t.x.transform(real + at, imaginary + at, LANES, row, row + LANES, 2 * LANES);
+        t.x.transform(real + at, imaginary + at, kLanes, row, row + kLanes, 2 * kLanes);
     }
-    for (int64_t x = 0; x < t.x.points; ++x) {
-      float* column = out + x * 2 * LANES;
-      t.y.transform(column, column + LANES, t.spectrum_row(), column, column + LANES, t.spectrum_row());
-    }
+}
+
+void transform_column(const Tiling& t, float* spectrum, int64_t x, bool inverse) {
+  for (int64_t block = 0; block < t.blocks; ++block) {
+    float* real = spectrum + block * t.spectrum_block() + x * 2 * kLanes;
+    float* imaginary = real + kLanes;
+    if (inverse) std::swap(real, imaginary);
+    t.y.transform(real, imaginary, t.spectrum_row(), real, imaginary, t.spectrum_row());
   }
 }
 
@@ -356,7 +339,7 @@ struct Group {
     const int64_t mirrored_y = (t.y.points - fy) % t.y.points, mirrored_x = (t.x.points - fx) % t.x.points;
     for (int64_t y : {fy, mirrored_y}) {
       for (int64_t x : {fx, mirrored_x}) {
-        offsets[count++] = y * t.spectrum_row() + x * 2 * LANES;
+        offsets[count++] = y * t.spectrum_row() + x * 2 * kLanes;
         if (mirrored_x == fx) break;
       }
       if (mirrored_y == fy) break;
@@ -364,14 +347,14 @@ struct Group {
   }
 };
 
-// The rows of a group (two parts of each frequency): [block][row][LANES]
+// The rows of a group (two parts of each frequency): [block][row][kLanes]
 template <int COUNT>
 void gather(const Tiling& t, const float* spectrum, const Group& group, float* rows) {
   for (int64_t block = 0; block < t.blocks; ++block)
     for (int i = 0; i < COUNT; ++i)
       for (int part = 0; part < 2; ++part)
-        store(rows + ((block * COUNT + i) * 2 + part) * LANES,
-              load(spectrum + block * t.spectrum_block() + group.offsets[i] + part * LANES));
+        store(rows + ((block * COUNT + i) * 2 + part) * kLanes,
+              load(spectrum + block * t.spectrum_block() + group.offsets[i] + part * kLanes));
 }
 
 template <int COUNT>
@@ -379,17 +362,17 @@ void multiply_group(const Tiling& t, const float* rows, const float* matrix, con
   const int64_t padded = t.padded();
   for (int64_t block = 0; block < t.blocks; ++block) {
     Vec sums[2 * COUNT] = {};
-    const float* weights = matrix + block * LANES;
-    for (int64_t from = 0; from < t.channels; from += LANES, rows += 2 * COUNT * LANES) {
-      const int64_t lanes = std::min<int64_t>(LANES, t.channels - from);
+    const float* weights = matrix + block * kLanes;
+    for (int64_t from = 0; from < t.channels; from += kLanes, rows += 2 * COUNT * kLanes) {
+      const int64_t lanes = std::min<int64_t>(kLanes, t.channels - from);
       for (int64_t k = 0; k < lanes; ++k, weights += padded) {
         const Vec weight = load(weights);
-        for (int r = 0; r < 2 * COUNT; ++r) sums[r] += splat(rows[r * LANES + k]) * weight;
+        for (int r = 0; r < 2 * COUNT; ++r) sums[r] += broadcast(rows[r * kLanes + k]) * weight;
       }
     }
-    rows -= t.blocks * 2 * COUNT * LANES;
+    rows -= t.blocks * 2 * COUNT * kLanes;
     for (int r = 0; r < 2 * COUNT; ++r)
-      store(spectrum + block * t.spectrum_block() + group.offsets[r / 2] + r % 2 * LANES, sums[r]);
+      store(spectrum + block * t.spectrum_block() + group.offsets[r / 2] + r % 2 * kLanes, sums[r]);
   }
 }
 
@@ -399,12 +382,12 @@ void correlate_group(const Tiling& t, const float* inputs, const float* outputs,
   const int64_t padded = t.padded();
   for (int64_t block = 0; block < t.blocks; ++block) {
     Vec right[2 * COUNT];
-    for (int r = 0; r < 2 * COUNT; ++r) right[r] = load(outputs + (block * 2 * COUNT + r) * LANES);
+    for (int r = 0; r < 2 * COUNT; ++r) right[r] = load(outputs + (block * 2 * COUNT + r) * kLanes);
     for (int64_t k = 0; k < t.channels; ++k) {
-      const float* left = inputs + k / LANES * 2 * COUNT * LANES + k % LANES;
-      float* at = sums + k * padded + block * LANES;
+      const float* left = inputs + k / kLanes * 2 * COUNT * kLanes + k % kLanes;
+      float* at = sums + k * padded + block * kLanes;
       Vec sum = load(at);
-      for (int r = 0; r < 2 * COUNT; ++r) sum += splat(left[r * LANES]) * right[r];
+      for (int r = 0; r < 2 * COUNT; ++r) sum += broadcast(left[r * kLanes]) * right[r];
       store(at, sum);
     }
   }
@@ -423,157 +406,198 @@ void visit_group(const Tiling& t, const Group& group, float* spectrum, const flo
   if (matrix != nullptr) multiply_group<COUNT>(t, rows, matrix, group, spectrum);
 }
 
-void visit_frequencies(const Tiling& t, float* spectrum, const float* matrices, const float* inputs, float* sums,
+// The same for all matrices, from spectra whose rows alone are transformed to a product of the same kind: two mirrored
+// columns are transformed, multiplied and transformed back while they are in the first cache.
+void visit_frequencies(const Tiling& t, float* spectrum, const float* matrices, float* inputs, float* sums,
                        float* rows) {
-  for (int64_t fy = 0; fy < t.half_y(); ++fy)
-    for (int64_t fx = 0; fx < t.half_x(); ++fx) {
-      const int64_t at = (fy * t.half_x() + fx) * t.matrix();
+  for (int64_t fx = 0; fx < t.half_x(); ++fx) {
+    const int64_t mirrored = (t.x.points - fx) % t.x.points;
+    const auto transform_both = [&](float* of, bool inverse) {
+      transform_column(t, of, fx, inverse);
+      if (mirrored != fx) transform_column(t, of, mirrored, inverse);
+    };
+    transform_both(spectrum, false);
+    if (inputs != nullptr) transform_both(inputs, false);
+    for (int64_t fy = 0; fy < t.half_y(); ++fy) {
+      const int64_t at = (fx * t.half_y() + fy) * t.matrix();
       const Group group(t, fy, fx);
       const auto visit = group.count == 4 ? visit_group<4> : group.count == 2 ? visit_group<2> : visit_group<1>;
       visit(t, group, spectrum, matrices ? matrices + at : nullptr, inputs, sums ? sums + at : nullptr, rows);
     }
+    if (matrices != nullptr) transform_both(spectrum, true);
+  }
 }
 
-// out[x] += the small kernel [tap][padded channels] around each pixel of a staged row
-void add_dynamic(const Tiling& t, const float* staged, const float* taps, int64_t side, Range x, float* out) {
+// The small kernel [tap][padded channels] around each pixel of a staged row, added to `line`, into pixels `step` apart
+void add_dynamic(const Tiling& t, const float* staged, const float* taps, int64_t side, Range x, const float* line,
+                 float* out, int64_t step) {
   const int64_t reach = side / 2, padded = t.padded();
   if (side == 3) {
     Vec w[9];
     for (int i = 0; i < 9; ++i) w[i] = load(taps + i * padded);
     const float *above = staged - t.stage_row(), *below = staged + t.stage_row();
     for (int64_t i = x.begin; i < x.end; ++i) {
-      Vec sum = load(out + i * LANES);
+      Vec sum = load(line + i * kLanes);
       for (int d = 0; d < 3; ++d) {
-        const int64_t at = (i + d - 1) * LANES;
+        const int64_t at = (i + d - 1) * kLanes;
         sum += w[d] * load(above + at) + w[3 + d] * load(staged + at) + w[6 + d] * load(below + at);
       }
-      store(out + i * LANES, sum);
+      store(out + (i - x.begin) * step, sum);
     }
     return;
   }
   for (int64_t i = x.begin; i < x.end; ++i) {
-    Vec sum = load(out + i * LANES);
+    Vec sum = load(line + i * kLanes);
     for (int64_t a = 0; a < side; ++a)
       for (int64_t b = 0; b < side; ++b)
         sum += load(taps + (a * side + b) * padded) *
-               load(staged + (a - reach) * t.stage_row() + (i + b - reach) * LANES);
-    store(out + i * LANES, sum);
+               load(staged + (a - reach) * t.stage_row() + (i + b - reach) * kLanes);
+    store(out + (i - x.begin) * step, sum);
   }
 }
 
-void write_row(const Tiling& t, const Map& map, float* to, int64_t block, Range x, const float* from) {
-  const int64_t lanes = std::min<int64_t>(LANES, t.channels - block * LANES);
-  to += block * LANES * map.channel;
-  if (map.channel == 1 && lanes == LANES) {
-    for (int64_t i = x.begin; i < x.end; ++i) store(to + i * map.column, load(from + i * LANES));
-  } else if (map.channel == 1) {
-    for (int64_t i = x.begin; i < x.end; ++i) std::memcpy(to + i * map.column, from + i * LANES, lanes * sizeof(float));
+void write_row(const Tiling& t, const Map& map, float* to, int64_t block, int64_t pixels, const float* from) {
+  const int64_t lanes = std::min<int64_t>(kLanes, t.channels - block * kLanes);
+  to += block * kLanes * map.channel;
+  if (map.channel == 1) {
+    for (int64_t i = 0; i < pixels; ++i) store_channels(to + i * map.column, 0, lanes, load(from + i * kLanes));
   } else {
     for (int64_t c = 0; c < lanes; ++c)
-      for (int64_t i = x.begin; i < x.end; ++i) to[c * map.channel + i * map.column] = from[i * LANES + c];
+      for (int64_t i = 0; i < pixels; ++i) to[c * map.channel + i * map.column] = from[i * kLanes + c];
   }
 }
 
-// What a 1 x 1 convolution makes of the convolved channels and of the others of a map whose channels are innermost
+// What a 1 x 1 convolution makes of the convolved channels and of the others of a map whose channels are innermost,
+// and the map that is added to it, if any
 struct Mixer {
-  Map in, out;
+  Map in, added, out;
+  bool adds;
   int64_t inputs, outputs;
   std::vector<float> weights;  // [input][padded output]
   std::vector<float> bias;     // [padded output]
 
-  Mixer(const at::Tensor& x, const at::Tensor& to, const at::Tensor& weight, const at::Tensor& offset)
-      : in(x), out(to), inputs(x.size(1)), outputs(to.size(1)), weights(inputs * padded()), bias(padded()) {
+  Mixer(const at::Tensor& x, const std::optional<at::Tensor>& residual, const at::Tensor& to, const at::Tensor& weight,
+        const std::optional<at::Tensor>& offset)
+      : in(x),
+        added(residual ? *residual : x),
+        out(to),
+        adds(residual.has_value()),
+        inputs(x.size(1)),
+        outputs(to.size(1)),
+        weights(inputs * padded(outputs)),
+        bias(padded(outputs)) {
     const Map from(weight);
     for (int64_t o = 0; o < outputs; ++o) {
-      bias[o] = offset.data_ptr<float>()[o * offset.stride(0)];
-      for (int64_t i = 0; i < inputs; ++i) weights[i * padded() + o] = from.data[o * from.batch + i * from.channel];
+      if (offset) bias[o] = offset->data_ptr<float>()[o * offset->stride(0)];
+      for (int64_t i = 0; i < inputs; ++i)
+        weights[i * padded(outputs) + o] = from.data[o * from.batch + i * from.channel];
     }
   }
-  int64_t padded() const { return blocks_of(outputs) * LANES; }
+  // Of a pixel in the buffer of a row, whose last vector may reach over its end
+  int64_t step() const { return padded(inputs); }
 };
 
-// VECTORS * LANES outputs of PIXELS neighbours
-template <int PIXELS, int VECTORS>
-void mix_pixels(const Tiling& t, const Mixer& mixer, const float* convolved, const float* passed, int64_t first,
-    float* to) {
-  const int64_t padded = mixer.padded();
+// The channels from `first` on of some pixels, copied
+void copy_passed(const Mixer& mixer, int64_t first, int64_t pixels, const float* from, float* to) {
+  for (int64_t i = 0; i < pixels; ++i, from += mixer.in.column, to += mixer.step()) {
+    int64_t c = first;
+    for (; c + kLanes <= mixer.inputs; c += kLanes) store(to + c, load(from + c));
+    if (c < mixer.inputs) store_first(to + c, load_first(from + c, mixer.inputs - c), mixer.inputs - c);
+  }
+}
+
+// VECTORS * kLanes outputs from `first` on, of PIXELS neighbours. (A function of its own, lest the sums be spilled.)
+template <int PIXELS, int VECTORS, bool WHOLE>
+[[gnu::noinline]] void mix_pixels(const Mixer& mixer, int64_t first, const float* from, const float* added, float* to) {
+  const int64_t inputs = mixer.inputs, step = mixer.step(), padded_outputs = padded(mixer.outputs);
   const float* weights = mixer.weights.data() + first;
   Vec sums[PIXELS][VECTORS];
+#pragma GCC unroll 8
   for (int p = 0; p < PIXELS; ++p)
-    for (int v = 0; v < VECTORS; ++v) sums[p][v] = load(mixer.bias.data() + first + v * LANES);
-  const auto add = [&](const float* values, int64_t step) {
-    for (int v = 0; v < VECTORS; ++v) {
-      const Vec weight = load(weights + v * LANES);
-      for (int p = 0; p < PIXELS; ++p) sums[p][v] += splat(values[p * step]) * weight;
+#pragma GCC unroll 8
+    for (int v = 0; v < VECTORS; ++v) sums[p][v] = load(mixer.bias.data() + first + v * kLanes);
+  for (int64_t c = 0; c < inputs; ++c, weights += padded_outputs) {
+    Vec columns[VECTORS];
+#pragma GCC unroll 8
+    for (int v = 0; v < VECTORS; ++v) columns[v] = load(weights + v * kLanes);
+#pragma GCC unroll 8
+    for (int p = 0; p < PIXELS; ++p) {
+      const Vec value = broadcast(from[p * step + c]);
+#pragma GCC unroll 8
+      for (int v = 0; v < VECTORS; ++v) sums[p][v] += value * columns[v];
     }
-    weights += padded;
-  };
-  for (int64_t c = 0; c < t.channels; ++c) add(convolved + c / LANES * 2 * t.stage_row() + c % LANES, LANES);
-  for (int64_t c = t.channels; c < mixer.inputs; ++c) add(passed + c, mixer.in.column);
+  }
+  const int64_t added_step = mixer.added.column, out_step = mixer.out.column;
+  const bool adds = mixer.adds;
+  added += first;
+  to += first;
+#pragma GCC unroll 8
   for (int p = 0; p < PIXELS; ++p)
+#pragma GCC unroll 8
     for (int v = 0; v < VECTORS; ++v) {
-      const int64_t output = first + v * LANES, lanes = std::min<int64_t>(LANES, mixer.outputs - output);
-      float* at = to + p * mixer.out.column + output;
-      if (lanes == LANES)
+      const float* other = added + p * added_step + v * kLanes;
+      float* at = to + p * out_step + v * kLanes;
+      // (Nothing of a length that is not known yet beside whole vectors: its calls would have the sums spilled)
+      if constexpr (WHOLE) {
+        if (adds) sums[p][v] += load(other);
         store(at, sums[p][v]);
-      else
-        std::memcpy(at, &sums[p][v], lanes * sizeof(float));
+      } else {
+        if (adds) sums[p][v] += load_first(other, mixer.outputs - first);
+        store_first(at, sums[p][v], mixer.outputs - first);
+      }
     }
 }
 
-// Pixels of a row from their convolved channels [block][tile of the pair][x][LANES] and, in `passed`, all channels
-void mix_row(const Tiling& t, const Mixer& mixer, Range x, const float* convolved, const float* passed, float* to) {
-  constexpr int PIXELS = 6, VECTORS = LANES == 16 ? 4 : 2;
-  int64_t first = 0;
-  const auto run = [&]<int MANY>(std::integral_constant<int, MANY>) {
-    int64_t i = x.begin;
-    for (; i + PIXELS <= x.end; i += PIXELS)
-      mix_pixels<PIXELS, MANY>(t, mixer, convolved + i * LANES, passed + i * mixer.in.column, first, to + i
-          * mixer.out.column);
-    for (; i < x.end; ++i)
-      mix_pixels<1, MANY>(t, mixer, convolved + i * LANES, passed + i * mixer.in.column, first, to + i
-          * mixer.out.column);
-    first += MANY * LANES;
+// All outputs of the pixels of a row
+void mix_row(const Mixer& mixer, int64_t pixels, const float* from, const float* added, float* to) {
+  constexpr int MANY = 6, VECTORS = kTileColumns == 2 ? 2 : 4;
+  const auto mix = [&](auto function, int64_t i, int64_t first) {
+    function(mixer, first, from + i * mixer.step(), added + i * mixer.added.column, to + i * mixer.out.column);
   };
-  while (first + VECTORS * LANES <= mixer.padded()) run(std::integral_constant<int, VECTORS>{});
-  while (first < mixer.padded()) run(std::integral_constant<int, 1>{});
+  const auto run = [&]<int V, bool WHOLE>(std::integral_constant<int, V>, std::bool_constant<WHOLE>, int64_t first) {
+    // The last ones may be computed twice
+    for (int64_t i = 0; i < pixels && pixels >= MANY; i += MANY)
+      mix(mix_pixels<MANY, V, WHOLE>, std::min<int64_t>(i, pixels - MANY), first);
+    for (int64_t i = 0; i < pixels && pixels < MANY; ++i) mix(mix_pixels<1, V, WHOLE>, i, first);
+  };
+  const int64_t whole = mixer.outputs / kLanes * kLanes;
+  int64_t first = 0;
+  for (; first + VECTORS * kLanes <= whole; first += VECTORS * kLanes)
+    run(std::integral_constant<int, VECTORS>{}, std::true_type{}, first);
+  for (; first < whole; first += kLanes) run(std::integral_constant<int, 1>{}, std::true_type{}, first);
+  if (first < mixer.outputs) run(std::integral_constant<int, 1>{}, std::false_type{}, first);
 }
 
-// Back from a product's spectrum to the outputs of two tiles, the small convolution of the staged tiles added;
-// into `out`, or through `mixer` where there is one
-void from_spectrum(const Tiling& t, float* spectrum, const Tile (&tiles)[2], const float* const (&staged)[2],
-                   const float* taps, int64_t side, const Map& out, const Mixer* mixer, float* lines) {
-  for (int64_t block = 0; block < t.blocks; ++block)
-    for (int64_t x = 0; x < t.x.points; ++x) {
-      float* column = spectrum + block * t.spectrum_block() + x * 2 * LANES;
-      t.y.transform(column + LANES, column, t.spectrum_row(), column + LANES, column, t.spectrum_row());
-    }
+// Back from a product's spectrum, of which the rows alone are transformed still, to the outputs of two tiles, the small
+// convolution of the staged tiles added; into `out`, or through `mixer` where there is one
+void from_spectrum(const Tiling& t, const float* spectrum, const Tile (&tiles)[2], const float* const (&staged)[2],
+                   const float* taps, int64_t side, const Map& out, const Mixer* mixer, float* lines, float* row) {
   for (int64_t y = t.margin; y < t.y.points - t.margin; ++y) {
     const auto is_output = [&](const Tile& tile) { return tile.exists && tile.top + y - t.margin < t.height; };
     if (!is_output(tiles[0]) && !is_output(tiles[1])) continue;
     for (int64_t block = 0; block < t.blocks; ++block) {
-      const float* row = spectrum + block * t.spectrum_block() + y * t.spectrum_row();
+      const float* from = spectrum + block * t.spectrum_block() + y * t.spectrum_row();
       float *real = lines + 2 * block * t.stage_row(), *imaginary = real + t.stage_row();
-      t.x.transform(row + LANES, row, 2 * LANES, imaginary, real, LANES);
+      t.x.transform(from + kLanes, from, 2 * kLanes, imaginary, real, kLanes);
     }
     for (int i = 0; i < 2; ++i) {
       const Tile& tile = tiles[i];
       if (!is_output(tile)) continue;
-      const int64_t target = tile.top + y - t.margin, left = tile.left - t.margin;
-      const Range x = within(left, t.x.points, t.width, t.margin);
-      float* line = lines + i * t.stage_row();
+      const int64_t target = tile.top + y - t.margin;
+      const Range x = within(tile.left - t.margin, t.x.points, t.width, t.margin);
+      const int64_t pixels = x.end - x.begin;
       for (int64_t block = 0; block < t.blocks; ++block) {
+        float* line = lines + (2 * block + i) * t.stage_row();
+        float* to = mixer ? row + block * kLanes : line + x.begin * kLanes;
         add_dynamic(t, staged[i] + block * t.stage_block() + y * t.stage_row(),
-                    taps + tile.image * side * side * t.padded() + block * LANES, side, x, line + 2 * block
-                        * t.stage_row());
-        if (mixer == nullptr)
-          write_row(t, out, out.data + tile.image * out.batch + target * out.row + left * out.column, block, x,
-                    line + 2 * block * t.stage_row());
+                    taps + tile.image * side * side * t.padded() + block * kLanes, side, x, line, to,
+                    mixer ? mixer->step() : kLanes);
+        if (!mixer) write_row(t, out, out.at(tile.image, target, tile.left), block, pixels, to);
       }
-      if (mixer != nullptr)
-        mix_row(t, *mixer, x, line,
-                mixer->in.data + tile.image * mixer->in.batch + target * mixer->in.row + left * mixer->in.column,
-                out.data + tile.image * out.batch + target * out.row + left * out.column);
+      if (!mixer) continue;
+      copy_passed(*mixer, t.channels, pixels, mixer->in.at(tile.image, target, tile.left), row);
+      mix_row(*mixer, pixels, row, mixer->added.at(tile.image, target, tile.left),
+              mixer->out.at(tile.image, target, tile.left));
     }
   }
 }
@@ -593,10 +617,10 @@ void correlate_dynamic(const Tiling& t, const float* inputs, const float* gradie
           int64_t i = t.margin;
           const int64_t end = t.x.points - t.margin;
           for (; i + 4 <= end; i += 4)
-            for (int j = 0; j < 4; ++j) sums[j] += load(in + (i + j) * LANES) * load(gradient + (i + j - b + reach)
-                * LANES);
-          for (; i < end; ++i) sums[0] += load(in + i * LANES) * load(gradient + (i - b + reach) * LANES);
-          float* at = to + (a * side + b) * padded + block * LANES;
+            for (int j = 0; j < 4; ++j) sums[j] += load(in + (i + j) * kLanes) * load(gradient + (i + j - b + reach)
+                * kLanes);
+          for (; i < end; ++i) sums[0] += load(in + i * kLanes) * load(gradient + (i - b + reach) * kLanes);
+          float* at = to + (a * side + b) * padded + block * kLanes;
           store(at, load(at) + ((sums[0] + sums[1]) + (sums[2] + sums[3])));
         }
       }
@@ -613,7 +637,7 @@ std::vector<float> cosines(int64_t points, int64_t taps) {
   return table;
 }
 
-// The matrices [fy][fx][input channel][padded output channel] of an even kernel (output, input, K, K) of any strides,
+// The matrices [fx][fy][input channel][padded output channel] of an even kernel (output, input, K, K) of any strides,
 // divided by the points of a tile, which the inverse transform leaves as a factor.
 void kernel_matrices(const Tiling& t, const at::Tensor& kernel, float* matrices) {
   const int64_t side = kernel.size(2), reach = side / 2, taps = reach + 1;
@@ -621,14 +645,14 @@ void kernel_matrices(const Tiling& t, const at::Tensor& kernel, float* matrices)
   const auto cos_y = cosines(t.y.points, taps), cos_x = cosines(t.x.points, taps);
   std::atomic<bool> even{true};
   at::parallel_for(0, t.channels * t.blocks, 1, [&](int64_t begin, int64_t end) {
-    std::vector<float> memory(taps * (taps + t.half_x()) * LANES);
-    float *folded = memory.data(), *half = folded + taps * taps * LANES;
+    std::vector<float> memory(taps * (taps + t.half_x()) * kLanes);
+    float *folded = memory.data(), *half = folded + taps * taps * kLanes;
     for (int64_t job = begin; job < end; ++job) {
       const int64_t input = job / t.blocks, block = job % t.blocks;
       std::fill(memory.begin(), memory.end(), 0.f);
-      const int64_t lanes = std::min<int64_t>(LANES, t.channels - block * LANES);
+      const int64_t lanes = std::min<int64_t>(kLanes, t.channels - block * kLanes);
       for (int64_t lane = 0; lane < lanes; ++lane) {
-        const float* at = map.data + (block * LANES + lane) * map.batch + input * map.channel;
+        const float* at = map.data + (block * kLanes + lane) * map.batch + input * map.channel;
         for (int64_t a = 0; a < taps; ++a)
           for (int64_t b = 0; b < taps; ++b) {
             const auto tap = [&](int64_t y, int64_t x) { return at[(reach + y) * map.row + (reach + x) * map.column]; };
@@ -639,21 +663,22 @@ void kernel_matrices(const Tiling& t, const at::Tensor& kernel, float* matrices)
                     (std::isnan(value) && std::isnan(other))))
                 even = false;
             const float weight = (a ? 2.f : 1.f) * (b ? 2.f : 1.f) / float(t.y.points * t.x.points);
-            folded[(a * taps + b) * LANES + lane] = weight * value;
+            folded[(a * taps + b) * kLanes + lane] = weight * value;
           }
       }
       for (int64_t a = 0; a < taps; ++a)
         for (int64_t fx = 0; fx < t.half_x(); ++fx) {
           Vec sum = {};
-          for (int64_t b = 0; b < taps; ++b) sum += splat(cos_x[fx * taps + b]) * load(folded + (a * taps + b) * LANES);
-          store(half + (a * t.half_x() + fx) * LANES, sum);
+          for (int64_t b = 0; b < taps; ++b)
+            sum += broadcast(cos_x[fx * taps + b]) * load(folded + (a * taps + b) * kLanes);
+          store(half + (a * t.half_x() + fx) * kLanes, sum);
         }
       for (int64_t fy = 0; fy < t.half_y(); ++fy)
         for (int64_t fx = 0; fx < t.half_x(); ++fx) {
           Vec sum = {};
-          for (int64_t a = 0; a < taps; ++a) sum += splat(cos_y[fy * taps + a]) * load(half + (a * t.half_x() + fx)
-              * LANES);
-          store(matrices + (fy * t.half_x() + fx) * t.matrix() + input * t.padded() + block * LANES, sum);
+          for (int64_t a = 0; a < taps; ++a) sum += broadcast(cos_y[fy * taps + a]) * load(half + (a * t.half_x() + fx)
+              * kLanes);
+          store(matrices + (fx * t.half_y() + fy) * t.matrix() + input * t.padded() + block * kLanes, sum);
         }
     }
   });
@@ -661,42 +686,42 @@ void kernel_matrices(const Tiling& t, const at::Tensor& kernel, float* matrices)
                           "directions. Pass it through symmetrise, or call with symmetric=False.");
 }
 
-// The gradient (output, input, K, K) from correlations [share][fy][fx][input channel][padded output channel]
+// The gradient (output, input, K, K) from correlations [share][fx][fy][input channel][padded output channel]
 void kernel_gradient(const Tiling& t, const float* sums, int64_t shares, at::Tensor& gradient) {
   const int64_t side = gradient.size(2), reach = side / 2, taps = reach + 1;
   const Map map(gradient);
   const auto cos_y = cosines(t.y.points, taps), cos_x = cosines(t.x.points, taps);
-  const Vec scale = splat(1.f / float(t.y.points * t.x.points));
+  const Vec scale = broadcast(1.f / float(t.y.points * t.x.points));
   const int64_t share_size = t.half_y() * t.half_x() * t.matrix();
   at::parallel_for(0, t.channels * t.blocks, 1, [&](int64_t begin, int64_t end) {
-    std::vector<float> memory(taps * (taps + t.half_x()) * LANES);
-    float *spatial = memory.data(), *half = spatial + taps * taps * LANES;
+    std::vector<float> memory(taps * (taps + t.half_x()) * kLanes);
+    float *spatial = memory.data(), *half = spatial + taps * taps * kLanes;
     for (int64_t job = begin; job < end; ++job) {
       const int64_t input = job / t.blocks, block = job % t.blocks;
       std::fill(memory.begin(), memory.end(), 0.f);
       for (int64_t fy = 0; fy < t.half_y(); ++fy)
         for (int64_t fx = 0; fx < t.half_x(); ++fx) {
-          const float* at = sums + (fy * t.half_x() + fx) * t.matrix() + input * t.padded() + block * LANES;
+          const float* at = sums + (fx * t.half_y() + fy) * t.matrix() + input * t.padded() + block * kLanes;
           Vec sum = load(at);
           for (int64_t share = 1; share < shares; ++share) sum += load(at + share * share_size);
           for (int64_t a = 0; a < taps; ++a) {
-            float* to = half + (a * t.half_x() + fx) * LANES;
-            store(to, load(to) + splat(cos_y[fy * taps + a]) * sum);
+            float* to = half + (a * t.half_x() + fx) * kLanes;
+            store(to, load(to) + broadcast(cos_y[fy * taps + a]) * sum);
           }
         }
       for (int64_t a = 0; a < taps; ++a)
         for (int64_t b = 0; b < taps; ++b) {
           Vec sum = {};
           for (int64_t fx = 0; fx < t.half_x(); ++fx)
-            sum += splat(cos_x[fx * taps + b]) * load(half + (a * t.half_x() + fx) * LANES);
-          store(spatial + (a * taps + b) * LANES, sum * scale);
+            sum += broadcast(cos_x[fx * taps + b]) * load(half + (a * t.half_x() + fx) * kLanes);
+          store(spatial + (a * taps + b) * kLanes, sum * scale);
         }
-      const int64_t lanes = std::min<int64_t>(LANES, t.channels - block * LANES);
+      const int64_t lanes = std::min<int64_t>(kLanes, t.channels - block * kLanes);
       for (int64_t lane = 0; lane < lanes; ++lane) {
-        float* at = map.data + (block * LANES + lane) * map.batch + input * map.channel;
+        float* at = map.data + (block * kLanes + lane) * map.batch + input * map.channel;
         for (int64_t y = 0; y < side; ++y)
           for (int64_t x = 0; x < side; ++x)
-            at[y * map.row + x * map.column] = spatial[(std::abs(y - reach) * taps + std::abs(x - reach)) * LANES
+            at[y * map.row + x * map.column] = spatial[(std::abs(y - reach) * taps + std::abs(x - reach)) * kLanes
                 + lane];
       }
     }
@@ -726,9 +751,13 @@ at::Tensor empty_map_like(const at::Tensor& x) {
       : at::MemoryFormat::Contiguous);
 }
 
+bool is_float(const at::Tensor& tensor) {
+  return tensor.scalar_type() == at::kFloat && tensor.device().is_cpu();
+}
+
 void check_inputs(const at::Tensor& x, const at::Tensor& large_kernel, const at::Tensor& dynamic_kernel) {
   for (const at::Tensor& tensor : {x, large_kernel, dynamic_kernel})
-    TORCH_CHECK(tensor.dim() == 4 && tensor.scalar_type() == at::kFloat && tensor.device().is_cpu(),
+    TORCH_CHECK(tensor.dim() == 4 && is_float(tensor),
                 "conv_attention takes float32 tensors of four dimensions on the CPU.");
   const int64_t channels = x.size(1), side = large_kernel.size(3), dynamic_side = dynamic_kernel.size(3);
   TORCH_CHECK(large_kernel.sizes() == at::IntArrayRef({channels, channels, side, side}) && side % 2 == 1 &&
@@ -750,8 +779,7 @@ int64_t in_shares(int64_t pairs, const Job& job) {
 }
 
 void convolve(const at::Tensor& x, const at::Tensor& large_kernel, const at::Tensor& dynamic_kernel,
-    const at::Tensor& out,
-              const Mixer* mixer) {
+              const at::Tensor& out, const Mixer* mixer) {
   const int64_t side = dynamic_kernel.size(3);
   const Tiling t = choose_tiling(x, large_kernel.size(3), side);
   static thread_local Scratch kernel_scratch;
@@ -759,18 +787,21 @@ void convolve(const at::Tensor& x, const at::Tensor& large_kernel, const at::Ten
   kernel_matrices(t, large_kernel, matrices);
   const auto taps = arranged_taps(t, dynamic_kernel, false);
   const Map from(x), to(out);
+  const int64_t mixed_row = mixer == nullptr ? 0 : t.valid_x() * mixer->step();
   in_shares(t.pairs(), [&](int64_t, int64_t pair) {
     static thread_local Scratch scratch;
     const int64_t stage = t.blocks * t.stage_block(), spectral = t.blocks * t.spectrum_block();
-    float* staged = scratch.get(2 * stage + spectral + t.blocks * 2 * t.stage_row() + 16 * t.padded());
-    float *spectrum = staged + 2 * stage, *lines = spectrum + spectral, *rows = lines + t.blocks * 2 * t.stage_row();
+    const int64_t both_lines = t.blocks * 2 * t.stage_row();
+    float* staged = scratch.get(2 * stage + spectral + both_lines + 16 * t.padded() + mixed_row);
+    float *spectrum = staged + 2 * stage, *lines = spectrum + spectral, *rows = lines + both_lines;
     const Tile tiles[2] = {Tile(t, pair, 0), Tile(t, pair, 1)};
     Range used = stage_tile(t, from, tiles[0], true, staged);
     const Range second = stage_tile(t, from, tiles[1], true, staged + stage);
     if (tiles[1].exists) used = {std::min(used.begin, second.begin), std::max(used.end, second.end)};
-    to_spectrum(t, staged, staged + stage, used, spectrum);
+    transform_rows(t, staged, staged + stage, used, spectrum);
     visit_frequencies(t, spectrum, matrices, nullptr, nullptr, rows);
-    from_spectrum(t, spectrum, tiles, {staged, staged + stage}, taps.data(), side, to, mixer, lines);
+    from_spectrum(t, spectrum, tiles, {staged, staged + stage}, taps.data(), side, to, mixer, lines,
+                  rows + 16 * t.padded());
   });
 }
 
@@ -781,29 +812,84 @@ at::Tensor conv_attention(const at::Tensor& x, const at::Tensor& large_kernel, c
   return out;
 }
 
-// The first channels convolved, the others as they are, and a 1 x 1 convolution of all, without putting them together
-at::Tensor mixed_conv_attention(const at::Tensor& x, const at::Tensor& large_kernel, const at::Tensor& dynamic_kernel,
-                                const at::Tensor& weight, const at::Tensor& bias) {
+// The first channels convolved, the others as they are, a 1 x 1 convolution of all, and what is added to that, without
+// putting the channels together
+at::Tensor convolve_and_mix(const at::Tensor& x, const std::optional<at::Tensor>& residual,
+                            const at::Tensor& large_kernel, const at::Tensor& dynamic_kernel, const at::Tensor& weight,
+                            const std::optional<at::Tensor>& bias) {
   TORCH_CHECK(x.dim() == 4 && x.stride(1) == 1, "mixed_conv_attention takes maps with the channels innermost.");
   const at::Tensor convolved = x.narrow(1, 0, large_kernel.size(0));
   check_inputs(convolved, large_kernel, dynamic_kernel);
   TORCH_CHECK(weight.dim() == 4 && weight.size(1) == x.size(1) && weight.size(2) == 1 && weight.size(3) == 1 &&
-                  bias.sizes() == at::IntArrayRef({weight.size(0)}) && weight.scalar_type() == at::kFloat &&
-                  bias.scalar_type() == at::kFloat,
+                  is_float(weight) &&
+                  (!bias || (bias->sizes() == at::IntArrayRef({weight.size(0)}) && is_float(*bias))),
               "mixed_conv_attention: a weight of shape ", weight.sizes(), " does not fit x of shape ", x.sizes(), ".");
   at::Tensor out =
       at::empty({x.size(0), weight.size(0), x.size(2), x.size(3)}, x.options(), at::MemoryFormat::ChannelsLast);
+  TORCH_CHECK(!residual || (residual->sizes() == out.sizes() && residual->stride(1) == 1 && is_float(*residual)),
+              "conv_attention_step: the residual must be as the output, with the channels innermost.");
   if (out.numel() == 0) return out;
-  const Mixer mixer(x, out, weight, bias);
+  const Mixer mixer(x, residual, out, weight, bias);
   convolve(convolved, large_kernel, dynamic_kernel, out, &mixer);
   return out;
+}
+
+at::Tensor mixed_conv_attention(const at::Tensor& x, const at::Tensor& large_kernel, const at::Tensor& dynamic_kernel,
+                                const at::Tensor& weight, const at::Tensor& bias) {
+  return convolve_and_mix(x, std::nullopt, large_kernel, dynamic_kernel, weight, bias);
+}
+
+// (images, inputs) through a linear layer of a weight (outputs, inputs, 1, 1): (images, outputs)
+std::vector<double> linear(const std::vector<double>& values, const at::Tensor& weight,
+                           const std::optional<at::Tensor>& bias) {
+  const int64_t outputs = weight.size(0), inputs = weight.size(1), images = values.size() / inputs;
+  const Map map(weight);
+  std::vector<double> result(images * outputs);
+  for (int64_t image = 0; image < images; ++image)
+    for (int64_t o = 0; o < outputs; ++o) {
+      double sum = bias ? bias->data_ptr<float>()[o * bias->stride(0)] : 0;
+      for (int64_t i = 0; i < inputs; ++i)
+        sum += values[image * inputs + i] * map.data[o * map.batch + i * map.channel];
+      result[image * outputs + o] = sum;
+    }
+  return result;
+}
+
+void check_linear(const at::Tensor& weight, const std::optional<at::Tensor>& bias, int64_t outputs, int64_t inputs) {
+  TORCH_CHECK(weight.sizes() == at::IntArrayRef({outputs, inputs, 1, 1}) && is_float(weight) &&
+                  (!bias || (bias->sizes() == at::IntArrayRef({outputs}) && is_float(*bias))),
+              "conv_attention_step: a projection of shape ", weight.sizes(), " where ", outputs, " x ", inputs,
+              " x 1 x 1, and a bias to it, are needed.");
+}
+
+// A whole ConvAttn without gradients, from the means of the convolved channels on
+at::Tensor conv_attention_step(const at::Tensor& x, const std::optional<at::Tensor>& residual,
+                               const at::Tensor& large_kernel, const at::Tensor& means,
+                               const at::Tensor& proj1_weight, const std::optional<at::Tensor>& proj1_bias,
+                               const at::Tensor& proj2_weight, const std::optional<at::Tensor>& proj2_bias,
+                               const at::Tensor& weight, const std::optional<at::Tensor>& bias) {
+  constexpr int64_t side = 3;
+  const int64_t images = x.size(0), channels = large_kernel.size(0), hidden = proj1_weight.size(0);
+  TORCH_CHECK(means.sizes() == at::IntArrayRef({images, channels}) && is_float(means),
+              "conv_attention_step: means of shape ", means.sizes(), " do not fit x of shape ", x.sizes(), ".");
+  check_linear(proj1_weight, proj1_bias, hidden, channels);
+  check_linear(proj2_weight, proj2_bias, channels * side * side, hidden);
+  std::vector<double> values(images * channels);
+  for (int64_t i = 0; i < images * channels; ++i)
+    values[i] = means.data_ptr<float>()[i / channels * means.stride(0) + i % channels * means.stride(1)];
+  values = linear(values, proj1_weight, proj1_bias);
+  for (double& value : values) value *= 0.5 * std::erfc(-value * M_SQRT1_2);
+  values = linear(values, proj2_weight, proj2_bias);
+  const at::Tensor kernel = at::empty({images, channels, side, side}, x.options());
+  std::copy(values.begin(), values.end(), kernel.data_ptr<float>());
+  return convolve_and_mix(x, residual, large_kernel, kernel, weight, bias);
 }
 
 std::tuple<at::Tensor, at::Tensor, at::Tensor> conv_attention_backward(
     const at::Tensor& gradient, const at::Tensor& x, const at::Tensor& large_kernel, const at::Tensor& dynamic_kernel,
     bool of_x, bool of_kernels) {
   check_inputs(x, large_kernel, dynamic_kernel);
-  TORCH_CHECK(gradient.sizes() == x.sizes() && gradient.scalar_type() == at::kFloat && gradient.device().is_cpu(),
+  TORCH_CHECK(gradient.sizes() == x.sizes() && is_float(gradient),
               "conv_attention_backward: the gradient does not fit x.");
   at::Tensor x_gradient = of_x ? empty_map_like(x) : at::empty({0}, x.options());
   at::Tensor large_gradient = of_kernels ? at::zeros(large_kernel.sizes(), x.options()) : at::empty({0}, x.options());
@@ -850,11 +936,12 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> conv_attention_backward(
       correlate_dynamic(t, staged_x + i * stage, staged + i * stage, side, range_x,
                         tap_sums.data() + tiles[i].index * count * t.padded());
     }
-    to_spectrum(t, staged, staged + stage, used, spectrum);
-    if (of_kernels) to_spectrum(t, staged_x, staged_x + stage, used_x, spectrum_x);
+    transform_rows(t, staged, staged + stage, used, spectrum);
+    if (of_kernels) transform_rows(t, staged_x, staged_x + stage, used_x, spectrum_x);
     visit_frequencies(t, spectrum, matrices, of_kernels ? spectrum_x : nullptr,
                       of_kernels ? sums + share * all_matrices : nullptr, rows);
-    if (of_x) from_spectrum(t, spectrum, tiles, {staged, staged + stage}, taps.data(), side, to, nullptr, lines);
+    if (of_x) from_spectrum(t, spectrum, tiles, {staged, staged + stage}, taps.data(), side, to, nullptr, lines,
+                            nullptr);
   });
   if (of_kernels) {
     kernel_gradient(t, sums, shares, large_gradient);
@@ -869,6 +956,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> conv_attention_backward(
 }
 
 }  // namespace
+}  // namespace esc_arch
 
 TORCH_LIBRARY_FRAGMENT(esc_arch, library) {
   library.def("conv_attention(Tensor x, Tensor large_kernel, Tensor dynamic_kernel) -> Tensor");
@@ -876,12 +964,16 @@ TORCH_LIBRARY_FRAGMENT(esc_arch, library) {
       "mixed_conv_attention(Tensor x, Tensor large_kernel, Tensor dynamic_kernel, Tensor weight, Tensor bias) "
       "-> Tensor");
   library.def(
+      "conv_attention_step(Tensor x, Tensor? residual, Tensor large_kernel, Tensor means, Tensor proj1_weight, "
+      "Tensor? proj1_bias, Tensor proj2_weight, Tensor? proj2_bias, Tensor weight, Tensor? bias) -> Tensor");
+  library.def(
       "conv_attention_backward(Tensor gradient, Tensor x, Tensor large_kernel, Tensor dynamic_kernel, bool of_x, "
       "bool of_kernels) -> (Tensor, Tensor, Tensor)");
 }
 
 TORCH_LIBRARY_IMPL(esc_arch, CPU, library) {
-  library.impl("conv_attention", conv_attention);
-  library.impl("mixed_conv_attention", mixed_conv_attention);
-  library.impl("conv_attention_backward", conv_attention_backward);
+  library.impl("conv_attention", esc_arch::conv_attention);
+  library.impl("mixed_conv_attention", esc_arch::mixed_conv_attention);
+  library.impl("conv_attention_step", esc_arch::conv_attention_step);
+  library.impl("conv_attention_backward", esc_arch::conv_attention_backward);
 }

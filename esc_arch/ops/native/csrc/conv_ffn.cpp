@@ -1,4 +1,5 @@
-// ConvFFN in one pass, forward and backward: aggr(gelu(dwc(h)) + h) with h = gelu(proj(x)).
+// ConvFFN in one pass, forward and backward: aggr(gelu(dwc(h)) + h) with h = gelu(proj(x)). For inference x may be
+// normalised, and the result averaged, in the same pass.
 //
 // Maps are channels_last. Hidden rows exist only in a buffer that stays in the cache: a thread walks down its rows of
 // an image, in bands of columns, and keeps the few rows that the 3 x 3 convolution needs. Backward computes them again.
@@ -9,106 +10,21 @@
 #include <torch/library.h>
 
 #include <algorithm>
-#include <array>
+#include <cmath>
+#include <optional>
 #include <tuple>
-#include <utility>
 #include <vector>
 
+#include "pixels.h"
+#include "products.h"
 #include "vectors.h"
 
 namespace esc_arch {
 namespace {
 
 constexpr int64_t kTaps = 9;
-constexpr int64_t kCacheBudget = 256 * 1024;  // bytes of a thread's rolling rows: well inside a core's L2
-constexpr int64_t kPiece = 60;                // pixels between two uses of a weight, so that it stays in L1
-
-// --- matrix products ------------------------------------------------------------------------------------------------
-
-struct Strided {
-  const float* data;
-  int64_t row, step;
-
-  ESC_ARCH_INLINE Strided from_row(int64_t r) const {
-    return {data + r * row, row, step};
-  }
-};
-
-// The columns of a tile are kept in registers together with its sums, so fewer rows fit beside more columns.
-constexpr int64_t kTileRows[] = {0, 8, kTileColumns == 2 ? 6 : 8, 8, 6, 5};
-
-// M x (N vectors) sums of products, kept in registers. A function of its own: inlined, the sums would be spilled.
-template <int64_t M, int64_t N>
-__attribute__((noinline)) void tile(int64_t depth, Strided a, const float* b, int64_t b_step, const float* bias,
-                                    float* result) {
-  Vec sums[M][N];
-#pragma GCC unroll 16
-  for (int64_t m = 0; m < M; ++m) {
-#pragma GCC unroll 16
-    for (int64_t n = 0; n < N; ++n) sums[m][n] = bias ? load(bias + n * kLanes) : Vec{};
-  }
-  for (int64_t k = 0; k < depth; ++k) {
-    Vec columns[N];
-#pragma GCC unroll 16
-    for (int64_t n = 0; n < N; ++n) columns[n] = load(b + k * b_step + n * kLanes);
-#pragma GCC unroll 16
-    for (int64_t m = 0; m < M; ++m) {
-      const Vec factor = broadcast(a.data[m * a.row + k * a.step]);
-#pragma GCC unroll 16
-      for (int64_t n = 0; n < N; ++n) sums[m][n] += factor * columns[n];
-    }
-  }
-#pragma GCC unroll 16
-  for (int64_t m = 0; m < M; ++m) {
-#pragma GCC unroll 16
-    for (int64_t n = 0; n < N; ++n) store(result + (m * N + n) * kLanes, sums[m][n]);
-  }
-}
-
-using Tile = void (*)(int64_t, Strided, const float*, int64_t, const float*, float*);
-
-template <int64_t N, size_t... M>
-constexpr std::array<Tile, 9> tiles_of(std::index_sequence<M...>) {
-  return {nullptr, &tile<static_cast<int64_t>(M) + 1, N>...};
-}
-
-template <size_t... N>
-constexpr std::array<std::array<Tile, 9>, 6> all_tiles(std::index_sequence<N...>) {
-  return {std::array<Tile, 9>{}, tiles_of<static_cast<int64_t>(N) + 1>(std::make_index_sequence<kTileRows[N + 1]>())...};
-}
-
-// By vectors of columns, then rows.
-constexpr auto kTiles = all_tiles(std::make_index_sequence<kTileColumns>());
-
-// a (rows, depth) times b (depth, vectors * kLanes), plus bias; use(row, vector, sums) takes each result once.
-template <typename Use>
-ESC_ARCH_INLINE void product(int64_t rows, int64_t vectors, int64_t depth, Strided a, const float* b, int64_t b_step,
-                             const float* bias, Use use) {
-  alignas(64) float result[30 * kLanes];
-  for (int64_t v = 0; v < vectors;) {
-    const int64_t left = vectors - v;
-    const int64_t n = left % kTileColumns == 0 ? kTileColumns : std::min(left, std::max<int64_t>(kTileColumns - 1, 2));
-    for (int64_t first = 0; first < rows;) {
-      const int64_t m = std::min(rows - first, kTileRows[n]);
-      kTiles[n][m](depth, a.from_row(first), b + v * kLanes, b_step, bias ? bias + v * kLanes : nullptr, result);
-      for (int64_t i = 0; i < m; ++i) {
-        for (int64_t j = 0; j < n; ++j) use(first + i, v + j, load(result + (i * n + j) * kLanes));
-      }
-      first += m;
-    }
-    v += n;
-  }
-}
-
-// Write vector v of a pixel that has `channels` channels.
-ESC_ARCH_INLINE void store_channels(float* pixel, int64_t v, int64_t channels, Vec value) {
-  const int64_t left = channels - v * kLanes;
-  if (left >= kLanes) {
-    store(pixel + v * kLanes, value);
-  } else {
-    store_first(pixel + v * kLanes, value, left);
-  }
-}
+constexpr int64_t kCacheBudget = 512 * 1024;  // bytes of a thread's rolling rows: well inside a core's L2
+constexpr int64_t kPiece = 120;                // pixels between two uses of a weight, so that it stays in L1
 
 // --- weights, sizes and who does what -------------------------------------------------------------------------------
 
@@ -123,11 +39,11 @@ struct Sizes {
 };
 
 // (rows, columns) with any strides -> rows of padded columns, the padding zero.
-std::vector<float> packed(const at::Tensor& matrix) {
+Floats packed(const at::Tensor& matrix) {
   const int64_t rows = matrix.size(0), columns = matrix.size(1), step = padded(columns);
   const at::Tensor plain = matrix.contiguous();
   const float* from = plain.const_data_ptr<float>();
-  std::vector<float> result(rows * step + kLanes, 0.0f);
+  Floats result(rows * step + kLanes, 0.0f);
   for (int64_t row = 0; row < rows; ++row) std::copy_n(from + row * columns, columns, result.data() + row * step);
   return result;
 }
@@ -137,7 +53,7 @@ at::Tensor as_matrix(const at::Tensor& weight) {
 }
 
 struct Weights {
-  std::vector<float> expand, expand_bias, taps, taps_bias, reduce, reduce_bias;
+  Floats expand, expand_bias, taps, taps_bias, reduce, reduce_bias;
 
   Weights(const at::Tensor& proj_weight, const at::Tensor& proj_bias, const at::Tensor& dwc_weight,
           const at::Tensor& dwc_bias, const at::Tensor& aggr_weight, const at::Tensor& aggr_bias)
@@ -182,7 +98,7 @@ int64_t number_of_parts(const Sizes& s, int64_t width) {
 // then those of the next, because the depth-wise convolution goes along the columns.
 struct RollingRows {
   int64_t rows, plane, vectors, first;
-  std::vector<float> data;
+  Floats data;
 
   RollingRows(int64_t rows, int64_t columns, int64_t vectors)
       : rows(rows), plane(columns * kLanes), vectors(vectors), first(0), data(rows * vectors * plane) {}
@@ -209,19 +125,29 @@ Span inside(const Sizes& s, RollingRows& hidden, int64_t row, int64_t left, int6
   return span;
 }
 
+// A row of a map as it is; called with a column and a number of pixels, says where these are.
+struct Row {
+  const float* data;
+  int64_t channels;
+
+  ESC_ARCH_INLINE const float* operator()(int64_t column, int64_t) const {
+    return data + column * channels;
+  }
+};
+
 // A pointwise product for the columns of a span; use(place of the vector in a rolling row, sums).
-template <typename Use>
-ESC_ARCH_INLINE void hidden_product(const Sizes& s, const float* map_row, const std::vector<float>& weight,
-                                    const float* bias, Span span, int64_t plane, Use use) {
+template <typename Source, typename Use>
+ESC_ARCH_INLINE void hidden_product(const Sizes& s, const Source& row, const Floats& weight, const float* bias,
+                                    Span span, int64_t plane, Use use) {
   for (int64_t begin = span.from; begin < span.to; begin += kPiece) {
-    product(std::min(kPiece, span.to - begin), s.hidden_vectors, s.channels,
-            {map_row + begin * s.channels, s.channels, 1}, weight.data(), s.padded_hidden, bias,
-            [=](int64_t m, int64_t v, Vec sum) { use(v * plane + (begin + m) * kLanes, sum); });
+    const int64_t pixels = std::min(kPiece, span.to - begin);
+    product(pixels, s.hidden_vectors, s.channels, {row(begin, pixels), s.channels, 1}, weight.data(), s.padded_hidden,
+            bias, [=](int64_t m, int64_t v, Vec sum) { use(v * plane + (begin + m) * kLanes, sum); });
   }
 }
 
 // hidden (pixels, hidden) times a weight of rows of padded channels -> pixels of a map.
-void channel_product(const Sizes& s, int64_t pixels, const float* hidden, const std::vector<float>& weight,
+void channel_product(const Sizes& s, int64_t pixels, const float* hidden, const Floats& weight,
                      const float* bias, float* map) {
   const int64_t channels = s.channels;
   product(pixels, s.channel_vectors, s.hidden, {hidden, s.padded_hidden, 1}, weight.data(), s.padded_channels, bias,
@@ -239,45 +165,158 @@ struct Around {
       : above(rows.row(row - 1)), here(rows.row(row)), below(rows.row(row + 1)), plane(rows.plane) {}
 };
 
+// The depth-wise convolution of one vector of channels: its weights, and where its rows are.
+struct Filter {
+  Vec taps[kTaps], bias;
+  const float* rows[3];
+
+  ESC_ARCH_INLINE Filter(const Weights& w, int64_t step, const Around& around, int64_t v)
+      : bias(load(w.taps_bias.data() + v * kLanes)) {
+#pragma GCC unroll 9
+    for (int64_t t = 0; t < kTaps; ++t) taps[t] = load(w.taps.data() + t * step + v * kLanes);
+    const int64_t place = v * around.plane;
+    rows[0] = around.above + place;
+    rows[1] = around.here + place;
+    rows[2] = around.below + place;
+  }
+
+  // At `count` neighbouring columns, which share what they load.
+  template <int64_t count, typename Use>
+  ESC_ARCH_INLINE void apply(int64_t column, Use use) const {
+    Vec sums[count], centres[count];
+#pragma GCC unroll 8
+    for (int64_t c = 0; c < count; ++c) sums[c] = bias;
+#pragma GCC unroll 3
+    for (int64_t r = 0; r < 3; ++r) {
+#pragma GCC unroll 8
+      for (int64_t from = 0; from < count + 2; ++from) {
+        const Vec value = load(rows[r] + (column + from - 1) * kLanes);
+        if (r == 1 && from > 0 && from <= count) centres[from - 1] = value;
+#pragma GCC unroll 3
+        for (int64_t t = 0; t < 3; ++t) {
+          const int64_t c = from - t;
+          if (c >= 0 && c < count) sums[c] += taps[3 * r + t] * value;
+        }
+      }
+    }
+#pragma GCC unroll 8
+    for (int64_t c = 0; c < count; ++c) use(column + c, sums[c], centres[c]);
+  }
+};
+
+constexpr int64_t kColumns = 4;  // of the depth-wise convolution, kept in registers together
+
 // The depth-wise convolution at the columns of a span in vector v; use(column, sums, hidden at the centre).
 template <typename Use>
-ESC_ARCH_INLINE void filter(const Weights& w, int64_t step, Around rows, Span span, int64_t v, Use use) {
-  Vec taps[kTaps];
-#pragma GCC unroll 9
-  for (int64_t t = 0; t < kTaps; ++t) taps[t] = load(w.taps.data() + t * step + v * kLanes);
-  const Vec bias = load(w.taps_bias.data() + v * kLanes);
-  for (int64_t column = span.from; column < span.to; ++column) {
-    const int64_t place = v * rows.plane + column * kLanes;
-    const float *above = rows.above + place, *here = rows.here + place, *below = rows.below + place;
-    const Vec centre = load(here);
-    const Vec first = bias + taps[0] * load(above - kLanes) + taps[1] * load(above) + taps[2] * load(above + kLanes);
-    const Vec second = taps[3] * load(here - kLanes) + taps[4] * centre + taps[5] * load(here + kLanes);
-    const Vec third = taps[6] * load(below - kLanes) + taps[7] * load(below) + taps[8] * load(below + kLanes);
-    use(column, first + second + third, centre);
-  }
+ESC_ARCH_INLINE void filter(const Weights& w, int64_t step, const Around& rows, Span span, int64_t v, Use use) {
+  const Filter filter(w, step, rows, v);
+  int64_t column = span.from;
+  for (; column + kColumns <= span.to; column += kColumns) filter.apply<kColumns>(column, use);
+  for (; column < span.to; ++column) filter.apply<1>(column, use);
 }
 
-void forward_segment(const Sizes& s, const Weights& w, const float* x, float* y, const Segment& part,
-                     RollingRows& hidden, std::vector<float>& mixed) {
+// A normalisation over the channels before everything; there is none where weight is null.
+struct Norm {
+  const float *weight, *bias;
+  float eps;
+};
+
+// A row of a map whose pixels are normalised into a buffer when they are asked for.
+struct NormalRow {
+  const float* data;
+  int64_t channels;
+  const Norm& norm;
+  Floats& buffer;
+
+  ESC_ARCH_INLINE const float* operator()(int64_t column, int64_t pixels) const {
+    float* to = buffer.data();
+    const int64_t step = channels;
+    normalise(pixels, channels, data + column * channels, norm.weight, norm.bias, norm.eps,
+              [=](int64_t p, int64_t c, int64_t count, Vec value) { store_count(to + p * step + c, value, count); });
+    return to;
+  }
+};
+
+// The sums of the first channels of a result, for each row of each band: (images x bands, rows, padded channels). Which
+// thread had a row makes no difference.
+struct RowSums {
+  int64_t pooled, bands, width, height, step;
+  Floats data;
+
+  RowSums(const Sizes& s, int64_t width, int64_t pooled)
+      : pooled(pooled), bands((s.width + width - 1) / width), width(width), height(s.height), step(padded(pooled)),
+        data(s.batch * bands * height * step) {}
+
+  void add(const Segment& part, int64_t row, int64_t pixels, int64_t channels, const float* map) {
+    constexpr int64_t kChains = 4;
+    float* sums = data.data() + ((part.image * bands + part.left / width) * height + row) * step;
+    for (int64_t c = 0; c < pooled; c += kLanes) {
+      const int64_t count = std::min(kLanes, channels - c);
+      Vec chains[kChains] = {};
+      for (int64_t p = 0; p < pixels; ++p) chains[p % kChains] += load_count(map + p * channels + c, count);
+      store(sums + c, load(sums + c) + ((chains[0] + chains[1]) + (chains[2] + chains[3])));
+    }
+  }
+
+  // (images, pooled channels)
+  at::Tensor means(const Sizes& s) const {
+    at::Tensor result = at::empty({s.batch, pooled}, at::kFloat);
+    float* to = result.mutable_data_ptr<float>();
+    for (int64_t image = 0; image < s.batch; ++image) {
+      const float* sums = data.data() + image * bands * height * step;
+      for (int64_t c = 0; c < pooled; ++c) {
+        double total = 0;
+        for (int64_t row = 0; row < bands * height; ++row) total += sums[row * step + c];
+        *to++ = static_cast<float>(total / (s.height * s.width));
+      }
+    }
+    return result;
+  }
+};
+
+// What a thread keeps while it walks down.
+struct ForwardScratch {
+  RollingRows hidden;
+  Floats normal, mixed;
+
+  ForwardScratch(const Sizes& s, int64_t width, bool normalised)
+      : hidden(3, width + 2, s.hidden_vectors), normal(normalised ? kPiece * s.channels : 0),
+        mixed(kPiece * s.padded_hidden) {}
+};
+
+void forward_segment(const Sizes& s, const Weights& w, const Norm& norm, const float* x, float* y, RowSums& row_sums,
+                     const Segment& part, ForwardScratch& scratch) {
   const int64_t row_size = s.width * s.channels, step = s.padded_hidden;
+  RollingRows& hidden = scratch.hidden;
   hidden.first = part.left - 1;
   for (int64_t row = part.top - 1; row <= part.bottom; ++row) {
     const Span columns = inside(s, hidden, row, part.left - 1, part.right + 1);
-    float* target = hidden.row(row);
-    hidden_product(s, x + row * row_size, w.expand, w.expand_bias.data(), columns, hidden.plane,
-                   [=](int64_t place, Vec sum) { store(target + place, gelu(sum)); });
+    const auto expand = [&, target = hidden.row(row)](const auto& source) {
+      hidden_product(s, source, w.expand, w.expand_bias.data(), columns, hidden.plane,
+                     [=](int64_t place, Vec sum) { store(target + place, gelu(sum)); });
+    };
+    if (norm.weight) {
+      expand(NormalRow{x + row * row_size, s.channels, norm, scratch.normal});
+    } else {
+      expand(Row{x + row * row_size, s.channels});
+    }
     const int64_t done = row - 1;
     if (done < part.top) continue;
     for (int64_t begin = part.left; begin < part.right; begin += kPiece) {
       const Span piece{begin, std::min(begin + kPiece, part.right)};
-      float* result = mixed.data() - begin * step;
+      float *result = scratch.mixed.data() - begin * step, *to = y + done * row_size + begin * s.channels;
+      const float* next = x + std::min(row + 1, s.height - 1) * row_size + begin * s.channels;
       for (int64_t v = 0; v < s.hidden_vectors; ++v) {
+        // A line of x for every sum: the next row of the map, spread over the time in which nothing else is loaded
+        const float* ahead = next + (v * (piece.to - begin) - begin) * kLanes;
+        const bool more = v < s.channel_vectors;
         filter(w, step, Around(hidden, done), piece, v, [=](int64_t column, Vec sum, Vec centre) {
+          if (more) __builtin_prefetch(ahead + column * kLanes);
           store(result + column * step + v * kLanes, gelu(sum) + centre);
         });
       }
-      channel_product(s, piece.to - begin, mixed.data(), w.reduce, w.reduce_bias.data(),
-                      y + done * row_size + begin * s.channels);
+      channel_product(s, piece.to - begin, scratch.mixed.data(), w.reduce, w.reduce_bias.data(), to);
+      row_sums.add(part, done, piece.to - begin, s.channels, to);
     }
   }
 }
@@ -292,37 +331,56 @@ void check(const at::Tensor& x, const at::Tensor& proj_weight, const at::Tensor&
               "conv_ffn's weights do not fit the map or each other");
 }
 
-at::Tensor conv_ffn(const at::Tensor& input, const at::Tensor& proj_weight, const at::Tensor& proj_bias,
-                    const at::Tensor& dwc_weight, const at::Tensor& dwc_bias, const at::Tensor& aggr_weight,
-                    const at::Tensor& aggr_bias) {
+std::tuple<at::Tensor, at::Tensor> conv_ffn_step(
+    const at::Tensor& input, const std::optional<at::Tensor>& norm_weight, const std::optional<at::Tensor>& norm_bias,
+    double eps, const at::Tensor& proj_weight, const at::Tensor& proj_bias, const at::Tensor& dwc_weight,
+    const at::Tensor& dwc_bias, const at::Tensor& aggr_weight, const at::Tensor& aggr_bias, int64_t pooled) {
   check(input, proj_weight, dwc_weight, aggr_weight);
+  TORCH_CHECK(norm_weight.has_value() == norm_bias.has_value(), "conv_ffn_step takes both of the norm or none");
+  TORCH_CHECK(!norm_weight || (norm_weight->numel() == input.size(1) && norm_bias->numel() == input.size(1)),
+              "conv_ffn_step: the norm does not fit the map");
+  TORCH_CHECK(0 <= pooled && pooled <= input.size(1), "conv_ffn_step: more channels are to be averaged than there are");
   const at::Tensor x = input.contiguous(at::MemoryFormat::ChannelsLast);
   at::Tensor y = at::empty(x.sizes(), x.options(), at::MemoryFormat::ChannelsLast);
-  if (x.numel() == 0) return y;
+  if (x.numel() == 0) return {y, at::full({x.size(0), pooled}, NAN, x.options())};
+  Norm norm = {};
+  at::Tensor scale, shift;
+  if (norm_weight) {
+    scale = norm_weight->contiguous();
+    shift = norm_bias->contiguous();
+    norm = {scale.const_data_ptr<float>(), shift.const_data_ptr<float>(), static_cast<float>(eps)};
+  }
   const Sizes s(x, proj_weight);
   const Weights w(proj_weight, proj_bias, dwc_weight, dwc_bias, aggr_weight, aggr_bias);
   const int64_t width = band_width(s, 3, 1), parts = number_of_parts(s, width);
   const int64_t image_size = s.height * s.width * s.channels;
   const float* from = x.const_data_ptr<float>();
   float* to = y.mutable_data_ptr<float>();
+  RowSums row_sums(s, width, pooled);
   at::parallel_for(0, parts, 1, [&](int64_t begin, int64_t end) {
-    RollingRows hidden(3, width + 2, s.hidden_vectors);
-    std::vector<float> mixed(kPiece * s.padded_hidden);
+    ForwardScratch scratch(s, width, norm.weight);
     for (int64_t part = begin; part < end; ++part) {
       for_segments(s, width, part, parts, [&](const Segment& segment) {
         const int64_t offset = segment.image * image_size;
-        forward_segment(s, w, from + offset, to + offset, segment, hidden, mixed);
+        forward_segment(s, w, norm, from + offset, to + offset, row_sums, segment, scratch);
       });
     }
   });
-  return y;
+  return {y, row_sums.means(s)};
+}
+
+at::Tensor conv_ffn(const at::Tensor& x, const at::Tensor& proj_weight, const at::Tensor& proj_bias,
+                    const at::Tensor& dwc_weight, const at::Tensor& dwc_bias, const at::Tensor& aggr_weight,
+                    const at::Tensor& aggr_bias) {
+  return std::get<0>(conv_ffn_step(x, std::nullopt, std::nullopt, 0, proj_weight, proj_bias, dwc_weight, dwc_bias,
+                                   aggr_weight, aggr_bias, 0));
 }
 
 // --- backward -------------------------------------------------------------------------------------------------------
 
 // Gradients of the parameters as one part of the work sums them; `expand` and `reduce` are (channels, hidden).
 struct Gradients {
-  std::vector<float> expand, expand_bias, taps, taps_bias, reduce, reduce_bias;
+  Floats expand, expand_bias, taps, taps_bias, reduce, reduce_bias;
 
   explicit Gradients(const Sizes& s)
       : expand(s.channels * s.padded_hidden), expand_bias(s.padded_hidden), taps(kTaps * s.padded_hidden),
@@ -332,11 +390,12 @@ struct Gradients {
 // What a thread keeps while it walks down. gu is the gradient of the depth-wise convolution's result.
 struct Scratch {
   RollingRows hidden, slope, gu, gv;
-  std::vector<float> mixed, row_sums;
+  Floats mixed, row_sums;
 
   Scratch(const Sizes& s, int64_t width)
       : hidden(3, width + 4, s.hidden_vectors), slope(3, width + 4, s.hidden_vectors),
-        gu(3, width + 4, s.hidden_vectors), gv(2, width + 4, s.hidden_vectors), mixed((width + 2) * s.padded_hidden), row_sums(s.channels) {}
+        gu(3, width + 4, s.hidden_vectors), gv(2, width + 4, s.hidden_vectors), mixed((width + 2) * s.padded_hidden),
+        row_sums(s.channels) {}
 
   void begin_at(int64_t column) {
     hidden.first = slope.first = gu.first = gv.first = column;
@@ -359,11 +418,12 @@ void recompute_row(const Sizes& s, const Weights& w, const float* x_row, const S
                    Scratch& scratch) {
   const Span columns = inside(s, scratch.hidden, row, part.left - 2, part.right + 2);
   float *value = scratch.hidden.row(row), *slope = scratch.slope.row(row);
-  hidden_product(s, x_row, w.expand, w.expand_bias.data(), columns, scratch.hidden.plane, [=](int64_t place, Vec sum) {
-    const GeluAndSlope g = gelu_and_slope(sum);
-    store(value + place, g.value);
-    store(slope + place, g.slope);
-  });
+  hidden_product(s, Row{x_row, s.channels}, w.expand, w.expand_bias.data(), columns, scratch.hidden.plane,
+                 [=](int64_t place, Vec sum) {
+                   const GeluAndSlope g = gelu_and_slope(sum);
+                   store(value + place, g.value);
+                   store(slope + place, g.slope);
+                 });
 }
 
 // The gradients of the depth-wise convolution's taps and bias, of one row of the segment.
@@ -399,7 +459,7 @@ void add_sum_of_pixels(int64_t pixels, int64_t channels, const float* map, float
 }
 
 // gu of a row, a column beyond the segment included; and, where the row is the segment's, the gradients behind it.
-void backward_behind_filter(const Sizes& s, const Weights& w, const std::vector<float>& reduce_rows,
+void backward_behind_filter(const Sizes& s, const Weights& w, const Floats& reduce_rows,
                             const float* gy_row, const Segment& part, int64_t row, Scratch& scratch,
                             Gradients* gradients) {
   const int64_t step = s.padded_hidden;
@@ -407,7 +467,7 @@ void backward_behind_filter(const Sizes& s, const Weights& w, const std::vector<
   if (columns.from >= columns.to) return;
   float *gv = scratch.gv.row(row), *gu = scratch.gu.row(row), *mixed = scratch.mixed.data() - (part.left - 1) * step;
   const int64_t plane = scratch.gv.plane;
-  hidden_product(s, gy_row, reduce_rows, nullptr, columns, plane,
+  hidden_product(s, Row{gy_row, s.channels}, reduce_rows, nullptr, columns, plane,
                  [=](int64_t place, Vec sum) { store(gv + place, sum); });
   for (int64_t v = 0; v < s.hidden_vectors; ++v) {
     filter(w, step, Around(scratch.hidden, row), columns, v, [=](int64_t column, Vec sum, Vec centre) {
@@ -426,7 +486,7 @@ void backward_behind_filter(const Sizes& s, const Weights& w, const std::vector<
 }
 
 // The gradient of proj's result of one of the segment's rows, into `mixed`, and the gradients before it.
-void backward_before_filter(const Sizes& s, const Weights& w, const std::vector<float>& expand_rows,
+void backward_before_filter(const Sizes& s, const Weights& w, const Floats& expand_rows,
                             const float* x_row, float* gx_row, const Segment& part, int64_t row, Scratch& scratch,
                             Gradients* gradients) {
   const int64_t step = s.padded_hidden, pixels = part.right - part.left;
@@ -461,7 +521,7 @@ void backward_before_filter(const Sizes& s, const Weights& w, const std::vector<
 }
 
 // (rows, padded columns) -> rows x columns of a tensor, transposed where its shape is (columns, rows, ...).
-at::Tensor unpacked(const std::vector<float>& sums, int64_t rows, int64_t columns, bool transposed, at::IntArrayRef shape) {
+at::Tensor unpacked(const Floats& sums, int64_t rows, int64_t columns, bool transposed, at::IntArrayRef shape) {
   at::Tensor matrix = at::from_blob(const_cast<float*>(sums.data()), {rows, columns}, {padded(columns), 1}, at::kFloat);
   return (transposed ? matrix.t() : matrix).clone(at::MemoryFormat::Contiguous).view(shape);
 }
@@ -484,7 +544,7 @@ SevenTensors conv_ffn_backward(const at::Tensor& grad, const at::Tensor& input, 
   }
   const Sizes s(x, proj_weight);
   const Weights w(proj_weight, proj_bias, dwc_weight, dwc_bias, aggr_weight, at::zeros({s.channels}, x.options()));
-  const std::vector<float> reduce_rows = packed(as_matrix(aggr_weight)), expand_rows = packed(as_matrix(proj_weight));
+  const Floats reduce_rows = packed(as_matrix(aggr_weight)), expand_rows = packed(as_matrix(proj_weight));
   const int64_t width = band_width(s, 12, 2), parts = number_of_parts(s, width);
   const int64_t row_size = s.width * s.channels, image_size = s.height * row_size;
   std::vector<Gradients> sums;
@@ -514,7 +574,7 @@ SevenTensors conv_ffn_backward(const at::Tensor& grad, const at::Tensor& input, 
   });
   // In the order of the parts, so that the sums are the same every time
   Gradients& total = sums[0];
-  const auto add = [&](std::vector<float> Gradients::*member) {
+  const auto add = [&](Floats Gradients::*member) {
     for (int64_t part = 1; part < parts; ++part) {
       for (size_t i = 0; i < (total.*member).size(); ++i) (total.*member)[i] += (sums[part].*member)[i];
     }
@@ -541,6 +601,10 @@ TORCH_LIBRARY_FRAGMENT(esc_arch, m) {
       "Tensor aggr_bias) -> Tensor",
       {at::Tag::pt2_compliant_tag});
   m.def(
+      "conv_ffn_step(Tensor x, Tensor? norm_weight, Tensor? norm_bias, float eps, Tensor proj_weight, Tensor proj_bias, "
+      "Tensor dwc_weight, Tensor dwc_bias, Tensor aggr_weight, Tensor aggr_bias, int pooled) -> (Tensor, Tensor)",
+      {at::Tag::pt2_compliant_tag});
+  m.def(
       "conv_ffn_backward(Tensor grad, Tensor x, Tensor proj_weight, Tensor proj_bias, Tensor dwc_weight, "
       "Tensor dwc_bias, Tensor aggr_weight, bool needs_input, bool needs_parameters) -> (Tensor, Tensor, Tensor, Tensor, "
       "Tensor, Tensor, Tensor)",
@@ -549,5 +613,6 @@ TORCH_LIBRARY_FRAGMENT(esc_arch, m) {
 
 TORCH_LIBRARY_IMPL(esc_arch, CPU, m) {
   m.impl("conv_ffn", &esc_arch::conv_ffn);
+  m.impl("conv_ffn_step", &esc_arch::conv_ffn_step);
   m.impl("conv_ffn_backward", &esc_arch::conv_ffn_backward);
 }

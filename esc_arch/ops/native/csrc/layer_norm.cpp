@@ -10,6 +10,7 @@
 #include <tuple>
 #include <vector>
 
+#include "pixels.h"
 #include "vectors.h"
 
 namespace esc_arch {
@@ -60,62 +61,11 @@ struct Sums {
 
 // --- channels_last --------------------------------------------------------------------------------------------------
 
-// A pixel's channels as vectors; beyond the last channel they are zero.
-struct Pixel {
-  int64_t whole, rest;  // vectors, and channels after them
-  Vec mask;             // 1 where the last vector has a channel
-  float share;          // 1 / channels
-
-  explicit Pixel(int64_t channels) : whole(channels / kLanes), rest(channels % kLanes), mask{}, share(1.0f / channels) {
-    for (int64_t lane = 0; lane < rest; ++lane) mask[lane] = 1;
-  }
-
-  template <typename Use>
-  ESC_ARCH_INLINE void each(Use use) const {
-    for (int64_t v = 0; v < whole; ++v) use(v * kLanes, kLanes);
-    if (rest) use(whole * kLanes, rest);
-  }
-};
-
-ESC_ARCH_INLINE Vec load_count(const float* from, int64_t count) {
-  return count == kLanes ? load(from) : load_first(from, count);
-}
-
-ESC_ARCH_INLINE void store_count(float* to, Vec value, int64_t count) {
-  if (count == kLanes) {
-    store(to, value);
-  } else {
-    store_first(to, value, count);
-  }
-}
-
-struct Moments {
-  float mean, scale;
-};
-
-ESC_ARCH_INLINE Moments moments(const Pixel& pixel, const float* x, float eps) {
-  Vec sum = {}, squares = {};
-  pixel.each([&](int64_t c, int64_t count) { sum += load_count(x + c, count); });
-  const float mean = sum_of_lanes(sum) * pixel.share;
-  pixel.each([&](int64_t c, int64_t count) {
-    const Vec centred = load_count(x + c, count) - broadcast(mean);
-    squares += centred * centred * (count == kLanes ? broadcast(1) : pixel.mask);
-  });
-  return {mean, 1 / std::sqrt(sum_of_lanes(squares) * pixel.share + eps)};
-}
-
 void normalise_pixels(int64_t begin, int64_t end, int64_t channels, const float* x, const float* weight,
                       const float* bias, float eps, float* y) {
-  const Pixel pixel(channels);
-  for (int64_t p = begin; p < end; ++p) {
-    const float* from = x + p * channels;
-    float* to = y + p * channels;
-    const Moments m = moments(pixel, from, eps);
-    pixel.each([&](int64_t c, int64_t count) {
-      const Vec normal = (load_count(from + c, count) - broadcast(m.mean)) * broadcast(m.scale);
-      store_count(to + c, normal * load_count(weight + c, count) + load_count(bias + c, count), count);
-    });
-  }
+  float* to = y + begin * channels;
+  normalise(end - begin, channels, x + begin * channels, weight, bias, eps,
+            [=](int64_t p, int64_t c, int64_t count, Vec value) { store_count(to + p * channels + c, value, count); });
 }
 
 // With n the normalised map and g = gradient * weight: gx = scale * (g - mean(g) - n * mean(g n)).

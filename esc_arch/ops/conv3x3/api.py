@@ -1,0 +1,108 @@
+"""3 x 3 convolutions: check the inputs, and call the operator where it can run."""
+
+from __future__ import annotations
+
+from types import ModuleType
+
+from torch import Tensor
+
+from esc_arch.ops.backends import choose
+
+from . import native, reference
+
+__all__ = ["BACKENDS", "conv3x3", "conv3x3_step"]
+
+#: Every backend by name: a module with `reasons_against` (why not, empty when it can) and `forward`.
+BACKENDS: dict[str, ModuleType] = {"reference": reference, "cpp": native}
+
+#: What `auto` tries, in this order; the first one with no reason against it is taken.
+AUTO_ORDER = ("cpp", "reference")
+
+
+def conv3x3(x: Tensor, weight: Tensor, bias: Tensor | None, *, backend: str = "auto") -> Tensor:
+    """conv2d(x, weight, bias, padding=1).
+
+    On the CPU the result and the gradient of `x` take less than half the time of a direct convolution, with about twice
+    its rounding errors; the gradient of `weight` is PyTorch's own.
+
+    Args:
+        x: (B, C, H, W).
+        weight: (D, C, 3, 3).
+        bias: (D,), or None.
+        backend: a key of `BACKENDS`, or auto.
+
+    Returns:
+        (B, D, H, W).
+
+    Raises:
+        ValueError: shapes that do not fit each other, or an unknown backend.
+        RuntimeError: the backend asked for by name cannot take these inputs; the message lists every reason.
+    """
+    _check_shapes(x, None, None, weight, bias, None)
+    chosen = choose("3x3 convolution", BACKENDS, AUTO_ORDER, backend, x, weight, bias, option="3x3 convolution backend")
+    out: Tensor = chosen.forward(x, weight, bias)
+    return out
+
+
+def conv3x3_step(
+    x: Tensor,
+    norm_weight: Tensor | None,
+    norm_bias: Tensor | None,
+    eps: float,
+    weight: Tensor,
+    bias: Tensor | None,
+    residual: Tensor | None,
+) -> Tensor | None:
+    """residual + conv2d(layer_norm(x), weight, bias, padding=1), in one operator.
+
+    Without gradients and on the CPU this takes less than half the time of a direct convolution, and saves two passes
+    over the map. Its rounding errors are about twice those of a direct convolution.
+
+    Args:
+        x: (B, C, H, W).
+        norm_weight, norm_bias: (C,) each, of the normalisation of the channels at every pixel by itself; both None for
+            x as it is.
+        eps: added to the variance by the normalisation.
+        weight: (D, C, 3, 3).
+        bias: (D,), or None.
+        residual: (B, D, H, W), added to the result, or None.
+
+    Returns:
+        (B, D, H, W), channels_last; None where no operator does it in one, or PyTorch's convolution is faster.
+
+    Raises:
+        ValueError: shapes that do not fit each other.
+    """
+    _check_shapes(x, norm_weight, norm_bias, weight, bias, residual)
+    if "cpp" not in AUTO_ORDER or native.step_reasons_against(x, norm_weight, norm_bias, weight, bias, residual):
+        return None
+    return native.step_forward(x, norm_weight, norm_bias, eps, weight, bias, residual)
+
+
+def _check_shapes(
+    x: Tensor,
+    norm_weight: Tensor | None,
+    norm_bias: Tensor | None,
+    weight: Tensor,
+    bias: Tensor | None,
+    residual: Tensor | None,
+) -> None:
+    if x.dim() != 4 or weight.dim() != 4 or weight.shape[1:] != (x.shape[1], 3, 3):
+        raise ValueError(
+            f"x has shape {tuple(x.shape)} and weight {tuple(weight.shape)}; they must be (B, C, H, W) and "
+            "(D, C, 3, 3)."
+        )
+    if (norm_weight is None) != (norm_bias is None):
+        raise ValueError("norm_weight and norm_bias must be given together, or neither.")
+    outputs = weight.shape[:1]
+    wanted = {
+        "norm_weight": (norm_weight, x.shape[1:2]),
+        "norm_bias": (norm_bias, x.shape[1:2]),
+        "bias": (bias, outputs),
+        "residual": (residual, (x.shape[0], *outputs, *x.shape[2:])),
+    }
+    for name, (tensor, shape) in wanted.items():
+        if tensor is not None and tensor.shape != shape:
+            raise ValueError(
+                f"{name} has shape {tuple(tensor.shape)}; for this x and weight it must be {tuple(shape)}."
+            )

@@ -1,0 +1,101 @@
+"""The C++ operators: Winograd's convolution, with a quarter of the products; see `csrc/conv3x3.cpp`."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from esc_arch.ops import native
+
+#: Below these PyTorch's convolution is faster: a small map does not pay for the kernel's transform, nor few channels
+#: for the map's.
+FEWEST_PIXELS = 256
+FEWEST_CHANNELS = 16
+
+
+def reasons_against(x: Tensor, *others: Tensor | None) -> list[str]:
+    """Why the C++ operators cannot take these inputs, or had better not; `others` are parameters and the residual."""
+    if torch.compiler.is_exporting() or torch.jit.is_tracing():
+        return ["an exported network keeps the plain formula"]
+    reasons = []
+    tensors = [x, *(tensor for tensor in others if tensor is not None)]
+    if any(tensor.device.type != "cpu" for tensor in tensors):
+        reasons.append(f"it runs on cpu, not on {x.device.type}")
+    if torch.is_autocast_enabled("cpu") or any(tensor.dtype != torch.float32 for tensor in tensors):
+        reasons.append("it takes float32")
+    if x.stride(1) != 1:
+        reasons.append("it takes maps with the channels innermost")
+    if x.shape[0] * x.shape[2] * x.shape[3] < FEWEST_PIXELS or x.shape[1] < FEWEST_CHANNELS:
+        reasons.append("it is slower than PyTorch's convolution for so few pixels or channels")
+    return reasons or native.reasons_against()
+
+
+def step_reasons_against(x: Tensor, *others: Tensor | None) -> list[str]:
+    """Why normalisation and addition cannot be taken into the same operator; see `conv3x3_step`."""
+    wanted = any(tensor is not None and tensor.requires_grad for tensor in (x, *others))
+    if torch.is_grad_enabled() and wanted:
+        return ["it has no backward pass"]
+    return reasons_against(x, *others)
+
+
+def forward(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """`torch.ops.esc_arch.conv3x3`; see `conv3x3`."""
+    out: Tensor = torch.ops.esc_arch.conv3x3(x, weight, bias)
+    return out
+
+
+def step_forward(
+    x: Tensor,
+    norm_weight: Tensor | None,
+    norm_bias: Tensor | None,
+    eps: float,
+    weight: Tensor,
+    bias: Tensor | None,
+    residual: Tensor | None,
+) -> Tensor:
+    """`torch.ops.esc_arch.conv3x3_step`; see `conv3x3_step`."""
+    out: Tensor = torch.ops.esc_arch.conv3x3_step(x, norm_weight, norm_bias, eps, weight, bias, residual)
+    return out
+
+
+def _fake(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    shape = (x.shape[0], weight.shape[0], *x.shape[2:])
+    return torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
+
+
+def _fake_step(
+    x: Tensor,
+    norm_weight: Tensor | None,
+    norm_bias: Tensor | None,
+    eps: float,
+    weight: Tensor,
+    bias: Tensor | None,
+    residual: Tensor | None,
+) -> Tensor:
+    return _fake(x, weight, bias)
+
+
+def _keep_inputs(ctx: Any, inputs: tuple[Tensor, Tensor, Tensor | None], output: Tensor) -> None:
+    x, weight, _ = inputs
+    ctx.save_for_backward(x, weight)
+
+
+def _backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+    x, weight = ctx.saved_tensors
+    of_x, of_weight, of_bias = ctx.needs_input_grad
+    turned = forward(gradient, weight.flip(2, 3).transpose(0, 1), None) if of_x else None
+    if not (of_weight or of_bias):
+        return turned, None, None
+    _, *of_parameters = torch.ops.aten.convolution_backward(
+        gradient, x, weight, weight.shape[:1], [1, 1], [1, 1], [1, 1], False, [0, 0], 1, [False, of_weight, of_bias]
+    )
+    return turned, *of_parameters
+
+
+@native.when_loaded
+def _register() -> None:
+    torch.library.register_fake("esc_arch::conv3x3", _fake)
+    torch.library.register_fake("esc_arch::conv3x3_step", _fake_step)
+    torch.library.register_autograd("esc_arch::conv3x3", _backward, setup_context=_keep_inputs)

@@ -1,0 +1,171 @@
+"""Steps of networks in one operator each: taken where they can be, to the same result, and never past a hook."""
+
+from __future__ import annotations
+
+import importlib
+from typing import Any
+
+import pytest
+import torch
+from networks import SMALL, image, max_error, randomise
+from torch import Tensor, nn
+
+from esc_arch import ESC, ESCFP, ESCLTE, ESCRIB, ESCReal, ESCRealM
+from esc_arch.modules import ConvAttn, LayerNorm
+from esc_arch.modules.conv3x3 import Conv3x3
+from esc_arch.modules.plain import are_plain
+from esc_arch.ops.conv3x3 import native as conv3x3
+from esc_arch.ops.conv_attn import native as conv_attn
+from esc_arch.ops.conv_ffn import native as conv_ffn
+from esc_arch.ops.window_attention import native as attention
+
+pytestmark = pytest.mark.usefixtures("native")
+
+STEPS = {
+    "attention": (attention, "layer_forward"),
+    "ConvFFN": (conv_ffn, "step_forward"),
+    "ConvAttn": (conv_attn, "step_forward"),
+    "3 x 3": (conv3x3, "step_forward"),
+    "3 x 3 alone": (conv3x3, "forward"),
+}
+#: The small network with 16 channels and more, which the 3 x 3 operator wants.
+OPTIONS = {**SMALL, "window_size": 8}
+REAL = {key: value for key, value in OPTIONS.items() if key != "upscaling_factor"}
+NETWORKS: list[Any] = [
+    pytest.param(lambda: ESC(**OPTIONS), id="ESC"),
+    pytest.param(lambda: ESC(**OPTIONS, use_ln=True), id="ESC with norms"),
+    pytest.param(lambda: ESC(**OPTIONS, attn_type="FlashBias", rank=4), id="FlashBias"),
+    pytest.param(lambda: ESCFP(**OPTIONS), id="ESCFP"),
+    pytest.param(lambda: ESCReal(**REAL), id="ESCReal"),
+    pytest.param(lambda: ESCRealM(**REAL, upscaling_factor=2, upsampler="nearest+conv"), id="ESCRealM"),
+    pytest.param(lambda: ESCRIB(**OPTIONS, gate_type="DWC"), id="ESCRIB with a gate"),
+    pytest.param(lambda: ESCLTE(**OPTIONS, hidden_dim=16, mlp_dims=(16,)), id="ESCLTE"),
+]
+
+
+@pytest.fixture
+def taken(monkeypatch: pytest.MonkeyPatch) -> dict[str, int]:
+    """How often each step was taken in one operator."""
+    counts = dict.fromkeys(STEPS, 0)
+
+    def counted(name: str, forward: Any) -> Any:
+        def call(*args: Any, **kwargs: Any) -> Any:
+            counts[name] += 1
+            return forward(*args, **kwargs)
+
+        return call
+
+    for name, (module, function) in STEPS.items():
+        monkeypatch.setattr(module, function, counted(name, getattr(module, function)))
+    return counts
+
+
+def small_net() -> ESC:
+    net = ESC(**OPTIONS)
+    randomise(net)
+    return net.eval()
+
+
+@pytest.mark.parametrize("make", NETWORKS)
+def test_the_same_as_step_by_step(make: Any, taken: dict[str, int]) -> None:
+    """Against float64, which no operator takes; at a size that is no multiple of the window."""
+    net = randomise(make()).eval()
+    x = image(2, 3, 20, 27)
+    with torch.no_grad():
+        out = net(x)
+        counts = dict(taken)
+        exact = net.double()(x.double())
+    assert max_error(out, exact) < 2e-5 * max(1, exact.abs().max().item())
+    assert taken == counts
+    pairs = sum(isinstance(module, ConvAttn) for module in net.modules())
+    gated = any(name.endswith("gate.0.weight") for name, _ in net.named_parameters())
+    blocks = len(net.get_submodule("blocks")._modules)
+    assert counts["attention"] == (0 if gated else blocks)
+    assert counts["ConvAttn"] == pairs
+    assert counts["ConvFFN"] == blocks * (1 + OPTIONS["conv_blocks"])
+    # All but the first, whose 3 or 12 channels are too few
+    assert counts["3 x 3"] + counts["3 x 3 alone"] == sum(
+        isinstance(module, Conv3x3) and module.in_channels >= 16 for module in net.modules()
+    )
+
+
+def test_not_where_gradients_are_wanted(taken: dict[str, int]) -> None:
+    small_net()(image(1, 3, 20, 27))
+    assert taken == {**dict.fromkeys(STEPS, 0), "3 x 3 alone": 3}
+
+
+@torch.no_grad()
+def test_only_where_auto_may_choose_them(taken: dict[str, int], monkeypatch: pytest.MonkeyPatch) -> None:
+    for package in (attention, conv_ffn, conv_attn, conv3x3):
+        api = importlib.import_module(package.__name__.replace(".native", ".api"))
+        monkeypatch.setattr(api, "AUTO_ORDER", tuple(name for name in api.AUTO_ORDER if name != "cpp"))
+    small_net()(image(1, 3, 20, 27))
+    assert taken == dict.fromkeys(STEPS, 0)
+
+
+@pytest.mark.parametrize(
+    ("layer", "step"),
+    [
+        ("blocks.0.ln_attn", "attention"),
+        ("blocks.0.attn.to_qkv", "attention"),
+        ("blocks.0.attn.to_out", "attention"),
+        ("blocks.0.ln_proj", "ConvFFN"),
+        ("blocks.0.convffns.1.dwc", "ConvFFN"),
+        ("blocks.0.pconvs.0.aggr", "ConvAttn"),
+        ("blocks.0.pconvs.1.plk.dwc_proj.3", "ConvAttn"),
+        ("blocks.0.ln_out", "3 x 3"),
+        ("blocks.0.conv_out", "3 x 3"),
+    ],
+)
+@torch.no_grad()
+def test_hooked_layers_are_left_to_be_called(layer: str, step: str, taken: dict[str, int]) -> None:
+    net, x = small_net(), image(1, 3, 20, 27)
+    expected = net(x)
+    before = dict(taken)
+    seen: list[Tensor] = []
+    with net.get_submodule(layer).register_forward_hook(lambda module, args, out: seen.append(out)):
+        out = net(x)
+    # ConvFFN and ConvAttn have operators without norm and residual, which take their weights
+    assert (len(seen) == 1) == (not layer.endswith(("dwc", "aggr")))
+    assert max_error(out, expected) < 1e-4
+    assert taken[step] - before[step] == before[step] - 1
+
+
+@torch.no_grad()
+def test_hooks_on_every_module(taken: dict[str, int]) -> None:
+    net = small_net()
+    with nn.modules.module.register_module_forward_hook(lambda module, args, out: None):
+        net(image(1, 3, 20, 27))
+    assert taken["attention"] == taken["ConvAttn"] == 0
+
+
+class Adapter(nn.Conv2d):
+    """What adapters do: the layer's own weights stand in it, and are not all that it computes."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return 2 * super().forward(x)
+
+
+@torch.no_grad()
+def test_replaced_layers_are_called() -> None:
+    net, x = small_net(), image(1, 3, 20, 27)
+    conv = net.blocks[0].get_submodule("conv_out")
+    adapter = Adapter(conv.in_channels, conv.out_channels, 3, padding=1)
+    adapter.load_state_dict(conv.state_dict())
+    net.blocks[0].conv_out = adapter
+    doubled = net(x)
+    for parameter in conv.parameters():
+        parameter *= 2
+    net.blocks[0].conv_out = conv
+    assert max_error(doubled, net(x)) < 1e-4
+
+
+def test_plain_layers() -> None:
+    conv = nn.Conv2d(2, 2, 1)
+    assert are_plain(conv, LayerNorm(2), Conv3x3(2, 2), None)
+    assert not are_plain(conv, Adapter(2, 2, 1))
+    handle = conv.register_full_backward_hook(lambda *args: None)
+    assert not are_plain(conv)
+    handle.remove()
+    nn.utils.parametrizations.weight_norm(conv)
+    assert not are_plain(conv)
