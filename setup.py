@@ -6,6 +6,10 @@ from setuptools import find_packages, setup
 
 ROOT = Path(__file__).parent
 
+ONNX = ["onnx>=1.17", "onnxscript>=0.5", "onnxruntime>=1.20"]
+SPANDREL = ["spandrel>=0.4.0"]
+VIDEO = ["av>=17.1"]
+
 
 def read_requirements() -> list[str]:
     lines = (ROOT / "requirements.txt").read_text(encoding="utf-8").splitlines()
@@ -33,7 +37,10 @@ setup(
     extras_require={
         "flash-attn": ["flash-attn>=2.6"],
         "lpips": ["lpips>=0.1.4"],
+        "onnx": ONNX,
         "plot": ["matplotlib>=3.7"],
+        "spandrel": SPANDREL,
+        "video": VIDEO,
         "wandb": ["wandb>=0.15"],
         "test": [
             "pytest>=8",
@@ -44,6 +51,10 @@ setup(
             "types-PyYAML",
             "types-tqdm",
             "matplotlib>=3.7",
+            "openvino>=2025.0",
+            *ONNX,
+            *SPANDREL,
+            *VIDEO,
         ],
     },
     entry_points={"console_scripts": ["basicsr=esc_arch.cli:main"]},

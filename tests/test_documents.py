@@ -19,7 +19,7 @@ DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 def commands(document: Path) -> Iterator[list[str]]:
     """What follows `basicsr` or `-m esc_arch` in the blocks of commands."""
     for block in re.findall(r"```bash\n(.*?)```", document.read_text(encoding="utf-8"), re.DOTALL):
-        for line in block.splitlines():
+        for line in block.replace("\\\n", " ").splitlines():
             for command in line.split(" && "):
                 words = shlex.split(command, comments=True)
                 if words[:1] == ["basicsr"]:

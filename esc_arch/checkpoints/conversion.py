@@ -152,7 +152,7 @@ def save_checkpoint(checkpoint: Checkpoint, path: str | Path, *, file_format: st
             **({} if checkpoint.key is None else {"param_key": checkpoint.key}),
             **strings,
         }
-        data = save(weights, metadata)
+        data = _with_sorted_header(save(weights, metadata))
     else:
         buffer = io.BytesIO()
         beside = {**checkpoint.beside, "network_g": checkpoint.network_g}
@@ -162,6 +162,17 @@ def save_checkpoint(checkpoint: Checkpoint, path: str | Path, *, file_format: st
         write_atomically(path, data)
     except OSError as error:
         raise UserError(f"Cannot write {path}: {error.strerror or error}.") from error
+
+
+def _with_sorted_header(data: bytes) -> bytes:
+    """A safetensors file whose metadata are in the order of their names: the library's order changes from run to run,
+    and with it the file's hash."""
+    size = int.from_bytes(data[:8], "little")
+    header = json.loads(data[8 : 8 + size])
+    header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+    text += b" " * (-len(text) % 8)  # tensors begin at a multiple of 8
+    return len(text).to_bytes(8, "little") + text + data[8 + size :]
 
 
 def is_folded(weights: Mapping[str, Tensor]) -> bool | None:

@@ -50,6 +50,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--ext", choices=EXTENSIONS, default="auto", help="format of results; auto: the input's")
     parser.add_argument("--quality", type=int, default=95, metavar="Q", help="of JPEG and WebP, 1 to 100; default: 95")
     parser.add_argument("--lossless", action="store_true", help="WebP without loss")
+    parser.add_argument("--codec", metavar="NAME", help="of videos, an encoder of FFmpeg's; default: x264, VP9 in webm")
+    parser.add_argument("--crf", type=float, metavar="Q", help="quality of videos, from 0, the best; default: high")
+    parser.add_argument("--pixel-format", metavar="NAME", help="of videos, by FFmpeg's name; default: as the source's")
     parser.add_argument("--overwrite", action="store_true", help="make anew what is there; otherwise it is skipped")
     parser.add_argument("--window", type=int, metavar="W", help="window_size, which weights of ESCRIB do not say")
 
@@ -96,7 +99,9 @@ def _options(args: argparse.Namespace) -> Options:
         max_memory=None if args.max_memory is None else parse_memory(args.max_memory),
         alpha=args.alpha_upsampler,
     )
-    return Options(settings, args.quality, args.lossless, args.batch, args.overwrite)
+    video = {"codec": args.codec, "crf": args.crf, "pixel_format": args.pixel_format}
+    chosen = {name: value for name, value in video.items() if value is not None}
+    return Options(settings, args.quality, args.lossless, args.batch, args.overwrite, chosen)
 
 
 def _device(gpu: int | None) -> str:

@@ -5,12 +5,12 @@ from __future__ import annotations
 import os
 import tempfile
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 from esc_arch.errors import UserError
 
@@ -47,6 +47,7 @@ class Options:
         quality, lossless: of what is written, see `Form`.
         batch: images of equal size that run together; None for what suits the device.
         overwrite: make anew what is there.
+        video: codec, crf and pixel_format of `upscale_video`, where they are chosen.
     """
 
     settings: Settings = field(default_factory=Settings)
@@ -54,6 +55,7 @@ class Options:
     lossless: bool = False
     batch: int | None = None
     overwrite: bool = False
+    video: Mapping[str, Any] = field(default_factory=dict)
 
     def batch_of(self, upscaler: Upscaler, height: int, width: int) -> int:
         """How many images of this size run together."""
@@ -154,8 +156,15 @@ def _files(path: Path, output: Path) -> Iterator[tuple[Path, Path]]:
 
 
 def _result_name(source: Path, suffix: str, ext: str) -> str:
-    kept = source.suffix if source.suffix.lower() in SUFFIXES or _is_video(source) else ".png"
-    ending = kept if ext == "auto" or _is_video(source) else f".{ext}"
+    if _is_video(source):
+        from .video_output import CONTAINERS
+
+        # Matroska takes every codec and stream that the others have
+        ending = source.suffix if source.suffix.lower() in CONTAINERS else ".mkv"
+    elif ext == "auto":
+        ending = source.suffix if source.suffix.lower() in SUFFIXES else ".png"
+    else:
+        ending = f".{ext}"
     return f"{source.stem}{f'_{suffix}' if suffix else ''}{ending}"
 
 
@@ -257,6 +266,7 @@ class _Run:
                 overwrite=self.options.overwrite,
                 max_memory=self.options.settings.max_memory,
                 progress=self.report.progress,
+                **self.options.video,
             )
         except Exception as error:
             self.fail(task, error)
