@@ -5,35 +5,42 @@ current libraries and registers the networks, layers, data sets and models below
 That is its only side effect.
 """
 
-# ruff: noqa: E402  the order of these imports is the point: basicsr can only be imported in between
-
 from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from . import compat
+try:
+    # The order of these imports is the point: basicsr can only be imported in between
+    from . import compat
 
-compat.prepare_import()
+    compat.prepare_import()
 
-import basicsr  # noqa: F401
+    import basicsr  # noqa: F401
 
-compat.apply_patches()
+    compat.apply_patches()
 
-from .archs import (
-    ESC,
-    ESCFP,
-    ESCLTE,
-    ESCRIB,
-    ConvAttn,
-    DecomposedConvAttn,
-    ESCReal,
-    ESCRealM,
-    FlashWindowAttention,
-)
-from .data import ArbitraryScaleDataset, DownsampleImageDataset
-from .errors import UserError
-from .losses import FFTLoss, LPIPSLoss, SSIMLoss
-from .models import ESCLTEModel, ESCModel, ESCRealGANModel, ESCRealMSEModel
+    from .archs import (
+        ESC,
+        ESCFP,
+        ESCLTE,
+        ESCRIB,
+        ConvAttn,
+        DecomposedConvAttn,
+        ESCReal,
+        ESCRealM,
+        FlashWindowAttention,
+    )
+    from .data import ArbitraryScaleDataset, DownsampleImageDataset
+    from .errors import UserError
+    from .losses import FFTLoss, LPIPSLoss, SSIMLoss
+    from .models import ESCLTEModel, ESCModel, ESCRealGANModel, ESCRealMSEModel
+except Exception as error:
+    # What keeps BasicSR from being imported is what `basicsr doctor` is asked for: it ends the process, if it is that
+    from .doctor.command import run_where_the_import_failed
+
+    run_where_the_import_failed(error)
+    raise
+
 from .version import __version__
 
 if TYPE_CHECKING:

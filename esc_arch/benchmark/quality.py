@@ -24,6 +24,7 @@ from basicsr.utils import logger as basicsr_logger
 from basicsr.utils import tensor2img
 from basicsr.utils.registry import MODEL_REGISTRY
 
+from esc_arch.data.names import image_name
 from esc_arch.distributed import failing_together
 from esc_arch.errors import UserError
 from esc_arch.models import ESCModel
@@ -303,7 +304,7 @@ def bicubic_images(trial: Trial, dataset: str) -> Iterator[tuple[str, Any, Any]]
         item = data[index]
         if "gt" in item:
             enlarged = matlab_resize(item["lq"][None], tuple(item["gt"].shape[-2:]))
-            yield Path(item["lq_path"]).stem, tensor2img([enlarged]), tensor2img([item["gt"]])
+            yield image_name(item["lq_path"]), tensor2img([enlarged]), tensor2img([item["gt"]])
 
 
 # --- beside the paper -----------------------------------------------------------------------------------------------

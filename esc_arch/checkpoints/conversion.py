@@ -42,6 +42,8 @@ __all__ = [
 FORMATS = ("pth", "safetensors")
 #: Where weights that had no key of their own are put in a `.pth`: what BasicSR looks for by default.
 DEFAULT_KEY = "params"
+#: Values beside the weights that are kept, counting those in lists and mappings.
+MOST_VALUES = 100_000
 #: What a `.safetensors` file's metadata, strings all, say of ours: the format that readers expect, the version that
 #: wrote it, the network, the entry that the weights were in, and what stood beside them, the last three as JSON.
 RESERVED = ("format", "esc_arch", "network_g", "param_key", "beside")
@@ -319,7 +321,7 @@ def _check_fit(path: Path, section: Mapping[str, Any], weights: Mapping[str, Ten
     try:
         with torch.device("meta"):
             net = build_network(section)
-    except ValueError as error:
+    except (ValueError, TypeError, ArithmeticError, RuntimeError) as error:  # sizes that no tensor has, among others
         raise UserError(f"{path} looks like {section['type']} with {options}, but there is none: {error}") from error
     completed = dict(weights)
     adapt_weights(net, completed)
@@ -337,15 +339,30 @@ def _split_plain(content: Mapping[Any, Any], *, bare: bool) -> tuple[dict[str, A
 
 def _is_plain(value: object) -> bool:
     try:
-        return bool(json.loads(json.dumps(value)) == value)
-    except (TypeError, ValueError):
+        return _is_small(value) and bool(json.loads(json.dumps(value)) == value)
+    except (TypeError, ValueError, RecursionError):
         return False
+
+
+def _is_small(value: object) -> bool:
+    """Whether a value is no larger than what is noted beside weights: lists that hold one list twice, which holds one
+    twice, and so on, are small in a file and endless written out."""
+    waiting = [value]
+    for _ in range(MOST_VALUES):
+        if not waiting:
+            return True
+        item = waiting.pop()
+        if isinstance(item, dict):
+            waiting += item.values()
+        elif isinstance(item, list):
+            waiting += item
+    return not waiting
 
 
 def _from_json(text: str | None) -> dict[str, Any]:
     """An object from metadata that anyone may have written; empty when it is none."""
     try:
         value = json.loads(text or "{}")
-    except ValueError:
+    except (ValueError, RecursionError):
         return {}
     return value if isinstance(value, dict) else {}

@@ -25,14 +25,17 @@ PARAM_KEYS = ("params_ema", "params", "params-ema", "state_dict", "model_state_d
 PREFIXES = ("module.", "_orig_mod.")
 #: How many names a message lists before it says how many more there are.
 LISTED = 8
+#: Bytes of memory that the content of a file may take beyond the size of the file. PyTorch stores records as they
+#: are; only ones made to do harm grow by more when they are read.
+LARGEST_GROWTH = 2**28
 
 
 def read_checkpoint(path: str | Path) -> dict[str, Any]:
     """The content of a ``.pth`` (also ``.pt``, ``.ckpt``, ``.state``) or ``.safetensors`` file, on the CPU.
 
     Raises:
-        UserError: the file is missing, is no checkpoint (a web page, a Git LFS pointer, cut short), or holds
-            anything but tensors and plain values, which could run code.
+        UserError: the file is missing, is no checkpoint (a web page, a Git LFS pointer, cut short), holds anything but
+            tensors and plain values, which could run code, or would take far more memory than its size.
     """
     path = Path(path)
     if not path.is_file():
@@ -40,11 +43,11 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
             "is a folder, not a checkpoint file" if path.is_dir() else f"does not exist (looked at {path.absolute()})"
         )
         raise UserError(f"The checkpoint {path} {what}.")
-    head = path.open("rb").read(512)
-    if (problem := _not_a_checkpoint(path, head)) is not None:
+    if (problem := _not_a_checkpoint(path, _head(path))) is not None:
         raise UserError(f"{path} is not a checkpoint: {problem}")
     if path.suffix == ".safetensors":
         return _read_safetensors(path)
+    _check_growth(path, _unpacked_size(path))
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
@@ -57,11 +60,7 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
             ) from error
         raise UserError(f"{path} cannot be read: it is damaged, or was not written by torch.save.") from error
     except Exception as error:  # damaged files make the reader fail in about every way there is
-        size = path.stat().st_size
-        raise UserError(
-            f"{path} ({size:,} bytes) is no checkpoint, or was cut short while it was saved or downloaded: "
-            f"{type(error).__name__}: {_first_line(error)} Get it again."
-        ) from error
+        raise _damaged(path, error) from error
     if not isinstance(content, Mapping):
         raise UserError(f"{path} holds a {type(content).__name__}, not a dictionary of weights.")
     return dict(content)
@@ -77,7 +76,8 @@ def select_weights(checkpoint: Mapping[str, Any], param_key: str | None, source:
         source: the file, for messages.
 
     Raises:
-        UserError: no weights in it.
+        UserError: no weights in it, or some that no network can take: sparse, quantised, complex, without content, or
+            numbers that are repeated to far more than the file holds.
     """
     key, weights = find_weights(checkpoint, param_key, source)
     if key not in (param_key, None):
@@ -108,6 +108,7 @@ def find_weights(
                 + (" It is a training state: name it as path: resume_state." if "optimizers" in checkpoint else "")
             )
         key, weights = found[0], checkpoint[found[0]]
+    _check_dense(weights, source)
     return key, {_strip_prefixes(name): tensor for name, tensor in weights.items()}
 
 
@@ -126,6 +127,34 @@ def is_state_dict(value: object) -> bool:
     )
 
 
+def _check_dense(weights: Mapping[str, Tensor], source: str | Path) -> None:
+    for name, tensor in weights.items():
+        if (kind := _odd_kind(tensor)) is not None:
+            raise UserError(
+                f"{source} holds {name} as {kind}, which cannot be loaded into a network. Save its weights as ordinary "
+                "tensors."
+            )
+    # A view may repeat one stored number as often as it says
+    stored = {tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes() for tensor in weights.values()}
+    taken = sum(tensor.numel() * tensor.element_size() for tensor in weights.values())
+    if taken > sum(stored.values()) + LARGEST_GROWTH:
+        raise UserError(
+            f"The weights in {source} would take {taken:,} bytes of memory, and are stored in "
+            f"{sum(stored.values()):,}: it was not made by saving a network. Get it from another source."
+        )
+
+
+def _odd_kind(tensor: Tensor) -> str | None:
+    """What a tensor is if it does not hold a number for each of its places."""
+    if tensor.layout != torch.strided or tensor.is_nested:
+        return "a sparse tensor" if not tensor.is_nested else "a nested tensor"
+    if tensor.is_quantized:
+        return "a quantised tensor"
+    if tensor.is_complex():
+        return "complex numbers"
+    return "a tensor without content" if tensor.is_meta else None
+
+
 def _strip_prefixes(name: str) -> str:
     while name.startswith(PREFIXES):
         name = name.partition(".")[2]
@@ -140,6 +169,8 @@ def _read_safetensors(path: Path) -> dict[str, Any]:
         return dict(load_file(path, device="cpu"))
     except SafetensorError as error:
         raise UserError(f"{path} is damaged or was cut short: {_first_line(error)} Get it again.") from error
+    except Exception as error:  # a type that PyTorch has not; sizes that no memory holds
+        raise _damaged(path, error) from error
 
 
 def read_metadata(path: str | Path) -> dict[str, str]:
@@ -164,11 +195,46 @@ def _not_a_checkpoint(path: Path, head: bytes) -> str | None:
     return None
 
 
+def _head(path: Path) -> bytes:
+    try:
+        with path.open("rb") as file:
+            return file.read(512)
+    except OSError as error:
+        raise UserError(f"{path} cannot be read: {error.strerror}.") from error
+
+
 def _is_whole_zip(path: Path) -> bool:
     try:
         return zipfile.is_zipfile(path)
     except zipfile.BadZipFile:
         return False
+
+
+def _unpacked_size(path: Path) -> int:
+    """Bytes that the records of a zip archive unpack to; 0 for another file."""
+    if not _is_whole_zip(path):
+        return 0
+    try:
+        with zipfile.ZipFile(path) as archive:
+            return sum(record.file_size for record in archive.infolist())
+    except Exception as error:  # a damaged directory makes the reader fail in many ways
+        raise _damaged(path, error) from error
+
+
+def _check_growth(path: Path, taken: int) -> None:
+    size = path.stat().st_size
+    if taken > size + LARGEST_GROWTH:
+        raise UserError(
+            f"{path} has {size:,} bytes and would take {taken:,} of memory: it was not written by torch.save. Get it "
+            "from another source."
+        )
+
+
+def _damaged(path: Path, error: Exception) -> UserError:
+    return UserError(
+        f"{path} ({path.stat().st_size:,} bytes) is no checkpoint, or was cut short while it was saved or downloaded: "
+        f"{type(error).__name__}: {_first_line(error)} Get it again."
+    )
 
 
 def _first_line(error: Exception) -> str:

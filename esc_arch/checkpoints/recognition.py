@@ -10,6 +10,7 @@ ESCRealM begins with weights, `to_img.0`.
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
@@ -39,9 +40,14 @@ COMMON_NAMES = ("blocks.0.attn.to_qkv.weight", "blocks.0.attn.to_out.weight", "b
 #: Expansions in published models; of several numbers that give the same width one of these is meant.
 PUBLISHED_RATIOS = (1.25, 2)
 PUBLISHED_RIB_WINDOW = 64
+#: Images are padded to whole windows: a file's word for a larger one would have any image fill the memory.
+LARGEST_RIB_WINDOW = 1024
 DEFAULT_MID_DIM = 48
+#: Characters of a name that a message shows.
+LONGEST_NAME = 80
 DYSAMPLE_GROUPS = 4
 META = "to_img.MetaUpsample"
+IMNET_LAYER = re.compile(r"lte\.imnet\.([0-9]{1,4})\.weight")
 
 
 def recognise(weights: Mapping[str, Tensor], known: Mapping[str, Any] | None = None) -> dict[str, Any]:
@@ -194,6 +200,8 @@ class _Reader:
             raise UserError(f"The weights are nearly those of an ESC network, but {name} is missing.")
         if not -tensor.dim() <= axis < tensor.dim():
             raise self._misshapen(name, "of too few dimensions")
+        if tensor.shape[axis] == 0:
+            raise self._misshapen(name, "which is empty")
         return tensor.shape[axis]
 
     def _misshapen(self, name: str, what: str) -> UserError:
@@ -201,9 +209,15 @@ class _Reader:
         return UserError(f"The weights are nearly those of an ESC network, but {name} is {shape}, {what}.")
 
     def _count(self, prefix: str) -> int:
-        """How many parts the names number after a prefix: one more than the highest number."""
+        """How many parts the names number after a prefix, from 0 on; `n_blocks` of such a network is built."""
         numbers = {name.removeprefix(prefix).partition(".")[0] for name in self.weights if name.startswith(prefix)}
-        return max((int(number) + 1 for number in numbers if number.isdecimal()), default=0)
+        count = len(numbers)
+        if unexpected := sorted(numbers - {str(number) for number in range(count)}):
+            raise UserError(
+                f"The weights are nearly those of an ESC network, but the {count} parts that begin with {prefix} are "
+                f"not numbered from 0 to {count - 1}: there is {prefix}{unexpected[0][:LONGEST_NAME]}."
+            )
+        return count
 
     def _root(self, name: str, axis: int, what: str, times: int = 1) -> int:
         """The side of a square, of which a size is a number of `times`."""
@@ -252,7 +266,7 @@ class _Reader:
         if "blocks.0.attn.to_hidden" not in self.weights:
             return self._attention()
         window = self.known.get("window_size")
-        if not isinstance(window, int) or window < 1:
+        if not isinstance(window, int) or not 1 <= window <= LARGEST_RIB_WINDOW:
             window = PUBLISHED_RIB_WINDOW
             self.assumptions.append(
                 f"RIB's weights do not depend on window_size: {window} is that of the published model; "
@@ -268,11 +282,8 @@ class _Reader:
 
     def _local_texture_tail(self) -> tuple[float, dict[str, Any]]:
         """The scale when none is asked for, which weights cannot tell, and the options of ESCLTE's tail."""
-        layers = sorted(
-            (int(name.split(".")[2]), tensor.shape[0])
-            for name, tensor in self.weights.items()
-            if name.startswith("lte.imnet.") and name.endswith(".weight")
-        )
+        numbers = {name: IMNET_LAYER.fullmatch(name) for name in self.weights}
+        layers = sorted((int(found[1]), self._size(name, 0)) for name, found in numbers.items() if found is not None)
         options = {"hidden_dim": self._size("lte.coef.weight", 0), "mlp_dims": [width for _, width in layers[:-1]]}
         scale = self.known.get("upscaling_factor")
         return scale if isinstance(scale, (int, float)) and scale > 0 else 4, options

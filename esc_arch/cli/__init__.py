@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from esc_arch import __version__
 from esc_arch.errors import UserError
 
-from . import benchmark, convert, export, prepare, publish, test, train, upscale, warmup
+from . import benchmark, check, convert, doctor, export, prepare, publish, test, train, upscale, warmup
 from .status import describe
 
 __all__ = ["main"]
@@ -29,6 +29,8 @@ VERBS = {
     "upscale": upscale,
     "benchmark": benchmark,
     "warmup": warmup,
+    "check": check,
+    "doctor": doctor,
 }
 
 

@@ -16,6 +16,7 @@ from esc_arch.errors import UserError
 from esc_arch.models.speed import Speed, speed_problems
 from esc_arch.modules.window_attention import WindowAttention
 from esc_arch.ops import native
+from esc_arch.ops.backends import survey
 from esc_arch.ops.native import building
 from esc_arch.ops.window_attention.api import AUTO_ORDER, BACKENDS
 from esc_arch.options import load_yaml
@@ -150,14 +151,9 @@ def _attention(net: nn.Module, image: Tensor, speed: Speed | None) -> Iterator[s
     with torch.set_grad_enabled(speed is not None):
         qkv = image.new_empty((1, module.to_qkv.out_channels, *image.shape[-2:]), dtype=dtype)
         bias = module.position_bias()
-        reasons = {
-            name: backend.reasons_against(qkv, bias, module.window_size, module.num_heads)
-            for name, backend in BACKENDS.items()
-        }
-    chosen = module.attn_type
-    if chosen == "auto":
-        chosen = next(name for name in AUTO_ORDER if not reasons[name])
+        found = survey(BACKENDS, AUTO_ORDER, qkv, bias, module.window_size, module.num_heads)
+    chosen = found.chosen if module.attn_type == "auto" else module.attn_type
     yield f"window attention ({str(dtype).removeprefix('torch.')}): {chosen}, by attn_type: {module.attn_type}"
-    for name, why in reasons.items():
+    for name, why in found.reasons.items():
         if why:
             yield f"not {name}: {'; '.join(why)}"

@@ -11,7 +11,7 @@ Nothing in site-packages is edited, and nothing changes what a working BasicSR e
 
 from __future__ import annotations
 
-from . import safe_training, training_loop  # noqa: F401  note further patches
+from . import safe_data, safe_output, safe_training, safe_weights, training_loop  # noqa: F401  note further patches
 from .aliases import add_missing_modules
 from .copies import forget_failed_import, warn_about_copies
 from .patches import PATCHES, apply_patches

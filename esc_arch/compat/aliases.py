@@ -15,7 +15,7 @@ from collections.abc import Callable
 from functools import total_ordering
 from types import ModuleType
 
-__all__ = ["add_missing_modules"]
+__all__ = ["add_missing_modules", "stand_ins_in_use"]
 
 logger = logging.getLogger("esc_arch")
 
@@ -26,6 +26,13 @@ def add_missing_modules() -> None:
         if not _importable(name):
             _install(name, make())
             logger.debug("basicsr needs the module %s, which is gone: using a stand-in.", name)
+
+
+def stand_ins_in_use() -> list[str]:
+    """The modules whose originals are missing."""
+    modules = {name: sys.modules.get(name) for name in _STAND_INS}
+    # (A stand-in was not found on the path, or is another module under this name)
+    return [name for name, module in modules.items() if module and (module.__spec__ is None or module.__name__ != name)]
 
 
 def _importable(name: str) -> bool:

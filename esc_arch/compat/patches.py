@@ -8,11 +8,10 @@ for two faults: a run ended before `total_iter`, and its workers drew the same r
 from __future__ import annotations
 
 import functools
-import io
+import importlib
 import logging
 import os
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -51,7 +50,7 @@ def apply_patches() -> None:
         )
         return
     for module_name, name, make, mends in PATCHES:
-        owner: Any = sys.modules[module_name]
+        owner: Any = importlib.import_module(module_name)
         *parents, attribute = name.split(".")
         for parent in parents:
             owner = getattr(owner, parent)
@@ -91,6 +90,8 @@ def _load_resume_state(original: Callable[..., Any]) -> Callable[..., Any]:
     def load_resume_state(opt: dict[str, Any]) -> dict[str, Any] | None:
         from basicsr.utils import check_resume
 
+        from esc_arch.data.safe_files import remove_partial
+
         if opt["auto_resume"]:
             found = _newest_state(opt)
             if found is None:
@@ -109,6 +110,9 @@ def _load_resume_state(original: Callable[..., Any]) -> Callable[..., Any]:
                 f"that saved it."
             )
         check_resume(opt, state["iter"])
+        if opt["rank"] == 0:
+            for folder in ("models", "training_states"):
+                remove_partial(Path(opt["path"][folder]))
         if state.get("manual_seed") is not None:
             opt["manual_seed"] = state["manual_seed"]  # the order of the data follows from it
         return state
@@ -148,158 +152,13 @@ def _read_state(path: Path) -> dict[str, Any]:
     state = read_checkpoint(path)
     if missing := {"epoch", "iter", "optimizers", "schedulers"} - state.keys():
         raise UserError(f"{path} is not a training state: it has no {', '.join(sorted(missing))}.")
+    for key in ("epoch", "iter"):  # of which names of files are made
+        if type(state[key]) is not int or state[key] < 0:
+            raise UserError(f"{path} is not a training state: its {key} is {state[key]!s:.80}.")
+    for key in ("optimizers", "schedulers"):
+        if not isinstance(state[key], list) or not all(isinstance(entry, dict) for entry in state[key]):
+            raise UserError(f"{path} is not a training state: its {key} is {state[key]!s:.80}.")
     return state
-
-
-@patch("basicsr.train", "copy_opt_file", "option files are UTF-8 whatever the locale")
-def _copy_opt_file(original: Callable[..., Any]) -> Callable[..., Any]:
-    from basicsr.utils.dist_util import master_only
-
-    @master_only
-    @functools.wraps(original)
-    def copy_opt_file(opt_file: str, experiments_root: str) -> None:
-        text = Path(opt_file).read_text(encoding="utf-8")
-        header = f"# GENERATE TIME: {time.asctime()}\n# CMD:\n# {' '.join(sys.argv)}\n\n"
-        Path(experiments_root, os.path.basename(opt_file)).write_text(header + text, encoding="utf-8")
-
-    return copy_opt_file
-
-
-@patch("basicsr.utils.logger", "get_root_logger", "log files are UTF-8 whatever the locale")
-def _get_root_logger(original: Callable[..., Any]) -> Callable[..., Any]:
-    @functools.wraps(original)
-    def get_root_logger(*args: Any, **kwargs: Any) -> logging.Logger:
-        root: logging.Logger = original(*args, **kwargs)
-        for handler in root.handlers:
-            stream = getattr(handler, "stream", None)
-            if isinstance(handler, logging.FileHandler) and isinstance(stream, io.TextIOWrapper):
-                stream.reconfigure(encoding="utf-8")
-        return root
-
-    return get_root_logger
-
-
-# --- data -----------------------------------------------------------------------------------------------------------
-
-
-class _NamedBytes(bytes):
-    """File content that remembers where it is from, so that a decoding error can name it."""
-
-    source: str
-
-
-@patch("basicsr.utils.file_client", "FileClient.get", "a file or LMDB entry that is missing is named")
-def _file_client_get(original: Callable[..., Any]) -> Callable[..., Any]:
-    @functools.wraps(original)
-    def get(self: Any, filepath: str, client_key: str = "default") -> bytes:
-        try:
-            content = original(self, filepath, client_key)
-        except OSError as error:
-            raise UserError(f"Cannot read the image {filepath}: {error.strerror or error}.") from error
-        source = str(filepath)
-        if self.backend == "lmdb":
-            lmdb_path = self.client.paths.get(client_key, "the LMDB")
-            source = f"{filepath} in {lmdb_path}"
-            if content is None:
-                raise UserError(
-                    f"{lmdb_path} has no image {filepath!r}, though its meta_info.txt lists it: make it anew."
-                )
-        named = _NamedBytes(content)
-        named.source = source
-        return named
-
-    return get
-
-
-@patch("basicsr.utils.img_util", "imfrombytes", "an image that cannot be decoded is named")
-def _imfrombytes(original: Callable[..., Any]) -> Callable[..., Any]:
-    import cv2
-    import numpy as np
-
-    @functools.wraps(original)
-    def imfrombytes(content: bytes, flag: str = "color", float32: bool = False) -> Any:
-        try:
-            image = original(content, flag, float32=False)
-        except cv2.error:
-            image = None
-        if image is None:
-            source = getattr(content, "source", "An image")
-            raise UserError(
-                f"{source} is not an image that OpenCV can read ({len(content):,} bytes): damaged, cut short or of "
-                f"another format. Replace it or take it out of the data set."
-            )
-        return image.astype(np.float32) / 255.0 if float32 else image
-
-    return imfrombytes
-
-
-#: path -> environment. lmdb refuses a second environment of one file in one process, and counts those that a forked
-#: worker inherited; without locks, as BasicSR opens them, a worker can read on through its parent's.
-_ENVIRONMENTS: dict[str, Any] = {}
-
-
-@patch("basicsr.utils.file_client", "LmdbBackend.__init__", "one LMDB can serve several data sets of a process")
-def _lmdb_backend_init(original: Callable[..., Any]) -> Callable[..., Any]:
-    import lmdb
-
-    @functools.wraps(original)
-    def __init__(
-        self: Any,
-        db_paths: str | list[str],
-        client_keys: str | list[str] = "default",
-        readonly: bool = True,
-        lock: bool = False,
-        readahead: bool = False,
-        **kwargs: Any,
-    ) -> None:
-        keys = [client_keys] if isinstance(client_keys, str) else client_keys
-        self.db_paths = [str(path) for path in ([db_paths] if isinstance(db_paths, str) else db_paths)]
-        self.paths = dict(zip(keys, self.db_paths, strict=True))
-        self._client = {}
-        for key, path in self.paths.items():
-            place = os.path.realpath(path)
-            if place not in _ENVIRONMENTS:
-                try:
-                    _ENVIRONMENTS[place] = lmdb.open(path, readonly=readonly, lock=lock, readahead=readahead, **kwargs)
-                except lmdb.Error as error:
-                    raise UserError(
-                        f"Cannot open the LMDB {path}: {str(error).rstrip('.')}. Make it anew with `basicsr prepare`."
-                    ) from error
-            self._client[key] = _ENVIRONMENTS[place]
-
-    return __init__
-
-
-@patch("basicsr.data.data_util", "scandir", "the order of a folder's images does not depend on the file system")
-def _scandir(original: Callable[..., Any]) -> Callable[..., Any]:
-    @functools.wraps(original)
-    def scandir(*args: Any, **kwargs: Any) -> list[str]:
-        return sorted(original(*args, **kwargs))
-
-    return scandir
-
-
-@patch("basicsr.data.transforms", "paired_random_crop", "a patch that cannot be cut names its image")
-def _paired_random_crop(original: Callable[..., Any]) -> Callable[..., Any]:
-    @functools.wraps(original)
-    def paired_random_crop(
-        img_gts: Any, img_lqs: Any, gt_patch_size: int, scale: int, gt_path: str | None = None
-    ) -> Any:
-        try:
-            return original(img_gts, img_lqs, gt_patch_size, scale, gt_path)
-        except ValueError as error:
-            gt, lq = ((images[0] if isinstance(images, list) else images) for images in (img_gts, img_lqs))
-            sizes = "LQ {1} x {0}, GT {3} x {2}".format(
-                *(lq.shape[-2:] if torch.is_tensor(lq) else lq.shape[:2]),
-                *(gt.shape[-2:] if torch.is_tensor(gt) else gt.shape[:2]),
-            )
-            raise UserError(
-                f"No patch of gt_size {gt_patch_size} can be cut from {gt_path or 'an image'} ({sizes}, width x "
-                f"height): GT must be exactly {scale} times LQ, and at least {gt_patch_size} on each side. Lower "
-                f"datasets: train: gt_size, or mend the image."
-            ) from error
-
-    return paired_random_crop
 
 
 # --- models ---------------------------------------------------------------------------------------------------------
@@ -375,22 +234,3 @@ def _load_network(original: Callable[..., Any]) -> Callable[..., Any]:
         logging.getLogger("basicsr").info("Loaded %s from %s.", type(net).__name__, load_path)
 
     return load_network
-
-
-@patch("basicsr.archs.vgg_arch", "VGGFeatureExtractor.__init__", "without a network, it says where VGG weights go")
-def _vgg_init(original: Callable[..., Any]) -> Callable[..., Any]:
-    @functools.wraps(original)
-    def __init__(self: Any, *args: Any, **kwargs: Any) -> None:
-        from basicsr.archs.vgg_arch import VGG_PRETRAIN_PATH
-
-        try:
-            original(self, *args, **kwargs)
-        except OSError as error:  # URLError and time-outs are OSErrors
-            hub = Path(torch.hub.get_dir(), "checkpoints")
-            raise UserError(
-                f"The VGG19 weights for the perceptual loss could not be downloaded ({error}). Get the file "
-                f"vgg19-dcbb9e9d.pth (PyTorch's VGG19) on another machine and put it at "
-                f"{Path(VGG_PRETRAIN_PATH).absolute()} or in {hub}."
-            ) from error
-
-    return __init__

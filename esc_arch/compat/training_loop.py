@@ -5,15 +5,18 @@ from __future__ import annotations
 import functools
 import math
 import threading
+import traceback
 import weakref
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from queue import Full
 from typing import Any
 
-from esc_arch.errors import UserError
+from esc_arch.errors import UserError, message_of
 
 from .patches import patch
+from .safe_output import is_end_of_worker, system_faults_named, worker_killed
 from .safe_training import save_atomically
 
 __all__: list[str] = []
@@ -25,7 +28,7 @@ def _train_pipeline(original: Callable[..., Any]) -> Callable[..., Any]:
     def train_pipeline(root_path: str) -> None:
         from esc_arch.training.run import training_run
 
-        with training_run() as run:
+        with training_run() as run, system_faults_named():
             try:
                 original(root_path)
                 run.finish()
@@ -111,12 +114,48 @@ def _with_hooks(prefetcher: type[Any]) -> type[Any]:
             run = current_run()
             if run is not None and not run.before_batch():
                 return None
-            batch = super().next()
+            with _rescuing():
+                batch = super().next()
             if run is not None and batch is not None:
                 run.has_batch()
             return batch
 
     return Prefetcher
+
+
+@contextmanager
+def _rescuing() -> Iterator[None]:
+    """Around what happens between two iterations: should it fail, no iteration is lost that was done.
+
+    Raises:
+        UserError: what the user can mend, with where to go on from then.
+    """
+    from esc_arch.training.run import current_run
+
+    try:
+        yield
+    except Exception as error:
+        run = current_run()
+        if run is None:
+            raise
+        saved = run.rescue()
+        # A data loader in its frames would keep its workers waiting when the process ends
+        traceback.clear_frames(error.__traceback__)
+        if isinstance(error, UserError):
+            raise UserError(f"{message_of(error)} {saved}") from error
+        if is_end_of_worker(error):
+            raise UserError(f"{worker_killed(error)} {saved}") from error
+        raise
+
+
+@patch("basicsr.models.base_model", "BaseModel.validation", "a validation that fails loses no iteration")
+def _validation(original: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(original)
+    def validation(self: Any, *args: Any, **kwargs: Any) -> None:
+        with _rescuing():
+            original(self, *args, **kwargs)
+
+    return validation
 
 
 class _Nothing:

@@ -21,6 +21,7 @@ import numpy.typing as npt
 from basicsr.utils.matlab_functions import imresize
 
 from ..errors import UserError
+from .decoding import reason_against
 
 __all__ = [
     "IMAGE_SUFFIXES",
@@ -123,21 +124,15 @@ def read_image(path: Path) -> Image:
         UserError: the file cannot be read, is no image or is cut short.
     """
     try:
-        data = np.fromfile(path, np.uint8)  # unlike cv2.imread, takes any path on any system
-        image = cv2.imdecode(data, cv2.IMREAD_COLOR) if data.size else None
+        content = path.read_bytes()  # unlike cv2.imread, takes any path on any system
+        if (reason := reason_against(content)) is not None:
+            raise UserError(f"{path} {reason}")
+        image = cv2.imdecode(np.frombuffer(content, np.uint8), cv2.IMREAD_COLOR) if content else None
     except (OSError, cv2.error) as error:
         raise UserError(f"Cannot read {path}: {error}") from error
-    if image is None or _is_cut_short(data.tobytes()):
+    if image is None:
         raise UserError(f"{path} is not an image that OpenCV can read, or is damaged. Replace or remove it.")
     return cast(Image, image)
-
-
-def _is_cut_short(data: bytes) -> bool:
-    """Whether a JPEG has lost its end: OpenCV 4 fills the rest with grey and says nothing.
-
-    Other formats it refuses. The first half is not searched, where an embedded thumbnail has an end of its own.
-    """
-    return data.startswith(b"\xff\xd8") and data.find(b"\xff\xd9", len(data) // 2) < 0
 
 
 def encode_png(image: Image) -> bytes:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import shutil
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO
 
@@ -14,7 +15,44 @@ import lmdb
 
 from ..errors import UserError
 
-__all__ = ["fsync_folder", "locked", "remove", "replacing", "write_atomically", "writing_to"]
+__all__ = [
+    "fsync_folder",
+    "locked",
+    "remove",
+    "remove_partial",
+    "replacing",
+    "system_fault",
+    "write_atomically",
+    "writing_to",
+]
+
+#: What names of files end in that are being written.
+PARTIAL = ".partial"
+
+_NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+_NO_PERMISSION = (errno.EACCES, errno.EPERM, errno.EROFS)
+#: Errors of the system that a user can mend, with how.
+_CURES = {
+    **dict.fromkeys(_NO_ROOM, "Make room there, or write elsewhere"),
+    **dict.fromkeys(_NO_PERMISSION, "Get the permission for it, or use another folder"),
+    errno.ENOTDIR: "A part of this path is a file, where a folder is needed",
+    errno.ENAMETOOLONG: "Use a shorter name",
+    errno.EIO: "The disk or the network that it is on fails",
+    errno.ESTALE: "The network that it is on fails",
+    errno.EMFILE: "Raise the limit of open files (ulimit -n), or use fewer workers",
+    errno.ENFILE: "The machine has too many files open: use fewer workers",
+    errno.EAGAIN: "The machine has too many processes: use fewer workers",
+    errno.ENOMEM: "The memory is full: use fewer workers or smaller batches",
+}
+
+
+def system_fault(error: OSError) -> str | None:
+    """One message for an error that the system is to blame for, with the file and the cure; None for others."""
+    if error.errno not in _CURES:
+        return None
+    place = f"{error.filename2 or error.filename}: " if error.filename else ""
+    room = f" (free space there: {_free_space(Path(str(error.filename)))})" if place and error.errno in _NO_ROOM else ""
+    return f"{place}{error.strerror or error}{room}. {_CURES[error.errno]}."
 
 
 @contextmanager
@@ -41,19 +79,32 @@ def write_atomically(path: Path, data: bytes) -> None:
 
 
 @contextmanager
-def replacing(path: Path) -> Iterator[IO[bytes]]:
-    """A file to write to, which takes the place of `path` when the block ends, whole and on disk, or not at all."""
-    temporary = path.with_name(f".{path.name}.partial")
+def replacing(path: Path, *, durable: bool = True) -> Iterator[IO[bytes]]:
+    """A file to write to, which takes the place of `path` when the block ends, whole, or not at all.
+
+    What is `durable` is on the disk then, safe from a power cut as well.
+    """
+    temporary = path.with_name(f".{path.name}{PARTIAL}")
     try:
         with open(temporary, "wb") as file:
             yield file
             file.flush()
-            os.fsync(file.fileno())
+            if durable:
+                os.fsync(file.fileno())
         os.replace(temporary, path)
-        fsync_folder(path.parent)
+        if durable:
+            fsync_folder(path.parent)
     except BaseException:
-        temporary.unlink(missing_ok=True)
+        with suppress(OSError):  # what went wrong first is what counts
+            temporary.unlink(missing_ok=True)
         raise
+
+
+def remove_partial(folder: Path) -> None:
+    """Remove what `replacing` left in `folder` when its process was killed."""
+    for path in folder.glob(f".*{PARTIAL}"):
+        with suppress(OSError):
+            path.unlink()
 
 
 def fsync_folder(folder: Path) -> None:

@@ -130,4 +130,4 @@ def _program(upscaler: Upscaler, shape: InputShape, pad: bool) -> ExportedProgra
     with warnings.catch_warnings(), torch.no_grad():
         warnings.simplefilter("ignore")  # of PyTorch, about itself
         net = ExportedNetwork(upscaler.net, pad=pad).eval()
-        return torch.export.export(net, (example(upscaler, shape),), dynamic_shapes=dynamic_shapes(shape))
+        return torch.export.export(net, (example(upscaler, shape),), dynamic_shapes=dynamic_shapes(shape), strict=False)

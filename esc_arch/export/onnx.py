@@ -120,7 +120,7 @@ def _converted(net: torch.nn.Module, image: Tensor, shape: InputShape, opset: in
 
     with warnings.catch_warnings(), torch.no_grad():
         warnings.simplefilter("ignore")  # of PyTorch, about itself
-        program = torch.export.export(net, (image,), dynamic_shapes=dynamic_shapes(shape))
+        program = torch.export.export(net, (image,), dynamic_shapes=dynamic_shapes(shape), strict=False)
         try:
             exported = torch.onnx.export(
                 program,

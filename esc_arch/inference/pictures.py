@@ -321,6 +321,8 @@ def _deep_tiff(path: Path, page: Any) -> Pixels:
             raise
         pixels = _by_opencv(path, grey=grey)
     pixels = pixels.astype(np.uint16, copy=False)
+    if pixels.shape[2] < colours:
+        raise UserError(f"its pixels have {pixels.shape[2]} channels and should have {colours} or more. Save it anew.")
     kinds = [int(kind) for kind in page.extrasamples]
     colour = pixels[..., :colours]
     if page.photometric == 0:

@@ -10,6 +10,7 @@ import torch
 from basicsr.utils.registry import LOSS_REGISTRY
 from torch import Tensor
 
+from esc_arch.compat.safe_weights import tensors_only
 from esc_arch.errors import UserError
 from esc_arch.registry import register
 
@@ -52,7 +53,8 @@ class LPIPSLoss(ImageLoss):
         except ImportError as error:
             raise UserError(f"{_MISSING} ({error})") from error
         try:
-            self.net = lpips.LPIPS(net=net, verbose=False)
+            with tensors_only(f"LPIPSLoss's backbone ({Path(torch.hub.get_dir(), 'checkpoints', file)})"):
+                self.net = lpips.LPIPS(net=net, verbose=False)
         except OSError as error:  # URLError and time-outs are OSErrors
             raise UserError(
                 f"The weights of LPIPSLoss's backbone could not be downloaded ({error}). Get the file {file} from "

@@ -13,6 +13,7 @@ from basicsr.metrics import calculate_psnr
 from basicsr.utils import imwrite, tensor2img
 from torch import Tensor
 
+from esc_arch.data.names import image_name
 from esc_arch.ops.resize import matlab_resize
 
 __all__ = ["Comparison", "captioned", "in_a_row", "side_by_side", "worst_place"]
@@ -61,7 +62,7 @@ class Comparison:
         psnr_bicubic, psnr = (
             calculate_psnr(image, gt, crop_border=math.ceil(scale), test_y_channel=True) for image in (bicubic, result)
         )
-        name = Path(lq_path).stem
+        name = image_name(lq_path)
         row = (name, psnr_bicubic, psnr)
         self.rows.append(row)
         panels = {

@@ -25,6 +25,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader, Subset
 from tqdm import tqdm
 
+from esc_arch.data.names import image_name
 from esc_arch.data.safe_files import write_atomically
 from esc_arch.distributed import gather_objects
 from esc_arch.errors import UserError
@@ -36,7 +37,7 @@ from esc_arch.models.validation_pictures import validation_picture
 from esc_arch.ops.padding import reflect_pad_to_multiple
 from esc_arch.registry import register
 from esc_arch.training.parameter_groups import freeze, parameter_groups
-from esc_arch.training.run import current_run
+from esc_arch.training.run import current_run, what_is_saved
 
 __all__ = ["PROTOCOLS", "ESCModel"]
 
@@ -255,13 +256,11 @@ class ESCModel(SRModel):
             raise UserError(
                 f"Training stopped at iteration {iteration}: {', '.join(nonsense) or 'a loss is not finite'}. "
                 f"{self._what_is_saved()} Lower train: optim_g: lr, look for broken images, or set train: nonfinite: "
-                f"skip; and go on with --auto_resume."
+                f"skip before."
             )
 
     def _what_is_saved(self) -> str:
-        saved = max(Path(self.opt["path"]["training_states"]).glob("*.state"), key=_iteration_of, default=None)
-        last = "Nothing was saved before" if saved is None else f"The last state is {saved}"
-        return f"{last}, and nothing has been saved since."
+        return f"{what_is_saved(self.opt)} Nothing has been saved since."
 
     # --- saving -----------------------------------------------------------------------------------------------------
 
@@ -383,8 +382,8 @@ class ESCModel(SRModel):
     def _validate_image(
         self, index: int, data: Any, current_iter: Any, save_img: bool, dataset: str, comparison: Comparison | None
     ) -> _Validated:
-        path, val = data["lq_path"][0], self.opt["val"]
-        name = os.path.splitext(os.path.basename(path))[0]
+        val = self.opt["val"]
+        name = image_name(data["lq_path"][0])
         self.feed_data(data)
         self.test()
         visuals = self.get_current_visuals()
@@ -405,7 +404,7 @@ class ESCModel(SRModel):
         }
         validated = _Validated(index, name, metrics)
         if comparison is not None:
-            validated.comparison = comparison.add(path, visuals)
+            validated.comparison = comparison.add(data["lq_path"][0], visuals)
         if index < val.get("tb_images", 0):
             validated.picture = validation_picture(visuals, name)
         return validated
@@ -451,9 +450,14 @@ class ESCModel(SRModel):
         writer = csv.writer(text, lineterminator="\n")
         writer.writerow(["image", *names])
         writer.writerows([each.name, *(each.metrics[name] for name in names)] for each in done)
-        folder = Path(self.opt["path"]["visualization"], "per_image")
-        folder.mkdir(parents=True, exist_ok=True)
-        write_atomically(folder / f"{dataset}.csv", text.getvalue().encode())
+        file = Path(self.opt["path"]["visualization"], "per_image", f"{dataset}.csv")
+        try:
+            file.parent.mkdir(parents=True, exist_ok=True)
+            write_atomically(file, text.getvalue().encode())
+        except OSError as error:
+            if not self.is_train:
+                raise
+            logging.getLogger("basicsr").error("%s was not written: %s. The training goes on.", file, error.strerror)
 
     def _keep_if_best(self, dataset: str, iteration: Any) -> None:
         """Where old checkpoints are removed, the best one must be there, though this iteration may save none."""
@@ -470,8 +474,3 @@ class ESCModel(SRModel):
 def _part_of_mean(criterion: nn.Module, loss: Tensor, parts: int) -> Tensor:
     """What a loss over a part of the batch adds to that over the whole batch."""
     return loss if parts == 1 or getattr(criterion, "reduction", "mean") == "sum" else loss / parts
-
-
-def _iteration_of(state: Path) -> int:
-    """The number that a training state is named by; -1 for other files."""
-    return int(state.stem) if state.stem.isdigit() else -1

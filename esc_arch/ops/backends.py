@@ -5,11 +5,11 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping, Sequence
 from types import ModuleType
-from typing import Any
+from typing import Any, NamedTuple
 
 from esc_arch.ops.native import build_by_name
 
-__all__ = ["choose", "untried_on_gpus"]
+__all__ = ["Survey", "choose", "survey", "untried_on_gpus"]
 
 
 def untried_on_gpus(*names: str) -> tuple[str, ...]:
@@ -49,3 +49,21 @@ def choose(
         refusals[name] = "; ".join(reasons)
     details = ". ".join(f"{name}: {reasons}" for name, reasons in refusals.items())
     raise RuntimeError(f"{option} {backend} cannot run here. {details}. Use {option}: auto to have one chosen.")
+
+
+class Survey(NamedTuple):
+    """What can compute an operation of given inputs.
+
+    Attributes:
+        chosen: the backend that auto takes; None where none can.
+        reasons: why each cannot, by name; empty lists for those that can.
+    """
+
+    chosen: str | None
+    reasons: dict[str, list[str]]
+
+
+def survey(backends: Mapping[str, ModuleType], order: Sequence[str], *inputs: Any) -> Survey:
+    """Ask all backends; arguments as of `choose`. Nothing is built or computed."""
+    reasons = {name: backend.reasons_against(*inputs) for name, backend in backends.items()}
+    return Survey(next((name for name in order if not reasons[name]), None), reasons)

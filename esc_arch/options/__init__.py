@@ -13,18 +13,26 @@ from basicsr.utils.dist_util import get_dist_info
 from esc_arch.distributed import gather_objects, init_dist, print_note, resolve_launcher
 from esc_arch.errors import UserError
 
-from .checks import check_options, check_shape
-from .defaults import set_debug, set_defaults, set_paths
-from .files import Options, apply_force_yml, load_yaml
-from .network_checks import check_networks
+from .checks import check_options
+from .data_checks import Extent
+from .files import Options, apply_force_yml, load_with_positions, load_yaml
+from .inspection import Finding, Inspection, inspect_options
+from .positions import Place, Positions
 
 __all__ = [
+    "Extent",
+    "Finding",
+    "Inspection",
     "Options",
+    "Place",
+    "Positions",
     "add_arguments",
     "apply_force_yml",
     "check_options",
     "checked_options",
     "init_dist",
+    "inspect_options",
+    "load_with_positions",
     "load_yaml",
     "parse_options",
     "print_note",
@@ -85,19 +93,18 @@ def checked_options(root_path: str, is_train: bool, args: argparse.Namespace) ->
         UserError: as `parse_options`.
     """
     args.launcher = resolve_launcher(args.launcher, os.environ)
-    opt = load_yaml(args.opt)
-    apply_force_yml(opt, args.force_yml or [])
-    _raise_problems(args.opt, check_shape(opt))
-    opt |= {"dist": args.launcher != "none", "auto_resume": args.auto_resume, "is_train": is_train}
-    set_defaults(opt, is_train)
-    set_debug(opt, args.debug, is_train)
-    set_paths(opt, root_path, is_train)
-    _raise_problems(args.opt, check_options(opt, is_train))
-    _raise_problems(args.opt, list(check_networks(opt, is_train)))
-    return opt
-
-
-def _raise_problems(file: str, problems: list[str]) -> None:
-    if problems:
-        lines = "".join(f"\n - {problem}" for problem in problems)
-        raise UserError(f"{file}: {len(problems)} problem(s):{lines}")
+    inspection = inspect_options(
+        args.opt,
+        root_path=root_path,
+        is_train=is_train,
+        force_yml=args.force_yml or [],
+        auto_resume=args.auto_resume,
+        debug=args.debug,
+        dist=args.launcher != "none",
+    )
+    for warning in inspection.warnings:
+        print_note(f"{warning}.")
+    if inspection.errors:
+        lines = "".join(f"\n{error}" for error in inspection.errors)
+        raise UserError(f"{args.opt}: {len(inspection.errors)} problem(s):{lines}")
+    return inspection.opt

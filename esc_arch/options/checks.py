@@ -19,7 +19,7 @@ from esc_arch.models import ESCModel
 from esc_arch.models.esc_model import PROTOCOLS
 from esc_arch.suggestions import did_you_mean
 
-from .data_checks import check_data
+from .data_checks import Extent, check_data
 from .files import Options
 from .section_checks import check_call, check_type, entries, is_integer, sr_model
 from .training_checks import check_logger, check_training
@@ -29,21 +29,22 @@ __all__ = ["check_options", "check_shape"]
 _MAX_SEED = 2**32 - 1  # numpy's
 
 
-def check_options(opt: Options, is_train: bool) -> list[str]:
+def check_options(opt: Options, is_train: bool, extent: Extent | None = None) -> list[str]:
     """All that is wrong with `opt` for training or testing; each entry names the key, the value and the cure.
 
-    Options with a section of the wrong type are not looked at further.
+    Options with a section of the wrong type are not looked at further. `extent` says how much of the data is.
     """
+    extent = extent or Extent()
     return check_shape(opt) or list(
         chain(
-            _check_general(opt),
+            _check_general(opt, extent),
             _check_networks(opt, is_train),
-            _check_datasets(opt, is_train),
+            _check_datasets(opt, is_train, extent),
             check_training(opt) if is_train else (),
             _check_metrics(opt),
             _check_protocol(opt),
             check_logger(opt) if is_train else (),
-            _check_paths(opt, is_train),
+            _check_paths(opt, is_train) if extent.with_files else (),
         )
     )
 
@@ -82,20 +83,22 @@ def _check_keys(section: Mapping[Any, Any], path: str) -> Iterator[str]:
             yield from _check_keys(value, f"{path}{key}:")
 
 
-def _check_general(opt: Options) -> Iterator[str]:
+def _check_general(opt: Options, extent: Extent) -> Iterator[str]:
     yield from check_type("model_type", opt.get("model_type"), entries(MODEL_REGISTRY))
     seed = opt.get("manual_seed")
     if seed is not None and not (is_integer(seed, least=0) and seed <= _MAX_SEED):
         yield f"manual_seed: {seed!r} given; must be an integer from 0 to {_MAX_SEED}. Leave it out for a random one"
-    yield from _check_num_gpu(opt)
+    yield from _check_num_gpu(opt, extent)
 
 
-def _check_num_gpu(opt: Options) -> Iterator[str]:
+def _check_num_gpu(opt: Options, extent: Extent) -> Iterator[str]:
     asked, available = opt.get("num_gpu", "auto"), torch.cuda.device_count()
     if asked == "auto":
         return
     if not is_integer(asked, least=0):
         yield f"num_gpu: {asked!r} given; must be auto, 0 (CPU) or a number of GPUs"
+    elif not extent.with_files:
+        return
     elif asked > 0 and available == 0:
         yield f"num_gpu: {asked} given, but there is no CUDA device here. Set num_gpu: 0 or auto"
     elif asked > available and not opt.get("dist"):  # distributed, it may count the GPUs of several machines
@@ -121,7 +124,7 @@ def _check_scale(opt: Options) -> Iterator[str]:
             yield f"network_g:{key}: {network[key]} given, but scale is {scale}. Give both the same value"
 
 
-def _check_datasets(opt: Options, is_train: bool) -> Iterator[str]:
+def _check_datasets(opt: Options, is_train: bool, extent: Extent) -> Iterator[str]:
     datasets = opt["datasets"]
     if is_train and "train" not in datasets:
         yield f"datasets: has {', '.join(datasets)} but no train; training needs it. To test, use basicsr test"
@@ -136,7 +139,7 @@ def _check_datasets(opt: Options, is_train: bool) -> Iterator[str]:
         if name in names:
             yield f"{path}:name: {name!r} is also the name of {names[name]}; they would share results. Rename one"
         names[name] = path
-        yield from _check_dataset(path, dataset, opt)
+        yield from _check_dataset(path, dataset, opt, extent)
 
 
 def _phase_problem(phase: str, is_train: bool) -> str | None:
@@ -149,7 +152,7 @@ def _phase_problem(phase: str, is_train: bool) -> str | None:
     return f"not known when {'training' if is_train else 'testing'}. {did_you_mean(phase, allowed)}"
 
 
-def _check_dataset(path: str, dataset: Options, opt: Options) -> Iterator[str]:
+def _check_dataset(path: str, dataset: Options, opt: Options, extent: Extent) -> Iterator[str]:
     types = entries(DATASET_REGISTRY)
     kind = types.get(str(dataset.get("type")))
     yield from check_type(f"{path}:type", dataset.get("type"), types)
@@ -157,7 +160,7 @@ def _check_dataset(path: str, dataset: Options, opt: Options) -> Iterator[str]:
         yield from _check_loading(path, dataset)
     if kind is not None:
         scale, metrics = opt.get("scale", dataset.get("scale")), (opt.get("val") or {}).get("metrics")
-        yield from check_data(path, dataset, kind, scale=scale, measured=bool(metrics))
+        yield from check_data(path, dataset, kind, scale=scale, measured=bool(metrics), extent=extent)
 
 
 def _check_loading(path: str, dataset: Options) -> Iterator[str]:

@@ -1,15 +1,17 @@
 """Whether the images that an option file names are there, belong together and have the right sizes.
 
 Only BasicSR's datasets and ours are looked into; of others only the folders are looked for. Sizes come from
-the lists of LMDBs, or from the headers of the first images of a folder: nothing is decoded.
+the lists of LMDBs, or from the headers of images in folders: before a run those of the first, and nothing is
+decoded; `basicsr check` looks at more, see `Extent`.
 """
 
 from __future__ import annotations
 
 import os
 import re
+import warnings
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from importlib.util import find_spec
 from typing import Any
 
@@ -19,18 +21,23 @@ from basicsr.utils.file_client import FileClient
 from PIL import Image
 
 from esc_arch.data.arbitrary_scale_dataset import ScaleRange
+from esc_arch.data.decoding import reason_against
 from esc_arch.data.hr_images import HRImages, as_list
 from esc_arch.errors import UserError
 from esc_arch.suggestions import did_you_mean
 
 from .files import Options
+from .lmdb_checks import check_content
 
-__all__ = ["check_data"]
+__all__ = ["Extent", "check_data"]
 
 Size = tuple[int, int]  # height, width
 
+#: Of each data set: before a run, and by `basicsr check`, for which a header takes a tenth of a millisecond.
 _IMAGES_MEASURED = 64
+_IMAGES_MEASURED_AT_MOST = 4000
 _LMDB_SHAPE = re.compile(r"\((\d+),\s*(\d+)")
+_TEMPLATE_ERRORS = (AttributeError, IndexError, KeyError, ValueError)
 _EXIF_ORIENTATION = 0x0112
 _FIRST_TRANSPOSED_ORIENTATION = 5
 # The datasets whose images are looked at, with the folders they read.
@@ -40,6 +47,28 @@ _ROOTS_READ = {
 }
 # Those that read HR images only, from one folder or LMDB or several.
 _HR_DATASETS = ("ArbitraryScaleDataset", "DownsampleImageDataset")
+
+
+@dataclass
+class Extent:
+    """How much of what an option file names is looked at.
+
+    Attributes:
+        thorough: the sizes of up to 4,000 pairs of each data set, spread evenly, instead of the first 64; what is in
+            LMDBs and not only their lists; networks of other packages that cannot be built without memory.
+        with_files: whether the data, weights and GPUs that the file names are looked for at all.
+        facts: what was compared with what is put here, a sentence each.
+    """
+
+    thorough: bool = False
+    with_files: bool = True
+    facts: list[str] = field(default_factory=list)
+
+    def chosen(self, items: list[Any]) -> list[Any]:
+        """Those of the items, of which there is one for each image, that are to be looked at."""
+        if not self.thorough:
+            return items[:_IMAGES_MEASURED]
+        return items[:: max(1, -(-len(items) // _IMAGES_MEASURED_AT_MOST))]
 
 
 @dataclass(frozen=True)
@@ -53,6 +82,10 @@ class _SizeRule:
     gt_size_name: str = "gt_size"
     """What the option file calls it."""
 
+    def __str__(self) -> str:
+        patches = f" and {self.gt_size_name} {self.gt_size}" if self.gt_size is not None else ""
+        return f"scale {self.scale}{patches}"
+
     def problem(self, lq: Size, gt: Size) -> str | None:
         wanted = lq[0] * self.scale, lq[1] * self.scale
         # Outside training BasicSR crops GT to this size.
@@ -65,16 +98,19 @@ class _SizeRule:
         return None
 
 
-def check_data(path: str, dataset: Options, kind: type, *, scale: Any, measured: bool) -> Iterator[str]:
+def check_data(path: str, dataset: Options, kind: type, *, scale: Any, measured: bool, extent: Extent) -> Iterator[str]:
     """All that is wrong with the data of `dataset`, an instance of `kind` to be, at `path` in the option file.
 
     `measured` says whether metrics compare the output with GT: without, its size does not matter in validation.
     """
     if kind.__module__.split(".")[0] not in ("basicsr", "esc_arch"):
-        yield from _check_roots(path, dataset)
+        if extent.with_files:
+            yield from _check_that_roots_exist(path, dataset)
         return
     is_train, is_paired = path == "datasets:train", dataset["type"] == "PairedImageDataset"
-    problems = [*_check_backend(path, dataset), *_check_roots(path, dataset), *_check_list_file(path, dataset)]
+    problems = [*_check_backend(path, dataset), *_check_roots(path, dataset)]
+    if extent.with_files:
+        problems += [*_check_that_roots_exist(path, dataset), *_check_list_file(path, dataset)]
     if is_train:
         problems += _check_gt_size(path, dataset, scale)
     if problems_of := getattr(kind, "option_problems", None):  # a data set that has options of its own
@@ -83,13 +119,13 @@ def check_data(path: str, dataset: Options, kind: type, *, scale: Any, measured:
     elif (is_paired or dataset["type"] in _HR_DATASETS) and not _is_positive(scale):
         problems.append(f"scale: {scale!r} given; must be a positive integer: {path} needs it")
     yield from problems
-    if problems:
+    if problems or not extent.with_files:
         return
     if dataset["type"] in _HR_DATASETS:
-        yield from _check_hr_images(path, dataset, is_train)
+        yield from _check_hr_images(path, dataset, is_train, extent)
     elif dataset["type"] in _ROOTS_READ:
         rule = _SizeRule(scale, is_train, dataset.get("gt_size") if is_train else None)
-        yield from _check_images(path, dataset, rule if is_paired and (is_train or measured) else None)
+        yield from _check_images(path, dataset, rule if is_paired and (is_train or measured) else None, extent)
 
 
 def _check_backend(path: str, dataset: Options) -> Iterator[str]:
@@ -110,6 +146,9 @@ def _check_roots(path: str, dataset: Options) -> Iterator[str]:
         roots = as_list(dataset.get("dataroot_gt"))
         if not roots or not all(isinstance(root, str) for root in roots):
             yield f"{path}:dataroot_gt: {dataset.get('dataroot_gt')!r} given; must be a folder, an LMDB or several"
+
+
+def _check_that_roots_exist(path: str, dataset: Options) -> Iterator[str]:
     if _backend(dataset) not in ("disk", "lmdb"):  # paths may mean something else there
         return
     for key, value in dataset.items():
@@ -149,38 +188,45 @@ def _check_gt_size(path: str, dataset: Options, scale: Any) -> Iterator[str]:
         yield f"{path}:gt_size: {size} given; must be divisible by scale {scale}: use {' or '.join(map(str, near))}"
 
 
-def _check_images(path: str, dataset: Options, rule: _SizeRule | None) -> Iterator[str]:
+def _check_images(path: str, dataset: Options, rule: _SizeRule | None, extent: Extent) -> Iterator[str]:
     """Whether there are images, LQ and GT ones for each other, and, with a rule, of sizes that go together."""
     folders = {key: dataset[key] for key in _ROOTS_READ[dataset["type"]]}
     if _backend(dataset) == "lmdb":
-        yield from _check_lmdbs(path, folders, rule)
+        yield from _check_lmdbs(path, folders, rule, extent)
     elif dataset.get("meta_info_file") is not None:
         if len(folders) > 1:
-            yield from _check_listed_images(path, dataset, rule)
+            yield from _check_listed_images(path, dataset, rule, extent)
     else:
         images = {key: _list_images(folder) for key, folder in folders.items()}
         empty = [key for key, names in images.items() if not names]
         for key in empty:
             yield f"{path}:{key}: the folder {folders[key]!r} has no files"
         if not empty and len(folders) > 1:
-            yield from _check_folders(path, dataset, images["dataroot_lq"], images["dataroot_gt"], rule)
+            yield from _check_folders(path, dataset, images["dataroot_lq"], images["dataroot_gt"], rule, extent)
+        elif not empty:
+            extent.facts.append(f"{path}: {len(images['dataroot_lq']):,} images")
 
 
-def _check_hr_images(path: str, dataset: Options, is_train: bool) -> Iterator[str]:
+def _check_hr_images(path: str, dataset: Options, is_train: bool, extent: Extent) -> Iterator[str]:
     """Whether there are images under each root, and, for training, whether patches can be cut from them."""
     try:
         images = HRImages(dataset)
     except UserError as error:
         yield f"{path}: {error}"
         return
-    if not is_train:
-        return
+    extent.facts.append(f"{path}: {len(images):,} images")
     sizes: dict[str, Size | None] = {}
     if _backend(dataset) == "lmdb":
         for root in as_list(dataset["dataroot_gt"]):
-            sizes |= {f"{key} in {root}": size for key, size in _lmdb_sizes(root).items()}
-    else:  # from all over the list, so that each root has its share
-        sizes = {file: _image_size(file) for file in images.paths[:: -(-len(images) // _IMAGES_MEASURED)]}
+            of_root = _lmdb_sizes(root)
+            sizes |= {f"{key} in {root}": size for key, size in of_root.items()}
+            if extent.thorough:
+                yield from check_content(f"{path}:dataroot_gt", root, of_root)
+    if not is_train:
+        return
+    if _backend(dataset) != "lmdb":  # from all over the list, so that each root has its share
+        most = _IMAGES_MEASURED_AT_MOST if extent.thorough else _IMAGES_MEASURED
+        sizes = {file: _image_size(file) for file in images.paths[:: -(-len(images) // most)]}
         for file in [file for file, size in sizes.items() if size is None]:
             yield f"{path}: {file} cannot be read as an image; replace or remove it"
     if dataset["type"] == "ArbitraryScaleDataset":
@@ -198,16 +244,28 @@ def _list_images(folder: str) -> list[str]:
         return sorted(entry.name for entry in entries if not entry.name.startswith(".") and entry.is_file())
 
 
-def _check_folders(path: str, dataset: Options, lq: list[str], gt: list[str], rule: _SizeRule | None) -> Iterator[str]:
+def _check_folders(
+    path: str, dataset: Options, lq: list[str], gt: list[str], rule: _SizeRule | None, extent: Extent
+) -> Iterator[str]:
     if len(lq) != len(gt):
         yield (
             f"{path}: {len(lq)} files in {dataset['dataroot_lq']!r}, but {len(gt)} in {dataset['dataroot_gt']!r}. "
-            "There must be one LQ image for each GT image"
+            f"There must be one LQ image for each GT image{_without_partner(dataset, lq, gt)}"
         )
-    yield from _check_pairs(path, dataset, gt, rule)
+    yield from _check_pairs(path, dataset, gt, rule, extent)
 
 
-def _check_listed_images(path: str, dataset: Options, rule: _SizeRule | None) -> Iterator[str]:
+def _without_partner(dataset: Options, lq: list[str], gt: list[str]) -> str:
+    """Names an LQ image for which there is no GT image, if that is why there are too many."""
+    try:
+        wanted = {os.path.basename(_pair(dataset, name, dataset.get("filename_tmpl", "{}"))[0]) for name in gt}
+    except _TEMPLATE_ERRORS:
+        return ""
+    alone = [name for name in lq if name not in wanted]
+    return f"; {alone[0]} has no GT image" if alone and len(lq) > len(gt) else ""
+
+
+def _check_listed_images(path: str, dataset: Options, rule: _SizeRule | None, extent: Extent) -> Iterator[str]:
     file = dataset["meta_info_file"]
     with open(file, encoding="utf-8", errors="surrogateescape") as lines:
         names = [line.strip().split(" ")[0] for line in lines]
@@ -215,15 +273,17 @@ def _check_listed_images(path: str, dataset: Options, rule: _SizeRule | None) ->
         where = f"its line {names.index('') + 1} is empty; delete it" if names else "it has no lines"
         yield f"{path}:meta_info_file: {file!r} cannot be used: {where}"
         return
-    yield from _check_pairs(path, dataset, names, rule)
+    yield from _check_pairs(path, dataset, names, rule, extent)
 
 
-def _check_pairs(path: str, dataset: Options, gt_names: list[str], rule: _SizeRule | None) -> Iterator[str]:
-    """Whether each of `gt_names`, and the LQ image that belongs to it, is a file, and the sizes of the first."""
+def _check_pairs(
+    path: str, dataset: Options, gt_names: list[str], rule: _SizeRule | None, extent: Extent
+) -> Iterator[str]:
+    """Whether each of `gt_names`, and the LQ image that belongs to it, is a file, and the sizes of some or all."""
     template = dataset.get("filename_tmpl", "{}")
     try:
         pairs = [_pair(dataset, name, template) for name in gt_names]
-    except (AttributeError, IndexError, KeyError, ValueError):
+    except _TEMPLATE_ERRORS:
         yield f"{path}:filename_tmpl: {template!r} given; must be text with {{}} for the GT's name, such as '{{}}x4'"
         return
     folders = _Folders()
@@ -234,7 +294,13 @@ def _check_pairs(path: str, dataset: Options, gt_names: list[str], rule: _SizeRu
             yield f"{path}:{key}: {len(missing)} of {len(pairs)} images are missing, the first is {missing[0]}{hint}"
             rule = None
     if rule is not None:
-        yield from _check_headers(path, pairs[:_IMAGES_MEASURED], rule)
+        chosen = extent.chosen(pairs)
+        extent.facts.append(f"{path}: {len(pairs):,} pairs, {_compared(len(chosen), len(pairs))} with {rule}")
+        yield from _check_headers(path, chosen, rule)
+
+
+def _compared(count: int, total: int) -> str:
+    return "the sizes of all compared" if count == total else f"the sizes of {count:,} of them compared"
 
 
 def _pair(dataset: Options, gt_name: str, template: str) -> tuple[str, str]:
@@ -272,25 +338,40 @@ def _check_headers(path: str, pairs: list[tuple[str, str]], rule: _SizeRule) -> 
 def _image_size(file: str) -> Size | None:
     """Height and width as OpenCV reads them; None when it cannot."""
     try:
-        with Image.open(file) as image:
+        with warnings.catch_warnings(), Image.open(file) as image:
+            warnings.simplefilter("ignore")  # of images that Pillow finds suspiciously large
             width, height = image.size
             # OpenCV turns photographs upright. Only for JPEG is the orientation known without decoding.
             orientation = image.getexif().get(_EXIF_ORIENTATION, 1) if image.format == "JPEG" else 1
             return (width, height) if orientation >= _FIRST_TRANSPOSED_ORIENTATION else (height, width)
-    except (OSError, ValueError, Image.DecompressionBombError):  # OpenCV, which will read it, may know better
+    except Exception:  # in all ways, of damaged headers; OpenCV, which will read it, may know better
         decoded = _decode(file)
         return None if decoded is None else decoded.shape[:2]
 
 
 def _decode(file: str) -> Any:
-    data = np.fromfile(file, np.uint8)
-    return cv2.imdecode(data, cv2.IMREAD_COLOR) if data.size else None
+    try:
+        content = np.fromfile(file, np.uint8)
+    except OSError:
+        return None
+    if not content.size or reason_against(content.tobytes()) is not None:
+        return None
+    try:
+        return cv2.imdecode(content, cv2.IMREAD_COLOR)
+    except cv2.error:
+        return None
 
 
-def _check_lmdbs(path: str, folders: dict[str, str], rule: _SizeRule | None) -> Iterator[str]:
+def _check_lmdbs(path: str, folders: dict[str, str], rule: _SizeRule | None, extent: Extent) -> Iterator[str]:
     problems = [problem for key, folder in folders.items() for problem in _check_lmdb(f"{path}:{key}", folder)]
     yield from problems
-    if problems or len(folders) < 2:
+    if problems:
+        return
+    if extent.thorough:
+        for key, folder in folders.items():
+            yield from check_content(f"{path}:{key}", folder, _lmdb_sizes(folder))
+    if len(folders) < 2:
+        extent.facts.append(f"{path}: {len(_lmdb_sizes(folders['dataroot_lq'])):,} images")
         return
     lq, gt = (_lmdb_sizes(folders[key]) for key in ("dataroot_lq", "dataroot_gt"))
     odd = sorted(lq.keys() ^ gt.keys())
@@ -301,6 +382,7 @@ def _check_lmdbs(path: str, folders: dict[str, str], rule: _SizeRule | None) -> 
             f"{len(odd)} of them in one only; {odd[0]!r} is missing in {where!r}"
         )
     elif rule is not None:
+        extent.facts.append(f"{path}: {len(gt):,} pairs, {_compared(len(gt), len(gt))} with {rule}")
         pairs = ((key, lq[key], gt[key]) for key in gt)
         yield from _summary(path, [(key, rule.problem(a, b)) for key, a, b in pairs if a and b])
 

@@ -11,14 +11,12 @@ from typing import Any
 import torch
 
 from esc_arch.distributed import print_note
-from esc_arch.suggestions import nearest
 
 from .files import Options
+from .key_checks import keys_that_model_reads
+from .keys import PATH, PATTERNS
 
 __all__ = ["set_debug", "set_defaults", "set_paths"]
-
-_PATH_KEY_PREFIXES = ("pretrain_network_", "strict_load_", "param_key_")
-_PATH_KEYS = ("resume_state", "ignore_resume_networks", "experiments_root", "results_root")
 
 _LOGGER_DEFAULTS = {"print_freq": 100, "save_checkpoint_freq": 5000, "use_tb_logger": False}
 _VAL_DEFAULTS = {"val_freq": 5000, "save_img": False, "suffix": None}
@@ -54,14 +52,11 @@ def set_paths(opt: Options, root_path: str, is_train: bool) -> None:
     """Expand `~` in `opt['path']` and set the folders that the run writes to.
 
     `experiments_root` and `results_root` of the file are folders to which the name is added, as in
-    BasicSR after 1.4.2 (fault 27). Other unknown keys are dropped: BasicSR would make folders of their
-    names (fault 33).
+    BasicSR after 1.4.2 (fault 27). Keys that nothing reads, of which `key_checks` warns, are dropped: BasicSR
+    would make folders of their values (fault 33).
     """
-    paths = {key: _expand_user(value) for key, value in opt["path"].items()}
-    for key in [key for key in paths if not _is_path_key(key)]:
-        guess = nearest(key, _known_path_keys(opt))
-        print_note(f"path:{key} is not known and is left out" + (f"; did you mean path:{guess}?" if guess else "."))
-        del paths[key]
+    read = keys_that_model_reads(opt, "path")
+    paths = {key: _expand_user(value) for key, value in opt["path"].items() if _is_path_key(key) or key in read}
     bases = {
         "experiments_root": paths.pop("experiments_root", None) or "experiments",
         "results_root": paths.pop("results_root", None) or "results",
@@ -129,9 +124,4 @@ def _expand_user(value: Any) -> Any:
 
 
 def _is_path_key(key: str) -> bool:
-    return key in _PATH_KEYS or key.startswith(_PATH_KEY_PREFIXES)
-
-
-def _known_path_keys(opt: Options) -> list[str]:
-    networks = [key.removeprefix("network_") for key in opt if key.startswith("network_")]
-    return [*_PATH_KEYS, *(prefix + network for prefix in _PATH_KEY_PREFIXES for network in networks)]
+    return key in PATH or key.startswith(tuple(PATTERNS["path"]))

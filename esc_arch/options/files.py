@@ -17,16 +17,32 @@ import yaml
 
 from esc_arch.errors import UserError
 
-__all__ = ["Options", "apply_force_yml", "load_yaml"]
+from .positions import Place, Positions
+
+__all__ = ["Options", "YAMLError", "apply_force_yml", "load_with_positions", "load_yaml"]
 
 Options = dict[str, Any]
+
+#: Far more than any option file has; files that expand to more (aliases of aliases) would take for ever to check.
+_MAX_VALUES = 100_000
+#: The C parser calls itself for each level, and crashes when there are too many.
+_MAX_DEPTH = 100
 
 _FLOAT_TAG = "tag:yaml.org,2002:float"
 _MERGE_TAG = "tag:yaml.org,2002:merge"
 _FORCE_FORM = "--force_yml takes KEY[:KEY...]=VALUE, such as train:ema_decay=0.999"
+_FILE = "option file "
 
 # The C loader is many times faster; PyYAML built without libyaml has only the Python one.
 _SafeLoader: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
+
+
+class YAMLError(UserError):
+    """A mistake in the YAML of an option file, with its place if that is known."""
+
+    def __init__(self, message: str, place: Place | None = None) -> None:
+        super().__init__(message)
+        self.place = place
 
 
 class _OptionLoader(_SafeLoader):
@@ -61,20 +77,31 @@ def load_yaml(text_or_path: str | os.PathLike[str]) -> Options:
     if isinstance(text_or_path, str) and "\n" in text_or_path:
         source, text = "the option text", text_or_path
     else:
-        source, text = f"option file {os.fspath(text_or_path)}", _read_text(Path(text_or_path))
-    options = _parse(text, source)
+        source, text = f"{_FILE}{os.fspath(text_or_path)}", _read_text(Path(text_or_path))
+    return _options(source, text)[0]
+
+
+def load_with_positions(path: str | os.PathLike[str]) -> tuple[Options, Positions]:
+    """The mapping in an option file, and where its keys stand; otherwise as `load_yaml`."""
+    options, root = _options(f"{_FILE}{os.fspath(path)}", _read_text(Path(path)))
+    return options, Positions(os.fspath(path), root)
+
+
+def _options(source: str, text: str) -> tuple[Options, yaml.Node | None]:
+    options, root = _parse(text, source)
     if options is None:
         raise UserError(f"{source} is empty. Write the options into it as 'key: value' lines.")
     if not isinstance(options, dict):
         raise UserError(f"{source} holds {type(options).__name__} at its top level; it must be 'key: value' lines.")
-    return options
+    return options, root
 
 
-def apply_force_yml(opt: Options, entries: Iterable[str]) -> None:
-    """Set values in `opt` from entries like `train:ema_decay=0.999`, in place.
+def apply_force_yml(opt: Options, entries: Iterable[str], positions: Positions | None = None) -> None:
+    """Set values in `opt` from entries like `train:ema_decay=0.999`, in place, and note them in `positions`.
 
-    A value is read as in an option file; `none` in any case means None, as in BasicSR. Keys that do
-    not exist are made, with the mappings above them.
+    A value is read as in an option file, lists and mappings too; `none` in any case means None, as in
+    BasicSR, and takes a whole data set out (`datasets:val_2=none`). Keys that do not exist are made, with
+    the mappings above them.
 
     Raises:
         UserError: an entry without `=`, with an empty key, with a value that is not YAML, or one that
@@ -85,8 +112,13 @@ def apply_force_yml(opt: Options, entries: Iterable[str]) -> None:
         keys = [key.strip() for key in key_path.split(":")]
         if not equals or not all(keys):
             raise UserError(f"--force_yml entry {entry!r} cannot be read: {_FORCE_FORM}.")
-        parent = _enter(opt, keys[:-1], entry)
-        parent[keys[-1]] = _forced_value(text.strip(), entry)
+        parent, value = _enter(opt, keys[:-1], entry), _forced_value(text.strip(), entry)
+        if value is None and keys[:-1] == ["datasets"] and keys[-1] in parent:
+            del parent[keys[-1]]
+        else:
+            parent[keys[-1]] = value
+        if positions is not None:
+            positions.add_forced(keys, entry)
 
 
 def _enter(opt: Options, keys: list[str], entry: str) -> Options:
@@ -108,7 +140,7 @@ def _forced_value(text: str, entry: str) -> Any:
         return None
     source = f"--force_yml entry {entry!r}"
     try:
-        return _parse(text, source)
+        return _parse(text, source)[0]
     except UserError as error:
         raise UserError(f"{error}. {_FORCE_FORM}; to give text with special characters: \"KEY='TEXT'\".") from None
 
@@ -126,23 +158,69 @@ def _read_text(path: Path) -> str:
         raise UserError(f"option file {path} cannot be read: {error.strerror}. Give the path of a .yml file.") from None
 
 
-def _parse(text: str, source: str) -> Any:
+def _parse(text: str, source: str) -> tuple[Any, yaml.Node | None]:
     try:
+        _refuse_depth(text)
         loader = _OptionLoader(text)
         try:
             root = loader.get_single_node()
             if root is None:
-                return None
+                return None, None
+            _refuse_size(root)
             _warn_of_duplicates(root, source)
-            return loader.construct_document(root)
+            return loader.construct_document(root), root
         finally:
             loader.dispose()
     except yaml.MarkedYAMLError as error:
-        mark = error.problem_mark or error.context_mark
-        where = f", line {mark.line + 1}, column {mark.column + 1}" if mark else ""
-        raise UserError(f"{source}{where}: {error.problem}") from None
-    except (yaml.YAMLError, ValueError, RecursionError) as error:  # characters YAML forbids; !!float of a word
-        raise UserError(f"{source}: {error}") from None
+        raise _error_at(error.problem_mark or error.context_mark, source, str(error.problem)) from None
+    # Characters YAML forbids; !!float of a word; 2024-13-45, which looks like a date; a list as a key
+    except (yaml.YAMLError, ValueError, TypeError, OverflowError, RecursionError) as error:
+        raise YAMLError(f"{source}: {error}") from None
+
+
+def _error_at(mark: Any, source: str, problem: str) -> YAMLError:
+    if mark is None:
+        return YAMLError(f"{source}: {problem}")
+    line, column = mark.line + 1, mark.column + 1
+    if source.startswith(_FILE):
+        return YAMLError(f"{source}:{line}:{column}: {problem}", Place(source.removeprefix(_FILE), line, column))
+    return YAMLError(f"{source}, line {line}, column {column}: {problem}")
+
+
+def _refuse_depth(text: str) -> None:
+    depth = 0
+    for event in yaml.parse(text, Loader=_SafeLoader):
+        depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
+        if depth > _MAX_DEPTH:
+            mark: Any = event.start_mark
+            problem = f"more than {_MAX_DEPTH} levels of lists and mappings in each other; take some out"
+            raise yaml.MarkedYAMLError(problem=problem, problem_mark=mark)
+
+
+def _refuse_size(root: yaml.Node) -> None:
+    """Refuse aliases (*NAME) that lead to themselves, or to so much that it could never be gone through."""
+    if _extent(root, {})[0] > _MAX_VALUES:
+        raise yaml.YAMLError(f"its aliases (*NAME) expand to more than {_MAX_VALUES} values; write fewer of them")
+
+
+def _extent(node: yaml.Node, known: dict[int, tuple[int, int]]) -> tuple[int, int]:
+    """How many values a node has, one with aliases as often as they lead there, and on how many levels."""
+    if isinstance(node, yaml.ScalarNode):
+        return 1, 1
+    if id(node) not in known:
+        known[id(node)] = 0, 0
+        parts = [part for pair in node.value for part in pair] if isinstance(node, yaml.MappingNode) else node.value
+        extents = [_extent(part, known) for part in parts]
+        known[id(node)] = 1 + sum(size for size, _ in extents), 1 + max((levels for _, levels in extents), default=0)
+    size, levels = known[id(node)]
+    if size == 0:
+        raise yaml.MarkedYAMLError(
+            problem="an alias leads back to this; write the values", problem_mark=node.start_mark
+        )
+    if levels > _MAX_DEPTH:
+        problem = f"aliases (*NAME) make more than {_MAX_DEPTH} levels; write the values"
+        raise yaml.MarkedYAMLError(problem=problem, problem_mark=node.start_mark)
+    return size, levels
 
 
 def _warn_of_duplicates(root: yaml.Node, source: str) -> None:

@@ -16,7 +16,6 @@ from torch import nn
 
 from esc_arch.losses import ImageLoss
 from esc_arch.models import ESCLTEModel, ESCModel
-from esc_arch.suggestions import nearest
 from esc_arch.training import parameter_groups
 from esc_arch.training.optimizers import NO_MUON, OPTIMIZERS, build_optimizer
 from esc_arch.training.schedulers import SCHEDULERS, TORCH_SCHEDULERS, build_scheduler
@@ -31,7 +30,6 @@ _LOSS_KEYS = ("pixel_opt", "perceptual_opt", "gan_opt", "ldl_opt", "feature_matc
 _OWN_TRAINING = ("losses", "freeze", "lr_factors")
 #: They are not called with an image and its target: BasicSR has keys of their own for most.
 _NOT_OF_PAIRS = ("PerceptualLoss", "GANLoss", "MultiScaleGANLoss", "GANFeatLoss", "WeightedTVLoss")
-_LOGGER_KEYS = ("print_freq", "save_checkpoint_freq", "use_tb_logger", "keep_last", "wandb")
 _LOGGED_NAMES = ("pix", "percep", "style")
 # Lists that must be of one length; those with a default have one entry then.
 _LISTS_OF_ONE_LENGTH = {
@@ -54,7 +52,9 @@ def check_training(opt: Options) -> Iterator[str]:
         yield from _check_loss(f"train:{key}", train[key], entries(LOSS_REGISTRY), model)
     if model is None:
         return
-    if problems_of := getattr(model, "option_problems", None):  # a model that has options of its own
+    problems_of = getattr(model, "option_problems", None)  # of a model that has options of its own
+    network = opt.get("network_g") or {}
+    if problems_of and isinstance(network, dict) and isinstance(network.get("type"), str | None):
         yield from problems_of(opt)
     # A GAN's training is BasicSR's
     own = issubclass(model, ESCModel) and not issubclass(model, SRGANModel)
@@ -129,14 +129,19 @@ def _check_optimizers(train: Options) -> Iterator[str]:
         if not problems:
             try:
                 _trial_optimizer(section)
-            except (TypeError, ValueError) as error:
-                yield f"{path}: {section['type']}: {str(error).rstrip('.')}"
+            except Exception as error:  # of any kind: torch does not look at the types of all of its arguments
+                yield f"{path}: {section['type']}: {_reason(error)}"
 
 
 def _trial_optimizer(section: Options) -> torch.optim.Optimizer:
     """An optimiser of nothing: torch's constructors know which values are allowed."""
     options = {key: value for key, value in section.items() if key != "type"}
     return build_optimizer(section["type"], [nn.Parameter(torch.zeros(1, 1))], nets=[], **options)
+
+
+def _reason(error: Exception) -> str:
+    text = str(error).rstrip(".")
+    return text if isinstance(error, TypeError | ValueError) else f"{type(error).__name__}: {text}"
 
 
 def _check_scheduler(train: Options, total: Any) -> Iterator[str]:
@@ -171,8 +176,8 @@ def _check_torch_scheduler(train: Options, total: Any) -> Iterator[str]:
         return
     try:
         schedule = build_scheduler(kind, optimizer, **options)
-    except (TypeError, ValueError) as error:
-        yield f"{path}: {kind}: {str(error).rstrip('.')}"
+    except Exception as error:
+        yield f"{path}: {kind}: {_reason(error)}"
         return
     steps = getattr(schedule, "total_steps", None)
     if steps is not None and is_whole(total) and steps < total:
@@ -182,9 +187,6 @@ def _check_torch_scheduler(train: Options, total: Any) -> Iterator[str]:
 def check_logger(opt: Options) -> Iterator[str]:
     """The `logger:` section, and what of `val:` goes there."""
     options, val = opt.get("logger") or {}, opt.get("val") or {}
-    for key in options:
-        if key not in _LOGGER_KEYS and (guess := nearest(key, _LOGGER_KEYS, cutoff=0.8)):
-            yield f"logger:{key}: not known. Did you mean {guess!r}? Allowed: {', '.join(sorted(_LOGGER_KEYS))}"
     for section, key in (("logger", "print_freq"), ("logger", "save_checkpoint_freq"), ("val", "val_freq")):
         value = (opt.get(section) or {}).get(key, 1)
         if not is_whole(value):

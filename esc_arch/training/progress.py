@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import secrets
 import sys
+import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, TextIO
@@ -48,6 +49,7 @@ class TrainingLog(_BasicsrLog):
         self, opt: dict[str, Any], start_iter: int = 1, tb_logger: Any = None, *, history: History | None = None
     ) -> None:
         super().__init__(opt, start_iter, tb_logger)
+        self._begun = time.monotonic()
         self.history = history
         self._lines = _IterationLines(get_root_logger())
         self.logger = self._lines
@@ -61,6 +63,7 @@ class TrainingLog(_BasicsrLog):
         """Log an iteration: `epoch`, `iter`, `lrs`, `time` and `data_time` (seconds per iteration), and losses."""
         figures = _figures(log_vars, self._images, self._on_gpu)
         self._lines.suffix = _suffix(figures)
+        self.start_time = time.time() - (time.monotonic() - self._begun)  # the clock may have been put back
         super().__call__(dict(log_vars))
         if self.use_tb_logger and "debug" not in self.exp_name:
             self._add_scalars(log_vars["iter"], log_vars["lrs"], figures)
@@ -80,6 +83,7 @@ class TrainingLog(_BasicsrLog):
     def reset_start_time(self) -> None:
         """The first iteration is done, and no measure of the others: it compiles and fills caches."""
         super().reset_start_time()
+        self._begun = time.monotonic()
         if self._bar is not None:
             self._bar.restart_clock()
 

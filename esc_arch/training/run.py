@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,7 @@ from typing import Any
 import torch
 
 from esc_arch.distributed import Agreement
+from esc_arch.errors import UserError
 
 from .data_order import EpochSampler
 from .history import History
@@ -24,7 +25,7 @@ from .progress import TrainingLog
 from .report import write_report
 from .stopping import Stopped, StopRequest
 
-__all__ = ["TrainingRun", "current_run", "training_run"]
+__all__ = ["TrainingRun", "current_run", "training_run", "what_is_saved"]
 
 _current: TrainingRun | None = None
 
@@ -135,6 +136,22 @@ class TrainingRun:
         """Begin in an epoch after `samples` of it."""
         self._sampler.resume(epoch, samples)
 
+    def rescue(self) -> str:
+        """Save what was trained since the last state, as the run is about to fail between two iterations.
+
+        Returns:
+            Where to go on from, a sentence for the message of the failure.
+        """
+        # Several processes save together, and the others do not know of the failure
+        if self._model is None or self._opt["dist"] or self.iteration == self.start_iteration:
+            return what_is_saved(self._opt)
+        if self.saved_iteration != self.iteration:
+            try:
+                self._model.save(self._sampler.epoch, self.iteration)
+            except UserError as error:  # the weights are spoiled, too
+                return str(error)
+        return what_is_saved(self._opt)
+
     # What the end calls
 
     def finish(self) -> None:
@@ -187,6 +204,14 @@ class TrainingRun:
             "nothing new to save" if saved else "saved",
         )
         raise Stopped(self.stop.signum or 15)
+
+
+def what_is_saved(opt: Mapping[str, Any]) -> str:
+    """From where a training that fails can go on, a sentence."""
+    states = [path for path in Path(opt["path"]["training_states"]).glob("*.state") if path.stem.isdigit()]
+    if not states:
+        return "Nothing was saved before."
+    return f"The last state is {max(states, key=lambda path: int(path.stem))}: go on from it with --auto_resume."
 
 
 def _parameters_of(model: Any) -> int | None:

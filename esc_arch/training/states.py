@@ -53,16 +53,27 @@ def apply_state(model: Any, state: Mapping[str, Any], load: Any) -> None:
     Raises:
         UserError: the state is of other optimisers or parameters.
     """
-    for warning in _ignored_changes(model, state):
-        logging.getLogger("basicsr").warning(warning)
     try:
+        for warning in _ignored_changes(model, state):
+            logging.getLogger("basicsr").warning(warning)
         load(model, state)
-    except (AssertionError, ValueError, KeyError) as error:
+    except (AssertionError, AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError) as error:
         raise UserError(
             f"{model.opt['path'].get('resume_state')} does not fit the optimisers of the option file ({error}). Give "
             f"train: optim_*, freeze and lr_factors as in the run that saved it, or start a new run from its network "
             f"with path: pretrain_network_g."
         ) from error
+    try:
+        _apply_rest(model, state)
+    except (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError) as error:
+        raise UserError(
+            f"{model.opt['path'].get('resume_state')} is damaged, or of another program ({type(error).__name__}: "
+            f"{error}). Remove it, and go on from an earlier state with --auto_resume."
+        ) from error
+
+
+def _apply_rest(model: Any, state: Mapping[str, Any]) -> None:
+    """What BasicSR's states do not have."""
     if state.get("best_metric_results"):
         model.best_metric_results = state["best_metric_results"]
     if state.get("model") and hasattr(model, "load_extra_state"):
@@ -122,10 +133,13 @@ def prune(model: Any) -> None:
         return
     results = getattr(model, "best_metric_results", None) or {}
     best = {record["iter"] for of_set in results.values() for record in of_set.values()}
-    for path in states.glob("*.state"):
-        if path.stem.isdigit() and int(path.stem) < newest[0]:
-            path.unlink(missing_ok=True)
+    old = [path for path in states.glob("*.state") if path.stem.isdigit() and int(path.stem) < newest[0]]
     for path in models.glob("net_*_*.pth"):
         number = path.stem.rpartition("_")[2]
         if number.isdigit() and int(number) < newest[0] and int(number) not in best:
+            old.append(path)
+    try:
+        for path in old:
             path.unlink(missing_ok=True)
+    except OSError as error:  # no reason to end a training
+        logging.getLogger("basicsr").warning("%s cannot be removed: %s.", error.filename, error.strerror)

@@ -59,7 +59,6 @@ def test_what_passes(logger: Any, val: Any, train_options: Any, wandb: None) -> 
         ({"print_freq": None}, {}, "logger:print_freq: None given"),
         ({"save_checkpoint_freq": 2.5}, {}, "logger:save_checkpoint_freq: 2.5 given; must be a positive whole"),
         ({}, {"val_freq": "often"}, "val:val_freq: 'often' given; must be a positive whole"),
-        ({"print_freqs": 10}, {}, "logger:print_freqs: not known. Did you mean 'print_freq'? Allowed: keep_last, "),
         ({"keep_last": 0}, {}, "logger:keep_last: 0 given; must be ~ (keep all checkpoints) or a positive integer"),
         ({"keep_last": True}, {}, "logger:keep_last: True given"),
         ({}, {"tb_images": None}, "val:tb_images: None given; must be how many images of each validation set"),

@@ -449,6 +449,8 @@ TRAINING = [
     ({"train": {"optim_g": {"type": "Adam"}}}, "train:optim_g:lr: missing; Adam needs it"),
     ({"train": {"optim_g": ADAM | {"beta": 1}}}, "train:optim_g:beta: Adam has no such argument. Did you mean 'betas'"),
     ({"train": {"optim_d": {"type": "Adma", "lr": 1}}}, "train:optim_d:type: 'Adma' is not known"),
+    ({"train": {"optim_g": ADAM | {"betas": {"a": 1}}}}, "train:optim_g: Adam: KeyError: 0"),
+    ({"train": {"optim_g": ADAM | {"betas": [2, 0.9]}}}, "train:optim_g: Adam: Invalid beta parameter at index 0: 2"),
     ({"train": {"scheduler": ...}}, "train:scheduler: None given; must be a mapping with type"),
     ({"train": {"scheduler": {"type": "LambdaLR"}}}, "scheduler:type: 'LambdaLR' is not known. .*MultiStep.*StepLR"),
     ({"train": {"scheduler": {"type": "MultiStepLR"}}}, "train:scheduler:milestones: missing; MultiStepLR needs it"),
@@ -512,6 +514,13 @@ def test_training_mistakes(changes: Options, message: str) -> None:
 def test_testing_mistakes(changes: Options, message: str) -> None:
     problems = check(changes, is_train=False)
     assert len(problems) == 1 and re.match(message, problems[0]), problems
+
+
+def test_a_network_that_is_no_mapping_is_told_before_its_model_is_asked() -> None:
+    (problem,) = check({"model_type": "ESCModel", "network_g": "EDSR"})
+    assert problem.startswith("network_g: 'EDSR' given; must be a mapping with type")
+    (problem,) = check({"model_type": "ESCModel", "network_g": {"type": {"a": 1}}})
+    assert problem.startswith("network_g:type: {'a': 1} is not known")
 
 
 def test_all_problems_are_told_at_once() -> None:

@@ -12,6 +12,8 @@ from typing import Any
 
 import pytest
 import torch
+from basicsr.models.sr_model import SRModel
+from basicsr.utils.registry import MODEL_REGISTRY
 from PIL import Image
 
 import esc_arch  # noqa: F401  makes basicsr importable
@@ -112,7 +114,7 @@ def test_files_are_utf8_whatever_the_locale(tmp_path: Path) -> None:
 def test_tags_are_refused_and_run_nothing(tmp_path: Path, tag: str) -> None:
     mark, file = tmp_path / "mark", tmp_path / "a.yml"
     file.write_text(f"name: x\nkey: {tag.format(mark=mark)}\n")
-    message = r"a\.yml, line 2, column 6: the tag '!+[\w/:.]+' is not allowed: .*Write a plain value without the tag"
+    message = r"a\.yml:2:6: the tag '!+[\w/:.]+' is not allowed: .*Write a plain value without the tag"
     with pytest.raises(UserError, match=message):
         load_yaml(file)
     assert not mark.exists()
@@ -125,8 +127,8 @@ def test_tags_are_refused_and_run_nothing(tmp_path: Path, tag: str) -> None:
         (b"# nothing\n", "a.yml is empty"),
         (b"- 1\n", "a.yml holds list at its top level; it must be 'key: value' lines"),
         (b"name: \xff\xfe\n", "a.yml is not UTF-8 text: invalid start byte at byte 6. Save it as UTF-8"),
-        (b"a: 1\nb: [1, 2\nc: 3\n", r"a.yml, line 3, column 2: .*expected ',' or '\]'"),
-        (b"a: *b\n", "a.yml, line 1, column 4: .*undefined alias"),
+        (b"a: 1\nb: [1, 2\nc: 3\n", r"a.yml:3:2: .*expected ',' or '\]'"),
+        (b"a: *b\n", "a.yml:1:4: .*undefined alias"),
         (b"a: !!float word\n", "a.yml: could not convert string to float: 'word'"),
         (b"a: \x01\n", "a.yml: .*(control|special) characters are not allowed"),
     ],
@@ -137,6 +139,37 @@ def test_unusable_files(tmp_path: Path, content: bytes, message: str) -> None:
         load_yaml(tmp_path / "a.yml")
 
 
+def chain(levels: int) -> str:
+    """Mappings that each have two aliases to the one before: 2 ** levels values."""
+    return "a0: &a0 {x: 1}\n" + "".join(f"a{n}: &a{n} {{l: *a{n - 1}, r: *a{n - 1}}}\n" for n in range(1, levels + 1))
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("a: " + "[" * 100_000, r"a\.yml:1:10\d: more than 100 levels of lists and mappings"),
+        ("a: " + "{a: " * 101, r"a\.yml:1:\d+: more than 100 levels"),
+        ("a: &a {b: {c: *a}}", r"a\.yml:1:4: an alias leads back to this; write the values"),
+        ("a: &a [*a]", r"a\.yml:1:4: an alias leads back"),
+        (chain(40), r"a\.yml: its aliases \(\*NAME\) expand to more than 100000 values; write fewer"),
+        (
+            "a0: &a0 [1]\n" + "".join(f"a{n}: &a{n} [*a{n - 1}]\n" for n in range(1, 200)),
+            r"a\.yml:\d+:\d+: aliases \(\*NAME\) make more than 100 levels; write the values",
+        ),
+        ("a: 2024-13-45", r"a\.yml: month must be in 1..12"),
+    ],
+)
+def test_files_that_would_crash_or_hang(tmp_path: Path, text: str, message: str) -> None:
+    (tmp_path / "a.yml").write_text(text)
+    with pytest.raises(UserError, match=message):
+        load_yaml(tmp_path / "a.yml")
+
+
+def test_aliases_may_be_used(tmp_path: Path) -> None:
+    assert load_yaml("a: &a {x: 1}\nb: *a\n") == {"a": {"x": 1}, "b": {"x": 1}}
+    assert len(load_yaml(chain(10))) == 11
+
+
 def test_missing_file_and_folder(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"no\.yml does not exist \(looked for /"):
         load_yaml(tmp_path / "no.yml")
@@ -145,7 +178,7 @@ def test_missing_file_and_folder(tmp_path: Path) -> None:
 
 
 def test_duplicate_keys_warn_and_the_last_counts(caplog: pytest.LogCaptureFixture) -> None:
-    text = "base: &base {x: 1, y: 1}\na:\n  <<: *base\n  x: 2\nb:\n  z: 1\n  z: 2\nlist: [&self [*self]]\n"
+    text = "base: &base {x: 1, y: 1}\na:\n  <<: *base\n  x: 2\nb:\n  z: 1\n  z: 2\n"
     with caplog.at_level(logging.WARNING, logger="basicsr"):
         read = load_yaml(text)
     assert read["a"] == {"x": 2, "y": 1} and read["b"] == {"z": 2}
@@ -186,6 +219,22 @@ def test_force_yml_keeps_the_rest() -> None:
     opt = {"train": {"a": 1, "b": 2}}
     apply_force_yml(opt, ["train:a=3", "train:c=4"])
     assert opt == {"train": {"a": 3, "b": 2, "c": 4}}
+
+
+def test_force_yml_takes_a_data_set_out() -> None:
+    opt = {"datasets": {"val": {"type": "x"}, "val_2": {"name": "y"}}, "val": {}}
+    apply_force_yml(opt, ["datasets:val_2=none", "datasets:val_3=~", "val=None", "datasets:val:type=none"])
+    assert opt == {"datasets": {"val": {"type": None}, "val_3": None}, "val": None}
+
+
+@pytest.mark.parametrize(
+    ("entry", "value"),
+    [("x:y=[1, a, ~]", [1, "a", None]), ("x:y={b: 5e-4, c: [1]}", {"b": 5e-4, "c": [1]}), ("x:y=[]", [])],
+)
+def test_force_yml_takes_lists_and_mappings(entry: str, value: Any) -> None:
+    opt: dict[str, Any] = {}
+    apply_force_yml(opt, [entry])
+    assert opt == {"x": {"y": value}}
 
 
 @pytest.mark.parametrize(
@@ -398,13 +447,25 @@ def test_home_is_expanded(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None
 
 
 def test_unknown_path_keys_are_dropped(folder: Path, capsys: pytest.CaptureFixture) -> None:
-    opt = parse(TRAIN_FILE + "path: {pretrain_netwrok_g: a.pth, zzz: ~, param_key_g: params_ema}\n")
-    assert "pretrain_netwrok_g" not in opt["path"] and "zzz" not in opt["path"]
+    opt = parse(TRAIN_FILE + "path: {zzz: ~, param_key_g: params_ema}\n")
+    assert "zzz" not in opt["path"]
     assert opt["path"]["param_key_g"] == "params_ema"
-    assert capsys.readouterr().err.splitlines() == [
-        "Note: path:pretrain_netwrok_g is not known and is left out; did you mean path:pretrain_network_g?",
-        "Note: path:zzz is not known and is left out.",
-    ]
+    line = TRAIN_FILE.count("\n") + 1
+    assert capsys.readouterr().err == f"Note: options.yml:{line}:8: path:zzz: BasicSR and SRModel do not read it.\n"
+
+
+def test_path_keys_that_a_model_reads_stay(folder: Path, capsys: pytest.CaptureFixture) -> None:
+    class ModelWithPath(SRModel):
+        def __init__(self, opt: Any) -> None:
+            super().__init__(opt)
+            self.features = opt["path"]["features"]
+
+    MODEL_REGISTRY.register(ModelWithPath)
+    try:
+        opt = parse(TRAIN_FILE.replace("SRModel", "ModelWithPath") + "path: {features: ~/x}\n")
+    finally:
+        del MODEL_REGISTRY._obj_map["ModelWithPath"]
+    assert opt["path"]["features"] == os.path.expanduser("~/x") and capsys.readouterr().err == ""
 
 
 def test_a_null_ema_decay_means_no_average(folder: Path) -> None:
@@ -461,12 +522,20 @@ def test_all_problems_in_one_error_and_nothing_is_written(folder: Path) -> None:
     with pytest.raises(UserError) as caught:
         parse(text)
     lines = str(caught.value).splitlines()
-    assert lines[0] == "options.yml: 3 problem(s):" and all(line.startswith(" - ") for line in lines[1:])
+    assert lines[0] == "options.yml: 3 problem(s):" and len(lines) == 4
+    places = [line.split(": ", 2)[:2] for line in lines[1:]]
+    assert places == [
+        ["options.yml:3:1", "model_type"],
+        [f"options.yml:6:{text.splitlines()[5].index('gt_size') + 1}", "datasets:train:gt_size"],
+        ["options.yml:13:15", "train:pixel_opt:type"],
+    ]
     assert sorted(os.listdir(folder)) == ["gt", "lq", "options.yml"]
 
 
 def test_shape_is_checked_before_defaults(folder: Path) -> None:
-    with pytest.raises(UserError, match=r"options.yml: 2 problem\(s\):\n - name: None .*\n - datasets: None given"):
+    with pytest.raises(
+        UserError, match=r"options.yml: 2 problem\(s\):\n.*:1:1: name: None .*\n.*:1:1: datasets: None given"
+    ):
         parse("model_type: SRModel\n")
 
 

@@ -23,7 +23,7 @@ from pathlib import Path
 
 import torch
 
-__all__ = ["Recipe", "built_library", "compile_library", "find_compiler", "recipe"]
+__all__ = ["Recipe", "built_library", "cache_folder", "compile_library", "find_compiler", "recipe"]
 
 CSRC = Path(__file__).parent / "csrc"
 
@@ -98,7 +98,7 @@ def compile_library(wanted: Recipe) -> tuple[Path, list[str]]:
         library = built_library(wanted)
         if library is not None:
             return library, []
-        objects = _cache() / "objects"
+        objects = cache_folder() / "objects"
         objects.mkdir(exist_ok=True)
         jobs = [(source, objects / f"{source.stem}-{_object_key(wanted, source)}.o") for source in wanted.sources]
         with ThreadPoolExecutor(max_workers=os.cpu_count()) as pool:
@@ -219,19 +219,20 @@ def _cpu() -> str:
     return next((line for line in lines if line.startswith(("flags", "Features"))), platform.machine())
 
 
-def _cache() -> Path:
+def cache_folder() -> Path:
+    """Where libraries are kept: in the user's cache; it need not be there yet."""
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "esc_arch"
 
 
 def _folder(wanted: Recipe) -> Path:
-    return _cache() / f"native-{wanted.key}"
+    return cache_folder() / f"native-{wanted.key}"
 
 
 @contextmanager
 def _lock() -> Iterator[None]:
     import fcntl
 
-    _cache().mkdir(parents=True, exist_ok=True)
-    with open(_cache() / "build.lock", "w") as file:
+    cache_folder().mkdir(parents=True, exist_ok=True)
+    with open(cache_folder() / "build.lock", "w") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
         yield

@@ -94,14 +94,6 @@ def _parts(bias: Bias) -> tuple[Tensor, Tensor | None]:
     return first, others[0] if others else None
 
 
-@native.when_loaded
-def _register() -> None:
-    torch.library.register_fake("esc_arch::cpu_attention_layer", _fake_layer)
-    torch.library.register_fake("esc_arch::cpu_window_attention", _fake_forward)
-    torch.library.register_fake("esc_arch::cpu_window_attention_backward", _fake_backward)
-    torch.library.register_autograd("esc_arch::cpu_window_attention", _backward, setup_context=_save)
-
-
 def _fake_forward(
     qkv: Tensor, bias: Tensor, key_factors: Tensor | None, window: int, heads: int
 ) -> tuple[Tensor, Tensor]:
@@ -145,3 +137,11 @@ def _backward(ctx: Any, grad: Tensor, _: Tensor | None) -> tuple[Tensor | None, 
         grad, qkv, bias, key_factors, out, statistics, ctx.window, ctx.heads
     )
     return of_qkv, of_bias, None if key_factors is None else of_keys, None, None
+
+
+@native.when_loaded
+def _register() -> None:
+    torch.library.register_fake("esc_arch::cpu_attention_layer", _fake_layer)
+    torch.library.register_fake("esc_arch::cpu_window_attention", _fake_forward)
+    torch.library.register_fake("esc_arch::cpu_window_attention_backward", _fake_backward)
+    torch.library.register_autograd("esc_arch::cpu_window_attention", _backward, setup_context=_save)

@@ -1,0 +1,77 @@
+"""What is known of an encoded image before it is decoded, so that no file fills the memory."""
+
+from __future__ import annotations
+
+import io
+import os
+import struct
+
+from PIL import Image
+
+__all__ = ["most_pixels", "reason_against"]
+
+#: OpenCV's own variable for the limit; its own default, 2**30, would need 12 GiB as a float32 image.
+LIMIT_VARIABLE = "OPENCV_IO_MAX_IMAGE_PIXELS"
+MOST_PIXELS = 2**28
+
+_PNG = b"\x89PNG\r\n\x1a\n"
+#: Of the formats that OpenCV reads, those whose header Pillow reads without decoding.
+_FORMATS = ("JPEG", "TIFF", "WEBP", "BMP", "GIF", "PPM", "AVIF", "JPEG2000", "SUN")
+#: So many bytes tell the format.
+_PREFIX = 16
+
+
+def most_pixels() -> int:
+    """How many pixels an image may have: `MOST_PIXELS`, or what OpenCV's environment variable says."""
+    given = os.environ.get(LIMIT_VARIABLE, "")
+    return int(given) if given.isdigit() else MOST_PIXELS
+
+
+def reason_against(content: bytes) -> str | None:
+    """Why an image file's `content` is not to be decoded, as the end of a sentence that begins with it; or None.
+
+    Only what OpenCV would not refuse by itself, or not before it has filled the memory.
+    """
+    height, width = size_in_header(content) or (0, 0)
+    if height * width > most_pixels():
+        return (
+            f"has {width:,} x {height:,} pixels by its header, more than the {most_pixels():,} that are read: it is "
+            f"damaged, or made to fill the memory. Cut it into parts, or set {LIMIT_VARIABLE} in the environment."
+        )
+    if is_cut_short(content):
+        return f"is cut short ({len(content):,} bytes): its end is missing. Replace it or take it out of the data set."
+    return None
+
+
+def size_in_header(content: bytes) -> tuple[int, int] | None:
+    """Height and width that the header of an image file claims; None where it cannot be told."""
+    if content.startswith(_PNG):
+        if len(content) < 24:
+            return None
+        width, height = struct.unpack(">II", content[16:24])
+        return height, width
+    Image.init()
+    for name in _FORMATS:
+        factory, accept = Image.OPEN.get(name, (None, None))
+        if factory is None or (accept is not None and not _accepted(accept(content[:_PREFIX]))):
+            continue
+        try:
+            # Not Image.open, whose own limit is another, and who says it without the size
+            width, height = factory(io.BytesIO(content), "").size
+        except Exception:  # of a damaged header, about anything; OpenCV is asked then
+            return None
+        return height, width
+    return None
+
+
+def _accepted(answer: object) -> bool:
+    """Pillow's plugins answer whether a file is theirs by a truth value, or by a text that says why they cannot."""
+    return bool(answer) and not isinstance(answer, str)
+
+
+def is_cut_short(content: bytes) -> bool:
+    """Whether a JPEG has lost its end: OpenCV fills the rest with grey and says nothing.
+
+    Other formats it refuses. The first half is not searched, where an embedded thumbnail has an end of its own.
+    """
+    return content.startswith(b"\xff\xd8") and content.find(b"\xff\xd9", len(content) // 2) < 0

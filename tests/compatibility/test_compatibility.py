@@ -1,0 +1,167 @@
+"""Parts of the compatibility matrix that need no new environment: messages without extras, and how cells run."""
+
+from __future__ import annotations
+
+import os
+import re
+import runpy
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import matrix
+import pytest
+import smoke
+
+ROOT = Path(__file__).parents[2]
+SETUP = (ROOT / "setup.py").read_text(encoding="utf-8")
+#: Packages of each extra. The rest of an extra is needed for tests, or imported by these.
+PACKAGES = {
+    "onnx": ("onnx", "onnxscript", "onnxruntime"),
+    "plot": ("matplotlib",),
+    "spandrel": ("spandrel",),
+    "video": ("av",),
+    "lpips": ("lpips",),
+    "wandb": ("wandb",),
+}
+#: Put before all other finders of a Python that starts, it finds none of the packages.
+BLOCKER = """
+import sys
+
+
+class Blocker:
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] in {blocked!r}:
+            raise ModuleNotFoundError(f"No module named {{name!r}}", name=name)
+
+
+sys.meta_path.insert(0, Blocker())
+"""
+
+
+def test_every_extra_has_steps() -> None:
+    extras = re.search(r"extras_require=\{(.*?)\n    \},", SETUP, re.S)
+    assert extras is not None
+    names = set(re.findall(r'^        "([\w-]+)":', extras[1], re.M)) - {"test", "flash-attn"}
+    assert names == set(matrix.EXTRAS) == set(PACKAGES)
+    for extra in names:
+        assert {f"with-{extra}", f"without-{extra}"} <= smoke.STEPS.keys()
+    assert set(matrix.CORE) <= smoke.STEPS.keys()
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder as the core steps leave it, with a checkpoint."""
+    import torch
+    from PIL import Image
+    from skimage.data import astronaut
+
+    import esc_arch
+
+    folder = tmp_path_factory.mktemp("trained")
+    (folder / "gt").mkdir()
+    for index in range(4):
+        Image.fromarray(astronaut()[60 * index : 60 * index + 48, 100:148]).save(folder / f"gt/{index}.png")
+    net = esc_arch.ESC(**{key: value for key, value in smoke.NETWORK.items() if key != "type"})
+    (folder / smoke.WEIGHTS).parent.mkdir(parents=True)
+    torch.save({"params": net.state_dict()}, folder / smoke.WEIGHTS)
+    return folder
+
+
+@pytest.mark.parametrize("extra", PACKAGES)
+def test_without_an_extra_its_name_is_said(
+    extra: str, trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    blocker = tmp_path / "sitecustomize.py"
+    blocker.write_text(BLOCKER.format(blocked=PACKAGES[extra]), encoding="utf-8")
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(tmp_path), str(ROOT)]))
+    # The command of an installation may belong to another copy of the package
+    monkeypatch.setattr(
+        smoke, "basicsr", lambda *arguments, **more: smoke.command(sys.executable, "-m", "esc_arch", *arguments, **more)
+    )
+    monkeypatch.chdir(trained)
+    assert smoke.STEPS[f"without-{extra}"]() == "named"
+
+
+def test_a_failed_step_is_told_and_the_next_is_run(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    steps: dict[str, Callable[[], str]] = {"bad": lambda: smoke.python("raise SystemExit(3)"), "good": lambda: "fine"}
+    monkeypatch.setattr(smoke, "STEPS", steps)
+    smoke.main(["bad", "good"])
+    bad, good = capsys.readouterr().out.splitlines()
+    assert '"ok": false' in bad
+    assert "ended with 3" in bad
+    assert '"ok": true' in good
+
+
+def test_the_table_names_what_failed() -> None:
+    results = [
+        matrix.Result("3.12/newest", "import", True, 6, "Python 3.12.1 torch 2.15.0"),
+        matrix.Result("3.12/newest", "train", False, 54, "a traceback"),
+        matrix.Result("3.11/2.7", "python", False, 0, "no python3.11"),
+    ]
+    assert list(matrix.table(results))[2:] == [
+        "| 3.12/newest | Python 3.12.1 torch 2.15.0 | 2 | train | 1.0 |",
+        "| 3.11/2.7 |  | 1 | python | 0.0 |",
+    ]
+
+
+def test_a_python_that_is_not_there_is_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (result,) = matrix.run_cell("3.99/newest", [], tmp_path)
+    assert not result.ok
+    assert "no python3.99" in result.said
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [(["3.12"], "PYTHON/TORCH"), (["3.12/newest", "--extras", "onx"], "--extras onx: allowed are onnx, plot")],
+)
+def test_wrong_arguments(
+    arguments: list[str], message: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["matrix.py", *arguments])
+    with pytest.raises(SystemExit):
+        matrix.main()
+    assert message in capsys.readouterr().err
+
+
+@pytest.fixture
+def install_basicsr() -> SimpleNamespace:
+    """The script, which is no part of the package."""
+    return SimpleNamespace(**runpy.run_path(str(ROOT / "install_basicsr.py")))
+
+
+def test_exec_writes_to_its_caller_again(install_basicsr: SimpleNamespace, tmp_path: Path) -> None:
+    """What BasicSR's setup.py does; in Python 3.13 and newer it fails without the module."""
+    (tmp_path / "sitecustomize.py").write_text(install_basicsr.SITECUSTOMIZE, encoding="utf-8")
+    code = (
+        "def version():\n    exec(compile('__version__ = \"1.4.2\"', 'version.py', 'exec'))\n"
+        "    return locals()['__version__']\n"
+        "space = {}\nexec('a = 1', space)\nexec('b = a + 1', space, own := {})\n"
+        "print(version(), space['a'], own['b'], 'b' in space)"
+    )
+    environment = {"PYTHONPATH": str(tmp_path), "PATH": os.environ["PATH"]}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
+    assert done.stdout.split() == ["1.4.2", "1", "2", "False"]
+
+
+def test_pip_is_called_with_the_module_on_its_path(
+    install_basicsr: SimpleNamespace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls = []
+
+    def run(command: list[str], *, env: dict[str, str], check: bool) -> Any:
+        calls.append(command)
+        first = Path(env["PYTHONPATH"].split(os.pathsep)[0])
+        assert (first / "sitecustomize.py").read_text(encoding="utf-8") == install_basicsr.SITECUSTOMIZE
+        return subprocess.CompletedProcess(command, 3)
+
+    monkeypatch.setattr(subprocess, "run", run)
+    assert install_basicsr.main(["--quiet"]) == 3
+    assert calls[0][1:] == ["-m", "pip", "install", "--no-build-isolation", "basicsr==1.4.2", "--quiet"]
+    assert install_basicsr.REQUIREMENT in (ROOT / "requirements.txt").read_text(encoding="utf-8").splitlines()

@@ -1,0 +1,40 @@
+"""Option files as they are published for BasicSR's own networks: they must pass, whatever else is asked of ours."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from esc_arch.options import Extent, inspect_options
+
+FILES = sorted((Path(__file__).parent / "published").glob("*.yml"))
+SHIPPED = sorted((Path(__file__).parents[2] / "options").glob("*.yml"))
+
+#: What is told about keys that have no effect in BasicSR 1.4.2.
+WARNINGS = {
+    "test_old_keys": ["path:pretrain_model_g", "path:strict_load"],
+    "train_StyleGAN2_256": ["train:net_d_iters", "train:net_d_init_iters"],
+    "train_realesrgan_x4plus": ["datasets:train:gt_size"],
+}
+
+
+def test_there_are_some() -> None:
+    assert len(FILES) == 10 and len(SHIPPED) >= 40
+
+
+@pytest.mark.parametrize("file", FILES, ids=lambda file: file.stem)
+def test_published_files_pass(file: Path, work_folder: Path) -> None:
+    inspection = inspect_options(str(file), root_path=str(work_folder), is_train=None, extent=Extent(with_files=False))
+    assert list(map(str, inspection.errors)) == []
+    assert [warning.key for warning in inspection.warnings] == WARNINGS.get(file.stem, [])
+    assert inspection.is_train == file.name.startswith("train_")
+    assert list(work_folder.iterdir()) == []
+
+
+@pytest.mark.parametrize("file", SHIPPED, ids=lambda file: file.stem)
+def test_ours_pass_without_a_warning(file: Path, work_folder: Path) -> None:
+    inspection = inspect_options(str(file), root_path=str(work_folder), is_train=None, extent=Extent(with_files=False))
+    assert list(map(str, inspection.errors + inspection.warnings)) == []
+    assert inspection.is_train == file.name.startswith("train_")
+    assert any(fact.startswith("network_g: ESC") for fact in inspection.facts)
