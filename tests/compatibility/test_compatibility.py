@@ -27,18 +27,18 @@ PACKAGES = {
     "lpips": ("lpips",),
     "wandb": ("wandb",),
 }
-#: Put before all other finders of a Python that starts, it finds none of the packages.
+#: A Python that starts with it finds none of the packages.
 BLOCKER = """
-import sys
+from importlib.machinery import PathFinder
+
+find_spec = PathFinder.find_spec
 
 
-class Blocker:
-    def find_spec(self, name, path=None, target=None):
-        if name.partition(".")[0] in {blocked!r}:
-            raise ModuleNotFoundError(f"No module named {{name!r}}", name=name)
+def find_others(name, path=None, target=None):
+    return None if name.partition(".")[0] in {blocked!r} else find_spec(name, path, target)
 
 
-sys.meta_path.insert(0, Blocker())
+PathFinder.find_spec = find_others
 """
 
 
