@@ -192,9 +192,9 @@ def through_blocks(net: ESCFamily, x: Tensor, means: Means) -> Tensor:
         skip = x
         x = block.attend(x)
         for pair in range(len(block.pconvs)):
-            mixed, _ = block.mix(pair, x)
-            pooled = means(number, pair, mixed[:, : block.channels_pooled(pair)])
-            x = block.convolve(pair, x, mixed, pooled, *kernels)
+            mixed, own = block.mix(pair, x)
+            given = means(number, pair, mixed[:, : block.channels_pooled(pair)])
+            x = block.convolve(pair, x, mixed, own if given is None else given, *kernels)
         x = block.finish(x, skip)
     return x
 

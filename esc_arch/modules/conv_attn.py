@@ -155,7 +155,7 @@ class ConvAttn(nn.Module):
             means: of the first pdim channels of `mixed` over the whole image, (B, pdim), where they are known.
         """
         _, first, _, second = self.plk.dwc_proj
-        if means is not None and are_plain(first, second, self.aggr):
+        if means is not None and are_plain(self, self.aggr, *self.plk.modules()):
             assert isinstance(first, nn.Conv2d)
             assert isinstance(second, nn.Conv2d)
             weights = (first.weight, first.bias, second.weight, second.bias, self.aggr.weight, self.aggr.bias)

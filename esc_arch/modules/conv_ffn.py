@@ -48,7 +48,7 @@ class ConvFFN(nn.Module):
             (B, C, H, W), and (B, means_of) where they come without a pass of their own, else None.
         """
         layer_norm = None if isinstance(norm, nn.Identity) else norm
-        if are_plain(self.proj, self.dwc, self.aggr, layer_norm):
+        if are_plain(self, self.proj, self.dwc, self.aggr, layer_norm):
             done = conv_ffn_step(x, *numbers_of(layer_norm), *self._weights(), pooled=means_of)
             if done is not None:
                 return done

@@ -116,7 +116,7 @@ class WindowAttention(nn.Module):
 
     def added_to(self, x: Tensor, norm: LayerNorm) -> Tensor:
         """x + self(norm(x)), in one pass over the map where an operator for that is at hand."""
-        if self.gate is None and are_plain(self.to_qkv, self.to_out, norm):
+        if self.gate is None and are_plain(self, self.to_qkv, self.to_out, norm):
             done = attention_layer(
                 x,
                 (self.to_qkv.weight, self.to_qkv.bias),

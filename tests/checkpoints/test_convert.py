@@ -299,7 +299,7 @@ class TestFold:
         assert (checkpoint.beside, folded.beside) == ({}, {"folded": True})
         assert torch.equal(checkpoint.weights["plk_filter"], kernel)
         assert not torch.equal(folded.weights["plk_filter"], kernel)
-        assert output_error(checkpoint, folded, image()).largest < 1e-5
+        assert output_error(checkpoint, folded, image()).largest < 3e-5  # a kernel rounded otherwise, and ten blocks
         assert_same(fold(folded).weights, folded.weights)
 
     @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])

@@ -106,11 +106,15 @@ def test_only_where_auto_may_choose_them(taken: dict[str, int], monkeypatch: pyt
 @pytest.mark.parametrize(
     ("layer", "step"),
     [
+        ("blocks.0.attn", "attention"),
         ("blocks.0.ln_attn", "attention"),
         ("blocks.0.attn.to_qkv", "attention"),
         ("blocks.0.attn.to_out", "attention"),
         ("blocks.0.ln_proj", "ConvFFN"),
+        ("blocks.0.convffns.0", "ConvFFN"),
         ("blocks.0.convffns.1.dwc", "ConvFFN"),
+        ("blocks.0.pconvs.0", "ConvAttn"),
+        ("blocks.0.pconvs.0.plk", "ConvAttn"),
         ("blocks.0.pconvs.0.aggr", "ConvAttn"),
         ("blocks.0.pconvs.1.plk.dwc_proj.3", "ConvAttn"),
         ("blocks.0.ln_out", "3 x 3"),
