@@ -32,7 +32,7 @@ setup(
     # this bound makes pip say so in one line, before that build fails obscurely.
     python_requires=">=3.10,<3.13",
     packages=find_packages(include=["esc_arch", "esc_arch.*"]),
-    package_data={"esc_arch": ["py.typed", "ops/native/csrc/*", "benchmark/*.json"]},
+    package_data={"esc_arch": ["py.typed", "ops/native/csrc/*", "benchmark/*.json", "options/*.json"]},
     install_requires=read_requirements(),
     extras_require={
         "flash-attn": ["flash-attn>=2.6"],
@@ -50,6 +50,8 @@ setup(
             "mypy>=1.13",
             "types-PyYAML",
             "types-tqdm",
+            "hypothesis>=6.100",
+            "jsonschema>=4",
             "matplotlib>=3.7",
             "openvino>=2025.0",
             *ONNX,
