@@ -103,7 +103,7 @@ class ESCFamily(nn.Module):
         for name in (f"{self.subpixel_conv}.weight", f"{self.subpixel_conv}.bias"):
             tensor = _take_back(state_dict, prefix + name)
             channels = self.get_parameter(name).shape[0]
-            if tensor is None or tensor.shape[0] == channels:
+            if tensor is None or tensor.shape[:1] in ((), (channels,)):
                 continue
             try:
                 state_dict[prefix + name] = rescale_subpixel_conv(tensor, channels)

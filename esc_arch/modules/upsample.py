@@ -53,13 +53,15 @@ def rescale_subpixel_conv(tensor: Tensor, channels: int) -> Tensor:
         (3 * t^2, ...).
 
     Raises:
-        ValueError: a number of channels is not 3 times a square.
+        ValueError: a number of channels is not 3 times a square, or there are no numbers.
     """
     colours = 3
     source, target = (math.isqrt(n // colours) for n in (tensor.shape[0], channels))
     for n, side in ((tensor.shape[0], source), (channels, target)):
         if colours * side**2 != n:
             raise ValueError(f"{n} channels are not {colours} colours times a square of sub-pixels.")
+    if not tensor.numel():
+        raise ValueError("an empty tensor has no sub-pixels.")
     grid = tensor.reshape(colours, source, source, -1).permute(0, 3, 1, 2)
     grid = F.interpolate(grid, size=(target, target), mode="bilinear", align_corners=False)
     return grid.permute(0, 2, 3, 1).reshape(channels, *tensor.shape[1:])

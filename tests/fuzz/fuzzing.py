@@ -5,7 +5,6 @@ Examples are derandomised: the same run finds the same faults. `ESC_ARCH_LONG=1`
 
 from __future__ import annotations
 
-import copy
 import os
 import resource
 import signal
@@ -156,13 +155,26 @@ def mutate_tree(draw: st.DrawFn, tree: Any, values: list[Any], most: int = 3) ->
         if kind == "delete":
             del node[key]
         elif kind == "replace":
-            node[key] = copy.deepcopy(draw(st.sampled_from(values)))  # later mutations may change it
+            node[key] = _copied(draw(st.sampled_from(values)), {})  # later mutations may change it
         elif kind == "copy":
             other, place = draw(st.sampled_from(where))
             if isinstance(other, dict) or place < len(other):
-                other[place] = copy.deepcopy(node[key])
+                other[place] = _copied(node[key], {})
         elif kind == "nest":
             node[key] = draw(st.sampled_from(([node[key]], {"type": node[key]}, {str(key): node[key]})))
         elif isinstance(node, dict):
             name = draw(st.sampled_from((f"{key}s", str(key)[:-1], str(key).upper(), draw(st.sampled_from(TEXTS)), 7)))
             node[name] = node.pop(key)
+
+
+def _copied(value: Any, copies: dict[int, Any]) -> Any:
+    """A tree with mappings and lists of its own; one that is in several places is so in the copy."""
+    if not isinstance(value, dict | list):
+        return value  # not all tensors can be copied
+    if id(value) not in copies:
+        copies[id(value)] = copy = type(value)()
+        if isinstance(value, dict):
+            copy.update((key, _copied(entry, copies)) for key, entry in value.items())
+        else:
+            copy.extend(_copied(entry, copies) for entry in value)
+    return copies[id(value)]

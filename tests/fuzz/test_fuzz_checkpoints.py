@@ -174,7 +174,7 @@ def changed_weights(draw: st.DrawFn) -> dict[Any, Any]:
         elif kind == "renumber":
             number = draw(st.sampled_from(("0", "1", "7", "999999999", "9" * 5000, "-1", "²", "٣")))
             weights[name.replace(".0.", f".{number}.", 1)] = weights.pop(name)
-        elif tensor.dim():
+        elif tensor.dim() and not tensor.is_quantized:
             axis = draw(st.integers(0, tensor.dim() - 1))
             size = draw(st.sampled_from((0, 1, 2, 3, 5, 12, 49, 128, 65536)))
             shape = [*tensor.shape[:axis], size, *tensor.shape[axis + 1 :]]
@@ -199,6 +199,14 @@ def test_changed_weights(tmp_path: Path) -> None:
 
     run()
     tally.check("changed weights")
+
+
+@pytest.mark.parametrize("shape", [(0,), (), (12, 0)])
+def test_a_tail_that_is_empty_is_not_made_to_fit(tmp_path: Path, shape: tuple[int, ...]) -> None:
+    path = tmp_path / "net.pth"
+    path.write_bytes(stored({"params": WEIGHTS[0] | {"to_img.bias": torch.zeros(shape)}}))
+    with pytest.raises(UserError, match=r"net\.pth is almost ESC with .*: 1 of other shapes \(to_img.bias is \("):
+        esc_arch.load(path, device="cpu")
 
 
 def test_weights_that_were_read_already() -> None:
