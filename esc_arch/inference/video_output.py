@@ -8,7 +8,7 @@ import logging
 import os
 import struct
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from fractions import Fraction
 from itertools import pairwise
@@ -37,8 +37,8 @@ logger = logging.getLogger("esc_arch")
 
 #: AV_TIME_BASE: the unit of a container's times, in a second.
 MICROSECONDS = 1_000_000
-
-
+#: The threads of this process, on Linux.
+_TASKS = Path("/proc/self/task")
 #: Frames per second, where nothing is known of them.
 USUAL_RATE = Fraction(25)
 
@@ -322,12 +322,34 @@ def check_form(form: Form, target: Path) -> None:
     try:
         with av.open(io.BytesIO(), "w", format=container_of(target).format) as trial:
             _stream_of(trial, form)
-            trial.start_encoding()
+            with scheduling_kept():
+                trial.start_encoding()
     except (av.FFmpegError, ValueError) as error:
         raise UserError(
             f"{target}: {form.codec} cannot write {form.width} x {form.height} pixels of {form.pixel_format} here "
             f"({error}). Choose another codec, pixel_format, scale or suffix."
         ) from error
+
+
+@contextmanager
+def scheduling_kept() -> Iterator[None]:
+    """Keep the priority of this thread, and give the same to all that begin meanwhile.
+
+    Run by root, SVT-AV1 makes the thread that opens it and its own real-time threads, of the highest priority. Threads
+    that this one begins would be the same: of such ones, those of oneDNN that wait for each other, spinning, keep all
+    processors from those that they wait for, for ever.
+    """
+    if not hasattr(os, "sched_setscheduler") or not _TASKS.is_dir():
+        yield
+        return
+    policy, parameters, before = os.sched_getscheduler(0), os.sched_getparam(0), set(_TASKS.iterdir())
+    try:
+        yield
+    finally:
+        for thread in (0, *(int(task.name) for task in set(_TASKS.iterdir()) - before)):
+            with suppress(OSError):  # it may have ended
+                if os.sched_getscheduler(thread) != policy:
+                    os.sched_setscheduler(thread, policy, parameters)
 
 
 class Encoder:
@@ -344,7 +366,8 @@ class Encoder:
         self.last_duration: int | None = None
         self.context = import_av().CodecContext.create(form.codec, "w")
         form.apply(self.context)
-        self.context.open()
+        with scheduling_kept():
+            self.context.open()
 
     def add(self, frame: Any, time: int, duration: int | None) -> None:
         """Encode a frame that is shown at a time, in units of the form's time base."""
@@ -397,7 +420,8 @@ def join(folder: WorkFolder, form: Form, source: Path, video: int, start: int, t
         for other in old.streams:
             if other.index != video and (copy := _add_copy(new, other, container.format, target)) is not None:
                 copies[other.index] = copy
-        new.start_encoding()
+        with scheduling_kept():
+            new.start_encoding()
         ours = _video_packets(folder, form, stream)
         theirs = _copied_packets(old, copies, start) if copies else iter(())
         for packet in _by_time(ours, theirs):

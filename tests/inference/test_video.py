@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import builtins
 import logging
+import os
 import shutil
 import sys
 import threading
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from fractions import Fraction
 from pathlib import Path
@@ -467,6 +469,25 @@ def test_other_encoders(upscaler: Upscaler, tmp_path: Path, codec: str) -> None:
     expected = (upscaler(image)[0].clamp(0, 1) * 255).permute(1, 2, 0).numpy()
     assert psnr(new.to_ndarray(format="rgb24"), expected) > 27
     assert len(frames_of(target)) == 6
+
+
+@pytest.mark.skipif(not Path("/proc/self/task").is_dir(), reason="threads and their scheduling are Linux's here")
+def test_no_encoder_leaves_real_time_threads(
+    upscaler: Upscaler, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    policies = set()
+
+    class Watched(video.Encoder):
+        def add(self, frame: Any, time: int, duration: int | None) -> None:
+            super().add(frame, time, duration)
+            for task in Path("/proc/self/task").iterdir():
+                with suppress(OSError):
+                    policies.add(os.sched_getscheduler(int(task.name)))
+
+    monkeypatch.setattr(video, "Encoder", Watched)
+    before = os.sched_getscheduler(0)
+    upscale_video(upscaler, write_clip(tmp_path / "in.mp4", size=(32, 32)), tmp_path / "out.mkv", codec="libsvtav1")
+    assert policies == {before} == {os.sched_getscheduler(0)}
 
 
 class Counting(Upscaler):
