@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Iterator, MutableMapping
 from typing import Any, TypeVar
 
@@ -17,7 +18,10 @@ from esc_arch.modules.window_attention import WindowAttention
 from esc_arch.ops.conv_attn import symmetrise
 from esc_arch.ops.layout import fast_layout
 
-__all__ = ["ESCFamily", "SharedKernelNetwork", "biased_attention", "esc_block"]
+__all__ = ["ESCFamily", "SharedKernelNetwork", "biased_attention", "esc_block", "numbers"]
+
+#: More than any network has: a slip of the pen would be built for hours.
+MOST_PARTS = 1000
 
 Network = TypeVar("Network", bound="SharedKernelNetwork")
 
@@ -25,7 +29,7 @@ Network = TypeVar("Network", bound="SharedKernelNetwork")
 class ESCFamily(nn.Module):
     """A network of `blocks` between a first convolution `proj` and a last one.
 
-    Sub-classes make `proj`, `blocks` (with `make_blocks`) and their tail.
+    Sub-classes make `proj`, `blocks` and their tail.
     """
 
     #: The convolution before the pixel shuffle, whose weights can be interpolated to another scale.
@@ -39,7 +43,7 @@ class ESCFamily(nn.Module):
 
     def __init__(self, *, window_size: int, upscaling_factor: int) -> None:
         super().__init__()
-        if upscaling_factor < 1 or upscaling_factor != int(upscaling_factor):
+        if not 1 <= upscaling_factor < math.inf or upscaling_factor != int(upscaling_factor):
             raise ValueError(f"upscaling_factor is {upscaling_factor}; it must be a whole number of at least 1.")
         self.upscaling_factor = int(upscaling_factor)
         self.window_size = window_size
@@ -191,6 +195,17 @@ def biased_attention(
     return FlashWindowAttention(dim=dim, window_size=window_size, num_heads=num_heads, attn_type=attn_type)
 
 
+def numbers(name: str, count: int) -> range:
+    """The numbers of `count` equal parts of a network, for the option `name`.
+
+    Raises:
+        ValueError: count is not a whole number from 0 to 1000.
+    """
+    if not 0 <= count <= MOST_PARTS or count != int(count):
+        raise ValueError(f"{name} is {count}; it must be a whole number from 0 to {MOST_PARTS}.")
+    return range(int(count))
+
+
 def esc_block(
     *,
     dim: int,
@@ -211,7 +226,10 @@ def esc_block(
         attn=biased_attention(
             dim=dim, window_size=window_size, num_heads=num_heads, attn_type=attn_type, rank=rank, backend=backend
         ),
-        pconvs=[ConvAttn(dim=dim, pdim=pdim, kernel_size=kernel_size, symmetric=True) for _ in range(conv_blocks)],
+        pconvs=[
+            ConvAttn(dim=dim, pdim=pdim, kernel_size=kernel_size, symmetric=True)
+            for _ in numbers("conv_blocks", conv_blocks)
+        ],
         exp_ratio=exp_ratio,
         first_exp_ratio=2,
         use_ln=use_ln,

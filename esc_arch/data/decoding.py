@@ -1,4 +1,4 @@
-"""What is known of an encoded image before it is decoded, so that no file fills the memory."""
+"""What is wrong with an encoded image: before it is decoded, so that no file fills the memory, and after."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import struct
 
 from PIL import Image
 
-__all__ = ["most_pixels", "reason_against"]
+__all__ = ["image_problem", "most_pixels", "reason_against"]
 
 #: OpenCV's own variable for the limit; its own default, 2**30, would need 12 GiB as a float32 image.
 LIMIT_VARIABLE = "OPENCV_IO_MAX_IMAGE_PIXELS"
@@ -25,6 +25,33 @@ def most_pixels() -> int:
     """How many pixels an image may have: `MOST_PIXELS`, or what OpenCV's environment variable says."""
     given = os.environ.get(LIMIT_VARIABLE, "")
     return int(given) if given.isdigit() else MOST_PIXELS
+
+
+def image_problem(content: bytes, listed: tuple[int, int] | None = None) -> str | None:
+    """What is wrong with an image file's `content`, as the end of a sentence that begins with it; or None.
+
+    It is decoded as a whole.
+
+    Args:
+        listed: the height and width that it has in an LMDB's meta_info.txt.
+    """
+    import cv2
+    import numpy as np
+
+    if not content:
+        return "is empty"
+    if (reason := reason_against(content)) is not None:
+        return reason.removesuffix(".")
+    try:
+        image = cv2.imdecode(np.frombuffer(content, np.uint8), cv2.IMREAD_UNCHANGED)
+    except cv2.error:
+        image = None
+    if image is None:
+        return f"is not an image that can be decoded ({len(content):,} bytes)"
+    height, width = image.shape[:2]
+    if listed is not None and listed != (height, width):
+        return f"has {width}x{height} pixels, but {listed[1]}x{listed[0]} in meta_info.txt"
+    return None
 
 
 def reason_against(content: bytes) -> str | None:

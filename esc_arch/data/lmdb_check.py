@@ -1,19 +1,23 @@
-"""Whether an LMDB can be read: LMDB trusts its file, and a damaged one ends the process that reads it by a signal.
+"""What an LMDB lists, and whether it can be read.
 
-Looked at are the pages of keys, not the images: some hundred pages for a data set of tens of thousands. What is found
-sound makes LMDB read nothing outside the file. The layout is that of LMDB 0.9 (data version 1) on 64-bit machines, the
-one that py-lmdb's releases have; see `MDB_page`, `MDB_node`, `MDB_db` and `MDB_meta` in its source, mdb.c.
+LMDB trusts its file, and a damaged one ends the process that reads it by a signal. Looked at are the pages of keys, not
+the images: some hundred pages for a data set of tens of thousands. What is found sound makes LMDB read nothing outside
+the file. The layout is that of LMDB 0.9 (data version 1) on 64-bit machines, the one that py-lmdb's releases have; see
+`MDB_page`, `MDB_node`, `MDB_db` and `MDB_meta` in its source, mdb.c.
 """
 
 from __future__ import annotations
 
+import re
 import struct
 import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import IO
 
-__all__ = ["lmdb_problem"]
+__all__ = ["listed_sizes", "lmdb_problem"]
+
+_SHAPE = re.compile(r"\((\d+),\s*(\d+)")
 
 _ORDER = "<" if sys.byteorder == "little" else ">"
 #: Of a page: its number, padding, flags, where its free space begins and ends.
@@ -55,6 +59,22 @@ def lmdb_problem(path: str | Path) -> str | None:
     return None
 
 
+def listed_sizes(path: str | Path) -> dict[str, tuple[int, int] | None]:
+    """The keys that an LMDB's meta_info.txt lists, by BasicSR's rule, with height and width where they are told.
+
+    Its lines are like `0001.png (480,480,3) 1`.
+
+    Raises:
+        OSError: it cannot be read.
+    """
+    sizes: dict[str, tuple[int, int] | None] = {}
+    with open(Path(path, "meta_info.txt"), encoding="utf-8", errors="surrogateescape") as lines:
+        for line in lines:
+            shape = _SHAPE.search(line)
+            sizes[line.split(".")[0]] = (int(shape[1]), int(shape[2])) if shape else None
+    return sizes
+
+
 class _Reader:
     def __init__(self, file: IO[bytes]) -> None:
         self._file = file
@@ -85,10 +105,6 @@ class _Reader:
         after = _HEADER.size + _META.size + 2 * _TREE.size
         newest = max(metas, key=lambda meta: int(_NUMBER.unpack_from(meta, after + _NUMBER.size)[0]))
         self._pages = _NUMBER.unpack_from(newest, after)[0] + 1
-        if self._pages * self._page_size > self._size:
-            raise _DamageError(
-                f"data.mdb was cut short: it has {self._size:,} of {self._pages * self._page_size:,} bytes"
-            )
         _, flags, *_, root = _TREE.unpack_from(newest, after - _TREE.size)
         if flags:
             raise _DamageError("it holds something else than images")
@@ -136,11 +152,17 @@ class _Reader:
     def _within(self, page: int) -> int:
         if not _METAS <= page < self._pages:
             raise _DamageError(f"it refers to page {page} of {self._pages}")
+        # (Pages at the end that nothing refers to are never written)
+        if (page + 1) * self._page_size > self._size:
+            raise _DamageError(self._cut_short())
         return page
 
     def _read(self, start: int, size: int) -> bytes:
         self._file.seek(start)
         content = self._file.read(size)
         if len(content) < size:
-            raise _DamageError(f"data.mdb was cut short: it has {self._size:,} bytes")
+            raise _DamageError(self._cut_short())
         return content
+
+    def _cut_short(self) -> str:
+        return f"data.mdb was cut short: it has {self._size:,} bytes, and refers to what is behind them"

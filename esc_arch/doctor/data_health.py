@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -19,7 +18,6 @@ Line = tuple[str, str, str]
 #: Images that are decoded, evenly spread over the data.
 _SAMPLE = 8
 _LISTED = 3
-_SHAPE = re.compile(r"\((\d+),\s*(\d+)")
 _ANEW = "Make it anew: basicsr prepare makes LMDBs."
 
 
@@ -39,15 +37,17 @@ def read_options(file: str) -> dict[str, Any]:
 
 def disk_health(root: str) -> list[Line]:
     """A folder of images, with those in folders below it where it has none itself."""
+    from esc_arch.data.decoding import image_problem
+
     folder = Path(root)
-    if (problem := _unreadable_folder(folder)) is not None:
-        return [problem]
+    if (unreadable := _unreadable_folder(folder)) is not None:
+        return [unreadable]
     files = _files(folder)
     if not files:
         return [(f"{root} has no files", PROBLEM, "Put the images there, or name their folder.")]
     empty = [file for file in files if not file.stat().st_size]
     sample = _spread(files)
-    bad = [why for file in sample if (why := _image_problem(file.name, file.read_bytes()))]
+    bad = [f"{file.name} {problem}" for file in sample if (problem := image_problem(file.read_bytes()))]
     lines = [(f"{root}: {len(files)} files, {len(sample) - len(bad)} of {len(sample)} tried can be decoded", OK, "")]
     if empty:
         lines.append((f"{len(empty)} files are empty: {_some(map(str, empty))}", PROBLEM, "Get or make them anew."))
@@ -69,26 +69,6 @@ def _files(folder: Path) -> list[Path]:
     """All but hidden ones, as BasicSR takes them."""
     direct = sorted(path for path in folder.iterdir() if path.is_file() and not path.name.startswith("."))
     return direct or sorted(path for path in folder.rglob("*") if path.is_file() and not path.name.startswith("."))
-
-
-def _image_problem(name: str, content: bytes, listed: tuple[int, int] | None = None) -> str | None:
-    """Why an image cannot be decoded, or that its height and width are not those `listed`."""
-    import cv2
-    import numpy as np
-
-    from esc_arch.data.decoding import reason_against
-
-    if not content:
-        return f"{name} is empty"
-    if (reason := reason_against(content)) is not None:
-        return f"{name} {reason}"
-    image = cv2.imdecode(np.frombuffer(content, np.uint8), cv2.IMREAD_UNCHANGED)
-    if image is None:
-        return f"{name} cannot be decoded"
-    height, width = image.shape[:2]
-    if listed is not None and listed != (height, width):
-        return f"{name} is {width}x{height}, by meta_info.txt {listed[1]}x{listed[0]}"
-    return None
 
 
 # --- LMDBs --------------------------------------------------------------------------------------------------------
@@ -114,16 +94,16 @@ def lmdb_health(root: str) -> list[Line]:
 def _contents(folder: Path) -> list[Line]:
     import lmdb
 
-    sizes = _listed(folder)
+    from esc_arch.data.decoding import image_problem
+    from esc_arch.data.lmdb_check import listed_sizes
+
+    sizes = listed_sizes(folder)
     opened = lmdb.open(str(folder), readonly=True, lock=False, readahead=False, create=False)
     with opened as environment, environment.begin() as transaction:
-        keys = {bytes(key).decode("utf-8", "replace") for key in transaction.cursor().iternext(values=False)}
+        keys = {bytes(key).decode("utf-8", "surrogateescape") for key in transaction.cursor().iternext(values=False)}
         sample = _spread(sorted(keys & sizes.keys()))
-        bad = [
-            why
-            for key in sample
-            if (why := _image_problem(key, bytes(transaction.get(key.encode(), default=b"")), sizes[key]))
-        ]
+        images = ((key, transaction.get(key.encode("utf-8", "surrogateescape"))) for key in sample)
+        bad = [f"{key} {problem}" for key, image in images if (problem := image_problem(image, sizes[key]))]
     size = size_text((folder / "data.mdb").stat().st_size)
     told = f"{folder}: {len(keys)} images, {size}, {len(sample) - len(bad)} of {len(sample)} tried can be decoded"
     lines = [(told, OK, "")]
@@ -136,16 +116,6 @@ def _contents(folder: Path) -> list[Line]:
     if bad:
         lines.append((_some(bad), PROBLEM, _ANEW))
     return lines
-
-
-def _listed(folder: Path) -> dict[str, tuple[int, int] | None]:
-    """Keys by BasicSR's rule, with height and width from lines like ``0001.png (480,480,3) 1``."""
-    sizes = {}
-    with open(folder / "meta_info.txt", encoding="utf-8", errors="replace") as lines:
-        for line in lines:
-            shape = _SHAPE.search(line)
-            sizes[line.split(".")[0]] = (int(shape[1]), int(shape[2])) if shape else None
-    return sizes
 
 
 def _left_over(folder: Path) -> Iterable[Line]:
@@ -198,6 +168,8 @@ def _spread(entries: Sequence[Any]) -> list[Any]:
 
 
 def _some(names: Iterable[str]) -> str:
-    listed = list(names)
+    from esc_arch.data.names import shown
+
+    listed = [shown(name) for name in names]
     more = f" and {len(listed) - _LISTED} more" if len(listed) > _LISTED else ""
     return ", ".join(listed[:_LISTED]) + more

@@ -22,7 +22,7 @@ from esc_arch.ops.resize import scaled_size
 
 from .memory import is_out_of_memory, peak_of
 from .network import Upscaler
-from .video_frames import Coding, frame_of, import_av, planes_of
+from .video_frames import Coding, frame_of, import_av, open_to_read, planes_of
 from .video_output import MICROSECONDS, Encoder, Form, check_form, container_of, form_of, join
 from .video_segments import WorkFolder
 from .video_stages import overlapped
@@ -174,7 +174,7 @@ class _Batch(NamedTuple):
 def _opened(source: Path) -> Iterator[Any]:
     av = import_av()
     try:
-        container = av.open(str(source), metadata_errors="replace")
+        container = open_to_read(str(source))
     except (av.FFmpegError, OSError) as error:
         reason = getattr(error, "strerror", None) or error
         raise UserError(f"{source}: cannot be read as a video ({reason}). The file is damaged, or no video.") from error

@@ -19,7 +19,18 @@ from torch import Tensor
 
 from esc_arch.errors import UserError
 
-__all__ = ["BT709", "FULL", "LIMITED", "RGB", "SMPTE170M", "Coding", "frame_of", "import_av", "planes_of"]
+__all__ = [
+    "BT709",
+    "FULL",
+    "LIMITED",
+    "RGB",
+    "SMPTE170M",
+    "Coding",
+    "frame_of",
+    "import_av",
+    "open_to_read",
+    "planes_of",
+]
 
 Planes = npt.NDArray[Any]
 
@@ -59,6 +70,13 @@ def import_av() -> ModuleType:
     except ImportError as error:
         raise UserError(f'Video needs PyAV 17.1 or newer ({error}): pip install "esc-arch[video]"') from error
     return av
+
+
+def open_to_read(path: str) -> Any:
+    """A container of PyAV's, whatever its metadata are: PyAV before 19 stops at those that are no UTF-8."""
+    av = import_av()
+    strict = int(av.__version__.partition(".")[0]) < 19
+    return av.open(path, metadata_errors="replace") if strict else av.open(path)
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 from esc_arch.data.safe_files import fsync_folder
 from esc_arch.errors import UserError
 
-from .video_frames import FULL, LIMITED, RGB, Coding, depth_of, guessed_matrix, import_av, is_rgb
+from .video_frames import FULL, LIMITED, RGB, Coding, depth_of, guessed_matrix, import_av, is_rgb, open_to_read
 from .video_segments import Packet, Segment, WorkFolder, decoding_times
 
 __all__ = [
@@ -408,7 +408,7 @@ def join(folder: WorkFolder, form: Form, source: Path, video: int, start: int, t
     else:
         options = {"avoid_negative_ts": "disabled"}  # which moves all, where sound begins before 0
     with (
-        av.open(str(source), metadata_errors="replace") as old,
+        open_to_read(str(source)) as old,
         av.open(str(path), "w", format=container.format, container_options=options) as new,
     ):
         new.metadata.update(_kept_metadata(old.metadata))

@@ -8,7 +8,6 @@ decoded; `basicsr check` looks at more, see `Extent`.
 from __future__ import annotations
 
 import os
-import re
 import warnings
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
@@ -23,6 +22,7 @@ from PIL import Image
 from esc_arch.data.arbitrary_scale_dataset import ScaleRange
 from esc_arch.data.decoding import reason_against
 from esc_arch.data.hr_images import HRImages, as_list
+from esc_arch.data.lmdb_check import listed_sizes
 from esc_arch.errors import UserError
 from esc_arch.suggestions import did_you_mean
 
@@ -36,7 +36,6 @@ Size = tuple[int, int]  # height, width
 #: Of each data set: before a run, and by `basicsr check`, for which a header takes a tenth of a millisecond.
 _IMAGES_MEASURED = 64
 _IMAGES_MEASURED_AT_MOST = 4000
-_LMDB_SHAPE = re.compile(r"\((\d+),\s*(\d+)")
 _TEMPLATE_ERRORS = (AttributeError, IndexError, KeyError, ValueError)
 _EXIF_ORIENTATION = 0x0112
 _FIRST_TRANSPOSED_ORIENTATION = 5
@@ -218,7 +217,7 @@ def _check_hr_images(path: str, dataset: Options, is_train: bool, extent: Extent
     sizes: dict[str, Size | None] = {}
     if _backend(dataset) == "lmdb":
         for root in as_list(dataset["dataroot_gt"]):
-            of_root = _lmdb_sizes(root)
+            of_root = listed_sizes(root)
             sizes |= {f"{key} in {root}": size for key, size in of_root.items()}
             if extent.thorough:
                 yield from check_content(f"{path}:dataroot_gt", root, of_root)
@@ -369,11 +368,11 @@ def _check_lmdbs(path: str, folders: dict[str, str], rule: _SizeRule | None, ext
         return
     if extent.thorough:
         for key, folder in folders.items():
-            yield from check_content(f"{path}:{key}", folder, _lmdb_sizes(folder))
+            yield from check_content(f"{path}:{key}", folder, listed_sizes(folder))
     if len(folders) < 2:
-        extent.facts.append(f"{path}: {len(_lmdb_sizes(folders['dataroot_lq'])):,} images")
+        extent.facts.append(f"{path}: {len(listed_sizes(folders['dataroot_lq'])):,} images")
         return
-    lq, gt = (_lmdb_sizes(folders[key]) for key in ("dataroot_lq", "dataroot_gt"))
+    lq, gt = (listed_sizes(folders[key]) for key in ("dataroot_lq", "dataroot_gt"))
     odd = sorted(lq.keys() ^ gt.keys())
     if odd:
         where = folders["dataroot_gt" if odd[0] in lq else "dataroot_lq"]
@@ -394,18 +393,8 @@ def _check_lmdb(path: str, folder: str) -> Iterator[str]:
     missing = [name for name in ("data.mdb", "meta_info.txt") if not os.path.isfile(os.path.join(folder, name))]
     if missing:
         yield f"{path}: {folder!r} is not a whole LMDB: it has no {' and no '.join(missing)}. Make it anew"
-    elif not _lmdb_sizes(folder):
+    elif not listed_sizes(folder):
         yield f"{path}: {folder!r} has no images: its meta_info.txt is empty. Make it anew"
-
-
-def _lmdb_sizes(folder: str) -> dict[str, Size | None]:
-    """The keys of an LMDB by BasicSR's rule, with the sizes from lines like `0001.png (480,480,3) 1`."""
-    sizes: dict[str, Size | None] = {}
-    with open(os.path.join(folder, "meta_info.txt"), encoding="utf-8", errors="surrogateescape") as lines:
-        for line in lines:
-            shape = _LMDB_SHAPE.search(line)
-            sizes[line.split(".")[0]] = (int(shape[1]), int(shape[2])) if shape else None
-    return sizes
 
 
 def _summary(path: str, problems: Iterable[tuple[str, str | None]]) -> Iterator[str]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 import os
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,7 @@ import yaml
 
 from esc_arch.errors import UserError
 
-from .positions import Place, Positions
+from .positions import Place, Positions, repeated_keys
 
 __all__ = ["Options", "YAMLError", "apply_force_yml", "load_with_positions", "load_yaml"]
 
@@ -29,7 +29,6 @@ _MAX_VALUES = 100_000
 _MAX_DEPTH = 100
 
 _FLOAT_TAG = "tag:yaml.org,2002:float"
-_MERGE_TAG = "tag:yaml.org,2002:merge"
 _FORCE_FORM = "--force_yml takes KEY[:KEY...]=VALUE, such as train:ema_decay=0.999"
 _FILE = "option file "
 
@@ -78,7 +77,10 @@ def load_yaml(text_or_path: str | os.PathLike[str]) -> Options:
         source, text = "the option text", text_or_path
     else:
         source, text = f"{_FILE}{os.fspath(text_or_path)}", _read_text(Path(text_or_path))
-    return _options(source, text)[0]
+    options, root = _options(source, text)
+    for line, _, key, message in repeated_keys(root):
+        logging.getLogger("basicsr").warning("%s, line %d: %s %s.", source, line, key, message)
+    return options
 
 
 def load_with_positions(path: str | os.PathLike[str]) -> tuple[Options, Positions]:
@@ -167,7 +169,6 @@ def _parse(text: str, source: str) -> tuple[Any, yaml.Node | None]:
             if root is None:
                 return None, None
             _refuse_size(root)
-            _warn_of_duplicates(root, source)
             return loader.construct_document(root), root
         finally:
             loader.dispose()
@@ -221,33 +222,3 @@ def _extent(node: yaml.Node, known: dict[int, tuple[int, int]]) -> tuple[int, in
         problem = f"aliases (*NAME) make more than {_MAX_DEPTH} levels; write the values"
         raise yaml.MarkedYAMLError(problem=problem, problem_mark=node.start_mark)
     return size, levels
-
-
-def _warn_of_duplicates(root: yaml.Node, source: str) -> None:
-    for mapping in _mappings(root):
-        first_line: dict[str, int] = {}
-        for key, _ in mapping.value:
-            line = key.start_mark.line + 1
-            if not isinstance(key, yaml.ScalarNode) or key.tag == _MERGE_TAG:
-                continue
-            if key.value in first_line:
-                logging.getLogger("basicsr").warning(
-                    "%s: key %r is given in line %d and again in line %d; the last one counts.",
-                    source, key.value, first_line[key.value], line,
-                )  # fmt: skip
-            first_line[key.value] = line
-
-
-def _mappings(root: yaml.Node) -> Iterator[yaml.MappingNode]:
-    """Every mapping in a node tree, each once though aliases may lead to it again (or in a circle)."""
-    waiting, seen = [root], set()
-    while waiting:
-        node = waiting.pop()
-        if id(node) in seen or isinstance(node, yaml.ScalarNode):
-            continue
-        seen.add(id(node))
-        if isinstance(node, yaml.MappingNode):
-            yield node
-            waiting.extend(part for pair in node.value for part in pair)
-        elif isinstance(node, yaml.SequenceNode):
-            waiting.extend(node.value)

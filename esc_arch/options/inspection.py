@@ -85,9 +85,7 @@ def inspect_options(
     problems += [key.problem for key in unknown if key.is_error]
     values = list(check_values(opt, is_train))
     inspection.warnings = _findings((key.problem for key in unknown if not key.is_error), positions)
-    inspection.warnings += [
-        Finding(positions.of(path.split(":")), path, text) for path, text in positions.odd_numbers()
-    ]
+    inspection.warnings += [Finding(*remark) for remark in positions.remarks()]
     opt |= {"dist": dist, "auto_resume": auto_resume, "is_train": is_train}
     set_defaults(opt, is_train)
     set_debug(opt, debug, is_train)

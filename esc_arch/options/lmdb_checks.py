@@ -4,10 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 
-import cv2
-import numpy as np
-
-from esc_arch.data.decoding import reason_against
+from esc_arch.data.decoding import image_problem
 from esc_arch.data.lmdb_check import lmdb_problem
 
 __all__ = ["check_content"]
@@ -38,7 +35,7 @@ def check_content(path: str, folder: str, listed: Mapping[str, Size | None]) -> 
             chosen = list(listed.items())[:: max(1, -(-len(listed) // _IMAGES_DECODED))]
             for key, size in chosen:
                 content = transaction.get(key.encode(errors="surrogateescape"))
-                if content is not None and (problem := _image_problem(content, size)):
+                if content is not None and (problem := image_problem(content, size)):
                     yield f"{path}: {key!r} in {folder!r} {problem}. {_AGAIN}"
     except lmdb.Error as error:
         yield f"{path}: {folder!r} cannot be read: {error}. {_AGAIN}"
@@ -56,15 +53,3 @@ def _check_keys(path: str, folder: str, keys: set[str], listed: Mapping[str, Siz
             f"{path}: {len(unlisted)} of the {len(keys)} images in {folder!r} are not in its meta_info.txt, "
             f"the first is {unlisted[0]!r}. {_AGAIN}"
         )
-
-
-def _image_problem(content: bytes, size: Size | None) -> str | None:
-    if (reason := reason_against(content)) is not None:
-        return reason.removesuffix(".")
-    image = cv2.imdecode(np.frombuffer(content, np.uint8), cv2.IMREAD_UNCHANGED) if content else None
-    if image is None:
-        return f"is not an image ({len(content):,} bytes)"
-    height, width = image.shape[:2]
-    if size is not None and (height, width) != size:
-        return f"has {width}x{height} pixels, but {size[1]}x{size[0]} in meta_info.txt"
-    return None

@@ -8,9 +8,10 @@ from dataclasses import dataclass
 
 import yaml
 
-__all__ = ["Place", "Positions"]
+__all__ = ["Place", "Positions", "repeated_keys"]
 
 _BOOL, _INT, _FLOAT, _TIME = (f"tag:yaml.org,2002:{name}" for name in ("bool", "int", "float", "timestamp"))
+_MERGE = "tag:yaml.org,2002:merge"
 _OCTAL = re.compile(r"[-+]?0[0-7_]+")
 _WORDS_FOR_BOOLEANS = ("yes", "no", "on", "off")
 
@@ -81,24 +82,22 @@ class Positions:
         _, value, depth = self._find(keys)
         return _surprise(value) if depth == len(keys) else None
 
-    def odd_numbers(self) -> Iterator[tuple[str, str]]:
-        """The numbers written in octal or to base 60, which hardly anybody means: `KEY[:KEY...]` and how it is read."""
-        waiting: list[tuple[str, yaml.Node]] = [("", self._root)] if self._root is not None else []
-        seen = set()  # aliases lead to the same node again
-        while waiting:
-            path, node = waiting.pop(0)
-            if id(node) in seen:
-                continue
-            seen.add(id(node))
-            if isinstance(node, yaml.MappingNode):
-                last = {key.value: value for key, value in node.value if isinstance(key, yaml.ScalarNode)}
-                waiting += [(f"{path}:{key}".lstrip(":"), value) for key, value in last.items()]
-            elif isinstance(node, yaml.SequenceNode):
-                waiting += [(path, value) for value in node.value]
-            elif node.tag in (_INT, _FLOAT) and (":" in node.value or _OCTAL.fullmatch(node.value)):
-                surprise = _surprise(node)
-                if surprise is not None and self.of(path.split(":")).entry is None:
-                    yield path, surprise
+    def remarks(self) -> Iterator[tuple[Place, str, str]]:
+        """What is read unexpectedly: its place, the key and those above it, and how it is read.
+
+        Keys that are given twice, and numbers written in octal or to base 60, which hardly anybody means.
+        """
+        for line, column, key, message in repeated_keys(self._root):
+            yield Place(self.file, line, column), key, message
+        for path, mapping in _mappings(self._root):
+            last = {key.value: value for key, value in mapping.value if isinstance(key, yaml.ScalarNode)}
+            for name, value in last.items():
+                keys = [*path, name]
+                for number in _scalars(value):
+                    odd = number.tag in (_INT, _FLOAT) and (":" in number.value or _OCTAL.fullmatch(number.value))
+                    surprise = _surprise(number) if odd else None
+                    if surprise is not None and self.of(keys).entry is None:
+                        yield self.of(keys), ":".join(keys), surprise
 
     def _find(self, keys: Sequence[str]) -> tuple[yaml.Node | None, yaml.Node | None, int]:
         """The nodes of the key and the value that `keys` lead to, as far as they go, and how far."""
@@ -111,6 +110,44 @@ class Positions:
                 return place, value, depth
             place, value = found
         return place, value, len(keys)
+
+
+def repeated_keys(root: yaml.Node | None) -> Iterator[tuple[int, int, str, str]]:
+    """Line and column of each key that its mapping had before, it and those above it, and what to say of it."""
+    for path, mapping in _mappings(root):
+        first_line: dict[str, int] = {}
+        for key, _ in mapping.value:
+            if not isinstance(key, yaml.ScalarNode) or key.tag == _MERGE:
+                continue
+            line = key.start_mark.line + 1
+            if key.value in first_line:
+                message = f"is also given in line {first_line[key.value]}; the last one counts"
+                yield line, key.start_mark.column + 1, ":".join([*path, key.value]), message
+            first_line[key.value] = line
+
+
+def _mappings(root: yaml.Node | None) -> Iterator[tuple[list[str], yaml.MappingNode]]:
+    """Every mapping with the keys above it, each once though aliases may lead to it again (or in a circle)."""
+    waiting: list[tuple[list[str], yaml.Node | None]] = [([], root)]
+    seen = set()
+    while waiting:
+        path, node = waiting.pop(0)
+        if id(node) in seen:
+            continue
+        seen.add(id(node))
+        if isinstance(node, yaml.MappingNode):
+            yield path, node
+            waiting += [([*path, str(key.value)], value) for key, value in node.value]
+        elif isinstance(node, yaml.SequenceNode):
+            waiting += [(path, part) for part in node.value]
+
+
+def _scalars(node: yaml.Node) -> Iterator[yaml.ScalarNode]:
+    """A value, or those of a list in the order of the file."""
+    if isinstance(node, yaml.ScalarNode):
+        yield node
+    elif isinstance(node, yaml.SequenceNode):
+        yield from (part for part in node.value if isinstance(part, yaml.ScalarNode))
 
 
 def _surprise(node: yaml.Node | None) -> str | None:

@@ -131,6 +131,24 @@ def test_odd_numbers_are_told(check: Any, train_options: Any) -> None:
     )
 
 
+def test_keys_that_are_given_twice_are_told(check: Any, train_options: Any) -> None:
+    text = yaml.safe_dump(train_options, sort_keys=False)
+    first = text[: text.index("manual_seed:")].count("\n") + 1
+    lines = text.count("\n")
+    status, out, err = check(f"{text}manual_seed: 7\n", "--json")
+    (result,) = json.loads(out)["files"]
+    assert (status, err) == (0, "")
+    assert result["warnings"] == [
+        {
+            "line": lines + 1,
+            "column": 1,
+            "force_yml": None,
+            "key": "manual_seed",
+            "message": f"is also given in line {first}; the last one counts",
+        }
+    ]
+
+
 def test_json(check: Any, train_options: Any) -> None:
     train_options["train"]["total_iter"] = 0
     train_options["my_own"] = 1

@@ -182,7 +182,7 @@ def test_duplicate_keys_warn_and_the_last_counts(caplog: pytest.LogCaptureFixtur
     with caplog.at_level(logging.WARNING, logger="basicsr"):
         read = load_yaml(text)
     assert read["a"] == {"x": 2, "y": 1} and read["b"] == {"z": 2}
-    assert caplog.messages == ["the option text: key 'z' is given in line 6 and again in line 7; the last one counts."]
+    assert caplog.messages == ["the option text, line 7: b:z is also given in line 6; the last one counts."]
 
 
 # --- --force_yml -----------------------------------------------------------------------------------------------

@@ -105,4 +105,4 @@ def test_readings_that_surprise(positions: Positions, key: str, reading: str | N
 
 
 def test_odd_numbers(positions: Positions) -> None:
-    assert [path for path, _ in positions.odd_numbers()] == ["scale", "base:lr"]
+    assert [key for _, key, _ in positions.remarks()] == ["scale", "base:lr"]
