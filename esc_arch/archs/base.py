@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Iterator, MutableMapping
+from contextlib import nullcontext
 from typing import Any, TypeVar
 
 import torch
@@ -15,6 +16,7 @@ from esc_arch.modules import ConvAttn, ESCBlock, FactorBiasWindowAttention, Flas
 from esc_arch.modules.conv_attn import new_large_kernel
 from esc_arch.modules.upsample import rescale_subpixel_conv
 from esc_arch.modules.window_attention import WindowAttention
+from esc_arch.ops import native
 from esc_arch.ops.conv_attn import symmetrise
 from esc_arch.ops.layout import fast_layout
 
@@ -73,12 +75,13 @@ class ESCFamily(nn.Module):
 
     def run_blocks(self, x: Tensor, *large_kernels: Tensor) -> Tensor:
         """All blocks one after the other: (B, dim, H, W) -> (B, dim, H, W)."""
-        for block in self.blocks:
-            if self.checkpointing and torch.is_grad_enabled():
-                x = checkpoint(block, x, *large_kernels, use_reentrant=False)
-            else:
-                x = block(x, *large_kernels)
-        return x
+        with nullcontext() if torch.compiler.is_compiling() else native.reusing_memory(x):
+            for block in self.blocks:
+                if self.checkpointing and torch.is_grad_enabled():
+                    x = checkpoint(block, x, *large_kernels, use_reentrant=False)
+                else:
+                    x = block(x, *large_kernels)
+            return x
 
     def _load_from_state_dict(self, state_dict: dict[str, Tensor], prefix: str, *args: Any) -> None:
         for note in self.adapt_state_dict(state_dict, prefix):

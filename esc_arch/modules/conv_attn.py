@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from esc_arch.ops.conv_attn import (
-    conv_attention,
+    conv_attention_of_first,
     conv_attention_step,
     decomposed_conv_attention,
     mixed_conv_attention,
@@ -137,14 +137,12 @@ class ConvAttn(nn.Module):
             lk = symmetrise(self.plk_filter)
             symmetric = True
         _check_kernel("large kernel", lk, (self.pdim, self.pdim, self.kernel_size, self.kernel_size))
-        convolved, passed = x[:, : self.pdim], x[:, self.pdim :]
-        dynamic = self.plk(_to_pool(convolved, means))
+        dynamic = self.plk(_to_pool(x, self.pdim, means))
         assert self.aggr.bias is not None
         mixed = mixed_conv_attention(x, lk, dynamic, self.aggr.weight, self.aggr.bias, symmetric=symmetric)
         if mixed is not None:
             return mixed
-        convolved = conv_attention(convolved, lk, dynamic, symmetric=symmetric)
-        return self.aggr(torch.cat([convolved, passed], dim=1))
+        return self.aggr(conv_attention_of_first(x, lk, dynamic, symmetric=symmetric))
 
     def added_to(self, x: Tensor, mixed: Tensor, lk: Tensor, *, means: Tensor | None = None) -> Tensor:
         """x + self(mixed, lk), in one pass over the map where an operator for that is at hand.
@@ -212,7 +210,7 @@ class DecomposedConvAttn(nn.Module):
         _check_kernel("channel kernel", lk_channel, (self.pdim, self.pdim, 1, 1))
         _check_kernel("spatial kernel", lk_spatial, (self.pdim, 1, self.kernel_size, self.kernel_size))
         convolved, passed = x[:, : self.pdim], x[:, self.pdim :]
-        dynamic = self.plk(_to_pool(convolved, means))
+        dynamic = self.plk(_to_pool(x, self.pdim, means))
         convolved = decomposed_conv_attention(convolved, lk_channel, lk_spatial, dynamic)
         return self.aggr(torch.cat([convolved, passed], dim=1))
 
@@ -223,9 +221,16 @@ class DecomposedConvAttn(nn.Module):
         return x + self(mixed, lk_channel, lk_spatial, means)
 
 
-def _to_pool(convolved: Tensor, means: Tensor | None) -> Tensor:
-    """What the dynamic kernel is computed from: a map, or its means (B, pdim), whose means are themselves."""
-    return convolved if means is None else means[:, :, None, None]
+def _to_pool(x: Tensor, pdim: int, means: Tensor | None) -> Tensor:
+    """What the dynamic kernel is computed from: the convolved channels, or their means (B, pdim), which are their own.
+
+    Where a gradient is to come back to a CPU, the means of all channels are taken: the gradient of a part of a map is a
+    map of zeros first, which costs more.
+    """
+    cheaper = x.device.type == "cpu" and x.dtype == torch.float32 and x.requires_grad and torch.is_grad_enabled()
+    if means is None and cheaper:
+        means = x.mean((2, 3))[:, :pdim]
+    return x[:, :pdim] if means is None else means[:, :, None, None]
 
 
 def _checked_pdim(pdim: int, least: int, dim: int) -> int:

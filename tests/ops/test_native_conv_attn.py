@@ -12,7 +12,14 @@ from networks import max_error, normal
 from torch import Tensor
 
 from esc_arch.modules import ConvAttn
-from esc_arch.ops.conv_attn import api, conv_attention, conv_attention_step, mixed_conv_attention, symmetrise
+from esc_arch.ops.conv_attn import (
+    api,
+    conv_attention,
+    conv_attention_of_first,
+    conv_attention_step,
+    mixed_conv_attention,
+    symmetrise,
+)
 from esc_arch.ops.conv_attn import native as operators
 from esc_arch.ops.conv_attn.native import LARGEST_KERNEL
 
@@ -154,6 +161,25 @@ def test_what_the_operators_cannot_do(tensors: list[Tensor], symmetric: bool, re
         conv_attention(*tensors, symmetric=symmetric, backend="cpp")
     out = conv_attention(*tensors, symmetric=symmetric)
     assert out.shape == tensors[0].shape
+
+
+@pytest.mark.parametrize("channels_last", [True, False])
+@pytest.mark.parametrize(("dim", "pdim"), [(19, 16), (64, 16), (16, 16), (40, 5)])
+def test_the_first_channels_of_a_map(dim: int, pdim: int, channels_last: bool) -> None:
+    """The rest, and its gradient, pass as they are; the layout is kept."""
+    layout = torch.channels_last if channels_last else torch.contiguous_format
+    x = normal(2, dim, 21, 35).contiguous(memory_format=layout).requires_grad_()
+    large = symmetrise(normal(pdim, pdim, 13, 13, seed=3)).requires_grad_()
+    dynamic = normal(2, pdim, 3, 3, seed=4).requires_grad_()
+    out = conv_attention_of_first(x, large, dynamic, symmetric=True)
+    apart = conv_attention(x[:, :pdim], large, dynamic, symmetric=True, backend="cpp")
+    assert torch.equal(out, torch.cat([apart, x[:, pdim:]], dim=1))
+    assert out.is_contiguous(memory_format=layout)
+    gradient = normal(*out.shape, seed=6).contiguous(memory_format=layout)
+    found = torch.autograd.grad(out, (x, large, dynamic), gradient)
+    of_apart = torch.autograd.grad(apart, (x, large, dynamic), gradient[:, :pdim])
+    assert torch.equal(found[0], torch.cat([of_apart[0][:, :pdim], gradient[:, pdim:]], dim=1))
+    assert all(torch.equal(one, other) for one, other in zip(found[1:], of_apart[1:], strict=True))
 
 
 @pytest.mark.parametrize(("dim", "pdim", "outputs"), [(24, 16, 24), (64, 16, 64), (40, 20, 7), (5, 5, 90)])
@@ -375,7 +401,7 @@ def test_conv_attn_with_a_kernel_of_unknown_symmetry(monkeypatch: pytest.MonkeyP
     assert calls == []
     ConvAttn(dim=6, pdim=4, kernel_size=5, symmetric=True)(x, symmetrise(kernel))
     ConvAttn(dim=6, pdim=4, kernel_size=5, own_kernel=True)(x)
-    assert calls == [(1, 4, 9, 8)] * 2
+    assert calls == [(1, 6, 9, 8)] * 2
 
 
 def test_the_operators_are_registered_as_pytorch_wants() -> None:

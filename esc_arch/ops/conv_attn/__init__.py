@@ -3,6 +3,7 @@
 from .api import (
     BACKENDS,
     conv_attention,
+    conv_attention_of_first,
     conv_attention_step,
     decomposed_conv_attention,
     mixed_conv_attention,
@@ -12,6 +13,7 @@ from .symmetry import symmetrise
 __all__ = [
     "BACKENDS",
     "conv_attention",
+    "conv_attention_of_first",
     "conv_attention_step",
     "decomposed_conv_attention",
     "mixed_conv_attention",

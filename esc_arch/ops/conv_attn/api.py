@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from types import ModuleType
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -15,6 +16,7 @@ from .depthwise import per_image_depthwise
 __all__ = [
     "BACKENDS",
     "conv_attention",
+    "conv_attention_of_first",
     "conv_attention_step",
     "decomposed_conv_attention",
     "mixed_conv_attention",
@@ -62,6 +64,32 @@ def conv_attention(
     chosen = choose("ConvAttn", BACKENDS, AUTO_ORDER, backend, *inputs, option="ConvAttn backend")
     out: Tensor = chosen.forward(x, large_kernel, dynamic_kernel)
     return out
+
+
+def conv_attention_of_first(
+    x: Tensor, large_kernel: Tensor, dynamic_kernel: Tensor, *, symmetric: bool = False
+) -> Tensor:
+    """`conv_attention` of the first channels, the others as they are; on the CPU without taking them apart.
+
+    Args:
+        x: (B, D, H, W), D >= C.
+        others: see `conv_attention`.
+
+    Returns:
+        (B, D, H, W).
+
+    Raises:
+        ValueError: as of `conv_attention`.
+    """
+    channels = large_kernel.shape[0]
+    convolved = x[:, :channels]
+    _check_shapes(convolved, large_kernel, dynamic_kernel)
+    inputs = (convolved, large_kernel, dynamic_kernel, symmetric)
+    chosen = choose("ConvAttn", BACKENDS, AUTO_ORDER, "auto", *inputs, option="ConvAttn backend")
+    if chosen is native:
+        return native.forward(x, large_kernel, dynamic_kernel)
+    out: Tensor = chosen.forward(convolved, large_kernel, dynamic_kernel)
+    return torch.cat([out, x[:, channels:]], dim=1)
 
 
 def mixed_conv_attention(

@@ -43,7 +43,7 @@ def _reasons_against(
 
 
 def forward(x: Tensor, large_kernel: Tensor, dynamic_kernel: Tensor) -> Tensor:
-    """`torch.ops.esc_arch.conv_attention`; see `conv_attention`."""
+    """`torch.ops.esc_arch.conv_attention`; see `conv_attention`. Further channels of x stay as they are."""
     out: Tensor = torch.ops.esc_arch.conv_attention(x, large_kernel, dynamic_kernel)
     return out
 

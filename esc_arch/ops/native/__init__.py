@@ -14,13 +14,15 @@ import os
 import platform
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 import torch
+from torch import Tensor
 
 from . import building
 
-__all__ = ["build", "build_by_name", "ready", "reasons_against", "when_loaded"]
+__all__ = ["build", "build_by_name", "ready", "reasons_against", "reusing_memory", "when_loaded"]
 
 logger = logging.getLogger(__name__)
 
@@ -96,6 +98,23 @@ def build(verbose: bool = False) -> float:
             for command in commands:
                 logger.info("%s", command)
     return time.perf_counter() - start
+
+
+@contextmanager
+def reusing_memory(x: Tensor) -> Iterator[None]:
+    """The block runs a network on `x`: large maps that operators free are kept for its next ones.
+
+    Otherwise the C library gives them back to the system, which clears them anew for each operator.
+    """
+    # (ESC_ARCH_NATIVE_SOURCES may leave it out)
+    if x.device.type != "cpu" or not ready() or not hasattr(torch.ops.esc_arch, "reuse_memory"):
+        yield
+        return
+    torch.ops.esc_arch.reuse_memory(True)
+    try:
+        yield
+    finally:
+        torch.ops.esc_arch.reuse_memory(False)
 
 
 @torch.compiler.assume_constant_result

@@ -18,6 +18,7 @@
 #include <optional>
 #include <utility>
 
+#include "memory.h"
 #include "pixels.h"
 #include "products.h"
 #include "vectors.h"
@@ -417,7 +418,7 @@ at::Tensor conv3x3_step(const at::Tensor& input, const Optional& norm_weight, co
   const at::Tensor added = laid_out(residual, at::MemoryFormat::ChannelsLast);
   const at::Tensor scale = laid_out(norm_weight), shift = laid_out(norm_bias), offset = laid_out(bias);
   at::Tensor y =
-      at::empty({x.size(0), weight.size(0), x.size(2), x.size(3)}, x.options(), at::MemoryFormat::ChannelsLast);
+      empty_map({x.size(0), weight.size(0), x.size(2), x.size(3)}, x.options());
   if (y.numel() == 0) return y;
   const Sizes s(x, weight);
   const at::Tensor kernel = evaluated_kernel(s, weight);

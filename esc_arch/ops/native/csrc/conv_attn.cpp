@@ -28,6 +28,7 @@
 #include <utility>
 #include <vector>
 
+#include "memory.h"
 #include "products.h"
 #include "vectors.h"
 
@@ -747,8 +748,7 @@ std::vector<float> arranged_taps(const Tiling& t, const at::Tensor& kernel, bool
 
 at::Tensor empty_map_like(const at::Tensor& x) {
   const bool channels_last = x.stride(1) == 1 && x.size(1) > 1;
-  return at::empty(x.sizes(), x.options(), channels_last ? at::MemoryFormat::ChannelsLast
-      : at::MemoryFormat::Contiguous);
+  return channels_last ? empty_map(x.sizes(), x.options()) : at::empty(x.sizes(), x.options());
 }
 
 bool is_float(const at::Tensor& tensor) {
@@ -805,10 +805,27 @@ void convolve(const at::Tensor& x, const at::Tensor& large_kernel, const at::Ten
   });
 }
 
+// The channels that the kernels are for: the first ones
+at::Tensor convolved_part(const at::Tensor& x, const at::Tensor& large_kernel) {
+  TORCH_CHECK(x.dim() == 4 && large_kernel.dim() == 4 && x.size(1) >= large_kernel.size(0),
+              "conv_attention: a kernel of shape ", large_kernel.sizes(), " does not fit x of shape ", x.sizes(), ".");
+  return x.narrow(1, 0, large_kernel.size(0));
+}
+
+void copy_others(const at::Tensor& from, int64_t channels, at::Tensor& to) {
+  const int64_t others = from.size(1) - channels;
+  if (others > 0) to.narrow(1, channels, others).copy_(from.narrow(1, channels, others));
+}
+
+// The first channels convolved, the others as they are
 at::Tensor conv_attention(const at::Tensor& x, const at::Tensor& large_kernel, const at::Tensor& dynamic_kernel) {
-  check_inputs(x, large_kernel, dynamic_kernel);
+  const at::Tensor convolved = convolved_part(x, large_kernel);
+  check_inputs(convolved, large_kernel, dynamic_kernel);
   at::Tensor out = empty_map_like(x);
-  if (out.numel() != 0) convolve(x, large_kernel, dynamic_kernel, out, nullptr);
+  if (out.numel() == 0) return out;
+  copy_others(x, convolved.size(1), out);
+  if (convolved.numel() != 0) convolve(convolved, large_kernel, dynamic_kernel, convolved_part(out, large_kernel),
+                                       nullptr);
   return out;
 }
 
@@ -818,14 +835,14 @@ at::Tensor convolve_and_mix(const at::Tensor& x, const std::optional<at::Tensor>
                             const at::Tensor& large_kernel, const at::Tensor& dynamic_kernel, const at::Tensor& weight,
                             const std::optional<at::Tensor>& bias) {
   TORCH_CHECK(x.dim() == 4 && x.stride(1) == 1, "mixed_conv_attention takes maps with the channels innermost.");
-  const at::Tensor convolved = x.narrow(1, 0, large_kernel.size(0));
+  const at::Tensor convolved = convolved_part(x, large_kernel);
   check_inputs(convolved, large_kernel, dynamic_kernel);
   TORCH_CHECK(weight.dim() == 4 && weight.size(1) == x.size(1) && weight.size(2) == 1 && weight.size(3) == 1 &&
                   is_float(weight) &&
                   (!bias || (bias->sizes() == at::IntArrayRef({weight.size(0)}) && is_float(*bias))),
               "mixed_conv_attention: a weight of shape ", weight.sizes(), " does not fit x of shape ", x.sizes(), ".");
   at::Tensor out =
-      at::empty({x.size(0), weight.size(0), x.size(2), x.size(3)}, x.options(), at::MemoryFormat::ChannelsLast);
+      empty_map({x.size(0), weight.size(0), x.size(2), x.size(3)}, x.options());
   TORCH_CHECK(!residual || (residual->sizes() == out.sizes() && residual->stride(1) == 1 && is_float(*residual)),
               "conv_attention_step: the residual must be as the output, with the channels innermost.");
   if (out.numel() == 0) return out;
@@ -886,12 +903,15 @@ at::Tensor conv_attention_step(const at::Tensor& x, const std::optional<at::Tens
 }
 
 std::tuple<at::Tensor, at::Tensor, at::Tensor> conv_attention_backward(
-    const at::Tensor& gradient, const at::Tensor& x, const at::Tensor& large_kernel, const at::Tensor& dynamic_kernel,
-    bool of_x, bool of_kernels) {
+    const at::Tensor& whole_gradient, const at::Tensor& whole_x, const at::Tensor& large_kernel,
+    const at::Tensor& dynamic_kernel, bool of_x, bool of_kernels) {
+  const at::Tensor x = convolved_part(whole_x, large_kernel);
   check_inputs(x, large_kernel, dynamic_kernel);
-  TORCH_CHECK(gradient.sizes() == x.sizes() && is_float(gradient),
+  TORCH_CHECK(whole_gradient.sizes() == whole_x.sizes() && is_float(whole_gradient),
               "conv_attention_backward: the gradient does not fit x.");
-  at::Tensor x_gradient = of_x ? empty_map_like(x) : at::empty({0}, x.options());
+  const at::Tensor gradient = convolved_part(whole_gradient, large_kernel);
+  at::Tensor x_gradient = of_x ? empty_map_like(whole_x) : at::empty({0}, x.options());
+  if (of_x) copy_others(whole_gradient, x.size(1), x_gradient);
   at::Tensor large_gradient = of_kernels ? at::zeros(large_kernel.sizes(), x.options()) : at::empty({0}, x.options());
   at::Tensor dynamic_gradient = of_kernels ? at::zeros(dynamic_kernel.sizes(), x.options()) : at::empty({0},
       x.options());
@@ -916,7 +936,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> conv_attention_backward(
   }
   const auto taps = arranged_taps(t, dynamic_kernel, true);
   const Map of_output(gradient), of_input(x);
-  const Map to(of_x ? x_gradient : x);
+  const Map to(of_x ? convolved_part(x_gradient, large_kernel) : x);
   const int64_t shares = in_shares(t.pairs(), [&](int64_t share, int64_t pair) {
     static thread_local Scratch scratch;
     const int64_t stage = t.blocks * t.stage_block(), spectral = t.blocks * t.spectrum_block();

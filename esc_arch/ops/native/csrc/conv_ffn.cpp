@@ -15,6 +15,7 @@
 #include <tuple>
 #include <vector>
 
+#include "memory.h"
 #include "pixels.h"
 #include "products.h"
 #include "vectors.h"
@@ -341,7 +342,7 @@ std::tuple<at::Tensor, at::Tensor> conv_ffn_step(
               "conv_ffn_step: the norm does not fit the map");
   TORCH_CHECK(0 <= pooled && pooled <= input.size(1), "conv_ffn_step: more channels are to be averaged than there are");
   const at::Tensor x = input.contiguous(at::MemoryFormat::ChannelsLast);
-  at::Tensor y = at::empty(x.sizes(), x.options(), at::MemoryFormat::ChannelsLast);
+  at::Tensor y = empty_map(x.sizes(), x.options());
   if (x.numel() == 0) return {y, at::full({x.size(0), pooled}, NAN, x.options())};
   Norm norm = {};
   at::Tensor scale, shift;
@@ -536,7 +537,7 @@ SevenTensors conv_ffn_backward(const at::Tensor& grad, const at::Tensor& input, 
   TORCH_CHECK(grad.sizes() == input.sizes(), "conv_ffn_backward: the gradient has not the shape of the map");
   const at::Tensor x = input.contiguous(at::MemoryFormat::ChannelsLast);
   const at::Tensor gy = grad.contiguous(at::MemoryFormat::ChannelsLast);
-  at::Tensor gx = at::empty(x.sizes(), x.options(), at::MemoryFormat::ChannelsLast);
+  at::Tensor gx = empty_map(x.sizes(), x.options());
   if (x.numel() == 0) {
     const auto none = [](const at::Tensor& parameter) { return at::zeros(parameter.sizes(), parameter.options()); };
     return {gx, none(proj_weight), none(proj_bias), none(dwc_weight), none(dwc_bias), none(aggr_weight),

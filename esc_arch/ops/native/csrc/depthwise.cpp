@@ -14,6 +14,7 @@
 #include <utility>
 #include <vector>
 
+#include "memory.h"
 #include "vectors.h"
 
 namespace esc_arch {
@@ -231,7 +232,7 @@ void check(const at::Tensor& x, const at::Tensor& kernel) {
 
 at::Tensor depthwise_per_image(const at::Tensor& x, const at::Tensor& kernel) {
   check(x, kernel);
-  at::Tensor out = at::empty(x.sizes(), x.options(), at::MemoryFormat::ChannelsLast);
+  at::Tensor out = empty_map(x.sizes(), x.options());
   if (out.numel() == 0) return out;
   const Sizes s(x, kernel);
   filter(s, channels_innermost(x), arranged(s, kernel, false), out);

@@ -10,6 +10,7 @@
 #include <tuple>
 #include <vector>
 
+#include "memory.h"
 #include "pixels.h"
 #include "vectors.h"
 
@@ -187,7 +188,7 @@ at::Tensor layer_norm(const at::Tensor& input, const at::Tensor& weight, const a
   check(input, weight);
   const Map map(input);
   const at::Tensor x = input.contiguous(map.format()), w = weight.contiguous(), b = bias.contiguous();
-  at::Tensor y = at::empty(x.sizes(), x.options(), map.format());
+  at::Tensor y = map.channels_last ? empty_map(x.sizes(), x.options()) : at::empty(x.sizes(), x.options());
   const float *from = x.const_data_ptr<float>(), *scale = w.const_data_ptr<float>(), *shift = b.const_data_ptr<float>();
   float* to = y.mutable_data_ptr<float>();
   at::parallel_for(0, map.units(), map.grain(), [&](int64_t begin, int64_t end) {

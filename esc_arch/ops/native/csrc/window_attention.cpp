@@ -23,6 +23,7 @@
 #endif
 
 #include <algorithm>
+#include <array>
 #include <atomic>
 #include <bit>
 #include <cfloat>
@@ -35,6 +36,7 @@
 #include <utility>
 #include <vector>
 
+#include "memory.h"
 #include "pixels.h"
 #include "products.h"
 #include "vectors.h"
@@ -707,10 +709,9 @@ void check(const at::Tensor& qkv, const at::Tensor& bias, const std::optional<at
 }
 
 // A map of `channels` in the layout of qkv
-at::Tensor empty_map(const at::Tensor& qkv, int64_t channels) {
-  return at::empty({qkv.size(0), channels, qkv.size(2), qkv.size(3)},
-                   qkv.options().memory_format(qkv.stride(1) == 1 ? at::MemoryFormat::ChannelsLast
-                                                                  : at::MemoryFormat::Contiguous));
+at::Tensor map_like(const at::Tensor& qkv, int64_t channels) {
+  const std::array<int64_t, 4> sizes{qkv.size(0), channels, qkv.size(2), qkv.size(3)};
+  return qkv.stride(1) == 1 ? empty_map(sizes, qkv.options()) : at::empty(sizes, qkv.options());
 }
 
 std::tuple<at::Tensor, at::Tensor> window_attention(const at::Tensor& qkv, const at::Tensor& bias,
@@ -718,7 +719,7 @@ std::tuple<at::Tensor, at::Tensor> window_attention(const at::Tensor& qkv, const
                                                     int64_t heads) {
   check(qkv, bias, key_factors, window, heads);
   const Shape s(qkv, key_factors ? bias.size(2) : 0, window, heads);
-  at::Tensor out = empty_map(qkv, qkv.size(1) / 3);
+  at::Tensor out = map_like(qkv, qkv.size(1) / 3);
   at::Tensor statistics = at::empty({2, s.heads, s.windows, s.tokens}, qkv.options());
   const Map in(qkv), to(out);
   float* all_statistics = statistics.data_ptr<float>();
@@ -934,7 +935,7 @@ at::Tensor attention_layer(const at::Tensor& x, const std::optional<at::Tensor>&
     TORCH_CHECK(!part || (part->sizes() == at::IntArrayRef({channels}) && part->scalar_type() == at::kFloat),
                 "esc_arch::cpu_attention_layer: the norm's weight and bias must be (C) and float32.");
   check_bias(bias, key_factors, window, heads);
-  at::Tensor out = at::empty(x.sizes(), x.options().memory_format(at::MemoryFormat::ChannelsLast));
+  at::Tensor out = empty_map(x.sizes(), x.options());
   if (out.numel() == 0) return out;
   Layer(x.contiguous(at::MemoryFormat::ChannelsLast), norm_weight, norm_bias, eps, qkv_weight, qkv_bias, bias,
         key_factors, out_weight, out_bias, window, heads, residual, out)
@@ -1127,7 +1128,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> window_attention_backward(
   TORCH_CHECK(grad.sizes() == out.sizes() && grad.scalar_type() == at::kFloat && statistics.is_contiguous(),
               "esc_arch::cpu_window_attention_backward: the gradient must be float32 and like the output.");
   const Shape s(qkv, key_factors ? bias.size(2) : 0, window, heads);
-  at::Tensor dqkv = empty_map(qkv, qkv.size(1));
+  at::Tensor dqkv = map_like(qkv, qkv.size(1));
   at::Tensor dbias = at::empty_like(bias);
   at::Tensor dkey_factors = key_factors ? at::empty_like(*key_factors) : at::empty({0}, qkv.options());
   at::Tensor padded;
