@@ -102,7 +102,7 @@ def _contents(folder: Path) -> list[Line]:
     with opened as environment, environment.begin() as transaction:
         keys = {bytes(key).decode("utf-8", "surrogateescape") for key in transaction.cursor().iternext(values=False)}
         sample = _spread(sorted(keys & sizes.keys()))
-        images = ((key, transaction.get(key.encode("utf-8", "surrogateescape"))) for key in sample)
+        images = ((key, transaction.get(key.encode("utf-8", "surrogateescape"), b"")) for key in sample)
         bad = [f"{key} {problem}" for key, image in images if (problem := image_problem(image, sizes[key]))]
     size = size_text((folder / "data.mdb").stat().st_size)
     told = f"{folder}: {len(keys)} images, {size}, {len(sample) - len(bad)} of {len(sample)} tried can be decoded"

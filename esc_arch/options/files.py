@@ -17,7 +17,7 @@ import yaml
 
 from esc_arch.errors import UserError
 
-from .positions import Place, Positions, repeated_keys
+from .positions import Place, Positions, Repeated, repeated_keys
 
 __all__ = ["Options", "YAMLError", "apply_force_yml", "load_with_positions", "load_yaml"]
 
@@ -77,25 +77,25 @@ def load_yaml(text_or_path: str | os.PathLike[str]) -> Options:
         source, text = "the option text", text_or_path
     else:
         source, text = f"{_FILE}{os.fspath(text_or_path)}", _read_text(Path(text_or_path))
-    options, root = _options(source, text)
-    for line, _, key, message in repeated_keys(root):
+    options, _, repeated = _options(source, text)
+    for line, _, key, message in repeated:
         logging.getLogger("basicsr").warning("%s, line %d: %s %s.", source, line, key, message)
     return options
 
 
 def load_with_positions(path: str | os.PathLike[str]) -> tuple[Options, Positions]:
     """The mapping in an option file, and where its keys stand; otherwise as `load_yaml`."""
-    options, root = _options(f"{_FILE}{os.fspath(path)}", _read_text(Path(path)))
-    return options, Positions(os.fspath(path), root)
+    options, root, repeated = _options(f"{_FILE}{os.fspath(path)}", _read_text(Path(path)))
+    return options, Positions(os.fspath(path), root, repeated)
 
 
-def _options(source: str, text: str) -> tuple[Options, yaml.Node | None]:
-    options, root = _parse(text, source)
+def _options(source: str, text: str) -> tuple[Options, yaml.Node | None, list[Repeated]]:
+    options, root, repeated = _parse(text, source)
     if options is None:
         raise UserError(f"{source} is empty. Write the options into it as 'key: value' lines.")
     if not isinstance(options, dict):
         raise UserError(f"{source} holds {type(options).__name__} at its top level; it must be 'key: value' lines.")
-    return options, root
+    return options, root, repeated
 
 
 def apply_force_yml(opt: Options, entries: Iterable[str], positions: Positions | None = None) -> None:
@@ -160,16 +160,17 @@ def _read_text(path: Path) -> str:
         raise UserError(f"option file {path} cannot be read: {error.strerror}. Give the path of a .yml file.") from None
 
 
-def _parse(text: str, source: str) -> tuple[Any, yaml.Node | None]:
+def _parse(text: str, source: str) -> tuple[Any, yaml.Node | None, list[Repeated]]:
     try:
         _refuse_depth(text)
         loader = _OptionLoader(text)
         try:
             root = loader.get_single_node()
             if root is None:
-                return None, None
+                return None, None, []
             _refuse_size(root)
-            return loader.construct_document(root), root
+            repeated = list(repeated_keys(root))  # before the loader puts merged keys into the nodes
+            return loader.construct_document(root), root, repeated
         finally:
             loader.dispose()
     except yaml.MarkedYAMLError as error:

@@ -8,7 +8,10 @@ from dataclasses import dataclass
 
 import yaml
 
-__all__ = ["Place", "Positions", "repeated_keys"]
+__all__ = ["Place", "Positions", "Repeated", "repeated_keys"]
+
+#: Line and column of a key that its mapping had before, it and those above it, and what to say of it.
+Repeated = tuple[int, int, str, str]
 
 _BOOL, _INT, _FLOAT, _TIME = (f"tag:yaml.org,2002:{name}" for name in ("bool", "int", "float", "timestamp"))
 _MERGE = "tag:yaml.org,2002:merge"
@@ -37,11 +40,13 @@ class Positions:
     Args:
         file: its name, for messages.
         root: the node of its top level, as it is after the options were made of it.
+        repeated: its `repeated_keys`, as it was before.
     """
 
-    def __init__(self, file: str, root: yaml.Node | None) -> None:
+    def __init__(self, file: str, root: yaml.Node | None, repeated: Sequence[Repeated] = ()) -> None:
         self.file = file
         self._root = root
+        self._repeated = repeated
         self._forced: list[tuple[list[str], str]] = []
 
     def add_forced(self, keys: Sequence[str], entry: str) -> None:
@@ -87,15 +92,17 @@ class Positions:
 
         Keys that are given twice, and numbers written in octal or to base 60, which hardly anybody means.
         """
-        for line, column, key, message in repeated_keys(self._root):
+        for line, column, key, message in self._repeated:
             yield Place(self.file, line, column), key, message
+        told = set()  # merged values are in several mappings
         for path, mapping in _mappings(self._root):
             last = {key.value: value for key, value in mapping.value if isinstance(key, yaml.ScalarNode)}
             for name, value in last.items():
                 keys = [*path, name]
                 for number in _scalars(value):
                     odd = number.tag in (_INT, _FLOAT) and (":" in number.value or _OCTAL.fullmatch(number.value))
-                    surprise = _surprise(number) if odd else None
+                    surprise = _surprise(number) if odd and id(number) not in told else None
+                    told.add(id(number))
                     if surprise is not None and self.of(keys).entry is None:
                         yield self.of(keys), ":".join(keys), surprise
 
@@ -112,8 +119,8 @@ class Positions:
         return place, value, len(keys)
 
 
-def repeated_keys(root: yaml.Node | None) -> Iterator[tuple[int, int, str, str]]:
-    """Line and column of each key that its mapping had before, it and those above it, and what to say of it."""
+def repeated_keys(root: yaml.Node) -> Iterator[Repeated]:
+    """The keys of a tree of nodes that their mappings had before."""
     for path, mapping in _mappings(root):
         first_line: dict[str, int] = {}
         for key, _ in mapping.value:

@@ -97,8 +97,11 @@ def test_keys_that_only_one_of_database_and_list_has(database: Path) -> None:
     ("value", "problem"),
     [
         (b"", "is empty"),
-        (b"no image at all", "cannot be decoded"),
-        (cv2.imencode(".png", np.zeros((3, 5, 3), np.uint8))[1].tobytes(), "is 5x3, by meta_info.txt 48x48"),
+        (b"no image at all", "is not an image that can be decoded (15 bytes)"),
+        (
+            cv2.imencode(".png", np.zeros((3, 5, 3), np.uint8))[1].tobytes(),
+            "has 5x3 pixels, but 48x48 in meta_info.txt",
+        ),
     ],
 )
 def test_images_that_are_not_what_the_list_says(database: Path, value: bytes, problem: str) -> None:
@@ -134,7 +137,7 @@ def test_files_that_are_empty_or_no_images(folder: Path) -> None:
     counted, empty, bad = disk_health(str(folder))
     assert "6 files, 4 of 6 tried can be decoded" in counted[0]
     assert empty[:2] == (f"1 files are empty: {first}", PROBLEM)
-    assert bad[:2] == (f"{first.name} is empty, {second.name} cannot be decoded", PROBLEM)
+    assert bad[:2] == (f"{first.name} is empty, {second.name} is not an image that can be decoded (6 bytes)", PROBLEM)
 
 
 # --- weights ------------------------------------------------------------------------------------------------------

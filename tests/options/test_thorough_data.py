@@ -79,7 +79,7 @@ def test_sound_lmdbs(options: Any) -> None:
         (
             {"a": png(16), "b": b"no picture", "c": b""},
             dict.fromkeys("abc", 16),
-            "'b' in 'lq.lmdb' is not an image (10 bytes). Make it anew",
+            "'b' in 'lq.lmdb' is not an image that can be decoded (10 bytes). Make it anew",
         ),
     ],
 )
