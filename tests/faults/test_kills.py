@@ -106,7 +106,7 @@ def whole(start: Any) -> dict[str, torch.Tensor]:
 def test_kills_at_random_moments(workers: int, start: Any, options: Any, run_basicsr: Any) -> None:
     """Until so many were killed; then the run is let end. Every resumption gets further or begins where it did."""
     options["datasets"]["train"]["num_worker_per_gpu"] = workers
-    options["train"]["total_iter"] = 60 * KILLS if LONG else 40
+    options["train"]["total_iter"] = 60 * KILLS if LONG else 150
     run_basicsr.option_file(options)
     expected = whole(start)
     drawn = random.Random(0)
