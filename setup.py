@@ -1,5 +1,8 @@
 """Packaging of esc_arch. Requirements are read from requirements.txt, so there is one list of them."""
 
+import sys
+import sysconfig
+from importlib.metadata import distributions
 from pathlib import Path
 
 from setuptools import find_packages, setup
@@ -21,6 +24,19 @@ def read_version() -> str:
     return text.split('"')[1]
 
 
+def refuse_without_basicsr() -> None:
+    """End with what to do where BasicSR's own installation fails: pip prepares this package before it tries."""
+    installed = any(distributions(name="basicsr", path=[sysconfig.get_path("purelib")]))
+    if sys.version_info >= (3, 13) and not installed:
+        version = ".".join(map(str, sys.version_info[:2]))
+        sys.exit(
+            f"BasicSR 1.4.2, which esc_arch extends, cannot be installed by pip on Python {version}: its setup.py "
+            "relies on exec() writing to locals(), which ended with 3.12.\n"
+            "Run `python install_basicsr.py` in esc_arch's folder first, then this again; or use Python 3.10 to 3.12."
+        )
+
+
+refuse_without_basicsr()
 setup(
     name="esc-arch",
     version=read_version(),
@@ -28,9 +44,7 @@ setup(
     long_description=(ROOT / "README.md").read_text(encoding="utf-8"),
     long_description_content_type="text/markdown",
     license="MIT",
-    # BasicSR 1.4.2 cannot be built by Python 3.13 (its setup.py relies on exec() writing to locals()):
-    # this bound makes pip say so in one line, before that build fails obscurely.
-    python_requires=">=3.10,<3.13",
+    python_requires=">=3.10,<3.14",
     packages=find_packages(include=["esc_arch", "esc_arch.*"]),
     package_data={"esc_arch": ["py.typed", "ops/native/csrc/*", "benchmark/*.json", "options/*.json"]},
     install_requires=read_requirements(),

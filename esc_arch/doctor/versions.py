@@ -53,7 +53,7 @@ _IMPORTED = ("torch", "torchvision", "numpy", "opencv-python", "lmdb", "safetens
 _TWINS = ("opencv-python", "opencv-python-headless", "opencv-contrib-python", "opencv-contrib-python-headless")
 
 _CLONE_REQUIREMENTS = Path(__file__).parents[2] / "requirements.txt"
-_NEWEST_PYTHON = (3, 12)
+_NEWEST_PYTHON = (3, 13)
 _OLDEST_PYTHON = (3, 10)
 _HINTS = {
     "libGL": "OpenCV wants a library of displays: pip install opencv-python-headless in place of opencv-python.",
@@ -97,10 +97,10 @@ def examine(context: Context) -> Iterator[Finding]:
 def _python() -> Finding:
     text = f"{platform.python_version()} ({platform.python_implementation()})"
     if sys.version_info[:2] > _NEWEST_PYTHON:
-        advice = "pip cannot build BasicSR 1.4.2 there: see the README, or use Python 3.10, 3.11 or 3.12."
+        advice = "esc_arch was not tried with it: use Python 3.10 to 3.13."
         return Finding("python", text, WARNING, advice)
     if sys.version_info[:2] < _OLDEST_PYTHON:
-        return Finding("python", text, PROBLEM, "Use Python 3.10, 3.11 or 3.12.")
+        return Finding("python", text, PROBLEM, "Use Python 3.10 to 3.13.")
     return Finding("python", text)
 
 

@@ -22,7 +22,7 @@ from esc_arch.ops.resize import scaled_size
 
 from .memory import is_out_of_memory, peak_of
 from .network import Upscaler
-from .video_frames import Coding, frame_of, import_av, open_to_read, planes_of
+from .video_frames import Coding, exact, frame_of, import_av, open_to_read, planes_of
 from .video_output import MICROSECONDS, Encoder, Form, check_form, container_of, form_of, join
 from .video_segments import WorkFolder
 from .video_stages import overlapped
@@ -209,9 +209,8 @@ def _origin(container: Any) -> int:
 def _number_of_frames(container: Any, stream: Any) -> int | None:
     if stream.frames:
         return int(stream.frames)
-    if container.duration and stream.guessed_rate:
-        return round(Fraction(container.duration, MICROSECONDS) * stream.guessed_rate) or None
-    return None
+    rate = exact(stream.guessed_rate)
+    return round(Fraction(container.duration, MICROSECONDS) * rate) or None if container.duration and rate else None
 
 
 class _Frame(NamedTuple):
@@ -238,9 +237,10 @@ class _Frames:
     notes: set[str] = field(default_factory=set)
 
     def __iter__(self) -> Iterator[_Frame]:
-        rate, last = self.stream.guessed_rate, None
-        step = max(round(1 / (rate * self.stream.time_base)), 1) if rate else 1
-        shift = round(Fraction(_origin(self.container), MICROSECONDS) / self.stream.time_base)
+        rate, unit, last = exact(self.stream.guessed_rate), exact(self.stream.time_base), None
+        assert unit is not None
+        step = max(round(1 / (rate * unit)), 1) if rate else 1
+        shift = round(Fraction(_origin(self.container), MICROSECONDS) / unit)
         for frame in self._decoded():
             time = frame.pts - shift if frame.pts is not None else 0 if last is None else last + step
             if last is not None and time <= last:

@@ -8,6 +8,7 @@ all grey for full range.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from fractions import Fraction
 from functools import lru_cache
 from types import ModuleType
 from typing import Any
@@ -26,6 +27,7 @@ __all__ = [
     "RGB",
     "SMPTE170M",
     "Coding",
+    "exact",
     "frame_of",
     "import_av",
     "open_to_read",
@@ -77,6 +79,11 @@ def open_to_read(path: str) -> Any:
     av = import_av()
     strict = int(av.__version__.partition(".")[0]) < 19
     return av.open(path, metadata_errors="replace") if strict else av.open(path)
+
+
+def exact(number: Any) -> Fraction | None:
+    """A number of PyAV's, since 19 of a type of its own that rounds; None where it says nothing."""
+    return Fraction(number.numerator, number.denominator) if number else None
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 from esc_arch.data.safe_files import fsync_folder
 from esc_arch.errors import UserError
 
-from .video_frames import FULL, LIMITED, RGB, Coding, depth_of, guessed_matrix, import_av, is_rgb, open_to_read
+from .video_frames import FULL, LIMITED, RGB, Coding, depth_of, exact, guessed_matrix, import_av, is_rgb, open_to_read
 from .video_segments import Packet, Segment, WorkFolder, decoding_times
 
 __all__ = [
@@ -279,7 +279,9 @@ def form_of(
     source, rgb = Coding.of(frame), is_rgb(import_av().VideoFormat(chosen))
     height, width = padded_size(size, chosen)
     matrix = RGB if rgb else source.matrix if source.matrix != RGB else guessed_matrix(height, width)
-    rate, aspect = stream.average_rate or stream.guessed_rate or USUAL_RATE, stream.sample_aspect_ratio
+    rate = exact(stream.average_rate) or exact(stream.guessed_rate) or USUAL_RATE
+    aspect, unit = exact(stream.sample_aspect_ratio), exact(stream.time_base)
+    assert unit is not None
     return Form(
         codec=encoder,
         options=quality_of(encoder, crf),
@@ -290,7 +292,7 @@ def form_of(
         full=source.full if (source.matrix == RGB) == rgb else rgb,
         primaries=int(frame.color_primaries),
         transfer=int(frame.color_trc),
-        time_base=stream.time_base.as_integer_ratio(),
+        time_base=unit.as_integer_ratio(),
         rate=rate.as_integer_ratio(),
         aspect=aspect.as_integer_ratio() if aspect else None,
         display_matrix=_display_matrix(frame),

@@ -52,6 +52,20 @@ def test_every_extra_has_steps() -> None:
     assert set(matrix.CORE) <= smoke.STEPS.keys()
 
 
+@pytest.mark.parametrize(("version", "there", "status"), [((3, 13), False, 1), ((3, 13), True, 0), ((3, 12), False, 0)])
+def test_setup_says_what_to_do_where_basicsr_cannot_be_built(version: Any, there: bool, status: int) -> None:
+    code = (
+        "import importlib.metadata, runpy, setuptools, sys\n"
+        f"sys.version_info, sys.argv = {version}, ['setup.py', '--version']\n"
+        "before = importlib.metadata.distributions\n"
+        f"importlib.metadata.distributions = lambda **asked: [1] * {there} if 'path' in asked else before(**asked)\n"
+        "runpy.run_path('setup.py')"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == status, done.stderr
+    assert ("python install_basicsr.py" in done.stderr) == bool(status)
+
+
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder as the core steps leave it, with a checkpoint."""

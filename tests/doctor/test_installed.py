@@ -124,7 +124,9 @@ def test_two_opencvs(pretend: Any) -> None:
     assert found.status == WARNING and "opencv-python, opencv-python-headless" in found.text
 
 
-@pytest.mark.parametrize(("version", "status"), [((3, 13), WARNING), ((3, 9), PROBLEM), ((3, 10), "ok")])
+@pytest.mark.parametrize(
+    ("version", "status"), [((3, 14), WARNING), ((3, 9), PROBLEM), ((3, 10), "ok"), ((3, 13), "ok")]
+)
 def test_python(monkeypatch: pytest.MonkeyPatch, version: tuple[int, int], status: str) -> None:
     monkeypatch.setattr(versions.sys, "version_info", (*version, 0))
     assert versions._python().status == status
