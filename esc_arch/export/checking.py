@@ -22,6 +22,10 @@ from esc_arch.version import __version__
 __all__ = ["Difference", "InputShape", "Report", "compare", "describe", "example", "on_cpu", "write"]
 
 
+#: `torch.export` of older ones makes programs that take fewer sizes than they were asked to, or none.
+OLDEST_TORCH = "2.10"
+
+
 @dataclass(frozen=True)
 class InputShape:
     """Which images an exported network takes: a number for a fixed one, None for any."""
@@ -69,7 +73,15 @@ class Report:
 
 
 def on_cpu(upscaler: Upscaler) -> Upscaler:
-    """A copy of it that computes in float32 on the CPU: what is exported and what exports are compared with."""
+    """A copy of it that computes in float32 on the CPU: what is exported and what exports are compared with.
+
+    Raises:
+        UserError: this PyTorch is too old to export it.
+    """
+    if torch.__version__ < OLDEST_TORCH:
+        raise UserError(
+            f"Exporting needs PyTorch {OLDEST_TORCH} or newer; this is {torch.__version__}. Install a newer one."
+        )
     cpu = torch.device("cpu")
     return replace(upscaler, net=copy.deepcopy(upscaler.net).to(cpu).float(), device=cpu, precision=torch.float32)
 

@@ -22,7 +22,7 @@ from esc_arch.ops.resize import scaled_size
 
 from .memory import is_out_of_memory, peak_of
 from .network import Upscaler
-from .video_frames import Coding, exact, frame_of, import_av, open_to_read, planes_of
+from .video_frames import Coding, exact, frame_of, import_av, open_to_read, planes_of, side_data_of
 from .video_output import MICROSECONDS, Encoder, Form, check_form, container_of, form_of, join
 from .video_segments import WorkFolder
 from .video_stages import overlapped
@@ -315,7 +315,7 @@ def _remark(frames: _Frames, frame: Any, plan: _Plan) -> None:
         frames.note("its alpha is left out")
     if (frame.height, frame.width) != (plan.height, plan.width):
         frames.note(f"its frames change their size; all are made {plan.width} x {plan.height} before they are enlarged")
-    for data in frame.side_data:
+    for data in side_data_of(frame):
         if data.type.name in LEFT_OUT:
             frames.note(LEFT_OUT[data.type.name])
 

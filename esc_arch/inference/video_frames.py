@@ -32,6 +32,7 @@ __all__ = [
     "import_av",
     "open_to_read",
     "planes_of",
+    "side_data_of",
 ]
 
 Planes = npt.NDArray[Any]
@@ -84,6 +85,12 @@ def open_to_read(path: str) -> Any:
 def exact(number: Any) -> Fraction | None:
     """A number of PyAV's, since 19 of a type of its own that rounds; None where it says nothing."""
     return Fraction(number.numerator, number.denominator) if number else None
+
+
+def side_data_of(frame: Any) -> list[Any]:
+    """What a frame of PyAV's carries beside pixels: since 19 it is a mapping by kind."""
+    found = frame.side_data
+    return [part if hasattr(part, "type") else found[part] for part in found]
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,19 @@ from typing import Any, NamedTuple
 from esc_arch.data.safe_files import fsync_folder
 from esc_arch.errors import UserError
 
-from .video_frames import FULL, LIMITED, RGB, Coding, depth_of, exact, guessed_matrix, import_av, is_rgb, open_to_read
+from .video_frames import (
+    FULL,
+    LIMITED,
+    RGB,
+    Coding,
+    depth_of,
+    exact,
+    guessed_matrix,
+    import_av,
+    is_rgb,
+    open_to_read,
+    side_data_of,
+)
 from .video_segments import Packet, Segment, WorkFolder, decoding_times
 
 __all__ = [
@@ -79,6 +91,8 @@ QUALITIES = {
     "hevc_nvenc": Quality("cq", 21, 51, {"rc": "vbr", "b": "0"}),
     "av1_nvenc": Quality("cq", 26, 63, {"rc": "vbr", "b": "0"}),
 }
+#: The least side of a frame, for encoders that spoil the memory where it is smaller (SVT-AV1 4.2, frames of 8 x 8).
+SMALLEST = {"libsvtav1": 16}
 #: Others that are often asked for.
 WITHOUT_QUALITY = ("ffv1", "prores_ks")
 
@@ -305,7 +319,7 @@ def _display_matrix(frame: Any) -> tuple[int, ...] | None:
     """How the frame is to be turned and mirrored, without by how much it is shifted, which depends on its size."""
     from av.sidedata.sidedata import Type
 
-    for data in frame.side_data:
+    for data in side_data_of(frame):
         if data.type == Type.DISPLAYMATRIX:
             numbers = struct.unpack("=9i", bytes(data))
             return (*numbers[:6], 0, 0, numbers[8])
@@ -322,6 +336,8 @@ def check_form(form: Form, target: Path) -> None:
     if form.codec == "libsvtav1":
         os.environ.setdefault("SVT_LOG", "1")  # errors alone: it prints 20 lines for each segment
     try:
+        if min(form.width, form.height) < SMALLEST.get(form.codec, 1):
+            raise ValueError(f"its least side is {SMALLEST[form.codec]}")
         with av.open(io.BytesIO(), "w", format=container_of(target).format) as trial:
             _stream_of(trial, form)
             with scheduling_kept():

@@ -47,9 +47,25 @@ class YAMLError(UserError):
 class _OptionLoader(_SafeLoader):
     """YAML's plain data types only, with `5e-4` read as a number."""
 
+    def construct_object(self, node: yaml.Node, deep: bool = False) -> Any:
+        try:
+            return super().construct_object(node, deep)
+        except (ArithmeticError, AttributeError, LookupError, ValueError) as error:
+            # 2024-13-45, which looks like a date; !!bool z, !!int '' and !!timestamp z, at which PyYAML stumbles
+            if not isinstance(node, yaml.ScalarNode):
+                raise
+            reason = f": {error}" if isinstance(error, ArithmeticError | ValueError) else ""
+            raise yaml.constructor.ConstructorError(
+                problem=f"{node.value!r} cannot be read as {_short(node.tag)}{reason}", problem_mark=node.start_mark
+            ) from None
+
+
+def _short(tag: str) -> str:
+    return tag.replace("tag:yaml.org,2002:", "!!")
+
 
 def _refuse_tag(_loader: Any, node: yaml.Node) -> None:
-    tag = node.tag.replace("tag:yaml.org,2002:", "!!")
+    tag = _short(node.tag)
     raise yaml.constructor.ConstructorError(
         problem=f"the tag {tag!r} is not allowed: option files hold data only. Write a plain value without the tag",
         problem_mark=node.start_mark,

@@ -11,7 +11,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from basicsr.utils.registry import DATASET_REGISTRY, MODEL_REGISTRY
+from basicsr.utils.registry import DATASET_REGISTRY, METRIC_REGISTRY, MODEL_REGISTRY
 
 from esc_arch.suggestions import nearest
 
@@ -168,6 +168,14 @@ def check_values(opt: Options, is_train: bool) -> Iterator[str]:
             if _is_basicsr_s_or_ours(MODEL_REGISTRY, opt.get("model_type")):
                 known |= _OF_TYPES.get(name, {})
             yield from _wrong_values(name, given, known, keys.PATTERNS.get(name, {}))
+    model = opt.get("model_type")
+    metrics = opt["val"].get("metrics") if isinstance(opt.get("val"), dict) else None
+    for name, metric in metrics.items() if isinstance(metrics, dict) else ():
+        if isinstance(metric, dict) and _is_basicsr_s_or_ours(METRIC_REGISTRY, metric.get("type")):
+            yield from _wrong_values(f"val:metrics:{name}", metric, keys.METRIC, {})
+            others = model != "ESCLTEModel" and _is_basicsr_s_or_ours(MODEL_REGISTRY, model)
+            if metric.get("crop_border") == "scale" and others:
+                yield f"val:metrics:{name}:crop_border: 'scale' given, which only ESCLTEModel knows; give a number"
     for phase, dataset in opt["datasets"].items():
         known = dict(keys.DATASET)
         if _is_basicsr_s_or_ours(DATASET_REGISTRY, dataset.get("type")):

@@ -20,6 +20,7 @@ __all__ = [
     "GENERAL",
     "GENERAL_OF_MODELS",
     "LOGGER",
+    "METRIC",
     "OLD_NAMES",
     "PATH",
     "PATTERNS",
@@ -38,14 +39,15 @@ Schema = Mapping[str, Any]
 
 @dataclass(frozen=True)
 class Key:
-    """What an option means, in words, and its values, in words and as JSON schema; null is always allowed too."""
+    """What an option means, in words, and its values, in words and as JSON schema; null too, unless it is `needed`."""
 
     description: str
     wanted: str = ""
     schema: Schema = field(default_factory=dict)
+    needed: bool = False
 
     def takes(self, value: Any) -> bool:
-        return value is None or fits(value, self.schema)
+        return (value is None and not self.needed) or fits(value, self.schema)
 
 
 def fits(value: Any, schema: Schema) -> bool:
@@ -272,6 +274,18 @@ VAL_OF_MODELS: dict[str, Key] = {
     "flip_seq": _flag("Recurrent video models: the mean of the sequence and the flipped one."),
     "center_frame_only": _flag("Recurrent video models: metrics of the centre frame alone."),
     "num_val_samples": _whole("StyleGAN2: images that are made.", 1, 16),
+}
+
+#: Of the entries of `val: metrics:`, where BasicSR's and our metrics have them.
+METRIC: dict[str, Key] = {
+    "crop_border": Key(
+        "Pixels at each edge that are not counted; the scale, by custom. ESCLTEModel: scale, for that of the data set.",
+        "a whole number of at least 0, such as 4 (with ESCLTEModel also: scale)",
+        {"anyOf": [{"type": "integer", "minimum": 0}, {"enum": ["scale"]}]},
+        needed=True,
+    ),
+    "input_order": _choice("How images are laid out; BasicSR hands them over as HWC.", "HWC", "CHW"),
+    "test_y_channel": _flag("Whether the luma channel alone is counted."),
 }
 
 LOGGER: dict[str, Key] = {

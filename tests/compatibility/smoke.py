@@ -170,13 +170,28 @@ def step_convert() -> str:
     return "the same weights"
 
 
+def exports() -> bool:
+    """Whether this PyTorch is new enough to export."""
+    return python("import torch; print(torch.__version__ >= (2, 10))").strip() == "True"
+
+
+def refused_export(file: str) -> str:
+    """An older PyTorch is told of."""
+    expect(basicsr("export", "-m", WEIGHTS, "-o", file, status=2), "Exporting needs PyTorch 2.10 or newer")
+    return "refused by name"
+
+
 def step_export() -> str:
     """What export needs no extra for."""
+    if not exports():
+        return refused_export("net.pt2")
     return basicsr("export", "-m", WEIGHTS, "-o", "net.pt2").splitlines()[-1]
 
 
 def with_onnx() -> str:
     """ONNX, compared with PyTorch by ONNX Runtime."""
+    if not exports():
+        return refused_export("net.onnx")
     return basicsr("export", "-m", WEIGHTS, "-o", "net.onnx").splitlines()[-1]
 
 

@@ -339,3 +339,11 @@ def test_options_of_onnx_that_cannot_be(arguments: dict[str, Any], message: str,
         pytest.importorskip(package, reason="needs the extra onnx")
     with pytest.raises(UserError, match=message):
         export_onnx(upscaler_of(VARIANTS["table"]), tmp_path / "net.onnx", **arguments)
+
+
+def test_an_old_pytorch(weights: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    upscaler = load(weights, device="cpu")
+    monkeypatch.setattr(torch, "__version__", type(torch.__version__)("2.9.1+cu126"))
+    with pytest.raises(UserError, match=r"Exporting needs PyTorch 2\.10 or newer; this is 2\.9\.1\+cu126"):
+        export_program(upscaler, tmp_path / "net.pt2")
+    assert not list(tmp_path.iterdir())

@@ -26,6 +26,7 @@ from esc_arch.checkpoints.conversion import build_network
 from esc_arch.errors import UserError
 from esc_arch.inference import Upscaler, video
 from esc_arch.inference.video import is_video, upscale_video
+from esc_arch.inference.video_frames import side_data_of
 
 av = pytest.importorskip("av", reason="PyAV is not installed")
 
@@ -370,7 +371,8 @@ def test_players_turn_the_result_as_the_source(upscaler: Upscaler, tmp_path: Pat
     (before, *_), (after, *_) = frames_of(source), frames_of(tmp_path / "out.mp4")
     assert before.rotation == after.rotation
     assert before.side_data
-    assert [bytes(data)[:24] for data in before.side_data] == [bytes(data)[:24] for data in after.side_data]
+    first, second = ([bytes(data)[:24] for data in side_data_of(frame)] for frame in (before, after))
+    assert first == second
     assert (after.height, after.width) == (2 * HEIGHT, 2 * WIDTH)
 
 

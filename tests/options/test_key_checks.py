@@ -214,3 +214,17 @@ def test_without_files_nothing_is_looked_for(train_options: Any) -> None:
     train_options["datasets"]["train"]["gt_size"] = 15
     (problem,) = check_options(train_options, True, Extent(with_files=False))
     assert problem.startswith("datasets:train:gt_size: 15 given; must be divisible by scale")
+
+
+@pytest.mark.parametrize(
+    ("value", "message"),
+    [
+        (None, "val:metrics:psnr:crop_border: None given; must be a whole number of at least 0, such as 4"),
+        (-1, "val:metrics:psnr:crop_border: -1 given; must be a whole number"),
+        ("scale", "val:metrics:psnr:crop_border: 'scale' given, which only ESCLTEModel knows"),
+    ],
+)
+def test_values_of_metrics(train_options: Any, value: Any, message: str) -> None:
+    train_options["val"]["metrics"]["psnr"]["crop_border"] = value
+    (problem,) = check_values(train_options, True)
+    assert problem.startswith(message)

@@ -129,7 +129,10 @@ def test_tags_are_refused_and_run_nothing(tmp_path: Path, tag: str) -> None:
         (b"name: \xff\xfe\n", "a.yml is not UTF-8 text: invalid start byte at byte 6. Save it as UTF-8"),
         (b"a: 1\nb: [1, 2\nc: 3\n", r"a.yml:3:2: .*expected ',' or '\]'"),
         (b"a: *b\n", "a.yml:1:4: .*undefined alias"),
-        (b"a: !!float word\n", "a.yml: could not convert string to float: 'word'"),
+        (
+            b"a: !!float word\n",
+            "a.yml:1:4: 'word' cannot be read as !!float: could not convert string to float: 'word'",
+        ),
         (b"a: \x01\n", "a.yml: .*(control|special) characters are not allowed"),
     ],
 )
@@ -156,7 +159,10 @@ def chain(levels: int) -> str:
             "a0: &a0 [1]\n" + "".join(f"a{n}: &a{n} [*a{n - 1}]\n" for n in range(1, 200)),
             r"a\.yml:\d+:\d+: aliases \(\*NAME\) make more than 100 levels; write the values",
         ),
-        ("a: 2024-13-45", r"a\.yml: month must be in 1..12"),
+        ("a: 2024-13-45", r"a\.yml:1:4: '2024-13-45' cannot be read as !!timestamp: month must be in 1..12"),
+        ("a: !!bool z", r"a\.yml:1:4: 'z' cannot be read as !!bool$"),
+        ("a: !!int ''", r"a\.yml:1:4: '' cannot be read as !!int$"),
+        ("a: !!timestamp z", r"a\.yml:1:4: 'z' cannot be read as !!timestamp$"),
     ],
 )
 def test_files_that_would_crash_or_hang(tmp_path: Path, text: str, message: str) -> None:
