@@ -398,10 +398,15 @@ class ESCModel(SRModel):
             logging.getLogger("basicsr").warning(
                 "The result for %s of %s has pixels that are infinite or no numbers: it has no PSNR.", name, dataset
             )
-        metrics = {
-            key: float(calculate_metric(images, metric)) if finite else math.nan
-            for key, metric in (val.get("metrics") or {}).items()
-        }
+        metrics = {}
+        for key, metric in (val.get("metrics") or {}).items():
+            border, (height, width) = metric.get("crop_border", 0), images["img"].shape[:2]
+            if 2 * border >= min(height, width):
+                raise UserError(
+                    f"val: metrics: {key}: crop_border {border} leaves nothing of {name} of {dataset}, which has "
+                    f"{width} x {height} pixels. Give a smaller one."
+                )
+            metrics[key] = float(calculate_metric(images, metric)) if finite else math.nan
         validated = _Validated(index, name, metrics)
         if comparison is not None:
             validated.comparison = comparison.add(data["lq_path"][0], visuals)

@@ -11,7 +11,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from basicsr.utils.registry import DATASET_REGISTRY, METRIC_REGISTRY, MODEL_REGISTRY
+from basicsr.utils.registry import DATASET_REGISTRY, LOSS_REGISTRY, METRIC_REGISTRY, MODEL_REGISTRY
 
 from esc_arch.suggestions import nearest
 
@@ -168,6 +168,9 @@ def check_values(opt: Options, is_train: bool) -> Iterator[str]:
             if _is_basicsr_s_or_ours(MODEL_REGISTRY, opt.get("model_type")):
                 known |= _OF_TYPES.get(name, {})
             yield from _wrong_values(name, given, known, keys.PATTERNS.get(name, {}))
+    if is_train:
+        for path, loss in _losses(opt.get("train")):
+            yield from _wrong_values(path, loss, keys.LOSS, {})
     model = opt.get("model_type")
     metrics = opt["val"].get("metrics") if isinstance(opt.get("val"), dict) else None
     for name, metric in metrics.items() if isinstance(metrics, dict) else ():
@@ -181,6 +184,17 @@ def check_values(opt: Options, is_train: bool) -> Iterator[str]:
         if _is_basicsr_s_or_ours(DATASET_REGISTRY, dataset.get("type")):
             known |= keys.DATASET_TYPES
         yield from _wrong_values(f"datasets:{phase}", dataset, known, {})
+
+
+def _losses(train: Any) -> Iterator[tuple[str, Mapping[str, Any]]]:
+    """BasicSR's and our losses in `train:`, with their keys."""
+    given = train if isinstance(train, dict) else {}
+    losses = given.get("losses")
+    named = losses if isinstance(losses, dict) else {}
+    found = [(f"train:{name}", loss) for name, loss in given.items() if name.endswith("_opt")]
+    for path, loss in [*found, *((f"train:losses:{name}", loss) for name, loss in named.items())]:
+        if isinstance(loss, dict) and _is_basicsr_s_or_ours(LOSS_REGISTRY, loss.get("type")):
+            yield path, loss
 
 
 def _wrong_values(

@@ -20,6 +20,7 @@ __all__ = [
     "GENERAL",
     "GENERAL_OF_MODELS",
     "LOGGER",
+    "LOSS",
     "METRIC",
     "OLD_NAMES",
     "PATH",
@@ -280,12 +281,20 @@ VAL_OF_MODELS: dict[str, Key] = {
 METRIC: dict[str, Key] = {
     "crop_border": Key(
         "Pixels at each edge that are not counted; the scale, by custom. ESCLTEModel: scale, for that of the data set.",
-        "a whole number of at least 0, such as 4 (with ESCLTEModel also: scale)",
-        {"anyOf": [{"type": "integer", "minimum": 0}, {"enum": ["scale"]}]},
+        "a whole number from 0 to 1000, such as 4 (with ESCLTEModel also: scale)",
+        {"anyOf": [{"type": "integer", "minimum": 0, "maximum": 1000}, {"enum": ["scale"]}]},
         needed=True,
     ),
     "input_order": _choice("How images are laid out; BasicSR hands them over as HWC.", "HWC", "CHW"),
     "test_y_channel": _flag("Whether the luma channel alone is counted."),
+}
+
+#: Of losses, where BasicSR's and ours have them.
+LOSS: dict[str, Key] = {
+    "loss_weight": Key("What the loss is multiplied by.", "a number, such as 1.0", {"type": "number"}, needed=True),
+    "reduction": Key(
+        "How the differences of all pixels become one number.", "mean or sum", {"enum": ["mean", "sum"]}, needed=True
+    ),
 }
 
 LOGGER: dict[str, Key] = {

@@ -336,6 +336,13 @@ def test_the_metrics_of_each_image_are_kept(run_basicsr: Any, test_options: Any)
         assert f"# {metric}: {mean:.4f}" in run.log(of="results")
 
 
+def test_a_border_that_leaves_nothing(run_basicsr: Any, test_options: Any) -> None:
+    test_options["val"]["metrics"]["psnr"]["crop_border"] = 300
+    run = run_basicsr("test", test_options)
+    assert run.status == 2
+    assert "psnr: crop_border 300 leaves nothing of val0x2 of Cuts, which has 4" in run.err
+
+
 @pytest.mark.parametrize(
     ("model", "val", "message"),
     [

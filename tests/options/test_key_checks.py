@@ -219,8 +219,9 @@ def test_without_files_nothing_is_looked_for(train_options: Any) -> None:
 @pytest.mark.parametrize(
     ("value", "message"),
     [
-        (None, "val:metrics:psnr:crop_border: None given; must be a whole number of at least 0, such as 4"),
+        (None, "val:metrics:psnr:crop_border: None given; must be a whole number from 0 to 1000, such as 4"),
         (-1, "val:metrics:psnr:crop_border: -1 given; must be a whole number"),
+        (10**30, "val:metrics:psnr:crop_border: 1000000000000000000000000000000 given; must be a whole number"),
         ("scale", "val:metrics:psnr:crop_border: 'scale' given, which only ESCLTEModel knows"),
     ],
 )
@@ -228,3 +229,18 @@ def test_values_of_metrics(train_options: Any, value: Any, message: str) -> None
     train_options["val"]["metrics"]["psnr"]["crop_border"] = value
     (problem,) = check_values(train_options, True)
     assert problem.startswith(message)
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "message"),
+    [
+        ("reduction", None, "train:pixel_opt:reduction: None given; must be mean or sum"),
+        ("reduction", "none", "train:pixel_opt:reduction: 'none' given; must be mean or sum"),
+        ("loss_weight", None, "train:pixel_opt:loss_weight: None given; must be a number, such as 1.0"),
+    ],
+)
+def test_values_of_losses(train_options: Any, key: str, value: Any, message: str) -> None:
+    train_options["train"]["pixel_opt"][key] = value
+    assert list(check_values(train_options, True)) == [message]
+    train_options["train"]["losses"] = {"fft": {"type": "FFTLoss", "loss_weight": "1"}}
+    assert "train:losses:fft:loss_weight: '1' given" in " ".join(check_values(train_options, True))
