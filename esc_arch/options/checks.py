@@ -7,6 +7,7 @@ and datasets may do is left alone: a check that does not surely apply is not mad
 
 from __future__ import annotations
 
+import inspect
 import os
 from collections.abc import Iterator, Mapping
 from itertools import chain
@@ -15,6 +16,7 @@ from typing import Any
 import torch
 from basicsr.utils.registry import ARCH_REGISTRY, DATASET_REGISTRY, METRIC_REGISTRY, MODEL_REGISTRY
 
+from esc_arch.archs.base import ESCFamily
 from esc_arch.models import ESCModel
 from esc_arch.models.esc_model import PROTOCOLS
 from esc_arch.suggestions import did_you_mean
@@ -122,6 +124,15 @@ def _check_scale(opt: Options) -> Iterator[str]:
     for key in ("upscaling_factor", "upscale"):  # `scale` means other things in some networks
         if is_integer(network.get(key)) and network[key] != scale:
             yield f"network_g:{key}: {network[key]} given, but scale is {scale}. Give both the same value"
+    name = network.get("type")
+    kind = entries(ARCH_REGISTRY).get(name) if isinstance(name, str) else None
+    if "upscaling_factor" not in network and isinstance(kind, type) and issubclass(kind, ESCFamily):
+        default = inspect.signature(kind).parameters["upscaling_factor"].default
+        if is_integer(default) and default != scale:
+            yield (
+                f"network_g:upscaling_factor: not given, and {default} by default, but scale is {scale}. Give both the "
+                "same value"
+            )
 
 
 def _check_datasets(opt: Options, is_train: bool, extent: Extent) -> Iterator[str]:

@@ -367,6 +367,10 @@ NETWORKS = [
     ),
     ({"network_g": {"type": "EDSR", "num_in_ch": 3}}, "network_g:num_out_ch: missing; EDSR needs it"),
     ({"network_g": EDSR | {"upscale": 4}}, "network_g:upscale: 4 given, but scale is 2. Give both the same value"),
+    (
+        {"network_g": {"type": "ESC"}},
+        "network_g:upscaling_factor: not given, and 4 by default, but scale is 2. Give both the same value",
+    ),
 ]
 DATASETS = [
     ({"datasets": {"train": ...}}, "datasets: has val but no train; training needs it. To test, use basicsr test"),
