@@ -8,8 +8,10 @@ import copy
 import itertools
 import logging
 import os
+import signal
 import subprocess
 import sys
+import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -39,6 +41,10 @@ if "PYTEST_XDIST_WORKER" in os.environ:
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     torch.set_num_threads(1)
 
+# A shell that starts tests in the background has them, and so all that they start, ignore this signal
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN and threading.current_thread() is threading.main_thread():
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+
 SCALE = 2
 NETWORK = {
     "type": "ESC",
@@ -51,6 +57,15 @@ NETWORK = {
     "num_heads": 2,
     "upscaling_factor": SCALE,
 }
+
+
+def pytest_sessionstart(session: pytest.Session) -> None:
+    """Begin to compile the C++ operators, which takes a minute, while tests that need none of them run side by side."""
+    config = session.config
+    if getattr(config.option, "numprocesses", None) and not hasattr(config, "workerinput"):
+        code = "import esc_arch; from esc_arch.ops import native; native.build()"
+        process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        config.add_cleanup(process.kill)
 
 
 @dataclass(frozen=True)

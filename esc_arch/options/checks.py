@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from basicsr.utils.registry import ARCH_REGISTRY, DATASET_REGISTRY, METRIC_REGISTRY, MODEL_REGISTRY
 
+from esc_arch.archs import ESCLTE
 from esc_arch.archs.base import ESCFamily
 from esc_arch.models import ESCModel
 from esc_arch.models.esc_model import PROTOCOLS
@@ -126,7 +127,9 @@ def _check_scale(opt: Options) -> Iterator[str]:
             yield f"network_g:{key}: {network[key]} given, but scale is {scale}. Give both the same value"
     name = network.get("type")
     kind = entries(ARCH_REGISTRY).get(name) if isinstance(name, str) else None
-    if "upscaling_factor" not in network and isinstance(kind, type) and issubclass(kind, ESCFamily):
+    if not isinstance(kind, type) or not issubclass(kind, ESCFamily) or issubclass(kind, ESCLTE):  # of any scale
+        return
+    if "upscaling_factor" not in network:
         default = inspect.signature(kind).parameters["upscaling_factor"].default
         if is_integer(default) and default != scale:
             yield (
