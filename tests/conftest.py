@@ -59,15 +59,6 @@ NETWORK = {
 }
 
 
-def pytest_sessionstart(session: pytest.Session) -> None:
-    """Begin to compile the C++ operators, which takes a minute, while tests that need none of them run side by side."""
-    config = session.config
-    if getattr(config.option, "numprocesses", None) and not hasattr(config, "workerinput"):
-        code = "import esc_arch; from esc_arch.ops import native; native.build()"
-        process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-        config.add_cleanup(process.kill)
-
-
 @dataclass(frozen=True)
 class Photographs:
     """Pairs for training in folders and LMDBs, and for validation in folders; LR files end in x2."""
