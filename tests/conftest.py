@@ -59,6 +59,17 @@ NETWORK = {
 }
 
 
+def pytest_sessionstart(session: pytest.Session) -> None:
+    """Compile the C++ operators before processes test side by side.
+
+    Operators that one of them compiles between two runs of another's test would change last digits of the second.
+    """
+    config = session.config
+    several = getattr(config.option, "numprocesses", None) and not hasattr(config, "workerinput")
+    if several and operators.reasons_against() == ["the C++ operators are not built yet"]:
+        operators.build()
+
+
 @dataclass(frozen=True)
 class Photographs:
     """Pairs for training in folders and LMDBs, and for validation in folders; LR files end in x2."""

@@ -20,7 +20,7 @@ from esc_arch.ops import native
 from esc_arch.ops.conv_attn import symmetrise
 from esc_arch.ops.layout import fast_layout
 
-__all__ = ["ESCFamily", "SharedKernelNetwork", "biased_attention", "esc_block", "numbers"]
+__all__ = ["ESCFamily", "SharedKernelNetwork", "biased_attention", "esc_block", "repetitions"]
 
 #: More than any network has: a slip of the pen would be built for hours.
 MOST_PARTS = 1000
@@ -198,8 +198,8 @@ def biased_attention(
     return FlashWindowAttention(dim=dim, window_size=window_size, num_heads=num_heads, attn_type=attn_type)
 
 
-def numbers(name: str, count: int) -> range:
-    """The numbers of `count` equal parts of a network, for the option `name`.
+def repetitions(name: str, count: int) -> range:
+    """What to go through to make `count` equal parts of a network, which the option `name` says.
 
     Raises:
         ValueError: count is not a whole number from 0 to 1000.
@@ -231,7 +231,7 @@ def esc_block(
         ),
         pconvs=[
             ConvAttn(dim=dim, pdim=pdim, kernel_size=kernel_size, symmetric=True)
-            for _ in numbers("conv_blocks", conv_blocks)
+            for _ in repetitions("conv_blocks", conv_blocks)
         ],
         exp_ratio=exp_ratio,
         first_exp_ratio=2,

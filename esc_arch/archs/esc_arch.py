@@ -5,7 +5,7 @@ from __future__ import annotations
 from basicsr.utils.registry import ARCH_REGISTRY
 from torch import Tensor, nn
 
-from esc_arch.archs.base import SharedKernelNetwork, esc_block, numbers
+from esc_arch.archs.base import SharedKernelNetwork, esc_block, repetitions
 from esc_arch.modules.conv3x3 import Conv3x3, conv3x3
 from esc_arch.modules.upsample import pixel_shuffle_with_skip
 from esc_arch.registry import register
@@ -76,7 +76,7 @@ class ESC(SharedKernelNetwork):
                 rank=rank,
                 backend=backend,
             )
-            for _ in numbers("n_blocks", n_blocks)
+            for _ in repetitions("n_blocks", n_blocks)
         )
         self.last = Conv3x3(dim, dim)
         self.to_img = Conv3x3(dim, 3 * self.upscaling_factor**2)

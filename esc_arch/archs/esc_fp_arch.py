@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from basicsr.utils.registry import ARCH_REGISTRY
 from torch import Tensor, nn
 
-from esc_arch.archs.base import ESCFamily, biased_attention, numbers
+from esc_arch.archs.base import ESCFamily, biased_attention, repetitions
 from esc_arch.modules import DecomposedConvAttn, ESCBlock, LayerNorm
 from esc_arch.modules.conv3x3 import Conv3x3, conv3x3
 from esc_arch.modules.conv_attn import new_decomposed_kernel
@@ -58,13 +58,13 @@ class ESCFP(ESCFamily):
                 ),
                 pconvs=[
                     DecomposedConvAttn(dim=dim, pdim=pdim, kernel_size=kernel_size)
-                    for _ in numbers("conv_blocks", conv_blocks)
+                    for _ in repetitions("conv_blocks", conv_blocks)
                 ],
                 exp_ratio=exp_ratio,
                 first_exp_ratio=1.5,
                 use_ln=True,
             )
-            for _ in numbers("n_blocks", n_blocks)
+            for _ in repetitions("n_blocks", n_blocks)
         )
         self.ln_last = LayerNorm(dim)
         self.last = Conv3x3(dim, dim)

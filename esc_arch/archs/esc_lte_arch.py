@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from basicsr.utils.registry import ARCH_REGISTRY
 from torch import Tensor, nn
 
-from esc_arch.archs.base import SharedKernelNetwork, esc_block, numbers
+from esc_arch.archs.base import SharedKernelNetwork, esc_block, repetitions
 from esc_arch.modules.conv3x3 import Conv3x3, conv3x3
 from esc_arch.modules.lte import LTE, query_grid
 from esc_arch.ops.resize import scaled_size
@@ -85,7 +85,7 @@ class ESCLTE(SharedKernelNetwork):
                 rank=rank,
                 backend=backend,
             )
-            for _ in numbers("n_blocks", n_blocks)
+            for _ in repetitions("n_blocks", n_blocks)
         )
         self.last = Conv3x3(dim, dim)
         self.lte = LTE(dim, hidden_dim=hidden_dim, mlp_dims=mlp_dims, max_scale=max_scale)

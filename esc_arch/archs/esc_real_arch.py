@@ -7,7 +7,7 @@ from collections.abc import MutableMapping
 from basicsr.utils.registry import ARCH_REGISTRY
 from torch import Tensor, nn
 
-from esc_arch.archs.base import SharedKernelNetwork, esc_block, numbers
+from esc_arch.archs.base import SharedKernelNetwork, esc_block, repetitions
 from esc_arch.modules.conv3x3 import Conv3x3, conv3x3
 from esc_arch.modules.upsample import DySample, ReflectDepthwiseConv, UniversalUpsampler
 from esc_arch.ops.padding import reflect_pad_to_multiple
@@ -62,7 +62,7 @@ class _RealNetwork(SharedKernelNetwork):
                 rank=rank,
                 backend=backend,
             )
-            for _ in numbers("n_blocks", n_blocks)
+            for _ in repetitions("n_blocks", n_blocks)
         )
         self.last = Conv3x3(dim, dim)
 

@@ -7,7 +7,7 @@ from typing import Any
 from basicsr.utils.registry import ARCH_REGISTRY
 from torch import Tensor, nn
 
-from esc_arch.archs.base import SharedKernelNetwork, numbers
+from esc_arch.archs.base import SharedKernelNetwork, repetitions
 from esc_arch.modules import ConvAttn, ESCBlock, FactorBiasWindowAttention, LayerNorm, RIBWindowAttention
 from esc_arch.modules.conv3x3 import Conv3x3, conv3x3
 from esc_arch.modules.upsample import pixel_shuffle_with_skip
@@ -81,13 +81,13 @@ class ESCRIB(SharedKernelNetwork):
                 attn=attention(),
                 pconvs=[
                     ConvAttn(dim=dim, pdim=pdim, kernel_size=kernel_size, symmetric=True)
-                    for _ in numbers("conv_blocks", conv_blocks)
+                    for _ in repetitions("conv_blocks", conv_blocks)
                 ],
                 exp_ratio=exp_ratio,
                 first_exp_ratio=4,
                 use_ln=False,
             )
-            for _ in numbers("n_blocks", n_blocks)
+            for _ in repetitions("n_blocks", n_blocks)
         )
         self.last = nn.Sequential(LayerNorm(dim), Conv3x3(dim, dim))
         # A module of its own for the sake of the published parameter names

@@ -8,6 +8,7 @@ image, with the rounding that they have there.
 from __future__ import annotations
 
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, cast
 
@@ -45,7 +46,7 @@ def blocks_of(net: ESCFamily) -> list[ESCBlock]:
     return [cast(ESCBlock, block) for block in net.blocks]
 
 
-class Tail:
+class Tail(ABC):
     """What makes blocks of the enlarged image.
 
     Args:
@@ -73,9 +74,9 @@ class Tail:
         """From the features behind the blocks to those that `block` starts from."""
         return features
 
+    @abstractmethod
     def block(self, out: Region, features: FeatureMap) -> Tensor:
         """A region of the enlarged image, (3, h, w), float32."""
-        raise NotImplementedError
 
     def read(self, region: Region, features: FeatureMap) -> tuple[Tensor, Tensor]:
         """Features, and the image there."""

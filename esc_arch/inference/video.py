@@ -210,7 +210,9 @@ def _number_of_frames(container: Any, stream: Any) -> int | None:
     if stream.frames:
         return int(stream.frames)
     rate = exact(stream.guessed_rate)
-    return round(Fraction(container.duration, MICROSECONDS) * rate) or None if container.duration and rate else None
+    if container.duration and rate:
+        return round(Fraction(container.duration, MICROSECONDS) * rate) or None
+    return None
 
 
 class _Frame(NamedTuple):

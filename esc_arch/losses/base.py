@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from typing import Any
 
@@ -13,7 +14,7 @@ from esc_arch.errors import UserError
 __all__ = ["ImageLoss"]
 
 
-class ImageLoss(nn.Module):
+class ImageLoss(nn.Module, ABC):
     """A loss that looks at whole images, always computed in float32: differences of squares would not survive less.
 
     Shapes: (B, C, H, W) and the same, of values in 0 .. 1, to a scalar.
@@ -52,6 +53,6 @@ class ImageLoss(nn.Module):
         with torch.autocast(pred.device.type, enabled=False):
             return self.loss_weight * self.compute(pred.float(), target.float())
 
+    @abstractmethod
     def compute(self, pred: Tensor, target: Tensor) -> Tensor:
         """The loss without its weight, of float32 images."""
-        raise NotImplementedError

@@ -401,7 +401,7 @@ class ESCModel(SRModel):
         metrics = {}
         for key, metric in (val.get("metrics") or {}).items():
             border, (height, width) = metric.get("crop_border", 0), images["img"].shape[:2]
-            if 2 * border >= min(height, width):
+            if isinstance(border, int) and 2 * border >= min(height, width):
                 raise UserError(
                     f"val: metrics: {key}: crop_border {border} leaves nothing of {name} of {dataset}, which has "
                     f"{width} x {height} pixels. Give a smaller one."

@@ -220,7 +220,8 @@ def test_stand_ins_are_told_from_the_originals(monkeypatch: pytest.MonkeyPatch) 
 # --- registered names ---------------------------------------------------------------------------------------------
 
 
-def test_names_with_the_files_of_their_classes() -> None:
+def test_names_with_the_files_of_their_classes(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(registry, "TAKEN", {})  # by tests before
     found = by_key(registered.examine(context()))
     ours = found["arch of esc_arch"]
     assert "ESC, ESCFP" in ours.text

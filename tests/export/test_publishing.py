@@ -70,7 +70,7 @@ def weights(tmp_path: Path) -> Path:
     """A checkpoint as of training, with more beside its weights than is for everyone."""
     path = tmp_path / "net_g_4.pth"
     section = SECTIONS["ESC"]
-    beside = {"network_g": section, "folded": False, "home": "/home/jane/secret"}
+    beside = {"network_g": section, "folded": False, "home": "my secret folder"}
     torch.save({"params": state_dict(section, 1), "params_ema": state_dict(section), **beside}, path)
     return path
 

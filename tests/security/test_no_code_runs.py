@@ -40,7 +40,7 @@ def no_mark(work_folder: Path) -> Iterator[None]:
 
 
 def test_the_payload_works(work_folder: Path) -> None:
-    """Else nothing here would say anything."""
+    """Read without protection, on purpose, it leaves its mark: that it leaves none elsewhere says something."""
     torch.save({"params": Payload()}, "net.pth")
     torch.load("net.pth", weights_only=False)
     assert (work_folder / MARK).exists()
