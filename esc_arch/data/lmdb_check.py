@@ -1,4 +1,4 @@
-"""What an LMDB lists, and whether it can be read.
+"""What an LMDB lists, whether it can be read, and whether it has what it lists.
 
 LMDB trusts its file, and a damaged one ends the process that reads it by a signal. Looked at are the pages of keys, not
 the images: some hundred pages for a data set of tens of thousands. What is found sound makes LMDB read nothing outside
@@ -11,11 +11,11 @@ from __future__ import annotations
 import re
 import struct
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import IO
+from typing import IO, NamedTuple
 
-__all__ = ["listed_sizes", "lmdb_problem"]
+__all__ = ["Contents", "contents_of", "listed_sizes", "lmdb_problem"]
 
 _SHAPE = re.compile(r"\((\d+),\s*(\d+)")
 
@@ -73,6 +73,47 @@ def listed_sizes(path: str | Path) -> dict[str, tuple[int, int] | None]:
             shape = _SHAPE.search(line)
             sizes[line.split(".")[0]] = (int(shape[1]), int(shape[2])) if shape else None
     return sizes
+
+
+class Contents(NamedTuple):
+    """What is in an LMDB, beside its list.
+
+    Attributes:
+        keys: how many there are.
+        missing, unlisted: those of the list alone, and of the database alone.
+        tried: how many images were decoded.
+        bad: for those of them that are not as they should be, what is wrong, as `decoding.image_problem` says it.
+    """
+
+    keys: int
+    missing: list[str]
+    unlisted: list[str]
+    tried: int
+    bad: dict[str, str]
+
+
+def contents_of(path: str | Path, listed: Mapping[str, tuple[int, int] | None], most: int) -> Contents:
+    """Compare an LMDB in which `lmdb_problem` finds nothing with its list, as of `listed_sizes`.
+
+    Args:
+        most: so many images, from all over the list, are decoded.
+
+    Raises:
+        lmdb.Error: it cannot be opened.
+    """
+    import lmdb
+
+    from .decoding import image_problem
+
+    opened = lmdb.open(str(path), readonly=True, lock=False, readahead=False, create=False)
+    with opened as environment, environment.begin() as transaction:
+        keys = {bytes(key).decode(errors="surrogateescape") for key in transaction.cursor().iternext(values=False)}
+        there = [key for key in listed if key in keys]
+        chosen = there[:: max(1, -(-len(there) // most))]
+        images = ((key, transaction.get(key.encode(errors="surrogateescape"), b"")) for key in chosen)
+        bad = {key: problem for key, image in images if (problem := image_problem(image, listed[key]))}
+    missing = [key for key in listed if key not in keys]
+    return Contents(len(keys), missing, sorted(keys - listed.keys()), len(chosen), bad)
 
 
 class _Reader:

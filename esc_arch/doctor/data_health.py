@@ -92,29 +92,21 @@ def lmdb_health(root: str) -> list[Line]:
 
 
 def _contents(folder: Path) -> list[Line]:
-    import lmdb
-
-    from esc_arch.data.decoding import image_problem
-    from esc_arch.data.lmdb_check import listed_sizes
+    from esc_arch.data.lmdb_check import contents_of, listed_sizes
 
     sizes = listed_sizes(folder)
-    opened = lmdb.open(str(folder), readonly=True, lock=False, readahead=False, create=False)
-    with opened as environment, environment.begin() as transaction:
-        keys = {bytes(key).decode("utf-8", "surrogateescape") for key in transaction.cursor().iternext(values=False)}
-        sample = _spread(sorted(keys & sizes.keys()))
-        images = ((key, transaction.get(key.encode("utf-8", "surrogateescape"), b"")) for key in sample)
-        bad = [f"{key} {problem}" for key, image in images if (problem := image_problem(image, sizes[key]))]
+    found = contents_of(folder, sizes, _SAMPLE)
     size = size_text((folder / "data.mdb").stat().st_size)
-    told = f"{folder}: {len(keys)} images, {size}, {len(sample) - len(bad)} of {len(sample)} tried can be decoded"
-    lines = [(told, OK, "")]
-    if missing := sorted(sizes.keys() - keys):
-        text = f"{len(missing)} of {len(sizes)} keys of meta_info.txt are not in the database: {_some(missing)}"
-        lines.append((text, PROBLEM, _ANEW))
-    if unlisted := sorted(keys - sizes.keys()):
-        text = f"{len(unlisted)} of {len(keys)} images are not in meta_info.txt and never read: {_some(unlisted)}"
-        lines.append((text, WARNING, _ANEW))
-    if bad:
-        lines.append((_some(bad), PROBLEM, _ANEW))
+    good = f"{found.tried - len(found.bad)} of {found.tried} tried can be decoded"
+    lines = [(f"{folder}: {found.keys} images, {size}, {good}", OK, "")]
+    if found.missing:
+        text = f"{len(found.missing)} of {len(sizes)} keys of meta_info.txt are not in the database: "
+        lines.append((text + _some(found.missing), PROBLEM, _ANEW))
+    if found.unlisted:
+        text = f"{len(found.unlisted)} of {found.keys} images are not in meta_info.txt and never read: "
+        lines.append((text + _some(found.unlisted), WARNING, _ANEW))
+    if found.bad:
+        lines.append((_some(f"{key} {problem}" for key, problem in found.bad.items()), PROBLEM, _ANEW))
     return lines
 
 

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 
-from esc_arch.data.decoding import image_problem
-from esc_arch.data.lmdb_check import lmdb_problem
+from esc_arch.data.lmdb_check import contents_of, lmdb_problem
 
 __all__ = ["check_content"]
 
@@ -26,30 +25,19 @@ def check_content(path: str, folder: str, listed: Mapping[str, Size | None]) -> 
         yield f"{path}: {folder!r} is damaged: {problem}. {_AGAIN}"
         return
     try:
-        with (
-            lmdb.open(folder, readonly=True, lock=False, readahead=False, create=False) as environment,
-            environment.begin() as transaction,
-        ):
-            keys = {key.decode(errors="surrogateescape") for key in transaction.cursor().iternext(values=False)}
-            yield from _check_keys(path, folder, keys, listed)
-            chosen = list(listed.items())[:: max(1, -(-len(listed) // _IMAGES_DECODED))]
-            for key, size in chosen:
-                content = transaction.get(key.encode(errors="surrogateescape"))
-                if content is not None and (problem := image_problem(content, size)):
-                    yield f"{path}: {key!r} in {folder!r} {problem}. {_AGAIN}"
+        found = contents_of(folder, listed, _IMAGES_DECODED)
     except lmdb.Error as error:
         yield f"{path}: {folder!r} cannot be read: {error}. {_AGAIN}"
-
-
-def _check_keys(path: str, folder: str, keys: set[str], listed: Mapping[str, Size | None]) -> Iterator[str]:
-    missing, unlisted = [key for key in listed if key not in keys], sorted(keys - listed.keys())
-    if missing:
+        return
+    if found.missing:
         yield (
-            f"{path}: {len(missing)} of the {len(listed)} images that {folder!r} lists in meta_info.txt are missing, "
-            f"the first is {missing[0]!r}. {_AGAIN}"
+            f"{path}: {len(found.missing)} of the {len(listed)} images that {folder!r} lists in meta_info.txt are "
+            f"missing, the first is {found.missing[0]!r}. {_AGAIN}"
         )
-    if unlisted:
+    if found.unlisted:
         yield (
-            f"{path}: {len(unlisted)} of the {len(keys)} images in {folder!r} are not in its meta_info.txt, "
-            f"the first is {unlisted[0]!r}. {_AGAIN}"
+            f"{path}: {len(found.unlisted)} of the {found.keys} images in {folder!r} are not in its meta_info.txt, "
+            f"the first is {found.unlisted[0]!r}. {_AGAIN}"
         )
+    for key, problem in found.bad.items():
+        yield f"{path}: {key!r} in {folder!r} {problem}. {_AGAIN}"

@@ -1,9 +1,9 @@
 """esc_arch on every supported Python with the oldest and the newest PyTorch, without and with each extra.
 
-    python tests/compatibility/matrix.py                        # every cell
-    python tests/compatibility/matrix.py 3.12/newest 3.11/2.7   # these
-    python tests/compatibility/matrix.py 3.13/newest --extras onnx,plot
-    python tests/compatibility/matrix.py 3.13/refused           # what Python 3.13 says without install_basicsr.py
+    python tests/environments/matrix.py                        # every cell
+    python tests/environments/matrix.py 3.12/newest 3.11/2.7   # these
+    python tests/environments/matrix.py 3.13/newest --extras onnx,plot
+    python tests/environments/matrix.py 3.13/refused           # what Python 3.13 says without install_basicsr.py
 
 A cell is a new virtual environment, set up as the README says: PyTorch, what BasicSR's build needs, then
 `pip install --no-build-isolation -e .` in a copy of this working tree. In it `smoke.py` trains, upscales, converts and
