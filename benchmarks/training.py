@@ -82,13 +82,13 @@ def settings_for(device: str, compiled: bool) -> list[Setting]:
         ("compile", {"compile": True}),
         ("bf16", {"amp": "bf16"}),
     ]
-    settings = [Setting(f"fp32 {backend}", backend) for backend in backends]
+    fused, not_fused = {"fused": True}, {"fused": False}  # esc_arch's own default on the CPU is fused
+    settings = [Setting(f"fp32 {backend}", backend, optimizer=not_fused) for backend in backends]
     train: dict[str, Any] = {}
     for label, option in options:
         if label != "compile" or compiled:
             train = train | option
-            settings.append(Setting(f"+ {label}", train=train))
-    fused = {"fused": True}
+            settings.append(Setting(f"+ {label}", train=train, optimizer=not_fused))
     settings.append(Setting("+ fused AdamW", train=train, optimizer=fused))
     settings.append(Setting("+ checkpointing", train=train | {"activation_checkpointing": True}, optimizer=fused))
     if device == "cuda":

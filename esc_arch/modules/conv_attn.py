@@ -9,7 +9,6 @@ from esc_arch.ops.conv_attn import (
     conv_attention_of_first,
     conv_attention_step,
     decomposed_conv_attention,
-    mixed_conv_attention,
     symmetrise,
 )
 
@@ -137,11 +136,10 @@ class ConvAttn(nn.Module):
             lk = symmetrise(self.plk_filter)
             symmetric = True
         _check_kernel("large kernel", lk, (self.pdim, self.pdim, self.kernel_size, self.kernel_size))
+        done = self._in_one_step(x, None, lk, means, symmetric)
+        if done is not None:
+            return done
         dynamic = self.plk(_to_pool(x, self.pdim, means))
-        assert self.aggr.bias is not None
-        mixed = mixed_conv_attention(x, lk, dynamic, self.aggr.weight, self.aggr.bias, symmetric=symmetric)
-        if mixed is not None:
-            return mixed
         return self.aggr(conv_attention_of_first(x, lk, dynamic, symmetric=symmetric))
 
     def added_to(self, x: Tensor, mixed: Tensor, lk: Tensor, *, means: Tensor | None = None) -> Tensor:
@@ -152,15 +150,20 @@ class ConvAttn(nn.Module):
             mixed, lk: as of a call.
             means: of the first pdim channels of `mixed` over the whole image, (B, pdim), where they are known.
         """
+        done = self._in_one_step(mixed, x, lk, means, self.symmetric) if are_plain(self) else None
+        return x + self(mixed, lk, means) if done is None else done
+
+    def _in_one_step(
+        self, x: Tensor, residual: Tensor | None, lk: Tensor, means: Tensor | None, symmetric: bool
+    ) -> Tensor | None:
+        """All of this layer by one operator, where there is one for it and nobody would miss the layers within."""
         _, first, _, second = self.plk.dwc_proj
-        if means is not None and are_plain(self, self.aggr, *self.plk.modules()):
-            assert isinstance(first, nn.Conv2d)
-            assert isinstance(second, nn.Conv2d)
-            weights = (first.weight, first.bias, second.weight, second.bias, self.aggr.weight, self.aggr.bias)
-            done = conv_attention_step(mixed, x, lk, means, *weights, symmetric=self.symmetric)
-            if done is not None:
-                return done
-        return x + self(mixed, lk, means)
+        if not are_plain(self.aggr, *self.plk.modules()):
+            return None
+        assert isinstance(first, nn.Conv2d)
+        assert isinstance(second, nn.Conv2d)
+        weights = (first.weight, first.bias, second.weight, second.bias, self.aggr.weight, self.aggr.bias)
+        return conv_attention_step(x, residual, lk, means, *weights, symmetric=symmetric)
 
 
 class DecomposedConvAttn(nn.Module):

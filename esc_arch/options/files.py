@@ -207,12 +207,18 @@ def _error_at(mark: Any, source: str, problem: str) -> YAMLError:
 
 def _refuse_depth(text: str) -> None:
     depth = 0
-    for event in yaml.parse(text, Loader=_SafeLoader):
-        depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
-        if depth > _MAX_DEPTH:
-            mark: Any = event.start_mark
-            problem = f"more than {_MAX_DEPTH} levels of lists and mappings in each other; take some out"
-            raise yaml.MarkedYAMLError(problem=problem, problem_mark=mark)
+    problem = f"more than {_MAX_DEPTH} levels of lists and mappings in each other; take some out"
+    try:
+        for event in yaml.parse(text, Loader=_SafeLoader):
+            depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
+            if depth > _MAX_DEPTH:
+                mark: Any = event.start_mark
+                raise yaml.MarkedYAMLError(problem=problem, problem_mark=mark)
+    except yaml.MarkedYAMLError as error:
+        # PyYAML 6.0.4 looks so far ahead that its own limit, of 1000 levels, may come first
+        if "nesting" in str(error.problem):
+            error.problem = problem
+        raise
 
 
 def _refuse_size(root: yaml.Node) -> None:

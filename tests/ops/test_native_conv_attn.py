@@ -13,11 +13,9 @@ from torch import Tensor
 
 from esc_arch.modules import ConvAttn
 from esc_arch.ops.conv_attn import (
-    api,
     conv_attention,
     conv_attention_of_first,
     conv_attention_step,
-    mixed_conv_attention,
     symmetrise,
 )
 from esc_arch.ops.conv_attn import native as operators
@@ -182,44 +180,6 @@ def test_the_first_channels_of_a_map(dim: int, pdim: int, channels_last: bool) -
     assert all(torch.equal(one, other) for one, other in zip(found[1:], of_apart[1:], strict=True))
 
 
-@pytest.mark.parametrize(("dim", "pdim", "outputs"), [(24, 16, 24), (64, 16, 64), (40, 20, 7), (5, 5, 90)])
-@pytest.mark.parametrize("size", [(1, 1), (43, 55)])
-def test_mixed_with_the_other_channels(dim: int, pdim: int, outputs: int, size: tuple[int, int]) -> None:
-    x = normal(2, dim, *size).contiguous(memory_format=torch.channels_last)
-    large, dynamic = symmetrise(normal(pdim, pdim, 13, 13, seed=3)), normal(2, pdim, 3, 3, seed=4)
-    weight, bias = normal(outputs, dim, 1, 1, seed=5), normal(outputs, seed=6)
-
-    def formula(dtype: torch.dtype) -> Tensor:
-        double = [value.to(dtype) for value in (x[:, :pdim], large, dynamic)]
-        joined = torch.cat([conv_attention(*double, backend="reference"), x[:, pdim:].to(dtype)], dim=1)
-        return F.conv2d(joined, weight.to(dtype), bias.to(dtype))
-
-    out = mixed_conv_attention(x, large, dynamic, weight, bias, symmetric=True)
-    assert out is not None
-    truth = formula(torch.float64)
-    rounding = 4 * torch.finfo(torch.float32).eps * truth.abs().max().item()
-    assert max_error(out, truth) <= max(2 * max_error(formula(torch.float32), truth), rounding)
-    assert out.is_contiguous(memory_format=torch.channels_last)
-
-
-def test_where_mixing_is_left_to_pytorch() -> None:
-    x = normal(1, 6, 9, 8).contiguous(memory_format=torch.channels_last)
-    large, dynamic, weight, bias = symmetrise(normal(4, 4, 5, 5)), normal(1, 4, 3, 3), normal(6, 6, 1, 1), normal(6)
-
-    def mixes(x: Tensor = x, weight: Tensor = weight, symmetric: bool = True) -> bool:
-        return mixed_conv_attention(x, large, dynamic, weight, bias, symmetric=symmetric) is not None
-
-    assert mixes()
-    assert not mixes(x=x.contiguous())
-    assert not mixes(x=x.double())
-    assert not mixes(symmetric=False)
-    assert not mixes(weight=weight.clone().requires_grad_())
-    with torch.no_grad():
-        assert mixes(weight=weight.clone().requires_grad_())
-    with torch.autocast("cpu", dtype=torch.bfloat16):
-        assert not mixes()
-
-
 def step_inputs(dim: int, pdim: int, outputs: int, size: tuple[int, int], batch: int = 2) -> dict[str, Tensor | None]:
     layout = torch.channels_last
     hidden, taps = pdim // 2, 9 * pdim
@@ -240,7 +200,8 @@ def step_inputs(dim: int, pdim: int, outputs: int, size: tuple[int, int], batch:
 def step_formula(dtype: torch.dtype, values: dict[str, Tensor | None]) -> Tensor:
     v = {name: value if value is None else value.to(dtype) for name, value in values.items()}
     x, large_kernel, pdim = v["x"], v["large_kernel"], v["large_kernel"].shape[0]
-    hidden = F.gelu(F.conv2d(v["means"][:, :, None, None], v["proj1_weight"], v["proj1_bias"]))
+    means = x[:, :pdim].mean((2, 3)) if v["means"] is None else v["means"]
+    hidden = F.gelu(F.conv2d(means[:, :, None, None], v["proj1_weight"], v["proj1_bias"]))
     dynamic = F.conv2d(hidden, v["proj2_weight"], v["proj2_bias"]).reshape(-1, pdim, 3, 3)
     convolved = conv_attention(x[:, :pdim], large_kernel, dynamic, backend="reference")
     out = F.conv2d(torch.cat([convolved, x[:, pdim:]], dim=1), v["weight"], v["bias"])
@@ -262,7 +223,7 @@ def test_step_against_float64(dim: int, pdim: int, outputs: int, size: tuple[int
     assert_step_within_budget(step_inputs(dim, pdim, outputs, size))
 
 
-@pytest.mark.parametrize("left_out", ["residual", "proj1_bias", "proj2_bias", "bias"])
+@pytest.mark.parametrize("left_out", ["residual", "means", "proj1_bias", "proj2_bias", "bias"])
 def test_step_without(left_out: str) -> None:
     assert_step_within_budget({**step_inputs(24, 16, 24, (9, 38), batch=3), left_out: None})
 
@@ -290,7 +251,7 @@ def test_step_lets_nan_through(spoiled: str) -> None:
 def test_where_steps_are_left_to_others() -> None:
     values = step_inputs(24, 16, 24, (9, 8))
 
-    def runs(symmetric: bool = True, **changed: Tensor) -> bool:
+    def runs(symmetric: bool = True, **changed: Tensor | None) -> bool:
         return conv_attention_step(**{**values, **changed}, symmetric=symmetric) is not None
 
     assert runs()
@@ -299,7 +260,8 @@ def test_where_steps_are_left_to_others() -> None:
     assert not runs(residual=values["residual"].contiguous())
     assert not runs(means=values["means"].double())
     assert not runs(proj1_bias=values["proj1_bias"].to("meta"))
-    assert not runs(bias=values["bias"].clone().requires_grad_())
+    assert not runs(bias=values["bias"].clone().requires_grad_())  # the means might need a gradient, too
+    assert runs(bias=values["bias"].clone().requires_grad_(), means=None)
     with torch.no_grad():
         assert runs(bias=values["bias"].clone().requires_grad_())
     with torch.autocast("cpu", dtype=torch.bfloat16):
@@ -309,7 +271,7 @@ def test_where_steps_are_left_to_others() -> None:
 @pytest.mark.parametrize(
     ("name", "value", "message"),
     [
-        ("means", normal(2, 15), r"means of shape \[2, 15\] do not fit x of shape \[2, 24, 5, 6\]"),
+        ("means", normal(2, 15), r"the means do not fit x of shape \[2, 24, 5, 6\]"),
         ("proj1_weight", normal(8, 15, 1, 1), r"a projection of shape \[8, 15, 1, 1\] where 8 x 16 x 1 x 1"),
         ("proj2_bias", normal(16), "a projection of shape .* where 144 x 8 x 1 x 1, and a bias to it, are needed"),
         ("residual", normal(2, 24, 6, 5).contiguous(memory_format=torch.channels_last), "must be as the output"),
@@ -327,8 +289,10 @@ def test_step_with_a_kernel_that_is_not_symmetric() -> None:
         conv_attention_step(**{**values, "large_kernel": normal(16, 16, 13, 13)}, symmetric=True)
 
 
-def test_step_does_not_depend_on_the_number_of_threads() -> None:
+@pytest.mark.parametrize("given", ["means", None])
+def test_step_does_not_depend_on_the_number_of_threads(given: str | None) -> None:
     values, before, outputs = step_inputs(64, 16, 64, (80, 90), batch=1), torch.get_num_threads(), []
+    values["means"] = values["means"] if given else None
     try:
         for threads in (1, 2, 5):
             torch.set_num_threads(threads)
@@ -348,22 +312,139 @@ def test_step_compiled() -> None:
     assert torch.equal(out, step(values))
 
 
-def calls_of(backend: str, monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, ...]]:
-    """The shapes of x that reach a backend from now on."""
+# --- with gradients -------------------------------------------------------------------------------------------------
+
+
+def layer_inputs(dim: int, pdim: int, outputs: int, size: tuple[int, int], batch: int = 2) -> dict[str, Tensor | None]:
+    """As a training has them: the means are those of x, and the large kernel is free still."""
+    values = step_inputs(dim, pdim, outputs, size, batch)
+    return {**values, "means": None, "large_kernel": normal(pdim, pdim, 13, 13, seed=2)}
+
+
+def layer_results(
+    dtype: torch.dtype | None, values: dict[str, Tensor | None], frozen: tuple[str, ...] = ()
+) -> dict[str, Tensor]:
+    """The output and all gradients, by the formula in a type, or, for None, by the operator."""
+    leaves = {
+        name: value.detach().to(dtype or value.dtype).requires_grad_(name not in frozen)
+        for name, value in values.items()
+        if value is not None
+    }
+    given = {**values, **leaves, "large_kernel": symmetrise(leaves["large_kernel"])}
+    out = conv_attention_step(**given, symmetric=True) if dtype is None else step_formula(dtype, given)
+    assert out is not None
+    wanted = [name for name in leaves if name not in frozen]
+    gradients = torch.autograd.grad(out, [leaves[name] for name in wanted], normal(*out.shape, seed=10).to(out.dtype))
+    return {"output": out.detach(), **dict(zip(wanted, gradients, strict=True))}
+
+
+def assert_layer_within_budget(values: dict[str, Tensor | None], frozen: tuple[str, ...] = ()) -> None:
+    """As `assert_within_budget`: at most twice the plain formula's error, or a few roundings."""
+    exact, plain, ours = (layer_results(dtype, values, frozen) for dtype in (torch.float64, torch.float32, None))
+    assert exact.keys() == ours.keys()
+    for name, truth in exact.items():
+        rounding = 4 * torch.finfo(torch.float32).eps * truth.abs().max().item()
+        assert ours[name].shape == truth.shape, name
+        assert max_error(ours[name], truth) <= max(2 * max_error(plain[name], truth), rounding), name
+
+
+@pytest.mark.parametrize(("dim", "pdim", "outputs"), [(24, 16, 24), (64, 16, 64), (40, 20, 7), (5, 5, 90)])
+@pytest.mark.parametrize("size", [(1, 1), (43, 55)])
+def test_layer_against_float64(dim: int, pdim: int, outputs: int, size: tuple[int, int]) -> None:
+    assert_layer_within_budget(layer_inputs(dim, pdim, outputs, size))
+
+
+@pytest.mark.parametrize("left_out", ["residual", "proj1_bias", "proj2_bias", "bias"])
+def test_layer_without(left_out: str) -> None:
+    assert_layer_within_budget({**layer_inputs(24, 16, 24, (9, 38), batch=3), left_out: None})
+
+
+@pytest.mark.parametrize(
+    "frozen",
+    [
+        ("x",),
+        ("residual", "x", "large_kernel"),
+        ("large_kernel", "proj1_weight", "proj1_bias", "proj2_weight", "proj2_bias", "weight", "bias"),
+    ],
+)
+def test_layer_with_only_the_gradients_asked_for(frozen: tuple[str, ...]) -> None:
+    assert_layer_within_budget(layer_inputs(24, 16, 24, (20, 31)), frozen)
+
+
+def test_layer_with_maps_that_are_parts_of_others() -> None:
+    values = layer_inputs(24, 16, 20, (9, 38))
+    for name in ("x", "residual"):
+        wider = torch.cat([values[name], values[name]], dim=1).contiguous(memory_format=torch.channels_last)
+        values[name] = wider[:, : values[name].shape[1], 1:, ::2]
+    assert_layer_within_budget(values)
+
+
+def test_layer_of_an_empty_batch() -> None:
+    values = layer_inputs(24, 16, 20, (9, 8), batch=0)
+    found = layer_results(None, values)
+    assert found.pop("output").shape == (0, 20, 9, 8)
+    assert {name: value.shape for name, value in found.items()} == {
+        name: value.shape for name, value in values.items() if value is not None
+    }
+    assert not any(value.any() for value in found.values())
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+def test_layer_gives_the_same_bits_at_every_call(threads: int) -> None:
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        first, second = (layer_results(None, layer_inputs(64, 16, 64, (50, 90))) for _ in range(2))
+    finally:
+        torch.set_num_threads(before)
+    assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+def test_layer_modifies_no_input() -> None:
+    values = layer_inputs(24, 16, 24, (9, 38))
+    copies = {name: value.clone() for name, value in values.items() if value is not None}
+    layer_results(None, values)
+    assert all(torch.equal(values[name], copy) for name, copy in copies.items())
+
+
+def test_second_derivatives_of_a_layer_are_refused() -> None:
+    values = layer_inputs(24, 16, 24, (9, 8))
+    x = values["x"].requires_grad_()
+    out = conv_attention_step(**{**values, "large_kernel": symmetrise(values["large_kernel"])}, symmetric=True)
+    with pytest.raises(RuntimeError, match="no second derivatives: set ESC_ARCH_NATIVE=0 for create_graph=True"):
+        torch.autograd.grad(out.sum(), x, create_graph=True)
+
+
+@pytest.mark.parametrize("hooked", ["aggr", "plk", "plk.dwc_proj.1"])
+@pytest.mark.parametrize("train", [True, False])
+def test_a_layer_within_that_has_a_hook_is_called(hooked: str, train: bool) -> None:
+    layer, calls = ConvAttn(dim=20, pdim=16, own_kernel=True).requires_grad_(train), []
+    x = normal(1, 20, 9, 8).contiguous(memory_format=torch.channels_last)
+    expected = layer(x)
+    layer.get_submodule(hooked).register_forward_hook(lambda *_: calls.append(hooked))
+    assert max_error(layer(x), expected) < 1e-5
+    assert calls == [hooked]
+
+
+def calls_of_operators(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, ...]]:
+    """The shapes of x that reach the operators from now on, for both convolutions or the whole layer."""
     shapes: list[tuple[int, ...]] = []
-    forward = api.BACKENDS[backend].forward
 
-    def counted(x: Tensor, *kernels: Tensor) -> Tensor:
-        shapes.append(tuple(x.shape))
-        return forward(x, *kernels)
+    def counted(forward: Callable[..., Tensor]) -> Callable[..., Tensor]:
+        def call(x: Tensor, *others: object) -> Tensor:
+            shapes.append(tuple(x.shape))
+            return forward(x, *others)
 
-    monkeypatch.setattr(api.BACKENDS[backend], "forward", counted)
+        return call
+
+    for name in ("forward", "step_forward"):
+        monkeypatch.setattr(operators, name, counted(getattr(operators, name)))
     return shapes
 
 
 @pytest.mark.parametrize("name", golden.TRAINED_FILES)
 def test_recorded_networks(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    calls = calls_of("cpp", monkeypatch)
+    calls = calls_of_operators(monkeypatch)
     net = golden.golden_net(name, "naive").train()
     output = net(golden.tensors(name)["train.input"])
     assert max_error(output, golden.tensors(name)["train.output"]) < golden.TOLERANCE
@@ -376,17 +457,7 @@ def test_recorded_networks(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize("name", ["esc_x2", "esc_rib_x2"])
 def test_recorded_networks_without_gradient(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    calls = []
-
-    def counted(forward: Callable[..., Tensor]) -> Callable[..., Tensor]:
-        def call(*arguments: object) -> Tensor:
-            calls.append(forward)
-            return forward(*arguments)
-
-        return call
-
-    for one_operator in ("mixed_forward", "step_forward"):
-        monkeypatch.setattr(operators, one_operator, counted(getattr(operators, one_operator)))
+    calls = calls_of_operators(monkeypatch)
     net = golden.golden_net(name, "naive").to(memory_format=torch.channels_last)
     with torch.no_grad():
         output = net(golden.tensors(name)["input"].contiguous(memory_format=torch.channels_last))
@@ -395,7 +466,7 @@ def test_recorded_networks_without_gradient(name: str, monkeypatch: pytest.Monke
 
 
 def test_conv_attn_with_a_kernel_of_unknown_symmetry(monkeypatch: pytest.MonkeyPatch) -> None:
-    calls = calls_of("cpp", monkeypatch)
+    calls = calls_of_operators(monkeypatch)
     x, kernel = normal(1, 6, 9, 8), normal(4, 4, 5, 5)
     ConvAttn(dim=6, pdim=4, kernel_size=5)(x, kernel)
     assert calls == []
@@ -408,11 +479,12 @@ def test_the_operators_are_registered_as_pytorch_wants() -> None:
     x, large, dynamic = inputs(4, 5, (9, 8), 2)
     leaves = [value.detach().requires_grad_() for value in (x, symmetrise(large), dynamic)]
     torch.library.opcheck(torch.ops.esc_arch.conv_attention.default, leaves)
-    whole = normal(2, 6, 9, 8).contiguous(memory_format=torch.channels_last)
-    arguments = (whole, symmetrise(large), dynamic, normal(7, 6, 1, 1), normal(7))
-    torch.library.opcheck(torch.ops.esc_arch.mixed_conv_attention.default, arguments, test_utils=FORWARD_ONLY)
     step = torch.ops.esc_arch.conv_attention_step.default
     torch.library.opcheck(step, tuple(step_inputs(24, 16, 20, (9, 8)).values()), test_utils=FORWARD_ONLY)
+    values = layer_inputs(24, 16, 20, (9, 8)) | {"large_kernel": symmetrise(normal(16, 16, 13, 13))}
+    del values["means"]
+    layer = tuple(value.requires_grad_() for value in values.values())
+    torch.library.opcheck(torch.ops.esc_arch.conv_attention_layer.default, layer)
     for wanted in ((True, True), (True, False), (False, True)):
         arguments = (normal(*x.shape, seed=6), x, symmetrise(large), dynamic, *wanted)
         operator = torch.ops.esc_arch.conv_attention_backward.default

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from networks import max_error, normal
 from torch import nn
 
 from esc_arch import ESC, ESCLTE, ESCRIB, UserError
@@ -227,3 +228,31 @@ def test_values_that_are_not_allowed(section: Any, message: str, train_options: 
     train_options["train"]["optim_g"] = section
     (problem,) = check_options(train_options, True)
     assert re.search(message, problem)
+
+
+# --- in one pass -----------------------------------------------------------------------------------------------------
+
+
+def fused_of(kind: str, device: str = "cpu", dtype: torch.dtype = torch.float32, **options: Any) -> Any:
+    parameters = [{"params": [nn.Parameter(torch.zeros(2, 2, device=device, dtype=dtype))], "lr": 0.1}]
+    return build_optimizer(kind, parameters, nets=[], lr=1e-3, **options).param_groups[0].get("fused")
+
+
+def test_rules_are_fused_on_the_cpu_unless_told_otherwise() -> None:
+    assert fused_of("AdamW") is fused_of("Adam") is fused_of("SGD") is True
+    assert fused_of("AdamW", fused=False) is False
+    assert not fused_of("AdamW", foreach=True) and not fused_of("AdamW", differentiable=True)
+    assert not fused_of("AdamW", device="meta") and not fused_of("AdamW", dtype=torch.float64)
+    assert fused_of("RMSprop") is None  # which has no such rule
+
+
+def test_a_fused_rule_is_the_same_rule() -> None:
+    steps = {}
+    for fused in (True, False):
+        parameter = nn.Parameter(normal(5, 7))
+        optimizer = build_optimizer("AdamW", [parameter], nets=[], lr=1e-2, fused=fused)
+        for seed in range(5):
+            parameter.grad = normal(5, 7, seed=seed)
+            optimizer.step()
+        steps[fused] = parameter.detach()
+    assert max_error(steps[True], steps[False]) < 1e-6

@@ -6,7 +6,6 @@ from .api import (
     conv_attention_of_first,
     conv_attention_step,
     decomposed_conv_attention,
-    mixed_conv_attention,
 )
 from .symmetry import symmetrise
 
@@ -16,6 +15,5 @@ __all__ = [
     "conv_attention_of_first",
     "conv_attention_step",
     "decomposed_conv_attention",
-    "mixed_conv_attention",
     "symmetrise",
 ]

@@ -19,7 +19,6 @@ __all__ = [
     "conv_attention_of_first",
     "conv_attention_step",
     "decomposed_conv_attention",
-    "mixed_conv_attention",
 ]
 
 #: Every backend by name: a module with `reasons_against` (why not, empty when it can) and `forward`.
@@ -92,37 +91,11 @@ def conv_attention_of_first(
     return torch.cat([out, x[:, channels:]], dim=1)
 
 
-def mixed_conv_attention(
-    x: Tensor, large_kernel: Tensor, dynamic_kernel: Tensor, weight: Tensor, bias: Tensor, *, symmetric: bool = False
-) -> Tensor | None:
-    """`conv_attention` of the first channels, the others as they are, and a 1 x 1 convolution of all, in one operator.
-
-    Without gradients and on the CPU this saves putting the channels together.
-
-    Args:
-        x: (B, D, H, W), D >= C.
-        weight, bias: (D', D, 1, 1) and (D').
-        others: see `conv_attention`.
-
-    Returns:
-        (B, D', H, W); None where no operator does it in one.
-
-    Raises:
-        ValueError: as of `conv_attention`.
-    """
-    _check_shapes(x[:, : large_kernel.shape[0]], large_kernel, dynamic_kernel)
-    if "cpp" not in AUTO_ORDER or native.mixed_reasons_against(
-        x, large_kernel, dynamic_kernel, weight, bias, symmetric
-    ):
-        return None
-    return native.mixed_forward(x, large_kernel, dynamic_kernel, weight, bias)
-
-
 def conv_attention_step(
     x: Tensor,
     residual: Tensor | None,
     large_kernel: Tensor,
-    means: Tensor,
+    means: Tensor | None,
     proj1_weight: Tensor,
     proj1_bias: Tensor | None,
     proj2_weight: Tensor,
@@ -132,16 +105,16 @@ def conv_attention_step(
     *,
     symmetric: bool = False,
 ) -> Tensor | None:
-    """ConvAttn and the addition of its residual in one operator, without gradients and on the CPU.
+    """ConvAttn and the addition of its residual in one operator, on the CPU; with gradients where `means` are None.
 
-    The dynamic kernel is `proj2(gelu(proj1(means)))`, a 3 x 3 filter for each channel and image; the rest is
-    `mixed_conv_attention` plus `residual`.
+    The dynamic kernel is `proj2(gelu(proj1(means)))`, a 3 x 3 filter for each channel and image. The first channels go
+    through `conv_attention`, the others stay as they are, and a 1 x 1 convolution mixes all.
 
     Args:
         x: (B, D, H, W), D >= C.
         residual: (B, D', H, W), added to the output; None for zero.
         large_kernel: (C, C, K, K), see `conv_attention`.
-        means: (B, C), of the first C channels of x over all pixels.
+        means: (B, C), of the first C channels of the image that x is a part of; None for those of x.
         proj1_weight, proj1_bias: (E, C, 1, 1) and (E).
         proj2_weight, proj2_bias: (9 C, E, 1, 1) and (9 C), by channel, then row of the kernel, then column.
         weight, bias: (D', D, 1, 1) and (D').
@@ -155,10 +128,11 @@ def conv_attention_step(
         RuntimeError: shapes of the others that do not fit.
     """
     _check_kernel("large kernel", large_kernel, (large_kernel.shape[0],) * 2)
-    parameters = (means, proj1_weight, proj1_bias, proj2_weight, proj2_bias, weight, bias)
-    if "cpp" not in AUTO_ORDER or native.step_reasons_against(x, residual, large_kernel, parameters, symmetric):
+    parameters = (proj1_weight, proj1_bias, proj2_weight, proj2_bias, weight, bias)
+    inputs = (x, residual, large_kernel, means, parameters)
+    if "cpp" not in AUTO_ORDER or native.step_reasons_against(*inputs, symmetric):
         return None
-    return native.step_forward(x, residual, large_kernel, parameters)
+    return native.step_forward(*inputs)
 
 
 def decomposed_conv_attention(

@@ -48,59 +48,54 @@ def forward(x: Tensor, large_kernel: Tensor, dynamic_kernel: Tensor) -> Tensor:
     return out
 
 
-def mixed_reasons_against(
-    x: Tensor, large_kernel: Tensor, dynamic_kernel: Tensor, weight: Tensor, bias: Tensor, symmetric: bool
-) -> list[str]:
-    """Why the 1 x 1 convolution cannot be taken into the same operator; see `mixed_conv_attention`."""
-    others = (large_kernel, dynamic_kernel, weight, bias)
-    return _reasons_against_inference(large_kernel, dynamic_kernel.shape[-1], symmetric, (x,), others)
-
-
 def step_reasons_against(
-    x: Tensor, residual: Tensor | None, large_kernel: Tensor, parameters: tuple[Tensor | None, ...], symmetric: bool
+    x: Tensor,
+    residual: Tensor | None,
+    large_kernel: Tensor,
+    means: Tensor | None,
+    parameters: tuple[Tensor | None, ...],
+    symmetric: bool,
 ) -> list[str]:
     """Why one operator cannot do all of ConvAttn; `parameters` are the others of `conv_attention_step`."""
     maps = (x,) if residual is None else (x, residual)
-    others = (large_kernel, *(tensor for tensor in parameters if tensor is not None))
-    return _reasons_against_inference(large_kernel, DYNAMIC_SIDE, symmetric, maps, others)
-
-
-def _reasons_against_inference(
-    large_kernel: Tensor, dynamic_side: int, symmetric: bool, maps: tuple[Tensor, ...], others: tuple[Tensor, ...]
-) -> list[str]:
-    reasons = _reasons_against(large_kernel, dynamic_side, symmetric, (*maps, *others))
+    others = [large_kernel, *(tensor for tensor in (means, *parameters) if tensor is not None)]
+    reasons = _reasons_against(large_kernel, DYNAMIC_SIDE, symmetric, (*maps, *others))
     if reasons:
         return reasons
     if torch.is_autocast_enabled("cpu"):
         reasons.append("it takes float32")
-    if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (*maps, *others)):
-        reasons.append("it has no backward pass")
+    if means is not None and _wants_gradients(*maps, *others):
+        reasons.append("it has no gradient of means that are given")
     if any(tensor.stride(1) != 1 for tensor in maps):
         reasons.append("it takes maps with the channels innermost")
     return reasons
 
 
-def mixed_forward(x: Tensor, large_kernel: Tensor, dynamic_kernel: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-    """`torch.ops.esc_arch.mixed_conv_attention`; see `mixed_conv_attention`."""
-    out: Tensor = torch.ops.esc_arch.mixed_conv_attention(x, large_kernel, dynamic_kernel, weight, bias)
-    return out
-
-
 def step_forward(
-    x: Tensor, residual: Tensor | None, large_kernel: Tensor, parameters: tuple[Tensor | None, ...]
+    x: Tensor,
+    residual: Tensor | None,
+    large_kernel: Tensor,
+    means: Tensor | None,
+    parameters: tuple[Tensor | None, ...],
 ) -> Tensor:
-    """`torch.ops.esc_arch.conv_attention_step`; see `conv_attention_step`."""
-    out: Tensor = torch.ops.esc_arch.conv_attention_step(x, residual, large_kernel, *parameters)
+    """`torch.ops.esc_arch.conv_attention_step`, or `conv_attention_layer` where gradients are wanted; see
+    `conv_attention_step`."""
+    tensors = (x, residual, large_kernel, *parameters)
+    out: Tensor
+    if _wants_gradients(*(tensor for tensor in tensors if tensor is not None)):
+        out, *_ = torch.ops.esc_arch.conv_attention_layer(*tensors)
+    else:
+        out = torch.ops.esc_arch.conv_attention_step(x, residual, large_kernel, means, *parameters)
     return out
+
+
+def _wants_gradients(*tensors: Tensor) -> bool:
+    return torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
 
 
 def _empty_like(x: Tensor) -> Tensor:
     channels_last = x.stride(1) == 1 and x.shape[1] > 1
     return torch.empty_like(x, memory_format=torch.channels_last if channels_last else torch.contiguous_format)
-
-
-def _fake_mixed(x: Tensor, large_kernel: Tensor, dynamic_kernel: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-    return _empty_output(x, weight)
 
 
 def _fake_step(x: Tensor, residual: Tensor | None, large_kernel: Tensor, *parameters: Tensor | None) -> Tensor:
@@ -109,7 +104,38 @@ def _fake_step(x: Tensor, residual: Tensor | None, large_kernel: Tensor, *parame
     return _empty_output(x, weight)
 
 
+def _fake_layer(
+    x: Tensor, residual: Tensor | None, large_kernel: Tensor, *parameters: Tensor | None
+) -> tuple[Tensor, ...]:
+    channels = large_kernel.shape[0]
+    convolved = _empty_output(x, large_kernel)
+    dynamic = x.new_empty(x.shape[0], channels, DYNAMIC_SIDE, DYNAMIC_SIDE)
+    return _fake_step(x, residual, large_kernel, *parameters), convolved, dynamic, x.new_empty(x.shape[0], channels)
+
+
+def _fake_layer_backward(
+    gradient: Tensor,
+    x: Tensor,
+    large_kernel: Tensor,
+    proj1_weight: Tensor,
+    proj1_bias: Tensor | None,
+    proj2_weight: Tensor,
+    weight: Tensor,
+    convolved: Tensor,
+    dynamic_kernel: Tensor,
+    means: Tensor,
+    of_parameters: bool,
+) -> tuple[Tensor, ...]:
+    of_weights = (
+        of_part
+        for part in (proj1_weight, proj2_weight, weight)
+        for of_part in (part.new_empty(part.shape), part.new_empty(part.shape[0]))
+    )
+    return _empty_output(x, x[0]), large_kernel.new_empty(large_kernel.shape), *of_weights
+
+
 def _empty_output(x: Tensor, weight: Tensor) -> Tensor:
+    """A map of as many channels as `weight` has outputs."""
     shape = (x.shape[0], weight.shape[0], *x.shape[2:])
     return torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
 
@@ -136,10 +162,27 @@ def _backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
     return tuple(value if wanted else None for value, wanted in zip(gradients, needed, strict=True))
 
 
+def _keep_layer(ctx: Any, inputs: tuple[Tensor | None, ...], output: tuple[Tensor, ...]) -> None:
+    x, _residual, large_kernel, proj1_weight, proj1_bias, proj2_weight, _proj2_bias, weight, _bias = inputs
+    ctx.save_for_backward(x, large_kernel, proj1_weight, proj1_bias, proj2_weight, weight, *output[1:])
+
+
+def _layer_backward(ctx: Any, gradient: Tensor, *_: Tensor | None) -> tuple[Tensor | None, ...]:
+    if torch.is_grad_enabled():
+        raise RuntimeError("the C++ ConvAttn has no second derivatives: set ESC_ARCH_NATIVE=0 for create_graph=True.")
+    of_x, *of_parameters = torch.ops.esc_arch.conv_attention_layer_backward(
+        gradient, *ctx.saved_tensors, any(ctx.needs_input_grad[2:])
+    )
+    gradients = (of_x, gradient, *of_parameters)
+    return tuple(value if wanted else None for value, wanted in zip(gradients, ctx.needs_input_grad, strict=True))
+
+
 @native.when_loaded
 def _register() -> None:
     torch.library.register_fake("esc_arch::conv_attention", lambda x, large_kernel, dynamic_kernel: _empty_like(x))
-    torch.library.register_fake("esc_arch::mixed_conv_attention", _fake_mixed)
     torch.library.register_fake("esc_arch::conv_attention_step", _fake_step)
+    torch.library.register_fake("esc_arch::conv_attention_layer", _fake_layer)
+    torch.library.register_fake("esc_arch::conv_attention_layer_backward", _fake_layer_backward)
     torch.library.register_fake("esc_arch::conv_attention_backward", _fake_backward)
     torch.library.register_autograd("esc_arch::conv_attention", _backward, setup_context=_keep_inputs)
+    torch.library.register_autograd("esc_arch::conv_attention_layer", _layer_backward, setup_context=_keep_layer)

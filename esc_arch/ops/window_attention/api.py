@@ -8,7 +8,7 @@ from torch import Tensor
 
 from esc_arch.ops.backends import choose, untried_on_gpus
 
-from . import flash, flex, naive, native, sdpa, triton
+from . import flash, flex, flex_flash, naive, native, sdpa, triton
 from .bias import Bias
 from .native import Norm, Projection
 
@@ -19,6 +19,7 @@ BACKENDS: dict[str, ModuleType] = {
     "naive": naive,
     "sdpa": sdpa,
     "flex": flex,
+    "flex_flash": flex_flash,
     "flash": flash,
     "triton": triton,
     "cpp": native,

@@ -91,6 +91,12 @@ def _capability(device: int | None) -> tuple[int, int]:
     return torch.cuda.get_device_capability(device)
 
 
+@torch.compiler.assume_constant_result
+def flash_attn_4_suits(device: int | None) -> bool:
+    """Whether flash-attn 4 is installed and its kernels are for this GPU."""
+    return 9 <= _capability(device)[0] <= 11 and _installed("flash_attn.cute")
+
+
 @cache
 def _package(capability: tuple[int, int]) -> tuple[Callable[..., Any] | None, bool]:
     """The attention of a flash-attn that is installed and suits the GPU, and whether it takes narrower values."""

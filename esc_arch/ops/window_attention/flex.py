@@ -10,6 +10,7 @@ import os
 import shutil
 from collections.abc import Callable
 from functools import cache
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -43,21 +44,25 @@ def reasons_against(qkv: Tensor, bias: Bias, window: int, heads: int) -> list[st
     return reasons
 
 
-def forward(qkv: Tensor, bias: Bias, window: int, heads: int) -> Tensor:
-    """Flex attention with a score modification that reads the bias; see `window_attention`."""
+def forward(qkv: Tensor, bias: Bias, window: int, heads: int, backend: str | None = None) -> Tensor:
+    """Flex attention with a score modification that reads the bias; see `window_attention`.
+
+    Args:
+        backend: of flex attention's own (`BACKEND` of its kernel options); None for its choice.
+    """
     q, k, v = split_windows(pad_to_windows(qkv, window), window, heads)
     if torch.compiler.is_compiling():
-        out = _attend(q, k, v, bias, window)  # the compiler that is at work already takes it in
+        out = _attend(q, k, v, bias, window, backend)  # the compiler that is at work already takes it in
     else:
         # One layout, or each would be compiled anew: for exact sizes the windows are views of the projection
         q, k, v = (part.clone(memory_format=torch.contiguous_format) for part in (q, k, v))
         for part in (q, k, v):
             torch._dynamo.maybe_mark_dynamic(part, 0)
-        out = _compiled()(q, k, v, bias, window)
+        out = _compiled()(q, k, v, bias, window, backend)
     return merge_windows(out, window, *qkv.shape[-2:])
 
 
-def _attend(q: Tensor, k: Tensor, v: Tensor, bias: Bias, window: int) -> Tensor:
+def _attend(q: Tensor, k: Tensor, v: Tensor, bias: Bias, window: int, backend: str | None) -> Tensor:
     # The bias is an argument, never kept in a closure: a copied or newly loaded network has another one
     from torch.nn.attention.flex_attention import flex_attention
 
@@ -71,7 +76,8 @@ def _attend(q: Tensor, k: Tensor, v: Tensor, bias: Bias, window: int) -> Tensor:
         def add_bias(score: Tensor, b: Tensor, h: Tensor, q_idx: Tensor, kv_idx: Tensor) -> Tensor:
             return score + dense[h, q_idx, kv_idx]
 
-    out = flex_attention(q, k, v, score_mod=add_bias)
+    options: Any = None if backend is None else {"BACKEND": backend}
+    out = flex_attention(q, k, v, score_mod=add_bias, kernel_options=options)
     assert isinstance(out, Tensor)  # other results come only when asked for
     return out
 

@@ -1,14 +1,5 @@
-// ConvAttn's two convolutions in one pass over tiles of the map: the large static one by overlap-save fast Fourier
-// transforms, the small one of each image directly.
-//
-// The large kernel is even in both directions, so its transform is real and even. Three things follow:
-//  - two real tiles can be transformed as one complex tile, one as real and one as imaginary part, and stay apart
-//    through the product: no real-to-complex transform is needed;
-//  - the frequencies (fy, fx), (-fy, fx), (fy, -fx) and (-fy, -fx) share one real matrix of C x C, so there are only
-//    (Ny / 2 + 1)(Nx / 2 + 1) of them, and each is read once for eight rows (four frequencies, two parts);
-//  - the gradient of the kernel, as far as an even kernel can follow it, needs only the real part of the correlation,
-//    folded onto the same matrices: one inverse transform at the end, of K x K taps.
-// Vectors run over channels, which lie innermost in every buffer.
+// ConvAttn's operators, from its two convolutions alone to the whole layer with its gradients. How the convolutions are
+// done is in conv_attn_tiles.h.
 
 #include <ATen/Parallel.h>
 #include <ATen/core/Tensor.h>
@@ -17,734 +8,20 @@
 #include <torch/library.h>
 
 #include <algorithm>
-#include <atomic>
 #include <cmath>
-#include <cstdint>
 #include <cstring>
-#include <limits>
 #include <optional>
 #include <tuple>
-#include <type_traits>
-#include <utility>
 #include <vector>
 
+#include "conv_attn_tiles.h"
 #include "memory.h"
+#include "pixels.h"
 #include "products.h"
 #include "vectors.h"
 
 namespace esc_arch {
 namespace {
-
-// ------------------------------------------------------------------------------------------ transforms of a line
-
-struct Complex {
-  Vec re, im;
-};
-inline Complex operator+(Complex a, Complex b) {
-  return {a.re + b.re, a.im + b.im};
-}
-inline Complex operator-(Complex a, Complex b) {
-  return {a.re - b.re, a.im - b.im};
-}
-inline Complex minus_i_times(Complex a) {
-  return {a.im, -a.re};
-}
-inline Complex times(Complex a, float re, float im) {
-  const Vec wr = broadcast(re), wi = broadcast(im);
-  return {a.re * wr - a.im * wi, a.re * wi + a.im * wr};
-}
-
-template <int R>
-[[gnu::always_inline]] inline void butterfly(Complex (&z)[R]);
-
-template <>
-[[gnu::always_inline]] inline void butterfly<3>(Complex (&z)[3]) {
-  const Complex sum = z[1] + z[2], difference = minus_i_times(z[1] - z[2]);
-  const Vec half = broadcast(0.5f), sine = broadcast(0.8660254037844386f);
-  const Complex middle = {z[0].re - sum.re * half, z[0].im - sum.im * half};
-  const Complex turned = {difference.re * sine, difference.im * sine};
-  z[0] = z[0] + sum;
-  z[1] = middle + turned;
-  z[2] = middle - turned;
-}
-
-template <>
-[[gnu::always_inline]] inline void butterfly<4>(Complex (&z)[4]) {
-  const Complex a = z[0] + z[2], b = z[0] - z[2], c = z[1] + z[3], d = minus_i_times(z[1] - z[3]);
-  z[0] = a + c;
-  z[1] = b + d;
-  z[2] = a - c;
-  z[3] = b - d;
-}
-
-// Good and Thomas: 6 = 2 * 3 without factors between the two
-template <>
-[[gnu::always_inline]] inline void butterfly<6>(Complex (&z)[6]) {
-  Complex even[3] = {z[0] + z[3], z[2] + z[5], z[4] + z[1]};
-  Complex odd[3] = {z[0] - z[3], z[2] - z[5], z[4] - z[1]};
-  butterfly<3>(even);
-  butterfly<3>(odd);
-  z[0] = even[0];
-  z[4] = even[1];
-  z[2] = even[2];
-  z[3] = odd[0];
-  z[1] = odd[1];
-  z[5] = odd[2];
-}
-
-template <>
-[[gnu::always_inline]] inline void butterfly<8>(Complex (&z)[8]) {
-  Complex even[4] = {z[0], z[2], z[4], z[6]};
-  Complex odd[4] = {z[1], z[3], z[5], z[7]};
-  butterfly<4>(even);
-  butterfly<4>(odd);
-  const Vec root = broadcast(0.7071067811865476f);
-  odd[1] = {(odd[1].re + odd[1].im) * root, (odd[1].im - odd[1].re) * root};
-  odd[2] = minus_i_times(odd[2]);
-  odd[3] = {(odd[3].im - odd[3].re) * root, (odd[3].re + odd[3].im) * -root};
-  for (int k = 0; k < 4; ++k) {
-    z[k] = even[k] + odd[k];
-    z[k + 4] = even[k] - odd[k];
-  }
-}
-
-template <int N1, int N2>
-struct Twiddles {
-  float re[N2][N1], im[N2][N1];
-  Twiddles() {
-    for (int n = 0; n < N2; ++n)
-      for (int k = 0; k < N1; ++k) {
-        const double angle = -2 * M_PI * n * k / (N1 * N2);
-        re[n][k] = float(std::cos(angle));
-        im[n][k] = float(std::sin(angle));
-      }
-  }
-};
-
-// The transform of N1 * N2 points (Cooley and Tukey); input and output may be the same. With real and imaginary parts
-// exchanged on both sides it is the inverse transform, times N1 * N2.
-template <int N1, int N2>
-void transform(const float* re, const float* im, int64_t stride, float* out_re, float* out_im, int64_t out_stride) {
-  static const Twiddles<N1, N2> twiddles;
-  Complex between[N1][N2];
-  for (int n = 0; n < N2; ++n) {
-    Complex z[N1];
-    for (int j = 0; j < N1; ++j) z[j] = {load(re + (N2 * j + n) * stride), load(im + (N2 * j + n) * stride)};
-    butterfly<N1>(z);
-    between[0][n] = z[0];
-    for (int k = 1; k < N1; ++k) between[k][n] = times(z[k], twiddles.re[n][k], twiddles.im[n][k]);
-  }
-  for (int k = 0; k < N1; ++k) {
-    Complex z[N2];
-    for (int n = 0; n < N2; ++n) z[n] = between[k][n];
-    butterfly<N2>(z);
-    for (int j = 0; j < N2; ++j) {
-      store(out_re + (k + N1 * j) * out_stride, z[j].re);
-      store(out_im + (k + N1 * j) * out_stride, z[j].im);
-    }
-  }
-}
-
-using Transform = void (*)(const float*, const float*, int64_t, float*, float*, int64_t);
-
-struct Length {
-  int points;
-  Transform transform;
-};
-const Length LENGTHS[] = {
-    {16, transform<4, 4>}, {24, transform<6, 4>}, {32, transform<8, 4>}, {48, transform<6, 8>}, {64, transform<8, 8>}};
-
-// ------------------------------------------------------------------------------------------------------- tiling
-
-struct Tiling {
-  int64_t batch, channels, height, width;
-  int64_t blocks;  // of kLanes channels
-  int64_t margin;  // of a tile's rim, which its outputs do not reach
-  Length y, x;
-  int64_t rows, columns;  // of tiles in an image
-
-  int64_t valid_y() const { return y.points - 2 * margin; }
-  int64_t valid_x() const { return x.points - 2 * margin; }
-  int64_t tiles() const { return batch * rows * columns; }
-  // Not of two images: one with huge numbers or none at all would spoil the other
-  int64_t pairs_of_image() const { return (rows * columns + 1) / 2; }
-  int64_t pairs() const { return batch * pairs_of_image(); }
-  int64_t half_y() const { return y.points / 2 + 1; }
-  int64_t half_x() const { return x.points / 2 + 1; }
-  int64_t padded() const { return blocks * kLanes; }
-  int64_t matrix() const { return channels * padded(); }
-  // One more than the points of a row, lest a column fall on a few sets of the cache
-  int64_t spectrum_row() const { return (x.points + 1) * 2 * kLanes; }
-  int64_t spectrum_block() const { return y.points * spectrum_row(); }
-  int64_t stage_row() const { return x.points * kLanes; }
-  int64_t stage_block() const { return y.points * stage_row(); }
-};
-
-// (Whatever the number of threads, so that the results do not depend on it)
-double cost_of(const Tiling& t) {
-  const double points = double(t.y.points) * t.x.points;
-  const double transforms = 5 * std::log2(points), products = 2.0 * t.channels;
-  // (the kernel's own transform, of a quarter of the frequencies; and what does not fit into the cache comes slower)
-  const double kernel = points / 4 * t.channels * (t.margin + 1);
-  const double bytes = 4.0 * (t.half_y() * t.half_x() * t.matrix() + 2 * points * t.padded());
-  return t.blocks * (t.pairs() * points * (transforms + products) * (bytes > 1e6 ? 1.3 : 1.0) + kernel);
-}
-
-Tiling choose_tiling(const at::Tensor& x, int64_t side, int64_t dynamic_side) {
-  Tiling best{};
-  double least = std::numeric_limits<double>::infinity();
-  for (const Length& y : LENGTHS)
-    for (const Length& columns : LENGTHS) {
-      Tiling t{x.size(0), x.size(1), x.size(2), x.size(3), padded(x.size(1)) / kLanes, std::max(side, dynamic_side) / 2,
-               y, columns, 0, 0};
-      if (t.valid_y() < 1 || t.valid_x() < 1) continue;
-      t.rows = (t.height + t.valid_y() - 1) / t.valid_y();
-      t.columns = (t.width + t.valid_x() - 1) / t.valid_x();
-      const double cost = cost_of(t);
-      if (cost < least) {
-        least = cost;
-        best = t;
-      }
-    }
-  TORCH_CHECK(std::isfinite(least), "conv_attention: a kernel of side ", std::max(side, dynamic_side),
-      " is too large.");
-  return best;
-}
-
-// A map of any strides
-struct Map {
-  float* data;
-  int64_t batch, channel, row, column;
-
-  explicit Map(const at::Tensor& tensor)
-      : data(tensor.data_ptr<float>()),
-        batch(tensor.stride(0)),
-        channel(tensor.stride(1)),
-        row(tensor.stride(2)),
-        column(tensor.stride(3)) {}
-
-  float* at(int64_t image, int64_t y, int64_t x) const { return data + image * batch + y * row + x * column; }
-};
-
-struct Tile {
-  bool exists;
-  int64_t image, index;  // of all tiles
-  int64_t top, left;     // of its outputs
-
-  Tile(const Tiling& t, int64_t pair, int64_t part) : image(pair / t.pairs_of_image()) {
-    const int64_t within = 2 * (pair % t.pairs_of_image()) + part;
-    exists = within < t.rows * t.columns;
-    index = image * t.rows * t.columns + within;
-    top = within / t.columns * t.valid_y();
-    left = within % t.columns * t.valid_x();
-  }
-};
-
-struct Range {
-  int64_t begin, end;
-};
-
-// The points of a line of a tile that lie within the map, less `rim` points at both ends
-Range within(int64_t start, int64_t points, int64_t extent, int64_t rim) {
-  const int64_t begin = std::clamp<int64_t>(-start, rim, points - rim);
-  return {begin, std::clamp<int64_t>(extent - start, begin, points - rim)};
-}
-
-// Buffers that a thread keeps: getting megabytes from the system at each call costs as much as the computation
-class Scratch {
- public:
-  float* get(int64_t count) {
-    const size_t wanted = size_t(count) + kLanes;
-    if (memory_.size() < wanted) memory_.resize(wanted);
-    const auto address = reinterpret_cast<uintptr_t>(memory_.data());
-    const uintptr_t alignment = sizeof(Vec);
-    return reinterpret_cast<float*>((address + alignment - 1) / alignment * alignment);
-  }
-
- private:
-  std::vector<float> memory_;
-};
-
-// --------------------------------------------------------------------------------- the steps of a pair of tiles
-
-// Pixels of a row into [x][kLanes], channels beyond the last one as zeros
-void stage_row(const Tiling& t, const Map& map, const float* from, int64_t block, Range x, float* to) {
-  const int64_t lanes = std::min<int64_t>(kLanes, t.channels - block * kLanes);
-  from += block * kLanes * map.channel;
-  if (map.channel == 1 && lanes == kLanes) {
-    for (int64_t i = x.begin; i < x.end; ++i) store(to + i * kLanes, load(from + i * map.column));
-    return;
-  }
-  if (lanes < kLanes) std::memset(to + x.begin * kLanes, 0, (x.end - x.begin) * sizeof(Vec));
-  if (map.channel == 1) {
-    for (int64_t i = x.begin; i < x.end; ++i)
-      std::memcpy(to + i * kLanes, from + i * map.column, lanes * sizeof(float));
-    return;
-  }
-  for (int64_t c = 0; c < lanes; ++c)
-    for (int64_t i = x.begin; i < x.end; ++i) to[i * kLanes + c] = from[c * map.channel + i * map.column];
-}
-
-// A tile with its rim into [block][y][x][kLanes], zeros outside the map and, where asked for, in the rim.
-// Returns the rows that are not zero.
-Range stage_tile(const Tiling& t, const Map& map, const Tile& tile, bool with_rim, float* to) {
-  if (!tile.exists) {
-    std::memset(to, 0, t.blocks * t.stage_block() * sizeof(float));
-    return {0, 0};
-  }
-  const int64_t top = tile.top - t.margin, left = tile.left - t.margin, rim = with_rim ? 0 : t.margin;
-  const Range rows = within(top, t.y.points, t.height, rim), columns = within(left, t.x.points, t.width, rim);
-  for (int64_t block = 0; block < t.blocks; ++block)
-    for (int64_t y = 0; y < t.y.points; ++y) {
-      float* row = to + block * t.stage_block() + y * t.stage_row();
-      if (y < rows.begin || y >= rows.end) {
-        std::memset(row, 0, t.stage_row() * sizeof(float));
-        continue;
-      }
-      std::memset(row, 0, columns.begin * sizeof(Vec));
-      std::memset(row + columns.end * kLanes, 0, (t.x.points - columns.end) * sizeof(Vec));
-      stage_row(t, map, map.data + tile.image * map.batch + (top + y) * map.row + left * map.column, block, columns,
-          row);
-    }
-  return rows;
-}
-
-// Two staged tiles, as real and imaginary part, into [block][y][fx][part][kLanes]
-void transform_rows(const Tiling& t, const float* real, const float* imaginary, Range rows, float* spectrum) {
-  for (int64_t block = 0; block < t.blocks; ++block)
-    for (int64_t y = 0; y < t.y.points; ++y) {
-      float* row = spectrum + block * t.spectrum_block() + y * t.spectrum_row();
-      const int64_t at = block * t.stage_block() + y * t.stage_row();
-      if (y < rows.begin || y >= rows.end)
-        std::memset(row, 0, t.spectrum_row() * sizeof(float));
-      else
-        t.x.transform(real + at, imaginary + at, kLanes, row, row + kLanes, 2 * kLanes);
-    }
-}
-
-void transform_column(const Tiling& t, float* spectrum, int64_t x, bool inverse) {
-  for (int64_t block = 0; block < t.blocks; ++block) {
-    float* real = spectrum + block * t.spectrum_block() + x * 2 * kLanes;
-    float* imaginary = real + kLanes;
-    if (inverse) std::swap(real, imaginary);
-    t.y.transform(real, imaginary, t.spectrum_row(), real, imaginary, t.spectrum_row());
-  }
-}
-
-// The frequencies that share a matrix: offsets of one, two or four of them within a block of a spectrum
-struct Group {
-  int64_t offsets[4];
-  int count;
-
-  Group(const Tiling& t, int64_t fy, int64_t fx) : count(0) {
-    const int64_t mirrored_y = (t.y.points - fy) % t.y.points, mirrored_x = (t.x.points - fx) % t.x.points;
-    for (int64_t y : {fy, mirrored_y}) {
-      for (int64_t x : {fx, mirrored_x}) {
-        offsets[count++] = y * t.spectrum_row() + x * 2 * kLanes;
-        if (mirrored_x == fx) break;
-      }
-      if (mirrored_y == fy) break;
-    }
-  }
-};
-
-// The rows of a group (two parts of each frequency): [block][row][kLanes]
-template <int COUNT>
-void gather(const Tiling& t, const float* spectrum, const Group& group, float* rows) {
-  for (int64_t block = 0; block < t.blocks; ++block)
-    for (int i = 0; i < COUNT; ++i)
-      for (int part = 0; part < 2; ++part)
-        store(rows + ((block * COUNT + i) * 2 + part) * kLanes,
-              load(spectrum + block * t.spectrum_block() + group.offsets[i] + part * kLanes));
-}
-
-template <int COUNT>
-void multiply_group(const Tiling& t, const float* rows, const float* matrix, const Group& group, float* spectrum) {
-  const int64_t padded = t.padded();
-  for (int64_t block = 0; block < t.blocks; ++block) {
-    Vec sums[2 * COUNT] = {};
-    const float* weights = matrix + block * kLanes;
-    for (int64_t from = 0; from < t.channels; from += kLanes, rows += 2 * COUNT * kLanes) {
-      const int64_t lanes = std::min<int64_t>(kLanes, t.channels - from);
-      for (int64_t k = 0; k < lanes; ++k, weights += padded) {
-        const Vec weight = load(weights);
-        for (int r = 0; r < 2 * COUNT; ++r) sums[r] += broadcast(rows[r * kLanes + k]) * weight;
-      }
-    }
-    rows -= t.blocks * 2 * COUNT * kLanes;
-    for (int r = 0; r < 2 * COUNT; ++r)
-      store(spectrum + block * t.spectrum_block() + group.offsets[r / 2] + r % 2 * kLanes, sums[r]);
-  }
-}
-
-// sums[input channel][output channel] += what the rows of both have in common
-template <int COUNT>
-void correlate_group(const Tiling& t, const float* inputs, const float* outputs, float* sums) {
-  const int64_t padded = t.padded();
-  for (int64_t block = 0; block < t.blocks; ++block) {
-    Vec right[2 * COUNT];
-    for (int r = 0; r < 2 * COUNT; ++r) right[r] = load(outputs + (block * 2 * COUNT + r) * kLanes);
-    for (int64_t k = 0; k < t.channels; ++k) {
-      const float* left = inputs + k / kLanes * 2 * COUNT * kLanes + k % kLanes;
-      float* at = sums + k * padded + block * kLanes;
-      Vec sum = load(at);
-      for (int r = 0; r < 2 * COUNT; ++r) sum += broadcast(left[r * kLanes]) * right[r];
-      store(at, sum);
-    }
-  }
-}
-
-// For every matrix: multiply `spectrum` by it, after correlating `inputs` with it; either may be left out (null)
-template <int COUNT>
-void visit_group(const Tiling& t, const Group& group, float* spectrum, const float* matrix, const float* inputs,
-                 float* sums, float* rows) {
-  gather<COUNT>(t, spectrum, group, rows);
-  if (inputs != nullptr) {
-    float* other = rows + 2 * COUNT * t.padded();
-    gather<COUNT>(t, inputs, group, other);
-    correlate_group<COUNT>(t, other, rows, sums);
-  }
-  if (matrix != nullptr) multiply_group<COUNT>(t, rows, matrix, group, spectrum);
-}
-
-// The same for all matrices, from spectra whose rows alone are transformed to a product of the same kind: two mirrored
-// columns are transformed, multiplied and transformed back while they are in the first cache.
-void visit_frequencies(const Tiling& t, float* spectrum, const float* matrices, float* inputs, float* sums,
-                       float* rows) {
-  for (int64_t fx = 0; fx < t.half_x(); ++fx) {
-    const int64_t mirrored = (t.x.points - fx) % t.x.points;
-    const auto transform_both = [&](float* of, bool inverse) {
-      transform_column(t, of, fx, inverse);
-      if (mirrored != fx) transform_column(t, of, mirrored, inverse);
-    };
-    transform_both(spectrum, false);
-    if (inputs != nullptr) transform_both(inputs, false);
-    for (int64_t fy = 0; fy < t.half_y(); ++fy) {
-      const int64_t at = (fx * t.half_y() + fy) * t.matrix();
-      const Group group(t, fy, fx);
-      const auto visit = group.count == 4 ? visit_group<4> : group.count == 2 ? visit_group<2> : visit_group<1>;
-      visit(t, group, spectrum, matrices ? matrices + at : nullptr, inputs, sums ? sums + at : nullptr, rows);
-    }
-    if (matrices != nullptr) transform_both(spectrum, true);
-  }
-}
-
-// The small kernel [tap][padded channels] around each pixel of a staged row, added to `line`, into pixels `step` apart
-void add_dynamic(const Tiling& t, const float* staged, const float* taps, int64_t side, Range x, const float* line,
-                 float* out, int64_t step) {
-  const int64_t reach = side / 2, padded = t.padded();
-  if (side == 3) {
-    Vec w[9];
-    for (int i = 0; i < 9; ++i) w[i] = load(taps + i * padded);
-    const float *above = staged - t.stage_row(), *below = staged + t.stage_row();
-    for (int64_t i = x.begin; i < x.end; ++i) {
-      Vec sum = load(line + i * kLanes);
-      for (int d = 0; d < 3; ++d) {
-        const int64_t at = (i + d - 1) * kLanes;
-        sum += w[d] * load(above + at) + w[3 + d] * load(staged + at) + w[6 + d] * load(below + at);
-      }
-      store(out + (i - x.begin) * step, sum);
-    }
-    return;
-  }
-  for (int64_t i = x.begin; i < x.end; ++i) {
-    Vec sum = load(line + i * kLanes);
-    for (int64_t a = 0; a < side; ++a)
-      for (int64_t b = 0; b < side; ++b)
-        sum += load(taps + (a * side + b) * padded) *
-               load(staged + (a - reach) * t.stage_row() + (i + b - reach) * kLanes);
-    store(out + (i - x.begin) * step, sum);
-  }
-}
-
-void write_row(const Tiling& t, const Map& map, float* to, int64_t block, int64_t pixels, const float* from) {
-  const int64_t lanes = std::min<int64_t>(kLanes, t.channels - block * kLanes);
-  to += block * kLanes * map.channel;
-  if (map.channel == 1) {
-    for (int64_t i = 0; i < pixels; ++i) store_channels(to + i * map.column, 0, lanes, load(from + i * kLanes));
-  } else {
-    for (int64_t c = 0; c < lanes; ++c)
-      for (int64_t i = 0; i < pixels; ++i) to[c * map.channel + i * map.column] = from[i * kLanes + c];
-  }
-}
-
-// What a 1 x 1 convolution makes of the convolved channels and of the others of a map whose channels are innermost,
-// and the map that is added to it, if any
-struct Mixer {
-  Map in, added, out;
-  bool adds;
-  int64_t inputs, outputs;
-  std::vector<float> weights;  // [input][padded output]
-  std::vector<float> bias;     // [padded output]
-
-  Mixer(const at::Tensor& x, const std::optional<at::Tensor>& residual, const at::Tensor& to, const at::Tensor& weight,
-        const std::optional<at::Tensor>& offset)
-      : in(x),
-        added(residual ? *residual : x),
-        out(to),
-        adds(residual.has_value()),
-        inputs(x.size(1)),
-        outputs(to.size(1)),
-        weights(inputs * padded(outputs)),
-        bias(padded(outputs)) {
-    const Map from(weight);
-    for (int64_t o = 0; o < outputs; ++o) {
-      if (offset) bias[o] = offset->data_ptr<float>()[o * offset->stride(0)];
-      for (int64_t i = 0; i < inputs; ++i)
-        weights[i * padded(outputs) + o] = from.data[o * from.batch + i * from.channel];
-    }
-  }
-  // Of a pixel in the buffer of a row, whose last vector may reach over its end
-  int64_t step() const { return padded(inputs); }
-};
-
-// The channels from `first` on of some pixels, copied
-void copy_passed(const Mixer& mixer, int64_t first, int64_t pixels, const float* from, float* to) {
-  for (int64_t i = 0; i < pixels; ++i, from += mixer.in.column, to += mixer.step()) {
-    int64_t c = first;
-    for (; c + kLanes <= mixer.inputs; c += kLanes) store(to + c, load(from + c));
-    if (c < mixer.inputs) store_first(to + c, load_first(from + c, mixer.inputs - c), mixer.inputs - c);
-  }
-}
-
-// VECTORS * kLanes outputs from `first` on, of PIXELS neighbours. (A function of its own, lest the sums be spilled.)
-template <int PIXELS, int VECTORS, bool WHOLE>
-[[gnu::noinline]] void mix_pixels(const Mixer& mixer, int64_t first, const float* from, const float* added, float* to) {
-  const int64_t inputs = mixer.inputs, step = mixer.step(), padded_outputs = padded(mixer.outputs);
-  const float* weights = mixer.weights.data() + first;
-  Vec sums[PIXELS][VECTORS];
-#pragma GCC unroll 8
-  for (int p = 0; p < PIXELS; ++p)
-#pragma GCC unroll 8
-    for (int v = 0; v < VECTORS; ++v) sums[p][v] = load(mixer.bias.data() + first + v * kLanes);
-  for (int64_t c = 0; c < inputs; ++c, weights += padded_outputs) {
-    Vec columns[VECTORS];
-#pragma GCC unroll 8
-    for (int v = 0; v < VECTORS; ++v) columns[v] = load(weights + v * kLanes);
-#pragma GCC unroll 8
-    for (int p = 0; p < PIXELS; ++p) {
-      const Vec value = broadcast(from[p * step + c]);
-#pragma GCC unroll 8
-      for (int v = 0; v < VECTORS; ++v) sums[p][v] += value * columns[v];
-    }
-  }
-  const int64_t added_step = mixer.added.column, out_step = mixer.out.column;
-  const bool adds = mixer.adds;
-  added += first;
-  to += first;
-#pragma GCC unroll 8
-  for (int p = 0; p < PIXELS; ++p)
-#pragma GCC unroll 8
-    for (int v = 0; v < VECTORS; ++v) {
-      const float* other = added + p * added_step + v * kLanes;
-      float* at = to + p * out_step + v * kLanes;
-      // (Nothing of a length that is not known yet beside whole vectors: its calls would have the sums spilled)
-      if constexpr (WHOLE) {
-        if (adds) sums[p][v] += load(other);
-        store(at, sums[p][v]);
-      } else {
-        if (adds) sums[p][v] += load_first(other, mixer.outputs - first);
-        store_first(at, sums[p][v], mixer.outputs - first);
-      }
-    }
-}
-
-// All outputs of the pixels of a row
-void mix_row(const Mixer& mixer, int64_t pixels, const float* from, const float* added, float* to) {
-  constexpr int MANY = 6, VECTORS = kTileColumns == 2 ? 2 : 4;
-  const auto mix = [&](auto function, int64_t i, int64_t first) {
-    function(mixer, first, from + i * mixer.step(), added + i * mixer.added.column, to + i * mixer.out.column);
-  };
-  const auto run = [&]<int V, bool WHOLE>(std::integral_constant<int, V>, std::bool_constant<WHOLE>, int64_t first) {
-    // The last ones may be computed twice
-    for (int64_t i = 0; i < pixels && pixels >= MANY; i += MANY)
-      mix(mix_pixels<MANY, V, WHOLE>, std::min<int64_t>(i, pixels - MANY), first);
-    for (int64_t i = 0; i < pixels && pixels < MANY; ++i) mix(mix_pixels<1, V, WHOLE>, i, first);
-  };
-  const int64_t whole = mixer.outputs / kLanes * kLanes;
-  int64_t first = 0;
-  for (; first + VECTORS * kLanes <= whole; first += VECTORS * kLanes)
-    run(std::integral_constant<int, VECTORS>{}, std::true_type{}, first);
-  for (; first < whole; first += kLanes) run(std::integral_constant<int, 1>{}, std::true_type{}, first);
-  if (first < mixer.outputs) run(std::integral_constant<int, 1>{}, std::false_type{}, first);
-}
-
-// Back from a product's spectrum, of which the rows alone are transformed still, to the outputs of two tiles, the small
-// convolution of the staged tiles added; into `out`, or through `mixer` where there is one
-void from_spectrum(const Tiling& t, const float* spectrum, const Tile (&tiles)[2], const float* const (&staged)[2],
-                   const float* taps, int64_t side, const Map& out, const Mixer* mixer, float* lines, float* row) {
-  for (int64_t y = t.margin; y < t.y.points - t.margin; ++y) {
-    const auto is_output = [&](const Tile& tile) { return tile.exists && tile.top + y - t.margin < t.height; };
-    if (!is_output(tiles[0]) && !is_output(tiles[1])) continue;
-    for (int64_t block = 0; block < t.blocks; ++block) {
-      const float* from = spectrum + block * t.spectrum_block() + y * t.spectrum_row();
-      float *real = lines + 2 * block * t.stage_row(), *imaginary = real + t.stage_row();
-      t.x.transform(from + kLanes, from, 2 * kLanes, imaginary, real, kLanes);
-    }
-    for (int i = 0; i < 2; ++i) {
-      const Tile& tile = tiles[i];
-      if (!is_output(tile)) continue;
-      const int64_t target = tile.top + y - t.margin;
-      const Range x = within(tile.left - t.margin, t.x.points, t.width, t.margin);
-      const int64_t pixels = x.end - x.begin;
-      for (int64_t block = 0; block < t.blocks; ++block) {
-        float* line = lines + (2 * block + i) * t.stage_row();
-        float* to = mixer ? row + block * kLanes : line + x.begin * kLanes;
-        add_dynamic(t, staged[i] + block * t.stage_block() + y * t.stage_row(),
-                    taps + tile.image * side * side * t.padded() + block * kLanes, side, x, line, to,
-                    mixer ? mixer->step() : kLanes);
-        if (!mixer) write_row(t, out, out.at(tile.image, target, tile.left), block, pixels, to);
-      }
-      if (!mixer) continue;
-      copy_passed(*mixer, t.channels, pixels, mixer->in.at(tile.image, target, tile.left), row);
-      mix_row(*mixer, pixels, row, mixer->added.at(tile.image, target, tile.left),
-              mixer->out.at(tile.image, target, tile.left));
-    }
-  }
-}
-
-// The gradient of the small kernel from one tile: [tap][padded channels], from inputs without and gradients with rim
-void correlate_dynamic(const Tiling& t, const float* inputs, const float* gradients, int64_t side, Range rows,
-    float* to) {
-  const int64_t reach = side / 2, padded = t.padded();
-  std::memset(to, 0, side * side * padded * sizeof(float));
-  for (int64_t block = 0; block < t.blocks; ++block)
-    for (int64_t y = rows.begin; y < rows.end; ++y)
-      for (int64_t a = 0; a < side; ++a) {
-        const float* in = inputs + block * t.stage_block() + y * t.stage_row();
-        const float* gradient = gradients + block * t.stage_block() + (y - a + reach) * t.stage_row();
-        for (int64_t b = 0; b < side; ++b) {
-          Vec sums[4] = {};
-          int64_t i = t.margin;
-          const int64_t end = t.x.points - t.margin;
-          for (; i + 4 <= end; i += 4)
-            for (int j = 0; j < 4; ++j) sums[j] += load(in + (i + j) * kLanes) * load(gradient + (i + j - b + reach)
-                * kLanes);
-          for (; i < end; ++i) sums[0] += load(in + i * kLanes) * load(gradient + (i - b + reach) * kLanes);
-          float* at = to + (a * side + b) * padded + block * kLanes;
-          store(at, load(at) + ((sums[0] + sums[1]) + (sums[2] + sums[3])));
-        }
-      }
-}
-
-// ---------------------------------------------------------------------------------------------------- the kernels
-
-// cos(2 pi f d / N), [f][d]
-std::vector<float> cosines(int64_t points, int64_t taps) {
-  std::vector<float> table((points / 2 + 1) * taps);
-  for (int64_t f = 0; f <= points / 2; ++f)
-    for (int64_t d = 0; d < taps; ++d) table[f * taps + d] = float(std::cos(2 * M_PI * double(f * d % points)
-        / points));
-  return table;
-}
-
-// The matrices [fx][fy][input channel][padded output channel] of an even kernel (output, input, K, K) of any strides,
-// divided by the points of a tile, which the inverse transform leaves as a factor.
-void kernel_matrices(const Tiling& t, const at::Tensor& kernel, float* matrices) {
-  const int64_t side = kernel.size(2), reach = side / 2, taps = reach + 1;
-  const Map map(kernel);
-  const auto cos_y = cosines(t.y.points, taps), cos_x = cosines(t.x.points, taps);
-  std::atomic<bool> even{true};
-  at::parallel_for(0, t.channels * t.blocks, 1, [&](int64_t begin, int64_t end) {
-    std::vector<float> memory(taps * (taps + t.half_x()) * kLanes);
-    float *folded = memory.data(), *half = folded + taps * taps * kLanes;
-    for (int64_t job = begin; job < end; ++job) {
-      const int64_t input = job / t.blocks, block = job % t.blocks;
-      std::fill(memory.begin(), memory.end(), 0.f);
-      const int64_t lanes = std::min<int64_t>(kLanes, t.channels - block * kLanes);
-      for (int64_t lane = 0; lane < lanes; ++lane) {
-        const float* at = map.data + (block * kLanes + lane) * map.batch + input * map.channel;
-        for (int64_t a = 0; a < taps; ++a)
-          for (int64_t b = 0; b < taps; ++b) {
-            const auto tap = [&](int64_t y, int64_t x) { return at[(reach + y) * map.row + (reach + x) * map.column]; };
-            const float value = tap(a, b), others[3] = {tap(-a, b), tap(a, -b), tap(-a, -b)};
-            for (float other : others)
-              // Weights that have all become infinite or no numbers are for the training to report
-              if (!(std::abs(value - other) <= 1e-5f * std::abs(value) + 1e-12f || value == other ||
-                    (std::isnan(value) && std::isnan(other))))
-                even = false;
-            const float weight = (a ? 2.f : 1.f) * (b ? 2.f : 1.f) / float(t.y.points * t.x.points);
-            folded[(a * taps + b) * kLanes + lane] = weight * value;
-          }
-      }
-      for (int64_t a = 0; a < taps; ++a)
-        for (int64_t fx = 0; fx < t.half_x(); ++fx) {
-          Vec sum = {};
-          for (int64_t b = 0; b < taps; ++b)
-            sum += broadcast(cos_x[fx * taps + b]) * load(folded + (a * taps + b) * kLanes);
-          store(half + (a * t.half_x() + fx) * kLanes, sum);
-        }
-      for (int64_t fy = 0; fy < t.half_y(); ++fy)
-        for (int64_t fx = 0; fx < t.half_x(); ++fx) {
-          Vec sum = {};
-          for (int64_t a = 0; a < taps; ++a) sum += broadcast(cos_y[fy * taps + a]) * load(half + (a * t.half_x() + fx)
-              * kLanes);
-          store(matrices + (fx * t.half_y() + fy) * t.matrix() + input * t.padded() + block * kLanes, sum);
-        }
-    }
-  });
-  TORCH_CHECK_VALUE(even, "conv_attention: large_kernel is not symmetric, that is, equal to its mirror images in both "
-                          "directions. Pass it through symmetrise, or call with symmetric=False.");
-}
-
-// The gradient (output, input, K, K) from correlations [share][fx][fy][input channel][padded output channel]
-void kernel_gradient(const Tiling& t, const float* sums, int64_t shares, at::Tensor& gradient) {
-  const int64_t side = gradient.size(2), reach = side / 2, taps = reach + 1;
-  const Map map(gradient);
-  const auto cos_y = cosines(t.y.points, taps), cos_x = cosines(t.x.points, taps);
-  const Vec scale = broadcast(1.f / float(t.y.points * t.x.points));
-  const int64_t share_size = t.half_y() * t.half_x() * t.matrix();
-  at::parallel_for(0, t.channels * t.blocks, 1, [&](int64_t begin, int64_t end) {
-    std::vector<float> memory(taps * (taps + t.half_x()) * kLanes);
-    float *spatial = memory.data(), *half = spatial + taps * taps * kLanes;
-    for (int64_t job = begin; job < end; ++job) {
-      const int64_t input = job / t.blocks, block = job % t.blocks;
-      std::fill(memory.begin(), memory.end(), 0.f);
-      for (int64_t fy = 0; fy < t.half_y(); ++fy)
-        for (int64_t fx = 0; fx < t.half_x(); ++fx) {
-          const float* at = sums + (fx * t.half_y() + fy) * t.matrix() + input * t.padded() + block * kLanes;
-          Vec sum = load(at);
-          for (int64_t share = 1; share < shares; ++share) sum += load(at + share * share_size);
-          for (int64_t a = 0; a < taps; ++a) {
-            float* to = half + (a * t.half_x() + fx) * kLanes;
-            store(to, load(to) + broadcast(cos_y[fy * taps + a]) * sum);
-          }
-        }
-      for (int64_t a = 0; a < taps; ++a)
-        for (int64_t b = 0; b < taps; ++b) {
-          Vec sum = {};
-          for (int64_t fx = 0; fx < t.half_x(); ++fx)
-            sum += broadcast(cos_x[fx * taps + b]) * load(half + (a * t.half_x() + fx) * kLanes);
-          store(spatial + (a * taps + b) * kLanes, sum * scale);
-        }
-      const int64_t lanes = std::min<int64_t>(kLanes, t.channels - block * kLanes);
-      for (int64_t lane = 0; lane < lanes; ++lane) {
-        float* at = map.data + (block * kLanes + lane) * map.batch + input * map.channel;
-        for (int64_t y = 0; y < side; ++y)
-          for (int64_t x = 0; x < side; ++x)
-            at[y * map.row + x * map.column] = spatial[(std::abs(y - reach) * taps + std::abs(x - reach)) * kLanes
-                + lane];
-      }
-    }
-  });
-}
-
-// (B, C, k, k) -> [image][tap][padded channels], for the gradient turned by 180 degrees
-std::vector<float> arranged_taps(const Tiling& t, const at::Tensor& kernel, bool turned) {
-  const int64_t side = kernel.size(2), count = side * side;
-  const Map map(kernel);
-  std::vector<float> taps(t.batch * count * t.padded());
-  for (int64_t image = 0; image < t.batch; ++image)
-    for (int64_t tap = 0; tap < count; ++tap)
-      for (int64_t c = 0; c < t.channels; ++c) {
-        const int64_t source = turned ? count - 1 - tap : tap;
-        taps[(image * count + tap) * t.padded() + c] =
-            map.data[image * map.batch + c * map.channel + source / side * map.row + source % side * map.column];
-      }
-  return taps;
-}
-
-// ----------------------------------------------------------------------------------------------------- operators
 
 at::Tensor empty_map_like(const at::Tensor& x) {
   const bool channels_last = x.stride(1) == 1 && x.size(1) > 1;
@@ -830,38 +107,64 @@ at::Tensor conv_attention(const at::Tensor& x, const at::Tensor& large_kernel, c
 }
 
 // The first channels convolved, the others as they are, a 1 x 1 convolution of all, and what is added to that, without
-// putting the channels together
+// putting the channels together. `kept` gets the convolved channels, unless it is null.
 at::Tensor convolve_and_mix(const at::Tensor& x, const std::optional<at::Tensor>& residual,
                             const at::Tensor& large_kernel, const at::Tensor& dynamic_kernel, const at::Tensor& weight,
-                            const std::optional<at::Tensor>& bias) {
-  TORCH_CHECK(x.dim() == 4 && x.stride(1) == 1, "mixed_conv_attention takes maps with the channels innermost.");
+                            const std::optional<at::Tensor>& bias, const at::Tensor* kept) {
   const at::Tensor convolved = convolved_part(x, large_kernel);
   check_inputs(convolved, large_kernel, dynamic_kernel);
+  TORCH_CHECK(x.stride(1) == 1, "conv_attention_step takes maps with the channels innermost.");
   TORCH_CHECK(weight.dim() == 4 && weight.size(1) == x.size(1) && weight.size(2) == 1 && weight.size(3) == 1 &&
                   is_float(weight) &&
                   (!bias || (bias->sizes() == at::IntArrayRef({weight.size(0)}) && is_float(*bias))),
-              "mixed_conv_attention: a weight of shape ", weight.sizes(), " does not fit x of shape ", x.sizes(), ".");
+              "conv_attention_step: a weight of shape ", weight.sizes(), " does not fit x of shape ", x.sizes(), ".");
   at::Tensor out =
       empty_map({x.size(0), weight.size(0), x.size(2), x.size(3)}, x.options());
   TORCH_CHECK(!residual || (residual->sizes() == out.sizes() && residual->stride(1) == 1 && is_float(*residual)),
               "conv_attention_step: the residual must be as the output, with the channels innermost.");
   if (out.numel() == 0) return out;
-  const Mixer mixer(x, residual, out, weight, bias);
+  const Mixer mixer(x, residual, out, weight, bias, kept);
   convolve(convolved, large_kernel, dynamic_kernel, out, &mixer);
   return out;
 }
 
-at::Tensor mixed_conv_attention(const at::Tensor& x, const at::Tensor& large_kernel, const at::Tensor& dynamic_kernel,
-                                const at::Tensor& weight, const at::Tensor& bias) {
-  return convolve_and_mix(x, std::nullopt, large_kernel, dynamic_kernel, weight, bias);
+// --- the kernel that is computed from the image -------------------------------------------------------------------
+
+constexpr int64_t kDynamicSide = 3;
+using Numbers = std::vector<double>;
+
+// The means of a map's first channels over all pixels: (images, channels). Rows are summed by themselves, so that the
+// number of threads makes no difference.
+at::Tensor means_of_first(const at::Tensor& x, int64_t channels) {
+  const int64_t images = x.size(0), height = x.size(2), width = x.size(3), step = padded(channels);
+  const Map map(x);
+  Floats sums(images * height * step);
+  at::parallel_for(0, images * height, 16, [&](int64_t begin, int64_t end) {
+    constexpr int64_t kChains = 4;
+    for (int64_t row = begin; row < end; ++row)
+      for (int64_t c = 0; c < channels; c += kLanes) {
+        const int64_t count = std::min(kLanes, channels - c);
+        const float* from = map.at(row / height, row % height, 0) + c;
+        Vec chains[kChains] = {};
+        for (int64_t i = 0; i < width; ++i) chains[i % kChains] += load_count(from + i * map.column, count);
+        store(sums.data() + row * step + c, (chains[0] + chains[1]) + (chains[2] + chains[3]));
+      }
+  });
+  at::Tensor means = at::empty({images, channels}, x.options());
+  for (int64_t image = 0; image < images; ++image)
+    for (int64_t c = 0; c < channels; ++c) {
+      double sum = 0;
+      for (int64_t row = 0; row < height; ++row) sum += sums[(image * height + row) * step + c];
+      means.data_ptr<float>()[image * channels + c] = static_cast<float>(sum / (height * width));
+    }
+  return means;
 }
 
 // (images, inputs) through a linear layer of a weight (outputs, inputs, 1, 1): (images, outputs)
-std::vector<double> linear(const std::vector<double>& values, const at::Tensor& weight,
-                           const std::optional<at::Tensor>& bias) {
+Numbers linear(const Numbers& values, const at::Tensor& weight, const std::optional<at::Tensor>& bias) {
   const int64_t outputs = weight.size(0), inputs = weight.size(1), images = values.size() / inputs;
   const Map map(weight);
-  std::vector<double> result(images * outputs);
+  Numbers result(images * outputs);
   for (int64_t image = 0; image < images; ++image)
     for (int64_t o = 0; o < outputs; ++o) {
       double sum = bias ? bias->data_ptr<float>()[o * bias->stride(0)] : 0;
@@ -872,6 +175,33 @@ std::vector<double> linear(const std::vector<double>& values, const at::Tensor& 
   return result;
 }
 
+struct LinearGradients {
+  Numbers of_values;
+  at::Tensor of_weight, of_bias;
+};
+
+// From that of its result, (images, outputs)
+LinearGradients linear_backward(const Numbers& gradient, const Numbers& values, const at::Tensor& weight) {
+  const int64_t outputs = weight.size(0), inputs = weight.size(1), images = values.size() / inputs;
+  const Map map(weight);
+  Numbers of_values(values.size()), of_weight(outputs * inputs), of_bias(outputs);
+  for (int64_t image = 0; image < images; ++image)
+    for (int64_t o = 0; o < outputs; ++o) {
+      const double of_output = gradient[image * outputs + o];
+      of_bias[o] += of_output;
+      for (int64_t i = 0; i < inputs; ++i) {
+        of_weight[o * inputs + i] += of_output * values[image * inputs + i];
+        of_values[image * inputs + i] += of_output * map.data[o * map.batch + i * map.channel];
+      }
+    }
+  const auto as_tensor = [&](const Numbers& numbers, at::IntArrayRef sizes) {
+    const at::Tensor tensor = at::empty(sizes, at::kFloat);
+    std::copy(numbers.begin(), numbers.end(), tensor.data_ptr<float>());
+    return tensor;
+  };
+  return {of_values, as_tensor(of_weight, weight.sizes()), as_tensor(of_bias, {outputs})};
+}
+
 void check_linear(const at::Tensor& weight, const std::optional<at::Tensor>& bias, int64_t outputs, int64_t inputs) {
   TORCH_CHECK(weight.sizes() == at::IntArrayRef({outputs, inputs, 1, 1}) && is_float(weight) &&
                   (!bias || (bias->sizes() == at::IntArrayRef({outputs}) && is_float(*bias))),
@@ -879,50 +209,93 @@ void check_linear(const at::Tensor& weight, const std::optional<at::Tensor>& bia
               " x 1 x 1, and a bias to it, are needed.");
 }
 
-// A whole ConvAttn without gradients, from the means of the convolved channels on
+// (B, C) of any strides as numbers, image after image
+Numbers numbers_of(const at::Tensor& means) {
+  const int64_t channels = means.size(1);
+  Numbers numbers(means.numel());
+  for (size_t i = 0; i < numbers.size(); ++i)
+    numbers[i] = means.data_ptr<float>()[i / channels * means.stride(0) + i % channels * means.stride(1)];
+  return numbers;
+}
+
+double gelu_of(double x) { return x * 0.5 * std::erfc(-x * M_SQRT1_2); }
+
+double gelu_slope_of(double x) {
+  return 0.5 * std::erfc(-x * M_SQRT1_2) + x * std::exp(-0.5 * x * x) * 0.5 * M_2_SQRTPI * M_SQRT1_2;
+}
+
+template <typename Function>
+Numbers of_each(Numbers numbers, Function function) {
+  for (double& number : numbers) number = function(number);
+  return numbers;
+}
+
+// The small kernel of each image, (B, C, 3, 3), from the means of its channels, (B, C)
+at::Tensor dynamic_kernel_of(const at::Tensor& means, int64_t channels, const at::Tensor& proj1_weight,
+                             const std::optional<at::Tensor>& proj1_bias, const at::Tensor& proj2_weight,
+                             const std::optional<at::Tensor>& proj2_bias) {
+  check_linear(proj1_weight, proj1_bias, proj1_weight.size(0), channels);
+  check_linear(proj2_weight, proj2_bias, channels * kDynamicSide * kDynamicSide, proj1_weight.size(0));
+  const Numbers hidden = of_each(linear(numbers_of(means), proj1_weight, proj1_bias), gelu_of);
+  const Numbers taps = linear(hidden, proj2_weight, proj2_bias);
+  const at::Tensor kernel = at::empty({means.size(0), channels, kDynamicSide, kDynamicSide}, means.options());
+  std::copy(taps.begin(), taps.end(), kernel.data_ptr<float>());
+  return kernel;
+}
+
+// --- a whole ConvAttn ----------------------------------------------------------------------------------------------
+
+// Without gradients; `means` may have come with the map
 at::Tensor conv_attention_step(const at::Tensor& x, const std::optional<at::Tensor>& residual,
-                               const at::Tensor& large_kernel, const at::Tensor& means,
+                               const at::Tensor& large_kernel, const std::optional<at::Tensor>& means,
                                const at::Tensor& proj1_weight, const std::optional<at::Tensor>& proj1_bias,
                                const at::Tensor& proj2_weight, const std::optional<at::Tensor>& proj2_bias,
                                const at::Tensor& weight, const std::optional<at::Tensor>& bias) {
-  constexpr int64_t side = 3;
-  const int64_t images = x.size(0), channels = large_kernel.size(0), hidden = proj1_weight.size(0);
-  TORCH_CHECK(means.sizes() == at::IntArrayRef({images, channels}) && is_float(means),
-              "conv_attention_step: means of shape ", means.sizes(), " do not fit x of shape ", x.sizes(), ".");
-  check_linear(proj1_weight, proj1_bias, hidden, channels);
-  check_linear(proj2_weight, proj2_bias, channels * side * side, hidden);
-  std::vector<double> values(images * channels);
-  for (int64_t i = 0; i < images * channels; ++i)
-    values[i] = means.data_ptr<float>()[i / channels * means.stride(0) + i % channels * means.stride(1)];
-  values = linear(values, proj1_weight, proj1_bias);
-  for (double& value : values) value *= 0.5 * std::erfc(-value * M_SQRT1_2);
-  values = linear(values, proj2_weight, proj2_bias);
-  const at::Tensor kernel = at::empty({images, channels, side, side}, x.options());
-  std::copy(values.begin(), values.end(), kernel.data_ptr<float>());
-  return convolve_and_mix(x, residual, large_kernel, kernel, weight, bias);
+  const at::Tensor convolved = convolved_part(x, large_kernel);
+  const int64_t channels = convolved.size(1);
+  TORCH_CHECK(!means || (means->sizes() == at::IntArrayRef({x.size(0), channels}) && is_float(*means)),
+              "conv_attention_step: the means do not fit x of shape ", x.sizes(), ".");
+  TORCH_CHECK(is_float(x) && x.stride(1) == 1, "conv_attention_step takes maps with the channels innermost.");
+  const at::Tensor kernel = dynamic_kernel_of(means ? *means : means_of_first(x, channels), channels, proj1_weight,
+                                              proj1_bias, proj2_weight, proj2_bias);
+  return convolve_and_mix(x, residual, large_kernel, kernel, weight, bias, nullptr);
 }
 
-std::tuple<at::Tensor, at::Tensor, at::Tensor> conv_attention_backward(
-    const at::Tensor& whole_gradient, const at::Tensor& whole_x, const at::Tensor& large_kernel,
-    const at::Tensor& dynamic_kernel, bool of_x, bool of_kernels) {
-  const at::Tensor x = convolved_part(whole_x, large_kernel);
-  check_inputs(x, large_kernel, dynamic_kernel);
-  TORCH_CHECK(whole_gradient.sizes() == whole_x.sizes() && is_float(whole_gradient),
-              "conv_attention_backward: the gradient does not fit x.");
-  const at::Tensor gradient = convolved_part(whole_gradient, large_kernel);
-  at::Tensor x_gradient = of_x ? empty_map_like(whole_x) : at::empty({0}, x.options());
-  if (of_x) copy_others(whole_gradient, x.size(1), x_gradient);
+// To be trained: also what its gradients need, which are the convolved channels, the small kernels and the means
+std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> conv_attention_layer(
+    const at::Tensor& input, const std::optional<at::Tensor>& residual, const at::Tensor& large_kernel,
+    const at::Tensor& proj1_weight, const std::optional<at::Tensor>& proj1_bias, const at::Tensor& proj2_weight,
+    const std::optional<at::Tensor>& proj2_bias, const at::Tensor& weight, const std::optional<at::Tensor>& bias) {
+  const at::Tensor x = input.contiguous(at::MemoryFormat::ChannelsLast);
+  const at::Tensor first = convolved_part(x, large_kernel);
+  TORCH_CHECK(is_float(x), "conv_attention_layer takes float32 tensors on the CPU.");
+  const at::Tensor means = means_of_first(x, first.size(1));
+  const at::Tensor kernel = dynamic_kernel_of(means, first.size(1), proj1_weight, proj1_bias, proj2_weight, proj2_bias);
+  const at::Tensor convolved = empty_map(first.sizes(), x.options());
+  return {convolve_and_mix(x, residual, large_kernel, kernel, weight, bias, &convolved), convolved, kernel, means};
+}
+
+// --- gradients of the convolutions ----------------------------------------------------------------------------------
+
+struct KernelGradients {
+  at::Tensor large, dynamic;  // empty where they are not wanted
+};
+
+// `to` gets the gradient of x, unless it is null
+KernelGradients differentiate_convolutions(const at::Tensor& gradient, const at::Tensor& x,
+                                           const at::Tensor& large_kernel, const at::Tensor& dynamic_kernel,
+                                           const at::Tensor* to, bool of_kernels) {
   at::Tensor large_gradient = of_kernels ? at::zeros(large_kernel.sizes(), x.options()) : at::empty({0}, x.options());
   at::Tensor dynamic_gradient = of_kernels ? at::zeros(dynamic_kernel.sizes(), x.options()) : at::empty({0},
       x.options());
-  if (x.numel() == 0) return {x_gradient, large_gradient, dynamic_gradient};
+  if (x.numel() == 0) return {large_gradient, dynamic_gradient};
 
   const int64_t side = dynamic_kernel.size(3), count = side * side;
   const Tiling t = choose_tiling(x, large_kernel.size(3), side);
   const int64_t all_matrices = t.half_y() * t.half_x() * t.matrix();
   static thread_local Scratch kernel_scratch, sum_scratch;
   float* matrices = nullptr;
-  if (of_x) {
+  if (to) {
     matrices = kernel_scratch.get(all_matrices);
     kernel_matrices(t, large_kernel.transpose(0, 1), matrices);
   }
@@ -935,8 +308,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> conv_attention_backward(
     tap_sums.resize(t.tiles() * count * t.padded());
   }
   const auto taps = arranged_taps(t, dynamic_kernel, true);
-  const Map of_output(gradient), of_input(x);
-  const Map to(of_x ? convolved_part(x_gradient, large_kernel) : x);
+  const Map of_output(gradient), of_input(x), target(to ? *to : x);
   const int64_t shares = in_shares(t.pairs(), [&](int64_t share, int64_t pair) {
     static thread_local Scratch scratch;
     const int64_t stage = t.blocks * t.stage_block(), spectral = t.blocks * t.spectrum_block();
@@ -960,8 +332,8 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> conv_attention_backward(
     if (of_kernels) transform_rows(t, staged_x, staged_x + stage, used_x, spectrum_x);
     visit_frequencies(t, spectrum, matrices, of_kernels ? spectrum_x : nullptr,
                       of_kernels ? sums + share * all_matrices : nullptr, rows);
-    if (of_x) from_spectrum(t, spectrum, tiles, {staged, staged + stage}, taps.data(), side, to, nullptr, lines,
-                            nullptr);
+    if (to) from_spectrum(t, spectrum, tiles, {staged, staged + stage}, taps.data(), side, target, nullptr, lines,
+                          nullptr);
   });
   if (of_kernels) {
     kernel_gradient(t, sums, shares, large_gradient);
@@ -972,7 +344,170 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> conv_attention_backward(
           result.data[tile / (t.rows * t.columns) * result.batch + c * result.channel + tap] +=
               tap_sums[(tile * count + tap) * t.padded() + c];
   }
-  return {x_gradient, large_gradient, dynamic_gradient};
+  return {large_gradient, dynamic_gradient};
+}
+
+std::tuple<at::Tensor, at::Tensor, at::Tensor> conv_attention_backward(
+    const at::Tensor& whole_gradient, const at::Tensor& whole_x, const at::Tensor& large_kernel,
+    const at::Tensor& dynamic_kernel, bool of_x, bool of_kernels) {
+  const at::Tensor x = convolved_part(whole_x, large_kernel);
+  check_inputs(x, large_kernel, dynamic_kernel);
+  TORCH_CHECK(whole_gradient.sizes() == whole_x.sizes() && is_float(whole_gradient),
+              "conv_attention_backward: the gradient does not fit x.");
+  at::Tensor x_gradient = of_x ? empty_map_like(whole_x) : at::empty({0}, x.options());
+  if (of_x) copy_others(whole_gradient, x.size(1), x_gradient);
+  const at::Tensor to = of_x ? convolved_part(x_gradient, large_kernel) : at::Tensor();
+  const KernelGradients of_kernel =
+      differentiate_convolutions(convolved_part(whole_gradient, large_kernel), x, large_kernel, dynamic_kernel,
+                                 of_x ? &to : nullptr, of_kernels);
+  return {x_gradient, of_kernel.large, of_kernel.dynamic};
+}
+
+// --- gradients of the whole layer -----------------------------------------------------------------------------------
+
+constexpr int64_t kPiece = 64;  // pixels that are worked on at a time: they stay in the first cache
+
+// The 1 x 1 convolution of the convolved channels and the others, backwards. All maps are pixel after pixel.
+struct Unmixing {
+  int64_t channels, inputs, outputs;  // convolved; all; of the convolution
+  const float *gradient, *x, *convolved, *weight;  // (weight: output after output, its inputs padded)
+  float *of_convolved, *of_x;
+
+  int64_t step() const { return padded(inputs); }
+};
+
+// Gradients of the weight, (outputs, padded inputs), and of the bias, as one part of the work sums them
+struct MixGradients {
+  Floats weight, bias;
+
+  explicit MixGradients(const Unmixing& u) : weight(u.outputs * u.step()), bias(padded(u.outputs)) {}
+};
+
+// The gradients of a piece's channels: of the convolved ones apart; those of the others in their place, with something
+// in the place of the convolved ones
+void unmix(const Unmixing& u, int64_t begin, int64_t pixels) {
+  const int64_t channels = u.channels, inputs = u.inputs;
+  float *of_convolved = u.of_convolved + begin * channels, *of_x = u.of_x + begin * inputs;
+  product(pixels, u.step() / kLanes, u.outputs, {u.gradient + begin * u.outputs, u.outputs, 1}, u.weight, u.step(),
+          nullptr, [=](int64_t p, int64_t v, Vec sum) {
+            if (v * kLanes < channels) store_channels(of_convolved + p * channels, v, channels, sum);
+            if ((v + 1) * kLanes > channels) store_channels(of_x + p * inputs, v, inputs, sum);
+          });
+}
+
+void add_mix_gradients(const Unmixing& u, int64_t begin, int64_t pixels, Floats& joined, MixGradients& sums) {
+  const int64_t step = u.step();
+  for (int64_t p = 0; p < pixels; ++p) {
+    float* to = joined.data() + p * step;
+    std::memcpy(to, u.convolved + (begin + p) * u.channels, u.channels * sizeof(float));
+    std::memcpy(to + u.channels, u.x + (begin + p) * u.inputs + u.channels, (u.inputs - u.channels) * sizeof(float));
+  }
+  const float* gradient = u.gradient + begin * u.outputs;
+  float* of_weight = sums.weight.data();
+  product(u.outputs, step / kLanes, pixels, {gradient, 1, u.outputs}, joined.data(), step, nullptr,
+          [=](int64_t o, int64_t v, Vec sum) {
+            float* place = of_weight + o * step + v * kLanes;
+            store(place, load(place) + sum);
+          });
+  for (int64_t c = 0; c < u.outputs; c += kLanes) {
+    const int64_t count = std::min(kLanes, u.outputs - c);
+    Vec sum = {};
+    for (int64_t p = 0; p < pixels; ++p) sum += load_count(gradient + p * u.outputs + c, count);
+    store(sums.bias.data() + c, load(sums.bias.data() + c) + sum);
+  }
+}
+
+// All pixels of the batch; the sums of the parts in their order, so that they are the same every time
+MixGradients unmix_all(const Unmixing& u, int64_t pixels, bool of_parameters) {
+  const int64_t parts = std::clamp<int64_t>(pixels / (4 * kPiece), 1, at::get_num_threads());
+  std::vector<MixGradients> sums;
+  for (int64_t part = 0; part < parts; ++part) sums.emplace_back(u);
+  at::parallel_for(0, parts, 1, [&](int64_t first, int64_t last) {
+    Floats joined(kPiece * u.step());
+    for (int64_t part = first; part < last; ++part) {
+      const int64_t end = pixels * (part + 1) / parts;
+      for (int64_t begin = pixels * part / parts; begin < end; begin += kPiece) {
+        const int64_t count = std::min(kPiece, end - begin);
+        unmix(u, begin, count);
+        if (of_parameters) add_mix_gradients(u, begin, count, joined, sums[part]);
+      }
+    }
+  });
+  for (int64_t part = 1; part < parts; ++part)
+    for (auto member : {&MixGradients::weight, &MixGradients::bias})
+      for (size_t i = 0; i < (sums[0].*member).size(); ++i) (sums[0].*member)[i] += (sums[part].*member)[i];
+  return std::move(sums[0]);
+}
+
+// What every pixel of an image gets, (B, C), added to the first channels of a map
+void add_to_first(at::Tensor& map, const Numbers& numbers, int64_t channels) {
+  const int64_t images = map.size(0), pixels = map.size(2) * map.size(3), inputs = map.size(1);
+  Floats values(images * padded(channels));
+  for (size_t i = 0; i < numbers.size(); ++i)
+    values[i / channels * padded(channels) + i % channels] = static_cast<float>(numbers[i]);
+  float* data = map.data_ptr<float>();
+  at::parallel_for(0, images * pixels, 4096, [&](int64_t begin, int64_t end) {
+    for (int64_t p = begin; p < end; ++p)
+      for (int64_t c = 0; c < channels; c += kLanes) {
+        const int64_t count = std::min(kLanes, channels - c);
+        float* place = data + p * inputs + c;
+        store_count(place, load_count(place, count) + load(values.data() + p / pixels * padded(channels) + c), count);
+      }
+  });
+}
+
+using EightTensors = std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor,
+                                at::Tensor>;
+
+// The gradients of x, the large kernel, and weight and bias of both projections and of the 1 x 1 convolution
+EightTensors conv_attention_layer_backward(const at::Tensor& whole_gradient, const at::Tensor& input,
+                                           const at::Tensor& large_kernel, const at::Tensor& proj1_weight,
+                                           const std::optional<at::Tensor>& proj1_bias, const at::Tensor& proj2_weight,
+                                           const at::Tensor& weight, const at::Tensor& kept, const at::Tensor& dynamic,
+                                           const at::Tensor& means, bool of_parameters) {
+  const at::Tensor x = input.contiguous(at::MemoryFormat::ChannelsLast);
+  const at::Tensor gradient = whole_gradient.contiguous(at::MemoryFormat::ChannelsLast);
+  const at::Tensor convolved = kept.contiguous(at::MemoryFormat::ChannelsLast);
+  const at::Tensor first = convolved_part(x, large_kernel);
+  check_inputs(first, large_kernel, dynamic);
+  TORCH_CHECK(is_float(gradient) && is_float(weight) && convolved.sizes() == first.sizes() &&
+                  gradient.sizes() == at::IntArrayRef({x.size(0), weight.size(0), x.size(2), x.size(3)}),
+              "conv_attention_layer_backward: the gradient does not fit x.");
+  at::Tensor x_gradient = empty_map(x.sizes(), x.options());
+  const at::Tensor of_convolved = empty_map(first.sizes(), x.options());
+  const int64_t channels = first.size(1), inputs = x.size(1), outputs = weight.size(0);
+
+  const Map of_weight(weight);
+  Floats rows(outputs * padded(inputs));
+  for (int64_t o = 0; o < outputs; ++o)
+    for (int64_t i = 0; i < inputs; ++i)
+      rows[o * padded(inputs) + i] = of_weight.data[o * of_weight.batch + i * of_weight.channel];
+  const Unmixing unmixing{channels, inputs, outputs, gradient.const_data_ptr<float>(), x.const_data_ptr<float>(),
+                          convolved.const_data_ptr<float>(), rows.data(), of_convolved.data_ptr<float>(),
+                          x_gradient.data_ptr<float>()};
+  const MixGradients of_mix = unmix_all(unmixing, x.numel() / std::max<int64_t>(inputs, 1), of_parameters);
+
+  const at::Tensor to = convolved_part(x_gradient, large_kernel);
+  // The small kernel's gradient is part of that of x: through the means
+  const KernelGradients of_kernels = differentiate_convolutions(of_convolved, first, large_kernel, dynamic, &to, true);
+  const Numbers values = numbers_of(means), before = linear(values, proj1_weight, proj1_bias);
+  const at::Tensor taps = of_kernels.dynamic.contiguous();
+  const Numbers of_taps(taps.const_data_ptr<float>(), taps.const_data_ptr<float>() + taps.numel());
+  const LinearGradients of_proj2 = linear_backward(of_taps, of_each(before, gelu_of), proj2_weight);
+  Numbers of_before = of_each(before, gelu_slope_of);
+  for (size_t i = 0; i < of_before.size(); ++i) of_before[i] *= of_proj2.of_values[i];
+  const LinearGradients of_proj1 = linear_backward(of_before, values, proj1_weight);
+  const double share = 1.0 / (x.size(2) * x.size(3));
+  add_to_first(x_gradient, of_each(of_proj1.of_values, [=](double value) { return value * share; }), channels);
+
+  at::Tensor weight_gradient = at::empty(weight.sizes(), x.options());
+  at::Tensor bias_gradient = at::empty({outputs}, x.options());
+  for (int64_t o = 0; o < outputs; ++o)
+    std::memcpy(weight_gradient.data_ptr<float>() + o * inputs, of_mix.weight.data() + o * padded(inputs),
+                inputs * sizeof(float));
+  std::memcpy(bias_gradient.data_ptr<float>(), of_mix.bias.data(), outputs * sizeof(float));
+  return {x_gradient,          of_kernels.large,  of_proj1.of_weight, of_proj1.of_bias,
+          of_proj2.of_weight, of_proj2.of_bias, weight_gradient,    bias_gradient};
 }
 
 }  // namespace
@@ -981,11 +516,15 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> conv_attention_backward(
 TORCH_LIBRARY_FRAGMENT(esc_arch, library) {
   library.def("conv_attention(Tensor x, Tensor large_kernel, Tensor dynamic_kernel) -> Tensor");
   library.def(
-      "mixed_conv_attention(Tensor x, Tensor large_kernel, Tensor dynamic_kernel, Tensor weight, Tensor bias) "
-      "-> Tensor");
-  library.def(
-      "conv_attention_step(Tensor x, Tensor? residual, Tensor large_kernel, Tensor means, Tensor proj1_weight, "
+      "conv_attention_step(Tensor x, Tensor? residual, Tensor large_kernel, Tensor? means, Tensor proj1_weight, "
       "Tensor? proj1_bias, Tensor proj2_weight, Tensor? proj2_bias, Tensor weight, Tensor? bias) -> Tensor");
+  library.def(
+      "conv_attention_layer(Tensor x, Tensor? residual, Tensor large_kernel, Tensor proj1_weight, Tensor? proj1_bias, "
+      "Tensor proj2_weight, Tensor? proj2_bias, Tensor weight, Tensor? bias) -> (Tensor, Tensor, Tensor, Tensor)");
+  library.def(
+      "conv_attention_layer_backward(Tensor gradient, Tensor x, Tensor large_kernel, Tensor proj1_weight, "
+      "Tensor? proj1_bias, Tensor proj2_weight, Tensor weight, Tensor convolved, Tensor dynamic_kernel, Tensor means, "
+      "bool of_parameters) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)");
   library.def(
       "conv_attention_backward(Tensor gradient, Tensor x, Tensor large_kernel, Tensor dynamic_kernel, bool of_x, "
       "bool of_kernels) -> (Tensor, Tensor, Tensor)");
@@ -993,7 +532,8 @@ TORCH_LIBRARY_FRAGMENT(esc_arch, library) {
 
 TORCH_LIBRARY_IMPL(esc_arch, CPU, library) {
   library.impl("conv_attention", esc_arch::conv_attention);
-  library.impl("mixed_conv_attention", esc_arch::mixed_conv_attention);
   library.impl("conv_attention_step", esc_arch::conv_attention_step);
+  library.impl("conv_attention_layer", esc_arch::conv_attention_layer);
+  library.impl("conv_attention_layer_backward", esc_arch::conv_attention_layer_backward);
   library.impl("conv_attention_backward", esc_arch::conv_attention_backward);
 }
