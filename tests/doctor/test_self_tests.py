@@ -19,7 +19,8 @@ QUICK = [
     (operation, name)
     for operation, described in OPERATIONS.items()
     for name in described.api.BACKENDS
-    if name not in ("flex", "flex_flash", "triton", "triton_folded", "cpp") and (name, operation) != ("flash", "window attention")
+    if name not in ("flex", "flex_flash", "triton", "triton_folded", "cpp")
+    and (name, operation) != ("flash", "window attention")
 ]
 
 
