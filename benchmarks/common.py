@@ -31,6 +31,7 @@ from torch import nn
 import esc_arch.ops
 from esc_arch.modules.window_attention import WindowAttention
 from esc_arch.ops import native
+from esc_arch.ops.float32 import float32_products
 
 MIB = 2**20
 #: Glibc's settings that keep freed memory instead of giving it back and faulting it in again.
@@ -57,10 +58,14 @@ def operations() -> dict[str, ModuleType]:
 
 @contextmanager
 def choosing(orders: Mapping[str, Sequence[str]]) -> Iterator[None]:
-    """Let `auto` try only these backends, by operation; the others are left as they are."""
+    """Let `auto` try only these backends, by operation, whatever their trials say; the others are left as they are."""
     with ExitStack() as stack:
         for name, order in orders.items():
-            stack.enter_context(mock.patch.object(operations()[name], "AUTO_ORDER", tuple(order)))
+            api = operations()[name]
+            stack.enter_context(mock.patch.object(api, "AUTO_ORDER", tuple(order)))
+            for backend in (api.BACKENDS[each] for each in order):
+                if hasattr(backend, "reasons_against_auto"):
+                    stack.enter_context(mock.patch.object(backend, "reasons_against_auto", lambda *_: []))
         yield
 
 
@@ -97,14 +102,8 @@ def tf32_of(precision: str) -> Iterator[None]:
     if precision == "default":
         yield
         return
-    before = torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32
-    torch.set_float32_matmul_precision("high" if precision == "tf32" else "highest")
-    torch.backends.cudnn.allow_tf32 = precision == "tf32"
-    try:
+    with float32_products(tf32=precision == "tf32"):
         yield
-    finally:
-        torch.set_float32_matmul_precision(before[0])
-        torch.backends.cudnn.allow_tf32 = before[1]
 
 
 def dtype_of(precision: str) -> torch.dtype:

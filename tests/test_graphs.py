@@ -150,10 +150,11 @@ def test_a_network_with_triton_operators_is_one_graph_for_all_sizes(
     """Shapes without data stand in for a GPU; they know no autocast."""
     torch.compiler.reset()
     monkeypatch.setattr(torch, "is_autocast_enabled", lambda *_: False)
+    monkeypatch.setenv("ESC_ARCH_TRITON", "1")
     monkeypatch.setattr(conv_attn, "AUTO_ORDER", ("triton_folded",))
     monkeypatch.setattr(conv_attn.BACKENDS["triton"], "missing", lambda *_: "")
     monkeypatch.setattr(window_attention["triton"], "missing", lambda *_: "")
-    net = small_esc(attn_type="triton").to("meta")
+    net = small_esc(attn_type="auto").to("meta")
     traced = []
 
     def compiler(graph: torch.fx.GraphModule, example_inputs: list[Tensor]) -> Any:

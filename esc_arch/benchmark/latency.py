@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from esc_arch.errors import UserError
 from esc_arch.modules.window_attention import WindowAttention
+from esc_arch.ops.float32 import float32_products
 from esc_arch.ops.window_attention import BACKENDS, resolve_backend
 
 __all__ = ["PRECISIONS", "Latency", "Protocol", "measure"]
@@ -161,15 +162,8 @@ def _precision(protocol: Protocol) -> Iterator[None]:
     autocast: AbstractContextManager[object] = nullcontext()
     if precision.autocast is not None:
         autocast = torch.autocast(protocol.device, precision.autocast)
-    products, convolutions = torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32
-    torch.set_float32_matmul_precision("high" if precision.tf32 else "highest")
-    torch.backends.cudnn.allow_tf32 = precision.tf32
-    try:
-        with autocast:
-            yield
-    finally:
-        torch.set_float32_matmul_precision(products)
-        torch.backends.cudnn.allow_tf32 = convolutions
+    with float32_products(tf32=precision.tf32), autocast:
+        yield
 
 
 @contextmanager

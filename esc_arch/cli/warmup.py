@@ -21,11 +21,15 @@ from esc_arch.ops.native import building
 from esc_arch.ops.window_attention.api import AUTO_ORDER, BACKENDS
 from esc_arch.options import load_yaml
 
+from .kernel_trials import try_gpus
 from .status import FAULT
 
 __all__ = ["HELP", "add_arguments", "run"]
 
-HELP = "Compile what takes long once: the C++ operators, and the kernels of a network; say what can be used here."
+HELP = (
+    "Do once what takes long: compile the C++ operators and the kernels of a network, try the Triton kernels on this "
+    "GPU; say what can be used here."
+)
 
 #: What is run without an option file.
 SCALES = (2, 3, 4)
@@ -39,6 +43,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )  # fmt: skip
     parser.add_argument("--size", metavar="HxW", default="128x128", help="of the LR image; default: 128x128")
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
+    parser.add_argument(
+        "--again", action="store_true", help="try the Triton kernels on this GPU anew, as after a failure"
+    )
 
 
 def run(args: argparse.Namespace) -> int:
@@ -51,6 +58,8 @@ def run(args: argparse.Namespace) -> int:
     size, device = _size(args.size), _device(args.device)
     networks = list(_networks(args.opt))
     status = _build_operators()
+    if device.type == "cuda":
+        try_gpus(again=args.again)
     for name, net, speed in networks:
         _warm_up(name, net.to(device), speed, torch.rand(1, 3, *size, device=device))
     return status
@@ -143,7 +152,7 @@ def _seconds(net: nn.Module, image: Tensor, train: bool) -> float:
 
 
 def _attention(net: nn.Module, image: Tensor, speed: Speed | None) -> Iterator[str]:
-    """Which backend the network's window attention takes, and why the others cannot."""
+    """Which backend the network's window attention takes, and why not the others."""
     module = next((each for each in net.modules() if isinstance(each, WindowAttention)), None)
     if module is None:
         return
@@ -157,3 +166,5 @@ def _attention(net: nn.Module, image: Tensor, speed: Speed | None) -> Iterator[s
     for name, why in found.reasons.items():
         if why:
             yield f"not {name}: {'; '.join(why)}"
+    for name, why in found.reasons_against_auto.items():
+        yield f"{name} can run, but auto does not take it: {'; '.join(why)}"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 from .children import JobFailed
@@ -16,8 +17,8 @@ _TYPES = {"cpu": ("float32",), "cuda": ("float32", "bfloat16")}
 _OPERATIONS = ("window attention", "window attention, factors", "ConvAttn", "ConvFFN", "LayerNorm", "3x3 convolution")
 _INSTEAD = {
     "cpp": "ESC_ARCH_NATIVE=0 in the environment switches the C++ operators off.",
-    "triton": "Unset ESC_ARCH_TRITON, and name another attn_type.",
-    "triton_folded": "Unset ESC_ARCH_TRITON.",
+    "triton": "ESC_ARCH_TRITON=0 in the environment keeps auto from it.",
+    "triton_folded": "ESC_ARCH_TRITON=0 in the environment keeps auto from it.",
 }
 
 
@@ -51,14 +52,29 @@ def _operation(context: Context, operation: str, device: str, kind: str) -> Iter
     for backend, reasons in refusals.items():
         key = f"{name}: {backend}"
         in_training = found["reasons_in_training"][backend]
-        facts = {"can_run": not reasons, "reasons": reasons, "reasons_in_training": in_training}
+        left = {mode: why[backend] for mode, why in found["left_by_auto"].items() if backend in why}
+        facts = {
+            "can_run": not reasons, "reasons": reasons, "reasons_in_training": in_training, "left_by_auto": left,
+        }  # fmt: skip
         if reasons:
             yield Finding(key, f"cannot run: {'; '.join(reasons)}", data=facts)
-        elif context.args.no_test:
-            yield Finding(key, "can run", data=facts)
+            continue
+        if context.args.no_test:
+            result = Finding(key, "can run", data=facts)
         else:
             context.tell(f"{key} ...")
-            yield _tested(context, key, (operation, backend, device, kind), facts, backend in auto.values())
+            result = _tested(context, key, (operation, backend, device, kind), facts, backend in auto.values())
+        yield replace(result, text=result.text + _left(left))
+
+
+def _left(reasons: dict[str, list[str]]) -> str:
+    """That auto does not take a backend that can run, and why: said once where the reasons are those of every mode."""
+    told = {mode: "; ".join(why) for mode, why in reasons.items()}
+    if not told:
+        return ""
+    if len(told) > 1 and len(set(told.values())) == 1:
+        return f"; auto does not take it: {next(iter(told.values()))}"
+    return "".join(f"; auto does not take it in {mode}: {why}" for mode, why in told.items())
 
 
 def _tested(

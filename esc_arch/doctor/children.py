@@ -53,7 +53,7 @@ class Worker:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._stop()
+        self.stop()
 
     def call(self, function: str, *arguments: Any) -> Any:
         """The result of ``module:name`` for arguments that JSON has.
@@ -72,7 +72,7 @@ class Worker:
         return answer["result"]
 
     def _start(self) -> None:
-        self._errors = tempfile.TemporaryFile()  # noqa: SIM115  closed by _stop
+        self._errors = tempfile.TemporaryFile()  # noqa: SIM115  closed by stop
         self._answers = queue.Queue()
         self._process = subprocess.Popen(
             [sys.executable, str(Path(__file__).parent), "jobs"],
@@ -97,15 +97,15 @@ class Worker:
         try:
             line = self._answers.get(timeout=limit)
         except queue.Empty:
-            self._stop(patience=0)
+            self.stop(patience=0)
             raise JobFailed(f"not finished after {limit:g} s of {doing}", late=True) from None
         if not line:
-            raise JobFailed(self._stop(), crashed=True)
+            raise JobFailed(self.stop(), crashed=True)
         answer: dict[str, Any] = json.loads(line)
         return answer
 
-    def _stop(self, patience: float = 5) -> str:
-        """End the process and what it started; returns how it had ended."""
+    def stop(self, patience: float = 5) -> str:
+        """End the process and what it started, until the next call; returns how it had ended."""
         process, self._process = self._process, None
         if process is None or self._errors is None:
             return ""

@@ -17,6 +17,7 @@ from esc_arch.ops.conv_attn import api as conv_attn_api
 from esc_arch.ops.conv_attn import symmetrise
 from esc_arch.ops.conv_ffn import api as conv_ffn_api
 from esc_arch.ops.layer_norm import api as layer_norm_api
+from esc_arch.ops.trials.comparison import largest_difference, results
 from esc_arch.ops.window_attention import api as window_attention_api
 
 __all__ = ["OPERATIONS", "TOLERANCES", "compare", "examine"]
@@ -99,7 +100,11 @@ OPERATIONS = {
 
 
 def examine(operation: str, device: str, dtype: str) -> dict[str, Any]:
-    """Which backends can run, why the others cannot, and which one auto takes, with gradients and without."""
+    """Which backends can run, why the others cannot, which one auto takes, and why it leaves some that can run.
+
+    Returns:
+        `auto` and `left_by_auto` for inference and training; `reasons` and `reasons_in_training` for all backends.
+    """
     described, kind = OPERATIONS[operation], getattr(torch, dtype)
     surveys = {}
     for name, training in (("inference", False), ("training", True)):
@@ -110,6 +115,7 @@ def examine(operation: str, device: str, dtype: str) -> dict[str, Any]:
         "auto": {name: found.chosen for name, found in surveys.items()},
         "reasons": surveys["inference"].reasons,
         "reasons_in_training": surveys["training"].reasons,
+        "left_by_auto": {name: found.reasons_against_auto for name, found in surveys.items()},
     }
 
 
@@ -150,15 +156,10 @@ def _compute(
     operation: Operation, backend: ModuleType, tensors: Sequence[Tensor], kind: torch.dtype, gradients: bool
 ) -> list[Tensor]:
     """The result, and the gradients of its sum with fixed weights that are numbers of `kind`."""
-    leaves = [tensor.detach().requires_grad_(gradients) for tensor in tensors]
-    with torch.set_grad_enabled(gradients):
-        out = backend.forward(*operation.prepare(*leaves))
-    if not gradients:
-        return [out]
-    weights = torch.randn(out.shape, generator=torch.Generator().manual_seed(1)).to(kind)
-    return [out, *torch.autograd.grad(out, leaves, weights.to(out.device, out.dtype))]
+    return results(
+        lambda *leaves: backend.forward(*operation.prepare(*leaves)), tensors, gradients=gradients, kind=kind
+    )
 
 
 def _error(found: Tensor, expected: Tensor) -> float:
-    difference = (found.detach().double().cpu() - expected.detach()).abs().max() / expected.detach().abs().max()
-    return float(difference.nan_to_num(torch.inf))
+    return largest_difference(found, expected) / expected.detach().abs().max().item()

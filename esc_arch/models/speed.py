@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from esc_arch.archs.base import ESCFamily
+from esc_arch.ops.float32 import float32_products
 
 __all__ = ["COMPILE_MODES", "Speed", "eager", "full_float32", "speed_problems"]
 
@@ -99,14 +100,8 @@ def eager(net: nn.Module) -> Iterator[None]:
 @contextmanager
 def full_float32() -> Iterator[None]:
     """Float32 products without TF32, whose 10 bits of mantissa are seen in the last digits of a PSNR."""
-    products, convolutions = torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32
-    torch.set_float32_matmul_precision("highest")
-    torch.backends.cudnn.allow_tf32 = False
-    try:
+    with float32_products(tf32=False):
         yield
-    finally:
-        torch.set_float32_matmul_precision(products)
-        torch.backends.cudnn.allow_tf32 = convolutions
 
 
 def speed_problems(opt: Mapping[str, Any], net: type[Any] | None) -> Iterator[str]:

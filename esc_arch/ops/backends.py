@@ -2,22 +2,13 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping, Sequence
 from types import ModuleType
 from typing import Any, NamedTuple
 
 from esc_arch.ops.native import build_by_name
 
-__all__ = ["Survey", "choose", "survey", "untried_on_gpus"]
-
-
-def untried_on_gpus(*names: str) -> tuple[str, ...]:
-    """Names of backends that have been tested in Triton's interpreter and compiled, but not yet run on a GPU.
-
-    `auto` leaves them to those who ask by name or set ESC_ARCH_TRITON=1: a kernel that fails may end the process.
-    """
-    return names if os.environ.get("ESC_ARCH_TRITON") == "1" else ()
+__all__ = ["Survey", "choose", "survey"]
 
 
 def choose(
@@ -27,8 +18,9 @@ def choose(
 
     Args:
         what: the operation, for messages.
-        backends: by name, modules with `reasons_against(*inputs)`, empty when it can.
-        order: what auto tries; the first one that can is taken.
+        backends: by name, modules with `reasons_against(*inputs)`, empty when it can, and maybe with
+            `reasons_against_auto(*inputs)`: why auto leaves one that can to those who ask by name.
+        order: what auto tries; the first one without any reasons is taken.
         backend: a name, which is taken or refused, or auto. The C++ operators are built when they are asked for so.
         inputs: what the operation is to be computed of.
         option: what the user sets to a name.
@@ -44,11 +36,18 @@ def choose(
     refusals = {}
     for name in order if backend == "auto" else (backend,):
         reasons = backends[name].reasons_against(*inputs)
+        if not reasons and backend == "auto":
+            reasons = _reasons_against_auto(backends[name], inputs)
         if not reasons:
             return backends[name]
         refusals[name] = "; ".join(reasons)
     details = ". ".join(f"{name}: {reasons}" for name, reasons in refusals.items())
     raise RuntimeError(f"{option} {backend} cannot run here. {details}. Use {option}: auto to have one chosen.")
+
+
+def _reasons_against_auto(backend: ModuleType, inputs: tuple[Any, ...]) -> list[str]:
+    ask = getattr(backend, "reasons_against_auto", None)
+    return [] if ask is None else ask(*inputs)
 
 
 class Survey(NamedTuple):
@@ -57,13 +56,17 @@ class Survey(NamedTuple):
     Attributes:
         chosen: the backend that auto takes; None where none can.
         reasons: why each cannot, by name; empty lists for those that can.
+        reasons_against_auto: why auto does not take those that can, by name; without those that it may take.
     """
 
     chosen: str | None
     reasons: dict[str, list[str]]
+    reasons_against_auto: dict[str, list[str]]
 
 
 def survey(backends: Mapping[str, ModuleType], order: Sequence[str], *inputs: Any) -> Survey:
     """Ask all backends; arguments as of `choose`. Nothing is built or computed."""
     reasons = {name: backend.reasons_against(*inputs) for name, backend in backends.items()}
-    return Survey(next((name for name in order if not reasons[name]), None), reasons)
+    left = {name: _reasons_against_auto(backends[name], inputs) for name, why in reasons.items() if not why}
+    left = {name: why for name, why in left.items() if why}
+    return Survey(next((name for name in order if not reasons[name] and name not in left), None), reasons, left)

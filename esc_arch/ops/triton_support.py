@@ -8,7 +8,7 @@ from functools import cache
 import torch
 from torch import Tensor
 
-__all__ = ["DTYPES", "missing", "precision"]
+__all__ = ["DTYPES", "missing", "precision", "setting"]
 
 #: What tensor cores multiply.
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -44,3 +44,8 @@ def precision(x: Tensor, tf32: bool) -> str:
     if x.dtype is not torch.float32:
         return "half" if x.is_cuda else "widened"
     return "tf32" if tf32 else "ieee"
+
+
+def setting(dtype: torch.dtype, tf32: bool) -> str:
+    """The name of a type and a way to multiply, a key of `trials.verdicts.PRECISIONS`; arguments as of `precision`."""
+    return "tf32" if tf32 and dtype is torch.float32 else str(dtype).removeprefix("torch.")

@@ -75,6 +75,33 @@ def test_a_network_to_train_runs_backward_in_its_precision(
 
 
 @pytest.mark.usefixtures("building")
+@pytest.mark.parametrize("again", [[], ["--again"]])
+def test_kernels_are_tried_on_gpus_alone(
+    run_basicsr: Any, test_options: Any, monkeypatch: pytest.MonkeyPatch, again: list[str]
+) -> None:
+    """Before the networks that use them are made ready."""
+    done: list[Any] = []
+    monkeypatch.setattr(warmup, "try_gpus", lambda **asked: done.append(asked))
+    assert run_basicsr("warmup", test_options, "--size", "8x8", "--device", "cpu", *again).status == 0
+    assert done == []
+    monkeypatch.setattr(warmup, "_device", lambda name: torch.device("cuda"))
+    monkeypatch.setattr(warmup, "_warm_up", lambda *_: done.append("ready"))
+    monkeypatch.setattr(nn.Module, "to", lambda self, device: self)
+    monkeypatch.setattr(torch, "rand", lambda *size, device: torch.zeros(size))
+    assert run_basicsr("warmup", test_options, "--size", "8x8", *again).status == 0
+    assert done == [{"again": bool(again)}, "ready"]
+
+
+@pytest.mark.usefixtures("building")
+def test_a_backend_that_auto_leaves_is_told(
+    run_basicsr: Any, test_options: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(warmup.BACKENDS["sdpa"], "reasons_against_auto", lambda *_: ["it is slower"], raising=False)
+    run = run_basicsr("warmup", test_options, "--size", "8x8", "--device", "cpu")
+    assert "  sdpa can run, but auto does not take it: it is slower\n" in run.out
+
+
+@pytest.mark.usefixtures("building")
 def test_a_network_to_test_has_no_backward_pass(run_basicsr: Any, test_options: Any) -> None:
     test_options["network_g"]["attn_type"] = "naive"
     run = run_basicsr("warmup", test_options, "--size", "8x8", "--device", "cpu")

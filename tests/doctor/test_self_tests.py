@@ -130,6 +130,31 @@ def test_a_crash_or_a_hang_is_a_line(replace: Any, failure: JobFailed, advice: s
     assert found["LayerNorm, cpu float32: reference"].status == "warning"
 
 
+@pytest.mark.parametrize("no_test", [True, False])
+@pytest.mark.parametrize(
+    ("left", "said"),
+    [
+        ({"inference": {"other": ["slow"]}, "training": {"other": ["slow"]}}, "; auto does not take it: slow"),
+        (
+            {"inference": {"other": ["slow"]}, "training": {"other": ["wrong", "odd"]}},
+            "; auto does not take it in inference: slow; auto does not take it in training: wrong; odd",
+        ),
+        ({"inference": {}, "training": {"other": ["wrong"]}}, "; auto does not take it in training: wrong"),
+        ({"inference": {}, "training": {}}, ""),
+    ],
+)
+def test_a_backend_that_auto_leaves(replace: Any, left: dict[str, Any], said: str, no_test: bool) -> None:
+    replace(("reference",), other=reference)
+    nothing = {"reference": [], "other": []}
+    auto = dict.fromkeys(("inference", "training"), "reference")
+    answer = {"auto": auto, "reasons": nothing, "reasons_in_training": nothing, "left_by_auto": left}
+    asked = context(no_test=no_test, gpus={"devices": [], "reason": ""}, examine=lambda *_: answer)
+    other = by_key(backends.examine(asked))["LayerNorm, cpu float32: other"]
+    assert other.text.startswith("can run" if no_test else "self-test: error ")
+    assert other.text.endswith(said) and ("auto" in other.text) == bool(said)
+    assert other.data["can_run"] and set(other.data["left_by_auto"]) == {mode for mode, why in left.items() if why}
+
+
 def test_operations_that_cannot_be_asked() -> None:
     found = sections(examine=JobFailed("ImportError: no torch"))
     assert found["ConvFFN, cpu float32"].text == "not known which backends can run: ImportError: no torch"
@@ -145,6 +170,7 @@ def test_no_test_only_asks() -> None:
 
 def test_a_gpu_is_looked_at_in_two_types() -> None:
     answer = {"auto": {"inference": "a", "training": "b"}, "reasons": {"c": ["why"]}, "reasons_in_training": {"c": []}}
+    answer["left_by_auto"] = {}
     found = by_key(backends.examine(context(gpus={"devices": [{}], "reason": ""}, examine=lambda *_: answer)))
     assert found["ConvFFN, cuda bfloat16"].text == "auto takes a, in training b"
     assert "ConvFFN, cuda float32" in found and "ConvFFN, cpu bfloat16" not in found

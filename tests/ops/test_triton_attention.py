@@ -23,8 +23,13 @@ from triton_testing import (
     skip_without_assembler,
 )
 
-from esc_arch.ops.window_attention import BACKENDS, window_attention
+from esc_arch.ops.backends import survey
+from esc_arch.ops.trials import comparison
+from esc_arch.ops.trials.comparison import allowed_error
+from esc_arch.ops.trials.operations import OPERATIONS
+from esc_arch.ops.window_attention import BACKENDS, api, window_attention
 
+OPERATION = OPERATIONS["window attention"]
 backend = BACKENDS["triton"]
 FLOAT, BRAIN, HALF = torch.float32, torch.bfloat16, torch.float16
 LAYOUTS = {"NCHW": torch.contiguous_format, "channels last": torch.channels_last}
@@ -69,23 +74,20 @@ def inputs(
 
 def results(qkv: Tensor, table: Tensor, shape: dict[str, int], name: str) -> list[Tensor]:
     """The merged map, and the gradients of the projection and the table."""
-    leaves = [x.detach().clone(memory_format=torch.preserve_format).requires_grad_() for x in (qkv, table)]
-    out = window_attention(*leaves, **shape, backend=name)
-    cotangent = normal(*out.shape, seed=9).to(out.device, out.dtype)
-    return [out.detach(), *torch.autograd.grad(out, leaves, cotangent)]
+    return comparison.results(lambda *leaves: window_attention(*leaves, **shape, backend=name), (qkv, table))
 
 
 def check_against_the_reference(case: tuple[Any, ...], device: str) -> None:
-    """At most twice the error of plain PyTorch; the interpreter cuts bfloat16 off, which a GPU rounds: twice again."""
+    """The interpreter cuts bfloat16 off, which a GPU rounds: twice the error that is allowed there."""
     qkv, table, shape = inputs(case, device)
     dtype = qkv.dtype
     exact = results(qkv.double(), table.double(), shape, "naive")
     plain, fast = (results(qkv, table, shape, name) for name in ("naive", "triton"))
     factor = 4 if INTERPRETED and dtype is BRAIN else 2
     for expected, reference, actual in zip(exact, plain, fast, strict=True):
-        # An ulp of not less than 1: where all pixels are equal, gradients are differences that are 0 exactly
-        ulp = torch.finfo(dtype).eps * max(1, expected.abs().max().item())
-        assert max_error(actual, expected) <= factor * max_error(reference, expected) + 4 * ulp
+        error, eps = max_error(reference, expected), torch.finfo(dtype).eps
+        limit = allowed_error(expected, error, eps, roundings=OPERATION.roundings, factor=factor)
+        assert max_error(actual, expected) <= limit
         assert actual.dtype == reference.dtype
     assert fast[0].is_contiguous(memory_format=LAYOUTS[case[-1]])
 
@@ -131,8 +133,10 @@ def test_the_window_of_the_paper(device: str, monkeypatch: pytest.MonkeyPatch) -
             window_attention(x, table.to(x.dtype), **shape, backend=name)
             for x, name in [(qkv.double(), "naive"), (qkv, "naive"), (qkv, "triton")]
         )
-    ulp = torch.finfo(FLOAT).eps * expected.abs().max().item()
-    assert max_error(fast, expected) <= 2 * max_error(plain, expected) + 4 * ulp
+    limit = allowed_error(
+        expected, max_error(plain, expected), torch.finfo(FLOAT).eps, roundings=OPERATION.roundings
+    )
+    assert max_error(fast, expected) <= limit
 
 
 @pytest.mark.parametrize("device", DEVICES)
@@ -362,13 +366,34 @@ def ask(qkv: Tensor, bias: Any) -> Tensor:
     return window_attention(qkv, bias, window=4, heads=1, backend="triton")
 
 
-def test_it_is_taken_by_name_alone_until_it_has_run_on_a_gpu(anywhere: None, monkeypatch: pytest.MonkeyPatch) -> None:
-    called = []
+def test_auto_asks_what_it_is_to_compute(anywhere: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its trial is asked of the shapes, the precision and the mode; by name it is taken in any case."""
+    asked, called, reasons = [], [], ["not tried"]
+    monkeypatch.setattr(backend, "reasons_of_trial", lambda *subject: asked.append(subject) or reasons)
     monkeypatch.setattr(backend, "forward", lambda *_: called.append("triton") or torch.zeros(1))
-    window_attention(normal(1, 48, 4, 4), normal(1, 49), window=4, heads=1)
-    assert called == []
-    ask(normal(1, 48, 4, 4), normal(1, 49))
-    assert called == ["triton"]
+    monkeypatch.setattr(api, "AUTO_ORDER", ("triton", "naive"))
+    qkv, table = normal(1, 48, 4, 4), normal(1, 49)
+    window_attention(qkv, table, window=4, heads=1)
+    assert (asked, called) == ([(("window attention", "triton", "ESC", "float32", "inference"), "cpu", None)], [])
+    ask(qkv, table)
+    assert (len(asked), called) == (1, ["triton"])
+    reasons.clear()
+    monkeypatch.setattr(backend, "_uses_tf32", lambda: True)
+    window_attention(qkv.requires_grad_(), table, window=4, heads=1)
+    assert asked[-1][0][3:] == ("tf32", "training")
+    with torch.no_grad():
+        window_attention(normal(1, 3 * 192, 4, 4, dtype=BRAIN), normal(12, 49), window=4, heads=12)
+    assert asked[-1][0][2:] == ("ESC-XL", "bfloat16", "inference")
+    assert called == 3 * ["triton"]
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_auto_never_interprets(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ESC_ARCH_TRITON", "1")
+    qkv, table, shape = inputs((4, 1, 16, (1, 4, 4), FLOAT, "NCHW"), device)
+    found = survey(BACKENDS, api.AUTO_ORDER, qkv, table, *shape.values())
+    assert found.reasons["triton"] == []
+    assert (found.chosen == "triton") == (device == "cuda")
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.int32])

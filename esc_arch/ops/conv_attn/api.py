@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from esc_arch.ops.backends import choose, untried_on_gpus
+from esc_arch.ops.backends import choose
 
 from . import folded, native, reference, triton, triton_folded
 from .depthwise import per_image_depthwise
@@ -30,10 +30,10 @@ BACKENDS: dict[str, ModuleType] = {
     "triton_folded": triton_folded,
 }
 
-#: What `auto` tries, in this order; the first one with no reason against it is taken. The folded kernel is left to
-#: those who ask for it by name: it gains a few percent on NCHW maps and loses more on channels_last ones
-#: (benchmarks/RESULTS.md).
-AUTO_ORDER = ("cpp", *untried_on_gpus("triton_folded", "triton"), "reference")
+#: What `auto` tries, in this order; the first one with no reason against it is taken. `triton_folded` and
+#: `triton` are where they have passed their trials. `folded` is left to those who ask for it by name: it gains a few
+#: percent on NCHW maps and loses more on channels_last ones (benchmarks/RESULTS.md).
+AUTO_ORDER = ("cpp", "triton_folded", "triton", "reference")
 
 
 def conv_attention(

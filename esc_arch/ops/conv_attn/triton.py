@@ -6,7 +6,7 @@ the last bit. float32 is multiplied as PyTorch's convolutions are told to (`torc
 unless switched off), half types with sums in float32.
 
 The products can use the symmetry of the large kernel (`FOLDS`), see `triton_kernels`. This backend does not, and takes
-any kernel; `triton_folded` does. Which is faster on which GPU and type has not been measured yet.
+any kernel; `triton_folded` does. Which of them is faster on this GPU is measured in their trials.
 
 The first call for a combination of type, channels and kernel size compiles up to five variants of a kernel and measures
 which is the fastest; the choice and the kernels stay in Triton's cache on disk. New sizes of images compile nothing.
@@ -21,7 +21,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from esc_arch.ops.triton_support import DTYPES, missing, precision
+from esc_arch.ops.trials.choice import reasons_against_auto as reasons_of_trial
+from esc_arch.ops.trials.networks import nearest
+from esc_arch.ops.trials.verdicts import MODES, Subject
+from esc_arch.ops.triton_support import DTYPES, missing, precision, setting
 
 #: What is added up before it is multiplied: nothing; rows as far above as below; also columns and diagonals; or what
 #: suits the type, see `triton_folded`.
@@ -53,14 +56,38 @@ def reasons_against(x: Tensor, large_kernel: Tensor, dynamic_kernel: Tensor, sym
     return reasons
 
 
+def reasons_against_auto(
+    x: Tensor, large_kernel: Tensor, dynamic_kernel: Tensor, symmetric: bool, backend: str = "triton"
+) -> list[str]:
+    """Why `auto` leaves these kernels, as this backend has them, to those who ask for them by name."""
+    leaves = (x, large_kernel, dynamic_kernel)
+    training = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in leaves)
+    # (Of the kernel, whose sizes no compiler at work takes for symbols)
+    network = nearest(pdim=large_kernel.shape[0])
+    return _reasons_of_trial(backend, network, _computed_in(x), training, x.device.type, x.device.index)
+
+
+@torch.compiler.assume_constant_result
+def _reasons_of_trial(
+    backend: str, network: str, dtype: torch.dtype, training: bool, device: str, index: int | None
+) -> list[str]:
+    subject = Subject("ConvAttn", backend, network, setting(dtype, _uses_tf32()), MODES[training])
+    return reasons_of_trial(subject, device, index, ("triton",) if backend == "triton_folded" else ())
+
+
+def _computed_in(x: Tensor) -> torch.dtype:
+    """The type of the map, or that of autocast."""
+    device = x.device.type
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
+
+
 def forward(x: Tensor, large_kernel: Tensor, dynamic_kernel: Tensor, fold: str = "none") -> Tensor:
     """Both convolutions; see `conv_attention`.
 
     Args:
         fold: one of `FOLDS`; all but none need a large kernel that is symmetric, as `symmetrise` makes it.
     """
-    if torch.is_autocast_enabled(x.device.type):
-        x = x.to(torch.get_autocast_dtype(x.device.type))
+    x = x.to(_computed_in(x))
     # Laid out here, where a compiler sees that all layers of a network share it
     taps = large_kernel.permute(2, 3, 0, 1).to(x.dtype).contiguous()
     return _convolve(x, taps, dynamic_kernel, fold)

@@ -6,7 +6,7 @@ from types import ModuleType
 
 from torch import Tensor
 
-from esc_arch.ops.backends import choose, untried_on_gpus
+from esc_arch.ops.backends import choose
 
 from . import flash, flex, flex_flash, naive, native, sdpa, triton
 from .bias import Bias
@@ -25,9 +25,10 @@ BACKENDS: dict[str, ModuleType] = {
     "cpp": native,
 }
 
-#: What `auto` tries, in this order; the first one with no reason against it is taken. `cpp` is taken once it is built.
-#: Flex attention is left to those who ask for it by name: its first call compiles for a minute or more.
-AUTO_ORDER = (*untried_on_gpus("triton"), "cpp", "flash", "sdpa", "naive")
+#: What `auto` tries, in this order; the first one with no reason against it is taken. `cpp` is taken once it is built,
+#: `triton` where it has passed its trial. Flex attention is left to those who ask for it by name: its first call
+#: compiles for a minute or more.
+AUTO_ORDER = ("cpp", "triton", "flash", "sdpa", "naive")
 
 
 def resolve_backend(name: str) -> str:

@@ -23,7 +23,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from esc_arch.ops.triton_support import DTYPES, missing
+from esc_arch.ops.trials.choice import reasons_against_auto as reasons_of_trial
+from esc_arch.ops.trials.networks import nearest
+from esc_arch.ops.trials.verdicts import MODES, Subject
+from esc_arch.ops.triton_support import DTYPES, missing, precision, setting
 
 from .bias import Bias
 
@@ -51,6 +54,22 @@ def reasons_against(qkv: Tensor, bias: Bias, window: int, heads: int) -> list[st
     if not isinstance(bias, Tensor):
         reasons.append("its kernels read a table of biases, not factors: attn_type flash is made for these")
     return reasons
+
+
+def reasons_against_auto(qkv: Tensor, bias: Bias, window: int, heads: int) -> list[str]:
+    """Why `auto` leaves these kernels to those who ask for them by name."""
+    assert isinstance(bias, Tensor)  # others are refused above
+    training = torch.is_grad_enabled() and (qkv.requires_grad or bias.requires_grad)
+    network = nearest(channels=qkv.shape[1] // 3)
+    return _reasons_of_trial(network, qkv.dtype, training, qkv.device.type, qkv.device.index)
+
+
+@torch.compiler.assume_constant_result
+def _reasons_of_trial(
+    network: str, dtype: torch.dtype, training: bool, device: str, index: int | None
+) -> list[str]:
+    subject = Subject("window attention", "triton", network, setting(dtype, _uses_tf32()), MODES[training])
+    return reasons_of_trial(subject, device, index)
 
 
 def forward(qkv: Tensor, bias: Bias, window: int, heads: int) -> Tensor:
@@ -234,17 +253,14 @@ def _constants(qkv: Tensor, window: int, heads: int) -> dict[str, Any]:
         "HEAD_DIM": head_dim,
         "BLOCK_D": max(16, 1 << (head_dim - 1).bit_length()),
         "CHANNELS_LAST": _layout(qkv) is torch.channels_last,
-        "PRECISION": _precision(qkv),
+        "PRECISION": precision(qkv, _uses_tf32()),
         "DIRECT": qkv.is_cuda,
         # Said, because it is about to be no longer what Triton does by itself
         "enable_fp_fusion": True,
     }
 
 
-def _precision(qkv: Tensor) -> str:
-    """How the kernels multiply: float32 as PyTorch has been told to."""
-    if qkv.dtype is not torch.float32:
-        return "half" if qkv.is_cuda else "widened"
+def _uses_tf32() -> bool:
+    """Whether PyTorch has been told to multiply float32 in matrix products as TF32."""
     matmul = torch.backends.cuda.matmul
-    allowed = getattr(matmul, "fp32_precision", None) or ("tf32" if matmul.allow_tf32 else "ieee")
-    return "tf32" if allowed == "tf32" else "ieee"
+    return (getattr(matmul, "fp32_precision", None) or ("tf32" if matmul.allow_tf32 else "ieee")) == "tf32"

@@ -1,0 +1,23 @@
+"""How PyTorch multiplies numbers in float32."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+
+__all__ = ["float32_products"]
+
+
+@contextmanager
+def float32_products(*, tf32: bool) -> Iterator[None]:
+    """The block has matrix products and convolutions of float32 on GPUs with TF32's ten bits, or with all of them."""
+    products, convolutions = torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32
+    torch.set_float32_matmul_precision("high" if tf32 else "highest")
+    torch.backends.cudnn.allow_tf32 = tf32
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(products)
+        torch.backends.cudnn.allow_tf32 = convolutions

@@ -1,0 +1,350 @@
+"""Trials of backends: what passes and what does not, and what `auto` makes of the verdicts."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import logging
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import asdict
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from esc_arch.ops.backends import survey
+from esc_arch.ops.conv_attn import api as conv_attn_api
+from esc_arch.ops.trials import choice, files, trial
+from esc_arch.ops.trials.choice import forget, reasons_against_auto
+from esc_arch.ops.trials.files import encode, file_of, load
+from esc_arch.ops.trials.networks import NETWORKS, Network, nearest
+from esc_arch.ops.trials.operations import OPERATIONS, subjects
+from esc_arch.ops.trials.verdicts import MODES, PRECISIONS, Subject, Verdict
+from esc_arch.ops.window_attention import BACKENDS, api, window_attention
+
+TINY = Network(16, 2, 4, 4, 3, small=(1, 5, 7), image=(1, 4, 5), patches=(1, 4, 4))
+CPU = torch.device("cpu")
+TRITON_OF = files._triton
+SUBJECT = Subject("window attention", "triton", "ESC", "float32", "inference")
+TIMES = {"NCHW": (1.2, 1.9), "channels_last": (1.0, 1.9)}
+PASSED = Verdict("", "the result", 1e-6, 2e-6, "sdpa", TIMES)
+SLOW = Verdict("", "the result", 1e-6, 2e-6, "sdpa", {"NCHW": (1.94, 1.2), "channels_last": (1.0, 1.9)})
+FAILED = Verdict("it ended with signal SIGABRT")
+
+
+# --- a trial --------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def tried(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Verdict]:
+    """Tries a function as a backend of window attention."""
+
+    def attempt(forward: Any, mode: str = "training", precision: str = "float32", *reasons: str) -> Verdict:
+        made = SimpleNamespace(
+            forward=forward, reasons_against=lambda *_: list(reasons), reasons_against_auto=lambda *_: []
+        )
+        monkeypatch.setitem(BACKENDS, "tried", made)
+        monkeypatch.setattr(api, "AUTO_ORDER", ("tried", "flash", "sdpa"))
+        subject = Subject("window attention", "tried", "tiny", precision, mode)
+        return Verdict(**trial.examine(subject, asdict(TINY), "cpu", 1))
+
+    return attempt
+
+
+def right(*arguments: Any) -> Tensor:
+    return BACKENDS["sdpa"].forward(*arguments)
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("precision", PRECISIONS)
+def test_an_exact_backend_passes(tried: Any, precision: str, mode: str) -> None:
+    tf32 = torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32
+    verdict = tried(right, mode, precision)
+    assert (torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32) == tf32
+    assert verdict.failure == "" and verdict.other == "sdpa"
+    assert min(verdict.error, verdict.plain_error) > 0
+    assert set(verdict.milliseconds) == {"NCHW", "channels_last"}
+    assert all(time > 0 for times in verdict.milliseconds.values() for time in times)
+    assert str(verdict).startswith("exact (error ")
+
+
+def test_conv_attn_is_tried_with_its_own_shapes() -> None:
+    subject = Subject("ConvAttn", "folded", "tiny", "bfloat16", "training")
+    verdict = Verdict(**trial.examine(subject, asdict(TINY), "cpu", 1))
+    assert verdict.failure == ""
+    assert verdict.part in OPERATIONS["ConvAttn"].parts
+
+
+def test_sums_in_another_order_pass() -> None:
+    """Of thousands of pixels, half of them added up before the product."""
+    shapes = asdict(NETWORKS["ESC"]) | {"patches": (1, 4, 4)}
+    subject = Subject("ConvAttn", "folded", "ESC", "float32", "training")
+    assert trial.examine(subject, shapes, "cpu", 1)["failure"] == ""
+
+
+def wrong_gradient(*arguments: Any) -> Tensor:
+    out = right(*arguments)
+    return out.detach() + 0.99 * (out - out.detach())
+
+
+def test_a_wrong_gradient_fails_in_training_alone(tried: Any) -> None:
+    assert tried(wrong_gradient, "inference").failure == ""
+    assert tried(wrong_gradient).failure.startswith("the gradient of the projection is off by ")
+
+
+@pytest.mark.parametrize(
+    ("forward", "message"),
+    [
+        (lambda *a: 1.001 * right(*a), r"^the result is off by \d\.\de-0\d, plain PyTorch by \d\.\de-07$"),
+        (lambda *a: right(*a) * torch.nan, "^the result is not finite$"),
+        (lambda *a: right(*a).double(), r"^the result is torch\.float64, not torch\.float32$"),
+        (lambda *a: right(*a).roll(1, 3), "^the result is off by"),
+    ],
+)
+def test_a_wrong_result_fails(tried: Any, forward: Any, message: str) -> None:
+    with pytest.raises(AssertionError, match=message):
+        raise AssertionError(tried(forward, "inference").failure)
+
+
+def test_a_result_that_changes_fails(tried: Any) -> None:
+    numbers = itertools.count()
+    failure = tried(lambda *a: right(*a) * (1 + next(numbers) % 2 * 2**-23), "inference").failure
+    assert failure == "the result differs from one run to the next"
+
+
+def test_a_backend_that_cannot_run_fails(tried: Any) -> None:
+    assert tried(right, "inference", "float32", "too old", "too small").failure == (
+        "it cannot run here: too old; too small"
+    )
+
+
+def test_all_that_auto_takes_after_a_trial_is_tried() -> None:
+    found = {(subject.operation, subject.backend) for subject in subjects()}
+    assert found == {("window attention", "triton"), ("ConvAttn", "triton"), ("ConvAttn", "triton_folded")}
+    assert len(list(subjects())) == len(found) * len(NETWORKS) * len(PRECISIONS) * len(MODES)
+
+
+def test_the_nearest_network() -> None:
+    assert [nearest(channels=count) for count in (16, 64, 128, 129, 192)] == 3 * ["ESC"] + 2 * ["ESC-XL"]
+    assert [nearest(pdim=count) for count in (4, 16, 32, 48)] == 3 * ["ESC"] + ["ESC-XL"]
+
+
+# --- the file -------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """An empty one, and a Triton that need not be there."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.delenv("ESC_ARCH_TRITON", raising=False)
+    monkeypatch.setattr(files, "_triton", lambda: "3.0")
+    forget()
+    yield tmp_path / "esc_arch"
+    forget()
+
+
+def write(*found: tuple[Subject, Verdict]) -> Path:
+    file = file_of(CPU)
+    file.parent.mkdir(exist_ok=True)
+    file.write_bytes(encode(CPU, dict(found)))
+    forget()
+    return file
+
+
+def test_what_is_written_is_read(cache: Path) -> None:
+    training = SUBJECT._replace(mode="training")
+    assert load("cpu", None) == ({}, "")
+    file = write((SUBJECT, PASSED), (training, FAILED))
+    assert file.parent == cache
+    found, problem = load("cpu", None)
+    assert problem == ""
+    assert str(found[SUBJECT]) == str(PASSED) and found[training] == FAILED
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"_triton": lambda: "3.1"},
+        {"_digest": lambda: "another"},
+        {"_hardware": lambda device: {"device": "another", "capability": "8.0"}},
+    ],
+)
+def test_verdicts_of_something_else_are_not_read(change: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    file = write((SUBJECT, PASSED))
+    for name, value in change.items():
+        monkeypatch.setattr(files, name, value)
+    assert file_of(CPU) != file
+    file.rename(file_of(CPU))  # not even under its name
+    assert load("cpu", None) == ({}, "")
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda text: text[: len(text) // 2],
+        lambda text: "",
+        lambda text: "[1]",
+        lambda text: text.replace('"error": 1e-06', '"error": null'),
+        lambda text: text.replace("1.9", "0"),
+        lambda text: text.replace('"backend"', '"end"'),
+        lambda text: text.replace('"part"', '"apart"'),
+    ],
+)
+def test_a_damaged_file_is_told(damage: Callable[[str], str]) -> None:
+    file = write((SUBJECT, PASSED))
+    file.write_text(damage(file.read_text()))
+    assert load("cpu", None) == ({}, f"{file} is damaged")
+
+
+def test_a_file_that_cannot_be_read_is_told() -> None:
+    file = file_of(CPU)
+    file.mkdir(parents=True)
+    assert load("cpu", None) == ({}, f"{file} cannot be read: Is a directory")
+
+
+def test_numbers_of_a_later_format_are_left() -> None:
+    file = write((SUBJECT, PASSED))
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"format": 99}))
+    assert load("cpu", None) == ({}, "")
+
+
+# --- what auto makes of it ------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def found(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Path]:
+    """Writes what was found, on whatever device."""
+    monkeypatch.setattr(files, "_hardware", lambda device: {"device": "GPU", "capability": "9.0"})
+    return write
+
+
+@pytest.mark.parametrize(
+    ("known", "reasons"),
+    [
+        ({}, ["not tried on this GPU yet: `basicsr warmup` tries it"]),
+        ({SUBJECT._replace(mode="training"): PASSED}, ["not tried on this GPU yet: `basicsr warmup` tries it"]),
+        ({SUBJECT: PASSED}, []),
+        ({SUBJECT: SLOW}, ["slower than sdpa here (1.94 against 1.2 ms)"]),
+        (
+            {SUBJECT: FAILED},
+            ["failed its trial on this GPU: it ended with signal SIGABRT; `basicsr warmup --again` tries it anew"],
+        ),
+    ],
+)
+def test_reasons(found: Any, known: dict[Subject, Verdict], reasons: list[str]) -> None:
+    found(*known.items())
+    assert reasons_against_auto(SUBJECT, "cuda", 0) == reasons
+
+
+def test_reasons_where_verdicts_are_lost(found: Any) -> None:
+    file = found((SUBJECT, PASSED))
+    file.write_text("{")
+    assert reasons_against_auto(SUBJECT, "cuda", 0) == [
+        f"what its trial found is not known, {file} is damaged: `basicsr warmup` tries it anew"
+    ]
+
+
+def test_a_broken_triton_is_a_reason(found: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    found((SUBJECT, PASSED))
+    monkeypatch.setattr(files, "_triton", TRITON_OF)
+    monkeypatch.setitem(sys.modules, "triton", None)
+    (reason,) = reasons_against_auto(SUBJECT, "cuda", 0)
+    assert reason.startswith("what its trial found is not known, triton cannot be imported: ")
+
+
+@pytest.mark.parametrize(
+    ("own", "other", "taken"), [(1.0, 1.1, True), (1.1, 1.0, False), (1.0, 3.0, True), (1.1, None, True)]
+)
+def test_the_fastest_of_several_is_taken(found: Any, own: float, other: float | None, taken: bool) -> None:
+    subject = Subject("ConvAttn", "triton_folded", "ESC", "float16", "training")
+    known = {"triton_folded": own, "triton": other}
+    found(
+        *(
+            (subject._replace(backend=name), Verdict("", "it", 0.0, 0.0, "reference", {"NCHW": (time, 2.0)}))
+            for name, time in known.items()
+            if time is not None
+        )
+    )
+    reasons = reasons_against_auto(subject, "cuda", 0, ("triton",))
+    assert reasons == ([] if taken else ["slower than triton here"])
+
+
+def test_the_environment_decides_first(found: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    found((SUBJECT, PASSED))
+    for switch, device, reasons in (
+        ("0", "cuda", ["ESC_ARCH_TRITON=0 keeps auto from it"]),
+        ("1", "cuda", []),
+        ("1", "cpu", ["on a CPU its kernels are interpreted, for tests alone"]),
+    ):
+        monkeypatch.setenv("ESC_ARCH_TRITON", switch)
+        assert reasons_against_auto(SUBJECT, device, 0) == reasons
+    found((SUBJECT, FAILED))
+    monkeypatch.setenv("ESC_ARCH_TRITON", "1")
+    assert reasons_against_auto(SUBJECT, "cuda", 0) == []
+
+
+def test_the_command_that_tries_them_is_told_once(found: Any, caplog: pytest.LogCaptureFixture) -> None:
+    choice._advise.cache_clear()
+    with caplog.at_level(logging.INFO, logger="esc_arch"):
+        found((SUBJECT, PASSED))
+        reasons_against_auto(SUBJECT._replace(mode="training"), "cuda", 0)
+        assert not caplog.messages
+        found()
+        for mode in 2 * MODES:
+            reasons_against_auto(SUBJECT._replace(mode=mode), "cuda", 0)
+    assert caplog.messages == [
+        "There are faster kernels for this GPU, not tried on it yet: `basicsr warmup` tries them."
+    ]
+
+
+@pytest.mark.parametrize("verdict", [PASSED, SLOW, FAILED, None])
+@torch.no_grad()
+def test_auto_follows_the_verdict(found: Any, verdict: Verdict | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A device without memory, which knows no autocast, stands in for a GPU."""
+    monkeypatch.setattr(torch, "is_autocast_enabled", lambda *_: False)
+    for module in (BACKENDS["triton"], conv_attn_api.BACKENDS["triton"]):
+        monkeypatch.setattr(module, "missing", lambda *_: "")
+    conv = Subject("ConvAttn", "triton", "ESC", "tf32", "inference")
+    monkeypatch.setattr(conv_attn_api.BACKENDS["triton"], "_uses_tf32", lambda: True)
+    found(*((subject, verdict) for subject in (SUBJECT, conv) if verdict is not None))
+    passes = verdict is PASSED
+    questions = torch.empty(1, 48, 4, 4, device="meta"), torch.empty(1, 49, device="meta"), 4, 1
+    attention = survey(BACKENDS, api.AUTO_ORDER, *questions)
+    assert attention.chosen == ("triton" if passes else "sdpa")
+    assert attention.reasons["triton"] == []
+    assert set(attention.reasons_against_auto) == (set() if passes else {"triton"})
+    called = []
+    for name in ("triton", "sdpa"):
+        monkeypatch.setattr(BACKENDS[name], "forward", lambda *_, name=name: called.append(name))
+    for backend in ("auto", "triton"):
+        window_attention(*questions[:2], window=4, heads=1, backend=backend)
+    assert called == [attention.chosen, "triton"]
+    kernels = [torch.empty(shape, device="meta") for shape in ((1, 4, 5, 5), (4, 4, 3, 3), (1, 4, 3, 3))]
+    assert survey(conv_attn_api.BACKENDS, conv_attn_api.AUTO_ORDER, *kernels, True).chosen == (
+        "triton" if passes else "reference"
+    )
+
+
+@pytest.mark.parametrize("verdict", [PASSED, SLOW])
+def test_a_compiler_follows_the_verdict(found: Any, verdict: Verdict, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The whole choice is a constant of its one graph."""
+    monkeypatch.setattr(BACKENDS["triton"], "missing", lambda *_: "")
+    monkeypatch.setattr(api, "AUTO_ORDER", ("triton", "naive"))
+    found((SUBJECT._replace(mode="training"), verdict))
+    graphs = []
+
+    def compiler(graph: torch.fx.GraphModule, inputs: list[Tensor]) -> Any:
+        graphs.append(graph)
+        return graph.forward
+
+    torch.compiler.reset()
+    attend = torch.compile(
+        lambda qkv, table: window_attention(qkv, table, window=4, heads=1), backend=compiler, fullgraph=True
+    )
+    leaves = [torch.empty(shape, device="meta", requires_grad=True) for shape in ((1, 48, 5, 7), (1, 49))]
+    assert attend(*leaves).shape == (1, 16, 5, 7)
+    assert ["esc_arch.window_attention" in str(graph.graph) for graph in graphs] == [verdict is PASSED]
