@@ -15,7 +15,6 @@ from esc_arch.ops.conv3x3 import api, conv3x3, conv3x3_step
 pytestmark = pytest.mark.usefixtures("native")
 
 EPS = 1e-6
-FORWARD_ONLY = ("test_schema", "test_faketensor")
 Arguments = list[Tensor | float | None]
 
 
@@ -147,9 +146,7 @@ def test_where_it_is_left_to_pytorch() -> None:
     assert not runs(tensor=values[0].contiguous())
     assert not runs(tensor=values[0].to("meta"))
     assert not runs(4, weight.double())
-    assert not runs(4, weight.clone().requires_grad_())
-    with torch.no_grad():
-        assert runs(4, weight.clone().requires_grad_())
+    assert runs(4, weight.clone().requires_grad_())
     with torch.autocast("cpu", dtype=torch.bfloat16):
         assert not runs()
     assert conv3x3_step(*arguments(1, 16, 16, (15, 17))) is None
@@ -202,10 +199,50 @@ def test_compiled() -> None:
         assert torch.equal(compiled(*values), 2 * operator(values))
 
 
+def step_gradients(values: Arguments, dtype: torch.dtype | None, frozen: Sequence[int] = ()) -> list[Tensor]:
+    """The output and the gradients of all that is not frozen: by the formula in a type; None: the operator."""
+    leaves = [value.detach().to(dtype or value.dtype) if isinstance(value, Tensor) else value for value in values]
+    wanted = [leaf for index, leaf in enumerate(leaves) if isinstance(leaf, Tensor) and index not in frozen]
+    for leaf in wanted:
+        leaf.requires_grad_()
+    out = operator(leaves) if dtype is None else formula(leaves, dtype)
+    return [out.detach(), *torch.autograd.grad(out, wanted, normal(*out.shape, seed=8).to(out.dtype))]
+
+
+@pytest.mark.parametrize(
+    ("norm", "residual", "frozen"),
+    [
+        (True, True, ()),
+        (False, False, ()),
+        (True, False, (0,)),
+        (True, True, (0, 1, 2, 6)),
+        (True, True, (4, 5)),
+        (False, True, (0,)),
+    ],
+)
+@pytest.mark.parametrize("size", [(2, 16, 24, 17, 18), (1, 20, 7, 5, 33), (3, 64, 64, 1, 1)])
+def test_gradients_of_a_step(size: tuple[int, ...], norm: bool, residual: bool, frozen: tuple[int, ...]) -> None:
+    batch, inputs, outputs, *area = size
+    values = arguments(batch, inputs, outputs, (area[0], area[1]), norm=norm, residual=residual)
+    exact, plain, fast = (step_gradients(values, dtype, frozen) for dtype in (torch.float64, torch.float32, None))
+    for index, (wanted, usual, got) in enumerate(zip(exact, plain, fast, strict=True)):
+        ulp = torch.finfo(torch.float32).eps * wanted.abs().max().item()
+        assert max_error(got, wanted) <= 3 * max_error(usual, wanted) + 8 * ulp, index
+
+
+def test_second_derivatives_of_a_step_are_refused() -> None:
+    values = arguments(1, 16, 8, (9, 8))
+    leaves = [value.requires_grad_() if isinstance(value, Tensor) else value for value in values]
+    with pytest.raises(RuntimeError, match="no second derivatives: set ESC_ARCH_NATIVE=0 for create_graph=True"):
+        torch.autograd.grad(operator(leaves).sum(), leaves[0], create_graph=True)
+
+
 @pytest.mark.parametrize("plain", [False, True])
 def test_the_operator_is_what_torch_library_expects(plain: bool) -> None:
     values = arguments(2, 16, 8, (9, 10), norm=not plain, residual=not plain)
-    torch.library.opcheck(torch.ops.esc_arch.conv3x3_step.default, tuple(values), test_utils=FORWARD_ONLY)
+    torch.library.opcheck(torch.ops.esc_arch.conv3x3_step.default, tuple(values))
+    leaves = tuple(value.requires_grad_() if isinstance(value, Tensor) else value for value in values)
+    torch.library.opcheck(torch.ops.esc_arch.conv3x3_step.default, leaves)
 
 
 def with_gradients(values: Sequence[Tensor], dtype: torch.dtype, fast: bool) -> list[Tensor]:

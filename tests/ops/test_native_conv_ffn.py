@@ -137,8 +137,11 @@ def test_operators_are_what_torch_library_expects() -> None:
 
 def test_second_derivatives_are_refused() -> None:
     leaves = [value.requires_grad_() for value in arguments(1, 8, 2, 2, hidden=10)]
-    with pytest.raises(RuntimeError, match="no second derivatives: use backend='reference' for create_graph=True"):
-        torch.autograd.grad(conv_ffn(*leaves, backend="cpp").sum(), leaves, create_graph=True)
+    values, norm = step_arguments(1, 8, 2, 2)
+    of_step = [value.requires_grad_() for value in values]
+    for out, of in ((conv_ffn(*leaves, backend="cpp"), leaves), (step(of_step, norm, 0)[0], of_step)):
+        with pytest.raises(RuntimeError, match="no second derivatives: set ESC_ARCH_NATIVE=0 for create_graph=True"):
+            torch.autograd.grad(out.sum(), of, create_graph=True)
 
 
 def layer_and_gradients(layer: nn.Module, x: Tensor, *, checkpointed: bool = False) -> tuple[Tensor, list[Tensor]]:
@@ -202,7 +205,7 @@ def step_by_parts(
     return [out, out[:, :pooled].mean((2, 3))]
 
 
-def step(values: Sequence[Tensor], norm: Sequence[Tensor | None], pooled: int) -> tuple[Tensor, Tensor]:
+def step(values: Sequence[Tensor], norm: Sequence[Tensor | None], pooled: int) -> tuple[Tensor, Tensor | None]:
     done = conv_ffn_step(values[0], *norm, EPS, *values[1:], pooled=pooled)
     assert done is not None
     return done
@@ -220,6 +223,39 @@ def test_step_is_its_parts(size: tuple[int, ...], hidden: int, norm: bool) -> No
             if wanted.numel():
                 ulp = torch.finfo(torch.float32).eps * wanted.abs().max().item()
                 assert max_error(got, wanted) <= 2 * max_error(plain, wanted) + 8 * ulp
+
+
+def step_gradients(
+    values: Sequence[Tensor], norm: Sequence[Tensor | None], dtype: torch.dtype | None, frozen: Sequence[int] = ()
+) -> list[Tensor]:
+    """The output and the gradients of all that is not frozen: step by step in a type, or, for None, of the operator."""
+    leaves = [None if value is None else value.detach().to(dtype or torch.float32) for value in (*values, *norm)]
+    wanted = [leaf for index, leaf in enumerate(leaves) if leaf is not None and index not in frozen]
+    for leaf in wanted:
+        leaf.requires_grad_()
+    given, of_norm = leaves[: len(values)], leaves[len(values) :]
+    out = step(given, of_norm, 3)[0] if dtype is None else step_by_parts(given, of_norm, 0, dtype)[0]
+    return [out.detach(), *torch.autograd.grad(out, wanted, normal(*out.shape, seed=8).to(out.dtype))]
+
+
+@pytest.mark.parametrize(
+    ("norm", "frozen"), [(True, ()), (False, ()), (True, (0,)), (True, (0, 7, 8)), (True, (1, 2, 3, 4, 5, 6))]
+)
+@pytest.mark.parametrize(("size", "hidden"), STEP_SIZES)
+def test_gradients_of_a_step(size: tuple[int, ...], hidden: int, norm: bool, frozen: tuple[int, ...]) -> None:
+    values, of_norm = step_arguments(*size, hidden=hidden, norm=norm)
+    exact, plain, fast = (
+        step_gradients(values, of_norm, dtype, frozen) for dtype in (torch.float64, torch.float32, None)
+    )
+    for index, (wanted, usual, got) in enumerate(zip(exact, plain, fast, strict=True)):
+        ulp = torch.finfo(torch.float32).eps * wanted.abs().max().item()
+        assert max_error(got, wanted) <= 2 * max_error(usual, wanted) + 8 * ulp, index
+
+
+def test_means_are_left_out_where_gradients_are_wanted() -> None:
+    values, norm = step_arguments(1, 8, 5, 4)
+    assert step(values, norm, 3)[1] is not None
+    assert step([values[0].requires_grad_(), *values[1:]], norm, 3)[1] is None
 
 
 def test_step_leaves_strange_layouts_unchanged() -> None:
@@ -275,17 +311,14 @@ def test_step_compiled() -> None:
     for one, other in zip(compiled(*values, *norm), step(values, norm, 3), strict=True):
         assert torch.equal(one, other)
     torch.library.opcheck(torch.ops.esc_arch.conv_ffn_step.default, (values[0], *norm, EPS, *values[1:], 3))
-    torch.library.opcheck(torch.ops.esc_arch.conv_ffn_step.default, (values[0], None, None, EPS, *values[1:], 0))
+    leaves = [value.requires_grad_() for value in values]
+    torch.library.opcheck(torch.ops.esc_arch.conv_ffn_step.default, (leaves[0], *norm, EPS, *leaves[1:], 0))
+    torch.library.opcheck(torch.ops.esc_arch.conv_ffn_step.default, (leaves[0], None, None, EPS, *leaves[1:], 0))
 
 
 def test_step_says_why_not() -> None:
     values, norm = step_arguments(1, 8, 5, 4)
     assert native.step_reasons_against(values[0], *norm, *values[1:]) == []
-    wanted = [*values[:3], values[3].clone().requires_grad_(), *values[4:]]
-    assert native.step_reasons_against(wanted[0], *norm, *wanted[1:]) == ["it has no backward pass"]
-    assert conv_ffn_step(wanted[0], *norm, EPS, *wanted[1:]) is None
-    with torch.no_grad():
-        assert conv_ffn_step(wanted[0], *norm, EPS, *wanted[1:]) is not None
     nchw = values[0].contiguous()
     assert native.step_reasons_against(nchw, *norm, *values[1:]) == ["it takes maps with the channels innermost"]
     doubled = [value.double() for value in values]

@@ -55,8 +55,8 @@ def conv3x3_step(
 ) -> Tensor | None:
     """residual + conv2d(layer_norm(x), weight, bias, padding=1), in one operator.
 
-    Without gradients and on the CPU this takes less than half the time of a direct convolution, and saves two passes
-    over the map. Its rounding errors are about twice those of a direct convolution.
+    On the CPU this takes less than half the time of a direct convolution, and saves two passes over the map; for
+    gradients x is kept, and normalised again. Its rounding errors are about twice those of a direct convolution.
 
     Args:
         x: (B, C, H, W).
@@ -74,7 +74,7 @@ def conv3x3_step(
         ValueError: shapes that do not fit each other.
     """
     _check_shapes(x, norm_weight, norm_bias, weight, bias, residual)
-    if "cpp" not in AUTO_ORDER or native.step_reasons_against(x, norm_weight, norm_bias, weight, bias, residual):
+    if "cpp" not in AUTO_ORDER or native.reasons_against(x, norm_weight, norm_bias, weight, bias, residual):
         return None
     return native.step_forward(x, norm_weight, norm_bias, eps, weight, bias, residual)
 

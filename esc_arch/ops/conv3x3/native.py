@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from esc_arch.ops import native
+from esc_arch.ops.layer_norm import native as layer_norm
 
 #: Below these PyTorch's convolution is faster: a small map does not pay for the kernel's transform, nor few channels
 #: for the map's.
@@ -30,14 +31,6 @@ def reasons_against(x: Tensor, *others: Tensor | None) -> list[str]:
     if x.shape[0] * x.shape[2] * x.shape[3] < FEWEST_PIXELS or x.shape[1] < FEWEST_CHANNELS:
         reasons.append("it is slower than PyTorch's convolution for so few pixels or channels")
     return reasons or native.reasons_against()
-
-
-def step_reasons_against(x: Tensor, *others: Tensor | None) -> list[str]:
-    """Why normalisation and addition cannot be taken into the same operator; see `conv3x3_step`."""
-    wanted = any(tensor is not None and tensor.requires_grad for tensor in (x, *others))
-    if torch.is_grad_enabled() and wanted:
-        return ["it has no backward pass"]
-    return reasons_against(x, *others)
 
 
 def forward(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -83,15 +76,43 @@ def _keep_inputs(ctx: Any, inputs: tuple[Tensor, Tensor, Tensor | None], output:
 
 
 def _backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
-    x, weight = ctx.saved_tensors
-    of_x, of_weight, of_bias = ctx.needs_input_grad
+    return _gradients(gradient, *ctx.saved_tensors, *ctx.needs_input_grad)
+
+
+def _gradients(
+    gradient: Tensor, x: Tensor, weight: Tensor, of_x: bool, of_weight: bool, of_bias: bool
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """Those that are wanted."""
     turned = forward(gradient, weight.flip(2, 3).transpose(0, 1), None) if of_x else None
     if not (of_weight or of_bias):
         return turned, None, None
     _, *of_parameters = torch.ops.aten.convolution_backward(
         gradient, x, weight, weight.shape[:1], [1, 1], [1, 1], [1, 1], False, [0, 0], 1, [False, of_weight, of_bias]
     )
-    return turned, *of_parameters
+    return turned, of_parameters[0], of_parameters[1]
+
+
+def _keep_step(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    x, norm_weight, norm_bias, ctx.eps, weight, *_ = inputs
+    ctx.save_for_backward(x, norm_weight, norm_bias, weight)
+
+
+def _step_backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+    if torch.is_grad_enabled():
+        raise RuntimeError(
+            "the C++ 3 x 3 convolution with its norm has no second derivatives: set ESC_ARCH_NATIVE=0 for "
+            "create_graph=True."
+        )
+    x, norm_weight, norm_bias, weight = ctx.saved_tensors
+    of_x, of_norm_weight, of_norm_bias, _, of_weight, of_bias, _ = ctx.needs_input_grad
+    before = any((of_x, of_norm_weight, of_norm_bias))
+    normal = layer_norm.before(x, norm_weight, norm_bias, ctx.eps) if of_weight else x
+    of_normal, *of_parameters = _gradients(gradient, normal, weight, before, of_weight, of_bias)
+    of_input: tuple[Tensor | None, ...] = (None, None, None)
+    if of_normal is not None:
+        of_input = layer_norm.gradients_before(of_normal, x, norm_weight, ctx.eps)
+    found = (*of_input, None, *of_parameters, gradient)
+    return tuple(value if wanted else None for value, wanted in zip(found, ctx.needs_input_grad, strict=True))
 
 
 @native.when_loaded
@@ -99,3 +120,4 @@ def _register() -> None:
     torch.library.register_fake("esc_arch::conv3x3", _fake)
     torch.library.register_fake("esc_arch::conv3x3_step", _fake_step)
     torch.library.register_autograd("esc_arch::conv3x3", _backward, setup_context=_keep_inputs)
+    torch.library.register_autograd("esc_arch::conv3x3_step", _step_backward, setup_context=_keep_step)

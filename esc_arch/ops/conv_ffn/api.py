@@ -68,10 +68,10 @@ def conv_ffn_step(
     aggr_bias: Tensor,
     *,
     pooled: int = 0,
-) -> tuple[Tensor, Tensor] | None:
+) -> tuple[Tensor, Tensor | None] | None:
     """`conv_ffn` of the normalised map, and the means of the result's first channels, in one operator.
 
-    Without gradients and on the CPU this saves two passes over the map.
+    On the CPU this saves two passes over the map; for gradients x is kept, and normalised again.
 
     Args:
         x: (B, C, H, W).
@@ -81,7 +81,7 @@ def conv_ffn_step(
         others: see `conv_ffn`.
 
     Returns:
-        (B, C, H, W) and (B, pooled); None where no operator does it in one.
+        (B, C, H, W) and (B, pooled), which are None where gradients are wanted; None where no operator does it in one.
 
     Raises:
         ValueError: shapes that do not fit each other, more channels to be averaged than there are.

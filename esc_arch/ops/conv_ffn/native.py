@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from esc_arch.ops import native
+from esc_arch.ops.layer_norm import native as layer_norm
 
 
 def reasons_against(x: Tensor, *parameters: Tensor) -> list[str]:
@@ -40,19 +41,19 @@ def step_reasons_against(
     """Why the normalisation and the means cannot be taken into the same operator; see `conv_ffn_step`."""
     norm = [tensor for tensor in (norm_weight, norm_bias) if tensor is not None]
     reasons = reasons_against(x, *norm, *parameters)
-    if reasons:
-        return reasons
-    if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (x, *norm, *parameters)):
-        reasons.append("it has no backward pass")
-    if x.stride(1) != 1:
+    if not reasons and x.stride(1) != 1:
         reasons.append("it takes maps with the channels innermost")
     return reasons
 
 
 def step_forward(
     x: Tensor, norm_weight: Tensor | None, norm_bias: Tensor | None, eps: float, *parameters: Tensor, pooled: int
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Tensor, Tensor | None]:
     """`torch.ops.esc_arch.conv_ffn_step`; see `conv_ffn_step`."""
+    given = (tensor for tensor in (x, norm_weight, norm_bias, *parameters) if tensor is not None)
+    if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in given):
+        out, _ = torch.ops.esc_arch.conv_ffn_step(x, norm_weight, norm_bias, eps, *parameters, 0)
+        return out, None
     out, means = torch.ops.esc_arch.conv_ffn_step(x, norm_weight, norm_bias, eps, *parameters, pooled)
     return out, means
 
@@ -90,9 +91,32 @@ def _keep_inputs(ctx: Any, inputs: tuple[Tensor, ...], output: Tensor) -> None:
     ctx.save_for_backward(*inputs[:-1])  # the last bias has no part in any gradient
 
 
-def _backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+def _keep_step(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    x, norm_weight, norm_bias, ctx.eps, *parameters, _last_bias, _pooled = inputs
+    ctx.save_for_backward(x, norm_weight, norm_bias, *parameters)
+
+
+def _step_backward(ctx: Any, gradient: Tensor, _: Tensor | None) -> tuple[Tensor | None, ...]:
+    _refuse_second_derivatives()
+    x, norm_weight, norm_bias, *parameters = ctx.saved_tensors
+    of_norm, of_parameters = ctx.needs_input_grad[:3], ctx.needs_input_grad[4:-1]
+    of_normal, *of_all = torch.ops.esc_arch.conv_ffn_backward(
+        gradient, layer_norm.before(x, norm_weight, norm_bias, ctx.eps), *parameters, any(of_norm), any(of_parameters)
+    )
+    of_input: tuple[Tensor | None, ...] = (None, None, None)
+    if any(of_norm):
+        of_input = layer_norm.gradients_before(of_normal, x, norm_weight, ctx.eps)
+    found = (*of_input, None, *of_all, None)
+    return tuple(value if wanted else None for value, wanted in zip(found, ctx.needs_input_grad, strict=True))
+
+
+def _refuse_second_derivatives() -> None:
     if torch.is_grad_enabled():
-        raise RuntimeError("the C++ ConvFFN has no second derivatives: use backend='reference' for create_graph=True.")
+        raise RuntimeError("the C++ ConvFFN has no second derivatives: set ESC_ARCH_NATIVE=0 for create_graph=True.")
+
+
+def _backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+    _refuse_second_derivatives()
     needed = ctx.needs_input_grad
     gradients = torch.ops.esc_arch.conv_ffn_backward(gradient, *ctx.saved_tensors, needed[0], any(needed[1:]))
     return tuple(value if wanted else None for value, wanted in zip(gradients, needed, strict=True))
@@ -104,3 +128,4 @@ def _register() -> None:
     torch.library.register_fake("esc_arch::conv_ffn_step", _fake_step)
     torch.library.register_fake("esc_arch::conv_ffn_backward", _fake_backward)
     torch.library.register_autograd("esc_arch::conv_ffn", _backward, setup_context=_keep_inputs)
+    torch.library.register_autograd("esc_arch::conv_ffn_step", _step_backward, setup_context=_keep_step)

@@ -29,6 +29,24 @@ def forward(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
     return out
 
 
+def before(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) -> Tensor:
+    """For the backward pass of an operator that normalises its input itself: what it computed with; without norm, x."""
+    if weight is None:
+        return x
+    out: Tensor = torch.ops.esc_arch.layer_norm(x, weight, bias, eps)
+    return out
+
+
+def gradients_before(
+    gradient: Tensor, x: Tensor, weight: Tensor | None, eps: float
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """The gradients of x and of the norm's weight and bias, from that of `before`'s result."""
+    if weight is None:
+        return gradient, None, None
+    of_x, of_weight, of_bias = torch.ops.esc_arch.layer_norm_backward(gradient, x, weight, eps)
+    return of_x, of_weight, of_bias
+
+
 def _like(x: Tensor) -> Tensor:
     channels_last = not x.is_contiguous() and x.is_contiguous(memory_format=torch.channels_last)
     layout = torch.channels_last if channels_last else torch.contiguous_format
