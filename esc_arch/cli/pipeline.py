@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import argparse
+import logging
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from types import ModuleType
 from typing import Any
 
@@ -44,6 +46,30 @@ def run_within(module: ModuleType, pipeline: Callable[[str], None], args: argpar
     original = module.parse_options
     module.parse_options = parse_options  # type: ignore[attr-defined]
     try:
-        pipeline(os.getcwd())
+        with _notes_in_the_log():
+            pipeline(os.getcwd())
     finally:
         module.parse_options = original  # type: ignore[attr-defined]
+
+
+class _IntoTheLog(logging.Handler):
+    """Passes on to the log of a run, which is BasicSR's."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        log = logging.getLogger("basicsr")
+        if log.isEnabledFor(record.levelno):  # of several processes, only the first has one
+            log.handle(record)
+
+
+@contextmanager
+def _notes_in_the_log() -> Iterator[None]:
+    """What parts of esc_arch that do not know BasicSR have to say stands in the log of the run, too."""
+    logger, handler = logging.getLogger("esc_arch"), _IntoTheLog()
+    level = logger.level
+    logger.addHandler(handler)
+    logger.setLevel(logging.INFO)
+    try:
+        yield
+    finally:
+        logger.removeHandler(handler)
+        logger.setLevel(level)

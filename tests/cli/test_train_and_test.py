@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import re
 from importlib.metadata import entry_points
@@ -15,6 +16,7 @@ import torch
 from skimage.metrics import peak_signal_noise_ratio
 
 from esc_arch import ESC, cli
+from esc_arch.models.esc_model import ESCModel
 
 
 @pytest.fixture
@@ -182,6 +184,23 @@ def test_training_needs_no_command_line(run_basicsr: Any, train_options: Any, mo
     """BasicSR's pipelines read sys.argv; here another program may be the caller."""
     monkeypatch.setattr("sys.argv", ["program", "--of", "another", "kind"])
     assert run_basicsr("train", train_options).status == 0
+
+
+def test_what_operators_say_stands_in_the_log(
+    run_basicsr: Any, train_options: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """They do not know BasicSR, whose log it is."""
+    logger, validate = logging.getLogger("esc_arch.ops.native"), ESCModel.validation
+
+    def validation(*args: Any) -> None:
+        logger.info("a note from below")
+        validate(*args)
+
+    monkeypatch.setattr(ESCModel, "validation", validation)
+    run = run_basicsr("train", train_options)
+    assert run.status == 0, run.err
+    assert run.log().count("INFO: a note from below") == 3
+    assert not logging.getLogger("esc_arch").handlers and not logger.isEnabledFor(logging.INFO)
 
 
 def test_the_console_command_is_the_same() -> None:
