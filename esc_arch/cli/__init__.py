@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import select
 import sys
 import traceback
 from collections.abc import Sequence
@@ -15,7 +16,7 @@ from esc_arch import __version__
 from esc_arch.errors import UserError
 
 from . import benchmark, check, convert, doctor, export, prepare, publish, test, train, upscale, warmup
-from .status import describe
+from .status import UNREAD, describe
 
 __all__ = ["main"]
 
@@ -35,7 +36,8 @@ VERBS = {
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run a verb; returns the exit status: 0, 2 for a mistake of the user's (one message), 130 for Ctrl-C."""
+    """Run a verb; returns the exit status: 0, 2 for a mistake of the user's (one message), 130 for Ctrl-C, 141 when
+    nobody reads what is printed any more."""
     parser = argparse.ArgumentParser(
         prog="basicsr", description="BasicSR with the ESC networks. `basicsr VERB --help` says more about a verb."
     )
@@ -47,7 +49,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         verb.add_arguments(verbs.add_parser(name, help=verb.HELP, description=verb.HELP))
     args = parser.parse_args(argv)
     try:
-        return VERBS[args.verb].run(args)
+        status = VERBS[args.verb].run(args)
+        sys.stdout.flush()
+        return status
+    except BrokenPipeError:
+        if not _is_unread():
+            raise
+        return UNREAD
     except (UserError, KeyboardInterrupt) as error:
         status, message = describe(error)
         rank = os.environ.get("RANK", "0")
@@ -55,3 +63,17 @@ def main(argv: Sequence[str] | None = None) -> int:
         # Drop a data loader that the traceback holds: as cyclic garbage, it would keep its workers waiting for seconds
         traceback.clear_frames(error.__traceback__)
         return status
+
+
+def _is_unread() -> bool:
+    """Whether the reader of standard output has gone, as that of `basicsr doctor | head`; then the rest is dropped."""
+    try:
+        output = sys.stdout.fileno()
+    except (OSError, ValueError):  # not a file
+        return False
+    poll = select.poll()
+    poll.register(output, select.POLLOUT)
+    gone = any(event & (select.POLLERR | select.POLLHUP) for _, event in poll.poll(0))
+    if gone:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), output)  # Python writes what is left when it ends
+    return gone

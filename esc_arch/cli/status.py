@@ -6,7 +6,7 @@ from esc_arch.errors import UserError, message_of
 
 __all__ = ["describe"]
 
-FAULT, USER_ERROR, INTERRUPTED = 1, 2, 130
+FAULT, USER_ERROR, INTERRUPTED, UNREAD = 1, 2, 130, 141
 
 
 def describe(error: BaseException) -> tuple[int, str]:
