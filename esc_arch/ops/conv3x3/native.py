@@ -105,12 +105,12 @@ def _step_backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         )
     x, norm_weight, norm_bias, weight = ctx.saved_tensors
     of_x, of_norm_weight, of_norm_bias, _, of_weight, of_bias, _ = ctx.needs_input_grad
-    before = any((of_x, of_norm_weight, of_norm_bias))
-    normal = layer_norm.before(x, norm_weight, norm_bias, ctx.eps) if of_weight else x
-    of_normal, *of_parameters = _gradients(gradient, normal, weight, before, of_weight, of_bias)
+    of_any_input = any((of_x, of_norm_weight, of_norm_bias))
+    normal = layer_norm.normalised(x, norm_weight, norm_bias, ctx.eps) if of_weight else x
+    of_normal, *of_parameters = _gradients(gradient, normal, weight, of_any_input, of_weight, of_bias)
     of_input: tuple[Tensor | None, ...] = (None, None, None)
     if of_normal is not None:
-        of_input = layer_norm.gradients_before(of_normal, x, norm_weight, ctx.eps)
+        of_input = layer_norm.gradients_through(of_normal, x, norm_weight, ctx.eps)
     found = (*of_input, None, *of_parameters, gradient)
     return tuple(value if wanted else None for value, wanted in zip(found, ctx.needs_input_grad, strict=True))
 

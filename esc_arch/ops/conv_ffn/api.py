@@ -81,7 +81,7 @@ def conv_ffn_step(
         others: see `conv_ffn`.
 
     Returns:
-        (B, C, H, W) and (B, pooled), which are None where gradients are wanted; None where no operator does it in one.
+        (B, C, H, W) and (B, pooled), no means (None) where gradients are wanted; None where no operator does it in one.
 
     Raises:
         ValueError: shapes that do not fit each other, more channels to be averaged than there are.

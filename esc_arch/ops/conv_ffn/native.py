@@ -100,12 +100,13 @@ def _step_backward(ctx: Any, gradient: Tensor, _: Tensor | None) -> tuple[Tensor
     _refuse_second_derivatives()
     x, norm_weight, norm_bias, *parameters = ctx.saved_tensors
     of_norm, of_parameters = ctx.needs_input_grad[:3], ctx.needs_input_grad[4:-1]
+    normal = layer_norm.normalised(x, norm_weight, norm_bias, ctx.eps)
     of_normal, *of_all = torch.ops.esc_arch.conv_ffn_backward(
-        gradient, layer_norm.before(x, norm_weight, norm_bias, ctx.eps), *parameters, any(of_norm), any(of_parameters)
+        gradient, normal, *parameters, any(of_norm), any(of_parameters)
     )
     of_input: tuple[Tensor | None, ...] = (None, None, None)
     if any(of_norm):
-        of_input = layer_norm.gradients_before(of_normal, x, norm_weight, ctx.eps)
+        of_input = layer_norm.gradients_through(of_normal, x, norm_weight, ctx.eps)
     found = (*of_input, None, *of_all, None)
     return tuple(value if wanted else None for value, wanted in zip(found, ctx.needs_input_grad, strict=True))
 

@@ -29,18 +29,18 @@ def forward(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
     return out
 
 
-def before(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) -> Tensor:
-    """For the backward pass of an operator that normalises its input itself: what it computed with; without norm, x."""
+def normalised(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) -> Tensor:
+    """What an operator that normalises its input itself computed with, for its backward pass; without norm, x."""
     if weight is None:
         return x
     out: Tensor = torch.ops.esc_arch.layer_norm(x, weight, bias, eps)
     return out
 
 
-def gradients_before(
+def gradients_through(
     gradient: Tensor, x: Tensor, weight: Tensor | None, eps: float
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """The gradients of x and of the norm's weight and bias, from that of `before`'s result."""
+    """The gradients of x and of the norm's weight and bias, from that of `normalised`'s result."""
     if weight is None:
         return gradient, None, None
     of_x, of_weight, of_bias = torch.ops.esc_arch.layer_norm_backward(gradient, x, weight, eps)

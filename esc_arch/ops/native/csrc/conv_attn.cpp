@@ -15,6 +15,7 @@
 #include <vector>
 
 #include "conv_attn_tiles.h"
+#include "matrices.h"
 #include "memory.h"
 #include "pixels.h"
 #include "products.h"
@@ -140,14 +141,11 @@ at::Tensor means_of_first(const at::Tensor& x, int64_t channels) {
   const Map map(x);
   Floats sums(images * height * step);
   at::parallel_for(0, images * height, 16, [&](int64_t begin, int64_t end) {
-    constexpr int64_t kChains = 4;
     for (int64_t row = begin; row < end; ++row)
       for (int64_t c = 0; c < channels; c += kLanes) {
-        const int64_t count = std::min(kLanes, channels - c);
         const float* from = map.at(row / height, row % height, 0) + c;
-        Vec chains[kChains] = {};
-        for (int64_t i = 0; i < width; ++i) chains[i % kChains] += load_count(from + i * map.column, count);
-        store(sums.data() + row * step + c, (chains[0] + chains[1]) + (chains[2] + chains[3]));
+        const Vec sum = sum_of_pixels(from, width, map.column, std::min(kLanes, channels - c));
+        store(sums.data() + row * step + c, sum);
       }
   });
   at::Tensor means = at::empty({images, channels}, x.options());
@@ -410,14 +408,12 @@ void add_mix_gradients(const Unmixing& u, int64_t begin, int64_t pixels, Floats&
             store(place, load(place) + sum);
           });
   for (int64_t c = 0; c < u.outputs; c += kLanes) {
-    const int64_t count = std::min(kLanes, u.outputs - c);
-    Vec sum = {};
-    for (int64_t p = 0; p < pixels; ++p) sum += load_count(gradient + p * u.outputs + c, count);
+    const Vec sum = sum_of_pixels(gradient + c, pixels, u.outputs, std::min(kLanes, u.outputs - c));
     store(sums.bias.data() + c, load(sums.bias.data() + c) + sum);
   }
 }
 
-// All pixels of the batch; the sums of the parts in their order, so that they are the same every time
+// All pixels of the batch
 MixGradients unmix_all(const Unmixing& u, int64_t pixels, bool of_parameters) {
   const int64_t parts = std::clamp<int64_t>(pixels / (4 * kPiece), 1, at::get_num_threads());
   std::vector<MixGradients> sums;
@@ -433,10 +429,7 @@ MixGradients unmix_all(const Unmixing& u, int64_t pixels, bool of_parameters) {
       }
     }
   });
-  for (int64_t part = 1; part < parts; ++part)
-    for (auto member : {&MixGradients::weight, &MixGradients::bias})
-      for (size_t i = 0; i < (sums[0].*member).size(); ++i) (sums[0].*member)[i] += (sums[part].*member)[i];
-  return std::move(sums[0]);
+  return std::move(sum_of_parts(sums, &MixGradients::weight, &MixGradients::bias));
 }
 
 // What every pixel of an image gets, (B, C), added to the first channels of a map
@@ -477,11 +470,7 @@ EightTensors conv_attention_layer_backward(const at::Tensor& whole_gradient, con
   const at::Tensor of_convolved = empty_map(first.sizes(), x.options());
   const int64_t channels = first.size(1), inputs = x.size(1), outputs = weight.size(0);
 
-  const Map of_weight(weight);
-  Floats rows(outputs * padded(inputs));
-  for (int64_t o = 0; o < outputs; ++o)
-    for (int64_t i = 0; i < inputs; ++i)
-      rows[o * padded(inputs) + i] = of_weight.data[o * of_weight.batch + i * of_weight.channel];
+  const Floats rows = packed(as_matrix(weight));
   const Unmixing unmixing{channels, inputs, outputs, gradient.const_data_ptr<float>(), x.const_data_ptr<float>(),
                           convolved.const_data_ptr<float>(), rows.data(), of_convolved.data_ptr<float>(),
                           x_gradient.data_ptr<float>()};
@@ -500,14 +489,14 @@ EightTensors conv_attention_layer_backward(const at::Tensor& whole_gradient, con
   const double share = 1.0 / (x.size(2) * x.size(3));
   add_to_first(x_gradient, of_each(of_proj1.of_values, [=](double value) { return value * share; }), channels);
 
-  at::Tensor weight_gradient = at::empty(weight.sizes(), x.options());
-  at::Tensor bias_gradient = at::empty({outputs}, x.options());
-  for (int64_t o = 0; o < outputs; ++o)
-    std::memcpy(weight_gradient.data_ptr<float>() + o * inputs, of_mix.weight.data() + o * padded(inputs),
-                inputs * sizeof(float));
-  std::memcpy(bias_gradient.data_ptr<float>(), of_mix.bias.data(), outputs * sizeof(float));
-  return {x_gradient,          of_kernels.large,  of_proj1.of_weight, of_proj1.of_bias,
-          of_proj2.of_weight, of_proj2.of_bias, weight_gradient,    bias_gradient};
+  return {x_gradient,
+          of_kernels.large,
+          of_proj1.of_weight,
+          of_proj1.of_bias,
+          of_proj2.of_weight,
+          of_proj2.of_bias,
+          unpacked(of_mix.weight, outputs, inputs, false, weight.sizes()),
+          unpacked(of_mix.bias, 1, outputs, false, {outputs})};
 }
 
 }  // namespace

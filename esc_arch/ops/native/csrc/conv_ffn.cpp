@@ -15,6 +15,7 @@
 #include <tuple>
 #include <vector>
 
+#include "matrices.h"
 #include "memory.h"
 #include "pixels.h"
 #include "products.h"
@@ -38,20 +39,6 @@ struct Sizes {
         padded_hidden(padded(hidden)), hidden_vectors(padded_hidden / kLanes),
         channel_vectors(padded(channels) / kLanes), padded_channels(padded(channels)) {}
 };
-
-// (rows, columns) with any strides -> rows of padded columns, the padding zero.
-Floats packed(const at::Tensor& matrix) {
-  const int64_t rows = matrix.size(0), columns = matrix.size(1), step = padded(columns);
-  const at::Tensor plain = matrix.contiguous();
-  const float* from = plain.const_data_ptr<float>();
-  Floats result(rows * step + kLanes, 0.0f);
-  for (int64_t row = 0; row < rows; ++row) std::copy_n(from + row * columns, columns, result.data() + row * step);
-  return result;
-}
-
-at::Tensor as_matrix(const at::Tensor& weight) {
-  return weight.reshape({weight.size(0), -1});
-}
 
 struct Weights {
   Floats expand, expand_bias, taps, taps_bias, reduce, reduce_bias;
@@ -249,13 +236,10 @@ struct RowSums {
         data(s.batch * bands * height * step) {}
 
   void add(const Segment& part, int64_t row, int64_t pixels, int64_t channels, const float* map) {
-    constexpr int64_t kChains = 4;
     float* sums = data.data() + ((part.image * bands + part.left / width) * height + row) * step;
     for (int64_t c = 0; c < pooled; c += kLanes) {
-      const int64_t count = std::min(kLanes, channels - c);
-      Vec chains[kChains] = {};
-      for (int64_t p = 0; p < pixels; ++p) chains[p % kChains] += load_count(map + p * channels + c, count);
-      store(sums + c, load(sums + c) + ((chains[0] + chains[1]) + (chains[2] + chains[3])));
+      const Vec sum = sum_of_pixels(map + c, pixels, channels, std::min(kLanes, channels - c));
+      store(sums + c, load(sums + c) + sum);
     }
   }
 
@@ -521,12 +505,6 @@ void backward_before_filter(const Sizes& s, const Weights& w, const Floats& expa
   }
 }
 
-// (rows, padded columns) -> rows x columns of a tensor, transposed where its shape is (columns, rows, ...).
-at::Tensor unpacked(const Floats& sums, int64_t rows, int64_t columns, bool transposed, at::IntArrayRef shape) {
-  at::Tensor matrix = at::from_blob(const_cast<float*>(sums.data()), {rows, columns}, {padded(columns), 1}, at::kFloat);
-  return (transposed ? matrix.t() : matrix).clone(at::MemoryFormat::Contiguous).view(shape);
-}
-
 using SevenTensors =
     std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor>;
 
@@ -573,17 +551,9 @@ SevenTensors conv_ffn_backward(const at::Tensor& grad, const at::Tensor& input, 
       });
     }
   });
-  // In the order of the parts, so that the sums are the same every time
-  Gradients& total = sums[0];
-  const auto add = [&](Floats Gradients::*member) {
-    for (int64_t part = 1; part < parts; ++part) {
-      for (size_t i = 0; i < (total.*member).size(); ++i) (total.*member)[i] += (sums[part].*member)[i];
-    }
-  };
-  for (auto member : {&Gradients::expand, &Gradients::expand_bias, &Gradients::taps, &Gradients::taps_bias,
-                      &Gradients::reduce, &Gradients::reduce_bias}) {
-    add(member);
-  }
+  const Gradients& total =
+      sum_of_parts(sums, &Gradients::expand, &Gradients::expand_bias, &Gradients::taps, &Gradients::taps_bias,
+                   &Gradients::reduce, &Gradients::reduce_bias);
   return {gx,
           unpacked(total.expand, s.channels, s.hidden, true, proj_weight.sizes()),
           unpacked(total.expand_bias, 1, s.hidden, false, proj_bias.sizes()),

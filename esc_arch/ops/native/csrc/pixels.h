@@ -22,6 +22,14 @@ ESC_ARCH_INLINE void store_count(float* to, Vec value, int64_t count) {
   }
 }
 
+// The sum of `count` channels of pixels that are `step` floats apart.
+ESC_ARCH_INLINE Vec sum_of_pixels(const float* from, int64_t pixels, int64_t step, int64_t count) {
+  constexpr int64_t kChains = 4;  // or every addition would wait for the one before
+  Vec chains[kChains] = {};
+  for (int64_t p = 0; p < pixels; ++p) chains[p % kChains] += load_count(from + p * step, count);
+  return (chains[0] + chains[1]) + (chains[2] + chains[3]);
+}
+
 // A pixel's channels as vectors; beyond the last channel they are zero.
 struct Pixel {
   int64_t whole, rest;  // vectors, and channels after them
