@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from esc_arch.ops import native
+from esc_arch.ops.gradients import wants_gradients
 
 #: Beyond this no tile has room for outputs beside its margins.
 LARGEST_KERNEL = 33
@@ -64,7 +65,7 @@ def step_reasons_against(
         return reasons
     if torch.is_autocast_enabled("cpu"):
         reasons.append("it takes float32")
-    if means is not None and _wants_gradients(*maps, *others):
+    if means is not None and wants_gradients(*maps, *others):
         reasons.append("it has no gradient of means that are given")
     if any(tensor.stride(1) != 1 for tensor in maps):
         reasons.append("it takes maps with the channels innermost")
@@ -82,15 +83,11 @@ def step_forward(
     `conv_attention_step`."""
     tensors = (x, residual, large_kernel, *parameters)
     out: Tensor
-    if _wants_gradients(*(tensor for tensor in tensors if tensor is not None)):
+    if wants_gradients(*tensors):
         out, *_ = torch.ops.esc_arch.conv_attention_layer(*tensors)
     else:
         out = torch.ops.esc_arch.conv_attention_step(x, residual, large_kernel, means, *parameters)
     return out
-
-
-def _wants_gradients(*tensors: Tensor) -> bool:
-    return torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
 
 
 def _empty_like(x: Tensor) -> Tensor:

@@ -21,6 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from esc_arch.ops.gradients import wants_gradients
 from esc_arch.ops.trials.choice import reasons_against_auto as reasons_of_trial
 from esc_arch.ops.trials.networks import nearest
 from esc_arch.ops.trials.verdicts import MODES, Subject
@@ -60,8 +61,7 @@ def reasons_against_auto(
     x: Tensor, large_kernel: Tensor, dynamic_kernel: Tensor, symmetric: bool, backend: str = "triton"
 ) -> list[str]:
     """Why `auto` leaves these kernels, as this backend has them, to those who ask for them by name."""
-    leaves = (x, large_kernel, dynamic_kernel)
-    training = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in leaves)
+    training = wants_gradients(x, large_kernel, dynamic_kernel)
     # (Of the kernel, whose sizes no compiler at work takes for symbols)
     network = nearest(pdim=large_kernel.shape[0])
     return _reasons_of_trial(backend, network, _computed_in(x), training, x.device.type, x.device.index)

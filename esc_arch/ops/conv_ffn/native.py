@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from esc_arch.ops import native
+from esc_arch.ops.gradients import wants_gradients
 from esc_arch.ops.layer_norm import native as layer_norm
 
 
@@ -50,8 +51,7 @@ def step_forward(
     x: Tensor, norm_weight: Tensor | None, norm_bias: Tensor | None, eps: float, *parameters: Tensor, pooled: int
 ) -> tuple[Tensor, Tensor | None]:
     """`torch.ops.esc_arch.conv_ffn_step`; see `conv_ffn_step`."""
-    given = (tensor for tensor in (x, norm_weight, norm_bias, *parameters) if tensor is not None)
-    if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in given):
+    if wants_gradients(x, norm_weight, norm_bias, *parameters):
         out, _ = torch.ops.esc_arch.conv_ffn_step(x, norm_weight, norm_bias, eps, *parameters, 0)
         return out, None
     out, means = torch.ops.esc_arch.conv_ffn_step(x, norm_weight, norm_bias, eps, *parameters, pooled)

@@ -15,6 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from esc_arch.ops.gradients import wants_gradients
+
 from .bias import Bias, dense_bias, parameters_of, relative_index
 from .windows import merge_windows, pad_to_windows, split_windows
 
@@ -26,7 +28,7 @@ def reasons_against(qkv: Tensor, bias: Bias, window: int, heads: int) -> list[st
     if qkv.device.type not in ("cpu", "cuda"):
         reasons.append(f"it runs on cpu and cuda, not on {qkv.device.type}")
     if qkv.device.type == "cpu":
-        if torch.is_grad_enabled() and any(part.requires_grad for part in (qkv, *parameters_of(bias))):
+        if wants_gradients(qkv, *parameters_of(bias)):
             reasons.append("PyTorch's flex attention has no backward pass on the CPU")
         # (A compiler at work cannot trace the search, and is itself the proof that there is one)
         if not torch.compiler.is_compiling() and not any(

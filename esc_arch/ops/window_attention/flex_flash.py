@@ -8,6 +8,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from esc_arch.ops.gradients import wants_gradients
+
 from . import flex
 from .bias import Bias, parameters_of
 from .flash import HALVES, flash_attn_4_suits
@@ -24,7 +26,7 @@ def reasons_against(qkv: Tensor, bias: Bias, window: int, heads: int) -> list[st
         reasons.append("it needs flash-attn 4 (`flash_attn.cute`), and a GPU of compute capability 9 to 11")
     if qkv.dtype not in HALVES:
         reasons.append(f"its kernels take bfloat16 and float16, not {qkv.dtype}")
-    if torch.is_grad_enabled() and any(part.requires_grad for part in (qkv, *parameters_of(bias))):
+    if wants_gradients(qkv, *parameters_of(bias)):
         reasons.append("it has no gradient of the bias, so it is for inference: `flex` has one")
     return reasons
 

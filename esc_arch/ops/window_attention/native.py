@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from esc_arch.ops import native
+from esc_arch.ops.gradients import wants_gradients
 
 from .bias import Bias
 
@@ -60,7 +61,7 @@ def layer_reasons_against(
         reasons.append("it takes float32")
     if any(t.device.type != "cpu" for t in tensors):
         reasons.append("it runs on cpu")
-    if torch.is_grad_enabled() and any(t.requires_grad for t in tensors):
+    if wants_gradients(*tensors):
         reasons.append("it has no backward pass")
     if x.stride(1) != 1:
         reasons.append("it takes maps with the channels innermost")

@@ -23,6 +23,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from esc_arch.ops.gradients import wants_gradients
 from esc_arch.ops.trials.choice import reasons_against_auto as reasons_of_trial
 from esc_arch.ops.trials.networks import nearest
 from esc_arch.ops.trials.verdicts import MODES, Subject
@@ -59,7 +60,7 @@ def reasons_against(qkv: Tensor, bias: Bias, window: int, heads: int) -> list[st
 def reasons_against_auto(qkv: Tensor, bias: Bias, window: int, heads: int) -> list[str]:
     """Why `auto` leaves these kernels to those who ask for them by name."""
     assert isinstance(bias, Tensor)  # others are refused above
-    training = torch.is_grad_enabled() and (qkv.requires_grad or bias.requires_grad)
+    training = wants_gradients(qkv, bias)
     network = nearest(channels=qkv.shape[1] // 3)
     return _reasons_of_trial(network, qkv.dtype, training, qkv.device.type, qkv.device.index)
 
@@ -75,7 +76,7 @@ def _reasons_of_trial(
 def forward(qkv: Tensor, bias: Bias, window: int, heads: int) -> Tensor:
     """softmax(q k^T / sqrt(d) + bias) v in each window; see `window_attention`."""
     assert isinstance(bias, Tensor)  # others are refused above
-    keep = torch.is_grad_enabled() and (qkv.requires_grad or bias.requires_grad)
+    keep = wants_gradients(qkv, bias)
     out, _ = _attend(qkv, bias, window, heads, keep)
     return out
 
