@@ -368,13 +368,14 @@ class _Run:
     def _collect(self, most: int) -> None:
         """Wait until at most so many files are being written."""
         while len(self.writing) > most:
-            work, file = self.writing.popleft()
+            work, file = self.writing[0]  # it stays there while it is waited for, lest an interruption forget it
             try:
                 file.result()
             except Exception as error:
                 self.fail(work.task, error)
             else:
                 self.finish(work.task, work.form)
+            self.writing.popleft()
 
 
 def _give(pixels: Pixels, write: Rows) -> None:

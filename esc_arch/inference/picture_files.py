@@ -294,7 +294,8 @@ def _grey_as_rgb(image: Image.Image, icc: bytes | None) -> tuple[Image.Image, by
 class PictureFile:
     """A picture that a thread of its own encodes and writes, while the next is computed.
 
-    `write` and `finish` return before the rows are on disk; `result` waits, and raises what went wrong.
+    `write` and `finish` return before the rows are on disk; `result` waits, and raises what went wrong. A process that
+    ends without waiting, as Ctrl-C may have it, writes what was finished and leaves nothing of the rest.
     """
 
     def __init__(self, path: Path, form: Form) -> None:
@@ -302,7 +303,8 @@ class PictureFile:
         self._rows: queue.Queue[Pixels | None] = queue.Queue(maxsize=2)
         self._error: BaseException | None = None
         self._given_up = False
-        self._thread = threading.Thread(target=self._run, name=f"write {path.name}", daemon=True)
+        # (No daemon: the end of the process would kill it, with a half-written file beside its name)
+        self._thread = threading.Thread(target=self._run, name=f"write {path.name}")
         self._thread.start()
 
     def write(self, rows: Pixels) -> None:
@@ -351,10 +353,20 @@ class PictureFile:
         if self._error is not None:
             raise self._error
 
+    def _next(self) -> Pixels | None:
+        """The next rows; None after the last."""
+        while True:
+            try:
+                return self._rows.get(timeout=0.2)
+            except queue.Empty:
+                if not threading.main_thread().is_alive():  # the process ends, and nobody will give the rest
+                    self._given_up = True
+                    return None
+
     def _run(self) -> None:
         try:
             with write_picture(self.path, self.form) as encoder:
-                while (rows := self._rows.get()) is not None and not self._given_up:
+                while (rows := self._next()) is not None and not self._given_up:
                     encoder.write(rows)
                 if self._given_up:
                     raise InterruptedError

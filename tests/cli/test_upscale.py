@@ -9,7 +9,8 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,7 @@ from skimage.data import astronaut
 import esc_arch
 from esc_arch import ESC
 from esc_arch.cli import main, upscale
-from esc_arch.inference import batch, large_images
+from esc_arch.inference import batch, large_images, picture_files
 from esc_arch.inference.batch import Options, Task
 from esc_arch.inference.network import Upscaler
 
@@ -398,6 +399,60 @@ def test_ctrl_c_keeps_what_is_finished(run: Upscale, monkeypatch: pytest.MonkeyP
     assert (status, err) == (130, "basicsr upscale: interrupted.\n")
     assert files("out") == ["a_out.png", "b_out.png"]
     assert Image.open("out/b_out.png").size == (70, 60)
+
+
+def test_ctrl_c_while_the_last_file_is_waited_for(run: Upscale, monkeypatch: pytest.MonkeyPatch) -> None:
+    write, wait, waits = picture_files.write_picture, picture_files.PictureFile.result, []
+
+    @contextmanager
+    def write_slowly(*arguments: Any) -> Iterator[Any]:
+        with write(*arguments) as encoder:
+            yield encoder
+            time.sleep(0.3)
+
+    def result(file: Any) -> None:
+        waits.append(file)
+        if len(waits) == 1:
+            raise KeyboardInterrupt
+        wait(file)
+
+    monkeypatch.setattr(picture_files, "write_picture", write_slowly)
+    monkeypatch.setattr(picture_files.PictureFile, "result", result)
+    for name in "abcd":
+        put(f"in/{name}.png")
+    status, out, err = run("-i", "in", "-o", "out")
+    assert (status, err) == (130, "basicsr upscale: interrupted.\n")
+    assert files("out") and all(name.endswith("_out.png") for name in files("out"))
+    assert all(f"-> out/{name}" in out for name in files("out"))
+
+
+ABANDONED = """
+import numpy as np
+from pathlib import Path
+from esc_arch.inference.picture_files import PictureFile, form_of
+from esc_arch.inference.pictures import read_picture
+
+picture = read_picture(Path("in.png"))
+for name, rows in (("whole.png", 30), ("half.png", 15)):
+    form = form_of(Path(name), picture, (30, 35), quality=95, lossless=False, max_memory=None)
+    file = PictureFile(Path(name), form)
+    file.write(picture.pixels[:rows])
+    if rows == 30:
+        file.finish()
+raise KeyboardInterrupt
+"""
+
+
+def test_a_process_that_ends_in_the_middle_leaves_no_half_file(work_folder: Path) -> None:
+    """Wherever Ctrl-C falls: nobody waits for a file, or gives it up."""
+    put("in.png")
+    environment = os.environ | {"PYTHONPATH": str(Path(esc_arch.__file__).parents[1])}
+    done = subprocess.run(
+        [sys.executable, "-c", ABANDONED], env=environment, capture_output=True, text=True, timeout=100
+    )
+    assert done.stderr.strip().endswith("KeyboardInterrupt")
+    assert files(".") == ["in.png", "whole.png"]
+    assert np.array_equal(np.asarray(Image.open("whole.png")), PHOTOGRAPH)
 
 
 @pytest.mark.skipif(os.name != "posix", reason="signals")
