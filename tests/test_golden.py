@@ -18,7 +18,8 @@ from torch import Tensor, nn
 FOLDER = Path(__file__).parent / "golden"
 MANIFEST: dict[str, dict[str, Any]] = json.loads((FOLDER / "manifest.json").read_text(encoding="utf-8"))
 FILES = sorted(path.stem for path in FOLDER.glob("*.safetensors"))
-ESC_FILES = [name for name in FILES if MANIFEST[name]["type"] == "ESC"]
+FACTORS = [name for name in FILES if MANIFEST[name]["options"].get("attn_type") == "FlashBias"]
+ESC_FILES = [name for name in FILES if MANIFEST[name]["type"] == "ESC" and name not in FACTORS]
 TRAINED_FILES = [name for name in FILES if "losses" in MANIFEST[name]]
 #: Every upsampler is tried with the default backend, a network of every type with all of them.
 OUTPUTS = [
@@ -40,7 +41,7 @@ def part(name: str, prefix: str) -> dict[str, Tensor]:
 
 def golden_net(name: str, backend: str, device: str = "cpu") -> nn.Module:
     entry = MANIFEST[name]
-    key = "backend" if entry["type"] == "ESCRIB" else "attn_type"
+    key = "backend" if entry["type"] == "ESCRIB" or name in FACTORS else "attn_type"
     net: nn.Module = build_network({"type": entry["type"], **entry["options"], key: backend})
     net.load_state_dict(part(name, "weights."), strict=True)
     return net.to(device).eval()

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Iterator, MutableMapping
+from collections.abc import Iterator, Mapping, MutableMapping
 from contextlib import nullcontext
-from typing import Any, TypeVar
+from typing import Any, ClassVar, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -15,10 +15,13 @@ from torch.utils.checkpoint import checkpoint
 from esc_arch.modules import ConvAttn, ESCBlock, FactorBiasWindowAttention, FlashWindowAttention
 from esc_arch.modules.conv_attn import new_large_kernel
 from esc_arch.modules.upsample import rescale_subpixel_conv
-from esc_arch.modules.window_attention import WindowAttention
+from esc_arch.modules.window_attention import WindowAttention, bias_factors, resize_bias_table
 from esc_arch.ops import native
 from esc_arch.ops.conv_attn import symmetrise
 from esc_arch.ops.layout import fast_layout
+from esc_arch.ops.window_attention.flash import MAX_WIDTH
+
+from .flashbias import Origin, convert_old_factors, mark_published, origin_of
 
 __all__ = ["ESCFamily", "SharedKernelNetwork", "biased_attention", "esc_block", "repetitions"]
 
@@ -39,6 +42,9 @@ class ESCFamily(nn.Module):
 
     #: Keep only the inputs of blocks for the backward pass, and compute the rest again.
     checkpointing = False
+
+    #: Of the constructor's options, those whose default is another one in the published code, with that default.
+    published_defaults: ClassVar[Mapping[str, Any]] = {}
 
     proj: nn.Module
     blocks: nn.ModuleList
@@ -91,8 +97,8 @@ class ESCFamily(nn.Module):
     def adapt_state_dict(self, state_dict: MutableMapping[str, Tensor], prefix: str = "") -> list[str]:
         """Make a checkpoint of another scale or window fit this network, in place.
 
-        The last convolution is interpolated to the scale, the attentions' position biases are adapted to the window.
-        Done at every `load_state_dict`.
+        The last convolution is interpolated to the scale, the attentions' position biases are adapted to the window,
+        and to the kind of bias: FlashBias's factors are made of tables. Done at every `load_state_dict`.
 
         Args:
             state_dict: weights of a network of this type.
@@ -102,7 +108,11 @@ class ESCFamily(nn.Module):
             What it is of and what was done, such as "another scale: to_img.weight was interpolated from x2 to x3.";
             empty for a checkpoint that fits.
         """
-        return [*self._adapt_scale(state_dict, prefix), *self._adapt_window(state_dict, prefix)]
+        return [
+            *self._adapt_scale(state_dict, prefix),
+            *self._adapt_factors(state_dict, prefix),
+            *self._adapt_window(state_dict, prefix),
+        ]
 
     def _adapt_scale(self, state_dict: MutableMapping[str, Tensor], prefix: str) -> Iterator[str]:
         if self.subpixel_conv is None:
@@ -118,6 +128,43 @@ class ESCFamily(nn.Module):
                 continue  # not a sub-pixel convolution: loading reports the shapes
             source = round((tensor.shape[0] / 3) ** 0.5)
             yield f"another scale: {prefix}{name} was interpolated from x{source} to x{self.upscaling_factor}."
+
+    def _adapt_factors(self, state_dict: MutableMapping[str, Tensor], prefix: str) -> Iterator[str]:
+        """Factors for a network with FlashBias in the published convention: made of tables, or converted from ours."""
+        layers = {
+            f"{prefix}{path}.": module
+            for path, module in self.named_modules()
+            if isinstance(module, FactorBiasWindowAttention) and not module.scaled
+        }
+        if any(f"{path}flashbias_q" in state_dict for path in layers):
+            origin = origin_of(state_dict, prefix)
+            if origin is Origin.OLD:
+                convert_old_factors(state_dict, prefix)
+                yield (
+                    "an earlier esc_arch, whose FlashBias divided q k^T by sqrt(rank): its q factors were divided by "
+                    "sqrt(rank), so that the network stays the same."
+                )
+            elif origin is Origin.UNKNOWN:
+                yield (
+                    "unknown origin: its FlashBias factors are taken as published, bias = q k^T without a factor of "
+                    "the rank. Files of an earlier esc_arch that were re-saved elsewhere have sqrt(rank) times that."
+                )
+        ranks = set()
+        for path, module in layers.items():
+            table = _take_back(state_dict, f"{path}relative_position_bias")
+            if table is None or f"{path}flashbias_q" in state_dict or table.shape[:1] != (module.num_heads,):
+                continue
+            try:
+                table, _ = resize_bias_table(table, module.window_size)
+            except ValueError:
+                continue  # not of a square window: loading reports the names
+            q, k = bias_factors(table, module.window_size, module.rank)
+            state_dict |= {f"{path}flashbias_q": q, f"{path}flashbias_k": k}
+            del state_dict[f"{path}relative_position_bias"]
+            ranks.add(module.rank)
+        for rank in ranks:
+            mark_published(state_dict, prefix)
+            yield f"attention with bias tables: FlashBias factors of rank {rank} were made of them (truncated SVD)."
 
     def _adapt_window(self, state_dict: MutableMapping[str, Tensor], prefix: str) -> Iterator[str]:
         changes = set()
@@ -174,22 +221,38 @@ class SharedKernelNetwork(ESCFamily):
 
 
 def biased_attention(
-    *, dim: int, window_size: int, num_heads: int, attn_type: str, rank: int, backend: str
+    *,
+    dim: int,
+    window_size: int,
+    num_heads: int,
+    attn_type: str,
+    flashbias_rank: int | None = None,
+    rank: int | None = None,
+    backend: str = "auto",
 ) -> WindowAttention:
-    """Window attention with a bias table, or with free factors of the bias (arXiv 2603.06738) for FlashBias.
+    """Window attention with a bias table, or for FlashBias with free factors of the bias.
 
     Args:
         attn_type: FlashBias (any case), computed as `backend` says; anything else names how attention with a table
             is computed.
-        rank, backend: of FlashBias; see `ESC`.
+        flashbias_rank, rank, backend: of FlashBias; see `ESC`.
         others: see `WindowAttention`.
 
     Raises:
-        ValueError: as of `WindowAttention`, or `backend` is given though attn_type names one.
+        ValueError: as of `WindowAttention`; `backend` is given though attn_type names one; two different ranks.
     """
     if str(attn_type).lower() == "flashbias":
+        if None not in (flashbias_rank, rank) and flashbias_rank != rank:
+            raise ValueError(f"flashbias_rank is {flashbias_rank} and rank is {rank}; they are one option, give one.")
+        given = rank if flashbias_rank is None else flashbias_rank
         return FactorBiasWindowAttention(
-            dim=dim, window_size=window_size, num_heads=num_heads, rank=rank, attn_type=backend
+            dim=dim,
+            window_size=window_size,
+            num_heads=num_heads,
+            # The published default: the widest that flash kernels take
+            rank=MAX_WIDTH - dim // max(1, num_heads) if given is None else given,
+            scaled=False,
+            attn_type=backend,
         )
     if backend != "auto":
         raise ValueError(
@@ -220,14 +283,21 @@ def esc_block(
     exp_ratio: float,
     attn_type: str,
     use_ln: bool,
-    rank: int = 16,
+    flashbias_rank: int | None = None,
+    rank: int | None = None,
     backend: str = "auto",
 ) -> ESCBlock:
     """The block of ESC and ESC-Real: `biased_attention`, ConvAttn, and a first ConvFFN of ratio 2."""
     return ESCBlock(
         dim,
         attn=biased_attention(
-            dim=dim, window_size=window_size, num_heads=num_heads, attn_type=attn_type, rank=rank, backend=backend
+            dim=dim,
+            window_size=window_size,
+            num_heads=num_heads,
+            attn_type=attn_type,
+            flashbias_rank=flashbias_rank,
+            rank=rank,
+            backend=backend,
         ),
         pconvs=[
             ConvAttn(dim=dim, pdim=pdim, kernel_size=kernel_size, symmetric=True)

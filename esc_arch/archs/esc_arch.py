@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 from basicsr.utils.registry import ARCH_REGISTRY
 from torch import Tensor, nn
 
@@ -33,19 +35,25 @@ class ESC(SharedKernelNetwork):
         upscaling_factor: s, an integer of at least 1.
         exp_ratio: expansion of the ConvFFNs.
         attn_type: auto, or a backend by name (any case); changes how attention is computed, not its result. FlashBias
-            replaces the bias tables by factors of low rank, for attention kernels without bias support; weights with
-            tables are converted by `basicsr convert --flashbias-rank`.
+            has factors of low rank in place of the bias tables, for attention kernels without bias support: scores =
+            q k^T / sqrt(head_dim) + flashbias_q flashbias_k^T, as published. They start at zero, where gradients are
+            zero, too: training starts from weights with tables, whose biases are decomposed when they are loaded.
         use_ln: LayerNorm before the ConvFFNs (ESC-XL).
-        rank: of FlashBias's factors; not used otherwise.
+        flashbias_rank: rank of FlashBias's factors, not used otherwise; None for 256 - head_dim, the widest that flash
+            attention takes. Published networks have 48.
+        rank: another name of flashbias_rank.
         backend: how attention of FlashBias is computed: auto, or a backend by name.
 
+    All arguments up to attn_type may also be positional, in the published order.
+
     Raises:
-        ValueError: an option that cannot be, with the value and what is allowed.
+        ValueError: an invalid option, with the value and what is allowed.
     """
+
+    published_defaults: ClassVar = {"exp_ratio": 2}
 
     def __init__(
         self,
-        *,
         dim: int = 64,
         pdim: int = 16,
         kernel_size: int = 13,
@@ -56,8 +64,10 @@ class ESC(SharedKernelNetwork):
         upscaling_factor: int = 4,
         exp_ratio: float = 1.25,
         attn_type: str = "auto",
+        *,
         use_ln: bool = False,
-        rank: int = 16,
+        flashbias_rank: int | None = None,
+        rank: int | None = None,
         backend: str = "auto",
     ) -> None:
         super().__init__(pdim=pdim, kernel_size=kernel_size, window_size=window_size, upscaling_factor=upscaling_factor)
@@ -73,6 +83,7 @@ class ESC(SharedKernelNetwork):
                 exp_ratio=exp_ratio,
                 attn_type=attn_type,
                 use_ln=use_ln,
+                flashbias_rank=flashbias_rank,
                 rank=rank,
                 backend=backend,
             )

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 import torch.nn.functional as F
 from basicsr.utils.registry import ARCH_REGISTRY
 from torch import Tensor, nn
@@ -26,9 +28,10 @@ class ESCFP(ESCFamily):
         others: see `ESC`.
     """
 
+    published_defaults: ClassVar = {"exp_ratio": 2}
+
     def __init__(
         self,
-        *,
         dim: int = 48,
         pdim: int = 16,
         kernel_size: int = 13,
@@ -39,7 +42,9 @@ class ESCFP(ESCFamily):
         upscaling_factor: int = 4,
         exp_ratio: float = 1.25,
         attn_type: str = "auto",
-        rank: int = 16,
+        *,
+        flashbias_rank: int | None = None,
+        rank: int | None = None,
         backend: str = "auto",
     ) -> None:
         super().__init__(window_size=window_size, upscaling_factor=upscaling_factor)
@@ -53,6 +58,7 @@ class ESCFP(ESCFamily):
                     window_size=window_size,
                     num_heads=num_heads,
                     attn_type=attn_type,
+                    flashbias_rank=flashbias_rank,
                     rank=rank,
                     backend=backend,
                 ),

@@ -29,8 +29,8 @@ class ESCLTE(SharedKernelNetwork):
     checkpoint of ESC.
 
     Args:
-        dim, pdim, kernel_size, n_blocks, conv_blocks, window_size, num_heads, exp_ratio, attn_type, use_ln, rank,
-            backend: see `ESC`.
+        dim, pdim, kernel_size, n_blocks, conv_blocks, window_size, num_heads, exp_ratio, attn_type, use_ln,
+            flashbias_rank, rank, backend: see `ESC`.
         upscaling_factor: the scale when none is asked for; any number above 0.
         hidden_dim, mlp_dims, max_scale: see `LTE`.
         query_chunk: points computed at a time when there are no gradients, which bounds the memory; None for all at
@@ -56,7 +56,8 @@ class ESCLTE(SharedKernelNetwork):
         exp_ratio: float = 1.25,
         attn_type: str = "auto",
         use_ln: bool = False,
-        rank: int = 16,
+        flashbias_rank: int | None = None,
+        rank: int | None = None,
         backend: str = "auto",
         hidden_dim: int = 256,
         mlp_dims: Sequence[int] = (256, 256, 256),
@@ -82,6 +83,7 @@ class ESCLTE(SharedKernelNetwork):
                 exp_ratio=exp_ratio,
                 attn_type=attn_type,
                 use_ln=use_ln,
+                flashbias_rank=flashbias_rank,
                 rank=rank,
                 backend=backend,
             )

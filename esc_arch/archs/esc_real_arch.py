@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import MutableMapping
+from typing import ClassVar
 
 from basicsr.utils.registry import ARCH_REGISTRY
 from torch import Tensor, nn
 
 from esc_arch.archs.base import SharedKernelNetwork, esc_block, repetitions
 from esc_arch.modules.conv3x3 import Conv3x3, conv3x3
-from esc_arch.modules.upsample import DySample, ReflectDepthwiseConv, UniversalUpsampler
+from esc_arch.modules.upsample import UPSAMPLERS, DySample, ReflectDepthwiseConv, UniversalUpsampler
 from esc_arch.ops.padding import reflect_pad_to_multiple
 from esc_arch.registry import register
 
@@ -44,7 +45,8 @@ class _RealNetwork(SharedKernelNetwork):
         upscaling_factor: int,
         exp_ratio: float,
         attn_type: str,
-        rank: int,
+        flashbias_rank: int | None,
+        rank: int | None,
         backend: str,
     ) -> None:
         super().__init__(pdim=pdim, kernel_size=kernel_size, window_size=window_size, upscaling_factor=upscaling_factor)
@@ -59,6 +61,7 @@ class _RealNetwork(SharedKernelNetwork):
                 exp_ratio=exp_ratio,
                 attn_type=attn_type,
                 use_ln=True,
+                flashbias_rank=flashbias_rank,
                 rank=rank,
                 backend=backend,
             )
@@ -88,7 +91,6 @@ class ESCReal(_RealNetwork):
 
     def __init__(
         self,
-        *,
         dim: int = 64,
         pdim: int = 16,
         kernel_size: int = 13,
@@ -99,7 +101,9 @@ class ESCReal(_RealNetwork):
         upscaling_factor: int = 4,
         exp_ratio: float = 2,
         attn_type: str = "auto",
-        rank: int = 16,
+        *,
+        flashbias_rank: int | None = None,
+        rank: int | None = None,
         backend: str = "auto",
         use_dysample: bool = False,
     ) -> None:
@@ -114,6 +118,7 @@ class ESCReal(_RealNetwork):
             upscaling_factor=upscaling_factor,
             exp_ratio=exp_ratio,
             attn_type=attn_type,
+            flashbias_rank=flashbias_rank,
             rank=rank,
             backend=backend,
         )
@@ -151,7 +156,8 @@ class ESCRealM(_RealNetwork):
 
     Args:
         upscaling_factor: 1, 2, 3 or 4.
-        upsampler: conv, pixelshuffledirect, pixelshuffle, nearest+conv or dysample, see `UniversalUpsampler`.
+        upsampler: pixelshuffledirect, pixelshuffle, nearest+conv or dysample, see `UniversalUpsampler`. At scale 1
+            without unshuffle_mod it is one convolution (conv), whatever is given.
         mid_dim: channels inside the upsamplers pixelshuffle and dysample.
         unshuffle_mod: for scales below 3, work on the image folded to a quarter or half of its size (padded by
             reflection to a multiple) and enlarge by 4.
@@ -160,11 +166,12 @@ class ESCRealM(_RealNetwork):
 
     TAIL_SCALE = 4
 
+    published_defaults: ClassVar = {"upsampler": "nearest+conv"}
+
     to_img: UniversalUpsampler
 
     def __init__(
         self,
-        *,
         dim: int = 64,
         pdim: int = 16,
         kernel_size: int = 13,
@@ -175,7 +182,9 @@ class ESCRealM(_RealNetwork):
         upscaling_factor: int = 4,
         exp_ratio: float = 2,
         attn_type: str = "auto",
-        rank: int = 16,
+        *,
+        flashbias_rank: int | None = None,
+        rank: int | None = None,
         backend: str = "auto",
         upsampler: str = "pixelshuffledirect",
         mid_dim: int = 48,
@@ -192,6 +201,7 @@ class ESCRealM(_RealNetwork):
             upscaling_factor=upscaling_factor,
             exp_ratio=exp_ratio,
             attn_type=attn_type,
+            flashbias_rank=flashbias_rank,
             rank=rank,
             backend=backend,
         )
@@ -210,7 +220,10 @@ class ESCRealM(_RealNetwork):
             self.proj = proj
             self.skip = nn.Sequential(*skip)
         tail_scale = self.TAIL_SCALE if unshuffle else self.upscaling_factor
-        self.to_img = UniversalUpsampler(upsampler, scale=tail_scale, dim=dim, mid=mid_dim)
+        if upsampler not in UPSAMPLERS:
+            raise ValueError(f"upsampler {upsampler!r} is not known; allowed: {', '.join(UPSAMPLERS)}.")
+        name = "conv" if tail_scale == 1 else upsampler
+        self.to_img = UniversalUpsampler(name, scale=tail_scale, dim=dim, mid=mid_dim)
 
     def adapt_state_dict(self, state_dict: MutableMapping[str, Tensor], prefix: str = "") -> list[str]:
         """Give weights of a tail, in place, this network's description of it: theirs may be absent or be wrong."""

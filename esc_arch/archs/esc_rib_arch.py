@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, ClassVar
 
 from basicsr.utils.registry import ARCH_REGISTRY
 from torch import Tensor, nn
@@ -16,8 +16,7 @@ from esc_arch.registry import register
 
 __all__ = ["ESCRIB"]
 
-ATTN_TYPES = ("RIB", "FlashBias")
-GATE_TYPES = (None, "DWC")
+ATTN_TYPES = {name.lower(): name for name in ("RIB", "RIBSiren", "FlashBias")}
 
 
 @register(ARCH_REGISTRY)
@@ -27,19 +26,22 @@ class ESCRIB(SharedKernelNetwork):
     Shapes, guarantees and errors as of `ESC`.
 
     Args:
-        attn_type: where the bias factors come from: RIB (a network of the coordinates) or FlashBias (free factors).
-        rank: of the factors.
-        rib_hidden_dim, rib_n_freqs: of RIB's network; FlashBias has none.
+        attn_type: where the bias factors come from: RIB (a network of the coordinates), RIBSiren (the same with sines
+            and without frequencies) or FlashBias (free factors); any case.
+        rank: rank of the factors; the bias is their product divided by sqrt(rank).
+        rib_hidden_dim, rib_n_freqs: of RIB's network; FlashBias has none, RIBSiren no frequencies.
         gate_type: DWC for a sigmoid gate on the attention's result, or None.
+        use_ln: LayerNorm before the ConvFFNs, as in ESC-XL.
+        upsampler_type: None; there is one upsampler.
         backend: how attention is computed: auto, or a backend by name; changes no result.
         others: see `ESC`.
     """
 
     subpixel_conv = "upsampler.up_conv"
+    published_defaults: ClassVar = {"exp_ratio": 2, "rank": "256 - head_dim", "rib_hidden_dim": 64}
 
     def __init__(
         self,
-        *,
         dim: int = 64,
         pdim: int = 16,
         kernel_size: int = 13,
@@ -50,17 +52,33 @@ class ESCRIB(SharedKernelNetwork):
         upscaling_factor: int = 4,
         exp_ratio: float = 1.25,
         attn_type: str = "RIB",
+        *,
         rank: int = 16,
         rib_hidden_dim: int = 32,
         rib_n_freqs: int = 10,
         gate_type: str | None = None,
+        use_ln: bool = False,
+        upsampler_type: str | None = None,
         backend: str = "auto",
     ) -> None:
         super().__init__(pdim=pdim, kernel_size=kernel_size, window_size=window_size, upscaling_factor=upscaling_factor)
-        if attn_type not in ATTN_TYPES:
-            raise ValueError(f"attn_type is {attn_type!r}; ESCRIB takes {' or '.join(ATTN_TYPES)}.")
-        if gate_type not in GATE_TYPES:
-            raise ValueError(f"gate_type is {gate_type!r}; ESCRIB takes DWC or none (~).")
+        kind = ATTN_TYPES.get(str(attn_type).lower())
+        if kind is None:
+            raise ValueError(
+                f"attn_type is {attn_type!r}; ESCRIB takes {', '.join(ATTN_TYPES.values())}. With bias tables (Naive, "
+                "SDPA, Flex) or without positions (NoPE) this network was never published: for tables use type: ESC; "
+                "`backend` chooses how attention is computed."
+            )
+        if gate_type not in (None, "DWC"):
+            raise ValueError(
+                f"gate_type is {gate_type!r}; ESCRIB takes DWC, the gate of the published models, or none (~). Others, "
+                "such as Linear, are not described in the paper."
+            )
+        if upsampler_type is not None:
+            raise ValueError(
+                f"upsampler_type is {upsampler_type!r}; ESCRIB has the upsampler of the published models, a 3x3 "
+                "convolution and pixel shuffle: omit the option."
+            )
 
         def attention() -> WindowAttention:
             common: dict[str, Any] = {
@@ -70,9 +88,12 @@ class ESCRIB(SharedKernelNetwork):
                 "attn_type": backend,
             }
             gate = gate_type is not None
-            if attn_type == "FlashBias":
-                return FactorBiasWindowAttention(rank=rank, gate=gate, **common)
-            return RIBWindowAttention(rank=rank, hidden_dim=rib_hidden_dim, n_freqs=rib_n_freqs, gate=gate, **common)
+            if kind == "FlashBias":
+                return FactorBiasWindowAttention(rank=rank, scaled=True, gate=gate, **common)
+            siren = kind == "RIBSiren"
+            return RIBWindowAttention(
+                rank=rank, hidden_dim=rib_hidden_dim, n_freqs=rib_n_freqs, siren=siren, gate=gate, **common
+            )
 
         self.proj = Conv3x3(3, dim)
         self.blocks = nn.ModuleList(
@@ -85,7 +106,7 @@ class ESCRIB(SharedKernelNetwork):
                 ],
                 exp_ratio=exp_ratio,
                 first_exp_ratio=4,
-                use_ln=False,
+                use_ln=use_ln,
             )
             for _ in repetitions("n_blocks", n_blocks)
         )

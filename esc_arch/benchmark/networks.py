@@ -51,7 +51,7 @@ PRESETS: Mapping[str, Preset] = {
     "ESC-FP": Preset({"type": "ESCFP"}),
     "ESC-light": Preset({"type": "ESC", "n_blocks": 3}),
     "ESC": Preset({"type": "ESC"}),
-    "ESC-FlashBias": Preset({"type": "ESC", "attn_type": "FlashBias"}),
+    "ESC-FlashBias": Preset({"type": "ESC", "attn_type": "FlashBias", "flashbias_rank": 48}),
     "ESC-RIB": Preset({"type": "ESCRIB", "gate_type": "DWC"}),
     "ESC-XL": Preset(
         {"type": "ESC", "dim": 192, "pdim": 48, "n_blocks": 8, "window_size": 48, "num_heads": 12, "use_ln": True}
@@ -179,7 +179,7 @@ def _identity(options: Mapping[str, Any]) -> dict[str, Any]:
     factors = str(options.get("attn_type")).lower() == "flashbias"
     complete = {key: value for key, value in _with_defaults(options).items() if key not in _COMPUTATION}
     if not factors and options["type"] != "ESCRIB":
-        complete.pop("rank", None)
+        complete = {key: value for key, value in complete.items() if key not in ("rank", "flashbias_rank")}
     return {key: list(value) if isinstance(value, tuple) else value for key, value in complete.items()} | {
         "factors": factors
     }

@@ -4,25 +4,24 @@ from __future__ import annotations
 
 import io
 import json
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-import scipy.linalg
 import torch
 from basicsr.utils.registry import ARCH_REGISTRY
 from torch import Tensor, nn
 
 from esc_arch.data.safe_files import write_atomically
 from esc_arch.errors import UserError
+from esc_arch.modules.window_attention import bias_factors
 from esc_arch.ops.conv_attn import symmetrise
 from esc_arch.ops.window_attention import dense_bias
 from esc_arch.version import __version__
 
 from .loading import adapt_weights, describe_mismatch
-from .reading import find_weights, is_state_dict, read_checkpoint, read_metadata
+from .reading import find_weights, from_json, is_state_dict, read_checkpoint, read_metadata
 from .recognition import examine, strip_common_prefix
 
 __all__ = [
@@ -47,7 +46,7 @@ MOST_VALUES = 100_000
 #: What a `.safetensors` file's metadata, strings all, say of ours: the format that readers expect, the version that
 #: wrote it, the network, the entry that the weights were in, and what stood beside them, the last three as JSON.
 RESERVED = ("format", "esc_arch", "network_g", "param_key", "beside")
-TABLE, Q_FACTORS, K_FACTORS = "relative_position_bias", "flashbias_q", "flashbias_k"
+TABLE = "relative_position_bias"
 
 
 @dataclass(frozen=True)
@@ -95,8 +94,8 @@ def open_checkpoint(path: str | Path, *, param_key: str | None = None, window_si
     if path.suffix == ".safetensors":
         metadata = read_metadata(path)
         beside = {name: value for name, value in metadata.items() if name not in RESERVED}
-        beside |= _from_json(metadata.get("beside"))
-        known = _from_json(metadata.get("network_g"))
+        beside |= from_json(metadata.get("beside"))
+        known = from_json(metadata.get("network_g"))
         key = metadata.get("param_key")
     else:
         known = beside.pop("network_g", None)
@@ -114,7 +113,8 @@ def open_checkpoint(path: str | Path, *, param_key: str | None = None, window_si
         raise UserError(
             f"The window of {path} is {section['window_size']}, by its weights; a window is to be given for RIB alone."
         )
-    _check_fit(path, section, weights)
+    weights, notes = _fitted(path, section, weights)
+    assumptions += [f"the weights are of {note}" for note in notes]
     return Checkpoint(weights, section, key, beside, left_out, assumptions)
 
 
@@ -210,8 +210,8 @@ class BiasError:
 
     Attributes:
         layer: the layer's name.
-        largest, rms: absolute error, up to a constant per query; what scores of attention are measured in.
-        kept: share of the energy (sum of squares) of the bias, of what of it has an effect.
+        largest, rms: absolute error, in the units of attention's scores.
+        kept: share of the bias's energy (sum of squares).
     """
 
     layer: str
@@ -221,13 +221,7 @@ class BiasError:
 
 
 def factorise(checkpoint: Checkpoint, rank: int) -> tuple[Checkpoint, list[BiasError]]:
-    """A checkpoint with the best factors of a low rank in place of its bias tables (FlashBias, arXiv 2603.06738).
-
-    Softmax over the keys does not change when a number is added to all scores of a query, so the bias B (N, N) of a
-    head can be replaced by B + c 1^T with any c. The error of an approximation A that matters is what remains for the
-    best c, || (A - B) (I - 1 1^T / N) ||, and the rank-r matrix with the least error is the truncated singular value
-    decomposition of B with the mean of every row taken out. Of the decomposition U S V^T, both factors get the square
-    root of S, so that training moves them alike.
+    """A checkpoint with factors of a low rank in place of its bias tables (FlashBias), in the published convention.
 
     Returns:
         The checkpoint, its network_g made to fit; the errors of every layer, and in the last place those of all.
@@ -237,8 +231,7 @@ def factorise(checkpoint: Checkpoint, rank: int) -> tuple[Checkpoint, list[BiasE
             1 .. window_size^2.
     """
     section = checkpoint.network_g
-    tables = {name: tensor for name, tensor in checkpoint.weights.items() if name.endswith(f".{TABLE}")}
-    if not tables:
+    if not any(name.endswith(f".{TABLE}") for name in checkpoint.weights):
         raise UserError(
             f"There is no bias table to make factors of: the attention of this {section['type']} is "
             f"{section['attn_type']}."
@@ -246,23 +239,24 @@ def factorise(checkpoint: Checkpoint, rank: int) -> tuple[Checkpoint, list[BiasE
     window = section["window_size"]
     if not 1 <= rank <= window**2:
         raise UserError(f"The rank is {rank}; for windows of {window} x {window} it must be within 1 .. {window**2}.")
-    weights = {name: tensor for name, tensor in checkpoint.weights.items() if name not in tables}
-    errors = []
+    weights, errors = {}, []
     squared_error = energy = 0.0
-    for name in sorted(tables, key=lambda name: [int(number) for number in re.findall(r"\d+", name)]):
-        layer, table = name.removesuffix(f".{TABLE}"), tables[name]
-        if not table.isfinite().all():
+    for name, tensor in checkpoint.weights.items():
+        if not name.endswith(f".{TABLE}"):
+            weights[name] = tensor
+            continue
+        if not tensor.isfinite().all():
             raise UserError(f"{name} has numbers that are infinite or not a number.")
-        bias = dense_bias(table.double(), window)
-        bias -= bias.mean(dim=-1, keepdim=True)
-        q, k = (part.to(table.dtype) for part in _best_factors(bias, rank))
-        weights |= {f"{layer}.{Q_FACTORS}": q, f"{layer}.{K_FACTORS}": k}
-        error = q.double() @ k.double().mT * rank**-0.5 - bias
+        layer = name.removesuffix(f".{TABLE}")
+        q, k = bias_factors(tensor, window, rank)
+        weights |= {f"{layer}.flashbias_q": q, f"{layer}.flashbias_k": k}
+        bias = dense_bias(tensor.double(), window)
+        error = q.double() @ k.double().mT - bias
         errors.append(_bias_error(layer, error.abs().max().item(), _squares(error), _squares(bias), error.numel()))
-        squared_error, energy = squared_error + _squares(error), energy + _squares(bias)
+        squared_error, energy, count = squared_error + _squares(error), energy + _squares(bias), error.numel()
     largest = max(error.largest for error in errors)
-    errors.append(_bias_error("all layers", largest, squared_error, energy, len(tables) * bias.numel()))
-    changes: dict[str, Any] = {"attn_type": "FlashBias", "rank": rank}
+    errors.append(_bias_error("all layers", largest, squared_error, energy, len(errors) * count))
+    changes: dict[str, Any] = {"attn_type": "FlashBias", "flashbias_rank": rank}
     return replace(checkpoint, weights=weights, network_g={**section, **changes}), errors
 
 
@@ -273,23 +267,6 @@ def _squares(values: Tensor) -> float:
 def _bias_error(layer: str, largest: float, squared_error: float, energy: float, count: int) -> BiasError:
     kept = 1 - squared_error / energy if energy else 1.0
     return BiasError(layer, largest, (squared_error / count) ** 0.5, kept)
-
-
-def _best_factors(bias: Tensor, rank: int) -> tuple[Tensor, Tensor]:
-    """Factors q, k, (h, N, rank) each, whose q k^T / sqrt(rank) is the best approximation of bias (h, N, N)."""
-    size = bias.shape[-1]
-    factors = []
-    for matrix in bias:
-        # A few eigenvectors of a symmetric matrix take a fraction of the time of the whole decomposition; double
-        # precision makes up for squaring it
-        gram = (matrix @ matrix.T).cpu().numpy()
-        _, vectors = scipy.linalg.eigh(gram, subset_by_index=[size - rank, size - 1])
-        left = torch.from_numpy(vectors).to(matrix).flip(1)
-        right = matrix.T @ left
-        strength = right.norm(dim=0).clamp_min(torch.finfo(right.dtype).tiny)
-        factors.append((left * (strength * rank**0.5).sqrt(), right * (rank**0.5 / strength).sqrt()))
-    q, k = (torch.stack(parts) for parts in zip(*factors, strict=True))
-    return q, k
 
 
 @dataclass(frozen=True)
@@ -315,8 +292,14 @@ def _loaded(checkpoint: Checkpoint) -> nn.Module:
     return net.eval()
 
 
-def _check_fit(path: Path, section: Mapping[str, Any], weights: Mapping[str, Tensor]) -> None:
-    """Compare weights with the network that they were recognised as: a part may be missing, or be of other options."""
+def _fitted(
+    path: Path, section: Mapping[str, Any], weights: Mapping[str, Tensor]
+) -> tuple[dict[str, Tensor], list[str]]:
+    """The weights in the order of the network that they were recognised as, and what it did to make them fit.
+
+    Raises:
+        UserError: a part is missing, or of other options.
+    """
     options = ", ".join(f"{key}: {value}" for key, value in section.items() if key != "type")
     try:
         with torch.device("meta"):
@@ -324,9 +307,13 @@ def _check_fit(path: Path, section: Mapping[str, Any], weights: Mapping[str, Ten
     except (ValueError, TypeError, ArithmeticError, RuntimeError) as error:  # sizes that no tensor has, among others
         raise UserError(f"{path} looks like {section['type']} with {options}, but there is none: {error}") from error
     completed = dict(weights)
-    adapt_weights(net, completed)
-    if problems := describe_mismatch(net.state_dict(), completed):
+    notes = adapt_weights(net, completed)
+    own = net.state_dict()
+    if problems := describe_mismatch(own, completed):
         raise UserError(f"{path} is almost {section['type']} with {options}: {'; '.join(problems)}.")
+    # What the network has itself, such as MetaUpsample, is without content here
+    fitted = {name: weights.get(name) if completed[name].is_meta else completed[name] for name in own}
+    return {name: tensor for name, tensor in fitted.items() if tensor is not None}, notes
 
 
 def _split_plain(content: Mapping[Any, Any], *, bare: bool) -> tuple[dict[str, Any], list[str]]:
@@ -357,12 +344,3 @@ def _is_small(value: object) -> bool:
         elif isinstance(item, list):
             waiting += item
     return not waiting
-
-
-def _from_json(text: str | None) -> dict[str, Any]:
-    """An object from metadata that anyone may have written; empty when it is none."""
-    try:
-        value = json.loads(text or "{}")
-    except (ValueError, RecursionError):
-        return {}
-    return value if isinstance(value, dict) else {}

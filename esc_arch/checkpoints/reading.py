@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import pickle
 import re
@@ -13,9 +14,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from esc_arch.archs.flashbias import convert_old_factors, mark_published
 from esc_arch.errors import UserError
 
-__all__ = ["find_weights", "is_state_dict", "read_checkpoint", "read_metadata", "select_weights", "some"]
+__all__ = ["find_weights", "from_json", "is_state_dict", "read_checkpoint", "read_metadata", "select_weights", "some"]
 
 logger = logging.getLogger("basicsr")
 
@@ -46,7 +48,9 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
     if (problem := _not_a_checkpoint(path, _head(path))) is not None:
         raise UserError(f"{path} is not a checkpoint: {problem}")
     if path.suffix == ".safetensors":
-        return _read_safetensors(path)
+        content = _read_safetensors(path)
+        _settle_factors(content, from_json(read_metadata(path).get("network_g")), path)
+        return content
     _check_growth(path, _unpacked_size(path))
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
@@ -63,7 +67,25 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
         raise _damaged(path, error) from error
     if not isinstance(content, Mapping):
         raise UserError(f"{path} holds a {type(content).__name__}, not a dictionary of weights.")
-    return dict(content)
+    content = dict(content)
+    _settle_factors(content, content.get("network_g"), path)
+    return content
+
+
+def _settle_factors(content: dict[str, Any], network_g: object, path: Path) -> None:
+    """Bring FlashBias's factors into the published convention, where the file says of which network they are."""
+    if not isinstance(network_g, Mapping) or network_g.get("attn_type") != "FlashBias":
+        return
+    if network_g.get("type") == "ESCRIB":  # which has a convention of its own
+        return
+    for weights in (content, *content.values()):
+        if isinstance(weights, dict) and any(isinstance(weights.get(name), Tensor) for name in weights):
+            if "flashbias_rank" in network_g:
+                mark_published(weights)
+            else:  # the name of the option before 0.2
+                convert_old_factors(weights)
+    if "flashbias_rank" not in network_g:
+        logger.warning("%s was written by esc_arch before 0.2: its FlashBias factors were converted.", path)
 
 
 def select_weights(checkpoint: Mapping[str, Any], param_key: str | None, source: str | Path) -> dict[str, Tensor]:
@@ -179,6 +201,15 @@ def read_metadata(path: str | Path) -> dict[str, str]:
 
     with safe_open(path, framework="pt") as file:
         return dict(file.metadata() or {})
+
+
+def from_json(text: str | None) -> dict[str, Any]:
+    """An object from metadata that anyone may have written; empty when it is none."""
+    try:
+        value = json.loads(text or "{}")
+    except (ValueError, RecursionError):
+        return {}
+    return value if isinstance(value, dict) else {}
 
 
 def _not_a_checkpoint(path: Path, head: bytes) -> str | None:

@@ -102,10 +102,7 @@ def describe_difference(own: Mapping[str, Tensor], weights: Mapping[str, Tensor]
     this, that = differing(theirs, ours), differing(ours, theirs)
     if same_type and not this and not that:
         return None
-    convertible = same_type and ours["attn_type"] == "FlashBias" and theirs["attn_type"] == "auto"
-    return f"the checkpoint is {theirs['type']}{this}, the network {ours['type']}{that}" + (
-        f" (`basicsr convert --flashbias-rank {ours['rank']}` makes factors of its bias tables)" if convertible else ""
-    )
+    return f"the checkpoint is {theirs['type']}{this}, the network {ours['type']}{that}"
 
 
 def strip_common_prefix(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -166,7 +163,7 @@ class _Reader:
             further = {"use_dysample": use_dysample}
         else:
             scale, further = self._universal_tail(dim)
-        if kind in ("ESC", "ESCLTE"):
+        if kind in ("ESC", "ESCLTE", "ESCRIB"):
             further = {"use_ln": "blocks.0.lns.0.weight" in self.weights, **further}
         return {
             **shared,
@@ -256,7 +253,8 @@ class _Reader:
         table, factors = "blocks.0.attn.relative_position_bias", "blocks.0.attn.flashbias_q"
         if factors in self.weights:
             window = self._root(factors, 1, "(heads, window^2, rank)")
-            return window, self._size(factors, 0), {"attn_type": "FlashBias", "rank": self._size(factors, 2)}
+            rank = "rank" if "upsampler.up_conv.weight" in self.weights else "flashbias_rank"
+            return window, self._size(factors, 0), {"attn_type": "FlashBias", rank: self._size(factors, 2)}
         side = self._root(table, 1, "(heads, (2 window - 1)^2)")
         if side % 2 == 0:
             raise self._misshapen(table, "which is not (heads, (2 window - 1)^2)")
@@ -272,11 +270,12 @@ class _Reader:
                 f"RIB's weights do not depend on window_size: {window} is that of the published model; "
                 f"`basicsr convert --window` names another."
             )
+        features = self._size("blocks.0.attn.to_hidden", 0)
         options = {
-            "attn_type": "RIB",
+            "attn_type": "RIB" if features > 2 else "RIBSiren",  # which has no features but the two coordinates
             "rank": self._size("blocks.0.attn.to_q", 2),
             "rib_hidden_dim": self._size("blocks.0.attn.to_hidden", 1),
-            "rib_n_freqs": (self._size("blocks.0.attn.to_hidden", 0) - 2) // 4,
+            **({"rib_n_freqs": (features - 2) // 4} if features > 2 else {}),
         }
         return window, self._size("blocks.0.attn.to_q", 0), options
 
@@ -337,10 +336,8 @@ class _Reader:
     def _all_tails(self, dim: int, first: int, scales: tuple[int, ...]) -> Iterator[_Tail]:
         for scale in scales:
             for upsampler in UPSAMPLERS:
-                if upsampler in ("pixelshuffle", "dysample"):
-                    yield _Tail(upsampler, scale, first)
-                elif upsampler != "conv" or scale == 1:
-                    yield _Tail(upsampler, scale, None)
+                if (upsampler == "conv") == (scale == 1):
+                    yield _Tail(upsampler, scale, first if upsampler in ("pixelshuffle", "dysample") else None)
 
     def _shapes_of(self, tail: _Tail, dim: int) -> dict[str, torch.Size]:
         try:

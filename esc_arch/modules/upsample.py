@@ -175,7 +175,7 @@ def _dysample(scale: int, dim: int, out: int, mid: int, groups: int) -> list[nn.
 
 def _steps(scale: int) -> list[int]:
     """The enlargements, one after the other, that make `scale`: powers of 2, or 3 at once."""
-    steps = {1: [], 2: [2], 3: [3], 4: [2, 2]}
+    steps = {2: [2], 3: [3], 4: [2, 2]}
     if scale not in steps:
         raise ValueError(f"upsampling by {scale} is not known; allowed: {', '.join(map(str, steps))}.")
     return steps[scale]

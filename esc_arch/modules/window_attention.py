@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from esc_arch.ops.window_attention import Bias, attention_layer, resolve_backend, window_attention
+from esc_arch.ops.window_attention import Bias, attention_layer, dense_bias, resolve_backend, window_attention
 
 from .norm import LayerNorm
 from .plain import are_plain
@@ -21,6 +21,7 @@ __all__ = [
     "FlashWindowAttention",
     "RIBWindowAttention",
     "WindowAttention",
+    "bias_factors",
     "resize_bias_factors",
     "resize_bias_table",
 ]
@@ -70,6 +71,34 @@ def resize_bias_factors(factors: Tensor, window: int) -> tuple[Tensor, int]:
     grid = factors.transpose(1, 2).unflatten(2, (side, side))
     grid = F.interpolate(grid, size=(window, window), mode="bilinear", align_corners=False)
     return grid.flatten(2).transpose(1, 2).contiguous(), side
+
+
+def bias_factors(table: Tensor, window: int, rank: int) -> tuple[Tensor, Tensor]:
+    """The best low-rank factors of a table's bias, by singular value decomposition (FlashBias, arXiv 2603.06738).
+
+    Of each head's bias B = U S V^T, (N, N) with N = w^2, the largest singular values are kept, and sqrt(S) is put on
+    both sides, so that training moves both alike. Computed in float64.
+
+    Args:
+        table: (h, (2w - 1)^2), see `FlashWindowAttention`.
+        window: w.
+        rank: r, at least 1. What is above N has factors of zero.
+
+    Returns:
+        q and k, (h, N, r) each, in the table's type, with q k^T closest to B.
+    """
+    factors = []
+    rest = (0, max(0, rank - window**2))
+    for bias in dense_bias(table.double(), window):
+        # Turning both tokens by 180 degrees, which reverses their order, transposes B: so B with its columns reversed
+        # is symmetric, and its eigenvectors give the decomposition without squaring B
+        values, vectors = torch.linalg.eigh(bias.flip(1))
+        largest = values.abs().topk(min(rank, window**2)).indices
+        values, vectors = values[largest], vectors[:, largest]
+        strength = values.abs().sqrt()
+        factors.append((F.pad(vectors * strength * values.sign(), rest), F.pad(vectors.flip(0) * strength, rest)))
+    q, k = (torch.stack(parts).to(table.dtype) for parts in zip(*factors, strict=True))
+    return q, k
 
 
 class WindowAttention(nn.Module):
@@ -162,25 +191,42 @@ class FlashWindowAttention(WindowAttention):
 
 
 class FactorBiasWindowAttention(WindowAttention):
-    """Window attention whose bias is the product of two free factors for each head (arXiv 2603.06738, FlashBias).
+    """Window attention whose bias is the product of two free factors for each head (FlashBias).
+
+    The two networks that have it were published with different conventions:
+
+    - `ESC` and `ESCReal` (arXiv 2503.06671): bias = q k^T; the factors start at zero, to be replaced by those of a
+      trained table.
+    - `ESCRIB` (arXiv 2603.06738): bias = q k^T / sqrt(r), `scaled`; the factors start at random.
 
     Args:
         rank: r of the factors `flashbias_q` and `flashbias_k`, (num_heads, window_size^2, r).
+        scaled: divide the bias by sqrt(r).
         others: see `WindowAttention`.
     """
 
     bias_resizers: ClassVar = {"flashbias_q": resize_bias_factors, "flashbias_k": resize_bias_factors}
 
     def __init__(
-        self, *, dim: int, window_size: int, num_heads: int, rank: int, attn_type: str = "auto", gate: bool = False
+        self,
+        *,
+        dim: int,
+        window_size: int,
+        num_heads: int,
+        rank: int,
+        scaled: bool,
+        attn_type: str = "auto",
+        gate: bool = False,
     ) -> None:
         super().__init__(dim=dim, window_size=window_size, num_heads=num_heads, attn_type=attn_type, gate=gate)
         self.rank = _checked("rank", rank)
-        self.flashbias_q = nn.Parameter(torch.randn(num_heads, window_size**2, rank) * 0.02)
-        self.flashbias_k = nn.Parameter(torch.randn(num_heads, window_size**2, rank) * 0.02)
+        self.scaled = scaled
+        shape = (num_heads, window_size**2, rank)
+        self.flashbias_q = nn.Parameter(torch.randn(shape) * 0.02 if scaled else torch.zeros(shape))
+        self.flashbias_k = nn.Parameter(torch.randn(shape) * 0.02 if scaled else torch.zeros(shape))
 
     def position_bias(self) -> Bias:
-        return self.flashbias_q * self.rank**-0.5, self.flashbias_k
+        return self.flashbias_q * self.rank**-0.5 if self.scaled else self.flashbias_q, self.flashbias_k
 
 
 class RIBWindowAttention(WindowAttention):
@@ -188,10 +234,14 @@ class RIBWindowAttention(WindowAttention):
 
     Args:
         rank: r of the factors.
-        hidden_dim: of the network.
-        n_freqs: frequencies in the coordinates' features.
+        hidden_dim: width of the network.
+        n_freqs: frequencies in the coordinates' features, at least 1; without effect on a siren.
+        siren: the variant RIBSiren: the coordinates alone, and sin(30 x) in place of ReLU.
         others: see `WindowAttention`.
     """
+
+    #: Frequency of the sines of SIREN networks (Sitzmann et al., NeurIPS 2020).
+    OMEGA = 30
 
     def __init__(
         self,
@@ -202,15 +252,20 @@ class RIBWindowAttention(WindowAttention):
         rank: int = 16,
         hidden_dim: int = 32,
         n_freqs: int = 10,
+        siren: bool = False,
         attn_type: str = "auto",
         gate: bool = False,
     ) -> None:
         super().__init__(dim=dim, window_size=window_size, num_heads=num_heads, attn_type=attn_type, gate=gate)
         self.rank = _checked("rank", rank)
-        self.n_freqs = _checked("rib_n_freqs", n_freqs, least=0)
-        features = 2 + 4 * n_freqs
+        self.siren = siren
+        # Weights of RIB without frequencies would have the shapes of RIBSiren's, which is another network
+        self.n_freqs = 0 if siren else _checked("rib_n_freqs", n_freqs)
+        features = 2 + 4 * self.n_freqs
         hidden_dim = _checked("rib_hidden_dim", hidden_dim)
-        self.to_hidden = nn.Parameter(torch.randn(features, hidden_dim) * features**-0.5)
+        # A siren's first layer is drawn from U(-1 / features, 1 / features)
+        start = torch.rand(features, hidden_dim) * 2 - 1 if siren else torch.randn(features, hidden_dim)
+        self.to_hidden = nn.Parameter(start / features if siren else start * features**-0.5)
         self.hidden_b = nn.Parameter(torch.zeros(1, hidden_dim))
         self.to_q = nn.Parameter(torch.randn(num_heads, hidden_dim, rank) * hidden_dim**-0.5)
         self.to_k = nn.Parameter(torch.randn(num_heads, hidden_dim, rank) * hidden_dim**-0.5)
@@ -218,7 +273,8 @@ class RIBWindowAttention(WindowAttention):
     @in_float32
     def position_bias(self) -> Bias:
         features = coordinate_features(self.window_size, self.n_freqs, self.to_hidden)
-        hidden = (features @ self.to_hidden + self.hidden_b).relu()
+        hidden = features @ self.to_hidden + self.hidden_b
+        hidden = (self.OMEGA * hidden).sin() if self.siren else hidden.relu()
         return hidden @ self.to_q * self.rank**-0.5, hidden @ self.to_k
 
 
@@ -235,7 +291,7 @@ def coordinate_features(window: int, n_freqs: int, like: Tensor) -> Tensor:
     return torch.cat([xy, *(part for angle in angles for part in (angle.sin(), angle.cos()))], dim=1).to(like.dtype)
 
 
-def _checked(name: str, value: int, least: int = 1) -> int:
-    if value < least:
-        raise ValueError(f"{name} is {value}; it must be at least {least}.")
+def _checked(name: str, value: int) -> int:
+    if value < 1:
+        raise ValueError(f"{name} is {value}; it must be at least 1.")
     return value

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 from pathlib import Path
 from typing import Any
@@ -92,10 +93,11 @@ def test_published_networks(section: dict[str, Any], parameters: int) -> None:
     net = network(section)
     assert sum(parameter.numel() for parameter in net.parameters()) == parameters
     recognised = recognise(net.state_dict())
-    defaults = getattr(archs, section["type"]).__init__.__kwdefaults__
+    parameters = list(inspect.signature(getattr(archs, section["type"])).parameters.values())
+    defaults = {parameter.name: parameter.default for parameter in parameters}
     assert recognised == {key: defaults.get(key) for key in recognised} | section
     # Nothing is left to a default but how attention is computed, and what this kind of attention does not have
-    attention_options = {"backend", "rank", "rib_hidden_dim", "rib_n_freqs"}
+    attention_options = {"backend", "rank", "flashbias_rank", "rib_hidden_dim", "rib_n_freqs", "upsampler_type"}
     assert defaults.keys() - recognised.keys() <= attention_options - (
         {"rank"} if section["type"] == "ESCRIB" else set()
     )
@@ -103,20 +105,35 @@ def test_published_networks(section: dict[str, Any], parameters: int) -> None:
 
 @pytest.mark.parametrize("kind", ["ESC", "ESCFP", "ESCReal", "ESCRealM", "ESCRIB"])
 def test_factors_are_told_from_tables(kind: str) -> None:
-    weights = small(kind, attn_type="FlashBias", rank=3, window_size=6).state_dict()
+    rank = "rank" if kind == "ESCRIB" else "flashbias_rank"
+    weights = small(kind, attn_type="FlashBias", **{rank: 3}, window_size=6).state_dict()
     section = recognise(weights)
-    assert {key: section[key] for key in ("type", "attn_type", "rank", "window_size", "num_heads")} == {
+    assert {key: section[key] for key in ("type", "attn_type", rank, "window_size", "num_heads")} == {
         "type": kind,
         "attn_type": "FlashBias",
-        "rank": 3,
+        rank: 3,
         "window_size": 6,
         "num_heads": 2,
     }
+    assert not {"rank", "flashbias_rank"} - {rank} & section.keys()
     assert network(section).state_dict().keys() == weights.keys()
     if kind != "ESCRIB":
         section = recognise(small(kind).state_dict())
         assert section["attn_type"] == "auto"
-        assert "rank" not in section
+        assert not {"rank", "flashbias_rank"} & section.keys()
+
+
+def test_rib_and_its_siren_are_told_apart() -> None:
+    """By the features that the coordinates have: a siren has none but the two coordinates."""
+    for attn_type, expected in (("RIB", {"rib_n_freqs": 10}), ("RIBSiren", {})):
+        weights = small("ESCRIB", attn_type=attn_type, rib_hidden_dim=6, use_ln=True).state_dict()
+        section = recognise(weights)
+        assert {key: value for key, value in section.items() if key in ("attn_type", "rib_n_freqs", "use_ln")} == {
+            "attn_type": attn_type,
+            "use_ln": True,
+            **expected,
+        }
+        assert network(section).state_dict().keys() == weights.keys()
 
 
 @pytest.mark.parametrize("ratio", [1.25, 2, 1.3, 0.57, 0.575, 1.1, 3, 2.718281828])
@@ -165,8 +182,6 @@ class TestTailsOfESCRealM:
         ("upsampler", "scale", "mid_dim", "assumed"),
         [
             ("nearest+conv", 2, 48, "nearest+conv of x3 has the same shapes as nearest+conv of x2"),
-            ("pixelshuffledirect", 1, 48, "conv of x1 has the same shapes as pixelshuffledirect of x1"),
-            ("nearest+conv", 1, 8, "pixelshuffle of x1 has the same shapes as nearest+conv of x1"),
         ],
     )
     def test_where_shapes_leave_a_choice(self, upsampler: str, scale: int, mid_dim: int, assumed: str) -> None:
@@ -182,6 +197,15 @@ class TestTailsOfESCRealM:
         known = examine(weights, known=options)
         assert options.items() <= known.section.items()
         assert known.assumptions == []
+
+    @pytest.mark.parametrize("upsampler", ["conv", "pixelshuffledirect", "pixelshuffle", "nearest+conv", "dysample"])
+    def test_scale_1_without_unshuffle_is_one_convolution(self, upsampler: str) -> None:
+        weights = real_m(upsampler=upsampler, upscaling_factor=1, unshuffle_mod=False)
+        assert {name for name in weights if name.startswith("to_img.")} == {META, "to_img.0.weight", "to_img.0.bias"}
+        assert weights["to_img.0.weight"].shape == (3, 8, 3, 3)
+        examined = examine(weights)
+        assert (examined.section["upsampler"], examined.section["upscaling_factor"]) == ("conv", 1)
+        assert examined.assumptions == []
 
     def test_without_narrowing(self) -> None:
         section = recognise(small("ESCRealM", upsampler="dysample", mid_dim=8).state_dict())
@@ -297,15 +321,9 @@ DIFFERENCES = [
         "the network ESCRealM with upsampler: nearest+conv, mid_dim: 48",
     ),
     (
-        ("ESC", {}),
-        ("ESC", {"attn_type": "FlashBias", "rank": 3}),
-        "the checkpoint is ESC with attn_type: auto, the network ESC with attn_type: FlashBias, rank: 3 "
-        "(`basicsr convert --flashbias-rank 3` makes factors of its bias tables)",
-    ),
-    (
         ("ESC", {"attn_type": "FlashBias", "rank": 3}),
         ("ESC", {}),
-        "the checkpoint is ESC with attn_type: FlashBias, rank: 3, the network ESC with attn_type: auto;",
+        "the checkpoint is ESC with attn_type: FlashBias, flashbias_rank: 3, the network ESC with attn_type: auto;",
     ),
     (
         ("ESCFP", {"exp_ratio": 2}),

@@ -126,7 +126,7 @@ def test_factors(capsys: pytest.CaptureFixture[str]) -> None:
     assert output is not None
     assert float(output[1]) < 1e-5
     assert float(output[2]) > 100
-    section = SECTION | {"attn_type": "FlashBias", "rank": 16}
+    section = SECTION | {"attn_type": "FlashBias", "flashbias_rank": 16}
     assert yaml.safe_load(printed) == {"network_g": section}
     assert yaml.safe_load(convert(capsys, "factors.pth")) == {"network_g": section}
 

@@ -156,7 +156,11 @@ def test_published_recipe(file: Path) -> None:
 def test_recipe_of_flashbias(scale: int) -> None:
     opt = load_yaml(ROOT / "options" / f"train_ESC_FlashBias_x{scale}.yml")
     assert opt["train"]["optim_g"] == {"type": "AdamW", "lr": 5e-5, "weight_decay": 0, "betas": [0.9, 0.9]}
-    assert (opt["network_g"]["attn_type"], opt["network_g"]["rank"]) == ("FlashBias", 16)
+    assert (opt["network_g"]["attn_type"], opt["network_g"]["flashbias_rank"]) == ("FlashBias", 48)
+    assert (opt["path"]["pretrain_network_g"], opt["path"]["strict_load_g"]) == (
+        f"experiments/pretrained_models/ESC_X{scale}.pth",
+        True,
+    )
 
 
 def test_published_data_of_dflip() -> None:
@@ -203,9 +207,8 @@ def test_train_file_runs(
     (work_folder / "datasets").symlink_to(data_folders)
     if source := opt["path"]["pretrain_network_g"]:
         if opt["network_g"].get("attn_type") == "FlashBias":  # as the head of the file says
-            tables = work_folder / source.replace("_FlashBias", "")
-            save_small_weights(tables, opt | {"network_g": opt["network_g"] | {"attn_type": "auto"}}, opt["scale"])
-            assert main(["convert", str(tables), "--flashbias-rank", "16", "-o", str(work_folder / source)]) == 0
+            tables = opt | {"network_g": opt["network_g"] | {"attn_type": "auto"}}
+            save_small_weights(work_folder / source, tables, opt["scale"])
         else:
             save_small_weights(work_folder / source, opt, scale=4 if is_real(file) else 2)
     changes = SHORT | small_network(opt)
@@ -224,7 +227,9 @@ def test_train_file_runs(
     assert ("network_d" in opt) == (folder / "models" / "net_d_latest.pth").exists()
     log = result.log(opt["name"])
     assert "Validation Set5" in log or "Validation photographs" in log
-    if opt["scale"] > 2 and not is_real(file) and "FlashBias" not in file.name:
+    if "FlashBias" in file.name:
+        assert "is of attention with bias tables: FlashBias factors of rank 48 were made of them" in log
+    elif opt["scale"] > 2 and not is_real(file):
         assert f".weight was interpolated from x2 to x{opt['scale']}" in log
     assert list((work_folder / "tb_logger" / opt["name"]).glob("events.*"))
 
