@@ -56,6 +56,7 @@ NETWORK = {
     "window_size": 4,
     "num_heads": 2,
     "upscaling_factor": SCALE,
+    "exp_ratio": 1.25,
 }
 
 

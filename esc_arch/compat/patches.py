@@ -71,12 +71,15 @@ def _replace_imported_names(name: str, current: object, replacement: object) -> 
             setattr(module, name, replacement)
 
 
-@patch("basicsr.utils.logger", "get_env_info", "a run's log lists these replacements")
+@patch("basicsr.utils.logger", "get_env_info", "a run's log lists these replacements and what was said before it")
 def _get_env_info(original: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(original)
     def get_env_info() -> str:
+        from esc_arch.distributed import take_notes
+
         listed = "".join(f"\n\t{module}.{name}: {mends}" for module, name, _, mends in PATCHES)
-        return f"{original()}\nesc_arch {__version__} replaces in basicsr {SUPPORTED_VERSION}:{listed}"
+        notes = "".join(f"\nNote: {note}" for note in take_notes())
+        return f"{original()}\nesc_arch {__version__} replaces in basicsr {SUPPORTED_VERSION}:{listed}{notes}"
 
     return get_env_info
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from .agreement import Agreement, gather_objects, wait_for_all
 from .failures import failing_together
-from .launch import init_dist, print_note, resolve_launcher
+from .launch import init_dist, print_note, resolve_launcher, take_notes
 from .watcher import expect_progress, progress
 
 __all__ = [
@@ -16,5 +16,6 @@ __all__ = [
     "print_note",
     "progress",
     "resolve_launcher",
+    "take_notes",
     "wait_for_all",
 ]

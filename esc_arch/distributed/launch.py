@@ -22,7 +22,7 @@ from esc_arch.errors import UserError
 from .agreement import gather_objects, open_control_group
 from .watcher import start_watcher
 
-__all__ = ["init_dist", "print_note", "resolve_launcher"]
+__all__ = ["init_dist", "print_note", "resolve_launcher", "take_notes"]
 
 _TORCHRUN = "torchrun --nproc_per_node=N --no-python basicsr train -opt FILE --launcher pytorch"
 _NEEDED_VARIABLES = {
@@ -43,11 +43,23 @@ _ELSEWHERE = "192.0.2.1"
 _SIOCGIFADDR = 0x8915
 
 
+#: What has been said since the last run began; see `take_notes`.
+_notes: list[str] = []
+
+
+def take_notes() -> list[str]:
+    """The notes that no log has yet."""
+    notes = list(_notes)
+    _notes.clear()
+    return notes
+
+
 def print_note(text: str) -> None:
-    """Print `Note: text` to stderr, once among all processes.
+    """Print `Note: text` to stderr, once among all processes, and keep it for the log of the run.
 
     Before the log file is open nothing may go through BasicSR's logger, or it would stay without one.
     """
+    _notes.append(text)
     if os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0")) == "0":
         print(f"Note: {text}", file=sys.stderr, flush=True)
 

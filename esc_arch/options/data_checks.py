@@ -57,11 +57,13 @@ class Extent:
             LMDBs and not only their lists; networks of other packages that cannot be built without memory.
         with_files: whether the data, weights and GPUs that the file names are looked for at all.
         facts: what was compared with what is put here, a sentence each.
+        warnings: what is allowed and may not be meant, in the form of problems.
     """
 
     thorough: bool = False
     with_files: bool = True
     facts: list[str] = field(default_factory=list)
+    warnings: list[str] = field(default_factory=list)
 
     def chosen(self, items: list[Any]) -> list[Any]:
         """Those of the items, of which there is one for each image, that are to be looked at."""

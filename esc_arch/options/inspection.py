@@ -94,6 +94,7 @@ def inspect_options(
     problems += [text for text in values if not _is_told(text, problems)]
     if not problems:
         problems = list(check_networks(opt, is_train, extent))
+        inspection.warnings += _findings(extent.warnings, positions)
     inspection.facts = extent.facts
     inspection.errors = _findings(problems, positions)
     return inspection

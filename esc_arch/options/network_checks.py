@@ -7,6 +7,7 @@ Networks are built without memory for their weights (on PyTorch's meta device), 
 from __future__ import annotations
 
 import copy
+import inspect
 import warnings
 from collections.abc import Iterator
 
@@ -16,6 +17,7 @@ from torch import nn
 
 from esc_arch.checkpoints import adapt_weights, mismatch_message, read_checkpoint, select_weights
 from esc_arch.errors import UserError
+from esc_arch.modules import FactorBiasWindowAttention
 from esc_arch.training.parameter_groups import pattern_problems
 
 from .data_checks import Extent
@@ -43,8 +45,30 @@ def check_networks(opt: Options, is_train: bool, extent: Extent | None = None) -
         extent.facts.append(f"{key}: {opt[key]['type']} can be built, {count:,} parameters")
         if extent.with_files:
             yield from _check_pretrained(opt, key, net, extent)
+        extent.warnings += _published_defaults(key, opt[key])
         if is_train and key == "network_g":
             yield from pattern_problems(net, opt["train"])
+            if _pretrained(opt, key) is None and not _is_resumed(opt) and _has_zero_factors(net):
+                extent.warnings.append(
+                    f"{key}:attn_type: FlashBias's factors start at zero, where their gradients are zero, too, so "
+                    "positions would never be learned: name weights with bias tables as path:pretrain_network_g"
+                )
+
+
+def _published_defaults(key: str, section: Options) -> Iterator[str]:
+    """What is said where an option is left out whose default is another one in the published code."""
+    kind = entries(ARCH_REGISTRY)[section["type"]]
+    parameters = inspect.signature(kind).parameters
+    for name, published in getattr(kind, "published_defaults", {}).items():
+        if name not in section:
+            yield (
+                f"{key}:{name}: not given, so {parameters[name].default!r} is taken; the published code takes "
+                f"{published}. Give it to build the same network everywhere"
+            )
+
+
+def _has_zero_factors(net: nn.Module) -> bool:
+    return any(isinstance(module, FactorBiasWindowAttention) and not module.scaled for module in net.modules())
 
 
 def _build(section: Options, extent: Extent) -> nn.Module | str | None:
@@ -76,8 +100,12 @@ def _arguments(section: Options) -> Options:
 
 def _pretrained(opt: Options, key: str) -> str | None:
     source = opt["path"].get(f"pretrain_{key}")
-    resumed = opt.get("auto_resume") or opt["path"].get("resume_state")  # a resumed run loads its own weights
-    return source if isinstance(source, str) and not resumed else None
+    return source if isinstance(source, str) and not _is_resumed(opt) else None
+
+
+def _is_resumed(opt: Options) -> bool:
+    """Whether the run loads its own weights."""
+    return bool(opt.get("auto_resume") or opt["path"].get("resume_state"))
 
 
 def _check_pretrained(opt: Options, key: str, net: nn.Module, extent: Extent) -> Iterator[str]:

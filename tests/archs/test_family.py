@@ -32,7 +32,8 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "m dysample x2": {"type": "ESCRealM", "upscaling_factor": 2, "upsampler": "dysample", "mid_dim": 12},
     "m dysample x4": {"type": "ESCRealM", "upscaling_factor": 4, "upsampler": "dysample", "mid_dim": 16},
     "rib": {"type": "ESCRIB", "upscaling_factor": 2, "rank": 6, "rib_hidden_dim": 8, "rib_n_freqs": 4},
-    "rib gate": {"type": "ESCRIB", "upscaling_factor": 3, "rank": 6, "gate_type": "DWC"},
+    "rib gate": {"type": "ESCRIB", "upscaling_factor": 3, "rank": 6, "gate_type": "DWC", "use_ln": True},
+    "rib siren": {"type": "ESCRIB", "upscaling_factor": 2, "rank": 6, "rib_hidden_dim": 8, "attn_type": "RIBSiren"},
     "flashbias": {"type": "ESCRIB", "upscaling_factor": 2, "rank": 6, "attn_type": "FlashBias"},
 }
 
@@ -210,6 +211,26 @@ def test_coordinate_features() -> None:
         xy = np.array([(token % 3 - 1) * 2 / 3, (token // 3 - 1) * 2 / 3])
         expected = np.concatenate([xy, np.sin(xy), np.cos(xy), np.sin(2 * xy), np.cos(2 * xy)])
         np.testing.assert_allclose(features[token], expected, atol=1e-6)
+
+
+def test_a_siren_in_place_of_frequencies() -> None:
+    """RIBSiren: sin(30 x) of the coordinates alone; all names and shapes but the width of `to_hidden` are RIB's."""
+    attn = build("rib", attn_type="ribsiren").double().blocks[0].attn
+    assert attn.to_hidden.shape == (2, 8)
+    y, x = np.divmod(np.arange(64), 8)
+    coordinates = np.stack([x, y], axis=1) * 2 / 8 + 1 / 8 - 1
+    to_hidden, hidden_b, to_q, to_k = (
+        parameter.detach().numpy() for parameter in (attn.to_hidden, attn.hidden_b, attn.to_q, attn.to_k)
+    )
+    hidden = np.sin(30 * (coordinates @ to_hidden + hidden_b))
+    q, k = (factor.detach().numpy() for factor in attn.position_bias())
+    for head in range(2):
+        np.testing.assert_allclose(q[head] @ k[head].T, (hidden @ to_q[head]) @ (hidden @ to_k[head]).T / 6**0.5)
+
+
+def test_layer_norms_of_rib() -> None:
+    names = build("rib", use_ln=True).state_dict().keys()
+    assert names - build("rib").state_dict().keys() == {f"blocks.0.lns.0.{name}" for name in ("weight", "bias")}
 
 
 def test_same_scale_loads_silently(basicsr_log: pytest.LogCaptureFixture) -> None:

@@ -55,6 +55,26 @@ def test_a_sound_test(check: Any, test_options: Any) -> None:
     assert out.endswith("OK  a.yml: nothing to mend for basicsr test\n")
 
 
+def test_defaults_that_differ_from_the_published_ones_are_said(check: Any, run_basicsr: Any, train_options: Any) -> None:
+    del train_options["network_g"]["exp_ratio"]
+    said = "network_g:exp_ratio: not given, so 1.25 is taken; the published code takes 2. Give it"
+    status, out, _ = check(train_options)
+    assert status == 0
+    assert re.search(rf"^a\.yml:\d+:1: {re.escape(said)} .*\(warning\)$", out, re.MULTILINE)
+    run = run_basicsr("train", train_options)
+    assert run.status == 0
+    assert said in run.err and said in run.log()
+
+
+def test_factors_that_would_stay_zero(check: Any, train_options: Any) -> None:
+    train_options["network_g"] |= {"attn_type": "FlashBias"}
+    warning = "network_g:attn_type: FlashBias's factors start at zero, where their gradients are zero, too"
+    assert warning in check(train_options)[1]
+    torch.save(build_network(train_options["network_g"]).state_dict(), "factors.pth")
+    train_options["path"]["pretrain_network_g"] = "factors.pth"
+    assert warning not in check(train_options)[1]
+
+
 def test_for_what(check: Any, train_options: Any, test_options: Any) -> None:
     status, _, err = check(train_options, "--for", "test")
     assert status == 2 and "datasets:train: a training set cannot be tested" in err

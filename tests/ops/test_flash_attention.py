@@ -208,7 +208,7 @@ def test_a_table_has_no_factors() -> None:
     message = str(info.value)
     assert "attn_type flash cannot run here" in message
     assert "a table of free biases has no such form without an error" in message
-    assert "basicsr convert --flashbias-rank 16" in message
+    assert "basicsr convert --flashbias-rank 48" in message
     assert "options/train_ESC_FlashBias_x2.yml" in message
 
 

@@ -40,8 +40,8 @@ PARAMETERS = {
     "ESC_FP": {2: 523_675, 3: 530_170, 4: 539_263},
     "ESC_RIB": {2: 1_007_796},
     "ESC_Real": {4: 2_265_307},
-    # ESC's, with 2 x 4 x 1024 x 16 factors for 4 x 63^2 entries of the tables in each of 5 blocks
-    "ESC_FlashBias": {scale: ESC + 5 * (131_072 - 15_876) for scale, ESC in ((2, 946_728), (3, 955_383), (4, 967_500))},
+    # ESC's, with 2 x 4 x 1024 x 48 factors for 4 x 63^2 entries of the tables in each of 5 blocks
+    "ESC_FlashBias": {scale: ESC + 5 * (393_216 - 15_876) for scale, ESC in ((2, 946_728), (3, 955_383), (4, 967_500))},
 }
 
 #: What makes a network small, by its type; the rest of a file stays as it is.

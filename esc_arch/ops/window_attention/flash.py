@@ -35,7 +35,7 @@ def reasons_against(qkv: Tensor, bias: Bias, window: int, heads: int) -> list[st
     if isinstance(bias, Tensor):
         return [
             "flash kernels take biases that are a product of two factors (attn_type RIB or FlashBias); a table of free "
-            "biases has no such form without an error: `basicsr convert --flashbias-rank 16` makes factors that come "
+            "biases has no such form without an error: `basicsr convert --flashbias-rank 48` makes factors that come "
             "close, and options/train_ESC_FlashBias_x2.yml trains them further"
         ]
     reasons = []
