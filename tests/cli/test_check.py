@@ -55,7 +55,7 @@ def test_a_sound_test(check: Any, test_options: Any) -> None:
     assert out.endswith("OK  a.yml: nothing to mend for basicsr test\n")
 
 
-def test_defaults_that_differ_from_the_published_ones_are_said(check: Any, run_basicsr: Any, train_options: Any) -> None:
+def test_defaults_unlike_the_published_ones_are_said(check: Any, run_basicsr: Any, train_options: Any) -> None:
     del train_options["network_g"]["exp_ratio"]
     said = "network_g:exp_ratio: not given, so 1.25 is taken; the published code takes 2. Give it"
     status, out, _ = check(train_options)

@@ -12,7 +12,6 @@ from basicsr.archs import build_network
 from skimage import data
 from small_real import use_small_images, use_small_vgg19
 
-from esc_arch.cli import main
 from esc_arch.data.benchmark import prepare_benchmark
 from esc_arch.data.hr_images import as_list
 from esc_arch.data.image_files import Source, encode_png
