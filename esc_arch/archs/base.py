@@ -159,7 +159,7 @@ class ESCFamily(nn.Module):
             except ValueError:
                 continue  # not of a square window: loading reports the names
             q, k = bias_factors(table, module.window_size, module.rank)
-            state_dict |= {f"{path}flashbias_q": q, f"{path}flashbias_k": k}
+            state_dict.update({f"{path}flashbias_q": q, f"{path}flashbias_k": k})
             del state_dict[f"{path}relative_position_bias"]
             ranks.add(module.rank)
         for rank in ranks:

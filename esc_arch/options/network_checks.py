@@ -117,6 +117,7 @@ def _check_pretrained(opt: Options, key: str, net: nn.Module, extent: Extent) ->
     except UserError as error:
         yield f"path:pretrain_{key}: {error}"
         return
+    weights = {name: tensor.to("meta") for name, tensor in weights.items()}  # their shapes say all
     adapt_weights(net, weights)
     message = mismatch_message(net, weights, strict=paths.get(f"strict_load_{label}", True), source=source)
     if message is not None:
