@@ -15,6 +15,8 @@ from networks import BACKENDS, DEVICES, TRAINABLE, max_error, reference_esc
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from esc_arch.checkpoints.recognition import own_names
+
 FOLDER = Path(__file__).parent / "golden"
 MANIFEST: dict[str, dict[str, Any]] = json.loads((FOLDER / "manifest.json").read_text(encoding="utf-8"))
 FILES = sorted(path.stem for path in FOLDER.glob("*.safetensors"))
@@ -43,7 +45,7 @@ def golden_net(name: str, backend: str, device: str = "cpu") -> nn.Module:
     entry = MANIFEST[name]
     key = "backend" if entry["type"] == "ESCRIB" or name in FACTORS else "attn_type"
     net: nn.Module = build_network({"type": entry["type"], **entry["options"], key: backend})
-    net.load_state_dict(part(name, "weights."), strict=True)
+    net.load_state_dict(own_names(part(name, "weights.")), strict=True)
     return net.to(device).eval()
 
 
@@ -55,7 +57,7 @@ def full_precision(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_no_golden_file_is_missing() -> None:
     assert set(MANIFEST) == set(FILES)
-    assert {MANIFEST[name]["type"] for name in FILES} == {"ESC", "ESCFP", "ESCReal", "ESCRealM", "ESCRIB"}
+    assert {MANIFEST[name]["type"] for name in FILES} == {"ESC", "ESCFP", "ESCLTE", "ESCReal", "ESCRealM", "ESCRIB"}
     assert len(ESC_FILES) >= 4
     assert len(TRAINED_FILES) >= 7
 
@@ -73,10 +75,14 @@ def test_the_reference_of_these_tests(name: str) -> None:
 @pytest.mark.parametrize(("name", "backend"), OUTPUTS)
 def test_output(name: str, backend: str, device: str) -> None:
     net = golden_net(name, backend, device)
-    with torch.no_grad():
-        output = net(tensors(name)["input"].to(device))
-    assert output.dtype == torch.float32
-    assert max_error(output, tensors(name)["output"]) < TOLERANCE
+    outputs = part(name, "output")
+    for of_scale, expected in outputs.items():  # "" alone, or such as ".x2.5" for networks of any scale
+        asked = {"scale": float(of_scale.removeprefix(".x"))} if of_scale else {}
+        with torch.no_grad():
+            output = net(tensors(name)["input"].to(device), **asked)
+        assert output.dtype == torch.float32
+        assert max_error(output, expected) < TOLERANCE
+    assert len(outputs) == (3 if MANIFEST[name]["type"] == "ESCLTE" else 1)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

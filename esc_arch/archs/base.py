@@ -23,7 +23,7 @@ from esc_arch.ops.window_attention.flash import MAX_WIDTH
 
 from .flashbias import Origin, convert_old_factors, mark_published, origin_of
 
-__all__ = ["ESCFamily", "SharedKernelNetwork", "biased_attention", "esc_block", "repetitions"]
+__all__ = ["ESCFamily", "SharedKernelNetwork", "biased_attention", "earlier_order", "esc_block", "repetitions"]
 
 #: More than any network has: a slip of the pen would be built for hours.
 MOST_PARTS = 1000
@@ -259,6 +259,25 @@ def biased_attention(
             f"backend is {backend!r}, but only attn_type: FlashBias takes one; here attn_type ({attn_type!r}) names it."
         )
     return FlashWindowAttention(dim=dim, window_size=window_size, num_heads=num_heads, attn_type=attn_type)
+
+
+def earlier_order(net: ESCFamily) -> list[str]:
+    """The names of a network's parameters in the order that they had in early versions of this package.
+
+    States of optimisers that say nothing of names may be in it (see `esc_arch.training.parameter_order`).
+    """
+    names = [name for name, _ in net.named_parameters()]
+    parts = list(dict.fromkeys(name.partition(".")[0] for name in names))
+    if "skip" in parts:  # ESC-Real
+        parts = ["plk_filter", "blocks", "last", "proj", "skip", "to_img"]
+
+    def place(name: str) -> tuple[int, int, int]:
+        part, *rest = name.split(".")
+        if part != "blocks":
+            return parts.index(part), 0, 0
+        return parts.index(part), int(rest[0]), {"convffns": 1, "pconvs": 2, "ln_out": 3, "conv_out": 3}.get(rest[1], 0)
+
+    return sorted(names, key=place)
 
 
 def repetitions(name: str, count: int) -> range:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
+import torch
 from basicsr.utils.registry import ARCH_REGISTRY
 from torch import Tensor, nn
 
@@ -15,6 +16,9 @@ from esc_arch.ops.resize import scaled_size
 from esc_arch.registry import register
 
 __all__ = ["ESCLTE"]
+
+#: What `normalize` subtracts from images and divides them by.
+IMAGE_MEAN = IMAGE_STD = 0.5
 
 
 @register(ARCH_REGISTRY)
@@ -35,6 +39,10 @@ class ESCLTE(SharedKernelNetwork):
         hidden_dim, mlp_dims, max_scale: see `LTE`.
         query_chunk: points computed at a time when there are no gradients, which bounds the memory; None for all at
             once. The result is the same within rounding.
+        normalize: shift the image from 0 .. 1 to -1 .. 1 for the network, and its result back, as the published ESC-LTE
+            does. This cannot be part of the first convolution's weights, whose padding would not be shifted. Since the
+            same weights mean another network without it, checkpoints of such networks have a tensor more,
+            `image_mean_std`.
 
     Raises:
         ValueError: an option that cannot be, with the value and what is allowed.
@@ -63,6 +71,7 @@ class ESCLTE(SharedKernelNetwork):
         mlp_dims: Sequence[int] = (256, 256, 256),
         max_scale: float = 4,
         query_chunk: int | None = 16384,
+        normalize: bool = False,
     ) -> None:
         super().__init__(pdim=pdim, kernel_size=kernel_size, window_size=window_size, upscaling_factor=1)
         if not 0 < upscaling_factor < math.inf:
@@ -90,7 +99,12 @@ class ESCLTE(SharedKernelNetwork):
             for _ in repetitions("n_blocks", n_blocks)
         )
         self.last = Conv3x3(dim, dim)
-        self.lte = LTE(dim, hidden_dim=hidden_dim, mlp_dims=mlp_dims, max_scale=max_scale)
+        # The image that LTE adds would be shifted there and back, so that only what is added to it is scaled
+        scale = IMAGE_STD if normalize else 1
+        self.lte = LTE(dim, hidden_dim=hidden_dim, mlp_dims=mlp_dims, max_scale=max_scale, residual_scale=scale)
+        self.normalize = normalize
+        if normalize:
+            self.register_buffer("image_mean_std", torch.tensor([IMAGE_MEAN, IMAGE_STD]))
 
     def forward(
         self,
@@ -135,6 +149,9 @@ class ESCLTE(SharedKernelNetwork):
         grid, grid_cell = query_grid(size, device=x.device)
         coords, cell = grid.expand(x.shape[0], -1, -1), grid_cell.expand(x.shape[0], -1)
         return self.lte(self.features(x), x, coords, cell, chunk=self.query_chunk).unflatten(-1, size)
+
+    def shallow_features(self, x: Tensor) -> Tensor:
+        return super().shallow_features((x - IMAGE_MEAN) / IMAGE_STD if self.normalize else x)
 
     def features(self, x: Tensor) -> Tensor:
         """What the upsampler starts from: (B, 3, H, W) -> (B, dim, H, W). It does not depend on the scale."""

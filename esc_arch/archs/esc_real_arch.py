@@ -32,6 +32,9 @@ class _RealNetwork(SharedKernelNetwork):
 
     subpixel_conv = None  # the tails are not one convolution
 
+    #: In the published order of parameters, by which optimisers' states go.
+    parts: ClassVar[tuple[str, ...]]
+
     def __init__(
         self,
         *,
@@ -50,6 +53,8 @@ class _RealNetwork(SharedKernelNetwork):
         backend: str,
     ) -> None:
         super().__init__(pdim=pdim, kernel_size=kernel_size, window_size=window_size, upscaling_factor=upscaling_factor)
+        for part in self.parts:  # each is made when its options are known, and keeps the place that it gets here
+            self.register_module(part, None)
         self.blocks = nn.ModuleList(
             esc_block(
                 dim=dim,
@@ -88,6 +93,8 @@ class ESCReal(_RealNetwork):
         use_dysample: enlarge with `DySample` instead of nearest neighbours and convolutions.
         others: see `ESC`.
     """
+
+    parts = ("proj", "blocks", "last", "to_img", "skip")
 
     def __init__(
         self,
@@ -165,6 +172,7 @@ class ESCRealM(_RealNetwork):
     """
 
     TAIL_SCALE = 4
+    parts = ("proj", "skip", "blocks", "last", "to_img")
 
     published_defaults: ClassVar = {"upsampler": "nearest+conv"}
 

@@ -22,7 +22,7 @@ from esc_arch.version import __version__
 
 from .loading import adapt_weights, describe_mismatch
 from .reading import find_weights, from_json, is_state_dict, read_checkpoint, read_metadata
-from .recognition import examine, strip_common_prefix
+from .recognition import examine, own_names
 
 __all__ = [
     "FORMATS",
@@ -104,7 +104,7 @@ def open_checkpoint(path: str | Path, *, param_key: str | None = None, window_si
         if window_size < 1:
             raise UserError(f"The window given is {window_size}; it must be at least 1.")
         known["window_size"] = window_size
-    weights = {name: tensor.detach() for name, tensor in strip_common_prefix(weights).items()}
+    weights = {name: tensor.detach() for name, tensor in own_names(weights).items()}
     try:
         section, assumptions = examine(weights, known)
     except UserError as error:

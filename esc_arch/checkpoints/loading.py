@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from esc_arch.errors import UserError
 
 from .reading import some
-from .recognition import describe_difference, strip_common_prefix
+from .recognition import describe_difference, own_names
 
 __all__ = ["adapt_weights", "describe_mismatch", "load_weights", "mismatch_message"]
 
@@ -41,17 +41,15 @@ def load_weights(net: nn.Module, weights: Mapping[str, Tensor], *, strict: bool,
         raise UserError(message)
     own = net.state_dict()
     fitting = _fitting(own, weights)
-    if problems := describe_mismatch(own, weights):
-        logger.warning("Of %s, %d of %d tensors were loaded: %s.", source, len(fitting), len(own), "; ".join(problems))
+    if problems := _problems(own, weights):
+        logger.warning("Of %s, %d of %d tensors were loaded: %s.", source, len(fitting), len(own), problems)
     net.load_state_dict(fitting, strict=False)
 
 
 def mismatch_message(net: nn.Module, weights: Mapping[str, Tensor], *, strict: bool, source: str | Path) -> str | None:
     """Why a state dict, adapted already, cannot be loaded into a network; None when it can."""
     own = net.state_dict()
-    problems = "; ".join(describe_mismatch(own, weights))
-    if problems and (difference := describe_difference(own, weights)) is not None:
-        problems = f"{difference}; {problems}"
+    problems = _problems(own, weights)
     fitting = len(_fitting(own, weights))
     if not fitting:
         return (
@@ -66,15 +64,22 @@ def mismatch_message(net: nn.Module, weights: Mapping[str, Tensor], *, strict: b
     return None
 
 
+def _problems(own: Mapping[str, Tensor], weights: Mapping[str, Tensor]) -> str:
+    """How weights differ from a network's, by its options where they tell and by name; empty when they fit."""
+    problems = "; ".join(describe_mismatch(own, weights))
+    difference = describe_difference(own, weights) if problems else None
+    return problems if difference is None else f"{difference}; {problems}"
+
+
 def adapt_weights(net: nn.Module, weights: dict[str, Tensor]) -> list[str]:
     """Make `weights` fit the network in place where that can be; what the network did, a sentence each.
 
-    When no name fits, a prefix that all names have (`net_g.`, `model.`) is dropped; then the network adapts them.
+    When no name fits, they are replaced by this package's (`own_names`); then the network adapts them.
     """
     own = net.state_dict()
-    if own.keys().isdisjoint(weights) and not own.keys().isdisjoint(stripped := strip_common_prefix(weights)):
+    if own.keys().isdisjoint(weights) and not own.keys().isdisjoint(renamed := own_names(weights)):
         weights.clear()
-        weights.update(stripped)
+        weights.update(renamed)
     adapt = getattr(net, "adapt_state_dict", None)
     return adapt(weights) if callable(adapt) else []
 

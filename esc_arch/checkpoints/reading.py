@@ -35,6 +35,8 @@ LARGEST_GROWTH = 2**28
 def read_checkpoint(path: str | Path) -> dict[str, Any]:
     """The content of a ``.pth`` (also ``.pt``, ``.ckpt``, ``.state``) or ``.safetensors`` file, on the CPU.
 
+    Weights in ``{"model": {"name", "args", "sd"}}``, as the published ESC-LTE has them, come as ``{"model": weights}``.
+
     Raises:
         UserError: the file is missing, is no checkpoint (a web page, a Git LFS pointer, cut short), holds anything but
             tensors and plain values, which could run code, or would take far more memory than its size.
@@ -68,6 +70,9 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
     if not isinstance(content, Mapping):
         raise UserError(f"{path} holds a {type(content).__name__}, not a dictionary of weights.")
     content = dict(content)
+    model = content.get("model")
+    if isinstance(model, Mapping) and is_state_dict(model.get("sd")):
+        content["model"] = model["sd"]
     _settle_factors(content, content.get("network_g"), path)
     return content
 

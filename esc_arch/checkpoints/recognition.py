@@ -22,7 +22,7 @@ from esc_arch.modules.upsample import UPSAMPLERS, UniversalUpsampler
 
 from .reading import some
 
-__all__ = ["describe_difference", "examine", "recognise", "strip_common_prefix"]
+__all__ = ["describe_difference", "examine", "own_names", "recognise"]
 
 #: What only one type has among its names, in the order to look for it.
 DISTINCT_NAMES = {
@@ -47,6 +47,7 @@ DEFAULT_MID_DIM = 48
 LONGEST_NAME = 80
 DYSAMPLE_GROUPS = 4
 META = "to_img.MetaUpsample"
+NORMALIZED = "image_mean_std"
 IMNET_LAYER = re.compile(r"lte\.imnet\.([0-9]{1,4})\.weight")
 
 
@@ -77,7 +78,7 @@ class Recognised(NamedTuple):
 
 def examine(weights: Mapping[str, Tensor], known: Mapping[str, Any] | None = None) -> Recognised:
     """`recognise`, with what it had to assume."""
-    reader = _Reader(strip_common_prefix(weights), known or {})
+    reader = _Reader(own_names(weights), known or {})
     return Recognised(reader.section(), reader.assumptions)
 
 
@@ -105,16 +106,27 @@ def describe_difference(own: Mapping[str, Tensor], weights: Mapping[str, Tensor]
     return f"the checkpoint is {theirs['type']}{this}, the network {ours['type']}{that}"
 
 
-def strip_common_prefix(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Free names of what all of them begin with (`net_g.`, `model.`, `generator.`).
+def own_names(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Weights under the names that the networks here have for them.
 
-    A network of the family has several parts, so that no first word common to all names can be its own.
+    Names are freed of what all of them begin with (`net_g.`, `model.`, `generator.`): a network of the family has
+    several parts, so that no first word common to all names can be its own. Those of the published ESC-LTE, which
+    normalizes its images, become those of `ESCLTE` with ``normalize``.
     """
     stripped = dict(weights)
     while len(first := {name.partition(".")[0] for name in stripped}) == 1 and all("." in name for name in stripped):
         prefix = f"{first.pop()}."
         stripped = {name.removeprefix(prefix): tensor for name, tensor in stripped.items()}
-    return stripped
+    if "encoder.plk_filter" not in stripped or "imnet.layers.0.weight" not in stripped:
+        return stripped
+    renamed = {_own_name_of_published_lte(name): tensor for name, tensor in stripped.items()}
+    return renamed | {NORMALIZED: torch.full((2,), 0.5)}
+
+
+def _own_name_of_published_lte(name: str) -> str:
+    if name.startswith("encoder."):
+        return name.removeprefix("encoder.")
+    return f"lte.{name.replace('imnet.layers.', 'imnet.')}"
 
 
 class _Tail(NamedTuple):
@@ -283,7 +295,11 @@ class _Reader:
         """The scale when none is asked for, which weights cannot tell, and the options of ESCLTE's tail."""
         numbers = {name: IMNET_LAYER.fullmatch(name) for name in self.weights}
         layers = sorted((int(found[1]), self._size(name, 0)) for name, found in numbers.items() if found is not None)
-        options = {"hidden_dim": self._size("lte.coef.weight", 0), "mlp_dims": [width for _, width in layers[:-1]]}
+        options = {
+            "hidden_dim": self._size("lte.coef.weight", 0),
+            "mlp_dims": [width for _, width in layers[:-1]],
+            "normalize": NORMALIZED in self.weights,
+        }
         scale = self.known.get("upscaling_factor")
         return scale if isinstance(scale, (int, float)) and scale > 0 else 4, options
 

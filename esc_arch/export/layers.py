@@ -238,7 +238,8 @@ class ExportedLTE(nn.Module):
             f_y, f_x = freq[index].unflatten(0, (batch, -1)).chunk(2, dim=-1)
             angle = f_y * delta_y.reshape(-1, 1) + f_x * delta_x.reshape(-1, 1) + phase
             waves = torch.cat([angle.cos(), angle.sin()], dim=-1)
-            colour = lte.imnet(coef[index].unflatten(0, (batch, -1)) * waves) + pixels[index].unflatten(0, (batch, -1))
+            residual = lte.imnet(coef[index].unflatten(0, (batch, -1)) * waves) * lte.residual_scale
+            colour = residual + pixels[index].unflatten(0, (batch, -1))
             weight = (w_y[:, None] * w_x[:, None, :]).reshape(-1, 1)
             return (colour * weight).unflatten(1, (-1, 4)).sum(2).transpose(1, 2)
 

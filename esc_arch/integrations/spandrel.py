@@ -15,7 +15,7 @@ from esc_arch.archs.base import ESCFamily, SharedKernelNetwork
 from esc_arch.checkpoints import recognise
 from esc_arch.checkpoints.conversion import build_network
 from esc_arch.checkpoints.reading import is_state_dict
-from esc_arch.checkpoints.recognition import strip_common_prefix
+from esc_arch.checkpoints.recognition import own_names
 from esc_arch.errors import UserError
 from esc_arch.inference.network import PRECISIONS, Upscaler
 
@@ -45,7 +45,7 @@ class ESCArch(Architecture[ESCFamily]):
             UserError: the weights are of no network of the family.
             RuntimeError: they are not complete.
         """
-        weights = strip_common_prefix(state_dict)
+        weights = own_names(state_dict)
         section = recognise(weights)
         net = build_network(section)
         assert isinstance(net, ESCFamily)

@@ -44,7 +44,7 @@ class ESCBlock(nn.Module):
         self.ln_attn = LayerNorm(dim)
         self.attn = attn
         self.lns = nn.ModuleList(LayerNorm(dim) if use_ln else nn.Identity() for _ in pconvs)
-        self.pconvs = nn.ModuleList(pconvs)
+        self.pconvs = nn.ModuleList(pconvs)  # in the published order of parameters, by which optimisers' states go
         self.convffns = nn.ModuleList(ConvFFN(dim, exp_ratio) for _ in pconvs)
         self.ln_out = LayerNorm(dim)
         self.conv_out = Conv3x3(dim, dim)

@@ -27,7 +27,7 @@ class LTE(nn.Module):
 
     For a point q with the cell c, and a pixel j of the features with its centre at p_j, the colour estimate is
 
-        imnet(coef_j * [cos(pi (F_j d + phase(s))), sin(pi (F_j d + phase(s)))]) + image_j
+        residual_scale * imnet(coef_j * [cos(pi (F_j d + phase(s))), sin(pi (F_j d + phase(s)))]) + image_j
 
     where d = (q - p_j) * (H, W) and s = c * (H, W), so that a pixel of the features is 2 wide in both, and two
     convolutions make the hidden_dim amplitudes coef_j and the hidden_dim / 2 frequencies F_j (a pair each: of height
@@ -44,13 +44,20 @@ class LTE(nn.Module):
         mlp_dims: channels of the hidden layers of `imnet`.
         max_scale: largest scale of training. Cells of larger scales are taken as those of this one, because the
             phase has never seen them.
+        residual_scale: what the network's colours are multiplied by before the image is added.
 
     Raises:
         ValueError: hidden_dim is odd, or an option is not positive.
     """
 
     def __init__(
-        self, dim: int, *, hidden_dim: int = 256, mlp_dims: Sequence[int] = (256, 256, 256), max_scale: float = 4
+        self,
+        dim: int,
+        *,
+        hidden_dim: int = 256,
+        mlp_dims: Sequence[int] = (256, 256, 256),
+        max_scale: float = 4,
+        residual_scale: float = 1,
     ) -> None:
         super().__init__()
         if hidden_dim < 2 or hidden_dim % 2:
@@ -60,6 +67,7 @@ class LTE(nn.Module):
         if not 0 < max_scale < math.inf:
             raise ValueError(f"max_scale is {max_scale}; it must be a number above 0.")
         self.max_scale = max_scale
+        self.residual_scale = residual_scale
         self.coef = Conv3x3(dim, hidden_dim)
         self.freq = Conv3x3(dim, hidden_dim)
         self.phase = nn.Linear(2, hidden_dim // 2, bias=False)
@@ -93,7 +101,8 @@ class LTE(nn.Module):
             angle = torch.addcmul(f_y * d_y, f_x, d_x)  # (B * q * 4, K)
             angle = (angle.unflatten(0, (len(points), -1)) + phase).flatten(0, 1)
             waves = torch.cat([angle.cos(), angle.sin()], dim=-1)
-            colour = self.imnet(F.embedding(index, coef) * waves) + F.embedding(index, pixels)
+            residual = self.imnet(F.embedding(index, coef) * waves) * self.residual_scale
+            colour = residual + F.embedding(index, pixels)
             colour = (colour * weight.to(colour.dtype)).unflatten(0, (len(points), -1, 4)).sum(2)
             return colour.transpose(1, 2)
 

@@ -104,7 +104,7 @@ def bias_factors(table: Tensor, window: int, rank: int) -> tuple[Tensor, Tensor]
 
 
 def _largest_eigenpairs(matrix: Tensor, count: int) -> tuple[Tensor, Tensor]:
-    """Eigenvalues (count,) of a symmetric matrix (N, N), the largest in magnitude first, and eigenvectors (N, count)."""
+    """Of a symmetric matrix (N, N), eigenvalues (count,), largest in magnitude first, and eigenvectors (N, count)."""
     size = len(matrix)
     if count <= size // 4 and matrix.any():  # Lanczos' method takes a third of the time, and less for larger windows
         start = torch.randn(size, generator=torch.Generator().manual_seed(0), dtype=matrix.dtype)

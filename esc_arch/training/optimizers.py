@@ -3,19 +3,33 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.optim.adamw import adamw
 
+from esc_arch.archs.base import ESCFamily, earlier_order
 from esc_arch.errors import UserError
 
-__all__ = ["NO_MUON", "OPTIMIZERS", "ConvMuon", "build_optimizer", "hidden_kernels", "muon_groups"]
+__all__ = [
+    "NO_MUON",
+    "OPTIMIZERS",
+    "ConvMuon",
+    "build_optimizer",
+    "hidden_kernels",
+    "muon_groups",
+    "other_type",
+    "type_of",
+]
 
 #: What BasicSR's loop cannot drive: one asks for the loss again and again, the other wants sparse gradients.
 _UNUSABLE = ("LBFGS", "SparseAdam")
+#: Keys of groups that say how a rule is computed, not which it is; they differ between versions of PyTorch.
+_HOW = {"params", "param_names", "initial_lr", "foreach", "fused", "capturable", "differentiable", "maximize"}
+#: The one that tells AdamW from Adam.
+_DECOUPLED = "decoupled_weight_decay"
 NO_MUON = f"Muon comes with PyTorch 2.9, and this is {torch.__version__}"
 
 
@@ -150,10 +164,14 @@ def hidden_kernels(net: nn.Module) -> list[nn.Parameter]:
     Those of convolutions over more than one channel, a large kernel that layers share among them, and of linear
     layers. Left out are biases, norms, depth-wise kernels and tables of position biases; and, as torch's
     documentation says, what takes the input and what makes the output: the first and the last of these layers.
+    (Networks of the family count in their earlier order, so that states of earlier versions keep their groups.)
     """
-    layers = [module for module in net.modules() if isinstance(module, nn.Conv2d | nn.Linear)]
-    edges = {id(layer.weight) for layer in (layers[:1] + layers[-1:])}
-    linear = {id(layer.weight) for layer in layers if isinstance(layer, nn.Linear)}
+    layers = {
+        f"{name}.weight": module for name, module in net.named_modules() if isinstance(module, nn.Conv2d | nn.Linear)
+    }
+    ordered = [name for name in earlier_order(net) if name in layers] if isinstance(net, ESCFamily) else list(layers)
+    edges = {id(layers[name].weight) for name in ordered[:1] + ordered[-1:]}
+    linear = {id(layer.weight) for layer in layers.values() if isinstance(layer, nn.Linear)}
     return [
         parameter
         for parameter in net.parameters()
@@ -210,6 +228,39 @@ def build_optimizer(kind: str, params: Any, *, nets: Iterable[nn.Module], **opti
         options["fused"] = True
     optimizer: torch.optim.Optimizer = cls(params, **options)
     return optimizer
+
+
+def type_of(optimizer: torch.optim.Optimizer) -> str:
+    """An optimiser's type by the names of option files."""
+    return next((name for name, cls in OPTIMIZERS.items() if cls is type(optimizer)), type(optimizer).__name__)
+
+
+def other_type(optimizer: torch.optim.Optimizer, state: Mapping[str, Any]) -> str | None:
+    """The type of the optimiser that a state was saved by, if it is another than this one's.
+
+    Args:
+        state: a state dict; where it does not say the type (``type``), the names of its rule's numbers do.
+    """
+    if "type" in state:
+        return None if state["type"] == type_of(optimizer) else str(state["type"])
+    now, before = _rule(optimizer.param_groups), _rule(state["param_groups"])
+    if isinstance(optimizer, torch.optim.Adam) and _DECOUPLED not in before:  # as before PyTorch 2.7
+        now.pop(_DECOUPLED, None)
+    if "rule" in before:  # whose groups differ with the parameters that are trained
+        return None if "rule" in now else "Muon"
+    if now == before:
+        return None
+    probe = [nn.Parameter(torch.zeros(1, 1))]
+    rules = {name: _rule(build_optimizer(name, probe, nets=[], lr=1e-3).param_groups) for name in OPTIMIZERS}
+    exact = [name for name, rule in rules.items() if rule == before]
+    close = [name for name, rule in rules.items() if rule.keys() - {_DECOUPLED} == before.keys() - {_DECOUPLED}]
+    return " or ".join(exact or close) or "another optimiser"
+
+
+def _rule(groups: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """The names of a rule's numbers, and the one value among them that changes the rule."""
+    keys = {key for group in groups for key in group if key not in _HOW}
+    return dict.fromkeys(keys) | {key: groups[0].get(key) for key in keys & {_DECOUPLED}}
 
 
 def _fuses(params: list[Any]) -> bool:

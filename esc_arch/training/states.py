@@ -12,6 +12,7 @@ import numpy as np
 from esc_arch.distributed import gather_objects
 from esc_arch.errors import UserError
 
+from .parameter_order import in_order_of, named_state
 from .random_state import capture, restore
 from .run import current_run
 
@@ -30,7 +31,7 @@ def training_state(model: Any, epoch: int, iteration: int) -> dict[str, Any]:
     return {
         "epoch": epoch,
         "iter": iteration,
-        "optimizers": [optimizer.state_dict() for optimizer in model.optimizers],
+        "optimizers": [named_state(model, optimizer) for optimizer in model.optimizers],
         "schedulers": [scheduler.state_dict() for scheduler in model.schedulers],
         "manual_seed": model.opt.get("manual_seed"),
         "samples": run.samples if run else None,  # of the epoch, over all processes
@@ -54,6 +55,9 @@ def apply_state(model: Any, state: Mapping[str, Any], load: Any) -> None:
         UserError: the state is of other optimisers or parameters.
     """
     try:
+        # States of BasicSR have no random numbers
+        optimizers = in_order_of(model, state["optimizers"], earlier="random" in state)
+        state = {**state, "optimizers": optimizers}
         for warning in _ignored_changes(model, state):
             logging.getLogger("basicsr").warning(warning)
         load(model, state)

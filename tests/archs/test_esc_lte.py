@@ -93,6 +93,14 @@ def test_a_copy_is_independent() -> None:
     assert not torch.allclose(net(image()), expected)
 
 
+@pytest.mark.parametrize("size", [(7, 9), (4, 8)])
+def test_normalized_it_is_the_network_of_images_in_minus_1_to_1(size: tuple[int, int]) -> None:
+    net, batch = make(normalize=True), image(2, *size)
+    around = make()(batch * 2 - 1, 2.5) * 0.5 + 0.5
+    assert torch.allclose(net(batch, 2.5), around, atol=1e-5)
+    assert not torch.allclose(around, make()(batch, 2.5), atol=1e-2)
+
+
 def test_points_are_pixels_of_the_whole_image() -> None:
     net, batch = make(), image()
     whole = net(batch, size=(14, 27)).flatten(2)

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from esc_arch import UserError, archs
 from esc_arch.checkpoints import load_weights, mismatch_message, recognise
-from esc_arch.checkpoints.recognition import examine
+from esc_arch.checkpoints.recognition import examine, own_names
 
 FOLDER = Path(__file__).parents[1] / "golden"
 MANIFEST: dict[str, dict[str, Any]] = json.loads((FOLDER / "manifest.json").read_text(encoding="utf-8"))
@@ -53,7 +53,7 @@ def test_recorded_networks(name: str) -> None:
     options = MANIFEST[name]["options"]
     # All that weights do not say: see the documentation of `recognise`
     unsaid = {"window_size": 64} if options.get("attn_type") == "RIB" else {}
-    unsaid |= {"unshuffle_mod": True} if options["upscaling_factor"] > 2 and "unshuffle_mod" in options else {}
+    unsaid |= {"unshuffle_mod": True} if options.get("upscaling_factor", 2) > 2 and "unshuffle_mod" in options else {}
     alone = recognise(weights)
     assert alone["type"] == MANIFEST[name]["type"]
     assert {key: alone[key] for key in options} == options | unsaid
@@ -61,9 +61,10 @@ def test_recorded_networks(name: str) -> None:
     section = recognise(weights, known=options)
     assert {key: section[key] for key in options} == options
     net = network(section, "cpu").eval()
-    net.load_state_dict(weights, strict=True)
+    net.load_state_dict(own_names(weights), strict=True)
+    asked, output = ({"scale": 2.5}, "output.x2.5") if section["type"] == "ESCLTE" else ({}, "output")
     with torch.no_grad():
-        assert torch.allclose(net(tensors["input"]), tensors["output"], rtol=0, atol=1e-4)
+        assert torch.allclose(net(tensors["input"], **asked), tensors[output], rtol=0, atol=1e-4)
 
 
 PUBLISHED = [
@@ -331,6 +332,18 @@ DIFFERENCES = [
         "the checkpoint is ESCFP with exp_ratio: 2, the network ESC with exp_ratio: 1.25",
     ),
     (("ESCReal", {"exp_ratio": 1.25}), ("ESC", {}), "the checkpoint is ESCReal, the network ESC;"),
+    (
+        ("ESCLTE", {"normalize": True}),
+        ("ESCLTE", {}),
+        "the checkpoint is ESCLTE with normalize: True, the network ESCLTE with normalize: False; "
+        "1 not in the network (image_mean_std)",
+    ),
+    (
+        ("ESCLTE", {}),
+        ("ESCLTE", {"normalize": True}),
+        "the checkpoint is ESCLTE with normalize: False, the network ESCLTE with normalize: True; "
+        "1 missing in it (image_mean_std)",
+    ),
 ]
 
 
@@ -399,10 +412,11 @@ def test_the_description_of_a_tail_does_not_make_other_weights_fit() -> None:
 
 
 @pytest.mark.parametrize("mlp_dims", [[], [12], [12, 20]])
-@pytest.mark.parametrize("use_ln", [False, True])
-def test_arbitrary_scale(mlp_dims: list[int], use_ln: bool) -> None:
+@pytest.mark.parametrize(("use_ln", "normalize"), [(False, False), (True, False), (False, True)])
+def test_arbitrary_scale(mlp_dims: list[int], use_ln: bool, normalize: bool) -> None:
     body = {"dim": 8, "pdim": 4, "kernel_size": 13, "n_blocks": 2, "conv_blocks": 1, "window_size": 8, "num_heads": 2}
     options: dict[str, Any] = body | {"exp_ratio": 1.25, "use_ln": use_ln, "hidden_dim": 10, "mlp_dims": mlp_dims}
+    options |= {"normalize": normalize}
     net = archs.ESCLTE(**options)
     section = recognise(net.state_dict())
     assert section == {"type": "ESCLTE", **options, "upscaling_factor": 4, "attn_type": "auto"}

@@ -44,6 +44,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "rib gate": {"type": "ESCRIB", "upscaling_factor": 3, "rank": 6, "gate_type": "DWC"},
 }
 LTE = {"type": "ESCLTE", "upscaling_factor": 3, "hidden_dim": 8, "mlp_dims": [8]}
+NORMALIZED_LTE = {**LTE, "normalize": True}
 
 #: Others than those that exports are compared on by themselves.
 SIZES = [(1, 1, 2), (2, 3, 4), (1, 4, 9), (3, 13, 6)]
@@ -97,7 +98,7 @@ def test_layers_that_are_exported_equal_the_networks(variant: str, pad: bool) ->
 
 @pytest.mark.parametrize("pad", [True, False])
 def test_the_whole_module_equals_the_upscaler(pad: bool) -> None:
-    for options in (*VARIANTS.values(), LTE):
+    for options in (*VARIANTS.values(), LTE, NORMALIZED_LTE):
         upscaler = upscaler_of(options)
         x = image(2, 3, 5, 7)
         with torch.no_grad():
@@ -166,9 +167,10 @@ def test_attention_is_computed_a_window_at_a_time(exported: Path) -> None:
         (VARIANTS["m dysample"], {"pad": False, "attention": "whole"}),
         (VARIANTS["rib gate"], {"opset": 18, "shape": InputShape(1, 5, 11)}),
         (LTE, {}),
+        (NORMALIZED_LTE, {"shape": InputShape(1, 5, 11)}),
         (VARIANTS["table"], {"half": True, "shape": InputShape(1, 5, 11)}),
     ],
-    ids=["m dysample", "rib", "lte", "half"],
+    ids=["m dysample", "rib", "lte", "normalized lte", "half"],
 )
 def test_kinds_of_networks_in_onnx_runtime(options: dict[str, Any], arguments: dict[str, Any], tmp_path: Path) -> None:
     for package in ("onnx", "onnxscript", "onnxruntime"):

@@ -58,6 +58,7 @@ NETWORKS = [
     pytest.param("ESCRIB", {"rank": 4, "gate_type": "DWC", "upscaling_factor": 2}, id="ESCRIB-gate"),
     pytest.param("ESCLTE", {"hidden_dim": 16, "mlp_dims": (16,), "upscaling_factor": 2.7}, id="ESCLTE"),
     pytest.param("ESCLTE", {"hidden_dim": 16, "mlp_dims": (16,), "upscaling_factor": 0.6}, id="ESCLTE-smaller"),
+    pytest.param("ESCLTE", {"hidden_dim": 16, "mlp_dims": (16,), "normalize": True}, id="ESCLTE-normalized"),
 ]
 
 

@@ -44,6 +44,7 @@ NETWORKS = [
     ("ESCRealM", {"upscaling_factor": 1, "upsampler": "pixelshuffle", "mid_dim": 8}),
     ("ESCRIB", {"rank": 4, "gate_type": "DWC", "upscaling_factor": 2}),
     ("ESCLTE", {"hidden_dim": 16, "mlp_dims": (16,), "upscaling_factor": 2.7}),
+    ("ESCLTE", {"hidden_dim": 16, "mlp_dims": (16,), "upscaling_factor": 2, "normalize": True}),
 ]
 
 

@@ -67,7 +67,7 @@ def test_every_network(name: str, suffix: str, tmp_path: Path) -> None:
         save_file(weights_of(name), path)
     descriptor = spandrel.ModelLoader().load_from_file(path)
     options = MANIFEST[name]["options"]
-    scale = options["upscaling_factor"]
+    scale = options.get("upscaling_factor", 4)
     assert isinstance(descriptor, spandrel.ImageModelDescriptor)
     assert (descriptor.architecture.id, descriptor.architecture.name) == ("esc_arch", "ESC")
     assert descriptor.purpose == ("SR" if scale > 1 else "Restoration")

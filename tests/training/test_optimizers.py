@@ -110,8 +110,8 @@ def test_what_muon_is_for() -> None:
     net = ESC(upscaling_factor=2, **SMALL)
     names = {id(parameter): name for name, parameter in net.named_parameters()}
     block = [
-        *("proj.proj", "proj.aggr", "attn.to_qkv", "attn.to_out", "convffns.0.proj", "convffns.0.aggr"),
-        *("pconvs.0.plk.dwc_proj.1", "pconvs.0.plk.dwc_proj.3", "pconvs.0.aggr", "conv_out"),
+        *("proj.proj", "proj.aggr", "attn.to_qkv", "attn.to_out", "pconvs.0.plk.dwc_proj.1"),
+        *("pconvs.0.plk.dwc_proj.3", "pconvs.0.aggr", "convffns.0.proj", "convffns.0.aggr", "conv_out"),
     ]
     assert [names[id(parameter)] for parameter in hidden_kernels(net)] == [
         "plk_filter",

@@ -1,0 +1,177 @@
+"""Whose each entry of an optimiser's state is.
+
+PyTorch's states tell parameters by their places alone, in the order in which the optimiser got them. Ours add the names
+(``param_names`` of each group, as optimisers of named parameters do) and the optimiser's type. States without names
+are in the order of the published networks, which is that of the networks here, or were saved by an early version of
+this package, whose networks had another (`earlier_order`). The shapes tell: of a ConvFFN the third tensor is a 3 x 3
+kernel, of a ConvAttn a 1 x 1 one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from esc_arch.archs.base import ESCFamily, earlier_order
+from esc_arch.modules import FactorBiasWindowAttention
+
+from .optimizers import other_type, type_of
+
+__all__ = ["in_order_of", "named_state"]
+
+#: How many things that do not fit a message lists.
+LISTED = 3
+#: What optimisers keep per row and per column of a parameter (Adafactor).
+_FACTORED = ("row_var", "col_var")
+
+Names = list[list[str]]  # of the parameters of each group
+
+
+def named_state(model: Any, optimizer: Any) -> dict[str, Any]:
+    """An optimiser's state with the names of its parameters and its type; one that is none of PyTorch's has neither."""
+    state: dict[str, Any] = optimizer.state_dict()
+    if not isinstance(optimizer, torch.optim.Optimizer):
+        return state
+    groups = zip(state["param_groups"], _names(model, optimizer), strict=True)
+    named = [{**group, "param_names": names} for group, names in groups]
+    return {**state, "param_groups": named, "type": type_of(optimizer)}
+
+
+def in_order_of(model: Any, states: Sequence[Mapping[str, Any]], *, earlier: bool) -> list[dict[str, Any]]:
+    """The states of a model's optimisers, as it can load them: each entry in the place of its parameter.
+
+    Args:
+        states: with names (`named_state`), or without.
+        earlier: where states without names fit in both orders, they are in the earlier one.
+
+    Raises:
+        ValueError: they are of other optimisers, parameters or groups.
+    """
+    if len(states) != len(model.optimizers):
+        raise ValueError(f"it has {len(states)} optimisers, and the option file makes {len(model.optimizers)}")
+    return [
+        _in_order(model, optimizer, state, earlier) if isinstance(optimizer, torch.optim.Optimizer) else dict(state)
+        for optimizer, state in zip(model.optimizers, states, strict=True)
+    ]
+
+
+def _in_order(model: Any, optimizer: torch.optim.Optimizer, state: Mapping[str, Any], earlier: bool) -> dict[str, Any]:
+    option = next((key for key, value in vars(model).items() if value is optimizer), "").replace("optimizer_", "optim_")
+    if (other := other_type(optimizer, state)) is not None:
+        raise ValueError(f"train: {option}: type is {type_of(optimizer)}, and the state was saved by {other}")
+    names, groups = _names(model, optimizer), state["param_groups"]
+    if "type" in state:
+        candidates = [[group["param_names"] for group in groups]]
+    else:
+        candidates = [names, _earlier_names(model, names)]
+        if earlier:
+            candidates.reverse()
+    shapes = {
+        name: parameter.shape
+        for of_group, group in zip(names, optimizer.param_groups, strict=True)
+        for name, parameter in zip(of_group, group["params"], strict=True)
+    }
+    misfits = [list(_misfits(candidate, state, names, shapes)) for candidate in candidates]
+    fewest = min(range(len(misfits)), key=lambda index: len(misfits[index]))
+    if misfits[fewest]:
+        first, more = misfits[fewest][:LISTED], len(misfits[fewest]) - LISTED
+        raise ValueError(f"{option}: {'; '.join(first)}" + (f"; and {more} more" if more > 0 else ""))
+    entries = {
+        name: state["state"][place]
+        for of_group, group in zip(candidates[fewest], groups, strict=True)
+        for name, place in zip(of_group, group["params"], strict=True)
+        if place in state["state"]
+    }
+    if "type" not in state and fewest == candidates.index(_earlier_names(model, names)):
+        for name in _factors_with_another_scale(model) & entries.keys():
+            entries[name] = _rescaled(entries[name], shapes[name][-1])
+    places = {name: place for place, name in enumerate(name for of_group in names for name in of_group)}
+    return {
+        "state": {place: entries[name] for name, place in places.items() if name in entries},
+        "param_groups": [
+            {key: value for key, value in group.items() if key != "param_names"}
+            | {"params": [places[name] for name in of_group]}
+            for group, of_group in zip(groups, names, strict=True)
+        ],
+    }
+
+
+def _misfits(
+    candidate: Names, state: Mapping[str, Any], names: Names, shapes: Mapping[str, torch.Size]
+) -> Iterator[str]:
+    """What of a state does not fit the optimiser's parameters `names`, if its entries are of those of `candidate`."""
+    groups = state["param_groups"]
+    saved, wanted = ([len(group["params"]) for group in groups], [len(of_group) for of_group in names])
+    if "type" in state:
+        before, now = (
+            {name: number for number, of_group in enumerate(side) for name in of_group} for side in (candidate, names)
+        )
+        yield from (f"{name} is trained now and was not" for name in now if name not in before)
+        yield from (f"{name} was trained and is not now" for name in before if name not in now)
+        yield from (f"{name} is in another group" for name in now if before.get(name, now[name]) != now[name])
+    elif saved != wanted:
+        sizes = [" + ".join(map(str, side)) for side in (saved, wanted)]
+        yield f"it is of {sizes[0]} parameter tensors, and the option file trains {sizes[1]}"
+    if saved != wanted:
+        return
+    for of_group, group in zip(candidate, groups, strict=True):
+        for name, place in zip(of_group, group["params"], strict=True):
+            for key, value in state["state"].get(place, {}).items():
+                if name in shapes and isinstance(value, Tensor) and not _fits(key, value.shape, shapes[name]):
+                    yield f"{name} is {tuple(shapes[name])}, and its {key} {tuple(value.shape)}"
+
+
+def _fits(key: str, shape: torch.Size, parameter: torch.Size) -> bool:
+    if key in _FACTORED:
+        return len(shape) == len(parameter) and all(a in (1, b) for a, b in zip(shape, parameter, strict=True))
+    # ConvMuon's are matrices; counters of steps have one element
+    return shape.numel() == 1 or shape == parameter or shape == (*parameter[:1], parameter[1:].numel())
+
+
+def _factors_with_another_scale(model: Any) -> set[str]:
+    """The q factors of FlashBias that earlier versions divided by sqrt(rank) when they were used."""
+    return {
+        f"{network}.{path}.flashbias_q"
+        for network, net in _networks(model).items()
+        for path, module in net.named_modules()
+        if isinstance(module, FactorBiasWindowAttention) and not module.scaled
+    }
+
+
+def _rescaled(entry: Mapping[str, Any], rank: int) -> dict[str, Any]:
+    """The entry of a parameter that was divided by sqrt(rank), so that gradients grew by that."""
+    return {
+        key: value * (rank if "sq" in key else rank**0.5) if isinstance(value, Tensor) and value.ndim else value
+        for key, value in entry.items()
+    }
+
+
+def _networks(model: Any) -> dict[str, nn.Module]:
+    return {name: model.get_bare_model(net) for name, net in vars(model).items() if isinstance(net, nn.Module)}
+
+
+def _names(model: Any, optimizer: torch.optim.Optimizer) -> Names:
+    """Those of an optimiser's parameters, with the network's before them (`net_g.proj.weight`)."""
+    known = {
+        id(parameter): f"{network}.{name}"
+        for network, net in reversed(_networks(model).items())  # of several names the first counts
+        for name, parameter in net.named_parameters()
+    }
+    return [
+        [known.get(id(parameter), f"parameter {number}.{place}") for place, parameter in enumerate(group["params"])]
+        for number, group in enumerate(optimizer.param_groups)
+    ]
+
+
+def _earlier_names(model: Any, names: Names) -> Names:
+    """The same names, in the order that they had in earlier versions."""
+    places = {
+        f"{network}.{name}": place
+        for network, net in _networks(model).items()
+        if isinstance(net, ESCFamily)
+        for place, name in enumerate(earlier_order(net))
+    }
+    return [sorted(of_group, key=lambda name: places.get(name, 0)) for of_group in names]
