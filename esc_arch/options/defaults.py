@@ -9,12 +9,15 @@ import os
 from typing import Any
 
 import torch
+from basicsr.utils.registry import DATASET_REGISTRY
 
+from esc_arch.data import ArbitraryScaleDataset
 from esc_arch.distributed import print_note
 
 from .files import Options
 from .key_checks import keys_that_model_reads
 from .keys import PATH, PATTERNS
+from .section_checks import entries
 
 __all__ = ["set_debug", "set_defaults", "set_paths"]
 
@@ -76,7 +79,8 @@ def _fill(section: Options, key: str, value: Any) -> None:
 
 def _set_dataset_defaults(phase: str, dataset: Options, opt: Options) -> None:
     dataset["phase"] = phase.split("_")[0]  # val_1, val_2, ... are all validation
-    if "scale" in opt and (dataset.get("type") != "ArbitraryScaleDataset" or "scale" not in dataset):
+    kind = entries(DATASET_REGISTRY).get(str(dataset.get("type")))
+    if "scale" in opt and (kind is not ArbitraryScaleDataset or "scale" not in dataset):
         dataset["scale"] = opt["scale"]
     _fill(dataset, "name", phase)
     _fill(dataset, "io_backend", {"type": "disk"})

@@ -20,7 +20,7 @@ from esc_arch.training.parameter_groups import pattern_problems
 
 from .data_checks import Extent
 from .files import Options
-from .section_checks import entries
+from .section_checks import entries, is_basicsr_s_or_ours
 
 __all__ = ["check_networks"]
 
@@ -40,7 +40,8 @@ def check_networks(opt: Options, is_train: bool, extent: Extent | None = None) -
         if not isinstance(net, nn.Module):
             continue
         count = sum(parameter.numel() for parameter in net.parameters())
-        extent.facts.append(f"{key}: {opt[key]['type']} can be built, {count:,} parameters")
+        whose = "" if is_basicsr_s_or_ours(type(net)) else f" of {type(net).__module__}"
+        extent.facts.append(f"{key}: {opt[key]['type']}{whose} can be built, {count:,} parameters")
         if extent.with_files:
             yield from _check_pretrained(opt, key, net, extent)
         if is_train and key == "network_g":
