@@ -91,26 +91,26 @@ def _networks(file: str | None) -> Iterator[tuple[str, nn.Module, Speed | None]]
             yield f"ESC x{scale}", build_network({"type": "ESC", "upscaling_factor": scale}), None
         return
     opt = load_options(file)
-    try:
-        net = _named_network(opt.get("network_g"))
-    except (TypeError, ValueError) as error:
-        raise UserError(f"{file}: network_g: {error}") from None
+    net = _named_network(file, opt.get("network_g"))
     problems = list(speed_problems(opt, type(net)))
     if problems:
         raise UserError(f"{file}: {'; '.join(problems)}")
     yield Path(file).name, net, Speed.of(opt) if opt.get("train") else None
 
 
-def _named_network(section: Any) -> nn.Module:
+def _named_network(file: str, section: Any) -> nn.Module:
     """The network of an option file, which may be another package's.
 
     Raises:
-        ValueError: there is no such network, or no such option; its constructor may raise others.
+        UserError: there is no such network, or none with such options.
     """
     types = entries(ARCH_REGISTRY)
     if problems := list(check_call("network_g", section, types)):
-        raise ValueError("; ".join(problems))
-    net: nn.Module = types[section["type"]](**{key: value for key, value in section.items() if key != "type"})
+        raise UserError(f"{file}: {'; '.join(problems)}")
+    try:
+        net: nn.Module = types[section["type"]](**{key: value for key, value in section.items() if key != "type"})
+    except (TypeError, ValueError) as error:
+        raise UserError(f"{file}: network_g: {error}") from None
     return net
 
 

@@ -17,7 +17,7 @@ from esc_arch.distributed import print_note
 from .files import Options
 from .key_checks import keys_that_model_reads
 from .keys import PATH, PATTERNS
-from .section_checks import entries
+from .section_checks import entries, is_esc_model
 
 __all__ = ["set_debug", "set_defaults", "set_paths"]
 
@@ -35,7 +35,8 @@ def set_defaults(opt: Options, is_train: bool) -> None:
         _fill(opt["train"], "ema_decay", 0)  # BasicSR compares it with 0, and cannot compare null
     if not is_train or opt.get("val") is not None:  # when training, no `val` means no validation
         opt["val"] = _VAL_DEFAULTS | (opt.get("val") or {})
-    if is_train and (opt.get("val") or {}).get("tb_images") and not opt["logger"]["use_tb_logger"]:
+    shown = is_train and is_esc_model(opt) and (opt.get("val") or {}).get("tb_images")
+    if shown and not opt["logger"]["use_tb_logger"]:
         print_note("val:tb_images shows nothing: TensorBoard is off (logger:use_tb_logger: true turns it on).")
     for phase, dataset in opt["datasets"].items():
         _set_dataset_defaults(phase, dataset, opt)

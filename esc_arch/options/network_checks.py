@@ -20,7 +20,7 @@ from esc_arch.training.parameter_groups import pattern_problems
 
 from .data_checks import Extent
 from .files import Options
-from .section_checks import entries, is_basicsr_s_or_ours
+from .section_checks import entries, is_basicsr_s_or_ours, is_esc_model
 
 __all__ = ["check_networks"]
 
@@ -44,7 +44,7 @@ def check_networks(opt: Options, is_train: bool, extent: Extent | None = None) -
         extent.facts.append(f"{key}: {opt[key]['type']}{whose} can be built, {count:,} parameters")
         if extent.with_files:
             yield from _check_pretrained(opt, key, net, extent)
-        if is_train and key == "network_g":
+        if is_train and key == "network_g" and is_esc_model(opt):
             yield from pattern_problems(net, opt["train"])
 
 

@@ -9,6 +9,7 @@ from typing import Any
 from basicsr.models.sr_model import SRModel
 from basicsr.utils.registry import MODEL_REGISTRY
 
+from esc_arch.models import ESCModel
 from esc_arch.registry import without_own
 from esc_arch.suggestions import did_you_mean
 
@@ -19,6 +20,7 @@ __all__ = [
     "check_type",
     "entries",
     "is_basicsr_s_or_ours",
+    "is_esc_model",
     "is_integer",
     "is_whole",
     "shown_names",
@@ -88,6 +90,12 @@ def sr_model(opt: Options) -> type[SRModel] | None:
     """The class of `model_type` if it is a kind of SRModel: others may use the options in their own way."""
     model = entries(MODEL_REGISTRY).get(str(opt.get("model_type")))
     return model if inspect.isclass(model) and issubclass(model, SRModel) else None
+
+
+def is_esc_model(opt: Options) -> bool:
+    """Whether `model_type` is an `ESCModel`, which has options of its own."""
+    model = sr_model(opt)
+    return model is not None and issubclass(model, ESCModel)
 
 
 def is_basicsr_s_or_ours(thing: Any) -> bool:
