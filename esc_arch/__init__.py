@@ -11,13 +11,14 @@ from typing import TYPE_CHECKING, Any
 
 try:
     # The order of these imports is the point: basicsr can only be imported in between
-    from . import compat
+    from . import compat, project
 
     compat.prepare_import()
 
     import basicsr  # noqa: F401
 
     compat.apply_patches()
+    project.find_as_parent_process()
 
     from .archs import (
         ESC,

@@ -1,40 +1,94 @@
-"""Registration in BasicSR's registries, once, in whatever order things are imported."""
+"""Registration in BasicSR's registries: once, in whatever order things are imported, and beside other packages."""
 
 from __future__ import annotations
 
+import multiprocessing
+import os
 import warnings
-from collections.abc import Callable
-from typing import TypeVar
+from collections.abc import Callable, Mapping
+from typing import Any, TypeVar
 
 from basicsr.utils.registry import Registry
 
-__all__ = ["TAKEN", "register"]
+__all__ = ["OWN", "others_of_our_names", "own", "register", "without_own"]
 
 T = TypeVar("T", bound=type)
+Entry = TypeVar("Entry")
 
-#: By registry and name: the module whose class was kept, and the one of esc_arch whose class was refused.
-TAKEN: dict[tuple[str, str], tuple[str, str]] = {}
+#: What every class of ours is also registered under, with its name behind it: nobody else can have `esc_arch.ESC`.
+OWN = "esc_arch."
 
 
 def register(registry: Registry, *names: str) -> Callable[[T], T]:
-    """A class decorator that registers under the given names (default: the class's own).
+    """A class decorator that registers under the given names (default: the class's own), and under `OWN` + name.
 
-    BasicSR's own registration fails with an AssertionError when a name is taken. A name taken by an earlier import
-    of esc_arch is renewed; one taken by other code is left to it, with a warning that says whose it is.
+    BasicSR's own registration fails with an AssertionError when a name is taken. Here a class of another package has
+    the name, whether it is registered before ours or after, with a warning that says so. A name taken by an earlier
+    import of esc_arch is renewed.
     """
+    _give_way(registry)
 
     def decorate(cls: T) -> T:
         for name in names or (cls.__name__,):
-            known = registry._obj_map.get(name)
-            if known is not None and not known.__module__.startswith("esc_arch."):
-                TAKEN[registry._name, name] = known.__module__, cls.__module__
-                warnings.warn(
-                    f"{name!r} is in BasicSR's {registry._name} registry already, from {known.__module__}: that one is "
-                    f"kept, and esc_arch's is not registered. Remove the other to use esc_arch's.",
-                    stacklevel=2,
-                )
-            else:
+            registry._obj_map[OWN + name] = cls
+            if _is_ours(registry._obj_map.get(name, cls)):
                 registry._obj_map[name] = cls
+            else:
+                _warn(registry, name)
         return cls
 
     return decorate
+
+
+def own(registry: Registry, name: str) -> Any:
+    """The class of ours with this name, whoever has the name in the registry.
+
+    Raises:
+        KeyError: esc_arch has none.
+    """
+    return registry._obj_map[OWN + name.removeprefix(OWN)]
+
+
+def without_own(entries: Mapping[str, Entry]) -> dict[str, Entry]:
+    """Entries of a registry, without those under `OWN` + name that have the plain name as well."""
+    return {
+        name: entry
+        for name, entry in entries.items()
+        if not (name.startswith(OWN) and entries.get(name.removeprefix(OWN)) is entry)
+    }
+
+
+def others_of_our_names(registry: Registry) -> dict[str, Any]:
+    """What other packages have registered under names of ours, by name."""
+    names = [name.removeprefix(OWN) for name in without_own(registry._obj_map) if name.startswith(OWN)]
+    return {name: registry._obj_map[name] for name in names}
+
+
+def _give_way(registry: Registry) -> None:
+    """Let code that registers later have a name of ours."""
+
+    def do_register(name: str, entry: Any, *suffix: str | None) -> None:
+        full_name = "_".join([name, *filter(None, suffix)])
+        ours = full_name in registry._obj_map and _is_ours(registry._obj_map[full_name])
+        if ours:
+            del registry._obj_map[full_name]
+        type(registry)._do_register(registry, name, entry, *suffix)
+        if ours and not _is_ours(entry):
+            _warn(registry, full_name)
+
+    registry._do_register = do_register
+
+
+def _is_ours(entry: Any) -> bool:
+    return str(entry.__module__).startswith(OWN)
+
+
+def _warn(registry: Registry, name: str) -> None:
+    if multiprocessing.current_process().name != "MainProcess" or os.environ.get("RANK", "0") != "0":
+        return  # workers and other ranks register the same
+    entry = registry._obj_map[name]
+    warnings.warn(
+        f"{name!r} in BasicSR's {registry._name} registry is {entry.__module__}.{entry.__name__}, also where option "
+        f"files name it. esc_arch's own is there as {OWN + name!r}.",
+        stacklevel=4,
+    )

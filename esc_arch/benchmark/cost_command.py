@@ -11,6 +11,7 @@ import torch
 from tqdm import tqdm
 
 from esc_arch.errors import UserError
+from esc_arch.project import add_import_argument
 
 from .cost import OUTPUTS, cost_of, cost_table, output_size
 from .latency import PRECISIONS, Protocol
@@ -25,6 +26,7 @@ HELP = "Parameters, multiply-adds, latency and memory of networks, beside the pa
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add what is measured, how, and where it is written."""
     parser.add_argument("-opt", nargs="+", type=Path, default=[], metavar="FILE", help="network_g of option files")
+    add_import_argument(parser)
     parser.add_argument(
         "--networks",
         nargs="+",

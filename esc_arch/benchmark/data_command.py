@@ -12,7 +12,8 @@ from tqdm import tqdm
 
 from esc_arch.data.image_files import IMAGE_SUFFIXES
 from esc_arch.errors import UserError
-from esc_arch.options import load_yaml
+from esc_arch.options import load_options
+from esc_arch.project import add_import_argument
 from esc_arch.suggestions import did_you_mean
 
 from .data_check import KNOWN_SETS, Folders, Report, check_folders, check_lmdbs
@@ -43,6 +44,7 @@ _COLUMNS = (
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add what is checked."""
     parser.add_argument("-opt", nargs="+", type=Path, default=[], metavar="FILE", help="the data that these files name")
+    add_import_argument(parser)
     parser.add_argument(
         "--root", type=Path, default=Path("datasets/benchmark"), metavar="FOLDER", help="of the five sets (%(default)s)"
     )
@@ -108,7 +110,7 @@ def _of_option_files(files: Sequence[Path]) -> Iterator[Report]:
 
 
 def _paired_folders(file: Path) -> Iterator[Folders]:
-    opt = load_yaml(file)
+    opt = load_options(file)
     sections = opt.get("datasets")
     for phase, section in (sections if isinstance(sections, dict) else {}).items():
         if not isinstance(section, dict):

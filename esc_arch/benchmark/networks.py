@@ -12,10 +12,11 @@ from typing import Any
 from basicsr.utils.registry import ARCH_REGISTRY
 from torch import nn
 
+from esc_arch.archs import ESCRIB
 from esc_arch.archs.base import ESCFamily
 from esc_arch.errors import UserError
-from esc_arch.options.files import load_yaml
-from esc_arch.options.section_checks import check_call, entries
+from esc_arch.options.files import load_options, load_yaml
+from esc_arch.options.section_checks import check_call, entries, shown_names
 from esc_arch.suggestions import did_you_mean
 
 __all__ = ["PRESETS", "Network", "Preset", "from_option_file", "named"]
@@ -48,16 +49,24 @@ _SWINIR_LIGHT = {
 
 #: By name, those of the paper by the paper's: what is measured when none is named.
 PRESETS: Mapping[str, Preset] = {
-    "ESC-FP": Preset({"type": "ESCFP"}),
-    "ESC-light": Preset({"type": "ESC", "n_blocks": 3}),
-    "ESC": Preset({"type": "ESC"}),
-    "ESC-FlashBias": Preset({"type": "ESC", "attn_type": "FlashBias", "flashbias_rank": 48}),
-    "ESC-RIB": Preset({"type": "ESCRIB", "gate_type": "DWC"}),
+    "ESC-FP": Preset({"type": "esc_arch.ESCFP"}),
+    "ESC-light": Preset({"type": "esc_arch.ESC", "n_blocks": 3}),
+    "ESC": Preset({"type": "esc_arch.ESC"}),
+    "ESC-FlashBias": Preset({"type": "esc_arch.ESC", "attn_type": "FlashBias", "flashbias_rank": 48}),
+    "ESC-RIB": Preset({"type": "esc_arch.ESCRIB", "gate_type": "DWC"}),
     "ESC-XL": Preset(
-        {"type": "ESC", "dim": 192, "pdim": 48, "n_blocks": 8, "window_size": 48, "num_heads": 12, "use_ln": True}
+        {
+            "type": "esc_arch.ESC",
+            "dim": 192,
+            "pdim": 48,
+            "n_blocks": 8,
+            "window_size": 48,
+            "num_heads": 12,
+            "use_ln": True,
+        }
     ),
-    "ESC-Real": Preset({"type": "ESCReal"}, scales=(4,)),
-    "ESC-LTE": Preset({"type": "ESCLTE"}),
+    "ESC-Real": Preset({"type": "esc_arch.ESCReal"}, scales=(4,)),
+    "ESC-LTE": Preset({"type": "esc_arch.ESCLTE"}),
     "SwinIR-light": Preset(_SWINIR_LIGHT),
     "EDSR-baseline": Preset({"type": "EDSR", "num_in_ch": 3, "num_out_ch": 3}),
     "RRDBNet": Preset({"type": "RRDBNet", "num_in_ch": 3, "num_out_ch": 3}, scales=(2, 4)),
@@ -126,9 +135,12 @@ def named(text: str, scales: Iterable[int]) -> list[Network]:
     preset = None if colon else PRESETS.get(name)
     if preset is not None:
         return [_at(name, preset.options, scale) for scale in scales if scale in preset.scales]
-    types = [entry for entry in entries(ARCH_REGISTRY) if not entry.endswith("_basicsr")]
+    types = entries(ARCH_REGISTRY)
     if name not in types:
-        raise UserError(f"--networks: there is no {name!r}. {did_you_mean(name, {*PRESETS, *types})}.")
+        raise UserError(
+            f"--networks: there is no {name!r}. {did_you_mean(name, {*PRESETS, *shown_names(types)})}. If it is of "
+            "your own package, name the module: --import MODULE."
+        )
     options = _checked("--networks", {"type": name, **given})
     if _scale_key(options) in (None, *given):
         return [_of_section(name, options)]
@@ -141,7 +153,7 @@ def from_option_file(path: Path) -> Network:
     Raises:
         UserError: the file cannot be read, or has no network_g that is one.
     """
-    return _of_section(path.stem, _checked(f"option file {path}, network_g", load_yaml(path).get("network_g")))
+    return _of_section(path.stem, _checked(f"option file {path}, network_g", load_options(path).get("network_g")))
 
 
 def _parse_options(text: str) -> Mapping[str, Any]:
@@ -176,12 +188,13 @@ def _with_defaults(options: Mapping[str, Any]) -> dict[str, Any]:
 
 def _identity(options: Mapping[str, Any]) -> dict[str, Any]:
     """What distinguishes networks but for the scale."""
-    factors = str(options.get("attn_type")).lower() == "flashbias"
+    kind, factors = _constructor(options), str(options.get("attn_type")).lower() == "flashbias"
     complete = {key: value for key, value in _with_defaults(options).items() if key not in _COMPUTATION}
-    if not factors and options["type"] != "ESCRIB":
+    if not factors and kind is not ESCRIB:
         complete = {key: value for key, value in complete.items() if key not in ("rank", "flashbias_rank")}
     return {key: list(value) if isinstance(value, tuple) else value for key, value in complete.items()} | {
-        "factors": factors
+        "type": kind,
+        "factors": factors,
     }
 
 

@@ -30,7 +30,7 @@ from esc_arch.errors import UserError
 from esc_arch.models import ESCModel
 from esc_arch.models.esc_model import PROTOCOLS
 from esc_arch.ops.resize import matlab_resize, scale_pair
-from esc_arch.options import Options, apply_force_yml, checked_options, load_yaml
+from esc_arch.options import Options, checked_options, load_options
 from esc_arch.suggestions import did_you_mean
 
 from .data_check import KNOWN_SETS, Folders, check_folders
@@ -200,8 +200,7 @@ def plan(
 
 def _model_entries(file: Path, force_yml: Sequence[str], protocol: str | None) -> list[str]:
     """What makes the model of a file one that keeps the figures of each image, with the results of its own."""
-    opt = load_yaml(file)
-    apply_force_yml(opt, force_yml)
+    opt = load_options(file, force_yml)
     name = opt.get("model_type")
     is_own = isinstance(name, str) and name in MODEL_REGISTRY and issubclass(MODEL_REGISTRY.get(name), ESCModel)
     if not is_own and name != "SRModel" and protocol is None:
@@ -209,7 +208,7 @@ def _model_entries(file: Path, force_yml: Sequence[str], protocol: str | None) -
             f"{file}: model_type: {name!r} keeps no figures of single images. Choose with --protocol how ESCModel is "
             f"to run the network in its place: {', '.join(PROTOCOLS)}."
         )
-    entries = [] if is_own else ["model_type=ESCModel"]
+    entries = [] if is_own else ["model_type=esc_arch.ESCModel"]
     chosen = protocol or (None if is_own else "srmodel")
     return entries + ([f"val:protocol={chosen}"] if chosen else [])
 

@@ -17,6 +17,7 @@ from esc_arch.distributed import print_note
 from esc_arch.errors import UserError
 from esc_arch.models.comparison import side_by_side
 from esc_arch.models.esc_model import PROTOCOLS
+from esc_arch.project import add_import_argument
 
 from .cost import cost_of, output_size
 from .figures import Bubble, draw_bubbles, draw_gains, require_matplotlib
@@ -50,6 +51,7 @@ _OUTPUT = "HD"
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add what is outcome, how, and what it is compared with."""
     parser.add_argument("-opt", nargs="+", type=Path, required=True, metavar="FILE", help="option files of tests")
+    add_import_argument(parser)
     parser.add_argument(
         "-m", "--weights", nargs="+", metavar="FILE", help="one for each option file, over its pretrain_network_g"
     )

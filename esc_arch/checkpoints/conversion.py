@@ -18,6 +18,7 @@ from esc_arch.errors import UserError
 from esc_arch.modules.window_attention import bias_factors
 from esc_arch.ops.conv_attn import symmetrise
 from esc_arch.ops.window_attention import dense_bias
+from esc_arch.registry import own
 from esc_arch.version import __version__
 
 from .loading import adapt_weights, describe_mismatch
@@ -119,12 +120,12 @@ def open_checkpoint(path: str | Path, *, param_key: str | None = None, window_si
 
 
 def build_network(section: Mapping[str, Any]) -> nn.Module:
-    """The network of a `network_g` section.
+    """The network of esc_arch that a `network_g` section describes, whoever has its name in BasicSR's registry.
 
     Raises:
         ValueError: an option that cannot be.
     """
-    return ARCH_REGISTRY.get(section["type"])(**{key: value for key, value in section.items() if key != "type"})
+    return own(ARCH_REGISTRY, section["type"])(**{key: value for key, value in section.items() if key != "type"})
 
 
 def save_checkpoint(checkpoint: Checkpoint, path: str | Path, *, file_format: str) -> None:

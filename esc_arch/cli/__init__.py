@@ -14,6 +14,7 @@ from collections.abc import Sequence
 
 from esc_arch import __version__
 from esc_arch.errors import UserError
+from esc_arch.project import import_modules
 
 from . import benchmark, check, convert, doctor, export, prepare, publish, test, train, upscale, warmup
 from .status import UNREAD, describe
@@ -49,6 +50,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         verb.add_arguments(verbs.add_parser(name, help=verb.HELP, description=verb.HELP))
     args = parser.parse_args(argv)
     try:
+        if args.verb != "doctor":  # where a failure is a line of the report
+            import_modules(getattr(args, "imports", None), "--import")
         status = VERBS[args.verb].run(args)
         sys.stdout.flush()
         return status

@@ -14,6 +14,7 @@ from esc_arch.errors import UserError
 from esc_arch.options import Extent, Finding, Inspection, Place, inspect_options
 from esc_arch.options.files import YAMLError
 from esc_arch.options.schema import options_schema
+from esc_arch.project import add_import_argument
 
 from .status import USER_ERROR
 
@@ -40,6 +41,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="what the files are for; auto: training if they have a training set",
     )
     parser.add_argument("--auto_resume", action="store_true", help="as the flag of basicsr train")
+    add_import_argument(parser)
     parser.add_argument("--no-data", action="store_true", help="the files alone, not the data, weights and GPUs")
     parser.add_argument("--json", action="store_true", help="print the result as JSON")
 

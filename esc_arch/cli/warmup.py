@@ -7,8 +7,10 @@ import time
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
+from basicsr.utils.registry import ARCH_REGISTRY
 from torch import Tensor, nn
 
 from esc_arch.checkpoints.conversion import build_network
@@ -19,7 +21,9 @@ from esc_arch.ops import native
 from esc_arch.ops.backends import survey
 from esc_arch.ops.native import building
 from esc_arch.ops.window_attention.api import AUTO_ORDER, BACKENDS
-from esc_arch.options import load_yaml
+from esc_arch.options import load_options
+from esc_arch.options.section_checks import check_call, entries
+from esc_arch.project import add_import_argument
 
 from .kernel_trials import try_gpus
 from .status import FAULT
@@ -41,6 +45,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "-opt", metavar="FILE", help="option file; with a train: section it is made ready for training, too. "
         "Default: base ESC, x2, x3 and x4",
     )  # fmt: skip
+    add_import_argument(parser)
     parser.add_argument("--size", metavar="HxW", default="128x128", help="of the LR image; default: 128x128")
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
     parser.add_argument(
@@ -85,18 +90,28 @@ def _networks(file: str | None) -> Iterator[tuple[str, nn.Module, Speed | None]]
         for scale in SCALES:
             yield f"ESC x{scale}", build_network({"type": "ESC", "upscaling_factor": scale}), None
         return
-    opt = load_yaml(file)
-    section = opt.get("network_g")
-    if not isinstance(section, dict) or "type" not in section:
-        raise UserError(f"{file}: network_g has no type. Name the network to make ready there.")
-    try:
-        net = build_network(section)
-    except (KeyError, TypeError, ValueError) as error:
-        raise UserError(f"{file}: network_g: {error}") from None
+    opt = load_options(file)
+    net = _named_network(file, opt.get("network_g"))
     problems = list(speed_problems(opt, type(net)))
     if problems:
         raise UserError(f"{file}: {'; '.join(problems)}")
     yield Path(file).name, net, Speed.of(opt) if opt.get("train") else None
+
+
+def _named_network(file: str, section: Any) -> nn.Module:
+    """The network of an option file, which may be another package's.
+
+    Raises:
+        UserError: there is no such network, or none with such options.
+    """
+    types = entries(ARCH_REGISTRY)
+    if problems := list(check_call("network_g", section, types)):
+        raise UserError(f"{file}: {'; '.join(problems)}")
+    try:
+        net: nn.Module = types[section["type"]](**{key: value for key, value in section.items() if key != "type"})
+    except (TypeError, ValueError) as error:
+        raise UserError(f"{file}: network_g: {error}") from None
+    return net
 
 
 def _build_operators() -> int:

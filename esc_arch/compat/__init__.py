@@ -3,7 +3,7 @@
 Importing esc_arch calls, in this order,
 
  - :func:`prepare_import`, before basicsr is imported: aliases for modules that newer libraries dropped, and
-   a warning when it is unclear which of several copies of BasicSR runs;
+   warnings when it is unclear which of several copies of BasicSR runs, or when BasicSR's own script does;
  - :func:`apply_patches`, after it: replacements for functions of basicsr 1.4.2 that fail.
 
 Nothing in site-packages is edited, and nothing changes what a working BasicSR experiment computes.
@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from . import safe_data, safe_output, safe_training, safe_weights, training_loop  # noqa: F401  note further patches
 from .aliases import add_missing_modules
-from .copies import forget_failed_import, warn_about_copies
+from .copies import forget_failed_import, warn_about_copies, warn_about_script
 from .patches import PATCHES, apply_patches
 
 __all__ = ["PATCHES", "apply_patches", "prepare_import"]
@@ -23,4 +23,5 @@ def prepare_import() -> None:
     """Make ``import basicsr`` possible with the installed torch, torchvision, SciPy and Python."""
     forget_failed_import()
     warn_about_copies()
+    warn_about_script()
     add_missing_modules()

@@ -21,7 +21,7 @@ import torch
 from esc_arch.errors import UserError
 from esc_arch.version import __version__
 
-__all__ = ["PATCHES", "SUPPORTED_VERSION", "apply_patches", "patch"]
+__all__ = ["PATCHES", "SUPPORTED_VERSION", "apply_patches", "patch", "reason_against_patches"]
 
 SUPPORTED_VERSION = "1.4.2"
 
@@ -42,18 +42,16 @@ def patch(module: str, name: str, mends: str) -> Callable[[Callable[[Any], Any]]
 
 
 def apply_patches() -> None:
-    """Put every replacement in place, once; does nothing for another version of basicsr, and says so."""
-    version = getattr(sys.modules["basicsr"], "__version__", "unknown")
-    if version != SUPPORTED_VERSION:
+    """Put every replacement in place, once; does nothing for a basicsr that they are not made for, and says so."""
+    if reason := reason_against_patches():
+        folder = Path(str(sys.modules["basicsr"].__file__)).parent
         logger.warning(
-            "esc_arch mends faults of basicsr %s; this is %s, which is left as it is.", SUPPORTED_VERSION, version
+            "esc_arch mends faults of basicsr %s; %s is left as it is: %s.", SUPPORTED_VERSION, folder, reason
         )
         return
     for module_name, name, make, mends in PATCHES:
-        owner: Any = importlib.import_module(module_name)
         *parents, attribute = name.split(".")
-        for parent in parents:
-            owner = getattr(owner, parent)
+        owner = _owner(module_name, parents)
         current = getattr(owner, attribute)
         original = getattr(current, "_esc_arch_original", current)  # after a re-import: never patch a patch
         replacement = make(original)
@@ -62,6 +60,24 @@ def apply_patches() -> None:
         if not parents:
             _replace_imported_names(attribute, current, replacement)
         logger.debug("basicsr: %s.%s replaced: %s", module_name, name, mends)
+
+
+def reason_against_patches() -> str:
+    """Why the basicsr that is imported is not replaced in; empty when it is."""
+    version = getattr(sys.modules["basicsr"], "__version__", "unknown")
+    if version != SUPPORTED_VERSION:
+        return f"this is {version}"
+    for module, name, *_ in PATCHES:  # distributions of other names have the version, and may have other contents
+        *parents, attribute = name.split(".")
+        try:
+            getattr(_owner(module, parents), attribute)
+        except (ImportError, AttributeError):
+            return f"it has no {module}.{name}"
+    return ""
+
+
+def _owner(module: str, parents: list[str]) -> Any:
+    return functools.reduce(getattr, parents, importlib.import_module(module))
 
 
 def _replace_imported_names(name: str, current: object, replacement: object) -> None:

@@ -9,6 +9,8 @@ import sys
 import traceback
 from collections.abc import Callable, Iterable, Sequence
 
+from esc_arch.project import add_import_argument
+
 from .children import Worker
 from .context import Context
 from .jobs import describe
@@ -36,6 +38,7 @@ SECTIONS = {
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the option file, the form of the report, and how far it goes."""
     parser.add_argument("-opt", metavar="FILE", help="option file whose data, weights and folders are looked at, too")
+    add_import_argument(parser)
     parser.add_argument("--json", action="store_true", help="the report as JSON, see docs/doctor.md")
     parser.add_argument("--no-test", action="store_true", help="do not compare backends with their references")
     parser.add_argument(

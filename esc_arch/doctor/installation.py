@@ -9,6 +9,7 @@ import json
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
+from importlib.metadata import Distribution
 from pathlib import Path
 from urllib.parse import unquote, urlparse
 
@@ -56,15 +57,16 @@ def _import(failure: str) -> Finding:
 
 
 def _copies_of_basicsr() -> Iterator[Finding]:
-    from esc_arch.compat.copies import find_copies
+    from esc_arch.compat.copies import find_copies, find_distributions, how_to_separate, mixed
 
-    copies, published = find_copies(), _published("basicsr")
+    copies, installed = find_copies(), find_distributions()
     if not copies:
         yield Finding("basicsr", "not on the path", PROBLEM, _BASICSR)
         return
     used, *others = copies
-    changes = _changes(used, published)
-    text = f"{used}, {_version_in(used)}{_editable('basicsr', used)}: {_told(changes)}"
+    name, changes = _compared(used, installed)
+    named = "" if name == "basicsr" else f", installed as {name}"
+    text = f"{used}, {_version_in(used)}{_editable(name, used)}{named}: {_told(changes)}"
     if changes:
         advice = "esc_arch is made for BasicSR 1.4.2 as it was published: check the report with it."
         yield Finding("basicsr", text, WARNING, advice, data={"folder": str(used), "changes": changes})
@@ -74,15 +76,22 @@ def _copies_of_basicsr() -> Iterator[Finding]:
         text = f"{len(copies)} on the path; not used: {', '.join(map(str, others))}"
         advice = "Uninstall one of them, or start `basicsr` from another folder."
         yield Finding("copies of basicsr", text, WARNING, advice, data=[str(copy) for copy in copies])
+    if len(installed) > 1:
+        advice = how_to_separate(installed)
+        yield Finding("distributions of basicsr", mixed(installed), WARNING, advice, data=list(installed))
 
 
-def _published(distribution: str) -> _Published | None:
-    """None where pip did not install the package, or only put a link to a folder."""
-    try:
-        files = importlib.metadata.distribution(distribution).files or []
-    except importlib.metadata.PackageNotFoundError:
-        return None
-    below = [file for file in files if file.parts[0] == distribution and file.suffix == ".py" and _has_digest(file)]
+def _compared(folder: Path, installed: dict[str, Distribution]) -> tuple[str, list[str] | None]:
+    """The distribution that a copy is of, or else any, and how its files differ from those of that one."""
+    published = {name: _published(distribution) for name, distribution in installed.items()}
+    name = next((name for name, files in published.items() if files and files.folder == folder), "basicsr")
+    return name, _changes(folder, published.get(name))
+
+
+def _published(distribution: Distribution) -> _Published | None:
+    """None where pip only put a link to a folder."""
+    files = distribution.files or []
+    below = [file for file in files if file.parts[0] == "basicsr" and file.suffix == ".py" and _has_digest(file)]
     if not below:
         return None
     digests = {str(Path(*file.parts[1:])): file.hash.value for file in below if file.hash}
@@ -193,15 +202,14 @@ def _mended(context: Context) -> Iterator[Finding]:
     if context.import_failure:
         return
     from esc_arch.compat import PATCHES, aliases
-    from esc_arch.compat.patches import SUPPORTED_VERSION
+    from esc_arch.compat.patches import SUPPORTED_VERSION, reason_against_patches
 
     stand_ins = aliases.stand_ins_in_use()
     text = f"stand-ins for {', '.join(stand_ins)}" if stand_ins else "nothing is missing"
     yield Finding("missing modules", text, data=stand_ins)
-    version = getattr(sys.modules["basicsr"], "__version__", "unknown")
-    if version == SUPPORTED_VERSION:
-        names = [f"{module}.{name}" for module, name, *_ in PATCHES]
-        yield Finding("mended functions", f"{len(names)} of BasicSR {version}", OK, data=names)
-    else:
+    if reason := reason_against_patches():
         advice = f"esc_arch mends BasicSR {SUPPORTED_VERSION} only: pip install basicsr=={SUPPORTED_VERSION}."
-        yield Finding("mended functions", f"none: this is BasicSR {version}", WARNING, advice)
+        yield Finding("mended functions", f"none of this BasicSR: {reason}", WARNING, advice)
+    else:
+        names = [f"{module}.{name}" for module, name, *_ in PATCHES]
+        yield Finding("mended functions", f"{len(names)} of BasicSR {SUPPORTED_VERSION}", OK, data=names)

@@ -4,32 +4,57 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+from esc_arch.errors import UserError
+
+from .children import JobFailed
 from .context import Context
-from .report import WARNING, Finding
+from .report import PROBLEM, WARNING, Finding
 
 __all__ = ["examine"]
 
+_KINDS = ("arch", "model", "dataset", "loss", "metric")
+
 
 def examine(context: Context) -> Iterator[Finding]:
-    """Names by registry and package, with their files; and names of ours that others had taken."""
+    """Names by registry and package, with their files; names of ours that others have; modules that fail."""
     if context.import_failure:
         yield Finding("names", "not known: esc_arch cannot be imported", WARNING)
         return
     from basicsr.utils import registry
 
-    from esc_arch.registry import TAKEN
+    from esc_arch.registry import OWN, others_of_our_names, without_own
 
-    for kind in ("arch", "model", "dataset", "loss", "metric"):
-        entries = dict(getattr(registry, f"{kind.upper()}_REGISTRY")._obj_map)
+    yield from _import_project(context)
+    registries = {kind: getattr(registry, f"{kind.upper()}_REGISTRY") for kind in _KINDS}
+    for kind, of_kind in registries.items():
+        entries = without_own(of_kind._obj_map)
         files = {name: _file(entry) for name, entry in sorted(entries.items())}
         for package, names in _by_package(entries).items():
             yield Finding(f"{kind} of {package}", ", ".join(names), data={name: files[name] for name in names})
-    for (kind, name), (kept, refused) in sorted(TAKEN.items()):
-        text = f"is {kept}'s; esc_arch's own, of {refused}, is not registered"
-        yield Finding(f"{kind} {name}", text, WARNING, "Remove the other where esc_arch's is meant.")
+    for kind, of_kind in registries.items():
+        for name, entry in others_of_our_names(of_kind).items():
+            text, advice = f"is {entry.__module__}'s", f"Write {OWN}{name} in option files where esc_arch's is meant."
+            yield Finding(f"{kind} {name}", text, WARNING, advice)
+
+
+def _import_project(context: Context) -> Iterator[Finding]:
+    """Import what --import and the option file name."""
+    from esc_arch.project import import_modules
+
+    named, file = {"--import": context.args.imports}, context.args.opt
+    if file is not None:
+        with suppress(JobFailed):  # the section of the option file says why
+            opt = context.worker.call("esc_arch.doctor.data_health:read_options", file)
+            named["import"] = opt.get("import")
+    for where, modules in named.items():
+        try:
+            import_modules(modules, where)
+        except UserError as error:
+            yield Finding(where, str(error).removeprefix(f"{where}: "), PROBLEM, "Its classes are not registered.")
 
 
 def _by_package(entries: dict[str, Any]) -> dict[str, list[str]]:

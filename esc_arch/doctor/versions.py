@@ -125,7 +125,10 @@ def _without_metadata(name: str, context: Context) -> Finding:
         return Finding(name, f"{__version__}, a folder on the path and not installed")
     failure = _import_failure(LIBRARIES[name], context) if name != "basicsr" else ""
     if name == "basicsr" and not context.import_failure:
-        return Finding(name, "a folder on the path, not installed")
+        from esc_arch.compat.copies import find_distributions
+
+        others = [f"{other} {distribution.version}" for other, distribution in find_distributions().items()]
+        return Finding(name, f"installed as {', '.join(others)}" if others else "a folder on the path, not installed")
     if failure or name == "basicsr":
         return Finding(name, "not installed", PROBLEM, f"pip install {name}")
     return Finding(name, "there, but not installed by pip")

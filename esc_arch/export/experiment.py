@@ -10,6 +10,7 @@ from typing import Any
 
 from esc_arch.errors import UserError
 from esc_arch.options import Options, load_yaml
+from esc_arch.registry import OWN
 from esc_arch.training.history import History
 
 __all__ = ["Training", "read_experiment"]
@@ -96,7 +97,9 @@ def read_experiment(folder: Path, weights: Path, network_g: Mapping[str, Any], b
     if not files:
         raise UserError(f"--experiment {folder}: no option file (*.yml) in it. Give experiments/NAME of the training.")
     options = load_yaml(files[-1])
-    section = _mapping(options.get("network_g"))
+    section = dict(_mapping(options.get("network_g")))
+    if "type" in section:
+        section["type"] = str(section["type"]).removeprefix(OWN)
     differing = [key for key in COMPARED if key in section and section[key] != network_g.get(key)]
     if differing:
         theirs, ours = (", ".join(f"{key}: {side.get(key)}" for key in differing) for side in (section, network_g))

@@ -12,10 +12,11 @@ from basicsr.utils.dist_util import get_dist_info
 
 from esc_arch.distributed import gather_objects, init_dist, print_note, resolve_launcher
 from esc_arch.errors import UserError
+from esc_arch.project import add_import_argument
 
 from .checks import check_options
 from .data_checks import Extent
-from .files import Options, apply_force_yml, load_with_positions, load_yaml
+from .files import Options, apply_force_yml, load_options, load_with_positions, load_yaml
 from .inspection import Finding, Inspection, inspect_options
 from .positions import Place, Positions
 
@@ -32,6 +33,7 @@ __all__ = [
     "checked_options",
     "init_dist",
     "inspect_options",
+    "load_options",
     "load_with_positions",
     "load_yaml",
     "parse_options",
@@ -59,6 +61,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="KEY[:KEY...]=VALUE",
         help="set options over those of the file, such as train:ema_decay=0.999",
     )
+    add_import_argument(parser)
 
 
 def parse_options(root_path: str, is_train: bool, args: argparse.Namespace) -> tuple[Options, argparse.Namespace]:

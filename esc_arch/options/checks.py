@@ -24,7 +24,7 @@ from esc_arch.suggestions import did_you_mean
 
 from .data_checks import Extent, check_data
 from .files import Options
-from .section_checks import check_call, check_type, entries, is_integer, sr_model
+from .section_checks import check_call, check_type, entries, is_basicsr_s_or_ours, is_integer, sr_model
 from .training_checks import check_logger, check_training
 
 __all__ = ["check_options", "check_shape"]
@@ -203,7 +203,8 @@ def _check_metrics(opt: Options) -> Iterator[str]:
 def _check_protocol(opt: Options) -> Iterator[str]:
     val, model = opt.get("val") or {}, sr_model(opt)
     own = model is not None and issubclass(model, ESCModel)
-    for key in [key for key in ("protocol", "per_image") if val.get(key) and model is not None and not own]:
+    others = model is not None and is_basicsr_s_or_ours(model) and not own
+    for key in [key for key in ("protocol", "per_image") if val.get(key) and others]:
         yield f"val:{key}: {opt['model_type']} does not use it; ESCModel does. Change model_type, or remove it"
     if own and val.get("protocol") not in (None, *PROTOCOLS):
         yield f"val:protocol: {val['protocol']!r} is not known. {did_you_mean(val['protocol'], PROTOCOLS)}"

@@ -108,6 +108,7 @@ def check_data(path: str, dataset: Options, kind: type, *, scale: Any, measured:
         if extent.with_files:
             yield from _check_that_roots_exist(path, dataset)
         return
+    dataset = dataset | {"type": kind.__name__}  # it may be given as esc_arch.NAME
     is_train, is_paired = path == "datasets:train", dataset["type"] == "PairedImageDataset"
     problems = [*_check_backend(path, dataset), *_check_roots(path, dataset)]
     if extent.with_files:

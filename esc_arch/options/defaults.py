@@ -9,12 +9,15 @@ import os
 from typing import Any
 
 import torch
+from basicsr.utils.registry import DATASET_REGISTRY
 
+from esc_arch.data import ArbitraryScaleDataset
 from esc_arch.distributed import print_note
 
 from .files import Options
 from .key_checks import keys_that_model_reads
 from .keys import PATH, PATTERNS
+from .section_checks import entries, is_esc_model
 
 __all__ = ["set_debug", "set_defaults", "set_paths"]
 
@@ -32,7 +35,8 @@ def set_defaults(opt: Options, is_train: bool) -> None:
         _fill(opt["train"], "ema_decay", 0)  # BasicSR compares it with 0, and cannot compare null
     if not is_train or opt.get("val") is not None:  # when training, no `val` means no validation
         opt["val"] = _VAL_DEFAULTS | (opt.get("val") or {})
-    if is_train and (opt.get("val") or {}).get("tb_images") and not opt["logger"]["use_tb_logger"]:
+    shown = is_train and is_esc_model(opt) and (opt.get("val") or {}).get("tb_images")
+    if shown and not opt["logger"]["use_tb_logger"]:
         print_note("val:tb_images shows nothing: TensorBoard is off (logger:use_tb_logger: true turns it on).")
     for phase, dataset in opt["datasets"].items():
         _set_dataset_defaults(phase, dataset, opt)
@@ -76,7 +80,8 @@ def _fill(section: Options, key: str, value: Any) -> None:
 
 def _set_dataset_defaults(phase: str, dataset: Options, opt: Options) -> None:
     dataset["phase"] = phase.split("_")[0]  # val_1, val_2, ... are all validation
-    if "scale" in opt and (dataset.get("type") != "ArbitraryScaleDataset" or "scale" not in dataset):
+    kind = entries(DATASET_REGISTRY).get(str(dataset.get("type")))
+    if "scale" in opt and (kind is not ArbitraryScaleDataset or "scale" not in dataset):
         dataset["scale"] = opt["scale"]
     _fill(dataset, "name", phase)
     _fill(dataset, "io_backend", {"type": "disk"})

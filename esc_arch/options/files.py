@@ -16,10 +16,11 @@ from typing import Any
 import yaml
 
 from esc_arch.errors import UserError
+from esc_arch.project import import_modules
 
 from .positions import Place, Positions, Repeated, repeated_keys
 
-__all__ = ["Options", "YAMLError", "apply_force_yml", "load_with_positions", "load_yaml"]
+__all__ = ["Options", "YAMLError", "apply_force_yml", "load_options", "load_with_positions", "load_yaml"]
 
 Options = dict[str, Any]
 
@@ -97,6 +98,18 @@ def load_yaml(text_or_path: str | os.PathLike[str]) -> Options:
     for line, _, key, message in repeated:
         logging.getLogger("basicsr").warning("%s, line %d: %s %s.", source, line, key, message)
     return options
+
+
+def load_options(path: str | os.PathLike[str], force_yml: Iterable[str] = ()) -> Options:
+    """The mapping in an option file with entries of `--force_yml`; modules that its `import:` names are imported.
+
+    Raises:
+        UserError: as `load_yaml`, `apply_force_yml` and `import_modules`.
+    """
+    opt = load_yaml(path)
+    apply_force_yml(opt, force_yml)
+    import_modules(opt.get("import"), f"{os.fspath(path)}: import")
+    return opt
 
 
 def load_with_positions(path: str | os.PathLike[str]) -> tuple[Options, Positions]:

@@ -6,6 +6,9 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from esc_arch.errors import UserError
+from esc_arch.project import import_modules
+
 from .checks import check_options, check_shape
 from .data_checks import Extent
 from .defaults import set_debug, set_defaults, set_paths
@@ -76,6 +79,11 @@ def inspect_options(
     if is_train is None:
         is_train = has_training(opt)
     inspection = Inspection(opt, is_train)
+    try:
+        import_modules(opt.get("import"), "import")
+    except UserError as error:  # what it would have registered is not known
+        inspection.errors = _findings([str(error)], positions)
+        return inspection
     if problems := check_shape(opt):
         inspection.errors = _findings(problems, positions)
         if any(not problem.startswith("name: ") for problem in problems):

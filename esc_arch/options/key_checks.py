@@ -13,13 +13,14 @@ from typing import Any
 
 from basicsr.utils.registry import DATASET_REGISTRY, LOSS_REGISTRY, METRIC_REGISTRY, MODEL_REGISTRY
 
+from esc_arch.models import ESCLTEModel
 from esc_arch.suggestions import nearest
 
 from . import keys
 from .files import Options
 from .key_usage import Usage, usage_of
 from .keys import Key
-from .section_checks import entries
+from .section_checks import entries, sr_model
 
 __all__ = ["UnknownKey", "check_values", "keys_that_model_reads", "unknown_keys"]
 
@@ -176,7 +177,7 @@ def check_values(opt: Options, is_train: bool) -> Iterator[str]:
     for name, metric in metrics.items() if isinstance(metrics, dict) else ():
         if isinstance(metric, dict) and _is_basicsr_s_or_ours(METRIC_REGISTRY, metric.get("type")):
             yield from _wrong_values(f"val:metrics:{name}", metric, keys.METRIC, {})
-            others = model != "ESCLTEModel" and _is_basicsr_s_or_ours(MODEL_REGISTRY, model)
+            others = _is_basicsr_s_or_ours(MODEL_REGISTRY, model) and sr_model(opt) is not ESCLTEModel
             if metric.get("crop_border") == "scale" and others:
                 yield f"val:metrics:{name}:crop_border: 'scale' given, which only ESCLTEModel knows; give a number"
     for phase, dataset in opt["datasets"].items():

@@ -131,6 +131,7 @@ _RATES = {"type": "number", "exclusiveMinimum": 0}
 
 GENERAL: dict[str, Key] = {
     "name": _text("The run's name, and that of its folder below experiments/ or results/."),
+    "import": _texts("Modules of your own package to import first, which register its classes, such as hat.archs."),
     "model_type": _text("What trains and tests the network."),
     "scale": _number("How many times larger the output is.", "a number of at least 1, such as 4", minimum=1),
     "num_gpu": Key(

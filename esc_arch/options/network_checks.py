@@ -22,7 +22,7 @@ from esc_arch.training.parameter_groups import pattern_problems
 
 from .data_checks import Extent
 from .files import Options
-from .section_checks import entries
+from .section_checks import entries, is_basicsr_s_or_ours, is_esc_model
 
 __all__ = ["check_networks"]
 
@@ -42,17 +42,19 @@ def check_networks(opt: Options, is_train: bool, extent: Extent | None = None) -
         if not isinstance(net, nn.Module):
             continue
         count = sum(parameter.numel() for parameter in net.parameters())
-        extent.facts.append(f"{key}: {opt[key]['type']} can be built, {count:,} parameters")
+        whose = "" if is_basicsr_s_or_ours(type(net)) else f" of {type(net).__module__}"
+        extent.facts.append(f"{key}: {opt[key]['type']}{whose} can be built, {count:,} parameters")
         if extent.with_files:
             yield from _check_pretrained(opt, key, net, extent)
         extent.warnings += _published_defaults(key, opt[key])
-        if is_train and key == "network_g":
+        if is_train and key == "network_g" and is_esc_model(opt):
             yield from pattern_problems(net, opt["train"])
-            if _pretrained(opt, key) is None and not _is_resumed(opt) and _has_zero_factors(net):
-                extent.warnings.append(
-                    f"{key}:attn_type: FlashBias's factors start at zero, where their gradients are zero, too, so "
-                    "positions would never be learned: name weights with bias tables as path:pretrain_network_g"
-                )
+        from_scratch = is_train and _pretrained(opt, key) is None and not _is_resumed(opt)
+        if from_scratch and _has_zero_factors(net):
+            extent.warnings.append(
+                f"{key}:attn_type: FlashBias's factors start at zero, where their gradients are zero, too, so "
+                "positions would never be learned: name weights with bias tables as path:pretrain_network_g"
+            )
 
 
 def _published_defaults(key: str, section: Options) -> Iterator[str]:

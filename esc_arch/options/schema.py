@@ -13,13 +13,14 @@ from typing import Any
 
 from basicsr.utils.registry import ARCH_REGISTRY, DATASET_REGISTRY, LOSS_REGISTRY, METRIC_REGISTRY, MODEL_REGISTRY
 
+from esc_arch.registry import OWN
 from esc_arch.training.optimizers import OPTIMIZERS
 from esc_arch.training.schedulers import SCHEDULERS
 
 from . import keys
 from .key_usage import Usage, usage_of
 from .keys import Key
-from .section_checks import entries
+from .section_checks import entries, shown_names
 
 __all__ = ["options_schema"]
 
@@ -45,7 +46,7 @@ def options_schema() -> Schema:
             _read(usages),
             required=["name", "model_type", "datasets"],
             sections={
-                "model_type": {"enum": _short_names(models)},
+                "model_type": {"enum": _names(models)},
                 "datasets": _datasets(datasets),
                 "path": _section(
                     keys.PATH,
@@ -93,17 +94,18 @@ def _train(usages: Iterable[Usage]) -> Schema:
 def _datasets(kinds: Mapping[str, Any]) -> Schema:
     """A data set each for train, val, val_NAME, test and test_NAME."""
     cases = []
-    for name in _short_names(kinds):
+    for name in shown_names(kinds):
         usage = usage_of(kinds[name])
         read = usage.keys()
         properties = {key: _value(keys.DATASET_TYPES[key]) if key in keys.DATASET_TYPES else {} for key in sorted(read)}
         without_effect = _without_effect(keys.DATASET_TYPES.keys() | keys.UNUSED["datasets"])
-        cases.append((name, {"properties": without_effect | properties | _values(keys.DATASET)}))
+        schema = {"properties": without_effect | properties | _values(keys.DATASET), "additionalProperties": False}
+        cases.append(_case(name, kinds, schema))
     dataset = {
         "type": "object",
         "required": ["type"],
-        "properties": {"type": {"description": keys.DATASET["type"].description, "enum": _short_names(kinds)}},
-        "allOf": [_case(name, schema | {"additionalProperties": False}) for name, schema in cases],
+        "properties": {"type": {"description": keys.DATASET["type"].description, "enum": _names(kinds)}},
+        "allOf": cases,
     }
     return {
         "description": keys.GENERAL["datasets"].description,
@@ -155,17 +157,18 @@ def _typed(
     kinds: Mapping[str, Any], *, required: Iterable[str] = (), extra: Mapping[str, Schema] | None = None
 ) -> Schema:
     """A mapping with a `type`, and the arguments of that type's constructor."""
-    names = _short_names(kinds)
     return {
         "type": "object",
         "required": ["type"],
-        "properties": {"type": {"enum": names}},
-        "allOf": [_case(name, _call(kinds[name], required, extra or {})) for name in names],
+        "properties": {"type": {"enum": _names(kinds)}},
+        "allOf": [_case(name, kinds, _call(kinds[name], required, extra or {})) for name in shown_names(kinds)],
     }
 
 
-def _case(name: str, then: Schema) -> Schema:
-    return {"if": {"properties": {"type": {"const": name}}, "required": ["type"]}, "then": then}
+def _case(name: str, kinds: Mapping[str, Any], then: Schema) -> Schema:
+    """What holds for a type, by either of its names."""
+    names = [spelling for spelling in (name, OWN + name) if kinds.get(spelling) is kinds[name]]
+    return {"if": {"properties": {"type": {"enum": names}}, "required": ["type"]}, "then": then}
 
 
 def _call(kind: Any, required: Iterable[str], extra: Mapping[str, Schema]) -> Schema:
@@ -219,7 +222,7 @@ def _descriptions(kind: Any) -> dict[str, str]:
     return texts
 
 
-def _short_names(kinds: Mapping[str, Any]) -> list[str]:
+def _names(kinds: Mapping[str, Any]) -> list[str]:
     return sorted(name for name in kinds if not name.endswith("_basicsr"))
 
 

@@ -9,19 +9,33 @@ from typing import Any
 from basicsr.models.sr_model import SRModel
 from basicsr.utils.registry import MODEL_REGISTRY
 
+from esc_arch.models import ESCModel
+from esc_arch.registry import without_own
 from esc_arch.suggestions import did_you_mean
 
 from .files import Options
 
-__all__ = ["check_call", "check_type", "entries", "is_basicsr_s_or_ours", "is_integer", "is_whole", "sr_model"]
+__all__ = [
+    "check_call",
+    "check_type",
+    "entries",
+    "is_basicsr_s_or_ours",
+    "is_esc_model",
+    "is_integer",
+    "is_whole",
+    "shown_names",
+    "sr_model",
+]
 
 
-def check_type(path: str, name: Any, known: Mapping[str, Any]) -> Iterator[str]:
-    names = [entry for entry in known if not entry.endswith("_basicsr")]  # each is there by its short name too
+def check_type(path: str, name: Any, known: Mapping[str, Any], *, registered: bool = True) -> Iterator[str]:
+    """Whether a name is one of those known; `registered`: in one of BasicSR's registries."""
+    names = shown_names(known)
     if name is None:
-        yield f"{path}: missing. Allowed: {', '.join(sorted(names))}"
+        yield f"{path}: missing. Allowed: {', '.join(names)}"
     elif not isinstance(name, str) or name not in known:
-        yield f"{path}: {name!r} is not known. {did_you_mean(name, names)}"
+        hint = ". If it is of your own package, name the module: --import MODULE, or import: in the option file"
+        yield f"{path}: {name!r} is not known. {did_you_mean(name, names)}{hint * registered}"
 
 
 def check_call(
@@ -32,16 +46,17 @@ def check_call(
     supplied: Iterable[str] = (),
     needed: Iterable[str] = (),
     extra: Iterable[str] = (),
+    registered: bool = True,
 ) -> Iterator[str]:
     """Whether `known[section['type']]` can be called with the rest of `section`.
 
     BasicSR supplies the arguments `supplied` itself and takes the keys `extra` out; keys `needed` must
-    be given though the callable has defaults for them.
+    be given though the callable has defaults for them. `registered` is as of `check_type`.
     """
     if not isinstance(section, dict):
         yield f"{path}: {section!r} given; must be a mapping with type and its arguments"
         return
-    problems = list(check_type(f"{path}:type", section.get("type"), known))
+    problems = list(check_type(f"{path}:type", section.get("type"), known, registered=registered))
     yield from problems
     if problems:
         return
@@ -66,15 +81,26 @@ def entries(registry: Any) -> dict[str, Any]:
     return short | entries
 
 
+def shown_names(known: Mapping[str, Any]) -> list[str]:
+    """The names of `entries`, in order, each class by its short name if that is its own."""
+    return sorted(name for name in without_own(known) if not name.endswith("_basicsr"))
+
+
 def sr_model(opt: Options) -> type[SRModel] | None:
     """The class of `model_type` if it is a kind of SRModel: others may use the options in their own way."""
     model = entries(MODEL_REGISTRY).get(str(opt.get("model_type")))
     return model if inspect.isclass(model) and issubclass(model, SRModel) else None
 
 
-def is_basicsr_s_or_ours(method: Any) -> bool:
-    """Whether a model's method is one whose needs are known, and not of another package."""
-    return method.__module__.split(".")[0] in ("basicsr", "esc_arch")
+def is_esc_model(opt: Options) -> bool:
+    """Whether `model_type` is an `ESCModel`, which has options of its own."""
+    model = sr_model(opt)
+    return model is not None and issubclass(model, ESCModel)
+
+
+def is_basicsr_s_or_ours(thing: Any) -> bool:
+    """Whether what a class, or a method, does with options is known, because it is not of another package."""
+    return thing.__module__.split(".")[0] in ("basicsr", "esc_arch")
 
 
 def is_integer(value: Any, least: int | None = None) -> bool:

@@ -62,7 +62,7 @@ def check_training(opt: Options) -> Iterator[str]:
         yield from _check_extra_losses(train.get("losses"), model)
     if issubclass(model, ESCModel):
         yield from parameter_groups.option_problems(train)
-    else:
+    elif is_basicsr_s_or_ours(model):  # another's may read them in its own way
         for key in [key for key in _OWN_TRAINING if train.get(key)]:
             yield f"train:{key}: {opt['model_type']} does not use it; ESCModel does. Change model_type, or remove it"
     if not losses and not (own and train.get("losses")) and is_basicsr_s_or_ours(model.init_training_settings):
@@ -124,7 +124,7 @@ def _check_optimizers(train: Options) -> Iterator[str]:
             yield f"{path}:type: {NO_MUON}. Use AdamW"
             continue
         # BasicSR hands the learning rate on by position, so it cannot be left to its default.
-        problems = list(check_call(path, section, OPTIMIZERS, supplied=["params"], needed=["lr"]))
+        problems = list(check_call(path, section, OPTIMIZERS, supplied=["params"], needed=["lr"], registered=False))
         yield from problems
         if not problems:
             try:
@@ -147,7 +147,8 @@ def _reason(error: Exception) -> str:
 def _check_scheduler(train: Options, total: Any) -> Iterator[str]:
     path = "train:scheduler"
     scheduler: Any = train.get("scheduler")
-    problems = list(check_call(path, scheduler, SCHEDULERS, supplied=["optimizer", "last_epoch", "scale_fn"]))
+    supplied = ["optimizer", "last_epoch", "scale_fn"]
+    problems = list(check_call(path, scheduler, SCHEDULERS, supplied=supplied, registered=False))
     yield from problems
     if problems:
         return
@@ -202,7 +203,7 @@ def _check_validation_pictures(opt: Options, count: Any) -> Iterator[str]:
     path, model = "val:tb_images", sr_model(opt)
     if not is_integer(count, least=0):
         yield f"{path}: {count!r} given; must be how many images of each validation set TensorBoard is to show, or 0"
-    elif count and model is not None and not issubclass(model, ESCModel):
+    elif count and model is not None and is_basicsr_s_or_ours(model) and not issubclass(model, ESCModel):
         yield f"{path}: {opt['model_type']} does not use it; ESCModel does. Change model_type, or remove it"
 
 

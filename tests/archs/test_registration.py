@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import warnings
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -11,9 +13,12 @@ import torch
 from basicsr.archs import build_network
 from basicsr.utils.registry import ARCH_REGISTRY, Registry
 from networks import SMALL, image, normal, randomise
+from other_packages import OUR_NAMES, write_project
 
 import esc_arch
-from esc_arch.registry import register
+from esc_arch.benchmark.networks import named as networks_to_measure
+from esc_arch.checkpoints.conversion import build_network as build_recognised
+from esc_arch.registry import others_of_our_names, own, register, without_own
 
 ATTENTION = {"dim": 16, "window_size": 8, "num_heads": 2}
 
@@ -65,7 +70,8 @@ def test_register_uses_the_class_name_or_the_names_given() -> None:
     net = a_class("Net", "esc_arch.archs.net_arch")
     assert register(registry)(net) is net
     assert register(registry, "Old", "Older")(net) is net
-    assert list(registry) == [("Net", net), ("Old", net), ("Older", net)]
+    names = ["Net", "Old", "Older"]
+    assert dict(iter(registry)) == dict.fromkeys([*names, *(f"esc_arch.{name}" for name in names)], net)
 
 
 def test_register_renews_an_earlier_import() -> None:
@@ -75,18 +81,41 @@ def test_register_renews_an_earlier_import() -> None:
         warnings.simplefilter("error")
         register(registry)(old)
         register(registry)(new)
-    assert registry.get("Net") is new
+    assert registry.get("Net") is registry.get("esc_arch.Net") is new
 
 
+@pytest.mark.parametrize("order", ["before", "after"])
 @pytest.mark.parametrize("module", ["other.archs.net_arch", "esc_archive", "basicsr.archs.net_arch"])
-def test_register_leaves_a_name_to_other_code(module: str) -> None:
+def test_register_leaves_a_name_to_other_code(module: str, order: str) -> None:
     registry = Registry("arch")
-    other = a_class("Net", module)
-    registry.register(other)
-    message = f"'Net' is in BasicSR's arch registry already, from {module}: that one is kept"
-    with pytest.warns(UserWarning, match=message):
-        register(registry)(a_class("Net", "esc_arch.archs.net_arch"))
+    ours, other = a_class("Net", "esc_arch.archs.net_arch"), a_class("Net", module)
+    registrations: list[Callable[[], Any]] = [lambda: registry.register(other), lambda: register(registry)(ours)]
+    if order == "after":
+        registrations = [lambda: register(registry)(ours), lambda: registry.register()(other)]
+    with pytest.warns(
+        UserWarning, match=f"'Net' in BasicSR's arch registry is {module}.Net, .* 'esc_arch.Net'"
+    ) as all_:
+        for each in registrations:
+            each()
+    assert len(all_) == 1
     assert registry.get("Net") is other
+    assert registry.get("esc_arch.Net") is own(registry, "Net") is own(registry, "esc_arch.Net") is ours
+    assert others_of_our_names(registry) == {"Net": other}
+    assert without_own(dict(iter(registry))) == dict(iter(registry))
+    with pytest.raises(AssertionError, match="already registered"):  # between two others, as always
+        registry.register(a_class("Net", "third"))
+
+
+def test_a_name_with_a_suffix_is_another() -> None:
+    registry = Registry("arch")
+    ours, other = a_class("Net", "esc_arch.archs.net_arch"), a_class("Net", "other")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        register(registry)(ours)
+        registry.register(suffix="project")(other)
+        registry.register(ours)  # as those do who import it from here
+    assert others_of_our_names(registry) == {}
+    assert without_own(dict(iter(registry))) == {"Net": ours, "Net_project": other}
 
 
 # --- orders of importing, each in a process of its own -------------------------------------------------------------
@@ -134,26 +163,24 @@ with warnings.catch_warnings():
 assert esc_arch.ESC is not first
 """
 
-NAME_TAKEN = """
-import sys, types, warnings
+IMPORT_BOTH = """
+import importlib, json, sys, types, warnings
 from torchvision.transforms.functional import rgb_to_grayscale
 module = sys.modules["torchvision.transforms.functional_tensor"] = types.ModuleType("functional_tensor")
 module.rgb_to_grayscale = rgb_to_grayscale  # as many a script helps itself
-import basicsr
-from basicsr.utils.registry import ARCH_REGISTRY
-
-@ARCH_REGISTRY.register()
-class ConvAttn:
-    pass
 
 with warnings.catch_warnings(record=True) as caught:
     warnings.simplefilter("always")
-    import esc_arch
-texts = [str(warning.message) for warning in caught if "registry already" in str(warning.message)]
-assert len(texts) == 1 and texts[0].startswith("'ConvAttn' is in BasicSR's arch registry already, from __main__"), texts
-assert ARCH_REGISTRY.get("ConvAttn") is ConvAttn
-assert ARCH_REGISTRY.get("ESC") is esc_arch.ESC
-assert ARCH_REGISTRY.get("FlashWindowAttention") is esc_arch.FlashWindowAttention
+    for name in sys.argv[1:]:
+        importlib.import_module(name)
+from basicsr.archs import build_network
+from basicsr.utils import registry
+facts = {"warnings": [str(warning.message) for warning in caught if "registry is" in str(warning.message)]}
+for kind in ("ARCH", "MODEL", "DATASET", "LOSS"):
+    entries = getattr(registry, f"{kind}_REGISTRY")._obj_map
+    facts[f"{kind}_REGISTRY"] = {name: entry.__module__ for name, entry in entries.items()}
+facts["built"] = [type(build_network({"type": name})).__module__ for name in ("esc_arch.ESC", "ESCFP")]
+print(json.dumps(facts))
 """
 
 
@@ -164,7 +191,32 @@ def test_import_after_a_failed_import_of_basicsr_and_once_more(run_script: Calla
     assert "all is well" in run.out
 
 
-def test_name_taken_before_the_import(run_script: Callable[..., Any]) -> None:
-    run = run_script(NAME_TAKEN + 'print("all is well")')
+@pytest.mark.parametrize("order", ["before", "after"])
+def test_another_package_with_names_of_ours(order: str, start_script: Callable[..., Any], tmp_path: Path) -> None:
+    """It has them, whether it is imported before or after, and ours have names of their own."""
+    write_project(tmp_path)
+    theirs = ["hat.archs", "hat.models", "hat.data", "hat.losses"]
+    modules = [*theirs, "esc_arch"] if order == "before" else ["esc_arch", *theirs]
+    run = start_script(f"import sys; sys.argv[1:] = {modules}" + IMPORT_BOTH, tmp_path)
     assert run.status == 0, run.err
-    assert "all is well" in run.out
+    facts = json.loads(run.out.splitlines()[-1])
+    for registry, names in OUR_NAMES.items():
+        for name in names:
+            assert facts[registry][name].startswith("hat.")
+            assert facts[registry][f"esc_arch.{name}"].startswith("esc_arch.")
+            assert len([text for text in facts["warnings"] if text.startswith(f"'{name}' in ")]) == 1
+    assert len(facts["warnings"]) == sum(map(len, OUR_NAMES.values()))
+    assert facts["MODEL_REGISTRY"]["ESCRealGANModel"] == "esc_arch.models.real_models"
+    assert facts["ARCH_REGISTRY"]["ESCFP_project"] == "hat.archs"
+    assert facts["built"] == ["esc_arch.archs.esc_arch", "esc_arch.archs.esc_fp_arch"]
+
+
+def test_recognised_networks_are_ours_whoever_has_the_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    """All that loads a checkpoint by its weights builds them so."""
+    monkeypatch.setitem(ARCH_REGISTRY._obj_map, "ESC", a_class("ESC", "other"))
+    for name in ("ESC", "esc_arch.ESC"):
+        assert type(build_recognised({"type": name, **SMALL})) is esc_arch.ESC
+    (preset,) = networks_to_measure("ESC", [2])
+    assert type(preset.build()) is esc_arch.ESC and preset.published == "ESC"
+    (asked_for,) = networks_to_measure("esc_arch.ESC: {upscaling_factor: 2}", [])
+    assert asked_for.published == "ESC"

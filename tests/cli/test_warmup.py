@@ -63,8 +63,8 @@ def test_a_network_to_train_runs_backward_in_its_precision(
 ) -> None:
     train_options["train"] |= {"amp": "bf16", "channels_last": True, "compile": True}
     made: list[nn.Module] = []
-    original = warmup.build_network
-    monkeypatch.setattr(warmup, "build_network", lambda section: made.append(original(section)) or made[0])
+    original = warmup._named_network
+    monkeypatch.setattr(warmup, "_named_network", lambda *named: made.append(original(*named)) or made[0])
     run = run_basicsr("warmup", train_options, "--size", "8x8", "--device", "cpu")
     assert run.status == 0, run.err
     assert "trial.yml on cpu: ready. The first forward and backward pass took " in run.out
@@ -122,9 +122,12 @@ def test_a_backend_asked_for_by_name_that_cannot_run(run_basicsr: Any, train_opt
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"network_g": None}, "trial.yml: network_g has no type. Name the network to make ready there."),
+        ({"network_g": None}, "trial.yml: network_g: None given; must be a mapping with type and its arguments"),
         ({"network_g": {"type": "ESC", "dim": 7}}, "trial.yml: network_g: .*must divide dim = 7"),
-        ({"network_g": {"type": "ESX"}}, "trial.yml: network_g: .*ESX"),
+        (
+            {"network_g": {"type": "ESX"}},
+            "trial.yml: network_g:type: 'ESX' is not known. .* name the module: --import MODULE",
+        ),
         ({"train": {"amp": "fp8"}}, "trial.yml: train:amp: 'fp8' given; must be bf16 or fp16"),
     ],
 )

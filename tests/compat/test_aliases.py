@@ -13,6 +13,7 @@ from typing import Any
 
 import basicsr
 import pytest
+from conftest import run_command
 
 import esc_arch.compat
 from esc_arch.compat import aliases, copies, patches
@@ -211,7 +212,7 @@ print(basicsr.__file__, hasattr(basicsr.train.load_resume_state, "_esc_arch_orig
     assert "2 copies of BasicSR" in run.err
     assert f"Used: {(clone / 'basicsr').resolve()} (first on the path)" in run.err
     assert f"Not used: {Path(basicsr.__file__).resolve().parent}" in run.err
-    assert "mends faults of basicsr 1.4.2; this is 1.5.0, which is left as it is" in run.err
+    assert f"mends faults of basicsr 1.4.2; {clone / 'basicsr'} is left as it is: this is 1.5.0." in run.err
 
 
 def test_another_version_is_not_patched(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
@@ -222,4 +223,77 @@ def test_another_version_is_not_patched(monkeypatch: pytest.MonkeyPatch, caplog:
     monkeypatch.setattr(basicsr, "__version__", "1.3.5")
     with caplog.at_level(logging.WARNING, logger="esc_arch"):
         esc_arch.compat.apply_patches()
-    assert "basicsr 1.4.2; this is 1.3.5" in caplog.text
+    assert "is left as it is: this is 1.3.5." in caplog.text
+
+
+def test_other_contents_of_the_same_version_are_not_patched(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Not even in part."""
+    wanted = [("basicsr.train", "load_resume_state", lambda original: None, ""), ("basicsr.train", "later", None, "")]
+    monkeypatch.setattr(patches, "PATCHES", wanted)
+    before = basicsr.train.load_resume_state
+    with caplog.at_level(logging.WARNING, logger="esc_arch"):
+        esc_arch.compat.apply_patches()
+    assert basicsr.train.load_resume_state is before
+    assert "is left as it is: it has no basicsr.train.later." in caplog.text
+
+
+# --- distributions of other names ---------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
+    """Puts the metadata of a distribution on the path, as pip does."""
+    site = tmp_path / "site"
+    monkeypatch.syspath_prepend(site)
+
+    def install(name: str, version: str, **files: str) -> None:
+        folder = site / f"{name}-{version}.dist-info"
+        folder.mkdir(parents=True)
+        (folder / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {name}\nVersion: {version}\n")
+        for file, content in files.items():
+            (folder / file.replace("top_level", "top_level.txt")).write_text(content)
+
+    return install
+
+
+def test_distributions_of_any_name(install: Any) -> None:
+    install("basicsr-fixed", "1.4.2", top_level="basicsr\n")
+    install("other-basicsr", "1.4.4", RECORD="basicsr/__init__.py,sha256=x,1\n")
+    install("mine", "1.0", top_level="mine\n", RECORD="mine/basicsr/__init__.py,sha256=x,1\n")
+    install("extension", "1.0", RECORD="basicsr_extension/__init__.py,sha256=x,1\n")
+    found = copies.find_distributions()
+    assert found.keys() == {"basicsr", "basicsr-fixed", "other-basicsr"}
+    assert found["other-basicsr"].version == "1.4.4"
+
+
+def test_two_distributions_are_never_used_in_silence(install: Any, recwarn: pytest.WarningsRecorder) -> None:
+    copies.warn_about_copies()
+    assert not recwarn.list
+    install("basicsr-fixed", "1.4.2", top_level="basicsr\n")
+    copies.warn_about_copies()
+    (text,) = (str(warning.message) for warning in recwarn.list)
+    assert "basicsr 1.4.2" in text and "basicsr-fixed 1.4.2" in text and "replace each other's" in text
+    assert "pip uninstall basicsr-fixed basicsr, then pip install" in text
+
+
+# --- BasicSR's own scripts ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("script", ["train", "test"])
+def test_a_script_of_a_clone_says_how_to_start_instead(script: str, tmp_path: Path) -> None:
+    (tmp_path / "basicsr").mkdir()
+    path = tmp_path / "basicsr" / f"{script}.py"
+    path.write_text("import esc_arch\n")
+    run = run_command([sys.executable, str(path)], tmp_path)
+    assert run.status == 0, run.err
+    assert f"UserWarning: {path} is run as a script" in run.err
+    assert f"Start `basicsr {script} -opt FILE` instead." in run.err
+
+
+def test_other_scripts_do_not(tmp_path: Path) -> None:
+    path = tmp_path / "train.py"
+    path.write_text("import esc_arch\n")
+    run = run_command([sys.executable, str(path)], tmp_path)
+    assert (run.status, run.err) == (0, "")

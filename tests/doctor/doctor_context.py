@@ -31,7 +31,7 @@ class InProcess:
 
 
 def context(import_failure: str = "", opt: str | None = None, no_test: bool = False, **answers: Any) -> Context:
-    args = argparse.Namespace(opt=opt, no_test=no_test, json=False, timeout=60.0)
+    args = argparse.Namespace(opt=opt, imports=None, no_test=no_test, json=False, timeout=60.0)
     worker: Any = InProcess(answers)
     return Context(args, import_failure, worker, lambda _: None)
 

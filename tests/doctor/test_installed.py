@@ -15,7 +15,7 @@ import pytest
 from basicsr.utils.registry import ARCH_REGISTRY
 from doctor_context import by_key, context
 
-from esc_arch import registry
+from esc_arch import project, registry
 from esc_arch.compat import aliases
 from esc_arch.doctor import installation, registered, versions
 from esc_arch.doctor.children import JobFailed
@@ -158,7 +158,7 @@ def test_the_published_copy() -> None:
 
 
 def test_a_changed_copy(clone: Path) -> None:
-    changes = installation._changes(clone, installation._published("basicsr"))
+    changes = installation._changes(clone, installation._published(importlib.metadata.distribution("basicsr")))
     assert changes == ["archs/edsr_arch.py (changed)", "archs/esc_arch.py (added)", "test.py (missing)"]
     assert installation._version_in(clone) == "1.5.0"
     assert installation._told(changes) == f"3 files differ from the installed package: {', '.join(changes)}"
@@ -173,6 +173,44 @@ def test_a_changed_copy_that_is_used(clone: Path, monkeypatch: pytest.MonkeyPatc
     assert found["basicsr"].status == WARNING and "3 files differ" in found["basicsr"].text
     assert found["copies of basicsr"].status == WARNING
     assert found["copies of basicsr"].text.startswith("2 on the path; not used: ")
+
+
+def test_a_distribution_of_another_name(clone: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is named, its files are compared with what pip noted of it, and a second one is a warning."""
+    (clone / "test.py").touch()
+    record = [
+        f"basicsr/{file.relative_to(clone)},sha256={installation._digest(file)},1" for file in clone.rglob("*.py")
+    ]
+    metadata = clone.parent / "basicsr_fixed-1.5.0.dist-info"
+    metadata.mkdir()
+    (metadata / "METADATA").write_text("Metadata-Version: 2.1\nName: basicsr-fixed\nVersion: 1.5.0\n")
+    (metadata / "RECORD").write_text("\n".join(record))
+    monkeypatch.syspath_prepend(clone.parent)
+    from esc_arch.compat import copies
+
+    monkeypatch.setattr(copies, "find_copies", lambda: [clone])
+    found = by_key(installation.examine(context()))
+    assert found["basicsr"].status == "ok"
+    assert found["basicsr"].text == f"{clone}, 1.5.0, installed as basicsr-fixed: its files are as installed"
+    several = found["distributions of basicsr"]
+    assert several.status == WARNING and several.data == ["basicsr-fixed", "basicsr"]
+    assert several.advice.startswith("Keep one: pip uninstall basicsr-fixed basicsr")
+
+
+def test_functions_that_are_not_mended(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(basicsr, "__version__", "1.3.5")
+    found = by_key(installation.examine(context()))["mended functions"]
+    assert found.status == WARNING and found.text == "none of this BasicSR: this is 1.3.5"
+
+
+def test_versions_with_a_distribution_of_another_name(pretend: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    from esc_arch.compat import copies
+
+    other = importlib.metadata.distribution("basicsr")
+    monkeypatch.setattr(copies, "find_distributions", lambda: {"basicsr-fixed": other})
+    assert pretend(basicsr=None)["basicsr"].text == "installed as basicsr-fixed 1.4.2"
+    monkeypatch.setattr(copies, "find_distributions", dict)
+    assert pretend(basicsr=None)["basicsr"].text == "a folder on the path, not installed"
 
 
 def test_a_folder_that_is_used_in_another_way_to_start(clone: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -220,11 +258,10 @@ def test_stand_ins_are_told_from_the_originals(monkeypatch: pytest.MonkeyPatch) 
 # --- registered names ---------------------------------------------------------------------------------------------
 
 
-def test_names_with_the_files_of_their_classes(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(registry, "TAKEN", {})  # by tests before
+def test_names_with_the_files_of_their_classes() -> None:
     found = by_key(registered.examine(context()))
     ours = found["arch of esc_arch"]
-    assert "ESC, ESCFP" in ours.text
+    assert "ESC, ESCFP" in ours.text and "esc_arch." not in ours.text
     assert ours.data["ESC"] == str(Path(registry.__file__).parent / "archs" / "esc_arch.py")
     assert "SRModel" in found["model of basicsr"].text
     assert "calculate_psnr" in found["metric of basicsr"].data
@@ -232,17 +269,29 @@ def test_names_with_the_files_of_their_classes(monkeypatch: pytest.MonkeyPatch) 
 
 
 def test_names_of_others(monkeypatch: pytest.MonkeyPatch) -> None:
-    theirs = type("ESX", (), {"__module__": "project.archs"})
-    ours = type("ESX", (), {"__module__": "esc_arch.archs.esx_arch"})
-    monkeypatch.setattr(registry, "TAKEN", {})
-    monkeypatch.setitem(ARCH_REGISTRY._obj_map, "ESX", theirs)
-    with pytest.warns(UserWarning, match="'ESX' is in BasicSR's arch registry already"):
-        registry.register(ARCH_REGISTRY)(ours)
+    monkeypatch.setitem(ARCH_REGISTRY._obj_map, "ESC", type("ESC", (), {"__module__": "project.archs"}))
     found = by_key(registered.examine(context()))
-    assert found["arch of project.archs"].text == "ESX"
-    taken = found["arch ESX"]
-    assert taken.text == "is project.archs's; esc_arch's own, of esc_arch.archs.esx_arch, is not registered"
-    assert taken.status == WARNING
+    assert found["arch of project.archs"].text == "ESC"
+    assert found["arch of esc_arch"].text.startswith("ConvAttn, ")
+    assert "esc_arch.ESC" in found["arch of esc_arch"].data
+    taken = found["arch ESC"]
+    assert taken.status == WARNING and taken.text == "is project.archs's"
+    assert taken.advice == "Write esc_arch.ESC in option files where esc_arch's is meant."
+
+
+def test_modules_that_cannot_be_imported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Those of the command line and those of an option file; the rest of the section follows."""
+    monkeypatch.setattr(project, "_FOLDERS", {})
+    monkeypatch.setenv("ESC_ARCH_PROJECT", "{}")
+    monkeypatch.setattr(sys, "meta_path", list(sys.meta_path))
+    (tmp_path / "a.yml").write_text("import: [json, not_there.archs]\n")
+    asked = context(opt=str(tmp_path / "a.yml"))
+    asked.args.imports = ["nor.this"]
+    found = by_key(registered.examine(asked))
+    assert found["--import"].status == found["import"].status == PROBLEM
+    assert found["--import"].text.startswith("nor.this cannot be imported: there is no module nor")
+    assert found["import"].text.startswith("not_there.archs cannot be imported: there is no module not_there")
+    assert "arch of esc_arch" in found
 
 
 def test_names_are_not_known_without_the_import() -> None:

@@ -451,6 +451,16 @@ def test_experiments_that_cannot_be(weights: Path, experiment: Path, tmp_path: P
         publish(weights, tmp_path / "out", FACTS, experiment=experiment)
 
 
+def test_an_experiment_that_names_the_network_as_ours(weights: Path, experiment: Path, tmp_path: Path) -> None:
+    options = load_yaml(experiment / "train.yml")
+    options["network_g"] = {**options["network_g"], "type": "esc_arch.ESC"}
+    (experiment / "train.yml").write_text(yaml.safe_dump(options), encoding="utf-8")
+    published = publish(weights, tmp_path / "out", FACTS, experiment=experiment, onnx=False)
+    assert (
+        entry(published)["architecture"] == entry(publish(weights, tmp_path / "b", FACTS, onnx=False))["architecture"]
+    )
+
+
 def test_iterations_that_nothing_says(weights: Path, experiment: Path, tmp_path: Path) -> None:
     """The last that was measured counts for `net_g_latest`; without any, none is claimed."""
     latest = weights.rename(tmp_path / "net_g_latest.pth")

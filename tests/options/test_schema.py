@@ -86,7 +86,12 @@ def test_mistakes_do_not(path: str, value: Any, train_options: Any, validator: A
 
 
 def test_arguments_come_from_constructors(schema: Any) -> None:
-    cases = {case["if"]["properties"]["type"]["const"]: case["then"] for case in schema["$defs"]["network"]["allOf"]}
+    cases = {
+        name: case["then"]
+        for case in schema["$defs"]["network"]["allOf"]
+        for name in case["if"]["properties"]["type"]["enum"]
+    }
+    assert cases["esc_arch.ESC"] is cases["ESC"]
     dim = cases["ESC"]["properties"]["dim"]
     assert dim == {"description": "channels of the features.", "type": "integer", "default": 64}
     assert cases["RRDBNet"]["required"] == ["num_in_ch", "num_out_ch"]
@@ -112,6 +117,8 @@ def test_what_is_registered_is_in_it() -> None:
     finally:
         del ARCH_REGISTRY._obj_map["OtherNetwork"]
     assert "OtherNetwork" in network["properties"]["type"]["enum"]
-    (case,) = [case["then"] for case in network["allOf"] if case["if"]["properties"]["type"]["const"] == "OtherNetwork"]
+    (case,) = [
+        case["then"] for case in network["allOf"] if case["if"]["properties"]["type"]["enum"] == ["OtherNetwork"]
+    ]
     assert case["required"] == ["width"] and case["additionalProperties"] is False
     assert case["properties"]["deep"] == {"type": "boolean", "default": False}
