@@ -24,7 +24,8 @@ from esc_arch.suggestions import did_you_mean
 
 from .data_checks import Extent, check_data
 from .files import Options
-from .section_checks import check_call, check_type, entries, is_integer, sr_model
+from .key_usage import usage_of
+from .section_checks import check_call, check_type, entries, is_basicsr_s_or_ours, is_integer, sr_model
 from .training_checks import check_logger, check_training
 
 __all__ = ["check_options", "check_shape"]
@@ -174,7 +175,20 @@ def _check_dataset(path: str, dataset: Options, opt: Options, extent: Extent) ->
         yield from _check_loading(path, dataset)
     if kind is not None:
         scale, metrics = opt.get("scale", dataset.get("scale")), (opt.get("val") or {}).get("metrics")
-        yield from check_data(path, dataset, kind, scale=scale, measured=bool(metrics), extent=extent)
+        problems = list(check_data(path, dataset, kind, scale=scale, measured=bool(metrics), extent=extent))
+        yield from problems
+        yield from _check_required(path, dataset, kind, problems)
+
+
+def _check_required(path: str, dataset: Options, kind: type, told: list[str]) -> Iterator[str]:
+    """Whether there is all that the class takes in any case, as its source says; but for what is `told` already."""
+    usage = usage_of(kind)
+    required = usage.requires_in_training if dataset.get("phase") == "train" else usage.requires
+    # What null is to another package is not known
+    missing = {key for key in required if key not in dataset or (dataset[key] is None and is_basicsr_s_or_ours(kind))}
+    for key in sorted(missing - {"name", "phase", "scale", "io_backend"}):  # put there, or looked at, by others
+        if not any(problem.startswith(f"{path}:{key}:") for problem in told):
+            yield f"{path}:{key}: missing; {dataset['type']} needs it"
 
 
 def _check_loading(path: str, dataset: Options) -> Iterator[str]:
