@@ -31,6 +31,7 @@ from esc_arch.distributed import gather_objects
 from esc_arch.errors import UserError
 from esc_arch.losses import build_losses
 from esc_arch.models.comparison import Comparison
+from esc_arch.models.metrics import image_measured, measure
 from esc_arch.models.self_ensemble import self_ensemble
 from esc_arch.models.speed import Speed, eager, full_float32, speed_problems
 from esc_arch.models.validation_pictures import validation_picture
@@ -384,6 +385,7 @@ class ESCModel(SRModel):
     ) -> _Validated:
         val = self.opt["val"]
         name = image_name(data["lq_path"][0])
+        image_measured.set(f"{name} of {dataset}")
         self.feed_data(data)
         self.test()
         visuals = self.get_current_visuals()
@@ -400,13 +402,7 @@ class ESCModel(SRModel):
             )
         metrics = {}
         for key, metric in (val.get("metrics") or {}).items():
-            border, (height, width) = metric.get("crop_border", 0), images["img"].shape[:2]
-            if isinstance(border, int) and 2 * border >= min(height, width):
-                raise UserError(
-                    f"val: metrics: {key}: crop_border {border} leaves nothing of {name} of {dataset}, which has "
-                    f"{width} x {height} pixels. Give a smaller one."
-                )
-            metrics[key] = float(calculate_metric(images, metric)) if finite else math.nan
+            metrics[key] = float(measure(calculate_metric, images, metric)) if finite else math.nan
         validated = _Validated(index, name, metrics)
         if comparison is not None:
             validated.comparison = comparison.add(data["lq_path"][0], visuals)

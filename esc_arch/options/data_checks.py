@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import os
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from importlib.util import find_spec
 from typing import Any
@@ -26,6 +26,7 @@ from esc_arch.data.lmdb_check import listed_sizes
 from esc_arch.data.name_lists import read_names
 from esc_arch.data.names import shown
 from esc_arch.errors import UserError
+from esc_arch.models.metrics import too_small
 from esc_arch.suggestions import did_you_mean
 
 from .files import Options
@@ -83,6 +84,8 @@ class _SizeRule:
     """The side of the patches cut from GT; None when whole images are used."""
     gt_size_name: str = "gt_size"
     """What the option file calls it."""
+    metrics: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    """What is measured of results, by name."""
 
     def __str__(self) -> str:
         patches = f" and {self.gt_size_name} {self.gt_size}" if self.gt_size is not None else ""
@@ -97,13 +100,23 @@ class _SizeRule:
             return f"LQ is {_shape(lq)} and GT {_shape(gt)}; with scale {self.scale} GT must be {bound}{_shape(wanted)}"
         if self.gt_size is not None and min(gt) < self.gt_size:
             return f"GT is {_shape(gt)}, smaller than {self.gt_size_name} {self.gt_size}"
+        return self.unmeasurable(lq)
+
+    def unmeasurable(self, lq: Size) -> str | None:
+        """Why a metric is not defined for the result for an LQ image."""
+        height, width = lq[0] * self.scale, lq[1] * self.scale
+        for name, metric in self.metrics.items():
+            if (reason := too_small(metric, height, width)) is not None:
+                return f"its result will have {width}x{height} pixels; for val:metrics:{name}, {reason}"
         return None
 
 
-def check_data(path: str, dataset: Options, kind: type, *, scale: Any, measured: bool, extent: Extent) -> Iterator[str]:
+def check_data(
+    path: str, dataset: Options, kind: type, *, scale: Any, metrics: Mapping[str, Options], extent: Extent
+) -> Iterator[str]:
     """All that is wrong with the data of `dataset`, an instance of `kind` to be, at `path` in the option file.
 
-    `measured` says whether metrics compare the output with GT: without, its size does not matter in validation.
+    `metrics` are those of validation, by name; without them, the size of GT does not matter there.
     """
     if kind.__module__.split(".")[0] not in ("basicsr", "esc_arch"):
         if extent.with_files:
@@ -126,8 +139,11 @@ def check_data(path: str, dataset: Options, kind: type, *, scale: Any, measured:
     if dataset["type"] in _HR_DATASETS:
         yield from _check_hr_images(path, dataset, is_train, extent)
     elif dataset["type"] in _ROOTS_READ:
-        rule = _SizeRule(scale, is_train, dataset.get("gt_size") if is_train else None)
-        yield from _check_images(path, dataset, rule if is_paired and (is_train or measured) else None, extent)
+        rule = None
+        if _is_positive(scale) and (metrics or is_train):
+            gt_size = dataset.get("gt_size") if is_train else None
+            rule = _SizeRule(scale, is_train, gt_size, metrics={} if is_train else metrics)
+        yield from _check_images(path, dataset, rule, extent)
 
 
 def _check_backend(path: str, dataset: Options) -> Iterator[str]:
@@ -210,7 +226,8 @@ def _check_images(path: str, dataset: Options, rule: _SizeRule | None, extent: E
         if not empty and len(folders) > 1:
             yield from _check_folders(path, dataset, images["dataroot_lq"], images["dataroot_gt"], rule, extent)
         elif not empty:
-            extent.facts.append(f"{path}: {len(next(iter(images.values()))):,} images")
+            ((key, names),) = images.items()
+            yield from _check_single_images(path, [os.path.join(folders[key], name) for name in names], rule, extent)
 
 
 def _check_hr_images(path: str, dataset: Options, is_train: bool, extent: Extent) -> Iterator[str]:
@@ -282,11 +299,22 @@ def _check_listed_images(
         yield from _check_pairs(path, dataset, names, rule, extent)
     else:
         ((root_key, root),) = folders.items()
-        problem = _missing_files(f"{path}:{root_key}", [os.path.join(root, name) for name in names], _Folders())
-        if problem is None:
-            extent.facts.append(f"{path}: {len(names):,} images")
-        else:
+        files = [os.path.join(root, name) for name in names]
+        problem = _missing_files(f"{path}:{root_key}", files, _Folders())
+        if problem is not None:
             yield problem
+        else:
+            yield from _check_single_images(path, files, rule, extent)
+
+
+def _check_single_images(path: str, files: list[str], rule: _SizeRule | None, extent: Extent) -> Iterator[str]:
+    extent.facts.append(f"{path}: {len(files):,} images")
+    if rule is not None and rule.metrics:
+        yield from _check_measurable(path, ((file, _image_size(file)) for file in extent.chosen(files)), rule)
+
+
+def _check_measurable(path: str, sizes: Iterable[tuple[str, Size | None]], rule: _SizeRule) -> Iterator[str]:
+    yield from _summary(path, [(name, rule.unmeasurable(size)) for name, size in sizes if size])
 
 
 def _check_pairs(
@@ -390,7 +418,10 @@ def _check_lmdbs(path: str, folders: dict[str, str], rule: _SizeRule | None, ext
         for key, folder in folders.items():
             yield from check_content(f"{path}:{key}", folder, listed_sizes(folder))
     if len(folders) < 2:
-        extent.facts.append(f"{path}: {len(listed_sizes(next(iter(folders.values())))):,} images")
+        sizes = listed_sizes(next(iter(folders.values())))
+        extent.facts.append(f"{path}: {len(sizes):,} images")
+        if rule is not None:
+            yield from _check_measurable(path, sizes.items(), rule)
         return
     lq, gt = (listed_sizes(folders[key]) for key in ("dataroot_lq", "dataroot_gt"))
     odd = sorted(lq.keys() ^ gt.keys())

@@ -154,9 +154,9 @@ def test_sound_training_options_pass(changes: Options) -> None:
     [
         {},
         {"network_d": {"type": "left over from training"}, "path": {"resume_state": "no.state"}},
-        {"datasets": {"val": {"name": "LQ", "type": "SingleImageDataset", "dataroot_lq": "lq"}}},
+        {"datasets": {"val": {"name": "LQ", "type": "SingleImageDataset", "dataroot_lq": "lq"}}, "val": None},
         {"datasets": {"val": pairs(meta_info_file="list.txt")}},
-        {"datasets": {"val": {"name": "LQ", "type": "SingleImageDataset"} | lmdb()}},
+        {"datasets": {"val": {"name": "LQ", "type": "SingleImageDataset"} | lmdb()}, "val": None},
     ],
 )
 def test_sound_test_options_pass(changes: Options) -> None:
@@ -576,7 +576,7 @@ def test_training_mistakes(changes: Options, message: str) -> None:
         ({"datasets": {"tset": pairs()}}, "datasets:tset: not known when testing. Did you mean 'test'"),
         ({"datasets": {"val": pairs(name="Set5")}}, "datasets:val:name: 'Set5' is also the name of datasets:test_1"),
         (
-            {"datasets": {"val": {"type": "SingleImageDataset", "dataroot_lq": "empty"}}},
+            {"datasets": {"val": {"type": "SingleImageDataset", "dataroot_lq": "empty"}}, "val": None},
             "datasets:val:dataroot_lq: the folder 'empty' has no files",
         ),
         (
