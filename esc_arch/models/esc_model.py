@@ -88,6 +88,8 @@ class ESCModel(SRModel):
     lq: Tensor
     gt: Tensor
     output: Tensor
+    #: Whether the history of a run without figures of a validation says that it was not done.
+    keeps_figures = True
 
     def __init__(self, opt: dict[str, Any]) -> None:
         self.speed = Speed.of(opt)
@@ -358,14 +360,6 @@ class ESCModel(SRModel):
             return
         self._conclude(sorted(everywhere, key=lambda each: each.index), name, current_iter, tb_logger, comparison)
 
-    def missed_validation(self, dataloader: Any, iteration: int) -> bool:
-        """Whether the figures of a validation are not in the history of the run; the same in all processes."""
-        run = current_run()
-        missed = run is not None and run.history is not None and bool(run.history.records())
-        if missed and run is not None and run.history is not None:
-            missed = not run.history.validated(iteration, dataloader.dataset.opt["name"])
-        return bool(gather_objects(missed)[0])
-
     def _share(self, dataloader: Any) -> Iterator[tuple[int, Any]]:
         """The images that are this process's to validate, with their places in the set."""
         rank, world = self.opt["rank"], self.opt["world_size"]
@@ -430,11 +424,8 @@ class ESCModel(SRModel):
             self._keep_if_best(dataset, iteration)
         if self.opt["rank"] != 0:
             return
-        run = current_run()
         if self.opt["val"].get("metrics") is not None:
             self._log_validation_metric_values(iteration, dataset, tb_logger)
-            if run is not None and run.history is not None:
-                run.history.append({"iter": iteration, "dataset": dataset, **self.metric_results})
         for each in done:
             if tb_logger and each.picture is not None:
                 tb_logger.add_image(f"{dataset}/{each.name}", each.picture, iteration, dataformats="HWC")
