@@ -85,7 +85,7 @@ def select_weights(checkpoint: Mapping[str, Any], param_key: str | None, source:
     Args:
         checkpoint: what `read_checkpoint` returns.
         param_key: the entry wanted (`params`, `params_ema`); None for the checkpoint itself. Another entry that
-            holds weights is taken in its place, with a log line, and a bare state dict is recognised.
+            holds weights is taken in its place, and a bare state dict is recognised. What is taken is logged.
         source: the file, for messages.
 
     Raises:
@@ -93,7 +93,9 @@ def select_weights(checkpoint: Mapping[str, Any], param_key: str | None, source:
             numbers that are repeated to far more than the file holds.
     """
     key, weights = find_weights(checkpoint, param_key, source)
-    if key not in (param_key, None):
+    if key == param_key is not None:
+        logger.info("Using %r of %s.", key, source)
+    elif key is not None:
         logger.info("%s has no %r; using %r.", source, param_key, key)
     return weights
 

@@ -33,7 +33,7 @@ from esc_arch.losses import build_losses
 from esc_arch.models.comparison import Comparison
 from esc_arch.models.metrics import image_measured, measure
 from esc_arch.models.self_ensemble import self_ensemble
-from esc_arch.models.speed import Speed, eager, full_float32, speed_problems
+from esc_arch.models.speed import PUBLISHED_MODEL, Speed, eager, full_float32, speed_problems
 from esc_arch.models.validation_pictures import validation_picture
 from esc_arch.ops.padding import reflect_pad_to_multiple
 from esc_arch.registry import register
@@ -48,6 +48,8 @@ PROTOCOLS = ("published", "srmodel", "ensemble")
 #: So many steps skipped one after the other mean that the training is lost.
 MOST_SKIPPED = 100
 _NEVER = 2**62
+#: Iterations after which the published `ESRModel` halves `gradient_clip`.
+CLIP_HALVES_AFTER = 50_000
 
 
 @dataclass
@@ -82,6 +84,9 @@ class ESCModel(SRModel):
      - ``train: losses`` adds losses by name, ``freeze`` and ``lr_factors`` choose parameters by patterns.
      - ``logger: keep_last: N`` keeps the newest N checkpoints, and the networks that were best by a metric.
 
+    Named `ESRModel`, it takes published option files: ``train: use_amp`` is ``amp: fp16``, and ``gradient_clip`` is
+    halved after 50,000 iterations.
+
     With several processes each validates its share of the images; means are those of one process to the last bit.
     """
 
@@ -94,6 +99,13 @@ class ESCModel(SRModel):
     def __init__(self, opt: dict[str, Any]) -> None:
         self.speed = Speed.of(opt)
         self.speed.set_globals()
+        self._clip_halves = opt.get("model_type") == PUBLISHED_MODEL
+        if self._clip_halves and opt["is_train"] and self.speed.gradient_clip is not None:
+            logging.getLogger("basicsr").info(
+                "train: gradient_clip is halved after %d iterations, as published for %s. With ESCModel it stays.",
+                CLIP_HALVES_AFTER,
+                PUBLISHED_MODEL,
+            )
         self.skipped = 0
         self._skipped_in_a_row = 0
         self._iteration = 0
@@ -194,6 +206,8 @@ class ESCModel(SRModel):
     def _step(self) -> bool:
         """The optimiser's step; whether it was done, and not skipped."""
         clip, skip = self.speed.gradient_clip, self.speed.nonfinite == "skip"
+        if clip is not None and self._clip_halves and self._iteration > CLIP_HALVES_AFTER:
+            clip /= 2
         if clip is not None or skip:
             self.scaler.unscale_(self.optimizer_g)
             parameters = [p for group in self.optimizer_g.param_groups for p in group["params"]]

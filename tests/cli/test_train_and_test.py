@@ -367,3 +367,39 @@ def test_a_test_repeated_keeps_the_first_results(run_basicsr: Any, test_options:
     run_basicsr("test", test_options)
     (archived,) = (run.folder / "results").glob("trial_archived_*")
     assert take_snapshot(archived) == before
+
+
+@pytest.mark.parametrize("model_type", ["ESCModel", "SRModel"])
+@pytest.mark.parametrize(
+    ("changes", "kept", "tested"),
+    [
+        ({}, ("params", "params_ema"), "params_ema"),
+        ({}, ("params",), "params"),
+        ({}, (), None),
+        ({"path": {"param_key_g": "params"}}, ("params", "params_ema"), "params"),
+        ({"path": {"param_key_g": "params_ema"}}, ("params", "params_ema"), "params_ema"),
+        ({"train": {"use_ema": False}}, ("params", "params_ema"), "params"),
+        ({"train": {"use_ema": True}}, ("params", "params_ema"), "params_ema"),
+    ],
+)
+def test_what_is_tested_is_what_validation_used(
+    model_type: str, changes: Any, kept: Any, tested: str | None, run_basicsr: Any, test_options: Any
+) -> None:
+    """The averaged weights where there are some, unless the file says otherwise; the log says which."""
+    torch.manual_seed(0)
+    first, second = new_network(test_options).state_dict(), new_network(test_options).state_dict()
+    both = {"params": first, "params_ema": second}
+    torch.save({key: both[key] for key in kept} or second, run_basicsr.folder / "net.pth")
+    torch.save(both[tested or "params_ema"], run_basicsr.folder / "expected.pth")
+    figures = []
+    for name, file in (("given", "net.pth"), ("expected", "expected.pth")):
+        opt = test_options | {"name": name, "model_type": model_type}
+        opt["path"] = {"pretrain_network_g": file} | (changes.get("path", {}) if name == "given" else {})
+        if name == "given" and "train" in changes:
+            opt["train"] = changes["train"]
+        run = run_basicsr("test", opt)
+        assert run.status == 0, run.err
+        figures.append(values(run.log(name, of="results"), "psnr"))
+        if name == "given" and tested:
+            assert re.search(rf"(Using|using) '{tested}'", run.log(name, of="results"))
+    assert figures[0] == figures[1] != []

@@ -1,4 +1,4 @@
-"""Programs of others that build models from a dictionary of their own, as BasicSR's tests do, without a command line."""
+"""Programs of others that build models from a dictionary of their own, as BasicSR's tests do: no command line."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ import pytest
 import torch
 from basicsr.data import build_dataset
 from basicsr.models import build_model
-from basicsr.models.srgan_model import SRGANModel
 from basicsr.models.sr_model import SRModel
+from basicsr.models.srgan_model import SRGANModel
 from conftest import NETWORK
 from small_real import use_small_vgg19
 from torch.utils.data import DataLoader
