@@ -15,6 +15,7 @@ import torch
 from torch import nn
 
 from esc_arch.checkpoints import describe_mismatch, load_weights, read_checkpoint, select_weights
+from esc_arch.checkpoints.reading import is_safetensors
 from esc_arch.errors import UserError
 
 WEIGHTS = {"weight": torch.arange(6.0).reshape(2, 3), "bias": torch.tensor([7.0, 8.0])}
@@ -79,6 +80,31 @@ def test_safetensors_are_read(prefix: str, tmp_path: Path) -> None:
     assert_same(read(path))
 
 
+@pytest.mark.parametrize("name", ["net.pth", "net.safetensors", "net.ckpt", "net"])
+@pytest.mark.parametrize("way", ["safetensors", "zip", "old format"])
+def test_the_content_decides_not_the_name(name: str, way: str, tmp_path: Path) -> None:
+    path = tmp_path / name
+    if way == "safetensors":
+        path.write_bytes(safetensors.torch.save(WEIGHTS))
+    else:
+        path.write_bytes(torch_bytes({"params": WEIGHTS}, _use_new_zipfile_serialization=way == "zip"))
+    assert is_safetensors(path) == (way == "safetensors")
+    assert_same(read(path))
+
+
+def test_safetensors_whose_header_is_as_long_as_a_zip_is_named(tmp_path: Path) -> None:
+    """A length of 0x4b50 is "PK" in the file."""
+    path = tmp_path / "net.pth"
+    padding = 0x4B50 - len(_header(safetensors.torch.save(WEIGHTS, {"x": ""})))
+    path.write_bytes(safetensors.torch.save(WEIGHTS, {"x": "." * padding}))
+    assert path.read_bytes().startswith(b"PK")
+    assert_same(read(path))
+
+
+def _header(content: bytes) -> bytes:
+    return content[8 : 8 + int.from_bytes(content[:8], "little")]
+
+
 def test_weights_saved_elsewhere_are_read_onto_the_cpu(tmp_path: Path) -> None:
     """Fault 6: a file from a GPU."""
     content = torch_bytes({"params": WEIGHTS}, _use_new_zipfile_serialization=False)
@@ -108,7 +134,6 @@ NONE = {
     "JSON": (b'{"message": "Not found"}', "damaged, or was not written by torch.save"),
     "picture": (b"\x89PNG\r\n\x1a\n" + bytes(100), "damaged, or was not written by torch.save"),
     "text": (b"the weights are elsewhere\n" * 9, "no checkpoint|not written by torch.save"),
-    "safetensors of another name": (safetensors.torch.save(WEIGHTS), "not written by torch.save"),
     "list": (torch_bytes([1, 2]), "holds a list, not a dictionary of weights"),
 }
 
@@ -125,7 +150,7 @@ def test_what_is_no_checkpoint_is_said_to_be_none(kind: str, tmp_path: Path) -> 
     assert "weights_only" not in str(error.value)  # torch's advice to go on without protection
 
 
-@pytest.mark.parametrize("content", [b"", b"\x10" * 40, GOOD, safetensors.torch.save(WEIGHTS)[:-9]])
+@pytest.mark.parametrize("content", [b"", b"\x10" * 40, GOOD[:-20], safetensors.torch.save(WEIGHTS)[:-9]])
 def test_damaged_safetensors(content: bytes, tmp_path: Path) -> None:
     path = tmp_path / "net.safetensors"
     path.write_bytes(content)

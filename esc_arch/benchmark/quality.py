@@ -29,6 +29,7 @@ from esc_arch.distributed import failing_together
 from esc_arch.errors import UserError
 from esc_arch.models import ESCModel
 from esc_arch.models.esc_model import PROTOCOLS
+from esc_arch.models.metrics import image_measured, measure
 from esc_arch.ops.resize import matlab_resize, scale_pair
 from esc_arch.options import Options, checked_options, load_options
 from esc_arch.suggestions import did_you_mean
@@ -290,10 +291,12 @@ def _read_metrics(file: Path) -> dict[str, Metrics]:
 def bicubic(trial: Trial, dataset: str) -> dict[str, Metrics]:
     """The same metrics of MATLAB's bicubic enlargement, for each image of a data set that has ground truth."""
     metrics = trial.metrics(dataset)
-    return {
-        name: {key: float(calculate_metric({"img": image, "img2": gt}, metric)) for key, metric in metrics.items()}
-        for name, image, gt in bicubic_images(trial, dataset)
-    }
+    results: dict[str, Metrics] = {}
+    for name, image, gt in bicubic_images(trial, dataset):
+        image_measured.set(f"bicubic {name} of {dataset}")
+        images = {"img": image, "img2": gt}
+        results[name] = {key: float(measure(calculate_metric, images, metric)) for key, metric in metrics.items()}
+    return results
 
 
 def bicubic_images(trial: Trial, dataset: str) -> Iterator[tuple[str, Any, Any]]:

@@ -22,7 +22,7 @@ from esc_arch.registry import own
 from esc_arch.version import __version__
 
 from .loading import adapt_weights, describe_mismatch
-from .reading import find_weights, from_json, is_state_dict, read_checkpoint, read_metadata
+from .reading import find_weights, from_json, is_safetensors, is_state_dict, read_checkpoint, read_metadata
 from .recognition import examine, own_names
 
 __all__ = [
@@ -92,7 +92,7 @@ def open_checkpoint(path: str | Path, *, param_key: str | None = None, window_si
         )
     key, weights = find_weights(content, param_key, path)
     beside, left_out = _split_plain({name: value for name, value in content.items() if name != key}, bare=key is None)
-    if path.suffix == ".safetensors":
+    if is_safetensors(path):
         metadata = read_metadata(path)
         beside = {name: value for name, value in metadata.items() if name not in RESERVED}
         beside |= from_json(metadata.get("beside"))

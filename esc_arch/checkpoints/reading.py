@@ -17,7 +17,16 @@ from torch import Tensor
 from esc_arch.archs.flashbias import convert_old_factors, mark_published
 from esc_arch.errors import UserError
 
-__all__ = ["find_weights", "from_json", "is_state_dict", "read_checkpoint", "read_metadata", "select_weights", "some"]
+__all__ = [
+    "find_weights",
+    "from_json",
+    "is_safetensors",
+    "is_state_dict",
+    "read_checkpoint",
+    "read_metadata",
+    "select_weights",
+    "some",
+]
 
 logger = logging.getLogger("basicsr")
 
@@ -30,12 +39,15 @@ LISTED = 8
 #: Bytes of memory that the content of a file may take beyond the size of the file. PyTorch stores records as they
 #: are; only ones made to do harm grow by more when they are read.
 LARGEST_GROWTH = 2**28
+#: What a zip archive begins with, and a pickle, as torch.save wrote before 1.6.
+_WRITTEN_BY_TORCH = (b"PK\x03\x04", b"\x80\x02")
 
 
 def read_checkpoint(path: str | Path) -> dict[str, Any]:
     """The content of a ``.pth`` (also ``.pt``, ``.ckpt``, ``.state``) or ``.safetensors`` file, on the CPU.
 
     Weights in ``{"model": {"name", "args", "sd"}}``, as the published ESC-LTE has them, come as ``{"model": weights}``.
+    What it is of the two its content decides, not its name: files are renamed.
 
     Raises:
         UserError: the file is missing, is no checkpoint (a web page, a Git LFS pointer, cut short), holds anything but
@@ -49,13 +61,14 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
         raise UserError(f"The checkpoint {path} {what}.")
     if (problem := _not_a_checkpoint(path, _head(path))) is not None:
         raise UserError(f"{path} is not a checkpoint: {problem}")
-    if path.suffix == ".safetensors":
+    if is_safetensors(path):
         content = _read_safetensors(path)
         _settle_factors(content, from_json(read_metadata(path).get("network_g")), path)
         return content
     _check_growth(path, _unpacked_size(path))
     try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
+        with path.open("rb") as file:  # from its name alone, torch.load might take it for something else
+            content = torch.load(file, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         # Its text advises to load the file without this protection: only the name of what was refused is passed on
         refused = re.search(r"GLOBAL (\S+)", str(error))
@@ -99,7 +112,7 @@ def select_weights(checkpoint: Mapping[str, Any], param_key: str | None, source:
     Args:
         checkpoint: what `read_checkpoint` returns.
         param_key: the entry wanted (`params`, `params_ema`); None for the checkpoint itself. Another entry that
-            holds weights is taken in its place, with a log line, and a bare state dict is recognised.
+            holds weights is taken in its place, and a bare state dict is recognised. What is taken is logged.
         source: the file, for messages.
 
     Raises:
@@ -107,7 +120,9 @@ def select_weights(checkpoint: Mapping[str, Any], param_key: str | None, source:
             numbers that are repeated to far more than the file holds.
     """
     key, weights = find_weights(checkpoint, param_key, source)
-    if key not in (param_key, None):
+    if key == param_key is not None:
+        logger.info("Using %r of %s.", key, source)
+    elif key is not None:
         logger.info("%s has no %r; using %r.", source, param_key, key)
     return weights
 
@@ -200,8 +215,19 @@ def _read_safetensors(path: Path) -> dict[str, Any]:
         raise _damaged(path, error) from error
 
 
+def is_safetensors(path: Path) -> bool:
+    """Whether a file is to be read as safetensors: it begins as they do, or is named so and begins as no other does.
+
+    They begin with the length of a JSON object, in 8 bytes, and that object.
+    """
+    head = _head(path)
+    if head[8:9] == b"{" and int.from_bytes(head[:8], "little") <= path.stat().st_size - 8:
+        return True
+    return path.suffix == ".safetensors" and not head.startswith(_WRITTEN_BY_TORCH)
+
+
 def read_metadata(path: str | Path) -> dict[str, str]:
-    """What a ``.safetensors`` file says beside its tensors, as `read_checkpoint` has found it to be one."""
+    """What a safetensors file says beside its tensors, as `is_safetensors` has found it to be one."""
     from safetensors import safe_open
 
     with safe_open(path, framework="pt") as file:
@@ -226,7 +252,7 @@ def _not_a_checkpoint(path: Path, head: bytes) -> str | None:
         return "it is a web page. Download the file itself, not the page that shows it."
     if text.startswith(b"version https://git-lfs"):
         return "it is a Git LFS pointer. Fetch the file itself with `git lfs pull`."
-    if text.startswith(b"pk") and path.suffix != ".safetensors" and not _is_whole_zip(path):
+    if text.startswith(b"pk") and not is_safetensors(path) and not _is_whole_zip(path):
         return f"it was cut short ({path.stat().st_size:,} bytes). Get it again."
     return None
 

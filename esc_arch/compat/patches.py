@@ -183,6 +183,21 @@ def _read_state(path: Path) -> dict[str, Any]:
 # --- models ---------------------------------------------------------------------------------------------------------
 
 
+@patch("basicsr.models.base_model", "BaseModel.__init__", "programs may build models from options of their own")
+def _base_model_init(original: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(original)
+    def __init__(self: Any, opt: dict[str, Any]) -> None:
+        from basicsr.utils.dist_util import get_dist_info
+
+        rank, world_size = get_dist_info()
+        # What the command line puts there, and replacements here read; BasicSR's own models do without most of it
+        for key, value in {"rank": rank, "world_size": world_size, "dist": world_size > 1, "logger": {}}.items():
+            opt.setdefault(key, value)
+        original(self, opt)
+
+    return __init__
+
+
 @patch("basicsr.models.base_model", "BaseModel.get_optimizer", "every optimiser of torch.optim, AdamW among them")
 def _get_optimizer(original: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(original)

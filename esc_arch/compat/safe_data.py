@@ -164,6 +164,57 @@ def _scandir(original: Callable[..., Any]) -> Callable[..., Any]:
     return scandir
 
 
+@patch("basicsr.data.data_util", "paired_paths_from_meta_info_file", "names in lists may have blanks")
+def _paired_paths_from_meta_info_file(original: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(original)
+    def paired_paths_from_meta_info_file(
+        folders: list[str], keys: list[str], meta_info_file: str, filename_tmpl: str
+    ) -> list[dict[str, str]]:
+        from esc_arch.data.name_lists import read_names
+
+        (input_folder, gt_folder), (input_key, gt_key) = folders, keys
+        paths = []
+        for name in read_names(meta_info_file):
+            stem, suffix = os.path.splitext(os.path.basename(name))
+            input_path = os.path.join(input_folder, filename_tmpl.format(stem) + suffix)
+            paths.append({f"{input_key}_path": input_path, f"{gt_key}_path": os.path.join(gt_folder, name)})
+        return paths
+
+    return paired_paths_from_meta_info_file
+
+
+def _with_optional_list(root_key: str, list_key: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """Of a data set with one folder: a list whose names may have blanks, or without one all files of the folder."""
+
+    def make(original: Callable[..., Any]) -> Callable[..., Any]:
+        @functools.wraps(original)
+        def __init__(self: Any, opt: dict[str, Any]) -> None:
+            from basicsr.utils import scandir
+
+            from esc_arch.data.name_lists import read_names
+
+            if opt["io_backend"]["type"] == "lmdb":
+                original(self, opt)
+                return
+            original(self, {**opt, list_key: os.devnull})
+            self.opt = opt
+            root, list_file = opt[root_key], opt.get(list_key)
+            names = sorted(scandir(root)) if list_file is None else read_names(list_file)
+            self.paths = [os.path.join(root, name) for name in names]
+
+        return __init__
+
+    return make
+
+
+patch("basicsr.data.single_image_dataset", "SingleImageDataset.__init__", "names in lists may have blanks")(
+    _with_optional_list("dataroot_lq", "meta_info_file")
+)
+patch("basicsr.data.realesrgan_dataset", "RealESRGANDataset.__init__", "without meta_info, the folder is gone through")(
+    _with_optional_list("dataroot_gt", "meta_info")
+)
+
+
 @patch("basicsr.data.transforms", "paired_random_crop", "a patch that cannot be cut names its image")
 def _paired_random_crop(original: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(original)

@@ -281,6 +281,20 @@ class _WithFitNames:
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
         from esc_arch.data.names import image_name
+        from esc_arch.models.metrics import image_measured
 
         for data in self._loader:
-            yield {**data, "lq_path": [f"{image_name(path)}.png" for path in data["lq_path"]]}
+            names = [image_name(path) for path in data["lq_path"]]
+            image_measured.set(f"{', '.join(names)} of {self.dataset.opt['name']}")
+            yield {**data, "lq_path": [f"{name}.png" for name in names]}
+
+
+@patch("basicsr.metrics", "calculate_metric", "a metric that cannot be computed of an image is named with it")
+def _calculate_metric(original: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(original)
+    def calculate_metric(data: dict[str, Any], opt: dict[str, Any]) -> Any:
+        from esc_arch.models.metrics import measure
+
+        return measure(original, data, opt)
+
+    return calculate_metric

@@ -148,14 +148,34 @@ def _rescuing() -> Iterator[None]:
         raise
 
 
-@patch("basicsr.models.base_model", "BaseModel.validation", "a validation that fails loses no iteration")
+@patch("basicsr.models.base_model", "BaseModel.validation", "none is done twice, and one that fails loses no iteration")
 def _validation(original: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(original)
-    def validation(self: Any, *args: Any, **kwargs: Any) -> None:
+    def validation(self: Any, dataloader: Any, current_iter: Any, *args: Any, **kwargs: Any) -> None:
+        from esc_arch.training.run import current_run
+
+        run = current_run()
+        if run is not None and run.is_validated(dataloader, current_iter):
+            return
         with _rescuing():
-            original(self, *args, **kwargs)
+            original(self, dataloader, current_iter, *args, **kwargs)
+        if run is not None:
+            run.has_validated(dataloader, current_iter)
 
     return validation
+
+
+@patch("basicsr.models.sr_model", "SRModel._log_validation_metric_values", "metrics.jsonl has validations")
+def _log_validation_metric_values(original: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(original)
+    def log_validation_metric_values(self: Any, current_iter: Any, dataset_name: str, tb_logger: Any) -> None:
+        from esc_arch.training.run import current_run
+
+        original(self, current_iter, dataset_name, tb_logger)
+        if (run := current_run()) is not None and run.history is not None:
+            run.history.append({"iter": current_iter, "dataset": dataset_name, **self.metric_results})
+
+    return log_validation_metric_values
 
 
 class _Nothing:

@@ -16,6 +16,7 @@ from basicsr.utils import FileClient, imfrombytes
 
 from ..errors import UserError
 from .image_files import IMAGE_SUFFIXES, Image
+from .name_lists import read_names
 
 __all__ = ["FloatImage", "HRImages", "as_list", "random_start"]
 
@@ -104,7 +105,7 @@ class HRImages:
         if self._backend["type"] == "lmdb":
             paths = _images_of_lmdb(root)
         elif list_file is not None:
-            paths = [os.path.join(root, name) for name in _names_in(list_file)]
+            paths = [os.path.join(root, name) for name in read_names(list_file)]
         else:
             paths = sorted(_images_below(root))
         if not paths:
@@ -141,14 +142,6 @@ def _images_of_lmdb(root: str) -> list[str]:
         raise UserError(f"{root} is not an LMDB that BasicSR can read: a folder NAME.lmdb with a meta_info.txt in it.")
     keys: list[str] = paths_from_lmdb(root)
     return keys
-
-
-def _names_in(list_file: str) -> list[str]:
-    try:
-        with open(list_file, encoding="utf-8", errors="surrogateescape") as lines:
-            return [line.split()[0] for line in lines if line.strip()]
-    except OSError as error:
-        raise UserError(f"Cannot read the list of images {list_file}: {error.strerror}.") from error
 
 
 def _images_below(root: str) -> Iterator[str]:

@@ -56,7 +56,7 @@ class ESCLTEModel(ESCModel):
         self._query = {}
         if "lq" not in data:
             self._batches += 1
-            random = np.random.default_rng([self.opt["manual_seed"], self.opt["rank"], self._batches])
+            random = np.random.default_rng([self.opt.get("manual_seed") or 0, self.opt["rank"], self._batches])
             scales = ScaleRange.of(self.opt["datasets"]["train"])
             data, self._query = draw_batch(data["gt"].to(self.device), scales, random)
         super().feed_data(data)

@@ -31,8 +31,9 @@ from esc_arch.distributed import gather_objects
 from esc_arch.errors import UserError
 from esc_arch.losses import build_losses
 from esc_arch.models.comparison import Comparison
+from esc_arch.models.metrics import image_measured, measure
 from esc_arch.models.self_ensemble import self_ensemble
-from esc_arch.models.speed import Speed, eager, full_float32, speed_problems
+from esc_arch.models.speed import PUBLISHED_MODEL, Speed, eager, full_float32, speed_problems
 from esc_arch.models.validation_pictures import validation_picture
 from esc_arch.ops.padding import reflect_pad_to_multiple
 from esc_arch.registry import register
@@ -47,6 +48,8 @@ PROTOCOLS = ("published", "srmodel", "ensemble")
 #: So many steps skipped one after the other mean that the training is lost.
 MOST_SKIPPED = 100
 _NEVER = 2**62
+#: Iterations after which the published `ESRModel` halves `gradient_clip`.
+CLIP_HALVES_AFTER = 50_000
 
 
 @dataclass
@@ -81,16 +84,28 @@ class ESCModel(SRModel):
      - ``train: losses`` adds losses by name, ``freeze`` and ``lr_factors`` choose parameters by patterns.
      - ``logger: keep_last: N`` keeps the newest N checkpoints, and the networks that were best by a metric.
 
+    Named `ESRModel`, it takes published option files: ``train: use_amp`` is ``amp: fp16``, and ``gradient_clip`` is
+    halved after 50,000 iterations.
+
     With several processes each validates its share of the images; means are those of one process to the last bit.
     """
 
     lq: Tensor
     gt: Tensor
     output: Tensor
+    #: Whether the history of a run without figures of a validation says that it was not done.
+    keeps_figures = True
 
     def __init__(self, opt: dict[str, Any]) -> None:
         self.speed = Speed.of(opt)
         self.speed.set_globals()
+        self._clip_halves = opt.get("model_type") == PUBLISHED_MODEL
+        if self._clip_halves and opt["is_train"] and self.speed.gradient_clip is not None:
+            logging.getLogger("basicsr").info(
+                "train: gradient_clip is halved after %d iterations, as published for %s. With ESCModel it stays.",
+                CLIP_HALVES_AFTER,
+                PUBLISHED_MODEL,
+            )
         self.skipped = 0
         self._skipped_in_a_row = 0
         self._iteration = 0
@@ -191,6 +206,8 @@ class ESCModel(SRModel):
     def _step(self) -> bool:
         """The optimiser's step; whether it was done, and not skipped."""
         clip, skip = self.speed.gradient_clip, self.speed.nonfinite == "skip"
+        if clip is not None and self._clip_halves and self._iteration > CLIP_HALVES_AFTER:
+            clip /= 2
         if clip is not None or skip:
             self.scaler.unscale_(self.optimizer_g)
             parameters = [p for group in self.optimizer_g.param_groups for p in group["params"]]
@@ -357,14 +374,6 @@ class ESCModel(SRModel):
             return
         self._conclude(sorted(everywhere, key=lambda each: each.index), name, current_iter, tb_logger, comparison)
 
-    def missed_validation(self, dataloader: Any, iteration: int) -> bool:
-        """Whether the figures of a validation are not in the history of the run; the same in all processes."""
-        run = current_run()
-        missed = run is not None and run.history is not None and bool(run.history.records())
-        if missed and run is not None and run.history is not None:
-            missed = not run.history.validated(iteration, dataloader.dataset.opt["name"])
-        return bool(gather_objects(missed)[0])
-
     def _share(self, dataloader: Any) -> Iterator[tuple[int, Any]]:
         """The images that are this process's to validate, with their places in the set."""
         rank, world = self.opt["rank"], self.opt["world_size"]
@@ -384,6 +393,7 @@ class ESCModel(SRModel):
     ) -> _Validated:
         val = self.opt["val"]
         name = image_name(data["lq_path"][0])
+        image_measured.set(f"{name} of {dataset}")
         self.feed_data(data)
         self.test()
         visuals = self.get_current_visuals()
@@ -400,13 +410,7 @@ class ESCModel(SRModel):
             )
         metrics = {}
         for key, metric in (val.get("metrics") or {}).items():
-            border, (height, width) = metric.get("crop_border", 0), images["img"].shape[:2]
-            if isinstance(border, int) and 2 * border >= min(height, width):
-                raise UserError(
-                    f"val: metrics: {key}: crop_border {border} leaves nothing of {name} of {dataset}, which has "
-                    f"{width} x {height} pixels. Give a smaller one."
-                )
-            metrics[key] = float(calculate_metric(images, metric)) if finite else math.nan
+            metrics[key] = float(measure(calculate_metric, images, metric)) if finite else math.nan
         validated = _Validated(index, name, metrics)
         if comparison is not None:
             validated.comparison = comparison.add(data["lq_path"][0], visuals)
@@ -434,11 +438,8 @@ class ESCModel(SRModel):
             self._keep_if_best(dataset, iteration)
         if self.opt["rank"] != 0:
             return
-        run = current_run()
         if self.opt["val"].get("metrics") is not None:
             self._log_validation_metric_values(iteration, dataset, tb_logger)
-            if run is not None and run.history is not None:
-                run.history.append({"iter": iteration, "dataset": dataset, **self.metric_results})
         for each in done:
             if tb_logger and each.picture is not None:
                 tb_logger.add_image(f"{dataset}/{each.name}", each.picture, iteration, dataformats="HWC")

@@ -14,9 +14,12 @@ from torch import nn
 from esc_arch.archs.base import ESCFamily
 from esc_arch.ops.float32 import float32_products
 
-__all__ = ["COMPILE_MODES", "Speed", "eager", "full_float32", "speed_problems"]
+__all__ = ["COMPILE_MODES", "PUBLISHED_MODEL", "Speed", "eager", "full_float32", "speed_problems"]
 
 COMPILE_MODES = ("default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs")
+#: The model type of published option files, and what their `use_amp` is: PyTorch's default.
+PUBLISHED_MODEL = "ESRModel"
+PUBLISHED_AMP = "fp16"
 _PRECISIONS = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -52,9 +55,12 @@ class Speed:
 
     @classmethod
     def of(cls, opt: Mapping[str, Any]) -> Speed:
-        """From all options of a run."""
+        """From all options of a run; those of the published `ESRModel` by their names there, too."""
         train = opt.get("train") or {}
-        return cls(**{name: train[name] for name in cls.__dataclass_fields__ if train.get(name) is not None})
+        given = {name: train[name] for name in cls.__dataclass_fields__ if train.get(name) is not None}
+        if opt.get("model_type") == PUBLISHED_MODEL and train.get("use_amp"):
+            given["amp"] = PUBLISHED_AMP
+        return cls(**given)
 
     def set_globals(self) -> None:
         """What PyTorch has for the whole process."""
@@ -120,8 +126,34 @@ def speed_problems(opt: Mapping[str, Any], net: type[Any] | None) -> Iterator[st
     if clip is not None and not (isinstance(clip, int | float) and not isinstance(clip, bool) and clip > 0):
         yield f"train:gradient_clip: {clip!r} given; must be a positive number, the largest norm, such as 1.0"
     yield from _accumulation_problems(opt, train.get("accumulate_grad"))
+    yield from _published_problems(opt, train)
     if train.get("activation_checkpointing") and net is not None and not issubclass(net, ESCFamily):
         yield f"train:activation_checkpointing: only for networks of the ESC family, not for {net.__name__}. Remove it"
+
+
+def _published_problems(opt: Mapping[str, Any], train: Mapping[str, Any]) -> Iterator[str]:
+    """Options of the published `ESRModel` that would do something else here, or nothing."""
+    if train.get("wave_opt"):
+        yield (
+            "train:wave_opt: this loss of wavelets is not known here. Remove it; train: losses: fft: {type: FFTLoss, "
+            "loss_weight: 0.05} is a loss by frequencies"
+        )
+    if train.get("mesa_opt"):
+        yield "train:mesa_opt: MESA is not known here. Remove it; ema_decay averages the weights"
+    if train.get("reset_momentum_iter"):
+        yield (
+            "train:reset_momentum_iter: not known here. Remove it; a new run that begins at the checkpoint of that "
+            "iteration, with path: pretrain_network_g, has a new optimiser"
+        )
+    if opt.get("model_type") != PUBLISHED_MODEL:
+        if train.get("use_amp"):
+            yield f"train:use_amp: {PUBLISHED_MODEL} has it. Give amp: fp16 or amp: bf16"
+    elif train.get("use_amp") and train.get("amp") not in (None, PUBLISHED_AMP):
+        yield f"train:use_amp: it is amp: {PUBLISHED_AMP}, and amp: {train['amp']} is given, too. Remove one of the two"
+    use_ema, decay = train.get("use_ema"), train.get("ema_decay") or 0
+    if use_ema is not None and bool(use_ema) != (decay != 0):
+        wanted = "give ema_decay, such as 0.999" if use_ema else "give ema_decay: 0 for no average"
+        yield f"train:use_ema: {use_ema} given, and ema_decay is {decay}. Remove use_ema, or {wanted}"
 
 
 def _accumulation_problems(opt: Mapping[str, Any], parts: Any) -> Iterator[str]:

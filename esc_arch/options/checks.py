@@ -20,16 +20,20 @@ from esc_arch.archs import ESCLTE
 from esc_arch.archs.base import ESCFamily
 from esc_arch.models import ESCModel
 from esc_arch.models.esc_model import PROTOCOLS
+from esc_arch.models.metrics import needs_ground_truth
 from esc_arch.suggestions import did_you_mean
 
 from .data_checks import Extent, check_data
 from .files import Options
+from .key_usage import usage_of
 from .section_checks import check_call, check_type, entries, is_basicsr_s_or_ours, is_integer, sr_model
 from .training_checks import check_logger, check_training
 
 __all__ = ["check_options", "check_shape"]
 
 _MAX_SEED = 2**32 - 1  # numpy's
+#: Metrics of BasicSR that its models cannot use.
+_OF_TENSORS = ("calculate_psnr_pt", "calculate_ssim_pt")
 
 
 def check_options(opt: Options, is_train: bool, extent: Extent | None = None) -> list[str]:
@@ -173,8 +177,21 @@ def _check_dataset(path: str, dataset: Options, opt: Options, extent: Extent) ->
     if path == "datasets:train":
         yield from _check_loading(path, dataset)
     if kind is not None:
-        scale, metrics = opt.get("scale", dataset.get("scale")), (opt.get("val") or {}).get("metrics")
-        yield from check_data(path, dataset, kind, scale=scale, measured=bool(metrics), extent=extent)
+        scale = opt.get("scale", dataset.get("scale"))
+        problems = list(check_data(path, dataset, kind, scale=scale, metrics=_metrics(opt), extent=extent))
+        yield from problems
+        yield from _check_required(path, dataset, kind, problems)
+
+
+def _check_required(path: str, dataset: Options, kind: type, told: list[str]) -> Iterator[str]:
+    """Whether there is all that the class takes in any case, as its source says; but for what is `told` already."""
+    usage = usage_of(kind)
+    required = usage.requires_in_training if dataset.get("phase") == "train" else usage.requires
+    # What null is to another package is not known
+    missing = {key for key in required if key not in dataset or (dataset[key] is None and is_basicsr_s_or_ours(kind))}
+    for key in sorted(missing - {"name", "phase", "scale", "io_backend"}):  # put there, or looked at, by others
+        if not any(problem.startswith(f"{path}:{key}:") for problem in told):
+            yield f"{path}:{key}: missing; {dataset['type']} needs it"
 
 
 def _check_loading(path: str, dataset: Options) -> Iterator[str]:
@@ -194,10 +211,31 @@ def _check_metrics(opt: Options) -> Iterator[str]:
     if not isinstance(metrics, dict):
         yield f"val:metrics: {metrics!r} given; must be a mapping of names, such as psnr: {{type: calculate_psnr}}"
         return
+    model = sr_model(opt)
+    without_gt = [
+        phase
+        for phase, dataset in opt["datasets"].items()
+        if phase != "train" and dataset.get("type") == "SingleImageDataset"
+    ]
     for name, metric in metrics.items():
-        yield from check_call(
-            f"val:metrics:{name}", metric, entries(METRIC_REGISTRY), supplied=["img", "img2"], extra=["better"]
-        )
+        path = f"val:metrics:{name}"
+        problems = list(check_call(path, metric, entries(METRIC_REGISTRY), supplied=["img", "img2"], extra=["better"]))
+        yield from problems
+        if problems or model is None or not is_basicsr_s_or_ours(model.nondist_validation):
+            continue
+        if metric["type"] in _OF_TENSORS:
+            yield f"{path}:type: {metric['type']} takes tensors, and validation has images. Give {metric['type'][:-3]}"
+        elif without_gt and needs_ground_truth(metric):
+            yield (
+                f"{path}: {metric['type']} compares with ground truth, and datasets:{without_gt[0]} has none "
+                f"(SingleImageDataset). Remove the metric, or the data set, or give PairedImageDataset with its GT"
+            )
+
+
+def _metrics(opt: Options) -> dict[str, Options]:
+    """The entries of `val: metrics:`, as far as they are such."""
+    metrics = (opt.get("val") or {}).get("metrics")
+    return {name: m for name, m in metrics.items() if isinstance(m, dict)} if isinstance(metrics, dict) else {}
 
 
 def _check_protocol(opt: Options) -> Iterator[str]:

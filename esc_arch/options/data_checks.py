@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import os
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from importlib.util import find_spec
 from typing import Any
@@ -23,7 +23,10 @@ from esc_arch.data.arbitrary_scale_dataset import ScaleRange
 from esc_arch.data.decoding import reason_against
 from esc_arch.data.hr_images import HRImages, as_list
 from esc_arch.data.lmdb_check import listed_sizes
+from esc_arch.data.name_lists import read_names
+from esc_arch.data.names import shown
 from esc_arch.errors import UserError
+from esc_arch.models.metrics import too_small
 from esc_arch.suggestions import did_you_mean
 
 from .files import Options
@@ -43,6 +46,7 @@ _FIRST_TRANSPOSED_ORIENTATION = 5
 _ROOTS_READ = {
     "PairedImageDataset": ("dataroot_lq", "dataroot_gt"),
     "SingleImageDataset": ("dataroot_lq",),
+    "RealESRGANDataset": ("dataroot_gt",),
 }
 # Those that read HR images only, from one folder or LMDB or several.
 _HR_DATASETS = ("ArbitraryScaleDataset", "DownsampleImageDataset")
@@ -82,6 +86,8 @@ class _SizeRule:
     """The side of the patches cut from GT; None when whole images are used."""
     gt_size_name: str = "gt_size"
     """What the option file calls it."""
+    metrics: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    """What is measured of results, by name."""
 
     def __str__(self) -> str:
         patches = f" and {self.gt_size_name} {self.gt_size}" if self.gt_size is not None else ""
@@ -96,13 +102,23 @@ class _SizeRule:
             return f"LQ is {_shape(lq)} and GT {_shape(gt)}; with scale {self.scale} GT must be {bound}{_shape(wanted)}"
         if self.gt_size is not None and min(gt) < self.gt_size:
             return f"GT is {_shape(gt)}, smaller than {self.gt_size_name} {self.gt_size}"
+        return self.unmeasurable(lq)
+
+    def unmeasurable(self, lq: Size) -> str | None:
+        """Why a metric is not defined for the result for an LQ image."""
+        height, width = lq[0] * self.scale, lq[1] * self.scale
+        for name, metric in self.metrics.items():
+            if (reason := too_small(metric, height, width)) is not None:
+                return f"its result will have {width}x{height} pixels; for val:metrics:{name}, {reason}"
         return None
 
 
-def check_data(path: str, dataset: Options, kind: type, *, scale: Any, measured: bool, extent: Extent) -> Iterator[str]:
+def check_data(
+    path: str, dataset: Options, kind: type, *, scale: Any, metrics: Mapping[str, Options], extent: Extent
+) -> Iterator[str]:
     """All that is wrong with the data of `dataset`, an instance of `kind` to be, at `path` in the option file.
 
-    `measured` says whether metrics compare the output with GT: without, its size does not matter in validation.
+    `metrics` are those of validation, by name; without them, the size of GT does not matter there.
     """
     if kind.__module__.split(".")[0] not in ("basicsr", "esc_arch"):
         if extent.with_files:
@@ -126,8 +142,11 @@ def check_data(path: str, dataset: Options, kind: type, *, scale: Any, measured:
     if dataset["type"] in _HR_DATASETS:
         yield from _check_hr_images(path, dataset, is_train, extent)
     elif dataset["type"] in _ROOTS_READ:
-        rule = _SizeRule(scale, is_train, dataset.get("gt_size") if is_train else None)
-        yield from _check_images(path, dataset, rule if is_paired and (is_train or measured) else None, extent)
+        rule = None
+        if _is_positive(scale) and (metrics or is_train):
+            gt_size = dataset.get("gt_size") if is_train else None
+            rule = _SizeRule(scale, is_train, gt_size, metrics={} if is_train else metrics)
+        yield from _check_images(path, dataset, rule, extent)
 
 
 def _check_backend(path: str, dataset: Options) -> Iterator[str]:
@@ -166,10 +185,10 @@ def _check_list_file(path: str, dataset: Options) -> Iterator[str]:
     can_do_without = dataset["type"] in (*_ROOTS_READ, *_HR_DATASETS)
     if can_do_without and _backend(dataset) == "lmdb":  # it has a list of its own, and no other is read
         return
-    list_file = dataset.get("meta_info_file")
-    if dataset["type"] in _ROOTS_READ and not isinstance(list_file, str | None):
-        yield f"{path}:meta_info_file: {list_file!r} given; must be a text file with one image's name in each line"
-    for key in ("meta_info_file", "meta_info"):
+    own = _list_key(dataset)
+    if dataset["type"] in _ROOTS_READ and not isinstance(dataset.get(own), str | None):
+        yield f"{path}:{own}: {dataset[own]!r} given; must be a text file with one image's name in each line"
+    for key in (own,) if dataset["type"] in _ROOTS_READ else ("meta_info_file", "meta_info"):
         for file in _texts(dataset.get(key)):
             if not os.path.isfile(file):
                 leave_out = f" Without {key}, all files of the folders are used." if can_do_without else ""
@@ -177,6 +196,11 @@ def _check_list_file(path: str, dataset: Options) -> Iterator[str]:
                     f"{path}:{key}: {file!r} given, but there is no file {os.path.abspath(file)}. BasicSR's own lists "
                     f"(basicsr/data/meta_info) come with a clone of BasicSR only: copy the file from there.{leave_out}"
                 )
+
+
+def _list_key(dataset: Options) -> str:
+    """What a data set of `_ROOTS_READ` calls its list of images."""
+    return "meta_info" if dataset["type"] == "RealESRGANDataset" else "meta_info_file"
 
 
 def _check_gt_size(path: str, dataset: Options, scale: Any) -> Iterator[str]:
@@ -195,9 +219,8 @@ def _check_images(path: str, dataset: Options, rule: _SizeRule | None, extent: E
     folders = {key: dataset[key] for key in _ROOTS_READ[dataset["type"]]}
     if _backend(dataset) == "lmdb":
         yield from _check_lmdbs(path, folders, rule, extent)
-    elif dataset.get("meta_info_file") is not None:
-        if len(folders) > 1:
-            yield from _check_listed_images(path, dataset, rule, extent)
+    elif dataset.get(_list_key(dataset)) is not None:
+        yield from _check_listed_images(path, dataset, folders, rule, extent)
     else:
         images = {key: _list_images(folder) for key, folder in folders.items()}
         empty = [key for key, names in images.items() if not names]
@@ -206,7 +229,8 @@ def _check_images(path: str, dataset: Options, rule: _SizeRule | None, extent: E
         if not empty and len(folders) > 1:
             yield from _check_folders(path, dataset, images["dataroot_lq"], images["dataroot_gt"], rule, extent)
         elif not empty:
-            extent.facts.append(f"{path}: {len(images['dataroot_lq']):,} images")
+            ((key, names),) = images.items()
+            yield from _check_single_images(path, [os.path.join(folders[key], name) for name in names], rule, extent)
 
 
 def _check_hr_images(path: str, dataset: Options, is_train: bool, extent: Extent) -> Iterator[str]:
@@ -267,15 +291,33 @@ def _without_partner(dataset: Options, lq: list[str], gt: list[str]) -> str:
     return f"; {alone[0]} has no GT image" if alone and len(lq) > len(gt) else ""
 
 
-def _check_listed_images(path: str, dataset: Options, rule: _SizeRule | None, extent: Extent) -> Iterator[str]:
-    file = dataset["meta_info_file"]
-    with open(file, encoding="utf-8", errors="surrogateescape") as lines:
-        names = [line.strip().split(" ")[0] for line in lines]
-    if not all(names) or not names:
-        where = f"its line {names.index('') + 1} is empty; delete it" if names else "it has no lines"
-        yield f"{path}:meta_info_file: {file!r} cannot be used: {where}"
-        return
-    yield from _check_pairs(path, dataset, names, rule, extent)
+def _check_listed_images(
+    path: str, dataset: Options, folders: dict[str, str], rule: _SizeRule | None, extent: Extent
+) -> Iterator[str]:
+    key = _list_key(dataset)
+    names = read_names(dataset[key])
+    if not names:
+        yield f"{path}:{key}: {dataset[key]!r} cannot be used: it names no image"
+    elif len(folders) > 1:
+        yield from _check_pairs(path, dataset, names, rule, extent)
+    else:
+        ((root_key, root),) = folders.items()
+        files = [os.path.join(root, name) for name in names]
+        problem = _missing_files(f"{path}:{root_key}", files, _Folders())
+        if problem is not None:
+            yield problem
+        else:
+            yield from _check_single_images(path, files, rule, extent)
+
+
+def _check_single_images(path: str, files: list[str], rule: _SizeRule | None, extent: Extent) -> Iterator[str]:
+    extent.facts.append(f"{path}: {len(files):,} images")
+    if rule is not None and rule.metrics:
+        yield from _check_measurable(path, ((file, _image_size(file)) for file in extent.chosen(files)), rule)
+
+
+def _check_measurable(path: str, sizes: Iterable[tuple[str, Size | None]], rule: _SizeRule) -> Iterator[str]:
+    yield from _summary(path, [(name, rule.unmeasurable(size)) for name, size in sizes if size])
 
 
 def _check_pairs(
@@ -290,10 +332,9 @@ def _check_pairs(
         return
     folders = _Folders()
     for index, key in enumerate(("dataroot_lq", "dataroot_gt")):
-        missing = [pair[index] for pair in pairs if pair[index] not in folders]
-        if missing:
-            hint = f" (filename_tmpl is {template!r})" if key == "dataroot_lq" else ""
-            yield f"{path}:{key}: {len(missing)} of {len(pairs)} images are missing, the first is {missing[0]}{hint}"
+        problem = _missing_files(f"{path}:{key}", [pair[index] for pair in pairs], folders)
+        if problem is not None:
+            yield problem + (f" (filename_tmpl is {template!r})" if key == "dataroot_lq" else "")
             rule = None
     if rule is not None:
         chosen = extent.chosen(pairs)
@@ -323,6 +364,13 @@ class _Folders:
         if folder not in self._names:
             self._names[folder] = set(os.listdir(folder)) if os.path.isdir(folder) else set()
         return name in self._names[folder]
+
+
+def _missing_files(path: str, files: list[str], folders: _Folders) -> str | None:
+    missing = [file for file in files if file not in folders]
+    if not missing:
+        return None
+    return f"{path}: {len(missing)} of {len(files)} images are missing, the first is {shown(missing[0])}"
 
 
 def _check_headers(path: str, pairs: list[tuple[str, str]], rule: _SizeRule) -> Iterator[str]:
@@ -373,7 +421,10 @@ def _check_lmdbs(path: str, folders: dict[str, str], rule: _SizeRule | None, ext
         for key, folder in folders.items():
             yield from check_content(f"{path}:{key}", folder, listed_sizes(folder))
     if len(folders) < 2:
-        extent.facts.append(f"{path}: {len(listed_sizes(folders['dataroot_lq'])):,} images")
+        sizes = listed_sizes(next(iter(folders.values())))
+        extent.facts.append(f"{path}: {len(sizes):,} images")
+        if rule is not None:
+            yield from _check_measurable(path, sizes.items(), rule)
         return
     lq, gt = (listed_sizes(folders[key]) for key in ("dataroot_lq", "dataroot_gt"))
     odd = sorted(lq.keys() ^ gt.keys())

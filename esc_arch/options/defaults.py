@@ -17,7 +17,7 @@ from esc_arch.distributed import print_note
 from .files import Options
 from .key_checks import keys_that_model_reads
 from .keys import PATH, PATTERNS
-from .section_checks import entries, is_esc_model
+from .section_checks import entries, is_basicsr_s_or_ours, is_esc_model, sr_model
 
 __all__ = ["set_debug", "set_defaults", "set_paths"]
 
@@ -38,8 +38,24 @@ def set_defaults(opt: Options, is_train: bool) -> None:
     shown = is_train and is_esc_model(opt) and (opt.get("val") or {}).get("tb_images")
     if shown and not opt["logger"]["use_tb_logger"]:
         print_note("val:tb_images shows nothing: TensorBoard is off (logger:use_tb_logger: true turns it on).")
+    if not is_train:
+        _set_tested_weights(opt)
     for phase, dataset in opt["datasets"].items():
         _set_dataset_defaults(phase, dataset, opt)
+
+
+def _set_tested_weights(opt: Options) -> None:
+    """Test what validation used: the averaged weights, where the checkpoint has them and the file does not say.
+
+    A model of another package may read weights in a way of its own, and BasicSR's default, `params`, stays.
+    """
+    paths, model = opt["path"], sr_model(opt)
+    if not paths.get("pretrain_network_g") or "param_key_g" in paths:
+        return
+    if model is not None and is_basicsr_s_or_ours(model.load_network):
+        train = opt.get("train")
+        use_ema = train.get("use_ema") if isinstance(train, dict) else None
+        paths["param_key_g"] = "params" if use_ema is False else "params_ema"
 
 
 def set_debug(opt: Options, asked: bool, is_train: bool) -> None:

@@ -32,6 +32,11 @@ _COPIES = {"dict", "OrderedDict", "deepcopy", "copy"}
 _READS = {"get", "pop", "setdefault"}
 _GOES_THROUGH = {"items", "keys", "values"}
 _MAX_FUNCTIONS = 500
+#: What is in these may be left out when the program runs.
+_CONDITIONAL = (
+    *(ast.If, ast.For, ast.While, ast.Try, ast.IfExp, ast.BoolOp, ast.Lambda, ast.FunctionDef, ast.Assert, ast.Match),
+    *(ast.ListComp, ast.SetComp, ast.DictComp, ast.GeneratorExp),
+)
 
 
 @dataclass(frozen=True)
@@ -43,12 +48,17 @@ class Usage:
         open: sections from which it may read any key; ``()`` are the options themselves.
         words: all that stands in quotes in the modules of its source, or is a field there: what may be a key.
         complete: whether all of its source was there to be read.
+        requires: the keys of the options themselves without which it surely fails: those that its constructor, or the
+            `__getitem__` of a data set, takes as `opt['x']` whatever else is given.
+        requires_in_training: the same of a data set whose `phase` is train.
     """
 
     reads: Paths
     open: Paths
     words: frozenset[str]
     complete: bool
+    requires: frozenset[str]
+    requires_in_training: frozenset[str]
 
     def keys(self, *section: str) -> set[str]:
         """The keys that are read in a section."""
@@ -62,8 +72,35 @@ class Usage:
 def usage_of(kind: type) -> Usage:
     """What the class `kind`, made as `kind(opt)`, reads of `opt`."""
     reader = _Reader(kind)
-    reader.read_class(kind, _OPTIONS)
-    return Usage(frozenset(reader.reads), frozenset(reader.open), _words(kind), reader.complete)
+    attributes = reader.read_class(kind, _OPTIONS)
+    required = _required(reader, kind, attributes)
+    return Usage(frozenset(reader.reads), frozenset(reader.open), _words(kind), reader.complete, *required)
+
+
+def _required(reader: _Reader, kind: type, attributes: dict[str, Paths]) -> tuple[frozenset[str], frozenset[str]]:
+    """Always, and in training."""
+    always: set[str] = set()
+    in_training: set[str] = set()
+    stored: set[str] = set()
+    for name in ("__init__", "__getitem__"):
+        for base in _followed_bases(kind):
+            node = _method(base, name)
+            if node is None:
+                continue
+            function = _Function(reader, base, kind, attributes)
+            names = [argument.arg for argument in node.args.args]
+            function.run(node, {names[1]: _OPTIONS} if name == "__init__" and len(names) > 1 else {})
+            always |= function.required
+            in_training |= function.required_in_training
+            stored |= function.stored
+            if not function.calls_super:
+                break
+    return frozenset(always - stored), frozenset((always | in_training) - stored)
+
+
+def _method(kind: type, name: str) -> ast.FunctionDef | None:
+    body = getattr(_tree(kind), "body", [])
+    return next((node for node in body if isinstance(node, ast.FunctionDef) and node.name == name), None)
 
 
 def _followed_bases(kind: type) -> list[type]:
@@ -95,12 +132,16 @@ class _Reader:
         self._packages = {base.__module__.partition(".")[0] for base in _followed_bases(kind)}
         self._seen: set[tuple[Any, ...]] = set()
 
-    def read_class(self, kind: type, options: Paths) -> None:
-        """Go through all methods of a class and its bases; the first argument of its constructor is `options`."""
-        if (kind, options) in self._seen:
-            return
-        self._seen.add((kind, options))
+    def read_class(self, kind: type, options: Paths) -> dict[str, Paths]:
+        """Go through all methods of a class and its bases; the first argument of its constructor is `options`.
+
+        Returns:
+            Which parts of the options its attributes are; nothing for a class that was gone through before.
+        """
         attributes: dict[str, Paths] = {}
+        if (kind, options) in self._seen:
+            return attributes
+        self._seen.add((kind, options))
         methods = []
         for base in _followed_bases(kind):
             tree = _tree(base)
@@ -117,6 +158,7 @@ class _Reader:
                 if node.name == "__init__" and len(names) > 1:
                     bound[names[1]] = options
                 _Function(self, base, kind, attributes).run(node, bound)
+        return attributes
 
     def follow(self, target: Any, arguments: list[Paths], keywords: Mapping[str | None, Paths]) -> None:
         """Go through what is called with parts of the options, if its source may tell what it reads."""
@@ -161,11 +203,50 @@ class _Function(ast.NodeVisitor):
         self._attributes = attributes
         self._names: dict[str, Paths] = {}
         self._words: dict[str, list[str]] = {}
+        #: How many conditions, loops and the like are around the place that is looked at.
+        self._conditions = 0
+        #: Keys of the options themselves that are taken without a condition, and those that are set.
+        self.required: set[str] = set()
+        self.required_in_training: set[str] = set()
+        self.stored: set[str] = set()
+        self.calls_super = False
 
     def run(self, node: ast.FunctionDef, bound: Mapping[str, Paths]) -> None:
         self._names.update(bound)
         for statement in node.body:
             self.visit(statement)
+            # What comes behind a way out may not be reached; behind `raise` it need not, for the class fails anyway
+            self._conditions += any(isinstance(part, ast.Return) for part in ast.walk(statement))
+
+    def visit(self, node: ast.AST) -> Any:
+        conditional = isinstance(node, _CONDITIONAL)
+        self._conditions += conditional
+        super().visit(node)
+        self._conditions -= conditional
+
+    def visit_If(self, node: ast.If) -> None:
+        """A condition as any other, but for `if opt['phase'] == 'train'`, of which it is known when it holds."""
+        self._conditions -= 1
+        self._paths(node.test)
+        in_training = self._is_of_training(node.test)
+        if in_training:
+            self.required, self.required_in_training = self.required_in_training, self.required
+            for statement in node.body:
+                self.visit(statement)
+            self.required, self.required_in_training = self.required_in_training, self.required
+        self._conditions += 1
+        for statement in node.orelse if in_training else [*node.body, *node.orelse]:
+            self.visit(statement)
+
+    def _is_of_training(self, test: ast.expr) -> bool:
+        return (
+            isinstance(test, ast.Compare)
+            and isinstance(test.left, ast.Subscript)
+            and self._paths(test.left.value) == _OPTIONS
+            and self._texts(test.left.slice) == ["phase"]
+            and isinstance(test.ops[0], ast.Eq)
+            and self._texts(test.comparators[0]) == ["train"]
+        )
 
     # --- statements ---------------------------------------------------------------------------------------------------
 
@@ -187,6 +268,7 @@ class _Function(ast.NodeVisitor):
             return
         paths = self._paths(value)
         if isinstance(target, ast.Name):
+            self._conditions += bool(self._names.get(target.id)) and paths != self._names[target.id]
             self._names[target.id] = self._names.get(target.id, _NOTHING) | paths
         elif isinstance(target, ast.Attribute) and isinstance(target.value, ast.Name) and target.value.id == "self":
             self._attributes[target.attr] = self._attributes.get(target.attr, _NOTHING) | paths
@@ -227,6 +309,13 @@ class _Function(ast.NodeVisitor):
 
     def _paths(self, node: ast.expr) -> Paths:
         """Which parts of the options an expression is; notes what it reads."""
+        conditional = isinstance(node, _CONDITIONAL)
+        self._conditions += conditional
+        paths = self._paths_of(node)
+        self._conditions -= conditional
+        return paths
+
+    def _paths_of(self, node: ast.expr) -> Paths:
         if isinstance(node, ast.Name):
             return self._names.get(node.id, _NOTHING)
         if isinstance(node, ast.Attribute):
@@ -235,7 +324,12 @@ class _Function(ast.NodeVisitor):
             self._paths(node.value)
             return _NOTHING
         if isinstance(node, ast.Subscript):
-            return self._entry(self._paths(node.value), node.slice)
+            paths, texts = self._paths(node.value), self._texts(node.slice)
+            if paths == _OPTIONS and isinstance(node.ctx, ast.Store):
+                self.stored.update(texts)
+            elif paths == _OPTIONS and len(texts) == 1 and not self._conditions:
+                self.required.update(texts)
+            return self._entry(paths, node.slice)
         if isinstance(node, ast.Call):
             return self._call(node)
         if isinstance(node, ast.BoolOp):
@@ -287,9 +381,12 @@ class _Function(ast.NodeVisitor):
             if function.attr in _READS and node.args:
                 for default in node.args[1:]:
                     self._paths(default)
+                if function.attr == "setdefault":
+                    self.stored.update(self._texts(node.args[0]))
                 return self._entry(paths, node.args[0])
             if function.attr in _GOES_THROUGH:
                 self._reader.open |= paths
+            self._conditions += function.attr == "update"  # with keys that are not known
             return paths if function.attr == "copy" else _NOTHING
         arguments = [self._paths(entry) for entry in node.args]
         keywords = {entry.arg: self._paths(entry.value) for entry in node.keywords}
@@ -298,6 +395,7 @@ class _Function(ast.NodeVisitor):
             return arguments[0] if arguments else _NOTHING
         if isinstance(function, ast.Attribute):
             self._paths(function.value)
+        self.calls_super |= _is_super(function) and not self._conditions
         if any(arguments) or any(keywords.values()):
             self._hand_on(node, name, arguments, keywords)
         return _NOTHING
@@ -305,6 +403,7 @@ class _Function(ast.NodeVisitor):
     def _hand_on(self, node: ast.Call, name: str, arguments: list[Paths], keywords: Mapping[str | None, Paths]) -> None:
         if name in _LOOKS_ONLY or _is_super(node.func):  # the methods of base classes are gone through anyway
             return
+        self._conditions += () in _NOTHING.union(*arguments, *keywords.values())  # what gets them may add to them
         target = self._resolve(node.func)
         bound_to = getattr(node.func, "value", None)
         if isinstance(bound_to, ast.Name) and bound_to.id == "self" and isinstance(target, FunctionType):

@@ -180,7 +180,7 @@ PATH: dict[str, Key] = {
     "experiments_root": _text("Folder that trainings are put in (experiments)."),
     "results_root": _text("Folder that tests are put in (results)."),
     "pretrain_network_g": _text("Weights to start from: .pth or .safetensors."),
-    "param_key_g": _text("What of the weights to take: params_ema or params (the default)."),
+    "param_key_g": _text("What of the weights to take. Default: training params, testing params_ema if there."),
     "strict_load_g": _flag("Whether every name and shape must fit; with false only what fits is loaded, and said so."),
 }
 
@@ -245,7 +245,16 @@ TRAIN_OF_MODELS: dict[str, Key] = {
     ),
     "accumulate_grad": _whole("ESCModel: parts that a batch is computed in, to save memory.", 1, 2),
     "activation_checkpointing": _flag("ESCModel: less memory for about a third more time."),
-    "gradient_clip": Key("ESCModel: the largest norm of all gradients together.", "a positive number", _RATES),
+    "gradient_clip": Key(
+        "ESCModel: the largest norm of all gradients. ESRModel: halved after 50,000 iterations.",
+        "a positive number",
+        _RATES,
+    ),
+    "use_amp": _flag("ESRModel: amp: fp16, by its published name."),
+    "use_ema": _flag("ESCModel: as published. Testing: whether params_ema is tested when param_key_g is left out."),
+    "wave_opt": _section("Of the published ESRModel: not known here."),
+    "mesa_opt": _section("Of the published ESRModel: not known here."),
+    "reset_momentum_iter": _whole("Of the published ESRModel: not known here.", 0, 0),
     "tf32": _flag("ESCModel: float32 products in TF32 on GPUs."),
     "nonfinite": _choice(
         "ESCModel: what a loss that is no number does: end the run, or skip the step.", "stop", "skip"

@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from esc_arch.distributed import Agreement
+from esc_arch.distributed import Agreement, gather_objects
 from esc_arch.errors import UserError
 
 from .data_order import EpochSampler
@@ -71,6 +71,7 @@ class TrainingRun:
         self._model: Any = None
         self._log: TrainingLog | None = None
         self._batches = self._batches_of_epoch = 0
+        self._validated: set[tuple[str, int]] = set()
 
     # What the loop makes before it begins, in this order
 
@@ -92,6 +93,13 @@ class TrainingRun:
             self.history = History(Path(self._opt["path"]["experiments_root"], "metrics.jsonl"))
             self.history.truncate(iteration)
         log.history = self.history
+        if self.is_over:
+            logging.getLogger("basicsr").info(
+                "This training is finished: its last state is of iteration %d, and train: total_iter is %d. To go on, "
+                "raise total_iter.",
+                iteration,
+                int(self._opt["train"]["total_iter"]),
+            )
 
     # What the prefetcher calls
 
@@ -110,6 +118,9 @@ class TrainingRun:
             self._log.step(self.iteration)
         if self._agreement.any_rank(bool(self.stop)):
             self._end()
+        if self.is_over and self.iteration not in (self.start_iteration, self.saved_iteration):
+            # Where no checkpoint falls to the end: by its state --auto_resume knows that nothing is left to do
+            self._model.save(self._sampler.epoch, self.iteration)
         return not self.is_over
 
     def has_batch(self) -> None:
@@ -136,6 +147,13 @@ class TrainingRun:
         """Begin in an epoch after `samples` of it."""
         self._sampler.resume(epoch, samples)
 
+    def is_validated(self, loader: Any, iteration: int) -> bool:
+        """Whether a set was validated at this iteration: BasicSR's loop does so once more at its end."""
+        return (_name_of(loader), iteration) in self._validated
+
+    def has_validated(self, loader: Any, iteration: int) -> None:
+        self._validated.add((_name_of(loader), iteration))
+
     def rescue(self) -> str:
         """Save what was trained since the last state, as the run is about to fail between two iterations.
 
@@ -156,8 +174,9 @@ class TrainingRun:
 
     def finish(self) -> None:
         """The training is over: write its report."""
-        if self.history is not None:
-            root = Path(self._opt["path"]["experiments_root"])
+        root = Path(self._opt["path"]["experiments_root"])
+        # Of a run that found nothing left to do, the report would have no times
+        if self.history is not None and (self._batches or not (root / "summary.md").is_file()):
             report = write_report(
                 root,
                 self._opt,
@@ -187,10 +206,14 @@ class TrainingRun:
 
     def _catch_up(self) -> None:
         """Do the validations that fell to the iteration of the state, and that the end of the run before cut off."""
-        if self.start_iteration % int(self._opt["val"]["val_freq"]) or not hasattr(self._model, "missed_validation"):
-            return
+        records = [] if self.history is None else self.history.records()
+        here = {record.get("dataset") for record in records if record["iter"] == self.start_iteration}
+        done, is_kept = gather_objects((here, bool(records)))[0]
+        due = self.is_over or self.start_iteration % int(self._opt["val"]["val_freq"]) == 0
         for loader in self._val_loaders:
-            if self._model.missed_validation(loader, self.start_iteration):
+            if _name_of(loader) in done:
+                self.has_validated(loader, self.start_iteration)
+            elif due and is_kept and getattr(self._model, "keeps_figures", False):
                 tb_logger = self._log.tb_logger if self._log is not None else None
                 self._model.validation(loader, self.start_iteration, tb_logger, self._opt["val"]["save_img"])
 
@@ -204,6 +227,11 @@ class TrainingRun:
             "nothing new to save" if saved else "saved",
         )
         raise Stopped(self.stop.signum or 15)
+
+
+def _name_of(loader: Any) -> str:
+    """Of a validation set; those of other packages may have none."""
+    return str(getattr(loader.dataset, "opt", {}).get("name", id(loader)))
 
 
 def what_is_saved(opt: Mapping[str, Any]) -> str:

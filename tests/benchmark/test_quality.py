@@ -272,8 +272,9 @@ ROWS = {"ESC": "ESC", "ESC_light": "ESC-light", "ESC_FP": "ESC-FP", "ESC_DFLIP":
 def test_rows_of_the_paper_are_recognised(file: Path, options: Any, photographs: Any, run_basicsr: Any) -> None:
     shipped = load_yaml(file)
     kept = {key: shipped[key] for key in ("name", "network_g")} | {"scale": shipped.get("scale", 2)}
-    # Data of any scale: LR of which HR is nothing
-    options["datasets"]["test_1"] |= {"type": "SingleImageDataset", "dataroot_lq": str(photographs.val_lq)}
+    # Data of any scale
+    hr_images = {"type": "DownsampleImageDataset", "dataroot_gt": str(photographs.val_gt)}
+    options["datasets"] = {"test_1": {"name": "Cuts"} | hr_images}
     options["path"] = {}
     trial = plan(Path(run_basicsr.option_file(options | kept)))
     network = re.sub(r"^test_|_x\d$", "", file.stem)

@@ -177,6 +177,18 @@ class TestRoundTrip:
         with safe_open(tmp_path / "b.safetensors", "pt") as file:
             assert foreign.items() <= file.metadata().items()
 
+    def test_renamed_files_keep_what_they_say(self, tmp_path: Path) -> None:
+        """The content decides how a file is read, metadata included."""
+        self.there_and_back({"params_ema": weights_of(), "iter": 7}, tmp_path)
+        for name, renamed in (("b.safetensors", "d.pth"), ("c.pth", "e.safetensors")):
+            as_named = open_checkpoint(tmp_path / name)
+            (tmp_path / name).rename(tmp_path / renamed)
+            opened = open_checkpoint(tmp_path / renamed)
+            assert_same(opened.weights, as_named.weights)
+            assert (opened.key, opened.beside, opened.network_g) == (
+                as_named.key, as_named.beside, as_named.network_g
+            )  # fmt: skip
+
     def test_basicsr_s_way_of_loading(self, tmp_path: Path) -> None:
         net = network()
         self.there_and_back({"params_ema": dict(net.state_dict())}, tmp_path)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import logging
 import os
 import sys
@@ -349,3 +350,30 @@ def test_6_a_state_saved_by_a_model_is_read_safely(make_model: Any, tmp_path: Pa
     assert other.get_current_learning_rate() == model.get_current_learning_rate() == [5e-4]
     other.update_learning_rate(5)
     assert other.schedulers[0].last_epoch == 4
+
+
+@pytest.mark.parametrize("kind", ["PairedImageDataset", "SingleImageDataset", "RealESRGANDataset"])
+def test_names_in_lists_may_have_blanks(kind: str, tmp_path: Path) -> None:
+    """As programs build them, whose lists no check has seen; without one, all files of the folder are read."""
+    for name in ("a b.png", "c.png"):
+        (tmp_path / name).touch()
+    listed = tmp_path.parent / f"{tmp_path.name}.txt"
+    listed.write_text("a b.png (16,16,3)\n\nc.png\n")
+    options = {"name": "Set", "type": kind, "dataroot_gt": str(tmp_path), "dataroot_lq": str(tmp_path), "scale": 1}
+    options |= {"io_backend": {"type": "disk"}, "phase": "val", **BLUR, "use_hflip": False, "use_rot": False}
+    expected = [str(tmp_path / name) for name in ("a b.png", "c.png")]
+    for list_file in (str(listed), None):
+        given = options | {"meta_info" if kind == "RealESRGANDataset" else "meta_info_file": list_file}
+        paths = build_dataset(copy.deepcopy(given)).paths
+        assert [path["gt_path"] if isinstance(path, dict) else path for path in paths] == expected
+        assert [path["lq_path"] if isinstance(path, dict) else path for path in paths] == expected
+
+
+BLUR = {
+    f"{key}{stage}": value
+    for stage in ("", "2")
+    for key, value in {
+        "blur_kernel_size": 21, "kernel_list": ["iso"], "kernel_prob": [1], "sinc_prob": 0.1, "blur_sigma": [0.2, 3],
+        "betag_range": [0.5, 4], "betap_range": [1, 2],
+    }.items()
+} | {"final_sinc_prob": 0.8}  # fmt: skip

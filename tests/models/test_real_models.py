@@ -292,6 +292,31 @@ def test_training_and_resuming(
         assert "Loaded UNetDiscriminatorSN from" in resumed.log()
 
 
+@pytest.mark.parametrize("more", [(), ("datasets:train:meta_info=~",), ("datasets:train:meta_info=list.txt",)])
+def test_published_files_run_with_other_paths(
+    more: tuple[str, ...], run_basicsr: Any, photographs: Any, small_images: None
+) -> None:
+    """Both stages; without a list of images the folder is gone through. Only sizes are changed beside paths."""
+    small = (
+        f"datasets:train:dataroot_gt={photographs.gt}", "datasets:train:num_worker_per_gpu=0", "num_gpu=0",
+        "datasets:train:batch_size_per_gpu=2", "gt_size=32", "queue_size=4", "train:total_iter=3", "network_g:dim=8",
+        "network_g:pdim=4", "network_g:kernel_size=3", "network_g:n_blocks=1", "network_g:conv_blocks=1",
+        "network_g:window_size=4", "network_g:num_heads=2", "logger:use_tb_logger=false",
+    )  # fmt: skip
+    names = sorted(path.name for path in photographs.gt.iterdir())
+    used = names[:2] if "list.txt" in "".join(more) else names
+    (run_basicsr.folder / "list.txt").write_text("".join(f"{name} (48,48,3)\n" for name in used))
+    for stage in MODEL_TYPES:
+        file = str(ROOT / f"tests/options/published/train_ESCReal_x4_{stage}.yml")
+        smaller = ("network_d:num_feat=4",) if stage == "gan" else ()
+        result = run_basicsr("train", file, "--force_yml", *small, *smaller, *more)
+        assert result.status == 0, result.err
+        name = f"train_ESCReal_x4_{stage}"
+        assert f"Number of train images: {len(used)}" in result.log(name)
+        assert f"Model [{MODEL_TYPES[stage]}] is created." in result.log(name)
+        assert (result.experiment(name) / "models/net_g_latest.pth").is_file()
+
+
 def test_gan_stage_starts_from_the_l1_stage(
     real_options: Callable[[str], Options], run_basicsr: Any, small_images: None
 ) -> None:

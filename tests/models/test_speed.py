@@ -107,6 +107,40 @@ def test_gradients_are_clipped(clip: float, train: Any) -> None:
     assert float(norm) == pytest.approx(clip, rel=1e-4)
 
 
+@pytest.mark.parametrize(("name", "factor"), [("ESRModel", 0.5), ("ESCModel", 1)])
+def test_the_published_model_halves_the_clip(
+    name: str, factor: float, make_model: Make, train_options: Any, basicsr_log: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("esc_arch.models.esc_model.CLIP_HALVES_AFTER", 2)
+    model = make_model(model_type=name, train=train_options["train"] | {"gradient_clip": 0.01})
+    for step in (1, 2, 3, 4):
+        model.update_learning_rate(step)
+        model.feed_data(batch(step))
+        model.optimize_parameters(step)
+        norm = torch.stack([p.grad.norm() for p in model.net_g.parameters()]).norm()
+        assert float(norm) == pytest.approx(0.01 * (factor if step > 2 else 1), rel=1e-4)
+    assert ("gradient_clip is halved after 2 iterations" in basicsr_log.text) == (name == "ESRModel")
+
+
+def test_the_published_name_of_mixed_precision(make_model: Make, train_options: Any) -> None:
+    model = make_model(model_type="ESRModel", train=train_options["train"] | {"use_amp": True})
+    assert model.speed == Speed(amp="fp16") and model.scaler.is_enabled()
+    for given in ({"use_amp": False}, {"use_amp": None}, {}):
+        assert Speed.of({"model_type": "ESRModel", "train": given}) == Speed()
+
+
+def test_what_published_files_may_give(train_options: Any) -> None:
+    train_options |= {"model_type": "ESRModel"}
+    train_options["train"] |= {
+        "use_amp": True, "amp": "fp16", "use_ema": True, "gradient_clip": 1.0,
+        "wave_opt": None, "mesa_opt": None, "reset_momentum_iter": 0,
+    }  # fmt: skip
+    assert list(speed_problems(train_options, ESC)) == []
+    train_options["train"]["amp"] = "bf16"
+    (problem,) = speed_problems(train_options, ESC)
+    assert problem.startswith("train:use_amp: it is amp: fp16, and amp: bf16 is given, too. Remove one")
+
+
 def test_parts_of_a_batch_are_run_one_after_the_other(train: Any) -> None:
     model, _ = train(steps=1, accumulate_grad=2)
     sizes: list[int] = []
@@ -335,6 +369,12 @@ WRONG = [
     ({"gradient_clip": 0}, "train:gradient_clip: 0 given; must be a positive number"),
     ({"accumulate_grad": 0}, "train:accumulate_grad: 0 given; must be the number of parts of a batch"),
     ({"accumulate_grad": 3}, "train:accumulate_grad: 3 given; it must divide datasets:train:batch_size_per_gpu, 2"),
+    ({"wave_opt": {"type": "WaveletLoss"}}, "train:wave_opt: this loss of wavelets is not known here. Remove it; "),
+    ({"mesa_opt": {"mesa_weight": 1}}, "train:mesa_opt: MESA is not known here. Remove it; "),
+    ({"reset_momentum_iter": 1000}, "train:reset_momentum_iter: not known here. Remove it; a new run that begins"),
+    ({"use_amp": True}, "train:use_amp: ESRModel has it. Give amp: fp16 or amp: bf16"),
+    ({"use_ema": False}, "train:use_ema: False given, and ema_decay is 0.5. Remove use_ema, or give ema_decay: 0"),
+    ({"use_ema": True, "ema_decay": 0}, "train:use_ema: True given, and ema_decay is 0. Remove use_ema, or give ema"),
     (
         {"accumulate_grad": 2, "perceptual_opt": {"type": "PerceptualLoss", "layer_weights": {}, "criterion": "fro"}},
         "train:accumulate_grad: does not go with perceptual_opt:criterion: fro",

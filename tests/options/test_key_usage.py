@@ -112,6 +112,59 @@ def test_ways_to_read() -> None:
     assert not usage.is_open() and usage.complete
 
 
+class Requiring:
+    """Some keys are required in any case, some in training; none of the others surely is."""
+
+    def __init__(self, opt: Any) -> None:
+        if not opt["required"]:
+            raise ValueError
+        self.opt, self.renamed = opt, opt
+        opt["set"] = opt.setdefault("by_default", 1)
+        self.some = opt["set"], opt["by_default"], self.renamed["also"], [opt["in_a_list"]]
+        self.other = opt["either"] if "either" in opt else opt.get("or")
+        self.both = self.other or opt["or_else"]
+        if opt["phase"] == "train":
+            self.size = opt["in_training"]
+            if self.size:
+                self.size = opt["perhaps"]
+        else:
+            self.size = opt["otherwise"]
+        for key in KEYS:
+            self.some = opt[key]
+        try:
+            self.some = opt["tried"]
+        except KeyError:
+            return
+        self.late = opt["behind_a_return"]
+
+    def __getitem__(self, index: int) -> Any:
+        return self.opt["of_an_item"]
+
+
+class Inheriting(Requiring):
+    def __init__(self, opt: Any) -> None:
+        super().__init__(opt)
+        helper(opt)
+        self.more = opt["behind_what_may_add_it"]
+
+    def __getitem__(self, index: int) -> Any:
+        return self.opt["own_item"]
+
+
+class NotInheriting(Requiring):
+    def __init__(self, opt: Any) -> None:
+        opt = {"preset": 1, **opt}
+        self.more = opt["preset"]
+
+
+def test_what_is_required() -> None:
+    usage = usage_of(Requiring)
+    assert usage.requires == {"required", "also", "in_a_list", "phase", "of_an_item"}
+    assert usage.requires_in_training == usage.requires | {"in_training"}
+    assert usage_of(Inheriting).requires == {"required", "also", "in_a_list", "phase", "own_item"}
+    assert usage_of(NotInheriting).requires == {"of_an_item"}
+
+
 class Expanding:
     def __init__(self, opt: Any) -> None:
         self.net = SRModel(**opt["net"])

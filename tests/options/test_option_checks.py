@@ -16,6 +16,7 @@ from PIL import Image
 
 import esc_arch  # noqa: F401  makes basicsr importable
 from esc_arch.options.checks import check_options
+from esc_arch.options.data_checks import Extent
 from esc_arch.options.files import Options
 from esc_arch.suggestions import did_you_mean, nearest
 
@@ -153,9 +154,9 @@ def test_sound_training_options_pass(changes: Options) -> None:
     [
         {},
         {"network_d": {"type": "left over from training"}, "path": {"resume_state": "no.state"}},
-        {"datasets": {"val": {"name": "LQ", "type": "SingleImageDataset", "dataroot_lq": "lq"}}},
+        {"datasets": {"val": {"name": "LQ", "type": "SingleImageDataset", "dataroot_lq": "lq"}}, "val": None},
         {"datasets": {"val": pairs(meta_info_file="list.txt")}},
-        {"datasets": {"val": {"name": "LQ", "type": "SingleImageDataset"} | lmdb()}},
+        {"datasets": {"val": {"name": "LQ", "type": "SingleImageDataset"} | lmdb()}, "val": None},
     ],
 )
 def test_sound_test_options_pass(changes: Options) -> None:
@@ -238,6 +239,14 @@ GAN_LOSS = {"type": "GANLoss", "gan_type": "vanilla", "real_label_val": 1.0, "fa
 GAN_TRAINING = {
     "optim_d": ADAM, "gan_opt": GAN_LOSS, "perceptual_opt": VGG_LOSS, "net_d_iters": 1, "net_d_init_iters": 0
 }  # fmt: skip
+BLUR: Options = {
+    f"{key}{stage}": value
+    for stage in ("", "2")
+    for key, value in {
+        "blur_kernel_size": 21, "kernel_list": ["iso", "aniso"], "kernel_prob": [0.5, 0.5], "sinc_prob": 0.1,
+        "blur_sigma": [0.2, 3], "betag_range": [0.5, 4], "betap_range": [1, 2],
+    }.items()
+} | {"final_sinc_prob": 0.8}  # fmt: skip
 RRDB = {"type": "RRDBNet", "num_in_ch": 3, "num_out_ch": 3, "num_feat": 64, "num_block": 23, "num_grow_ch": 32}
 PUBLISHED = {
     "SwinIR": {
@@ -268,7 +277,7 @@ PUBLISHED = {
             "train": {
                 "type": "RealESRGANDataset", "dataroot_gt": "gt", "meta_info": "list.txt", "gt_size": 256,
                 "io_backend": {"type": "disk"}, "batch_size_per_gpu": 12, "num_worker_per_gpu": 5,
-                "blur_kernel_size": 21, "use_hflip": True, "use_rot": False,
+                "use_hflip": True, "use_rot": False, **BLUR,
             },
             "val": ...,
         },
@@ -283,7 +292,8 @@ PUBLISHED = {
         "find_unused_parameters": True,
         "datasets": {
             "train": video(),
-            "val": {"type": "VideoTestDataset", "dataroot_gt": "gt", "dataroot_lq": "lq", "cache_data": False},
+            "val": {"type": "VideoTestDataset", "dataroot_gt": "gt", "dataroot_lq": "lq", "cache_data": False,
+                    "num_frame": 5, "padding": "reflection_circle"},
         },
         "network_g": {
             "type": "EDVR", "num_in_ch": 3, "num_out_ch": 3, "num_feat": 64, "num_frame": 5, "deformable_groups": 8,
@@ -330,6 +340,71 @@ def test_video_lists_are_looked_for_in_lmdbs_too() -> None:
     changes = datasets(io_backend={"type": "lmdb"}, meta_info_file="no.txt")
     (problem,) = check(merge(PUBLISHED["EDVR"], changes))
     assert problem.startswith("datasets:train:meta_info_file: 'no.txt' given") and "all files" not in problem
+
+
+REAL_ESRGAN = PUBLISHED["Real-ESRGAN"]
+
+
+@pytest.mark.parametrize("key", [*BLUR, "use_hflip", "use_rot", "dataroot_gt"])
+def test_what_a_data_set_requires(key: str) -> None:
+    for value in (..., None):
+        (problem,) = check(merge(REAL_ESRGAN, datasets(**{key: value})))
+        assert problem.startswith(f"datasets:train:{key}: ")
+        assert problem.endswith("missing; RealESRGANDataset needs it") or key == "dataroot_gt"
+
+
+def test_what_a_data_set_of_another_package_requires(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Picky:
+        def __init__(self, opt: Any) -> None:
+            self.opt = opt
+            self.wanted = opt["wanted"]
+
+        def __getitem__(self, index: int) -> Any:
+            return self.opt["wanted_later"]
+
+    monkeypatch.setitem(DATASET_REGISTRY._obj_map, "Picky", Picky)
+    data = {"type": "Picky", "batch_size_per_gpu": 1}
+    assert check({"datasets": {"train": data}}) == [
+        "datasets:train:wanted: missing; Picky needs it",
+        "datasets:train:wanted_later: missing; Picky needs it",
+    ]
+    assert check({"datasets": {"train": data | {"wanted": None, "wanted_later": 0}}}) == []
+
+
+@pytest.mark.parametrize("meta_info", [..., None])
+def test_real_esrgan_without_a_list(meta_info: Any, folder: Path) -> None:
+    changes = merge(REAL_ESRGAN, datasets(meta_info=meta_info))
+    extent = Extent()
+    assert check_options(merge(train_options(), changes), True, extent) == []
+    assert "datasets:train: 2 images" in extent.facts
+    assert check(merge(changes, datasets(dataroot_gt="empty"))) == [
+        "datasets:train:dataroot_gt: the folder 'empty' has no files"
+    ]
+
+
+@pytest.mark.parametrize(
+    ("line", "name"),
+    [
+        ("a b.png", "a b.png"),
+        ("a b.png (32,32,3)", "a b.png"),
+        ("sub folder/a  b.PNG (32,32,3) 1", "sub folder/a  b.PNG"),
+        ("no suffix (32,32)", "no suffix"),
+        ("c.png 0.5", "c.png"),
+        ("c.png.old.jpg x", "c.png.old.jpg"),
+        ("without 0.5", "without"),
+    ],
+)
+def test_names_in_lists(line: str, name: str, folder: Path) -> None:
+    """Blanks belong to names; what follows them does not."""
+    (folder / "list.txt").write_text(f"{line}\n\n")
+    assert check(datasets(meta_info_file="list.txt")) == [
+        f"datasets:train:dataroot_lq: 1 of 1 images are missing, the first is lq/{Path(name).name} "
+        "(filename_tmpl is '{}')",
+        f"datasets:train:dataroot_gt: 1 of 1 images are missing, the first is gt/{name}",
+    ]
+    assert check(merge(REAL_ESRGAN, {})) == [
+        f"datasets:train:dataroot_gt: 1 of 1 images are missing, the first is gt/{name}"
+    ]
 
 
 # --- what must not ---------------------------------------------------------------------------------------------
@@ -501,7 +576,7 @@ def test_training_mistakes(changes: Options, message: str) -> None:
         ({"datasets": {"tset": pairs()}}, "datasets:tset: not known when testing. Did you mean 'test'"),
         ({"datasets": {"val": pairs(name="Set5")}}, "datasets:val:name: 'Set5' is also the name of datasets:test_1"),
         (
-            {"datasets": {"val": {"type": "SingleImageDataset", "dataroot_lq": "empty"}}},
+            {"datasets": {"val": {"type": "SingleImageDataset", "dataroot_lq": "empty"}}, "val": None},
             "datasets:val:dataroot_lq: the folder 'empty' has no files",
         ),
         (
@@ -552,8 +627,8 @@ def test_counts_of_both_folders(folder: Path) -> None:
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("a.png\n\nb.png\n", "meta_info_file: 'list.txt' cannot be used: its line 2 is empty; delete it"),
-        ("", "meta_info_file: 'list.txt' cannot be used: it has no lines"),
+        ("", "meta_info_file: 'list.txt' cannot be used: it names no image"),
+        ("\n \n", "meta_info_file: 'list.txt' cannot be used: it names no image"),
         ("sub/a.png\n", "dataroot_gt: 1 of 1 images are missing, the first is gt/sub/a.png"),
     ],
 )

@@ -339,4 +339,4 @@ def test_a_list_that_is_no_text(run_basicsr: Any, train_options: Any, photograph
     train_options["val"].pop("metrics")
     run = run_basicsr("train", train_options)
     assert run.status == 2
-    assert "The list of images of the data set Listed (its meta_info) is not utf-8 text" in run.err
+    assert "1 of 2 images are missing" in run.err and "Traceback" not in run.err

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import os
 import signal
@@ -161,6 +162,33 @@ def test_32_the_last_validation_is_of_the_last_iteration(run_basicsr: Any, optio
     assert f"@ {TOTAL} iter" in run.log() and f"@ {TOTAL + 1} iter" not in run.log()
 
 
+@pytest.mark.parametrize("val_freq", [3, 1000])
+@pytest.mark.parametrize("model", ["ESCModel", "SRModel"])
+@pytest.mark.parametrize("save_freq", [2, 3])
+def test_a_finished_run_is_called_so_and_repeats_nothing(
+    val_freq: int, model: str, save_freq: int, run_basicsr: Any, train_options: Any
+) -> None:
+    """The last validation is one, also where val_freq divides total_iter; and the state of the end is always there."""
+    train_options |= {"model_type": model}
+    train_options["train"]["total_iter"] = 3
+    train_options["val"]["val_freq"] = val_freq
+    train_options["logger"]["save_checkpoint_freq"] = save_freq
+    first = run_basicsr("train", copy.deepcopy(train_options))
+    assert first.status == 0, first.err
+    figures = (first.experiment() / "metrics.jsonl").read_text()
+    summary = (first.experiment() / "summary.md").read_text()
+    assert [json.loads(line)["iter"] for line in figures.splitlines() if "dataset" in line] == [3]
+    again = run_basicsr("train", copy.deepcopy(train_options), "--auto_resume")
+    assert again.status == 0, again.err
+    assert "This training is finished: its last state is of iteration 3, and train: total_iter is 3." in again.log()
+    assert "# psnr" not in again.log()
+    assert (first.experiment() / "metrics.jsonl").read_text() == figures
+    assert (first.experiment() / "summary.md").read_text() == summary
+    train_options["train"]["total_iter"] = 5
+    further = run_basicsr("train", train_options, "--auto_resume")
+    assert further.status == 0 and "training is finished" not in further.log() and "# psnr" in further.log()
+
+
 def test_28_edited_rates_are_warned_of(run_basicsr: Any, options: Any, stop_at: Any) -> None:
     stop_at(3)
     interrupted(run_basicsr, options)
@@ -237,7 +265,7 @@ def test_the_best_is_there_though_its_iteration_saves_nothing(
     values = iter([20.0, 20.0, 30.0, 30.0] + [20.0] * 20)
     monkeypatch.setattr("esc_arch.models.esc_model.calculate_metric", lambda *_: next(values))
     run = run_basicsr("train", options)
-    assert models_of(run.experiment()) == ["net_g_4.pth", "net_g_6.pth", "net_g_latest.pth"]
+    assert models_of(run.experiment()) == ["net_g_4.pth", "net_g_7.pth", "net_g_latest.pth"]
     assert run.weights(4).keys() == run.weights(4, "params_ema").keys()
 
 
