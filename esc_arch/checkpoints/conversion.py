@@ -31,6 +31,7 @@ __all__ = [
     "Checkpoint",
     "OutputError",
     "build_network",
+    "check_fit",
     "factorise",
     "fold",
     "is_folded",
@@ -114,7 +115,7 @@ def open_checkpoint(path: str | Path, *, param_key: str | None = None, window_si
         raise UserError(
             f"The window of {path} is {section['window_size']}, by its weights; a window is to be given for RIB alone."
         )
-    _check_fit(path, section, weights)
+    check_fit(path, section, weights)
     return Checkpoint(weights, section, key, beside, left_out, assumptions)
 
 
@@ -315,18 +316,22 @@ def _loaded(checkpoint: Checkpoint) -> nn.Module:
     return net.eval()
 
 
-def _check_fit(path: Path, section: Mapping[str, Any], weights: Mapping[str, Tensor]) -> None:
-    """Compare weights with the network that they were recognised as: a part may be missing, or be of other options."""
+def check_fit(source: Path | str, section: Mapping[str, Any], weights: Mapping[str, Tensor]) -> None:
+    """Compare all names and shapes of weights with the network that they were recognised as.
+
+    Raises:
+        UserError: a part is missing or is of other options; the message begins with `source`.
+    """
     options = ", ".join(f"{key}: {value}" for key, value in section.items() if key != "type")
     try:
         with torch.device("meta"):
             net = build_network(section)
     except (ValueError, TypeError, ArithmeticError, RuntimeError) as error:  # sizes that no tensor has, among others
-        raise UserError(f"{path} looks like {section['type']} with {options}, but there is none: {error}") from error
+        raise UserError(f"{source} looks like {section['type']} with {options}, but there is none: {error}") from error
     completed = dict(weights)
     adapt_weights(net, completed)
     if problems := describe_mismatch(net.state_dict(), completed):
-        raise UserError(f"{path} is almost {section['type']} with {options}: {'; '.join(problems)}.")
+        raise UserError(f"{source} is almost {section['type']} with {options}: {'; '.join(problems)}.")
 
 
 def _split_plain(content: Mapping[Any, Any], *, bare: bool) -> tuple[dict[str, Any], list[str]]:
