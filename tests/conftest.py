@@ -67,7 +67,7 @@ def pytest_sessionstart(session: pytest.Session) -> None:
     """
     config = session.config
     several = getattr(config.option, "numprocesses", None) and not hasattr(config, "workerinput")
-    if several and operators.reasons_against() == ["the C++ operators are not built yet"]:
+    if several and operators.reasons_against() == [operators.NOT_BUILT]:
         operators.build()
 
 
@@ -353,7 +353,7 @@ def take_snapshot() -> Callable[[Path], dict[str, bytes | None]]:
 def native() -> ModuleType:
     """`esc_arch.ops.native` with its operators built and loaded; skips with the reason where no compiler is."""
     reasons = operators.reasons_against()
-    if reasons not in ([], ["the C++ operators are not built yet"]):
+    if reasons not in ([], [operators.NOT_BUILT]):
         pytest.skip("; ".join(reasons))
     operators.build()
     return operators

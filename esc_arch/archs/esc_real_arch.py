@@ -163,8 +163,8 @@ class ESCRealM(_RealNetwork):
 
     Args:
         upscaling_factor: 1, 2, 3 or 4.
-        upsampler: pixelshuffledirect, pixelshuffle, nearest+conv or dysample, see `UniversalUpsampler`. At scale 1
-            without unshuffle_mod it is one convolution (conv), whatever is given.
+        upsampler: pixelshuffledirect, pixelshuffle, nearest+conv, dysample or transpose+conv, see
+            `UniversalUpsampler`. At scale 1 without unshuffle_mod it is one convolution (conv), whatever is given.
         mid_dim: channels inside the upsamplers pixelshuffle and dysample.
         unshuffle_mod: for scales below 3, work on the image folded to a quarter or half of its size (padded by
             reflection to a multiple) and enlarge by 4.

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from esc_arch.errors import UserError
 from esc_arch.modules.window_attention import WindowAttention
+from esc_arch.ops.backends import UnusableBackend
 from esc_arch.ops.float32 import float32_products
 from esc_arch.ops.window_attention import BACKENDS, resolve_backend
 
@@ -125,10 +126,8 @@ def measure(net: nn.Module, height: int, width: int, protocol: Protocol) -> Late
             times = [clock(net, image) for _ in range(protocol.runs)]
     except torch.cuda.OutOfMemoryError:
         return None
-    except RuntimeError as error:
-        if attentions and "cannot run here" in str(error):
-            raise UserError(f"--backend {protocol.backend}: {error}") from None
-        raise
+    except UnusableBackend as error:
+        raise UserError(f"--backend {protocol.backend}: {error}") from None
     memory = torch.cuda.max_memory_allocated() / 2**20 if device.type == "cuda" else None
     return Latency(statistics.median(times), _spread(times), memory, ", ".join(sorted(taken)) or None)
 

@@ -32,6 +32,7 @@ __all__ = [
     "OutputError",
     "build_network",
     "factorise",
+    "fitted_weights",
     "fold",
     "is_folded",
     "open_checkpoint",
@@ -114,7 +115,7 @@ def open_checkpoint(path: str | Path, *, param_key: str | None = None, window_si
         raise UserError(
             f"The window of {path} is {section['window_size']}, by its weights; a window is to be given for RIB alone."
         )
-    weights, notes = _fitted(path, section, weights)
+    weights, notes = fitted_weights(path, section, weights)
     assumptions += [f"the weights are of {note}" for note in notes]
     return Checkpoint(weights, section, key, beside, left_out, assumptions)
 
@@ -293,25 +294,25 @@ def _loaded(checkpoint: Checkpoint) -> nn.Module:
     return net.eval()
 
 
-def _fitted(
-    path: Path, section: Mapping[str, Any], weights: Mapping[str, Tensor]
+def fitted_weights(
+    source: Path | str, section: Mapping[str, Any], weights: Mapping[str, Tensor]
 ) -> tuple[dict[str, Tensor], list[str]]:
     """The weights in the order of the network that they were recognised as, and what it did to make them fit.
 
     Raises:
-        UserError: a part is missing, or of other options.
+        UserError: a part is missing, or of other options; the message begins with `source`.
     """
     options = ", ".join(f"{key}: {value}" for key, value in section.items() if key != "type")
     try:
         with torch.device("meta"):
             net = build_network(section)
     except (ValueError, TypeError, ArithmeticError, RuntimeError) as error:  # sizes that no tensor has, among others
-        raise UserError(f"{path} looks like {section['type']} with {options}, but there is none: {error}") from error
+        raise UserError(f"{source} looks like {section['type']} with {options}, but there is none: {error}") from error
     completed = dict(weights)
     notes = adapt_weights(net, completed)
     own = net.state_dict()
     if problems := describe_mismatch(own, completed):
-        raise UserError(f"{path} is almost {section['type']} with {options}: {'; '.join(problems)}.")
+        raise UserError(f"{source} is almost {section['type']} with {options}: {'; '.join(problems)}.")
     # What the network has itself, such as MetaUpsample, is without content here
     fitted = {name: weights.get(name) if completed[name].is_meta else completed[name] for name in own}
     return {name: tensor for name, tensor in fitted.items() if tensor is not None}, notes

@@ -30,10 +30,10 @@ DISTINCT_NAMES = {
     "upsampler.up_conv.weight": "ESCRIB",
     "lk_spatial": "ESCFP",
     "to_img.weight": "ESC",
-    "to_img.offset.weight": "ESCReal",
-    "to_img.1.weight": "ESCReal",
     "to_img.0.weight": "ESCRealM",
     "to_img.0.offset.weight": "ESCRealM",
+    "to_img.offset.weight": "ESCReal",
+    "to_img.1.weight": "ESCReal",
 }
 #: What every type has, besides a large kernel and one of the above.
 COMMON_NAMES = ("blocks.0.attn.to_qkv.weight", "blocks.0.attn.to_out.weight", "blocks.0.conv_out.weight")
@@ -48,6 +48,11 @@ LONGEST_NAME = 80
 DYSAMPLE_GROUPS = 4
 META = "to_img.MetaUpsample"
 NORMALIZED = "image_mean_std"
+#: Tails that traiNNer-redux has and ESCRealM here has not, by what is found among their names alone.
+UNSUPPORTED_TAILS = {
+    "lda": re.compile(r"to_img\.[0-9]+\.proj_q\.weight"),
+    "pa_up": re.compile(r"to_img\.[0-9]+\.conv\.0\.weight"),
+}
 IMNET_LAYER = re.compile(r"lte\.imnet\.([0-9]{1,4})\.weight")
 
 
@@ -192,6 +197,12 @@ class _Reader:
         return "lk_spatial" if "lk_spatial" in self.weights else "plk_filter"
 
     def _kind(self) -> str:
+        for tail, pattern in UNSUPPORTED_TAILS.items():
+            if any(map(pattern.fullmatch, self.weights)):
+                raise UserError(
+                    f"The weights are nearly those of an ESCRealM, but its tail is {tail}, an upsampler of "
+                    f"traiNNer-redux that is not supported here; supported: {', '.join(UPSAMPLERS)}."
+                )
         kind = next((kind for name, kind in DISTINCT_NAMES.items() if name in self.weights), None)
         missing = [name for name in (*COMMON_NAMES, self._kernel) if name not in self.weights]
         if kind is None:

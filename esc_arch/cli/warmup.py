@@ -18,7 +18,7 @@ from esc_arch.errors import UserError
 from esc_arch.models.speed import Speed, speed_problems
 from esc_arch.modules.window_attention import WindowAttention
 from esc_arch.ops import native
-from esc_arch.ops.backends import survey
+from esc_arch.ops.backends import UnusableBackend, survey
 from esc_arch.ops.native import building
 from esc_arch.ops.window_attention.api import AUTO_ORDER, BACKENDS
 from esc_arch.options import load_options
@@ -145,9 +145,7 @@ def _warm_up(name: str, net: nn.Module, speed: Speed | None, image: Tensor) -> N
             image = image.contiguous(memory_format=torch.channels_last)
     try:
         first, second = (_seconds(net, image, speed is not None) for _ in range(2))
-    except RuntimeError as error:
-        if "cannot run here" not in str(error):
-            raise
+    except UnusableBackend as error:
         raise UserError(f"{name}: {error}") from error
     what = "image" if speed is None else "forward and backward pass"
     print(f"{name} on {image.device.type}: ready. The first {what} took {first:.2f} s, the second {second:.2f} s.")

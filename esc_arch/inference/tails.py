@@ -301,6 +301,10 @@ def _reach(layers: Iterable[nn.Module]) -> int:
     for leaf in reversed(leaves):
         if isinstance(leaf, nn.Conv2d):
             pixels += leaf.kernel_size[0] // 2
+        elif isinstance(leaf, nn.ConvTranspose2d):
+            # Pixel i of the input is added to the pixels i * stride - padding + (0 .. kernel_size - 1) of the result
+            size, stride, padding = leaf.kernel_size[0], leaf.stride[0], int(leaf.padding[0])
+            pixels = max((pixels + size - 1 - padding) // stride, math.ceil((pixels + padding) / stride))
         elif isinstance(leaf, nn.Upsample | nn.PixelShuffle):
             factor = leaf.scale_factor if isinstance(leaf, nn.Upsample) else leaf.upscale_factor
             pixels = math.ceil(pixels / float(factor))  # type: ignore[arg-type]  # one number in all of them

@@ -13,7 +13,7 @@ from torch.func import functional_call
 
 from esc_arch.archs.base import ESCFamily, SharedKernelNetwork
 from esc_arch.checkpoints import recognise
-from esc_arch.checkpoints.conversion import build_network
+from esc_arch.checkpoints.conversion import build_network, fitted_weights
 from esc_arch.checkpoints.reading import is_state_dict
 from esc_arch.checkpoints.recognition import own_names
 from esc_arch.errors import UserError
@@ -42,11 +42,9 @@ class ESCArch(Architecture[ESCFamily]):
         """The network with its weights, called by the protocol of `Upscaler`.
 
         Raises:
-            UserError: the weights are of no network of the family.
-            RuntimeError: they are not complete.
+            UserError: the weights are of no network of the family, or not complete.
         """
-        weights = own_names(state_dict)
-        section = recognise(weights)
+        weights, section = _recognised(state_dict)
         net = build_network(section)
         assert isinstance(net, ESCFamily)
 
@@ -107,10 +105,17 @@ def _is_of_the_family(state_dict: Mapping[str, Any]) -> bool:
     if not is_state_dict(state_dict):
         return False
     try:
-        recognise(state_dict)
+        _recognised(state_dict)
     except UserError:
         return False
     return True
+
+
+def _recognised(state_dict: Mapping[str, Any]) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """The weights, and the `network_g` section of the network that all their names and shapes are those of."""
+    weights = own_names(state_dict)
+    section = recognise(weights)
+    return fitted_weights("The state dict", section, weights)[0], section
 
 
 class _Protocol(nn.Module):

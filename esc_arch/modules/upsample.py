@@ -173,6 +173,18 @@ def _dysample(scale: int, dim: int, out: int, mid: int, groups: int) -> list[nn.
     return [*narrowing, DySample(mid, out, scale, groups)]
 
 
+def _transposed_conv(scale: int, dim: int, out: int, mid: int, groups: int) -> list[nn.Module]:
+    layers: list[nn.Module] = []
+    *first, last = _steps(scale)
+    for step in first:
+        layers += [_enlarging_conv(dim, dim, step), nn.GELU()]
+    return [*layers, _enlarging_conv(dim, out, last), Conv3x3(out, out)]
+
+
+def _enlarging_conv(channels: int, out: int, step: int) -> nn.ConvTranspose2d:
+    return nn.ConvTranspose2d(channels, out, 3, stride=3) if step == 3 else nn.ConvTranspose2d(channels, out, 4, 2, 1)
+
+
 def _steps(scale: int) -> list[int]:
     """The enlargements, one after the other, that make `scale`: powers of 2, or 3 at once."""
     steps = {2: [2], 3: [3], 4: [2, 2]}
@@ -188,6 +200,7 @@ UPSAMPLERS: Mapping[str, Callable[[int, int, int, int, int], list[nn.Module]]] =
     "pixelshuffle": _pixel_shuffle,
     "nearest+conv": _nearest_conv,
     "dysample": _dysample,
+    "transpose+conv": _transposed_conv,
 }
 
 
@@ -196,8 +209,9 @@ class UniversalUpsampler(nn.Sequential):
 
     Shapes: (B, dim, H, W) -> (B, 3, H * scale, W * scale).
 
-    Checkpoints say which one they have in the buffer `MetaUpsample`, 7 numbers of uint8: 2, the upsampler's number,
-    scale, dim, out, mid, groups. One that says otherwise or nothing is accepted: the weights decide whether it fits.
+    Checkpoints say which one they have in the buffer `MetaUpsample`, 7 numbers of uint8: 2 (3 for transpose+conv, which
+    came with that version), the upsampler's number, scale, dim, out, mid, groups. One that says otherwise or nothing
+    is accepted: the weights decide whether it fits.
 
     Args:
         name: of the upsampler.
@@ -211,13 +225,13 @@ class UniversalUpsampler(nn.Sequential):
     """
 
     MetaUpsample: Tensor
-    VERSION = 2
 
     def __init__(self, name: str, *, scale: int, dim: int, mid: int, out: int = 3, groups: int = 4) -> None:
         if name not in UPSAMPLERS:
             raise ValueError(f"upsampler {name!r} is not known; allowed: {', '.join(UPSAMPLERS)}.")
         super().__init__(*UPSAMPLERS[name](scale, dim, out, mid, groups))
-        numbers = [self.VERSION, list(UPSAMPLERS).index(name), scale, dim, out, mid, groups]
+        version = 3 if name == "transpose+conv" else 2
+        numbers = [version, list(UPSAMPLERS).index(name), scale, dim, out, mid, groups]
         # uint8 is the published type; widths above 255 are cut to it, as nothing is read from here
         self.register_buffer("MetaUpsample", torch.tensor([min(n, 255) for n in numbers], dtype=torch.uint8))
 

@@ -6,9 +6,14 @@ from collections.abc import Mapping, Sequence
 from types import ModuleType
 from typing import Any, NamedTuple
 
+from esc_arch.errors import UserError
 from esc_arch.ops.native import build_by_name
 
-__all__ = ["Survey", "choose", "survey"]
+__all__ = ["Survey", "UnusableBackend", "choose", "survey"]
+
+
+class UnusableBackend(UserError, RuntimeError):
+    """The backend asked for by name cannot take the inputs, or none can; the message lists every reason."""
 
 
 def choose(
@@ -27,7 +32,7 @@ def choose(
 
     Raises:
         ValueError: there is no such backend.
-        RuntimeError: the backend asked for by name cannot take these inputs; the message lists every reason.
+        UnusableBackend: the backend asked for by name cannot take these inputs.
     """
     if backend != "auto" and backend not in backends:
         raise ValueError(f"the {what} backend {backend!r} is not known; allowed: auto, {', '.join(backends)}.")
@@ -42,7 +47,7 @@ def choose(
             return backends[name]
         refusals[name] = "; ".join(reasons)
     details = ". ".join(f"{name}: {reasons}" for name, reasons in refusals.items())
-    raise RuntimeError(f"{option} {backend} cannot run here. {details}. Use {option}: auto to have one chosen.")
+    raise UnusableBackend(f"{option} {backend} cannot run here. {details}. Use {option}: auto to have one chosen.")
 
 
 def _reasons_against_auto(backend: ModuleType, inputs: tuple[Any, ...]) -> list[str]:

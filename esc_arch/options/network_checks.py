@@ -1,4 +1,4 @@
-"""Whether the networks of an option file can be built, and the weights and parameters it names fit them.
+"""Whether the networks of an option file can be built and run, and the weights and parameters it names fit them.
 
 BasicSR finds out after it has put the old experiment's folder aside; here nothing on disk has been touched yet.
 Networks are built without memory for their weights (on PyTorch's meta device), so this takes milliseconds.
@@ -10,15 +10,20 @@ import copy
 import inspect
 import warnings
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from basicsr.utils.registry import ARCH_REGISTRY
-from torch import nn
+from torch import Tensor, nn
 
 from esc_arch.checkpoints import adapt_weights, mismatch_message, read_checkpoint, select_weights
 from esc_arch.errors import UserError
-from esc_arch.modules import FactorBiasWindowAttention
-from esc_arch.training.parameter_groups import pattern_problems
+from esc_arch.modules.window_attention import FactorBiasWindowAttention, WindowAttention
+from esc_arch.ops.gradients import wants_gradients
+from esc_arch.ops.native import NOT_BUILT
+from esc_arch.ops.window_attention import BACKENDS
+from esc_arch.ops.window_attention.bias import parameters_of
+from esc_arch.training.parameter_groups import freeze, pattern_problems
 
 from .data_checks import Extent
 from .files import Options
@@ -29,6 +34,8 @@ __all__ = ["check_networks"]
 
 def check_networks(opt: Options, is_train: bool, extent: Extent | None = None) -> Iterator[str]:
     """All that is wrong with the values of `network_*`, the files of `path: pretrain_network_*`, and name patterns.
+
+    An attention backend asked for by name that cannot train (or test) on this machine is wrong, too.
 
     To be called when `checks.check_options` finds nothing wrong. A network that cannot be built without memory is
     left to BasicSR; or, when `extent` is thorough, built with memory.
@@ -49,6 +56,9 @@ def check_networks(opt: Options, is_train: bool, extent: Extent | None = None) -
         extent.warnings += _published_defaults(key, opt[key])
         if is_train and key == "network_g" and is_esc_model(opt):
             yield from pattern_problems(net, opt["train"])
+            freeze(net, opt["train"])
+        if extent.with_files:
+            yield from _check_backends(opt, key, net, is_train)
         from_scratch = is_train and _pretrained(opt, key) is None and not _is_resumed(opt)
         if from_scratch and _has_zero_factors(net):
             extent.warnings.append(
@@ -98,6 +108,40 @@ def _build(section: Options, extent: Extent) -> nn.Module | str | None:
 def _arguments(section: Options) -> Options:
     """As many as the constructor gets; some change what they are given."""
     return copy.deepcopy({name: value for name, value in section.items() if name != "type"})
+
+
+class _Described(Tensor):
+    """A tensor of a shape, type and device, without memory on it: making one does not start CUDA."""
+
+    @classmethod
+    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # type: ignore[override]
+        raise TypeError("There are no values to compute with.")
+
+
+def _check_backends(opt: Options, key: str, net: nn.Module, is_train: bool) -> Iterator[str]:
+    device = "cuda" if opt.get("num_gpu", "auto") != 0 and torch.cuda.is_available() else "cpu"
+    halves = {"bf16": torch.bfloat16, "fp16": torch.float16}
+    dtype = halves.get(str(opt["train"].get("amp")), torch.float32) if is_train else torch.float32
+    for layer in net.modules():
+        if not isinstance(layer, WindowAttention) or layer.attn_type == "auto":
+            continue
+        bias = layer.position_bias()
+        qkv = Tensor._make_wrapper_subclass(
+            _Described,
+            (1, layer.to_qkv.out_channels, layer.window_size, layer.window_size),
+            dtype=dtype,
+            device=torch.device(device),
+            requires_grad=is_train and wants_gradients(*layer.to_qkv.parameters(), *parameters_of(bias)),
+        )
+        with torch.set_grad_enabled(is_train):
+            reasons = BACKENDS[layer.attn_type].reasons_against(qkv, bias, layer.window_size, layer.num_heads)
+        if reasons := [reason for reason in reasons if reason != NOT_BUILT]:
+            option = "backend" if str(opt[key].get("backend")).lower() == layer.attn_type else "attn_type"
+            yield (
+                f"{key}:{option}: {layer.attn_type} given, which cannot {'train' if is_train else 'test'} here: "
+                f"{'; '.join(reasons)}. Give auto to have one chosen"
+            )
+            return
 
 
 def _pretrained(opt: Options, key: str) -> str | None:

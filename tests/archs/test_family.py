@@ -29,6 +29,14 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "m direct x1": {"type": "ESCRealM", "upscaling_factor": 1, "upsampler": "pixelshuffledirect"},
     "m shuffle x2": {"type": "ESCRealM", "upscaling_factor": 2, "upsampler": "pixelshuffle", "mid_dim": 12},
     "m nearest x3": {"type": "ESCRealM", "upscaling_factor": 3, "upsampler": "nearest+conv"},
+    "m transpose x1": {"type": "ESCRealM", "upscaling_factor": 1, "upsampler": "transpose+conv"},
+    "m transpose x2": {
+        "type": "ESCRealM",
+        "upscaling_factor": 2,
+        "upsampler": "transpose+conv",
+        "unshuffle_mod": False,
+    },
+    "m transpose x3": {"type": "ESCRealM", "upscaling_factor": 3, "upsampler": "transpose+conv"},
     "m dysample x2": {"type": "ESCRealM", "upscaling_factor": 2, "upsampler": "dysample", "mid_dim": 12},
     "m dysample x4": {"type": "ESCRealM", "upscaling_factor": 4, "upsampler": "dysample", "mid_dim": 16},
     "rib": {"type": "ESCRIB", "upscaling_factor": 2, "rank": 6, "rib_hidden_dim": 8, "rib_n_freqs": 4},
@@ -190,6 +198,31 @@ def test_meta_upsample_of_a_checkpoint_does_not_matter(stored: str) -> None:
 
 def test_a_wide_upsampler_stays_within_the_buffers_type() -> None:
     assert UniversalUpsampler("conv", scale=1, dim=300, mid=8).MetaUpsample.tolist() == [2, 0, 1, 255, 3, 8, 4]
+
+
+@pytest.mark.parametrize(("scale", "size", "padding"), [(2, 4, 1), (3, 3, 0)])
+def test_transposed_convolution(scale: int, size: int, padding: int) -> None:
+    """Input pixel i is spread over the pixels scale * i - padding + (0 .. size - 1); a 3 x 3 convolution ends it."""
+    tail = randomise(UniversalUpsampler("transpose+conv", scale=scale, dim=4, mid=8)).double()
+    x = normal(1, 4, 3, 2, dtype=torch.float64)
+    weight, bias = tail[0].weight, tail[0].bias
+    assert weight.shape == (4, 3, size, size)
+    spread = bias[:, None, None].expand(3, scale * 3 + 2 * size, scale * 2 + 2 * size).clone()
+    for row in range(3):
+        for column in range(2):
+            top, left = scale * row - padding + size, scale * column - padding + size
+            spread[:, top : top + size, left : left + size] += torch.einsum("i,iohw->ohw", x[0, :, row, column], weight)
+    expected = tail[1](spread[None, :, size : size + 3 * scale, size : size + 2 * scale])
+    assert max_error(tail(x), expected) < 1e-12
+
+
+def test_transposed_convolutions_by_4_are_two_by_2() -> None:
+    tail = randomise(UniversalUpsampler("transpose+conv", scale=4, dim=4, mid=8)).double()
+    x = normal(1, 4, 3, 2, dtype=torch.float64)
+    twice = x
+    for layer, activation in ((tail[0], F.gelu), (tail[2], nn.Identity())):
+        twice = activation(F.conv_transpose2d(twice, layer.weight, layer.bias, stride=2, padding=1))
+    assert max_error(tail(x), F.conv2d(twice, tail[3].weight, tail[3].bias, padding=1)) < 1e-12
 
 
 def test_dysample_starts_as_bilinear_enlargement() -> None:

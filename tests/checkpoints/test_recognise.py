@@ -45,6 +45,20 @@ def real_m(**changes: Any) -> dict[str, Tensor]:
     return dict(small("ESCRealM", device="cpu", **changes).state_dict())
 
 
+def tail_of_another_toolbox(kind: str, dim: int, mid: int) -> dict[str, Tensor]:
+    """Some weights of tails that traiNNer-redux has besides, x2, with its description."""
+    layers = {
+        "lda": {
+            **({"0": (mid, dim, 3, 3), "2.proj_q": (mid // 4, mid, 1, 1)} if mid != dim else {}),
+            **({"0.proj_q": (mid // 4, mid, 1, 1), "1": (3, mid, 3, 3)} if mid == dim else {"3": (3, mid, 3, 3)}),
+        },
+        "pa_up": {"1": (mid, dim, 3, 3), "2.conv.0": (mid, mid, 1, 1), "4": (mid, mid, 3, 3), "6": (3, mid, 3, 3)},
+    }[kind]
+    numbers = [3, {"lda": 6, "pa_up": 7}[kind], 2, dim, 3, mid, 4]
+    description = {META: torch.tensor(numbers, dtype=torch.uint8)}
+    return {f"to_img.{name}.weight": torch.zeros(shape) for name, shape in layers.items()} | description
+
+
 @pytest.mark.parametrize("name", MANIFEST)
 def test_recorded_networks(name: str) -> None:
     """Of every recorded network: type and options, and the network they make gives the recorded output."""
@@ -158,7 +172,9 @@ def test_without_pairs_of_convffn_and_conv_attn() -> None:
 class TestTailsOfESCRealM:
     @pytest.mark.parametrize("described", [True, False])
     @pytest.mark.parametrize("scale", [1, 2, 3, 4])
-    @pytest.mark.parametrize("upsampler", ["pixelshuffledirect", "pixelshuffle", "nearest+conv", "dysample"])
+    @pytest.mark.parametrize(
+        "upsampler", ["pixelshuffledirect", "pixelshuffle", "nearest+conv", "dysample", "transpose+conv"]
+    )
     def test_each(self, upsampler: str, scale: int, described: bool) -> None:
         weights = real_m(upsampler=upsampler, upscaling_factor=scale, mid_dim=12)
         if not described:
@@ -172,7 +188,9 @@ class TestTailsOfESCRealM:
             12 if described or uses_mid_dim else 48,
         )
 
-    @pytest.mark.parametrize("buffer", [[2, 0, 1, 8, 3, 12, 4], [9, 99, 9, 9, 9, 9, 9], [1, 2, 3]])
+    @pytest.mark.parametrize(
+        "buffer", [[2, 0, 1, 8, 3, 12, 4], [9, 99, 9, 9, 9, 9, 9], [3, 7, 4, 8, 3, 12, 4], [1, 2, 3]]
+    )
     def test_weights_decide_against_the_description(self, buffer: list[int]) -> None:
         weights = real_m(upsampler="dysample", upscaling_factor=3, mid_dim=4)
         weights[META] = torch.tensor(buffer, dtype=torch.uint8)
@@ -207,6 +225,32 @@ class TestTailsOfESCRealM:
         examined = examine(weights)
         assert (examined.section["upsampler"], examined.section["upscaling_factor"]) == ("conv", 1)
         assert examined.assumptions == []
+
+
+    @pytest.mark.parametrize("scale", [2, 3, 4])
+    def test_transposed_convolutions_without_folding(self, scale: int) -> None:
+        options = {"upsampler": "transpose+conv", "upscaling_factor": scale, "unshuffle_mod": False}
+        weights = real_m(**options)
+        assert weights[META].tolist() == [3, 5, scale, 8, 3, 48, 4]
+        recognised = examine(weights, known={"unshuffle_mod": False})
+        assert options.items() <= recognised.section.items()
+        assert recognised.assumptions == []
+
+    @pytest.mark.parametrize("narrowed", [True, False])
+    @pytest.mark.parametrize("kind", ["lda", "pa_up"])
+    def test_of_another_toolbox(self, kind: str, narrowed: bool) -> None:
+        weights = {name: tensor for name, tensor in real_m().items() if not name.startswith("to_img.")}
+        message = f"its tail is {kind}, an upsampler of traiNNer-redux that is not supported here; supported: conv, pix"
+        with pytest.raises(UserError, match=message):
+            recognise(weights | tail_of_another_toolbox(kind, 8, 6 if narrowed else 8))
+
+    def test_with_another_convolution(self) -> None:
+        weights = real_m(upsampler="dysample", mid_dim=8)
+        weights["to_img.0.end_conv.weight"] = torch.zeros(3, 8, 3, 3)
+        with pytest.raises(
+            UserError, match=r"its tail \(.*to_img\.0\.end_conv.* is none of conv, .*transpose\+conv for 8"
+        ):
+            recognise(weights)
 
     def test_without_narrowing(self) -> None:
         section = recognise(small("ESCRealM", upsampler="dysample", mid_dim=8).state_dict())
@@ -290,7 +334,7 @@ REFUSED: list[tuple[dict[str, Tensor], str]] = [
     ),
     (
         changed("ESCRealM", to_img__0__weight=(47, 8, 3, 3)),
-        r"nearly those of an ESCRealM, but its tail \(.*to_img\.0\.weight\) is none of conv, .*dysample for 8 channels",
+        r"nearly those of an ESCRealM, but its tail \(.*to_img\.0\.weight\) is none of conv, .*transpose\+conv for 8",
     ),
 ]
 

@@ -91,6 +91,10 @@ FOUND_BEFORE_THE_RUN: dict[str, tuple[Callable[[Path, Any], None], list[str]]] =
         ["network_g:n_block", "no such argument", "Did you mean 'n_blocks'"],
     ),
     "value that cannot be": (change("network_g", "num_heads", value=3), ["network_g", "num_heads is 3", "divide dim"]),
+    "a backend that cannot train here": (
+        change("network_g", "attn_type", value="flex_flash"),
+        ["network_g:attn_type: flex_flash given, which cannot train here", "runs on cuda, not on cpu", "Give auto"],
+    ),
     "unknown optimiser": (
         change("train", "optim_g", value={"type": "AdamX", "lr": 0.1}),
         ["train:optim_g:type", "'AdamX'", "Adamax"],

@@ -14,6 +14,8 @@ import yaml
 from basicsr.archs import build_network
 
 from esc_arch.cli import main
+from esc_arch.ops import native as operators
+from esc_arch.ops.native import building
 
 
 @pytest.fixture
@@ -73,6 +75,68 @@ def test_factors_that_would_stay_zero(check: Any, train_options: Any) -> None:
     torch.save(build_network(train_options["network_g"]).state_dict(), "factors.pth")
     train_options["path"]["pretrain_network_g"] = "factors.pth"
     assert warning not in check(train_options)[1]
+
+
+NO_BACKWARD = "PyTorch's flex attention has no backward pass on the CPU"
+RIB = {"type": "ESCRIB", "attn_type": "RIB", "rank": 4, "rib_hidden_dim": 8, "rib_n_freqs": 2}
+
+
+@pytest.mark.parametrize(
+    ("changes", "key", "reason"),
+    [
+        ({"attn_type": "Flex"}, "attn_type: flex", NO_BACKWARD),
+        ({"attn_type": "flex_flash"}, "attn_type: flex_flash", f"{NO_BACKWARD}.*runs on cuda, not on cpu"),
+        ({"attn_type": "flash"}, "attn_type: flash", "take biases that are a product of two factors"),
+        ({"attn_type": "cpp"}, "attn_type: cpp", r"needs g\+\+ or clang\+\+"),
+        ({"attn_type": "FlashBias", "rank": 4, "backend": "flex"}, "backend: flex", NO_BACKWARD),
+        ({**RIB, "backend": "Flex"}, "backend: flex", NO_BACKWARD),
+        ({**RIB, "backend": "triton"}, "backend: triton", "its kernels read a table of biases, not factors"),
+    ],
+)
+def test_a_backend_that_cannot_train(
+    changes: Any, key: str, reason: str, check: Any, train_options: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(building, "find_compiler", lambda: None)
+    monkeypatch.setattr(operators._State, "ready", None)
+    train_options["network_g"] |= changes
+    status, _, err = check(train_options)
+    assert status == 2
+    line = (
+        rf"a\.yml:\d+:3: network_g:{key} given, which cannot train here: .*{reason}.*\. Give auto to have one chosen$"
+    )
+    assert re.search(line, err, re.MULTILINE)
+    assert err.endswith("1 problem(s)\n")
+    assert check(train_options, "--no-data")[0] == 0  # another machine may have what it takes
+    train_options["network_g"]["backend" if "backend" in key else "attn_type"] = "auto"
+    assert check(train_options)[0] == 0
+
+
+def test_a_backend_that_can(check: Any, train_options: Any, test_options: Any, native: Any) -> None:
+    """Flex attention has no gradients on the CPU, and none are wanted in a test or of frozen layers."""
+    for backend in ("naive", "SDPA", "cpp"):
+        train_options["network_g"]["attn_type"] = backend
+        assert check(train_options)[0] == 0, backend
+    test_options["network_g"]["attn_type"] = "Flex"
+    assert check(test_options)[0] == 0
+    train_options["network_g"]["attn_type"] = "Flex"
+    train_options["train"]["freeze"] = ["blocks.*", "proj.*"]
+    assert check(train_options)[0] == 0
+
+
+def test_a_backend_on_a_gpu(check: Any, train_options: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is asked of a GPU's backends are the device and the type of the features, for which none is touched."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (7, 5))
+    train_options["num_gpu"] = "auto"
+    train_options["network_g"] |= {"attn_type": "FlashBias", "rank": 4, "backend": "flash"}
+    assert check(train_options)[0] == 0
+    train_options["train"]["amp"] = "fp16"
+    status, _, err = check(train_options)
+    assert status == 2
+    assert "flash kernels need a GPU of compute capability 8.0 or newer, not 7.5" in err
+    train_options["network_g"]["backend"] = "cpp"
+    assert "it runs on cpu, not on cuda" in check(train_options)[2]
 
 
 def test_for_what(check: Any, train_options: Any, test_options: Any) -> None:

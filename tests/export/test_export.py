@@ -39,6 +39,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "m direct": {"type": "ESCRealM", "upscaling_factor": 1},
     "m shuffle": {"type": "ESCRealM", "upscaling_factor": 2, "upsampler": "pixelshuffle", "mid_dim": 12},
     "m nearest": {"type": "ESCRealM", "upscaling_factor": 3, "upsampler": "nearest+conv"},
+    "m transpose": {"type": "ESCRealM", "upscaling_factor": 3, "upsampler": "transpose+conv"},
     "m dysample": {"type": "ESCRealM", "upscaling_factor": 2, "upsampler": "dysample", "mid_dim": 12},
     "m odd window": {"type": "ESCRealM", "upscaling_factor": 2, "window_size": 3},
     "rib gate": {"type": "ESCRIB", "upscaling_factor": 3, "rank": 6, "gate_type": "DWC"},

@@ -41,7 +41,7 @@ def in_parts(upscaler: Upscaler, image: np.ndarray, plan: Plan, scale: float | N
 
 REAL_M = [
     pytest.param("ESCRealM", {"upsampler": name, "upscaling_factor": scale, "mid_dim": 12}, id=f"RealM-{name}-x{scale}")
-    for name in ("pixelshuffledirect", "pixelshuffle", "nearest+conv", "dysample")
+    for name in ("pixelshuffledirect", "pixelshuffle", "nearest+conv", "dysample", "transpose+conv")
     for scale in (1, 2, 3, 4)
 ]
 NETWORKS = [

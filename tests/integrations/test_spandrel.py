@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from networks import image, needs_cuda, randomise
+from networks import image, max_error, needs_cuda, normal, randomise
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -171,6 +171,101 @@ def test_other_architectures_are_what_they_were(make: Any, arch: str) -> None:
     state_dict = make().state_dict()
     assert not ESCArch().detect(state_dict)
     assert spandrel.ModelLoader().load_from_state_dict(state_dict).architecture.id == arch
+
+
+REAL_M = {"type": "ESCRealM", **SMALL, "window_size": 8, "mid_dim": 12}
+
+
+def without_tail(section: dict[str, Any]) -> dict[str, Tensor]:
+    return {name: tensor for name, tensor in network(section).items() if not name.startswith("to_img.")}
+
+
+@pytest.mark.parametrize("scale", [2, 3, 4])
+@pytest.mark.parametrize("upsampler", ["pixelshuffledirect", "pixelshuffle", "nearest+conv", "transpose+conv"])
+def test_tails_as_spandrel_has_them(upsampler: str, scale: int, tmp_path: Path) -> None:
+    """Its third version of the universal upsampler, traiNNer-redux's, which other architectures end in.
+
+    (Its dysample cannot run on a machine without a GPU.)
+    """
+    module = pytest.importorskip("spandrel.architectures.FDAT.__arch.fdat", reason="another version of spandrel")
+    tail = randomise(module.UniUpsampleV3(upsampler, scale, in_dim=16, mid_dim=12)).eval()
+    section = {**REAL_M, "upscaling_factor": scale, "upsampler": upsampler, "unshuffle_mod": False}
+    weights = without_tail(section) | {f"to_img.{name}": tensor.clone() for name, tensor in tail.state_dict().items()}
+    assert weights["to_img.MetaUpsample"][0] == 3
+    path = tmp_path / "net.pth"
+    torch.save({"params_ema": weights}, path)
+    descriptor = spandrel.ModelLoader().load_from_file(path)
+    assert (descriptor.architecture.id, descriptor.scale) == ("esc_arch", scale)
+    check_same(descriptor, esc_arch.load(path, device="cpu"))
+    x = normal(1, 16, 5, 7)
+    with torch.no_grad():
+        assert max_error(descriptor.model.to_img(x), tail(x)) < 1e-5
+
+
+def incomplete(name: str) -> dict[str, Tensor]:
+    weights = weights_of("esc_x2")
+    del weights[name]
+    return weights
+
+
+#: Names and shapes of weights that are nearly those of a network here, and a part of what is said of them.
+CLOSE: dict[str, tuple[dict[str, Tensor], str]] = {
+    "lda": (
+        without_tail(REAL_M) | {"to_img.0.proj_q.weight": torch.zeros(4, 16, 1, 1)},
+        "its tail is lda, an upsampler",
+    ),
+    "pa_up": (
+        without_tail(REAL_M) | {"to_img.1.weight": torch.zeros(12, 16, 3, 3), "to_img.2.conv.0.weight": torch.zeros(1)},
+        "its tail is pa_up, an upsampler of traiNNer-redux that is not supported here; supported: conv, pixels",
+    ),
+    "dysample with another convolution": (
+        network({**REAL_M, "upsampler": "dysample"}) | {"to_img.2.end_conv.weight": torch.zeros(3, 12, 3, 3)},
+        "is none of conv, pixelshuffledirect",
+    ),
+    "enlarged once": (
+        without_tail({**REAL_M, "unshuffle_mod": False})
+        | {f"to_img.{i}.weight": torch.zeros(out, 16, 3, 3) for i, out in ((1, 16), (3, 16), (5, 3))},
+        r"is almost ESCReal with .* 7 missing in it \(to_img\.1\.bias.* 2 not in the network \(to_img\.3\.weight",
+    ),
+    "a part is missing": (incomplete("last.bias"), r"is almost ESC with .* 1 missing in it \(last\.bias\)"),
+    "a part too many": (
+        weights_of("esc_x2") | {"blocks.0.attn.gate.0.weight": torch.zeros(16, 1, 3, 3)},
+        r"is almost ESC with .* 1 not in the network \(blocks\.0\.attn\.gate\.0\.weight\)",
+    ),
+    "another size": (
+        weights_of("esc_x2") | {"last.weight": torch.zeros(16, 16, 1, 1)},
+        r"1 of other shapes \(last\.weight is \(16, 16, 1, 1\) and should be \(16, 16, 3, 3\)\)",
+    ),
+}
+
+
+class Others(spandrel.Architecture):
+    """Another package's, which knows how to load what is only close to the networks here."""
+
+    def __init__(self) -> None:
+        super().__init__(id="others", detect=lambda state_dict: "plk_filter" in state_dict)
+
+    def load(self, state_dict: Any) -> Any:
+        return spandrel.ImageModelDescriptor(
+            torch.nn.Identity(), {}, self, "SR", [], supports_half=True, supports_bfloat16=True, scale=1,
+            input_channels=3, output_channels=3,
+        )  # fmt: skip
+
+
+@pytest.mark.parametrize("case", CLOSE)
+def test_what_is_only_close_is_left_to_others(case: str, tmp_path: Path) -> None:
+    weights, message = CLOSE[case]
+    assert not ESCArch().detect(weights)
+    registry = spandrel.ArchRegistry()
+    install(registry)
+    registry.add(spandrel.ArchSupport.from_architecture(Others()))
+    assert registry.load(dict(weights)).architecture.id == "others"
+    with pytest.raises(UserError, match=message):
+        ESCArch().load(dict(weights))
+    path = tmp_path / "net.pth"
+    torch.save(weights, path)
+    with pytest.raises(UserError, match=message):
+        esc_arch.load(path)
 
 
 def test_what_is_nothing_is_refused_as_before() -> None:

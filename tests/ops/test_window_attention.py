@@ -23,6 +23,8 @@ from networks import (
 )
 from torch import Tensor
 
+from esc_arch.errors import UserError
+from esc_arch.ops.backends import UnusableBackend
 from esc_arch.ops.padding import reflect_pad_to_multiple
 from esc_arch.ops.window_attention import api, dense_bias, resolve_backend, window_attention
 from esc_arch.ops.window_attention.bias import relative_index
@@ -255,8 +257,9 @@ def test_auto_never_raises_on_the_cpu(dtype: torch.dtype, requires_grad: bool, m
 def test_backend_by_name_raises_with_every_reason(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(shutil, "which", lambda *_: None)
     qkv, table = inputs(1, 8, 8, window=8)
-    with pytest.raises(RuntimeError) as info:
+    with pytest.raises(UnusableBackend) as info:
         attend(qkv.requires_grad_(), table, 8, "Flex")
+    assert isinstance(info.value, UserError)  # the command line tells it in one line
     message = str(info.value)
     assert "attn_type flex cannot run here" in message
     assert "PyTorch's flex attention has no backward pass on the CPU" in message

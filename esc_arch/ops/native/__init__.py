@@ -22,9 +22,12 @@ from torch import Tensor
 
 from . import building
 
-__all__ = ["build", "build_by_name", "ready", "reasons_against", "reusing_memory", "when_loaded"]
+__all__ = ["NOT_BUILT", "build", "build_by_name", "ready", "reasons_against", "reusing_memory", "when_loaded"]
 
 logger = logging.getLogger(__name__)
+
+#: The reason against the operators that goes away when they are asked for by name.
+NOT_BUILT = "the C++ operators are not built yet"
 
 
 class _State:
@@ -68,7 +71,7 @@ def reasons_against() -> list[str]:
         return obstacles
     if _State.failure is not None:
         return [f"compiling the C++ operators failed: {_State.failure}"]
-    return ["the C++ operators are not built yet"]
+    return [NOT_BUILT]
 
 
 def build(verbose: bool = False) -> float:
