@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Iterator, Mapping, MutableMapping
+from collections.abc import Callable, Iterator, Mapping, MutableMapping
 from contextlib import nullcontext
-from typing import Any, ClassVar, TypeVar
+from typing import Any, ClassVar, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from esc_arch.modules import ConvAttn, ESCBlock, FactorBiasWindowAttention, FlashWindowAttention
+from esc_arch.modules import ConvAttn, DecomposedConvAttn, ESCBlock, FactorBiasWindowAttention, FlashWindowAttention
 from esc_arch.modules.conv_attn import new_large_kernel
 from esc_arch.modules.upsample import rescale_subpixel_conv
 from esc_arch.modules.window_attention import WindowAttention, bias_factors, resize_bias_table
@@ -23,9 +23,9 @@ from esc_arch.ops.window_attention.flash import MAX_WIDTH
 
 from .flashbias import Origin, convert_old_factors, mark_published, origin_of
 
-__all__ = ["ESCFamily", "SharedKernelNetwork", "biased_attention", "earlier_order", "esc_block", "repetitions"]
+__all__ = ["Body", "ESCFamily", "SharedKernelNetwork", "checked_range", "earlier_order"]
 
-#: More than any network has: a slip of the pen would be built for hours.
+#: Upper bound that catches typos.
 MOST_PARTS = 1000
 
 Network = TypeVar("Network", bound="SharedKernelNetwork")
@@ -220,45 +220,81 @@ class SharedKernelNetwork(ESCFamily):
     convert = fold  # the name that published scripts use
 
 
-def biased_attention(
-    *,
-    dim: int,
-    window_size: int,
-    num_heads: int,
-    attn_type: str,
-    flashbias_rank: int | None = None,
-    rank: int | None = None,
-    backend: str = "auto",
-) -> WindowAttention:
-    """Window attention with a bias table, or for FlashBias with free factors of the bias.
+class Body(NamedTuple):
+    """The options that blocks are made of, as `ESC` describes them, in the order of its constructor."""
 
-    Args:
-        attn_type: FlashBias (any case), computed as `backend` says; anything else names how attention with a table
-            is computed.
-        flashbias_rank, rank, backend: of FlashBias; see `ESC`.
-        others: see `WindowAttention`.
+    dim: int
+    pdim: int
+    kernel_size: int
+    conv_blocks: int
+    window_size: int
+    num_heads: int
+    exp_ratio: float
+    attn_type: str
+    use_ln: bool
+    flashbias_rank: int | None = None
+    rank: int | None = None
+    backend: str = "auto"
 
-    Raises:
-        ValueError: as of `WindowAttention`; `backend` is given though attn_type names one; two different ranks.
-    """
-    if str(attn_type).lower() == "flashbias":
-        if None not in (flashbias_rank, rank) and flashbias_rank != rank:
-            raise ValueError(f"flashbias_rank is {flashbias_rank} and rank is {rank}; they are one option, give one.")
-        given = rank if flashbias_rank is None else flashbias_rank
-        return FactorBiasWindowAttention(
-            dim=dim,
-            window_size=window_size,
-            num_heads=num_heads,
-            # The published default: the widest that flash kernels take
-            rank=MAX_WIDTH - dim // max(1, num_heads) if given is None else given,
-            scaled=False,
-            attn_type=backend,
+    def blocks(
+        self,
+        n_blocks: int,
+        *,
+        first_exp_ratio: float = 2,
+        attention: Callable[[], WindowAttention] | None = None,
+        conv_attn: Callable[[], ConvAttn | DecomposedConvAttn] | None = None,
+    ) -> nn.ModuleList:
+        """The blocks of a network.
+
+        Args:
+            first_exp_ratio: of a block's first ConvFFN.
+            attention, conv_attn: make a block's layers; by default `attention` of these options, and ConvAttn.
+        """
+        make_attention, make_conv_attn = attention or self.attention, conv_attn or self.conv_attn
+        return nn.ModuleList(
+            ESCBlock(
+                self.dim,
+                attn=make_attention(),
+                pconvs=[make_conv_attn() for _ in checked_range("conv_blocks", self.conv_blocks)],
+                exp_ratio=self.exp_ratio,
+                first_exp_ratio=first_exp_ratio,
+                use_ln=self.use_ln,
+            )
+            for _ in checked_range("n_blocks", n_blocks)
         )
-    if backend != "auto":
-        raise ValueError(
-            f"backend is {backend!r}, but only attn_type: FlashBias takes one; here attn_type ({attn_type!r}) names it."
+
+    def conv_attn(self) -> ConvAttn:
+        return ConvAttn(dim=self.dim, pdim=self.pdim, kernel_size=self.kernel_size, symmetric=True)
+
+    def attention(self) -> WindowAttention:
+        """Window attention with a bias table, or for FlashBias (any case) with free factors of the bias.
+
+        Raises:
+            ValueError: as of `WindowAttention`; `backend` is given though attn_type names one; two different ranks.
+        """
+        if str(self.attn_type).lower() == "flashbias":
+            ranks = {rank for rank in (self.flashbias_rank, self.rank) if rank is not None}
+            if len(ranks) > 1:
+                raise ValueError(
+                    f"flashbias_rank is {self.flashbias_rank} and rank is {self.rank}; they are one option, give one."
+                )
+            return FactorBiasWindowAttention(
+                dim=self.dim,
+                window_size=self.window_size,
+                num_heads=self.num_heads,
+                # The published default: the widest that flash kernels take
+                rank=ranks.pop() if ranks else MAX_WIDTH - self.dim // max(1, self.num_heads),
+                scaled=False,
+                attn_type=self.backend,
+            )
+        if self.backend != "auto":
+            raise ValueError(
+                f"backend is {self.backend!r}, but only attn_type: FlashBias takes one; here attn_type "
+                f"({self.attn_type!r}) names it."
+            )
+        return FlashWindowAttention(
+            dim=self.dim, window_size=self.window_size, num_heads=self.num_heads, attn_type=self.attn_type
         )
-    return FlashWindowAttention(dim=dim, window_size=window_size, num_heads=num_heads, attn_type=attn_type)
 
 
 def earlier_order(net: ESCFamily) -> list[str]:
@@ -280,8 +316,8 @@ def earlier_order(net: ESCFamily) -> list[str]:
     return sorted(names, key=place)
 
 
-def repetitions(name: str, count: int) -> range:
-    """What to go through to make `count` equal parts of a network, which the option `name` says.
+def checked_range(name: str, count: int) -> range:
+    """Validate a count of equal parts of a network, which the option `name` gives; returns its range.
 
     Raises:
         ValueError: count is not a whole number from 0 to 1000.
@@ -289,40 +325,3 @@ def repetitions(name: str, count: int) -> range:
     if not 0 <= count <= MOST_PARTS or count != int(count):
         raise ValueError(f"{name} is {count}; it must be a whole number from 0 to {MOST_PARTS}.")
     return range(int(count))
-
-
-def esc_block(
-    *,
-    dim: int,
-    pdim: int,
-    kernel_size: int,
-    conv_blocks: int,
-    window_size: int,
-    num_heads: int,
-    exp_ratio: float,
-    attn_type: str,
-    use_ln: bool,
-    flashbias_rank: int | None = None,
-    rank: int | None = None,
-    backend: str = "auto",
-) -> ESCBlock:
-    """The block of ESC and ESC-Real: `biased_attention`, ConvAttn, and a first ConvFFN of ratio 2."""
-    return ESCBlock(
-        dim,
-        attn=biased_attention(
-            dim=dim,
-            window_size=window_size,
-            num_heads=num_heads,
-            attn_type=attn_type,
-            flashbias_rank=flashbias_rank,
-            rank=rank,
-            backend=backend,
-        ),
-        pconvs=[
-            ConvAttn(dim=dim, pdim=pdim, kernel_size=kernel_size, symmetric=True)
-            for _ in repetitions("conv_blocks", conv_blocks)
-        ],
-        exp_ratio=exp_ratio,
-        first_exp_ratio=2,
-        use_ln=use_ln,
-    )

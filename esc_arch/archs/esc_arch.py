@@ -5,9 +5,9 @@ from __future__ import annotations
 from typing import ClassVar
 
 from basicsr.utils.registry import ARCH_REGISTRY
-from torch import Tensor, nn
+from torch import Tensor
 
-from esc_arch.archs.base import SharedKernelNetwork, esc_block, repetitions
+from esc_arch.archs.base import Body, SharedKernelNetwork
 from esc_arch.modules.conv3x3 import Conv3x3, conv3x3
 from esc_arch.modules.upsample import pixel_shuffle_with_skip
 from esc_arch.registry import register
@@ -71,24 +71,12 @@ class ESC(SharedKernelNetwork):
         backend: str = "auto",
     ) -> None:
         super().__init__(pdim=pdim, kernel_size=kernel_size, window_size=window_size, upscaling_factor=upscaling_factor)
+        body = Body(
+            dim, pdim, kernel_size, conv_blocks, window_size, num_heads, exp_ratio,
+            attn_type, use_ln, flashbias_rank, rank, backend,
+        )  # fmt: skip
         self.proj = Conv3x3(3, dim)
-        self.blocks = nn.ModuleList(
-            esc_block(
-                dim=dim,
-                pdim=pdim,
-                kernel_size=kernel_size,
-                conv_blocks=conv_blocks,
-                window_size=window_size,
-                num_heads=num_heads,
-                exp_ratio=exp_ratio,
-                attn_type=attn_type,
-                use_ln=use_ln,
-                flashbias_rank=flashbias_rank,
-                rank=rank,
-                backend=backend,
-            )
-            for _ in repetitions("n_blocks", n_blocks)
-        )
+        self.blocks = body.blocks(n_blocks)
         self.last = Conv3x3(dim, dim)
         self.to_img = Conv3x3(dim, 3 * self.upscaling_factor**2)
 

@@ -6,10 +6,10 @@ from typing import ClassVar
 
 import torch.nn.functional as F
 from basicsr.utils.registry import ARCH_REGISTRY
-from torch import Tensor, nn
+from torch import Tensor
 
-from esc_arch.archs.base import ESCFamily, biased_attention, repetitions
-from esc_arch.modules import DecomposedConvAttn, ESCBlock, LayerNorm
+from esc_arch.archs.base import Body, ESCFamily
+from esc_arch.modules import DecomposedConvAttn, LayerNorm
 from esc_arch.modules.conv3x3 import Conv3x3, conv3x3
 from esc_arch.modules.conv_attn import new_decomposed_kernel
 from esc_arch.registry import register
@@ -49,28 +49,15 @@ class ESCFP(ESCFamily):
     ) -> None:
         super().__init__(window_size=window_size, upscaling_factor=upscaling_factor)
         self.lk_channel, self.lk_spatial = new_decomposed_kernel(pdim, kernel_size)
+        body = Body(
+            dim, pdim, kernel_size, conv_blocks, window_size, num_heads, exp_ratio,
+            attn_type, True, flashbias_rank, rank, backend,
+        )  # fmt: skip
         self.proj = Conv3x3(3, dim)
-        self.blocks = nn.ModuleList(
-            ESCBlock(
-                dim,
-                attn=biased_attention(
-                    dim=dim,
-                    window_size=window_size,
-                    num_heads=num_heads,
-                    attn_type=attn_type,
-                    flashbias_rank=flashbias_rank,
-                    rank=rank,
-                    backend=backend,
-                ),
-                pconvs=[
-                    DecomposedConvAttn(dim=dim, pdim=pdim, kernel_size=kernel_size)
-                    for _ in repetitions("conv_blocks", conv_blocks)
-                ],
-                exp_ratio=exp_ratio,
-                first_exp_ratio=1.5,
-                use_ln=True,
-            )
-            for _ in repetitions("n_blocks", n_blocks)
+        self.blocks = body.blocks(
+            n_blocks,
+            first_exp_ratio=1.5,
+            conv_attn=lambda: DecomposedConvAttn(dim=dim, pdim=pdim, kernel_size=kernel_size),
         )
         self.ln_last = LayerNorm(dim)
         self.last = Conv3x3(dim, dim)

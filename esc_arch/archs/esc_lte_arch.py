@@ -7,9 +7,9 @@ from collections.abc import Sequence
 
 import torch
 from basicsr.utils.registry import ARCH_REGISTRY
-from torch import Tensor, nn
+from torch import Tensor
 
-from esc_arch.archs.base import SharedKernelNetwork, esc_block, repetitions
+from esc_arch.archs.base import Body, SharedKernelNetwork
 from esc_arch.modules.conv3x3 import Conv3x3, conv3x3
 from esc_arch.modules.lte import LTE, query_grid
 from esc_arch.ops.resize import scaled_size
@@ -80,24 +80,12 @@ class ESCLTE(SharedKernelNetwork):
             raise ValueError(f"query_chunk is {query_chunk}; it must be at least 1, or null for all points at once.")
         self.upscaling_factor: float = upscaling_factor  # type: ignore[assignment]  # others have whole ones
         self.query_chunk = query_chunk
+        body = Body(
+            dim, pdim, kernel_size, conv_blocks, window_size, num_heads, exp_ratio,
+            attn_type, use_ln, flashbias_rank, rank, backend,
+        )  # fmt: skip
         self.proj = Conv3x3(3, dim)
-        self.blocks = nn.ModuleList(
-            esc_block(
-                dim=dim,
-                pdim=pdim,
-                kernel_size=kernel_size,
-                conv_blocks=conv_blocks,
-                window_size=window_size,
-                num_heads=num_heads,
-                exp_ratio=exp_ratio,
-                attn_type=attn_type,
-                use_ln=use_ln,
-                flashbias_rank=flashbias_rank,
-                rank=rank,
-                backend=backend,
-            )
-            for _ in repetitions("n_blocks", n_blocks)
-        )
+        self.blocks = body.blocks(n_blocks)
         self.last = Conv3x3(dim, dim)
         # The image that LTE adds would be shifted there and back, so that only what is added to it is scaled
         scale = IMAGE_STD if normalize else 1

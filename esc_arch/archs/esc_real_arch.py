@@ -8,7 +8,7 @@ from typing import ClassVar
 from basicsr.utils.registry import ARCH_REGISTRY
 from torch import Tensor, nn
 
-from esc_arch.archs.base import SharedKernelNetwork, esc_block, repetitions
+from esc_arch.archs.base import Body, SharedKernelNetwork
 from esc_arch.modules.conv3x3 import Conv3x3, conv3x3
 from esc_arch.modules.upsample import UPSAMPLERS, DySample, ReflectDepthwiseConv, UniversalUpsampler
 from esc_arch.ops.padding import reflect_pad_to_multiple
@@ -35,44 +35,17 @@ class _RealNetwork(SharedKernelNetwork):
     #: In the published order of parameters, by which optimisers' states go.
     parts: ClassVar[tuple[str, ...]]
 
-    def __init__(
-        self,
-        *,
-        dim: int,
-        pdim: int,
-        kernel_size: int,
-        n_blocks: int,
-        conv_blocks: int,
-        window_size: int,
-        num_heads: int,
-        upscaling_factor: int,
-        exp_ratio: float,
-        attn_type: str,
-        flashbias_rank: int | None,
-        rank: int | None,
-        backend: str,
-    ) -> None:
-        super().__init__(pdim=pdim, kernel_size=kernel_size, window_size=window_size, upscaling_factor=upscaling_factor)
+    def __init__(self, body: Body, n_blocks: int, upscaling_factor: int) -> None:
+        super().__init__(
+            pdim=body.pdim,
+            kernel_size=body.kernel_size,
+            window_size=body.window_size,
+            upscaling_factor=upscaling_factor,
+        )
         for part in self.parts:  # each is made when its options are known, and keeps the place that it gets here
             self.register_module(part, None)
-        self.blocks = nn.ModuleList(
-            esc_block(
-                dim=dim,
-                pdim=pdim,
-                kernel_size=kernel_size,
-                conv_blocks=conv_blocks,
-                window_size=window_size,
-                num_heads=num_heads,
-                exp_ratio=exp_ratio,
-                attn_type=attn_type,
-                use_ln=True,
-                flashbias_rank=flashbias_rank,
-                rank=rank,
-                backend=backend,
-            )
-            for _ in repetitions("n_blocks", n_blocks)
-        )
-        self.last = Conv3x3(dim, dim)
+        self.blocks = body.blocks(n_blocks)
+        self.last = Conv3x3(body.dim, body.dim)
 
     skip: nn.Module
     to_img: nn.Module
@@ -114,21 +87,11 @@ class ESCReal(_RealNetwork):
         backend: str = "auto",
         use_dysample: bool = False,
     ) -> None:
-        super().__init__(
-            dim=dim,
-            pdim=pdim,
-            kernel_size=kernel_size,
-            n_blocks=n_blocks,
-            conv_blocks=conv_blocks,
-            window_size=window_size,
-            num_heads=num_heads,
-            upscaling_factor=upscaling_factor,
-            exp_ratio=exp_ratio,
-            attn_type=attn_type,
-            flashbias_rank=flashbias_rank,
-            rank=rank,
-            backend=backend,
-        )
+        body = Body(
+            dim, pdim, kernel_size, conv_blocks, window_size, num_heads, exp_ratio,
+            attn_type, True, flashbias_rank, rank, backend,
+        )  # fmt: skip
+        super().__init__(body, n_blocks, upscaling_factor)
         if not use_dysample and upscaling_factor != 4:
             raise ValueError(
                 f"upscaling_factor is {upscaling_factor}; ESCReal enlarges by 4. ESCRealM takes 1 to 4, "
@@ -198,21 +161,11 @@ class ESCRealM(_RealNetwork):
         mid_dim: int = 48,
         unshuffle_mod: bool = True,
     ) -> None:
-        super().__init__(
-            dim=dim,
-            pdim=pdim,
-            kernel_size=kernel_size,
-            n_blocks=n_blocks,
-            conv_blocks=conv_blocks,
-            window_size=window_size,
-            num_heads=num_heads,
-            upscaling_factor=upscaling_factor,
-            exp_ratio=exp_ratio,
-            attn_type=attn_type,
-            flashbias_rank=flashbias_rank,
-            rank=rank,
-            backend=backend,
-        )
+        body = Body(
+            dim, pdim, kernel_size, conv_blocks, window_size, num_heads, exp_ratio,
+            attn_type, True, flashbias_rank, rank, backend,
+        )  # fmt: skip
+        super().__init__(body, n_blocks, upscaling_factor)
         if upscaling_factor not in (1, 2, 3, 4):
             raise ValueError(f"upscaling_factor is {upscaling_factor}; ESCRealM takes 1, 2, 3 or 4.")
         unshuffle = unshuffle_mod and self.upscaling_factor < 3

@@ -7,8 +7,8 @@ from typing import Any, ClassVar
 from basicsr.utils.registry import ARCH_REGISTRY
 from torch import Tensor, nn
 
-from esc_arch.archs.base import SharedKernelNetwork, repetitions
-from esc_arch.modules import ConvAttn, ESCBlock, FactorBiasWindowAttention, LayerNorm, RIBWindowAttention
+from esc_arch.archs.base import Body, SharedKernelNetwork
+from esc_arch.modules import FactorBiasWindowAttention, LayerNorm, RIBWindowAttention
 from esc_arch.modules.conv3x3 import Conv3x3, conv3x3
 from esc_arch.modules.upsample import pixel_shuffle_with_skip
 from esc_arch.modules.window_attention import WindowAttention
@@ -96,20 +96,8 @@ class ESCRIB(SharedKernelNetwork):
             )
 
         self.proj = Conv3x3(3, dim)
-        self.blocks = nn.ModuleList(
-            ESCBlock(
-                dim,
-                attn=attention(),
-                pconvs=[
-                    ConvAttn(dim=dim, pdim=pdim, kernel_size=kernel_size, symmetric=True)
-                    for _ in repetitions("conv_blocks", conv_blocks)
-                ],
-                exp_ratio=exp_ratio,
-                first_exp_ratio=4,
-                use_ln=use_ln,
-            )
-            for _ in repetitions("n_blocks", n_blocks)
-        )
+        body = Body(dim, pdim, kernel_size, conv_blocks, window_size, num_heads, exp_ratio, attn_type, use_ln)
+        self.blocks = body.blocks(n_blocks, first_exp_ratio=4, attention=attention)
         self.last = nn.Sequential(LayerNorm(dim), Conv3x3(dim, dim))
         # A module of its own for the sake of the published parameter names
         self.upsampler = nn.ModuleDict({"up_conv": Conv3x3(dim, 3 * self.upscaling_factor**2)})
