@@ -35,13 +35,13 @@ from basicsr.archs import build_network
 from common import MIB, Trial
 from torch import Tensor
 
-from esc_arch.inference.large_images import enlarge_exactly, enlarge_in_tiles
-from esc_arch.inference.memory import parse_memory
-from esc_arch.inference.network import PRECISIONS, Upscaler, load
-from esc_arch.inference.planning import whole
-from esc_arch.inference.tiles import POOLS
 from esc_arch.ops.resize import matlab_resize
 from esc_arch.options.files import load_yaml
+from esc_arch.tools.upscale.large_images import enlarge_exactly, enlarge_in_tiles
+from esc_arch.tools.upscale.memory import parse_memory
+from esc_arch.tools.upscale.network import PRECISIONS, Upscaler, load
+from esc_arch.tools.upscale.planning import whole
+from esc_arch.tools.upscale.tiles import POOLS
 
 OPTIONS = Path(__file__).parents[1] / "options"
 MEGAPIXELS = (1, 4, 16, 64, 100, 200, 400)

@@ -32,9 +32,9 @@ from PIL import Image
 from skimage.data import astronaut
 
 from esc_arch.cli import main as basicsr
-from esc_arch.inference.batch import Options, Summary, find_tasks, upscale_files
 from esc_arch.models import ESCModel
 from esc_arch.options import checked_options
+from esc_arch.tools.upscale.batch import Options, Summary, find_tasks, upscale_files
 
 #: Readings of each kind of work, besides those at its beginning.
 READINGS = 40

@@ -37,7 +37,7 @@ try:
     from .models import ESCLTEModel, ESCModel, ESCRealGANModel, ESCRealMSEModel
 except Exception as error:
     # What keeps BasicSR from being imported is what `basicsr doctor` is asked for: it ends the process, if it is that
-    from .doctor.command import run_where_the_import_failed
+    from .tools.doctor.command import run_where_the_import_failed
 
     run_where_the_import_failed(error)
     raise
@@ -45,8 +45,8 @@ except Exception as error:
 from .version import __version__
 
 if TYPE_CHECKING:
-    from .inference.network import load
-    from .inference.upscaling import upscale
+    from .tools.upscale.network import load
+    from .tools.upscale.upscaling import upscale
 
 __all__ = [
     "ESC",
@@ -78,6 +78,6 @@ def __getattr__(name: str) -> Any:
     # Training needs neither these nor the libraries that read pictures
     if name not in ("load", "upscale"):
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    from . import inference
+    from .tools import upscale as tools
 
-    return getattr(inference, name)
+    return getattr(tools, name)

@@ -88,7 +88,7 @@ def _install_finder() -> None:
 def _import(name: str, where: str) -> None:
     if name in sys.modules:
         return
-    from esc_arch.distributed import print_note
+    from esc_arch.training.distributed import print_note
 
     try:
         module = importlib.import_module(name)

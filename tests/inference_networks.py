@@ -11,7 +11,7 @@ from networks import randomise
 from torch import Tensor
 
 import esc_arch
-from esc_arch.inference.network import Upscaler
+from esc_arch.tools.upscale.network import Upscaler
 
 COMMON: dict[str, Any] = {
     "dim": 8,

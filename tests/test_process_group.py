@@ -20,9 +20,9 @@ import torch.multiprocessing
 from conftest import Run, run_command
 
 from esc_arch import distributed
-from esc_arch.distributed import launch, watcher
-from esc_arch.distributed.watcher import Watcher
 from esc_arch.errors import UserError
+from esc_arch.training.distributed import launch, watcher
+from esc_arch.training.distributed.watcher import Watcher
 
 pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")  # see Exits
 

@@ -71,7 +71,7 @@ class ESCFamily(nn.Module):
     def reconstruct(self, feat: Tensor, shallow: Tensor, image: Tensor) -> Tensor:
         """The tail: from the features behind the blocks to the enlarged image.
 
-        Every pixel of it depends on its neighbourhood alone (see `inference.large_images`).
+        Every pixel of it depends on its neighbourhood alone (see `esc_arch.tools.upscale.large_images`).
 
         Args:
             feat, shallow: features behind and before the blocks, (B, dim, H, W).

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 
-from esc_arch.benchmark import cost_command, data_command, quality_command
+from esc_arch.tools.benchmark import cost_command, data_command, quality_command
 
 __all__ = ["HELP", "add_arguments", "run"]
 

@@ -41,13 +41,13 @@ def run(args: argparse.Namespace) -> int:
     """Export, and print what it differs by.
 
     Raises:
-        UserError: see `esc_arch.export`, or the arguments do not go together.
+        UserError: see `esc_arch.tools.export`, or the arguments do not go together.
     """
     file_format = _format(args)
     shape = _shape(args.batch, args.size)
 
     from esc_arch import export
-    from esc_arch.inference.network import load
+    from esc_arch.tools.upscale.network import load
 
     def said(difference: export.Difference) -> None:
         size = f"{difference.batch} x {difference.height} x {difference.width}"

@@ -9,7 +9,6 @@ from dataclasses import asdict, dataclass
 import torch
 
 from esc_arch.data.safe_files import write_atomically
-from esc_arch.doctor.children import JobFailed, Worker
 from esc_arch.ops.trials.choice import forget
 from esc_arch.ops.trials.files import encode, file_of, load
 from esc_arch.ops.trials.networks import NETWORKS, Network
@@ -18,6 +17,7 @@ from esc_arch.ops.trials.trial import ROUNDS
 from esc_arch.ops.trials.verdicts import MODES, PRECISIONS, Subject, Verdict
 from esc_arch.ops.triton_support import missing
 from esc_arch.ops.window_attention.triton import INTERPRETED
+from esc_arch.tools.doctor.children import JobFailed, Worker
 
 __all__ = ["Plan", "try_gpus", "try_kernels"]
 

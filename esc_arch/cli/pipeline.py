@@ -11,7 +11,7 @@ from types import ModuleType
 from typing import Any
 
 from esc_arch import options
-from esc_arch.distributed import failing_together
+from esc_arch.training.distributed import failing_together
 
 from .status import describe
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from esc_arch.export.publishing import Facts, publish
+from esc_arch.tools.export.publishing import Facts, publish
 
 __all__ = ["HELP", "add_arguments", "run"]
 

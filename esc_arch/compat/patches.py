@@ -91,7 +91,7 @@ def _replace_imported_names(name: str, current: object, replacement: object) -> 
 def _get_env_info(original: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(original)
     def get_env_info() -> str:
-        from esc_arch.distributed import take_notes
+        from esc_arch.training.distributed import take_notes
 
         listed = "".join(f"\n\t{module}.{name}: {mends}" for module, name, _, mends in PATCHES)
         notes = "".join(f"\nNote: {note}" for note in take_notes())

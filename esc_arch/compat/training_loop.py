@@ -339,7 +339,7 @@ def _resume_training(original: Callable[..., Any]) -> Callable[..., Any]:
 def _dist_validation(original: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(original)
     def dist_validation(self: Any, *args: Any, **kwargs: Any) -> None:
-        from esc_arch.distributed import wait_for_all
+        from esc_arch.training.distributed import wait_for_all
 
         original(self, *args, **kwargs)
         wait_for_all()

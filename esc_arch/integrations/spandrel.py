@@ -17,7 +17,7 @@ from esc_arch.checkpoints.conversion import build_network, fitted_weights
 from esc_arch.checkpoints.reading import is_state_dict
 from esc_arch.checkpoints.recognition import own_names
 from esc_arch.errors import UserError
-from esc_arch.inference.network import PRECISIONS, Upscaler
+from esc_arch.tools.upscale.network import PRECISIONS, Upscaler
 
 try:
     from spandrel import MAIN_REGISTRY, Architecture, ArchRegistry, ArchSupport, ImageModelDescriptor, ModelTiling

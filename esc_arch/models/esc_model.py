@@ -27,7 +27,6 @@ from tqdm import tqdm
 
 from esc_arch.data.names import image_name
 from esc_arch.data.safe_files import write_atomically
-from esc_arch.distributed import gather_objects
 from esc_arch.errors import UserError
 from esc_arch.losses import build_losses
 from esc_arch.models.comparison import Comparison
@@ -37,6 +36,7 @@ from esc_arch.models.speed import PUBLISHED_MODEL, Speed, eager, full_float32, s
 from esc_arch.models.validation_pictures import validation_picture
 from esc_arch.ops.padding import reflect_pad_to_multiple
 from esc_arch.registry import register
+from esc_arch.training.distributed import gather_objects
 from esc_arch.training.parameter_groups import freeze, parameter_groups
 from esc_arch.training.run import current_run, what_is_saved
 

@@ -10,9 +10,9 @@ import torch.distributed
 from basicsr.utils import set_random_seed
 from basicsr.utils.dist_util import get_dist_info
 
-from esc_arch.distributed import gather_objects, init_dist, print_note, resolve_launcher
 from esc_arch.errors import UserError
 from esc_arch.project import add_import_argument
+from esc_arch.training.distributed import gather_objects, init_dist, print_note, resolve_launcher
 
 from .checks import check_options
 from .data_checks import Extent

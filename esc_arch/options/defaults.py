@@ -12,7 +12,7 @@ import torch
 from basicsr.utils.registry import DATASET_REGISTRY
 
 from esc_arch.data import ArbitraryScaleDataset
-from esc_arch.distributed import print_note
+from esc_arch.training.distributed import print_note
 
 from .files import Options
 from .key_checks import keys_that_model_reads

@@ -16,8 +16,8 @@ from typing import Any
 
 import torch
 
-from esc_arch.distributed import Agreement, gather_objects
 from esc_arch.errors import UserError
+from esc_arch.training.distributed import Agreement, gather_objects
 
 from .data_order import EpochSampler
 from .history import History

@@ -9,8 +9,8 @@ from typing import Any
 
 import numpy as np
 
-from esc_arch.distributed import gather_objects
 from esc_arch.errors import UserError
+from esc_arch.training.distributed import gather_objects
 
 from .parameter_order import in_order_of, named_state
 from .random_state import capture, restore

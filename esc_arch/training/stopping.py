@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from types import FrameType
 from typing import Any
 
-from esc_arch.distributed import progress
+from esc_arch.training.distributed import progress
 
 __all__ = ["StopRequest", "Stopped", "shield_worker"]
 

@@ -16,9 +16,9 @@ from networks import SMALL, image, normal, randomise
 from other_packages import OUR_NAMES, write_project
 
 import esc_arch
-from esc_arch.benchmark.networks import named as networks_to_measure
 from esc_arch.checkpoints.conversion import build_network as build_recognised
 from esc_arch.registry import others_of_our_names, own, register, without_own
+from esc_arch.tools.benchmark.networks import named as networks_to_measure
 
 ATTENTION = {"dim": 16, "window_size": 8, "num_heads": 2}
 

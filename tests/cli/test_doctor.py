@@ -13,8 +13,8 @@ from conftest import Run, run_command
 
 import esc_arch
 from esc_arch.cli import main
-from esc_arch.doctor import command
-from esc_arch.doctor.report import PROBLEM, WARNING, Finding
+from esc_arch.tools.doctor import command
+from esc_arch.tools.doctor.report import PROBLEM, WARNING, Finding
 
 ROOT = Path(esc_arch.__file__).parents[1]
 SECTIONS = [
@@ -83,7 +83,7 @@ def test_a_fault_in_a_section_is_its_last_line(
 def test_a_section_that_cannot_be_imported(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.setattr(command, "SECTIONS", {"only": "there_is_none"})
     assert main(["doctor"]) == 1
-    assert "No module named 'esc_arch.doctor.there_is_none'" in capsys.readouterr().out
+    assert "No module named 'esc_arch.tools.doctor.there_is_none'" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("given", ["0", "-1", "x", "nan", "inf"])

@@ -25,9 +25,9 @@ from skimage.data import astronaut
 import esc_arch
 from esc_arch import ESC
 from esc_arch.cli import main, upscale
-from esc_arch.inference import batch, large_images, picture_files
-from esc_arch.inference.batch import Options, Task
-from esc_arch.inference.network import Upscaler
+from esc_arch.tools.upscale import batch, large_images, picture_files
+from esc_arch.tools.upscale.batch import Options, Task
+from esc_arch.tools.upscale.network import Upscaler
 
 PHOTOGRAPH = astronaut()[40:70, 170:205]
 OPTIONS = {key: value for key, value in NETWORK.items() if key != "type"}
@@ -194,7 +194,7 @@ def test_a_fault_of_the_network_is_a_line(run: Upscale, monkeypatch: pytest.Monk
 
 
 def test_a_disk_that_is_full_is_a_line(run: Upscale, monkeypatch: pytest.MonkeyPatch) -> None:
-    from esc_arch.inference import picture_files
+    from esc_arch.tools.upscale import picture_files
 
     def full(*_: Any) -> None:
         raise OSError(28, "No space left on device")
@@ -355,7 +355,7 @@ def test_one_of_a_batch_that_fails(run: Upscale, monkeypatch: pytest.MonkeyPatch
 
 
 def test_videos_among_the_inputs(run: Upscale, monkeypatch: pytest.MonkeyPatch) -> None:
-    from esc_arch.inference import video
+    from esc_arch.tools.upscale import video
 
     seen: list[tuple[Path, Path, Any]] = []
 
@@ -429,8 +429,8 @@ def test_ctrl_c_while_the_last_file_is_waited_for(run: Upscale, monkeypatch: pyt
 ABANDONED = """
 import numpy as np
 from pathlib import Path
-from esc_arch.inference.picture_files import PictureFile, form_of
-from esc_arch.inference.pictures import read_picture
+from esc_arch.tools.upscale.image_writer import PictureFile, form_of
+from esc_arch.tools.upscale.image_reader import read_picture
 
 picture = read_picture(Path("in.png"))
 for name, rows in (("whole.png", 30), ("half.png", 15)):

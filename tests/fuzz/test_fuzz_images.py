@@ -23,7 +23,7 @@ from skimage.data import astronaut
 import esc_arch.data  # noqa: F401  registers data sets
 from esc_arch import UserError
 from esc_arch.data.image_files import read_image
-from esc_arch.inference.pictures import read_picture
+from esc_arch.tools.upscale.image_reader import read_picture
 
 SIDE = 24
 PHOTOGRAPH = np.ascontiguousarray(astronaut()[60 : 60 + SIDE, 200 : 200 + SIDE])

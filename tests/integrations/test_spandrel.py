@@ -18,7 +18,7 @@ from torch import Tensor
 import esc_arch
 from esc_arch import UserError
 from esc_arch.checkpoints.conversion import build_network
-from esc_arch.inference import Upscaler
+from esc_arch.tools.upscale import Upscaler
 
 spandrel = pytest.importorskip("spandrel", reason='needs spandrel: pip install "esc-arch[spandrel]"')
 

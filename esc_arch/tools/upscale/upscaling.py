@@ -1,0 +1,501 @@
+"""Pixels of every kind through a network: grey, alpha, 8 and 16 bits, any scale; rows as they become ready.
+
+A network of the family takes three channels in 0 .. 1. Grey passes as three equal channels, of whose results the mean
+is taken; so does alpha. Colours below full transparency, which nobody sees, become those of the nearest visible pixel
+before, so that no fringe of them enters the result.
+"""
+
+from __future__ import annotations
+
+import math
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import Any, TypeVar, cast
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from esc_arch.errors import UserError
+from esc_arch.ops.resize import scaled_size
+
+from .image_reader import Pixels, pixels_of
+from .memory import is_out_of_memory, parse_memory
+from .network import Upscaler, load
+
+__all__ = ["ALPHAS", "Rows", "Settings", "enlarge_many", "enlarge_pixels", "enlarged_size", "quantise", "upscale"]
+
+#: How alpha may be enlarged.
+ALPHAS = ("network", "bicubic")
+#: Networks that `upscale` keeps by the names of their files.
+KEPT_NETWORKS = 4
+#: Rows of a result that are rounded, put together and written at a time.
+ROWS = 256
+
+Rows = Callable[[Pixels], None]
+Progress = Callable[[float], None]
+ImageT = TypeVar("ImageT", Pixels, Tensor, Image.Image)
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How to enlarge.
+
+    Attributes:
+        scale: by how much; None for the network's own. Of a network that has one scale alone, the result is resized.
+        tile: side of fast tiles in pixels of the input; 0 for the whole image, or exact parts of it where memory
+            is short.
+        tile_pad: pixels by which tiles overlap; None for what suits the network.
+        pre_pad: pixels of reflection added at every side, and cropped afterwards.
+        max_memory: bytes that may be used, of the device; None for what is there.
+        alpha: of `ALPHAS`.
+
+    Raises:
+        UserError: a value that cannot be.
+    """
+
+    scale: float | None = None
+    tile: int = 0
+    tile_pad: int | None = None
+    pre_pad: int = 0
+    max_memory: int | None = None
+    alpha: str = "network"
+
+    def __post_init__(self) -> None:
+        if self.scale is not None and not 0 < self.scale < math.inf:
+            raise UserError(f"The scale is {self.scale:g}; it must be a number above 0.")
+        for name, number in (("tile", self.tile), ("tile_pad", self.tile_pad or 0), ("pre_pad", self.pre_pad)):
+            if number < 0:
+                raise UserError(f"{name} is {number}; it must be a number of pixels, 0 or more.")
+        if self.tile and self.max_memory is not None:
+            raise UserError("tile and max_memory are two ways to need less memory: give one of them.")
+        if self.alpha not in ALPHAS:
+            raise UserError(f"alpha is {self.alpha!r}; allowed: {', '.join(ALPHAS)}.")
+
+    def asked(self, upscaler: Upscaler) -> float | None:
+        """The scale to ask the network for; None for its own."""
+        direct = upscaler.any_scale and self.scale is not None and self.scale >= 1
+        scale = self.scale if direct else None
+        if self.pre_pad and not float(upscaler.scale if scale is None else scale).is_integer():
+            raise UserError(f"pre_pad goes with whole scales, not with {scale or upscaler.scale:g}. Leave it away.")
+        return scale
+
+
+def enlarged_size(upscaler: Upscaler, image: Pixels, settings: Settings) -> tuple[int, int]:
+    """Height and width of what an image (H, W, ...) becomes, rounded to whole pixels."""
+    return scaled_size(image.shape[:2], upscaler.scale if settings.scale is None else settings.scale)
+
+
+def enlarge_pixels(
+    upscaler: Upscaler,
+    pixels: Pixels,
+    write: Rows,
+    settings: Settings | None = None,
+    *,
+    dtype: Any = None,
+    scratch: Path | None = None,
+    progress: Progress | None = None,
+) -> None:
+    """Enlarge one image, in parts where memory is short.
+
+    Args:
+        pixels: (H, W, C), uint8, uint16 or floating in 0 .. 1; C: 1 grey, 2 grey and alpha, 3 RGB, 4 RGBA.
+        write: gets the result from the top to the bottom, rows (h, W', C) of `dtype`.
+        dtype: of the result; that of `pixels` when None. Values are clipped, and rounded half to even.
+        scratch: a folder for intermediate results when max_memory is set.
+        progress: gets the part that is done, 0 .. 1.
+
+    Raises:
+        UserError: the scale, or parts, cannot be had of this network.
+    """
+    settings = settings or Settings()
+    dtype = np.dtype(dtype or pixels.dtype)
+    inputs = _inputs(pixels, settings)
+    report = progress or (lambda part: None)
+    size = enlarged_size(upscaler, pixels, settings)
+    with _plane(size, dtype, scratch if settings.max_memory is not None else None) as alpha:
+        if len(inputs) == 2:
+            rows = _Filled(alpha)
+            _through_network(
+                upscaler,
+                inputs[1],
+                lambda block: rows.add(quantise(block.mean(0, keepdim=True), dtype)),
+                settings,
+                scratch,
+                lambda part: report(part / 2),
+            )
+        elif pixels.shape[2] in (2, 4):
+            alpha[...] = _simple_alpha(pixels[..., -1], size, dtype)
+        joined = _Joined(write, alpha if pixels.shape[2] in (2, 4) else None, grey=pixels.shape[2] < 3, dtype=dtype)
+        _through_network(
+            upscaler,
+            inputs[0],
+            joined.add,
+            settings,
+            scratch,
+            lambda part: report(1 - (1 - part) / len(inputs)),
+        )
+
+
+def enlarge_many(upscaler: Upscaler, images: Sequence[Pixels], settings: Settings | None = None) -> list[Pixels]:
+    """Enlarge images of one size (H, W) together, whole, in the types and channels that they have.
+
+    Where memory is too short for that, one after the other.
+    """
+    settings = settings or Settings()
+    inputs = [_inputs(pixels, settings) for pixels in images]
+    results: list[Pixels] = []
+    outputs = _batch(upscaler, [each for group in inputs for each in group], settings)
+    if outputs is None:
+        for pixels in images:
+            parts: list[Pixels] = []
+            enlarge_pixels(upscaler, pixels, parts.append, settings)
+            results.append(np.concatenate(parts))
+        return results
+    for pixels, group in zip(images, inputs, strict=True):
+        size = enlarged_size(upscaler, pixels, settings)
+        blocks = [outputs.pop(0) for _ in group]
+        alpha = None
+        if pixels.shape[2] in (2, 4):
+            alpha = np.empty(size, pixels.dtype)
+            if len(blocks) == 2:
+                filled = _Filled(alpha)
+                _resized(lambda block: filled.add(quantise(block, pixels.dtype)), blocks[1].mean(0, keepdim=True), size)  # noqa: B023
+            else:
+                alpha[...] = _simple_alpha(pixels[..., -1], size, pixels.dtype)
+        parts = []
+        _resized(_Joined(parts.append, alpha, grey=pixels.shape[2] < 3, dtype=pixels.dtype).add, blocks[0], size)
+        results.append(np.concatenate(parts))
+    return results
+
+
+def _batch(upscaler: Upscaler, images: list[Pixels], settings: Settings) -> list[Tensor] | None:
+    """(3, H', W') for each image (H, W, 3), as the network gives them; None when memory is too short for all."""
+    scale = settings.asked(upscaler)
+    pad, factor = settings.pre_pad, upscaler.scale if scale is None else scale
+    height, width = images[0].shape[:2]
+    try:
+        batch = torch.stack([_as_tensor(_padded(image, pad)) for image in images])
+        found = upscaler(batch, scale)
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error):
+            raise
+        return None
+    top, (rows, columns) = round(pad * factor), upscaler.output_size(height, width, scale)
+    return list(found[..., top : top + rows, top : top + columns].cpu())
+
+
+def _as_tensor(image: Pixels) -> Tensor:
+    return torch.from_numpy(_floating(image)).permute(2, 0, 1)
+
+
+def _floating(image: Pixels) -> Pixels:
+    """float32 in 0 .. 1."""
+    if np.issubdtype(image.dtype, np.floating):
+        return image.astype(np.float32, copy=False)
+    return image.astype(np.float32) / np.float32(np.iinfo(image.dtype).max)
+
+
+def _padded(image: Pixels, pad: int) -> Pixels:
+    return np.pad(image, ((pad, pad), (pad, pad), (0, 0)), mode="reflect") if pad else image
+
+
+def _inputs(pixels: Pixels, settings: Settings) -> list[Pixels]:
+    """What goes through the network: colours (H, W, 3), and alpha as such if it is needed."""
+    channels = pixels.shape[2]
+    colour = pixels[..., : channels - 1] if channels in (2, 4) else pixels
+    alpha = pixels[..., -1] if channels in (2, 4) else None
+    if alpha is not None:
+        colour = _without_hidden(colour, alpha)
+    images = [_three(colour)]
+    if alpha is not None and settings.alpha == "network" and alpha.min() != alpha.max():
+        images.append(_three(alpha[..., None]))
+    return images
+
+
+def _three(image: Pixels) -> Pixels:
+    # Floating types other than float32 are no gain inside a network
+    image = image.astype(np.float32, copy=False) if np.issubdtype(image.dtype, np.floating) else image
+    return np.require(np.broadcast_to(image, (*image.shape[:2], 3)), requirements=["C", "W"])
+
+
+def _without_hidden(colour: Pixels, alpha: Pixels) -> Pixels:
+    """Colours with those below full transparency replaced by the nearest that are seen."""
+    hidden = alpha <= 0
+    if not hidden.any() or hidden.all():
+        return colour
+    from scipy.ndimage import distance_transform_edt
+
+    rows, columns = distance_transform_edt(hidden, return_distances=False, return_indices=True)
+    return colour[rows, columns]
+
+
+def _simple_alpha(alpha: Pixels, size: tuple[int, int], dtype: np.dtype[Any]) -> Pixels:
+    """Alpha (H, W) enlarged by bicubic interpolation; what is the same everywhere stays so."""
+    image = Image.fromarray(_floating(alpha))
+    enlarged = np.asarray(image.resize((size[1], size[0]), Image.Resampling.BICUBIC))
+    return quantise(torch.from_numpy(enlarged.copy())[None], dtype)[..., 0]
+
+
+@contextmanager
+def _plane(size: tuple[int, int], dtype: np.dtype[Any], folder: Path | None) -> Iterator[Pixels]:
+    """Room for one channel, in memory or in a file without a name."""
+    if folder is None:
+        yield np.empty(size, dtype)
+        return
+    with tempfile.TemporaryFile(dir=folder) as file:
+        yield cast(Pixels, np.memmap(file, dtype, "w+", shape=size))
+
+
+def quantise(block: Tensor, dtype: Any) -> Pixels:
+    """Values (C, h, w) as pixels (h, w, C) of a type: clipped to 0 .. 1, whole numbers rounded half to even."""
+    dtype = np.dtype(dtype)
+    values = block.float().clamp(0, 1)
+    if not np.issubdtype(dtype, np.floating):
+        values = values.mul_(np.iinfo(dtype).max).round_()
+    return np.ascontiguousarray(values.permute(1, 2, 0).cpu().numpy().astype(dtype))
+
+
+class _Filled:
+    """Fills a plane (H, W) from the top with rows (h, W, 1)."""
+
+    def __init__(self, plane: Pixels) -> None:
+        self.plane, self.row = plane, 0
+
+    def add(self, rows: Pixels) -> None:
+        self.plane[self.row : self.row + len(rows)] = rows[..., 0]
+        self.row += len(rows)
+
+
+class _Joined:
+    """Rows of three channels as rows of the channels wanted, with alpha."""
+
+    def __init__(self, write: Rows, alpha: Pixels | None, *, grey: bool, dtype: np.dtype[Any]) -> None:
+        self.write, self.alpha, self.grey, self.dtype, self.row = write, alpha, grey, dtype, 0
+
+    def add(self, block: Tensor) -> None:
+        rows = quantise(block.mean(0, keepdim=True) if self.grey else block, self.dtype)
+        if self.alpha is not None:
+            rows = np.concatenate([rows, self.alpha[self.row : self.row + len(rows), :, None]], axis=2)
+        self.row += len(rows)
+        self.write(rows)
+
+
+def _through_network(
+    upscaler: Upscaler,
+    image: Pixels,
+    emit: Callable[[Tensor], None],
+    settings: Settings,
+    scratch: Path | None,
+    progress: Progress,
+) -> None:
+    """Rows (3, h, W') of an image (H, W, 3) enlarged and brought to the size wanted, from the top to the bottom."""
+    from .large_images import enlarge
+
+    scale = settings.asked(upscaler)
+    factor = upscaler.scale if scale is None else scale
+    height, width = image.shape[:2]
+    source = upscaler.output_size(height, width, scale)
+    resizer = _Resizer(source, enlarged_size(upscaler, image, settings), emit)
+    bands = _Bands(resizer.add, round(settings.pre_pad * factor), source)
+    enlarge(
+        upscaler,
+        _padded(image, settings.pre_pad),
+        bands.add,
+        scale=scale,
+        max_memory=settings.max_memory,
+        tile=settings.tile,
+        overlap=settings.tile_pad,
+        scratch=scratch,
+        progress=progress,
+    )
+
+
+class _Bands:
+    """Blocks in rows of blocks as bands of whole rows, without what is cropped around them."""
+
+    def __init__(self, emit: Callable[[Tensor], None], margin: int, size: tuple[int, int]) -> None:
+        self.emit, self.margin, self.size = emit, margin, size
+        self.band: Tensor | None = None
+        self.filled = 0
+
+    def add(self, top: int, left: int, block: Tensor) -> None:
+        height, width = self.size
+        first, last = max(self.margin - top, 0), min(self.margin + height - top, block.shape[1])
+        begin, end = max(self.margin - left, 0), min(self.margin + width - left, block.shape[2])
+        if first >= last or begin >= end:
+            return
+        block, left = block[:, first:last, begin:end], left + begin - self.margin
+        if block.shape[2] == width:
+            self._emit_rows(block)
+            return
+        if self.band is None:
+            self.band, self.filled = block.new_empty((3, block.shape[1], width)), 0
+        self.band[..., left : left + block.shape[2]] = block
+        self.filled += block.shape[2]
+        if self.filled == width:
+            self._emit_rows(self.band)
+            self.band = None
+
+    def _emit_rows(self, band: Tensor) -> None:
+        # What follows makes copies of what it gets
+        for part in band.split(ROWS, dim=1):
+            self.emit(part)
+
+
+def _resized(emit: Callable[[Tensor], None], block: Tensor, size: tuple[int, int]) -> None:
+    _Resizer((block.shape[1], block.shape[2]), size, emit).add(block)
+
+
+class _Resizer:
+    """Resizes rows as they come, by Lanczos' filter of three lobes, wide enough not to alias where it makes smaller.
+
+    The result is the same as of the whole image: rows wait until those that their filter reads are there.
+    """
+
+    def __init__(self, source: tuple[int, int], target: tuple[int, int], emit: Callable[[Tensor], None]) -> None:
+        self.source, self.target, self.emit = source, target, emit
+        self.step = source[0] / target[0]
+        self.reach = math.ceil(3 * max(1.0, self.step)) + 2
+        self.rows: Tensor | None = None
+        self.first, self.done = 0, 0
+
+    def add(self, block: Tensor) -> None:
+        if self.source == self.target:
+            self.emit(block)
+            return
+        self.rows = block if self.rows is None else torch.cat([self.rows, block], dim=1)
+        there = self.first + self.rows.shape[1]
+        whole = there == self.source[0]
+        ready = self.target[0] if whole else max(math.floor((there - self.reach) / self.step), self.done)
+        if ready == self.done:
+            return
+        self.emit(self._resized(self.rows, self.done, ready))
+        self.done = ready
+        unneeded = max(math.floor(ready * self.step) - self.reach, self.first) - self.first
+        self.rows = self.rows[:, unneeded:].clone() if not whole else None
+        self.first += unneeded
+
+    def _resized(self, rows: Tensor, start: int, end: int) -> Tensor:
+        top, bottom = start * self.step - self.first, end * self.step - self.first
+        box = (0, max(top, 0), self.source[1], min(bottom, rows.shape[1]))
+        planes = [
+            np.asarray(
+                Image.fromarray(plane.contiguous().cpu().numpy()).resize(
+                    (self.target[1], end - start), Image.Resampling.LANCZOS, box=box
+                )
+            )
+            for plane in rows.float()
+        ]
+        return torch.from_numpy(np.stack(planes))
+
+
+def upscale(
+    image: ImageT,
+    model: Upscaler | str | Path,
+    *,
+    scale: float | None = None,
+    tile: int = 0,
+    max_memory: int | str | None = None,
+) -> ImageT:
+    """Enlarge an image; the result is of the same kind, type and range of values.
+
+    Args:
+        image: a NumPy array (H, W), (H, W, 1), (H, W, 2), (H, W, 3) or (H, W, 4): grey, grey and alpha, RGB, RGBA, of
+            uint8, uint16 or a floating type in 0 .. 1; a tensor (3, H, W) or (B, 3, H, W) of uint8 or a floating
+            type in 0 .. 1, on any device; or a Pillow image.
+        model: what `esc_arch.load` returns, or the path of a checkpoint. The last few loaded by path are kept.
+        scale: by how much; the network's own by default. A network that has one scale alone has its result resized.
+        tile: side of fast tiles in pixels of `image`, a little different from the whole; 0 for the exact result.
+        max_memory: bytes, or text such as "2G": the exact result in parts that fit.
+
+    Returns:
+        An image with the channels of `image`, (H', W') large. A Pillow image keeps its colour profile, and one with a
+        palette becomes RGB or RGBA.
+
+    Raises:
+        UserError: the image is of no such kind, or the checkpoint or an option cannot be used.
+
+    Example:
+        >>> import esc_arch, numpy as np
+        >>> model = esc_arch.load(weights)
+        >>> esc_arch.upscale(np.zeros((8, 12, 3), np.uint8), model).shape
+        (16, 24, 3)
+    """
+    upscaler = model if isinstance(model, Upscaler) else _kept(Path(model))
+    max_memory = parse_memory(max_memory) if isinstance(max_memory, str) else max_memory
+    settings = Settings(scale=scale, tile=tile, max_memory=max_memory)
+    if isinstance(image, Tensor):
+        return _upscale_tensor(image, upscaler, settings)
+    if isinstance(image, Image.Image):
+        pixels, icc, _ = pixels_of(image, image.info.get("icc_profile"))
+        enlarged = _enlarge(upscaler, pixels, settings)
+        result = Image.fromarray(enlarged[..., 0] if enlarged.shape[2] == 1 else enlarged)
+        if icc is not None:
+            result.info["icc_profile"] = icc
+        return result
+    if not isinstance(image, np.ndarray):
+        raise UserError(
+            f"The image is of type {type(image).__name__}; allowed: numpy.ndarray, torch.Tensor, PIL.Image."
+        )
+    pixels = image[..., None] if image.ndim == 2 else image
+    kind = pixels.dtype in (np.uint8, np.uint16) or np.issubdtype(pixels.dtype, np.floating)
+    if pixels.ndim != 3 or not 1 <= pixels.shape[2] <= 4 or not kind or 0 in pixels.shape:
+        raise UserError(
+            f"The array is {image.shape} of {image.dtype}; it must be (H, W) or (H, W, C) with 1 to 4 channels, of "
+            "uint8, uint16, or a floating type in 0 .. 1."
+        )
+    enlarged = _enlarge(upscaler, pixels, settings)
+    return enlarged[..., 0] if image.ndim == 2 else enlarged
+
+
+def _enlarge(upscaler: Upscaler, pixels: Pixels, settings: Settings) -> Pixels:
+    size = enlarged_size(upscaler, pixels, settings)
+    result = np.empty((*size, pixels.shape[2]), pixels.dtype)
+    row = 0
+
+    def write(rows: Pixels) -> None:
+        nonlocal row
+        result[row : row + len(rows)] = rows
+        row += len(rows)
+
+    enlarge_pixels(upscaler, pixels, write, settings)
+    return result
+
+
+def _upscale_tensor(image: Tensor, upscaler: Upscaler, settings: Settings) -> Tensor:
+    batch = image[None] if image.dim() == 3 else image
+    kind = image.dtype == torch.uint8 or image.is_floating_point()
+    if batch.dim() != 4 or batch.shape[1] != 3 or not kind or 0 in batch.shape:
+        raise UserError(
+            f"The tensor is {tuple(image.shape)} of {image.dtype}; it must be (3, H, W) or (B, 3, H, W), of uint8, or "
+            "of a floating type in 0 .. 1."
+        )
+    arrays = batch.detach().cpu()
+    arrays = (arrays if image.dtype == torch.uint8 else arrays.float()).permute(0, 2, 3, 1)
+    images = [np.ascontiguousarray(each.numpy()) for each in arrays]
+    if len(images) > 1 and not settings.tile and settings.max_memory is None:
+        results = enlarge_many(upscaler, images, settings)
+    else:
+        results = [_enlarge(upscaler, each, settings) for each in images]
+    enlarged = torch.stack([torch.from_numpy(each) for each in results]).permute(0, 3, 1, 2).contiguous()
+    enlarged = enlarged.to(image.device, image.dtype)
+    return enlarged[0] if image.dim() == 3 else enlarged
+
+
+def _kept(path: Path) -> Upscaler:
+    try:
+        changed = path.stat().st_mtime_ns
+    except OSError:
+        changed = 0
+    return _loaded(path.absolute(), changed)
+
+
+@lru_cache(maxsize=KEPT_NETWORKS)
+def _loaded(path: Path, _changed: int) -> Upscaler:
+    return load(path)

@@ -1,0 +1,126 @@
+"""Latency: how often, with what and in which precision a network is run. No time is asserted."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from esc_arch.archs import ESC
+from esc_arch.errors import UserError
+from esc_arch.ops.window_attention import naive, sdpa
+from esc_arch.tools.benchmark.latency import PRECISIONS, Latency, Protocol, measure
+
+SMALL: dict[str, Any] = {
+    "dim": 8,
+    "pdim": 4,
+    "kernel_size": 5,
+    "n_blocks": 1,
+    "conv_blocks": 1,
+    "window_size": 4,
+    "num_heads": 2,
+    "upscaling_factor": 2,
+}
+
+
+class Watched(nn.Module):
+    """Notes how it is called."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(3, 3, 1)
+        self.calls: list[tuple[Any, ...]] = []
+
+    def forward(self, x: Tensor) -> Tensor:
+        tf32 = torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32
+        out = self.conv(x)
+        self.calls.append((tuple(x.shape), out.dtype, *tf32, torch.is_grad_enabled(), self.training))
+        return out
+
+
+@pytest.mark.parametrize(
+    ("precision", "dtype"), [("fp32", torch.float32), ("bf16", torch.bfloat16), ("fp16", torch.float16)]
+)
+def test_runs(precision: str, dtype: torch.dtype) -> None:
+    net = Watched()
+    before = torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32
+    latency = measure(net, 6, 4, Protocol(device="cpu", precision=precision, runs=5, warmup=2))
+    assert net.calls == [((1, 3, 6, 4), dtype, "highest", False, False, False)] * 8
+    assert isinstance(latency, Latency)
+    assert latency.spread_ms is not None
+    assert latency.spread_ms >= 0
+    assert (latency.memory_mib, latency.backend) == (None, None)
+    assert (torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32) == before
+
+
+def test_median_and_quartiles(monkeypatch: pytest.MonkeyPatch) -> None:
+    times = iter([5.0, 1.0, 2.0, 100.0, 3.0])
+    monkeypatch.setattr("esc_arch.tools.benchmark.latency._cpu_milliseconds", lambda net, image: next(times))
+    latency = measure(Watched(), 4, 4, Protocol(device="cpu", runs=5))
+    assert latency == Latency(median_ms=3.0, spread_ms=51.0, memory_mib=None, backend=None)
+
+
+def test_too_few_runs_for_quartiles() -> None:
+    latency = measure(Watched(), 4, 4, Protocol(device="cpu", runs=3, warmup=0))
+    assert latency is not None
+    assert latency.spread_ms is None
+
+
+@pytest.mark.parametrize("backend", ["naive", "SDPA"])
+def test_backend(backend: str) -> None:
+    forwards = naive.forward, sdpa.forward
+    latency = measure(ESC(**SMALL), 6, 5, Protocol(device="cpu", backend=backend, runs=1, warmup=0))
+    assert latency is not None
+    assert latency.backend == backend.lower()
+    assert (naive.forward, sdpa.forward) == forwards
+
+
+def test_backend_of_a_backend_that_cannot_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(naive, "reasons_against", lambda *_: ["it is broken"])
+    with pytest.raises(UserError, match=r"--backend naive: attn_type naive cannot run here\. naive: it is broken"):
+        measure(ESC(**SMALL), 6, 5, Protocol(device="cpu", backend="naive"))
+
+
+def test_other_faults_are_not_the_users() -> None:
+    with pytest.raises(RuntimeError, match="expected input"):
+        measure(nn.Conv2d(4, 3, 1), 6, 5, Protocol(device="cpu"))
+
+
+def test_out_of_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(x: Tensor) -> Tensor:
+        raise torch.cuda.OutOfMemoryError("CUDA out of memory")
+
+    net = Watched()
+    monkeypatch.setattr(net, "forward", fail)
+    assert measure(net, 6, 5, Protocol(device="cpu")) is None
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("precision", PRECISIONS)
+def test_on_a_gpu(precision: str) -> None:
+    net = ESC(**SMALL)
+    latency = measure(net, 40, 30, Protocol(device="cuda", precision=precision, runs=4))
+    assert latency is not None
+    weights = sum(p.numel() * p.element_size() for p in net.parameters())
+    assert latency.memory_mib is not None
+    assert latency.memory_mib > weights / 2**20
+    assert latency.median_ms > 0
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"device": "cuda"}, "--device cuda: PyTorch finds no CUDA device here. Give --device cpu, or --no-latency."),
+        ({"precision": "tf32"}, "--precision tf32 is for GPUs. Give fp32, bf16 or fp16 with --device cpu."),
+        ({"runs": 0}, "--runs 0 --warmup 5: at least 1 run, and 0 or more for warm-up."),
+        ({"warmup": -1}, "--runs 20 --warmup -1: at least 1 run"),
+        ({"backend": "fast"}, "--backend fast: not known. Allowed: auto, naive, sdpa, flex"),
+    ],
+)
+def test_refusals(options: dict[str, Any], message: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(UserError) as caught:
+        Protocol(**{"device": "cpu", **options})
+    assert str(caught.value).startswith(message)

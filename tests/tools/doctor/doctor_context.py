@@ -1,0 +1,43 @@
+"""A context for the doctor's sections, whose worker answers in this process."""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+from collections.abc import Mapping
+from typing import Any
+
+from esc_arch.tools.doctor.children import JobFailed
+from esc_arch.tools.doctor.context import Context
+from esc_arch.tools.doctor.report import Finding
+
+__all__ = ["InProcess", "by_key", "context"]
+
+
+class InProcess:
+    """Calls functions here; `answers` are results, or errors to be raised, in place of some of them."""
+
+    def __init__(self, answers: Mapping[str, Any]) -> None:
+        self.answers = answers
+
+    def call(self, function: str, *arguments: Any) -> Any:
+        name, _, attribute = function.rpartition(":")
+        if attribute in self.answers:
+            answer = self.answers[attribute]
+            if isinstance(answer, JobFailed):
+                raise answer
+            return answer(*arguments) if callable(answer) else answer
+        return getattr(importlib.import_module(name), attribute)(*arguments)
+
+
+def context(import_failure: str = "", opt: str | None = None, no_test: bool = False, **answers: Any) -> Context:
+    args = argparse.Namespace(opt=opt, imports=None, no_test=no_test, json=False, timeout=60.0)
+    worker: Any = InProcess(answers)
+    return Context(args, import_failure, worker, lambda _: None)
+
+
+def by_key(findings: Any) -> dict[str, Finding]:
+    listed = list(findings)
+    found = {finding.key: finding for finding in listed}
+    assert len(found) == len(listed), "a key is there twice"
+    return found
