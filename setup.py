@@ -62,6 +62,7 @@ setup(
             "pytest-xdist>=3.6",
             "ruff>=0.9",
             "mypy>=1.13",
+            "import-linter>=2.1",
             "types-PyYAML",
             "types-tqdm",
             "hypothesis>=6.100",

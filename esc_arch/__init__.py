@@ -35,6 +35,9 @@ try:
     from .errors import UserError
     from .losses import FFTLoss, LPIPSLoss, SSIMLoss
     from .models import ESCLTEModel, ESCModel, ESCRealGANModel, ESCRealMSEModel
+    from .register import register_all
+
+    register_all()
 except Exception as error:
     # What keeps BasicSR from being imported is what `basicsr doctor` is asked for: it ends the process, if it is that
     from .tools.doctor.command import run_where_the_import_failed

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-__all__ = ["UserError", "message_of"]
+__all__ = ["FAULT", "INTERRUPTED", "UNREAD", "USER_ERROR", "UserError", "describe", "message_of"]
 
 
 class UserError(Exception):
@@ -22,3 +22,16 @@ def message_of(error: UserError) -> str:
     text = str(error)
     marker = f"{UserError.__module__}.{UserError.__qualname__}: "
     return text.rpartition(marker)[2].strip() if marker in text else text
+
+
+#: Exit codes.
+FAULT, USER_ERROR, INTERRUPTED, UNREAD = 1, 2, 130, 141
+
+
+def describe(error: BaseException) -> tuple[int, str]:
+    """The exit status of a command that `error` ended, and one message for it."""
+    if isinstance(error, UserError):
+        return USER_ERROR, message_of(error)
+    if isinstance(error, KeyboardInterrupt):
+        return INTERRUPTED, "interrupted."
+    return FAULT, f"{type(error).__name__}: {error}"

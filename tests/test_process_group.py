@@ -69,7 +69,7 @@ import os, sys, time
 import torch
 import torch.distributed as dist
 from esc_arch import distributed
-from esc_arch.cli.status import describe
+from esc_arch.errors import describe
 
 with distributed.failing_together(describe):
     distributed.init_dist("pytorch")

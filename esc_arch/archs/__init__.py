@@ -1,11 +1,15 @@
-"""What BasicSR's ARCH_REGISTRY sees. Composition only: a constructor's arguments are an option file's network_g."""
+"""The networks, a file each, and layers that option files can build by themselves.
+
+A constructor's arguments are the keys of an option file's network_g.
+"""
+
+from esc_arch.modules import ConvAttn, DecomposedConvAttn, FlashWindowAttention
 
 from .esc_arch import ESC
 from .esc_fp_arch import ESCFP
 from .esc_lte_arch import ESCLTE
 from .esc_real_arch import ESCReal, ESCRealM
 from .esc_rib_arch import ESCRIB
-from .layers_arch import ConvAttn, DecomposedConvAttn, FlashWindowAttention
 
 __all__ = [
     "ESC",

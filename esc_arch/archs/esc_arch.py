@@ -4,18 +4,15 @@ from __future__ import annotations
 
 from typing import ClassVar
 
-from basicsr.utils.registry import ARCH_REGISTRY
 from torch import Tensor
 
 from esc_arch.archs.base import Body, SharedKernelNetwork
 from esc_arch.modules.conv3x3 import Conv3x3, conv3x3
 from esc_arch.modules.upsample import pixel_shuffle_with_skip
-from esc_arch.registry import register
 
 __all__ = ["ESC"]
 
 
-@register(ARCH_REGISTRY)
 class ESC(SharedKernelNetwork):
     """Super-resolution with convolutional attention and a few exact window attentions (arXiv 2503.06671).
 

@@ -5,19 +5,16 @@ from __future__ import annotations
 from typing import ClassVar
 
 import torch.nn.functional as F
-from basicsr.utils.registry import ARCH_REGISTRY
 from torch import Tensor
 
 from esc_arch.archs.base import Body, ESCFamily
 from esc_arch.modules import DecomposedConvAttn, LayerNorm
 from esc_arch.modules.conv3x3 import Conv3x3, conv3x3
 from esc_arch.modules.conv_attn import new_decomposed_kernel
-from esc_arch.registry import register
 
 __all__ = ["ESCFP"]
 
 
-@register(ARCH_REGISTRY)
 class ESCFP(ESCFamily):
     """ESC whose large kernel is a channel mixing and one depth-wise filter, shared by all blocks.
 

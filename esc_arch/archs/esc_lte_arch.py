@@ -6,14 +6,12 @@ import math
 from collections.abc import Sequence
 
 import torch
-from basicsr.utils.registry import ARCH_REGISTRY
 from torch import Tensor
 
 from esc_arch.archs.base import Body, SharedKernelNetwork
 from esc_arch.modules.conv3x3 import Conv3x3, conv3x3
 from esc_arch.modules.lte import LTE, query_grid
 from esc_arch.ops.resize import scaled_size
-from esc_arch.registry import register
 
 __all__ = ["ESCLTE"]
 
@@ -21,7 +19,6 @@ __all__ = ["ESCLTE"]
 IMAGE_MEAN = IMAGE_STD = 0.5
 
 
-@register(ARCH_REGISTRY)
 class ESCLTE(SharedKernelNetwork):
     """ESC (arXiv 2503.06671) with the upsampler of LTE (Lee & Jin, CVPR 2022): one network for every scale.
 

@@ -5,14 +5,12 @@ from __future__ import annotations
 from collections.abc import MutableMapping
 from typing import ClassVar
 
-from basicsr.utils.registry import ARCH_REGISTRY
 from torch import Tensor, nn
 
 from esc_arch.archs.base import Body, SharedKernelNetwork
 from esc_arch.modules.conv3x3 import Conv3x3, conv3x3
 from esc_arch.modules.upsample import UPSAMPLERS, DySample, ReflectDepthwiseConv, UniversalUpsampler
 from esc_arch.ops.padding import reflect_pad_to_multiple
-from esc_arch.registry import register
 
 __all__ = ["ESCReal", "ESCRealM"]
 
@@ -55,7 +53,6 @@ class _RealNetwork(SharedKernelNetwork):
         return self.to_img(feat).contiguous()
 
 
-@register(ARCH_REGISTRY)
 class ESCReal(_RealNetwork):
     """The published ESC-Real, x4.
 
@@ -117,7 +114,6 @@ def _nearest_tail(dim: int) -> nn.Sequential:
     )
 
 
-@register(ARCH_REGISTRY)
 class ESCRealM(_RealNetwork):
     """ESC-Real for scales 1 to 4, with a choice of upsamplers.
 

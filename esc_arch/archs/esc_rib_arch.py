@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import Any, ClassVar
 
-from basicsr.utils.registry import ARCH_REGISTRY
 from torch import Tensor, nn
 
 from esc_arch.archs.base import Body, SharedKernelNetwork
@@ -12,14 +11,12 @@ from esc_arch.modules import FactorBiasWindowAttention, LayerNorm, RIBWindowAtte
 from esc_arch.modules.conv3x3 import Conv3x3, conv3x3
 from esc_arch.modules.upsample import pixel_shuffle_with_skip
 from esc_arch.modules.window_attention import WindowAttention
-from esc_arch.registry import register
 
 __all__ = ["ESCRIB"]
 
 ATTN_TYPES = {name.lower(): name for name in ("RIB", "RIBSiren", "FlashBias")}
 
 
-@register(ARCH_REGISTRY)
 class ESCRIB(SharedKernelNetwork):
     """ESC whose attention has rank-factorised position biases, optionally gated.
 

@@ -10,15 +10,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from basicsr.utils.registry import ARCH_REGISTRY
 from torch import Tensor, nn
 
-from esc_arch.data.safe_files import write_atomically
+from esc_arch import archs
+from esc_arch.atomic_io import write_atomically
 from esc_arch.errors import UserError
 from esc_arch.modules.window_attention import bias_factors
 from esc_arch.ops.conv_attn import symmetrise
 from esc_arch.ops.window_attention import dense_bias
-from esc_arch.registry import own
 from esc_arch.version import __version__
 
 from .loading import adapt_weights, describe_mismatch
@@ -126,7 +125,8 @@ def build_network(section: Mapping[str, Any]) -> nn.Module:
     Raises:
         ValueError: an option that cannot be.
     """
-    return own(ARCH_REGISTRY, section["type"])(**{key: value for key, value in section.items() if key != "type"})
+    network: type[nn.Module] = getattr(archs, section["type"].removeprefix("esc_arch."))
+    return network(**{key: value for key, value in section.items() if key != "type"})
 
 
 def save_checkpoint(checkpoint: Checkpoint, path: str | Path, *, file_format: str) -> None:

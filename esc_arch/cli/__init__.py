@@ -13,11 +13,10 @@ import traceback
 from collections.abc import Sequence
 
 from esc_arch import __version__
-from esc_arch.errors import UserError
+from esc_arch.errors import UNREAD, UserError, describe
 from esc_arch.project import import_modules
 
 from . import benchmark, check, convert, doctor, export, prepare, publish, test, train, upscale, warmup
-from .status import UNREAD, describe
 
 __all__ = ["main"]
 

@@ -10,13 +10,11 @@ import sys
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from esc_arch.errors import UserError
+from esc_arch.errors import USER_ERROR, UserError
 from esc_arch.options import Extent, Finding, Inspection, Place, inspect_options
 from esc_arch.options.files import YAMLError
 from esc_arch.options.schema import options_schema
 from esc_arch.project import add_import_argument
-
-from .status import USER_ERROR
 
 __all__ = ["HELP", "add_arguments", "run"]
 

@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass
 
 import torch
 
-from esc_arch.data.safe_files import write_atomically
+from esc_arch.atomic_io import write_atomically
 from esc_arch.ops.trials.choice import forget
 from esc_arch.ops.trials.files import encode, file_of, load
 from esc_arch.ops.trials.networks import NETWORKS, Network

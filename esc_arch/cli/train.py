@@ -7,8 +7,7 @@ import argparse
 import basicsr.train
 
 from esc_arch.options import add_arguments
-
-from .pipeline import run_pipeline
+from esc_arch.training.pipeline import run_pipeline
 
 __all__ = ["HELP", "add_arguments", "run"]
 

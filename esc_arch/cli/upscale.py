@@ -10,14 +10,12 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from esc_arch.errors import UserError
+from esc_arch.errors import FAULT, UserError
 from esc_arch.tools.upscale.batch import EXTENSIONS, Options, Summary, Task, find_tasks, upscale_files
 from esc_arch.tools.upscale.image_writer import Form
 from esc_arch.tools.upscale.memory import parse_memory
 from esc_arch.tools.upscale.network import load
 from esc_arch.tools.upscale.upscaling import ALPHAS, Settings
-
-from .status import FAULT
 
 __all__ = ["HELP", "add_arguments", "run"]
 

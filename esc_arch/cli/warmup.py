@@ -14,7 +14,7 @@ from basicsr.utils.registry import ARCH_REGISTRY
 from torch import Tensor, nn
 
 from esc_arch.checkpoints.conversion import build_network
-from esc_arch.errors import UserError
+from esc_arch.errors import FAULT, UserError
 from esc_arch.models.speed import Speed, speed_problems
 from esc_arch.modules.window_attention import WindowAttention
 from esc_arch.ops import native
@@ -26,7 +26,6 @@ from esc_arch.options.section_checks import check_call, entries
 from esc_arch.project import add_import_argument
 
 from .kernel_trials import try_gpus
-from .status import FAULT
 
 __all__ = ["HELP", "add_arguments", "run"]
 

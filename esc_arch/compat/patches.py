@@ -109,7 +109,7 @@ def _load_resume_state(original: Callable[..., Any]) -> Callable[..., Any]:
     def load_resume_state(opt: dict[str, Any]) -> dict[str, Any] | None:
         from basicsr.utils import check_resume
 
-        from esc_arch.data.safe_files import remove_partial
+        from esc_arch.atomic_io import remove_partial
 
         if opt["auto_resume"]:
             found = _newest_state(opt)

@@ -40,7 +40,7 @@ def system_faults_named() -> Iterator[None]:
     Raises:
         UserError: with the file and the cure. Other errors pass.
     """
-    from esc_arch.data.safe_files import system_fault
+    from esc_arch.atomic_io import system_fault
 
     before = threading.excepthook
     threading.excepthook = functools.partial(_thread_failed, before)
@@ -242,7 +242,7 @@ def _imwrite(original: Callable[..., Any]) -> Callable[..., Any]:
 
     @functools.wraps(original)
     def imwrite(img: Any, file_path: str, params: list[int] | None = None, auto_mkdir: bool = True) -> None:
-        from esc_arch.data.safe_files import replacing
+        from esc_arch.atomic_io import replacing
         from esc_arch.training.run import current_run
 
         path = Path(file_path)

@@ -28,7 +28,7 @@ def save_atomically(content: Any, path: Path, last: bool) -> bool:
     A disk that is full for a while must not end a training of days: the failure is logged and the next checkpoint
     tries again. Only the last one, after which nothing follows, raises.
     """
-    from esc_arch.data.safe_files import replacing, writing_to
+    from esc_arch.atomic_io import replacing, writing_to
 
     try:
         with writing_to(path.parent), replacing(path) as file:

@@ -10,13 +10,11 @@ from typing import Any
 import numpy as np
 from basicsr.data.transforms import augment
 from basicsr.utils import img2tensor
-from basicsr.utils.registry import DATASET_REGISTRY
 from torch import Tensor
 from torch.utils.data import Dataset
 
 from esc_arch.errors import UserError
 from esc_arch.ops.resize import matlab_resize, round_to_8bit, scale_pair, scaled_size
-from esc_arch.registry import register
 
 from .hr_images import HRImages, random_start
 
@@ -79,7 +77,6 @@ class ScaleRange:
         return self.lq_size**2 if self.sample_q is None else self.sample_q
 
 
-@register(DATASET_REGISTRY)
 class ArbitraryScaleDataset(Dataset[dict[str, Any]]):
     """HR images for training at scales drawn per batch, and for testing at any real scale.
 

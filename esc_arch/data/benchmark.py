@@ -16,9 +16,10 @@ from pathlib import Path
 
 import basicsr
 
+from esc_arch.atomic_io import locked, write_atomically, writing_to
+
 from ..errors import UserError
 from .image_files import Source, checked_scales, crop_to_multiple, downscale, encode_png, read_hr
-from .safe_files import locked, write_atomically, writing_to
 from .worker_pool import map_in_order, progress_bar
 
 __all__ = ["benchmark_folders", "prepare_benchmark"]

@@ -8,11 +8,9 @@ import numpy as np
 import torch
 from basicsr.data.transforms import augment
 from basicsr.utils import img2tensor
-from basicsr.utils.registry import DATASET_REGISTRY
 from torch.utils.data import Dataset
 
 from esc_arch.ops.resize import matlab_resize, round_to_8bit
-from esc_arch.registry import register
 
 from .hr_images import FloatImage, HRImages, random_start
 from .image_files import Image
@@ -23,7 +21,6 @@ __all__ = ["DownsampleImageDataset"]
 _REACH = 2
 
 
-@register(DATASET_REGISTRY)
 class DownsampleImageDataset(Dataset[dict[str, Any]]):
     """HR images, and their LR images by MATLAB's bicubic with antialiasing; takes the place of PairedImageDataset.
 

@@ -13,8 +13,9 @@ from typing import Any
 
 import lmdb
 
+from esc_arch.atomic_io import fsync_folder, remove, write_atomically, writing_to
+
 from .image_files import PNG_COMPRESSION
-from .safe_files import fsync_folder, remove, write_atomically, writing_to
 
 __all__ = ["LmdbWriter", "Settings", "read_shapes", "why_not_reusable"]
 
@@ -40,7 +41,7 @@ class LmdbWriter:
        committed so far. One with others begins anew. Leaving the ``with`` block early keeps the partial folder.
      - The size is bounded by the disk only: the memory map grows as needed.
 
-    One process at a time may write an LMDB; see :func:`.safe_files.locked`.
+    One process at a time may write an LMDB; see `esc_arch.atomic_io.locked`.
 
     Args:
         path: the LMDB; ends in ``.lmdb``, as BasicSR demands.

@@ -15,6 +15,8 @@ from pathlib import Path
 
 import basicsr
 
+from esc_arch.atomic_io import locked
+
 from ..errors import UserError
 from .image_files import (
     IMAGE_SUFFIXES,
@@ -30,7 +32,6 @@ from .image_files import (
     sub_image_starts,
 )
 from .lmdb_writer import LmdbWriter, Settings, why_not_reusable
-from .safe_files import locked
 from .worker_pool import map_in_order, progress_bar
 
 __all__ = ["match_lr", "prepare_train", "train_lmdbs"]

@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import torch
-from basicsr.utils.registry import LOSS_REGISTRY
 from torch import Tensor
-
-from esc_arch.registry import register
 
 from .base import ImageLoss
 
@@ -16,7 +13,6 @@ _REDUCTIONS = ("mean", "sum")
 _NORMS = ("backward", "ortho", "forward")
 
 
-@register(LOSS_REGISTRY)
 class FFTLoss(ImageLoss):
     """L1 distance of the images' 2-D real Fourier transforms, of real and imaginary parts alike.
 

@@ -7,12 +7,10 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import torch
-from basicsr.utils.registry import LOSS_REGISTRY
 from torch import Tensor
 
 from esc_arch.compat.safe_weights import tensors_only
 from esc_arch.errors import UserError
-from esc_arch.registry import register
 
 from .base import ImageLoss
 
@@ -27,7 +25,6 @@ _BACKBONES = {
 _MISSING = 'LPIPSLoss needs the package lpips: pip install "esc-arch[lpips]", or leave this loss out'
 
 
-@register(LOSS_REGISTRY)
 class LPIPSLoss(ImageLoss):
     """Learned perceptual distance (Zhang et al., 2018, arXiv 1801.03924), the mean over images.
 

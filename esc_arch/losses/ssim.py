@@ -4,10 +4,7 @@ from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
-from basicsr.utils.registry import LOSS_REGISTRY
 from torch import Tensor
-
-from esc_arch.registry import register
 
 from .base import ImageLoss
 
@@ -20,7 +17,6 @@ _C1 = 0.01**2
 _C2 = 0.03**2
 
 
-@register(LOSS_REGISTRY)
 class SSIMLoss(ImageLoss):
     """1 - SSIM (Wang et al., 2004, doi:10.1109/TIP.2003.819861), the mean over images, channels and pixels.
 

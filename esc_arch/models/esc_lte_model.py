@@ -8,19 +8,16 @@ from typing import Any
 
 import numpy as np
 import torch
-from basicsr.utils.registry import MODEL_REGISTRY
 from torch import Tensor, nn
 
 from esc_arch.data.arbitrary_scale_dataset import ScaleRange
 from esc_arch.models.esc_model import ESCModel
 from esc_arch.modules.lte import query_grid
 from esc_arch.ops.resize import matlab_resize, round_to_8bit, scale_pair, scaled_size
-from esc_arch.registry import register
 
 __all__ = ["ESCLTEModel", "draw_batch"]
 
 
-@register(MODEL_REGISTRY)
 class ESCLTEModel(ESCModel):
     """`ESCModel` for networks that are asked for the colours at any points, as `ESCLTE`.
 

@@ -19,14 +19,14 @@ import torch
 from basicsr.metrics import calculate_metric
 from basicsr.models.sr_model import SRModel
 from basicsr.utils import imwrite, tensor2img
-from basicsr.utils.registry import ARCH_REGISTRY, MODEL_REGISTRY
+from basicsr.utils.registry import ARCH_REGISTRY
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader, Subset
 from tqdm import tqdm
 
+from esc_arch.atomic_io import write_atomically
 from esc_arch.data.names import image_name
-from esc_arch.data.safe_files import write_atomically
 from esc_arch.errors import UserError
 from esc_arch.losses import build_losses
 from esc_arch.models.comparison import Comparison
@@ -35,7 +35,6 @@ from esc_arch.models.self_ensemble import self_ensemble
 from esc_arch.models.speed import PUBLISHED_MODEL, Speed, eager, full_float32, speed_problems
 from esc_arch.models.validation_pictures import validation_picture
 from esc_arch.ops.padding import reflect_pad_to_multiple
-from esc_arch.registry import register
 from esc_arch.training.distributed import gather_objects
 from esc_arch.training.parameter_groups import freeze, parameter_groups
 from esc_arch.training.run import current_run, what_is_saved
@@ -63,7 +62,6 @@ class _Validated:
     picture: Any = None
 
 
-@register(MODEL_REGISTRY, "ESCModel", "ESRModel")
 class ESCModel(SRModel):
     """BasicSR's SRModel with the evaluation protocol of the paper. `ESRModel` is its name in published option files.
 

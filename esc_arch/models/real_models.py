@@ -12,12 +12,10 @@ from typing import Any
 from basicsr.models.realesrgan_model import RealESRGANModel
 from basicsr.models.realesrnet_model import RealESRNetModel
 from basicsr.utils import DiffJPEG, USMSharp
-from basicsr.utils.registry import MODEL_REGISTRY
 from torch import Tensor
 
 from esc_arch.models.esc_model import ESCModel
 from esc_arch.models.pair_pool import PairPool
-from esc_arch.registry import register
 
 __all__ = ["ESCRealGANModel", "ESCRealMSEModel"]
 
@@ -137,7 +135,6 @@ def _is_number(value: Any) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool)
 
 
-@register(MODEL_REGISTRY, "ESCRealMSEModel", "RealHATMSEModel")
 class ESCRealMSEModel(_RealTraining, RealESRNetModel, ESCModel):
     """The first stage: an L1 loss. BasicSR's `RealESRNetModel`, with the changes of `_RealTraining`.
 
@@ -153,7 +150,6 @@ class ESCRealMSEModel(_RealTraining, RealESRNetModel, ESCModel):
     usm_options = ("gt_usm",)
 
 
-@register(MODEL_REGISTRY, "ESCRealGANModel", "RealHATGANModel")
 class ESCRealGANModel(_RealTraining, RealESRGANModel, ESCModel):
     """The second stage: L1, perceptual and adversarial loss. BasicSR's `RealESRGANModel`, changed likewise.
 

@@ -13,7 +13,7 @@ from typing import Any
 
 from basicsr.utils.registry import ARCH_REGISTRY, DATASET_REGISTRY, LOSS_REGISTRY, METRIC_REGISTRY, MODEL_REGISTRY
 
-from esc_arch.registry import OWN
+from esc_arch.register import OWN
 from esc_arch.training.optimizers import OPTIMIZERS
 from esc_arch.training.schedulers import SCHEDULERS
 

@@ -10,7 +10,7 @@ from basicsr.models.sr_model import SRModel
 from basicsr.utils.registry import MODEL_REGISTRY
 
 from esc_arch.models import ESCModel
-from esc_arch.registry import without_own
+from esc_arch.register import without_own
 from esc_arch.suggestions import did_you_mean
 
 from .files import Options

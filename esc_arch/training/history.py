@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from esc_arch.data.safe_files import write_atomically
+from esc_arch.atomic_io import write_atomically
 
 __all__ = ["History"]
 

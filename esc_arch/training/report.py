@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from esc_arch.data.safe_files import write_atomically
+from esc_arch.atomic_io import write_atomically
 
 from .history import History
 from .progress import losses_of

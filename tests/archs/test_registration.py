@@ -17,7 +17,7 @@ from other_packages import OUR_NAMES, write_project
 
 import esc_arch
 from esc_arch.checkpoints.conversion import build_network as build_recognised
-from esc_arch.registry import others_of_our_names, own, register, without_own
+from esc_arch.register import others_of_our_names, register, without_own
 from esc_arch.tools.benchmark.networks import named as networks_to_measure
 
 ATTENTION = {"dim": 16, "window_size": 8, "num_heads": 2}
@@ -58,7 +58,7 @@ def test_build_network_passes_errors_on() -> None:
         build_network({"type": "ConvAttn", "dim": 16, "pdim": 4, "kernel_sise": 13})
 
 
-# --- the decorator -------------------------------------------------------------------------------------------------
+# --- registering -------------------------------------------------------------------------------------------------
 
 
 def a_class(name: str, module: str) -> type:
@@ -68,8 +68,7 @@ def a_class(name: str, module: str) -> type:
 def test_register_uses_the_class_name_or_the_names_given() -> None:
     registry = Registry("arch")
     net = a_class("Net", "esc_arch.archs.net_arch")
-    assert register(registry)(net) is net
-    assert register(registry, "Old", "Older")(net) is net
+    register(registry, net, Old=net, Older=net)
     names = ["Net", "Old", "Older"]
     assert dict(iter(registry)) == dict.fromkeys([*names, *(f"esc_arch.{name}" for name in names)], net)
 
@@ -79,8 +78,8 @@ def test_register_renews_an_earlier_import() -> None:
     old, new = (a_class("Net", "esc_arch.archs.net_arch") for _ in range(2))
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        register(registry)(old)
-        register(registry)(new)
+        register(registry, old)
+        register(registry, new)
     assert registry.get("Net") is registry.get("esc_arch.Net") is new
 
 
@@ -89,9 +88,9 @@ def test_register_renews_an_earlier_import() -> None:
 def test_register_leaves_a_name_to_other_code(module: str, order: str) -> None:
     registry = Registry("arch")
     ours, other = a_class("Net", "esc_arch.archs.net_arch"), a_class("Net", module)
-    registrations: list[Callable[[], Any]] = [lambda: registry.register(other), lambda: register(registry)(ours)]
+    registrations: list[Callable[[], Any]] = [lambda: registry.register(other), lambda: register(registry, ours)]
     if order == "after":
-        registrations = [lambda: register(registry)(ours), lambda: registry.register()(other)]
+        registrations = [lambda: register(registry, ours), lambda: registry.register()(other)]
     with pytest.warns(
         UserWarning, match=f"'Net' in BasicSR's arch registry is {module}.Net, .* 'esc_arch.Net'"
     ) as all_:
@@ -99,7 +98,7 @@ def test_register_leaves_a_name_to_other_code(module: str, order: str) -> None:
             each()
     assert len(all_) == 1
     assert registry.get("Net") is other
-    assert registry.get("esc_arch.Net") is own(registry, "Net") is own(registry, "esc_arch.Net") is ours
+    assert registry.get("esc_arch.Net") is ours
     assert others_of_our_names(registry) == {"Net": other}
     assert without_own(dict(iter(registry))) == dict(iter(registry))
     with pytest.raises(AssertionError, match="already registered"):  # between two others, as always
@@ -111,7 +110,7 @@ def test_a_name_with_a_suffix_is_another() -> None:
     ours, other = a_class("Net", "esc_arch.archs.net_arch"), a_class("Net", "other")
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        register(registry)(ours)
+        register(registry, ours)
         registry.register(suffix="project")(other)
         registry.register(ours)  # as those do who import it from here
     assert others_of_our_names(registry) == {}

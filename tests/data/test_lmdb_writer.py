@@ -11,9 +11,9 @@ import lmdb
 import numpy as np
 import pytest
 
+from esc_arch.atomic_io import locked, write_atomically
 from esc_arch.data import lmdb_writer
 from esc_arch.data.lmdb_writer import LmdbWriter, read_shapes, why_not_reusable
-from esc_arch.data.safe_files import locked, write_atomically
 from esc_arch.errors import UserError
 
 SETTINGS = {"crop size": 48, "digest": "abc", "lr": None}

@@ -247,8 +247,8 @@ def run_trials(trials: Sequence[Trial], launcher: str = "none") -> list[Outcome]
         UserError: something in the data or the weights cannot be used.
     """
     # The command line imports this package
-    from esc_arch.cli.pipeline import run_within
-    from esc_arch.cli.status import describe
+    from esc_arch.errors import describe
+    from esc_arch.training.pipeline import run_within
 
     with failing_together(describe):
         for trial in trials:

@@ -11,8 +11,8 @@ from typing import Any
 
 import cv2
 
+from esc_arch.atomic_io import write_atomically
 from esc_arch.data.image_files import encode_png
-from esc_arch.data.safe_files import write_atomically
 from esc_arch.errors import UserError
 from esc_arch.models.comparison import side_by_side
 from esc_arch.models.esc_model import PROTOCOLS

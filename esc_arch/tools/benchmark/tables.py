@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from esc_arch.data.safe_files import write_atomically
+from esc_arch.atomic_io import write_atomically
 from esc_arch.errors import UserError
 
 __all__ = ["FORMATS", "Cell", "Column", "Table", "check_report", "deliver"]

@@ -26,7 +26,7 @@ def examine(context: Context) -> Iterator[Finding]:
         return
     from basicsr.utils import registry
 
-    from esc_arch.registry import OWN, others_of_our_names, without_own
+    from esc_arch.register import OWN, others_of_our_names, without_own
 
     yield from _import_project(context)
     registries = {kind: getattr(registry, f"{kind.upper()}_REGISTRY") for kind in _KINDS}

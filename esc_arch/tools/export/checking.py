@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from esc_arch.archs import ESCLTE
-from esc_arch.data.safe_files import write_atomically
+from esc_arch.atomic_io import write_atomically
 from esc_arch.errors import UserError
 from esc_arch.tools.upscale.network import Upscaler
 from esc_arch.version import __version__

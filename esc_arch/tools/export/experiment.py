@@ -10,7 +10,7 @@ from typing import Any
 
 from esc_arch.errors import UserError
 from esc_arch.options import Options, load_yaml
-from esc_arch.registry import OWN
+from esc_arch.register import OWN
 from esc_arch.training.history import History
 
 __all__ = ["Training", "read_experiment"]

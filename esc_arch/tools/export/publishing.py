@@ -18,8 +18,8 @@ import numpy as np
 import torch
 from PIL import Image
 
+from esc_arch.atomic_io import fsync_folder, remove, write_atomically
 from esc_arch.checkpoints.conversion import Checkpoint, build_network, open_checkpoint, save_checkpoint
-from esc_arch.data.safe_files import fsync_folder, remove, write_atomically
 from esc_arch.errors import UserError
 from esc_arch.suggestions import did_you_mean, nearest
 

@@ -16,7 +16,7 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
-from esc_arch.data.safe_files import replacing
+from esc_arch.atomic_io import replacing
 from esc_arch.errors import UserError
 
 from .exif import LONG8, MARK, SHORT, Directory, Exif, Value, directory_bytes, value

@@ -15,7 +15,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from esc_arch.data.safe_files import fsync_folder
+from esc_arch.atomic_io import fsync_folder
 from esc_arch.errors import UserError
 
 from .frames import (

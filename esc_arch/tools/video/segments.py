@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from esc_arch.data.safe_files import write_atomically
+from esc_arch.atomic_io import write_atomically
 from esc_arch.errors import UserError
 
 __all__ = ["Packet", "Segment", "WorkFolder", "decoding_times"]

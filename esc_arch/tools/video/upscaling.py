@@ -16,7 +16,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from esc_arch.data.safe_files import writing_to
+from esc_arch.atomic_io import writing_to
 from esc_arch.errors import UserError
 from esc_arch.ops.resize import scaled_size
 from esc_arch.tools.upscale.memory import is_out_of_memory, peak_of

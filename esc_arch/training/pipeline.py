@@ -11,9 +11,8 @@ from types import ModuleType
 from typing import Any
 
 from esc_arch import options
+from esc_arch.errors import describe
 from esc_arch.training.distributed import failing_together
-
-from .status import describe
 
 __all__ = ["run_pipeline", "run_within"]
 

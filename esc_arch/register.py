@@ -5,48 +5,55 @@ from __future__ import annotations
 import multiprocessing
 import os
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any, TypeVar
 
+from basicsr.utils import registry
 from basicsr.utils.registry import Registry
 
-__all__ = ["OWN", "others_of_our_names", "own", "register", "without_own"]
+__all__ = ["OWN", "others_of_our_names", "register", "register_all", "without_own"]
 
-T = TypeVar("T", bound=type)
 Entry = TypeVar("Entry")
 
 #: What every class of ours is also registered under, with its name behind it: nobody else can have `esc_arch.ESC`.
 OWN = "esc_arch."
 
 
-def register(registry: Registry, *names: str) -> Callable[[T], T]:
-    """A class decorator that registers under the given names (default: the class's own), and under `OWN` + name.
+def register_all() -> None:
+    """Register every class of esc_arch that option files can name: the only list of them."""
+    from . import archs, data, losses, models
+
+    register(
+        registry.ARCH_REGISTRY,
+        *(archs.ESC, archs.ESCFP, archs.ESCReal, archs.ESCRealM, archs.ESCRIB, archs.ESCLTE),
+        *(archs.ConvAttn, archs.DecomposedConvAttn, archs.FlashWindowAttention),
+    )
+    register(
+        registry.MODEL_REGISTRY,
+        *(models.ESCModel, models.ESCLTEModel, models.ESCRealMSEModel, models.ESCRealGANModel),
+        # Their names in published option files
+        ESRModel=models.ESCModel,
+        RealHATMSEModel=models.ESCRealMSEModel,
+        RealHATGANModel=models.ESCRealGANModel,
+    )
+    register(registry.DATASET_REGISTRY, data.ArbitraryScaleDataset, data.DownsampleImageDataset)
+    register(registry.LOSS_REGISTRY, losses.FFTLoss, losses.LPIPSLoss, losses.SSIMLoss)
+
+
+def register(registry: Registry, *classes: type, **aliases: type) -> None:
+    """Register classes under their names, and under `OWN` + name.
 
     BasicSR's own registration fails with an AssertionError when a name is taken. Here a class of another package has
     the name, whether it is registered before ours or after, with a warning that says so. A name taken by an earlier
     import of esc_arch is renewed.
     """
     _give_way(registry)
-
-    def decorate(cls: T) -> T:
-        for name in names or (cls.__name__,):
-            registry._obj_map[OWN + name] = cls
-            if _is_ours(registry._obj_map.get(name, cls)):
-                registry._obj_map[name] = cls
-            else:
-                _warn(registry, name)
-        return cls
-
-    return decorate
-
-
-def own(registry: Registry, name: str) -> Any:
-    """The class of ours with this name, whoever has the name in the registry.
-
-    Raises:
-        KeyError: esc_arch has none.
-    """
-    return registry._obj_map[OWN + name.removeprefix(OWN)]
+    for name, cls in ({each.__name__: each for each in classes} | aliases).items():
+        registry._obj_map[OWN + name] = cls
+        if _is_ours(registry._obj_map.get(name, cls)):
+            registry._obj_map[name] = cls
+        else:
+            _warn(registry, name)
 
 
 def without_own(entries: Mapping[str, Entry]) -> dict[str, Entry]:
