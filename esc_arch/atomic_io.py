@@ -13,7 +13,7 @@ from typing import IO
 
 import lmdb
 
-from ..errors import UserError
+from .errors import UserError
 
 __all__ = [
     "fsync_folder",
