@@ -18,6 +18,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from esc_arch import ESC
+from esc_arch.ops.window_attention import Bias, dense_bias, merge_windows, pad_to_windows, split_windows
+from esc_arch.ops.window_attention.bias import parameters_of
 
 SMALL: dict[str, Any] = {
     "dim": 16,
@@ -85,6 +87,49 @@ def max_error(actual: Tensor, expected: Tensor) -> float:
     assert actual.shape == expected.shape
     error = (actual.detach().double().cpu() - expected.detach().double().cpu()).abs().max().item()
     return error if math.isfinite(error) else math.inf
+
+
+def sum_rounding(exact: Tensor, terms: int) -> float:
+    """What rounding may cost float32 sums of so many terms, one after the other, in any order.
+
+    Errors of either sign add up to the square root of their number, in units of the largest result; 16 are for what is
+    around the sum. The error of PyTorch's own kernels is no measure of it alone: on some processors they sum in
+    blocks, and are several times nearer.
+    """
+    return torch.finfo(torch.float32).eps * math.sqrt(16 + terms) * exact.abs().max().item()
+
+
+def attention_rounding(qkv: Tensor, bias: Bias, cotangent: Tensor, window: int, heads: int) -> list[float]:
+    """What rounding may cost the gradients of `window_attention`: of qkv, and of the table or the two factors.
+
+    The gradient of a query's scores is p (d - sum p d), d being the products of its cotangent and the values: a
+    difference of almost equal numbers where values are alike, and 0 where a padded pixel repeats. So the error goes
+    with the absolute values of what is subtracted and summed, not with the result: that sum of absolute values, times
+    half a unit for each rounding on the way (of sums over a head's dimensions, the rank and the tokens), of which signs
+    at random leave the square root.
+    """
+    qkv = qkv.detach().double().requires_grad_()
+    leaves = [part.detach().double().requires_grad_() for part in parameters_of(bias)]
+    dense = dense_bias(leaves[0] if isinstance(bias, Tensor) else (leaves[0], leaves[1]), window)
+    q, k, v = split_windows(pad_to_windows(qkv, window), window, heads)
+    scale = q.shape[-1] ** -0.5
+    weights = (q @ k.mT * scale + dense).softmax(-1)
+    attended = (weights @ v).detach().requires_grad_()
+    merged = merge_windows(attended, window, *qkv.shape[-2:])
+    (upstream,) = torch.autograd.grad(merged, attended, cotangent.detach().double().abs())
+    with torch.no_grad():
+        products = upstream @ v.abs().mT
+        of_scores = weights * (products + (weights * products).sum(-1, keepdim=True))
+        of_parts = (of_scores @ k.abs() * scale, of_scores.mT @ q.abs() * scale, weights.mT @ upstream)
+        of_bias = of_scores.sum(0)
+    (of_qkv,) = torch.autograd.grad((q, k, v), qkv, of_parts)
+    if isinstance(bias, Tensor):
+        sums = [of_qkv, *torch.autograd.grad(dense, leaves, of_bias)]
+    else:
+        sums = [of_qkv, of_bias @ leaves[1].abs(), of_bias.mT @ leaves[0].abs()]
+    rank = 0 if isinstance(bias, Tensor) else bias[0].shape[-1]
+    roundings = q.shape[-1] + rank + window**2
+    return [math.sqrt(roundings) * torch.finfo(torch.float32).eps / 2 * part.abs().max().item() for part in sums]
 
 
 def reflected_indices(size: int, length: int) -> list[int]:

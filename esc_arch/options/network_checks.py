@@ -16,7 +16,8 @@ import torch
 from basicsr.utils.registry import ARCH_REGISTRY
 from torch import Tensor, nn
 
-from esc_arch.checkpoints import adapt_weights, mismatch_message, read_checkpoint, select_weights
+from esc_arch.checkpoints import adapt_weights, mismatch_message, read_checkpoint
+from esc_arch.checkpoints.reading import find_weights
 from esc_arch.errors import UserError
 from esc_arch.modules.window_attention import FactorBiasWindowAttention, WindowAttention
 from esc_arch.ops.gradients import wants_gradients
@@ -159,7 +160,7 @@ def _check_pretrained(opt: Options, key: str, net: nn.Module, extent: Extent) ->
     if source is None:
         return
     try:
-        weights = select_weights(read_checkpoint(source), paths.get(f"param_key_{label}", "params"), source)
+        found, weights = find_weights(read_checkpoint(source), paths.get(f"param_key_{label}", "params"), source)
     except UserError as error:
         yield f"path:pretrain_{key}: {error}"
         return
@@ -169,4 +170,4 @@ def _check_pretrained(opt: Options, key: str, net: nn.Module, extent: Extent) ->
     if message is not None:
         yield f"path:pretrain_{key}: {message}"
     else:
-        extent.facts.append(f"path:pretrain_{key}: {source} fits {key}")
+        extent.facts.append(f"path:pretrain_{key}: {source}{f' ({found})' if found else ''} fits {key}")

@@ -288,7 +288,7 @@ def test_weights(check: Any, train_options: Any) -> None:
     net = build_network(train_options["network_g"])
     torch.save({"params": net.state_dict()}, "fits.pth")
     train_options["path"]["pretrain_network_g"] = "fits.pth"
-    assert "OK  a.yml: path:pretrain_network_g: fits.pth fits network_g" in check(train_options)[1]
+    assert "OK  a.yml: path:pretrain_network_g: fits.pth (params) fits network_g" in check(train_options)[1]
     train_options["network_g"]["dim"] = 12
     status, _, err = check(train_options)
     assert status == 2 and re.search(r"^a\.yml:\d+:3: path:pretrain_network_g: fits\.pth does not fit ESC", err, re.M)
