@@ -46,7 +46,7 @@ setup(
     license="MIT",
     python_requires=">=3.10,<3.14",
     packages=find_packages(include=["esc_arch", "esc_arch.*"]),
-    package_data={"esc_arch": ["py.typed", "ops/native/csrc/*", "tools/benchmark/*.json", "options/*.json"]},
+    package_data={"esc_arch": ["py.typed", "ops/cpu/csrc/*", "tools/benchmark/*.json", "options/*.json"]},
     install_requires=read_requirements(),
     extras_require={
         "flash-attn": ["flash-attn>=2.6"],

@@ -30,7 +30,7 @@ from torch import nn
 
 import esc_arch.ops
 from esc_arch.modules.window_attention import WindowAttention
-from esc_arch.ops import native
+from esc_arch.ops import cpu
 from esc_arch.ops.float32 import float32_products
 
 MIB = 2**20
@@ -118,7 +118,7 @@ def precisions_of(device: str) -> tuple[str, ...]:
 def prepare_operators() -> str:
     """Build the C++ operators where that can be; says how long it took, or why not."""
     try:
-        return f"C++ operators ready after {native.build():.1f} s"
+        return f"C++ operators ready after {cpu.build():.1f} s"
     except RuntimeError as error:
         return str(error)
 

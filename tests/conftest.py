@@ -32,7 +32,7 @@ from esc_arch.cli import main
 from esc_arch.data.benchmark import prepare_benchmark
 from esc_arch.data.image_files import folder_sources
 from esc_arch.data.prepare import prepare_train
-from esc_arch.ops import native as operators
+from esc_arch.ops import cpu as operators
 
 Options = dict[str, Any]
 
@@ -351,7 +351,7 @@ def take_snapshot() -> Callable[[Path], dict[str, bytes | None]]:
 
 @pytest.fixture(scope="session")
 def native() -> ModuleType:
-    """`esc_arch.ops.native` with its operators built and loaded; skips with the reason where no compiler is."""
+    """`esc_arch.ops.cpu` with its operators built and loaded; skips with the reason where no compiler is."""
     reasons = operators.reasons_against()
     if reasons not in ([], [operators.NOT_BUILT]):
         pytest.skip("; ".join(reasons))

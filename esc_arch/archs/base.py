@@ -16,7 +16,7 @@ from esc_arch.modules import ConvAttn, DecomposedConvAttn, ESCBlock, FactorBiasW
 from esc_arch.modules.conv_attn import new_large_kernel
 from esc_arch.modules.upsample import rescale_subpixel_conv
 from esc_arch.modules.window_attention import WindowAttention, bias_factors, resize_bias_table
-from esc_arch.ops import native
+from esc_arch.ops import cpu
 from esc_arch.ops.conv_attn import symmetrise
 from esc_arch.ops.layout import fast_layout
 from esc_arch.ops.window_attention.flash import MAX_WIDTH
@@ -81,7 +81,7 @@ class ESCFamily(nn.Module):
 
     def run_blocks(self, x: Tensor, *large_kernels: Tensor) -> Tensor:
         """All blocks one after the other: (B, dim, H, W) -> (B, dim, H, W)."""
-        with nullcontext() if torch.compiler.is_compiling() else native.reusing_memory(x):
+        with nullcontext() if torch.compiler.is_compiling() else cpu.reusing_memory(x):
             for block in self.blocks:
                 if self.checkpointing and torch.is_grad_enabled():
                     x = checkpoint(block, x, *large_kernels, use_reentrant=False)

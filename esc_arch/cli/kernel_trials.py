@@ -9,12 +9,12 @@ from dataclasses import asdict, dataclass
 import torch
 
 from esc_arch.atomic_io import write_atomically
-from esc_arch.ops.trials.choice import forget
-from esc_arch.ops.trials.files import encode, file_of, load
-from esc_arch.ops.trials.networks import NETWORKS, Network
-from esc_arch.ops.trials.operations import subjects
-from esc_arch.ops.trials.trial import ROUNDS
-from esc_arch.ops.trials.verdicts import MODES, PRECISIONS, Subject, Verdict
+from esc_arch.ops.autotune.choice import forget
+from esc_arch.ops.autotune.files import encode, file_of, load
+from esc_arch.ops.autotune.networks import NETWORKS, Network
+from esc_arch.ops.autotune.operations import subjects
+from esc_arch.ops.autotune.trial import ROUNDS
+from esc_arch.ops.autotune.verdicts import MODES, PRECISIONS, Subject, Verdict
 from esc_arch.ops.triton_support import missing
 from esc_arch.ops.window_attention.triton import INTERPRETED
 from esc_arch.tools.doctor.children import JobFailed, Worker
@@ -22,7 +22,7 @@ from esc_arch.tools.doctor.children import JobFailed, Worker
 __all__ = ["Plan", "try_gpus", "try_kernels"]
 
 #: What the child process calls for each subject.
-EXAMINE = "esc_arch.ops.trials.trial:examine"
+EXAMINE = "esc_arch.ops.autotune.trial:examine"
 _LATE = "an earlier trial of it was not finished in time"
 
 

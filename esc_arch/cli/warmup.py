@@ -17,9 +17,9 @@ from esc_arch.checkpoints.conversion import build_network
 from esc_arch.errors import FAULT, UserError
 from esc_arch.models.speed import Speed, speed_problems
 from esc_arch.modules.window_attention import WindowAttention
-from esc_arch.ops import native
+from esc_arch.ops import cpu
 from esc_arch.ops.backends import UnusableBackend, survey
-from esc_arch.ops.native import building
+from esc_arch.ops.cpu import building
 from esc_arch.ops.window_attention.api import AUTO_ORDER, BACKENDS
 from esc_arch.options import load_options
 from esc_arch.options.section_checks import check_call, entries
@@ -115,10 +115,10 @@ def _named_network(file: str, section: Any) -> nn.Module:
 
 def _build_operators() -> int:
     """Whether they should be ready and are not: `FAULT` or 0."""
-    if not native.ready():
+    if not cpu.ready():
         print("C++ operators: building them if that can be; it takes half a minute or more ...", flush=True)
     try:
-        seconds = native.build()
+        seconds = cpu.build()
     except RuntimeError as error:
         print(f"{error}\nCPUs use PyTorch's own operators in their place: slower, with the same results.")
         return FAULT if error.__cause__ is not None else 0  # what was tried failed, or there is nothing to try with

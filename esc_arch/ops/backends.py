@@ -7,7 +7,7 @@ from types import ModuleType
 from typing import Any, NamedTuple
 
 from esc_arch.errors import UserError
-from esc_arch.ops.native import build_by_name
+from esc_arch.ops.cpu import build_by_name
 
 __all__ = ["Survey", "UnusableBackend", "choose", "survey"]
 

@@ -20,8 +20,8 @@ from esc_arch.checkpoints import adapt_weights, mismatch_message, read_checkpoin
 from esc_arch.checkpoints.reading import find_weights
 from esc_arch.errors import UserError
 from esc_arch.modules.window_attention import FactorBiasWindowAttention, WindowAttention
+from esc_arch.ops.cpu import NOT_BUILT
 from esc_arch.ops.gradients import wants_gradients
-from esc_arch.ops.native import NOT_BUILT
 from esc_arch.ops.window_attention import BACKENDS
 from esc_arch.ops.window_attention.bias import parameters_of
 from esc_arch.training.parameter_groups import freeze, pattern_problems

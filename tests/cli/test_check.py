@@ -14,8 +14,8 @@ import yaml
 from basicsr.archs import build_network
 
 from esc_arch.cli import main
-from esc_arch.ops import native as operators
-from esc_arch.ops.native import building
+from esc_arch.ops import cpu as operators
+from esc_arch.ops.cpu import building
 
 
 @pytest.fixture

@@ -12,12 +12,12 @@ import torch
 
 from esc_arch.cli import kernel_trials
 from esc_arch.cli.kernel_trials import Plan, try_gpus, try_kernels
-from esc_arch.ops.trials import files
-from esc_arch.ops.trials.choice import forget
-from esc_arch.ops.trials.files import file_of, load
-from esc_arch.ops.trials.networks import Network
-from esc_arch.ops.trials.operations import subjects
-from esc_arch.ops.trials.verdicts import Subject
+from esc_arch.ops.autotune import files
+from esc_arch.ops.autotune.choice import forget
+from esc_arch.ops.autotune.files import file_of, load
+from esc_arch.ops.autotune.networks import Network
+from esc_arch.ops.autotune.operations import subjects
+from esc_arch.ops.autotune.verdicts import Subject
 
 TINY = Plan(
     {"ESC": Network(16, 1, 2, 4, 3, small=(1, 1, 3), image=(1, 2, 2), patches=(1, 2, 2))}, ("float16",), 60.0, rounds=1

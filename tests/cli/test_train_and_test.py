@@ -190,7 +190,7 @@ def test_what_operators_say_stands_in_the_log(
     run_basicsr: Any, train_options: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """They do not know BasicSR, whose log it is."""
-    logger, validate = logging.getLogger("esc_arch.ops.native"), ESCModel.validation
+    logger, validate = logging.getLogger("esc_arch.ops.cpu"), ESCModel.validation
 
     def validation(*args: Any) -> None:
         logger.info("a note from below")

@@ -19,8 +19,8 @@ def building(monkeypatch: pytest.MonkeyPatch) -> Callable[[Callable[[], float]],
     """Replaces what builds the C++ operators, which may be long built or never be here."""
 
     def replace(build: Callable[[], float]) -> None:
-        monkeypatch.setattr(warmup.native, "ready", lambda: False)
-        monkeypatch.setattr(warmup.native, "build", build)
+        monkeypatch.setattr(warmup.cpu, "ready", lambda: False)
+        monkeypatch.setattr(warmup.cpu, "build", build)
         monkeypatch.setattr(warmup, "_library", lambda: Path("/cache/native-1/operators.so"))
 
     replace(lambda: 31.4)

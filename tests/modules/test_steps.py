@@ -14,10 +14,10 @@ from esc_arch import ESC, ESCFP, ESCLTE, ESCRIB, ESCReal, ESCRealM
 from esc_arch.modules import ConvAttn, LayerNorm
 from esc_arch.modules.conv3x3 import Conv3x3
 from esc_arch.modules.plain import are_plain
-from esc_arch.ops.conv3x3 import native as conv3x3
-from esc_arch.ops.conv_attn import native as conv_attn
-from esc_arch.ops.conv_ffn import native as conv_ffn
-from esc_arch.ops.window_attention import native as attention
+from esc_arch.ops.conv3x3 import cpu as conv3x3
+from esc_arch.ops.conv_attn import cpu as conv_attn
+from esc_arch.ops.conv_ffn import cpu as conv_ffn
+from esc_arch.ops.window_attention import cpu as attention
 
 pytestmark = pytest.mark.usefixtures("native")
 
@@ -97,7 +97,7 @@ def test_those_with_gradients_where_they_are_wanted(taken: dict[str, int]) -> No
 @torch.no_grad()
 def test_only_where_auto_may_choose_them(taken: dict[str, int], monkeypatch: pytest.MonkeyPatch) -> None:
     for package in (attention, conv_ffn, conv_attn, conv3x3):
-        api = importlib.import_module(package.__name__.replace(".native", ".api"))
+        api = importlib.import_module(package.__name__.replace(".cpu", ".api"))
         monkeypatch.setattr(api, "AUTO_ORDER", tuple(name for name in api.AUTO_ORDER if name != "cpp"))
     small_net()(image(1, 3, 20, 27))
     assert taken == dict.fromkeys(STEPS, 0)

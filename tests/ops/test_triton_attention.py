@@ -23,10 +23,10 @@ from triton_testing import (
     skip_without_assembler,
 )
 
+from esc_arch.ops.autotune import comparison
+from esc_arch.ops.autotune.comparison import allowed_error
+from esc_arch.ops.autotune.operations import OPERATIONS
 from esc_arch.ops.backends import survey
-from esc_arch.ops.trials import comparison
-from esc_arch.ops.trials.comparison import allowed_error
-from esc_arch.ops.trials.operations import OPERATIONS
 from esc_arch.ops.window_attention import BACKENDS, api, window_attention
 
 OPERATION = OPERATIONS["window attention"]

@@ -20,10 +20,10 @@ from triton_testing import (
 )
 
 from esc_arch.modules import ConvAttn
+from esc_arch.ops.autotune import comparison
+from esc_arch.ops.autotune.comparison import allowed_error
+from esc_arch.ops.autotune.operations import OPERATIONS
 from esc_arch.ops.conv_attn import BACKENDS, api, conv_attention, symmetrise
-from esc_arch.ops.trials import comparison
-from esc_arch.ops.trials.comparison import allowed_error
-from esc_arch.ops.trials.operations import OPERATIONS
 
 OPERATION = OPERATIONS["ConvAttn"]
 backend = BACKENDS["triton"]

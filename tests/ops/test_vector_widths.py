@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from esc_arch.ops.native import building
+from esc_arch.ops.cpu import building
 
 TESTS = Path(__file__).parents[1]
 OPERATIONS = [
@@ -28,23 +28,23 @@ OPERATIONS = [
     "ops/test_window_attention.py::test_backend_under_autocast",
 ]
 CONV3X3 = [
-    "ops/test_native_conv3x3.py::test_the_formula",
-    "ops/test_native_conv3x3.py::test_any_number_of_channels",
-    "ops/test_native_conv3x3.py::test_gradients_and_their_gradients",
+    "ops/test_cpu_conv3x3.py::test_the_formula",
+    "ops/test_cpu_conv3x3.py::test_any_number_of_channels",
+    "ops/test_cpu_conv3x3.py::test_gradients_and_their_gradients",
 ]
 ATTENTION = [
-    "ops/test_native_attention.py::test_output_and_gradients",
-    "ops/test_native_attention.py::test_a_map_of_one_pixel",
-    "ops/test_native_attention_layer.py::test_against_float64",
+    "ops/test_cpu_attention.py::test_output_and_gradients",
+    "ops/test_cpu_attention.py::test_a_map_of_one_pixel",
+    "ops/test_cpu_attention_layer.py::test_against_float64",
 ]
 OTHER_OPERATORS = [
-    "ops/test_native_conv3x3.py::test_gradients_of_a_step",
+    "ops/test_cpu_conv3x3.py::test_gradients_of_a_step",
     "ops/test_layer_norm.py::test_output_and_gradients",
-    "ops/test_native_conv_attn.py::test_other_kernel_sizes",
-    "ops/test_native_conv_attn.py::test_step_against_float64",
-    "ops/test_native_conv_attn.py::test_layer_against_float64",
-    "ops/test_native_conv_ffn.py::test_gradients_of_a_step",
-    "ops/test_native_depthwise.py::test_against_float64",
+    "ops/test_cpu_conv_attn.py::test_other_kernel_sizes",
+    "ops/test_cpu_conv_attn.py::test_step_against_float64",
+    "ops/test_cpu_conv_attn.py::test_layer_against_float64",
+    "ops/test_cpu_conv_ffn.py::test_gradients_of_a_step",
+    "ops/test_cpu_depthwise.py::test_against_float64",
 ]
 #: Of oneDNN and MKL, by the name that PyTorch has for its own width.
 LIBRARIES = {

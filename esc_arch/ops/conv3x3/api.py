@@ -8,12 +8,12 @@ from torch import Tensor
 
 from esc_arch.ops.backends import choose
 
-from . import native, reference
+from . import cpu, reference
 
 __all__ = ["BACKENDS", "conv3x3", "conv3x3_step"]
 
 #: Every backend by name: a module with `reasons_against` (why not, empty when it can) and `forward`.
-BACKENDS: dict[str, ModuleType] = {"reference": reference, "cpp": native}
+BACKENDS: dict[str, ModuleType] = {"reference": reference, "cpp": cpu}
 
 #: What `auto` tries, in this order; the first one with no reason against it is taken.
 AUTO_ORDER = ("cpp", "reference")
@@ -74,9 +74,9 @@ def conv3x3_step(
         ValueError: shapes that do not fit each other.
     """
     _check_shapes(x, norm_weight, norm_bias, weight, bias, residual)
-    if "cpp" not in AUTO_ORDER or native.reasons_against(x, norm_weight, norm_bias, weight, bias, residual):
+    if "cpp" not in AUTO_ORDER or cpu.reasons_against(x, norm_weight, norm_bias, weight, bias, residual):
         return None
-    return native.step_forward(x, norm_weight, norm_bias, eps, weight, bias, residual)
+    return cpu.step_forward(x, norm_weight, norm_bias, eps, weight, bias, residual)
 
 
 def _check_shapes(

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from esc_arch.ops.backends import choose
 
-from . import folded, native, reference, triton, triton_folded
+from . import cpu, folded, reference, triton, triton_folded
 from .depthwise import per_image_depthwise
 
 __all__ = [
@@ -25,7 +25,7 @@ __all__ = [
 BACKENDS: dict[str, ModuleType] = {
     "reference": reference,
     "folded": folded,
-    "cpp": native,
+    "cpp": cpu,
     "triton": triton,
     "triton_folded": triton_folded,
 }
@@ -85,8 +85,8 @@ def conv_attention_of_first(
     _check_shapes(convolved, large_kernel, dynamic_kernel)
     inputs = (convolved, large_kernel, dynamic_kernel, symmetric)
     chosen = choose("ConvAttn", BACKENDS, AUTO_ORDER, "auto", *inputs, option="ConvAttn backend")
-    if chosen is native:
-        return native.forward(x, large_kernel, dynamic_kernel)
+    if chosen is cpu:
+        return cpu.forward(x, large_kernel, dynamic_kernel)
     out: Tensor = chosen.forward(convolved, large_kernel, dynamic_kernel)
     return torch.cat([out, x[:, channels:]], dim=1)
 
@@ -130,9 +130,9 @@ def conv_attention_step(
     _check_kernel("large kernel", large_kernel, (large_kernel.shape[0],) * 2)
     parameters = (proj1_weight, proj1_bias, proj2_weight, proj2_bias, weight, bias)
     inputs = (x, residual, large_kernel, means, parameters)
-    if "cpp" not in AUTO_ORDER or native.step_reasons_against(*inputs, symmetric):
+    if "cpp" not in AUTO_ORDER or cpu.step_reasons_against(*inputs, symmetric):
         return None
-    return native.step_forward(*inputs)
+    return cpu.step_forward(*inputs)
 
 
 def decomposed_conv_attention(

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from esc_arch.ops import native
+from esc_arch.ops import cpu
 
 from . import reference
 
@@ -31,7 +31,7 @@ def reasons_against(x: Tensor, kernel: Tensor) -> list[str]:
         reasons.append("it runs on cpu")
     if x.dtype != torch.float32 or kernel.dtype != torch.float32:
         reasons.append("it takes float32")
-    return reasons or native.reasons_against()
+    return reasons or cpu.reasons_against()
 
 
 def _fake(x: Tensor, kernel: Tensor) -> Tensor:
@@ -54,7 +54,7 @@ def _backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
     return tuple(value if wanted else None for value, wanted in zip(gradients, needed, strict=True))
 
 
-@native.when_loaded
+@cpu.when_loaded
 def _register() -> None:
     torch.library.register_fake("esc_arch::depthwise_per_image", _fake)
     torch.library.register_fake("esc_arch::depthwise_per_image_backward", _fake_backward)

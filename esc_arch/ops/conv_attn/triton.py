@@ -21,10 +21,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from esc_arch.ops.autotune.choice import reasons_against_auto as reasons_of_trial
+from esc_arch.ops.autotune.networks import nearest
+from esc_arch.ops.autotune.verdicts import MODES, Subject
 from esc_arch.ops.gradients import wants_gradients
-from esc_arch.ops.trials.choice import reasons_against_auto as reasons_of_trial
-from esc_arch.ops.trials.networks import nearest
-from esc_arch.ops.trials.verdicts import MODES, Subject
 from esc_arch.ops.triton_support import DTYPES, missing, precision, setting
 
 #: What is added up before it is multiplied: nothing; rows as far above as below; also columns and diagonals; or what

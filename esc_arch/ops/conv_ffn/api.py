@@ -8,12 +8,12 @@ from torch import Tensor
 
 from esc_arch.ops.backends import choose
 
-from . import native, reference
+from . import cpu, reference
 
 __all__ = ["BACKENDS", "conv_ffn", "conv_ffn_step"]
 
 #: Every backend by name: a module with `reasons_against` (why not, empty when it can) and `forward`.
-BACKENDS: dict[str, ModuleType] = {"reference": reference, "cpp": native}
+BACKENDS: dict[str, ModuleType] = {"reference": reference, "cpp": cpu}
 
 #: What `auto` tries, in this order; the first one with no reason against it is taken.
 AUTO_ORDER = ("cpp", "reference")
@@ -94,9 +94,9 @@ def conv_ffn_step(
         raise ValueError(f"the norm has weight {given[0]} and bias {given[1]}; both must be ({channels},), or None.")
     if not 0 <= pooled <= channels:
         raise ValueError(f"pooled is {pooled}; of {channels} channels 0 to {channels} can be averaged.")
-    if "cpp" not in AUTO_ORDER or native.step_reasons_against(x, norm_weight, norm_bias, *parameters):
+    if "cpp" not in AUTO_ORDER or cpu.step_reasons_against(x, norm_weight, norm_bias, *parameters):
         return None
-    return native.step_forward(x, norm_weight, norm_bias, eps, *parameters, pooled=pooled)
+    return cpu.step_forward(x, norm_weight, norm_bias, eps, *parameters, pooled=pooled)
 
 
 def _check_shapes(x: Tensor, *parameters: Tensor) -> None:

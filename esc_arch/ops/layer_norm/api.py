@@ -8,12 +8,12 @@ from torch import Tensor
 
 from esc_arch.ops.backends import choose
 
-from . import native, reference
+from . import cpu, reference
 
 __all__ = ["BACKENDS", "layer_norm"]
 
 #: Every backend by name: a module with `reasons_against` (why not, empty when it can) and `forward`.
-BACKENDS: dict[str, ModuleType] = {"reference": reference, "cpp": native}
+BACKENDS: dict[str, ModuleType] = {"reference": reference, "cpp": cpu}
 
 #: What `auto` tries, in this order; the first one with no reason against it is taken.
 AUTO_ORDER = ("cpp", "reference")

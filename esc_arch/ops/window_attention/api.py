@@ -8,9 +8,9 @@ from torch import Tensor
 
 from esc_arch.ops.backends import choose
 
-from . import flash, flex, flex_flash, naive, native, sdpa, triton
+from . import cpu, flash, flex, flex_flash, naive, sdpa, triton
 from .bias import Bias
-from .native import Norm, Projection
+from .cpu import Norm, Projection
 
 __all__ = ["BACKENDS", "attention_layer", "resolve_backend", "window_attention"]
 
@@ -22,7 +22,7 @@ BACKENDS: dict[str, ModuleType] = {
     "flex_flash": flex_flash,
     "flash": flash,
     "triton": triton,
-    "cpp": native,
+    "cpp": cpu,
 }
 
 #: What `auto` tries, in this order; the first one with no reason against it is taken. `cpp` is taken once it is built,
@@ -110,7 +110,7 @@ def attention_layer(
     if name not in ("auto", "cpp") or (name == "auto" and "cpp" not in AUTO_ORDER):
         return None
     inputs = (x, to_qkv, bias, to_out, window, heads, norm)
-    return None if native.layer_reasons_against(*inputs) else native.layer_forward(*inputs, residual)
+    return None if cpu.layer_reasons_against(*inputs) else cpu.layer_forward(*inputs, residual)
 
 
 def _check_layer(x: Tensor, to_qkv: Projection, to_out: Projection, norm: Norm | None, heads: int) -> None:

@@ -23,10 +23,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from esc_arch.ops.autotune.choice import reasons_against_auto as reasons_of_trial
+from esc_arch.ops.autotune.networks import nearest
+from esc_arch.ops.autotune.verdicts import MODES, Subject
 from esc_arch.ops.gradients import wants_gradients
-from esc_arch.ops.trials.choice import reasons_against_auto as reasons_of_trial
-from esc_arch.ops.trials.networks import nearest
-from esc_arch.ops.trials.verdicts import MODES, Subject
 from esc_arch.ops.triton_support import DTYPES, missing, precision, setting
 
 from .bias import Bias
@@ -66,9 +66,7 @@ def reasons_against_auto(qkv: Tensor, bias: Bias, window: int, heads: int) -> li
 
 
 @torch.compiler.assume_constant_result
-def _reasons_of_trial(
-    network: str, dtype: torch.dtype, training: bool, device: str, index: int | None
-) -> list[str]:
+def _reasons_of_trial(network: str, dtype: torch.dtype, training: bool, device: str, index: int | None) -> list[str]:
     subject = Subject("window attention", "triton", network, setting(dtype, _uses_tf32()), MODES[training])
     return reasons_of_trial(subject, device, index)
 

@@ -94,17 +94,17 @@ def _why_no_gpu() -> str:
 
 def native_operators() -> dict[str, Any]:
     """The C++ compiler and the C++ operators."""
-    from esc_arch.ops import native
-    from esc_arch.ops.native import building
+    from esc_arch.ops import cpu as operators
+    from esc_arch.ops.cpu import building
 
     compiler = building.find_compiler()
-    ready = native.ready()
+    ready = operators.ready()
     library = building.built_library(building.recipe(compiler)) if compiler and ready else None
     return {
         "compiler": " ".join(compiler) if compiler else None,
         "version": _first_line_of(*compiler, "--version") if compiler else None,
         "ready": ready,
-        "reasons": native.reasons_against(),
+        "reasons": operators.reasons_against(),
         "cache": str(library.parent if library else building.cache_folder()),
         "switched_off": os.environ.get("ESC_ARCH_NATIVE") == "0",
     }

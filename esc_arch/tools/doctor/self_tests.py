@@ -11,13 +11,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from esc_arch.ops.autotune.comparison import largest_difference, results
 from esc_arch.ops.backends import Survey, survey
 from esc_arch.ops.conv3x3 import api as conv3x3_api
 from esc_arch.ops.conv_attn import api as conv_attn_api
 from esc_arch.ops.conv_attn import symmetrise
 from esc_arch.ops.conv_ffn import api as conv_ffn_api
 from esc_arch.ops.layer_norm import api as layer_norm_api
-from esc_arch.ops.trials.comparison import largest_difference, results
 from esc_arch.ops.window_attention import api as window_attention_api
 
 __all__ = ["OPERATIONS", "TOLERANCES", "compare", "examine"]

@@ -10,7 +10,7 @@ from networks import attention_rounding, max_error, normal, sum_rounding
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from esc_arch.ops import native as operators
+from esc_arch.ops import cpu as operators
 from esc_arch.ops.window_attention import Bias, window_attention
 
 #: Window, heads, head dimension, batch, height, width: maps smaller and larger than the window, exact and odd.

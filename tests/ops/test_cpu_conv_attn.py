@@ -8,6 +8,7 @@ import pytest
 import test_golden as golden
 import torch
 import torch.nn.functional as F
+from esc_arch.ops.conv_attn.cpu import LARGEST_KERNEL
 from networks import max_error, normal, sum_rounding
 from torch import Tensor
 
@@ -18,8 +19,7 @@ from esc_arch.ops.conv_attn import (
     conv_attention_step,
     symmetrise,
 )
-from esc_arch.ops.conv_attn import native as operators
-from esc_arch.ops.conv_attn.native import LARGEST_KERNEL
+from esc_arch.ops.conv_attn import cpu as operators
 
 NAMES = ("output", "gradient of x", "gradient of the large kernel", "gradient of the dynamic kernel")
 FORWARD_ONLY = ("test_schema", "test_faketensor", "test_aot_dispatch_dynamic")

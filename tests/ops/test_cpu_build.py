@@ -15,8 +15,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from esc_arch.ops import native
-from esc_arch.ops.native import building
+from esc_arch.ops import cpu
+from esc_arch.ops.cpu import building
 
 needs_compiler = pytest.mark.skipif(
     shutil.which("g++") is None and shutil.which("clang++") is None, reason="needs g++ or clang++"
@@ -37,11 +37,11 @@ def new_process(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[[],
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     for variable in ("ESC_ARCH_NATIVE", "ESC_ARCH_NATIVE_SOURCES", "CXX"):
         monkeypatch.delenv(variable, raising=False)
-    monkeypatch.setattr(native._State, "registrations", [])
+    monkeypatch.setattr(cpu._State, "registrations", [])
 
     def forget() -> None:
-        monkeypatch.setattr(native._State, "ready", None)
-        monkeypatch.setattr(native._State, "failure", None)
+        monkeypatch.setattr(cpu._State, "ready", None)
+        monkeypatch.setattr(cpu._State, "failure", None)
 
     forget()
     return forget
@@ -60,13 +60,13 @@ def wanted() -> building.Recipe:
 
 @needs_compiler
 def test_built_once_and_found_again(new_process: Callable[[], None]) -> None:
-    assert native.reasons_against() == NOT_BUILT
-    assert not native.ready()
-    assert native.build() > 0
-    assert native.ready()
-    assert native.reasons_against() == []
+    assert cpu.reasons_against() == NOT_BUILT
+    assert not cpu.ready()
+    assert cpu.build() > 0
+    assert cpu.ready()
+    assert cpu.reasons_against() == []
     new_process()
-    assert native.ready()
+    assert cpu.ready()
     _, commands = building.compile_library(wanted())
     assert commands == []
 
@@ -89,7 +89,7 @@ def test_only_what_changed_is_compiled_again(csrc: Path) -> None:
 @needs_compiler
 @pytest.mark.parametrize("damage", ["cut", "changed", "gone", "no note"])
 def test_a_damaged_library_is_built_again(new_process: Callable[[], None], damage: str) -> None:
-    native.build()
+    cpu.build()
     library = building.built_library(wanted())
     assert library is not None
     content = library.read_bytes()
@@ -102,9 +102,9 @@ def test_a_damaged_library_is_built_again(new_process: Callable[[], None], damag
         library.write_bytes(content)
         library.with_suffix(".sha256").unlink()
     new_process()
-    assert native.reasons_against() == NOT_BUILT
-    native.build()
-    assert native.ready()
+    assert cpu.reasons_against() == NOT_BUILT
+    cpu.build()
+    assert cpu.ready()
     assert building.built_library(wanted()) == library
 
 
@@ -140,66 +140,66 @@ def test_what_the_compiler_says_is_passed_on(
 ) -> None:
     (csrc / "two.cpp").write_text('extern "C" int two() { return nothing; }\n')
     with pytest.raises(RuntimeError, match=r"The C\+\+ operators cannot be built: .*two\.cpp:1:.*error.*nothing"):
-        native.build()
-    (reason,) = native.reasons_against()
+        cpu.build()
+    (reason,) = cpu.reasons_against()
     assert reason.startswith("compiling the C++ operators failed: ")
     assert "nothing" in reason
-    assert not native.ready()
+    assert not cpu.ready()
     assert not list(csrc.parent.glob("cache/esc_arch/native-*/operators.so"))
-    native.build_by_name()
+    cpu.build_by_name()
     assert not caplog.records  # it is not tried again for every layer
     (csrc / "two.cpp").write_text('extern "C" int two() { return 2; }\n')
     new_process()
-    native.build()
-    assert native.ready()
+    cpu.build()
+    assert cpu.ready()
 
 
 @needs_compiler
 def test_by_name_it_is_built_and_said(caplog: pytest.LogCaptureFixture) -> None:
-    native.build_by_name()
-    assert native.ready()
+    cpu.build_by_name()
+    assert cpu.ready()
     text = [record.getMessage() for record in caplog.records]
     assert text[0] == "Compiling the C++ operators for this machine: about a minute, once."
     assert text[1].startswith("The C++ operators are compiled; it took ")
-    native.build_by_name()
+    cpu.build_by_name()
     assert len(caplog.records) == 2
 
 
 @needs_compiler
 def test_by_name_a_failure_is_said(csrc: Path, caplog: pytest.LogCaptureFixture) -> None:
     (csrc / "one.cpp").write_text("nonsense\n")
-    native.build_by_name()
-    assert not native.ready()
+    cpu.build_by_name()
+    assert not cpu.ready()
     assert "The C++ operators cannot be built: " in caplog.records[-1].getMessage()
 
 
 @needs_compiler
 def test_verbose_logs_the_commands(caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.INFO):
-        native.build(verbose=True)
+        cpu.build(verbose=True)
     assert sum("-O3" in record.getMessage() for record in caplog.records) == 2
 
 
 @needs_compiler
 def test_registrations_run_when_the_operators_are_there() -> None:
     calls = []
-    native.when_loaded(lambda: calls.append("before"))
+    cpu.when_loaded(lambda: calls.append("before"))
     assert calls == []
-    native.build()
-    native.when_loaded(lambda: calls.append("after"))
+    cpu.build()
+    cpu.when_loaded(lambda: calls.append("after"))
     assert calls == ["before", "after"]
 
 
 @needs_compiler
 def test_a_library_that_does_not_load(new_process: Callable[[], None], monkeypatch: pytest.MonkeyPatch) -> None:
-    native.build()
+    cpu.build()
 
     def fail(_: str) -> None:
         raise OSError("undefined symbol: x")
 
     monkeypatch.setattr(torch.ops, "load_library", fail)
     new_process()
-    assert native.reasons_against() == ["compiling the C++ operators failed: undefined symbol: x"]
+    assert cpu.reasons_against() == ["compiling the C++ operators failed: undefined symbol: x"]
 
 
 @needs_compiler
@@ -216,20 +216,20 @@ def test_some_of_the_sources(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_no_compiler(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("PATH", str(tmp_path))
     message = "compiling the C++ operators needs g++ or clang++ on the PATH, or CXX naming a compiler"
-    assert native.reasons_against() == [message]
+    assert cpu.reasons_against() == [message]
     with pytest.raises(RuntimeError, match=r"The C\+\+ operators cannot be built: compiling .* needs g\+\+ or clang"):
-        native.build()
-    native.build_by_name()
-    assert not native.ready()
+        cpu.build()
+    cpu.build_by_name()
+    assert not cpu.ready()
 
 
 def test_switched_off_and_unknown_machine(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("ESC_ARCH_NATIVE", "0")
-    assert "the C++ operators are switched off by ESC_ARCH_NATIVE=0" in native.reasons_against()
+    assert "the C++ operators are switched off by ESC_ARCH_NATIVE=0" in cpu.reasons_against()
     monkeypatch.setattr(platform, "machine", lambda: "riscv64")
-    assert any("on x86-64 and arm64, not linux on riscv64" in reason for reason in native.reasons_against())
+    assert any("on x86-64 and arm64, not linux on riscv64" in reason for reason in cpu.reasons_against())
     with pytest.raises(RuntimeError, match=r"switched off by ESC_ARCH_NATIVE=0; .*riscv64"):
-        native.build()
+        cpu.build()
 
 
 def test_the_compiler_of_the_environment(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -239,7 +239,7 @@ def test_the_compiler_of_the_environment(monkeypatch: pytest.MonkeyPatch, tmp_pa
     monkeypatch.setenv("CXX", f"{mine} -extra")
     assert building.find_compiler() == (str(mine), "-extra")
     with pytest.raises(RuntimeError, match="cannot be built: no message"):
-        native.build()
+        cpu.build()
 
 
 def test_a_compiler_that_cannot_run(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -248,4 +248,4 @@ def test_a_compiler_that_cannot_run(monkeypatch: pytest.MonkeyPatch, tmp_path: P
     broken.chmod(0o755)
     monkeypatch.setenv("CXX", str(broken))
     with pytest.raises(RuntimeError, match="broken cannot be run"):
-        native.build()
+        cpu.build()

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from esc_arch.ops import native
+from esc_arch.ops import cpu
 from esc_arch.ops.gradients import wants_gradients
 
 #: Beyond this no tile has room for outputs beside its margins.
@@ -40,7 +40,7 @@ def _reasons_against(
         reasons.append("it needs a large kernel that is symmetric, as `symmetrise` makes it")
     if max(large_kernel.shape[-1], dynamic_side) > LARGEST_KERNEL:
         reasons.append(f"it takes kernels of at most {LARGEST_KERNEL} x {LARGEST_KERNEL}")
-    return reasons or native.reasons_against()
+    return reasons or cpu.reasons_against()
 
 
 def forward(x: Tensor, large_kernel: Tensor, dynamic_kernel: Tensor) -> Tensor:
@@ -174,7 +174,7 @@ def _layer_backward(ctx: Any, gradient: Tensor, *_: Tensor | None) -> tuple[Tens
     return tuple(value if wanted else None for value, wanted in zip(gradients, ctx.needs_input_grad, strict=True))
 
 
-@native.when_loaded
+@cpu.when_loaded
 def _register() -> None:
     torch.library.register_fake("esc_arch::conv_attention", lambda x, large_kernel, dynamic_kernel: _empty_like(x))
     torch.library.register_fake("esc_arch::conv_attention_step", _fake_step)

@@ -1,6 +1,6 @@
 """Window attention in C++ for the CPU: reads the projection where it lies, padding included, and keeps scores in cache.
 
-Computes in float32; half-precision maps are converted on the way in and out. See `esc_arch.ops.native` for when it
+Computes in float32; half-precision maps are converted on the way in and out. See `esc_arch.ops.cpu` for when it
 is compiled.
 """
 
@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from esc_arch.ops import native
+from esc_arch.ops import cpu
 from esc_arch.ops.gradients import wants_gradients
 
 from .bias import Bias
@@ -27,7 +27,7 @@ LARGEST_WINDOW = 96
 
 def reasons_against(qkv: Tensor, bias: Bias, window: int, heads: int) -> list[str]:
     """Why the C++ operators cannot take these inputs."""
-    reasons = native.reasons_against()
+    reasons = cpu.reasons_against()
     if qkv.device.type != "cpu":
         reasons.append(f"it runs on cpu, not on {qkv.device.type}")
     if qkv.dtype not in (torch.float32, torch.bfloat16, torch.float16):
@@ -140,7 +140,7 @@ def _backward(ctx: Any, grad: Tensor, _: Tensor | None) -> tuple[Tensor | None, 
     return of_qkv, of_bias, None if key_factors is None else of_keys, None, None
 
 
-@native.when_loaded
+@cpu.when_loaded
 def _register() -> None:
     torch.library.register_fake("esc_arch::cpu_attention_layer", _fake_layer)
     torch.library.register_fake("esc_arch::cpu_window_attention", _fake_forward)

@@ -21,9 +21,7 @@ def forget() -> None:
     _reasons.cache_clear()
 
 
-def reasons_against_auto(
-    subject: Subject, device: str, index: int | None, rivals: Sequence[str] = ()
-) -> list[str]:
+def reasons_against_auto(subject: Subject, device: str, index: int | None, rivals: Sequence[str] = ()) -> list[str]:
     """Why `auto` does not take a backend that can run; empty where its trial says that it is exact and faster.
 
     Args:

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from esc_arch.ops import native
+from esc_arch.ops import cpu
 
 
 def reasons_against(x: Tensor, weight: Tensor, bias: Tensor) -> list[str]:
@@ -20,7 +20,7 @@ def reasons_against(x: Tensor, weight: Tensor, bias: Tensor) -> list[str]:
         reasons.append(f"it takes float32, not {', '.join(sorted({str(tensor.dtype) for tensor in tensors}))}")
     if torch.compiler.is_exporting() or torch.jit.is_tracing():
         reasons.append("an exported network keeps the plain formula")
-    return reasons or native.reasons_against()
+    return reasons or cpu.reasons_against()
 
 
 def forward(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
@@ -76,7 +76,7 @@ def _backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
     return *(value if wanted else None for value, wanted in zip(gradients, needed, strict=False)), None
 
 
-@native.when_loaded
+@cpu.when_loaded
 def _register() -> None:
     torch.library.register_fake("esc_arch::layer_norm", _fake)
     torch.library.register_fake("esc_arch::layer_norm_backward", _fake_backward)

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from esc_arch.ops.native import building
+from esc_arch.ops.cpu import building
 
 from .verdicts import Subject, Verdict
 

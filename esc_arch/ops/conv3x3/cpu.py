@@ -7,8 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from esc_arch.ops import native
-from esc_arch.ops.layer_norm import native as layer_norm
+from esc_arch.ops import cpu
+from esc_arch.ops.layer_norm import cpu as layer_norm
 
 #: Below these PyTorch's convolution is faster: a small map does not pay for the kernel's transform, nor few channels
 #: for the map's.
@@ -30,7 +30,7 @@ def reasons_against(x: Tensor, *others: Tensor | None) -> list[str]:
         reasons.append("it takes maps with the channels innermost")
     if x.shape[0] * x.shape[2] * x.shape[3] < FEWEST_PIXELS or x.shape[1] < FEWEST_CHANNELS:
         reasons.append("it is slower than PyTorch's convolution for so few pixels or channels")
-    return reasons or native.reasons_against()
+    return reasons or cpu.reasons_against()
 
 
 def forward(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -115,7 +115,7 @@ def _step_backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
     return tuple(value if wanted else None for value, wanted in zip(found, ctx.needs_input_grad, strict=True))
 
 
-@native.when_loaded
+@cpu.when_loaded
 def _register() -> None:
     torch.library.register_fake("esc_arch::conv3x3", _fake)
     torch.library.register_fake("esc_arch::conv3x3_step", _fake_step)

@@ -11,7 +11,7 @@ from basicsr.archs import build_network
 from networks import normal, randomise
 from torch import Tensor
 
-from esc_arch.ops import native
+from esc_arch.ops import cpu
 from esc_arch.ops.layer_norm import layer_norm
 
 pytestmark = pytest.mark.usefixtures("native")
@@ -30,7 +30,7 @@ def image() -> Tensor:
 
 def test_what_is_freed_is_used_again_and_nothing_else() -> None:
     x = image()
-    with native.reusing_memory(x):
+    with cpu.reusing_memory(x):
         first = normalised(x)
         place, expected = first.data_ptr(), first.clone()
         second = normalised(2 * x)
@@ -45,7 +45,7 @@ def test_what_is_freed_is_used_again_and_nothing_else() -> None:
 
 def test_results_outlive_the_block() -> None:
     x = image()
-    with native.reusing_memory(x):
+    with cpu.reusing_memory(x):
         kept = normalised(x)
     expected = kept.clone()
     others = [normalised(x + index) for index in range(4)]
@@ -57,10 +57,10 @@ def test_results_outlive_the_block() -> None:
 
 def test_blocks_in_blocks_and_after_an_exception() -> None:
     x = image()
-    with pytest.raises(ValueError, match="within"), native.reusing_memory(x), native.reusing_memory(x):
+    with pytest.raises(ValueError, match="within"), cpu.reusing_memory(x), cpu.reusing_memory(x):
         raise ValueError("within")
-    with native.reusing_memory(x):
-        with native.reusing_memory(x):
+    with cpu.reusing_memory(x):
+        with cpu.reusing_memory(x):
             place = normalised(x).data_ptr()
         assert normalised(x).data_ptr() == place
 
@@ -70,7 +70,7 @@ def test_several_threads() -> None:
 
     def work() -> None:
         for _ in range(30):
-            with native.reusing_memory(x):
+            with cpu.reusing_memory(x):
                 if not all(torch.equal(normalised(x), expected) for _ in range(3)):
                     faults.append("another result")
 

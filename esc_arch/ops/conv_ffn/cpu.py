@@ -10,9 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from esc_arch.ops import native
+from esc_arch.ops import cpu
 from esc_arch.ops.gradients import wants_gradients
-from esc_arch.ops.layer_norm import native as layer_norm
+from esc_arch.ops.layer_norm import cpu as layer_norm
 
 
 def reasons_against(x: Tensor, *parameters: Tensor) -> list[str]:
@@ -27,7 +27,7 @@ def reasons_against(x: Tensor, *parameters: Tensor) -> list[str]:
         reasons.append("autocast asks for half precision, and it computes in float32")
     if torch.compiler.is_exporting() or torch.jit.is_tracing():
         reasons.append("an exported network keeps the plain formula")
-    return reasons or native.reasons_against()
+    return reasons or cpu.reasons_against()
 
 
 def forward(x: Tensor, *parameters: Tensor) -> Tensor:
@@ -123,7 +123,7 @@ def _backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
     return tuple(value if wanted else None for value, wanted in zip(gradients, needed, strict=True))
 
 
-@native.when_loaded
+@cpu.when_loaded
 def _register() -> None:
     torch.library.register_fake("esc_arch::conv_ffn", _fake)
     torch.library.register_fake("esc_arch::conv_ffn_step", _fake_step)

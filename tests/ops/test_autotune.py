@@ -16,14 +16,14 @@ import pytest
 import torch
 from torch import Tensor
 
+from esc_arch.ops.autotune import choice, files, trial
+from esc_arch.ops.autotune.choice import forget, reasons_against_auto
+from esc_arch.ops.autotune.files import encode, file_of, load
+from esc_arch.ops.autotune.networks import NETWORKS, Network, nearest
+from esc_arch.ops.autotune.operations import OPERATIONS, subjects
+from esc_arch.ops.autotune.verdicts import MODES, PRECISIONS, Subject, Verdict
 from esc_arch.ops.backends import survey
 from esc_arch.ops.conv_attn import api as conv_attn_api
-from esc_arch.ops.trials import choice, files, trial
-from esc_arch.ops.trials.choice import forget, reasons_against_auto
-from esc_arch.ops.trials.files import encode, file_of, load
-from esc_arch.ops.trials.networks import NETWORKS, Network, nearest
-from esc_arch.ops.trials.operations import OPERATIONS, subjects
-from esc_arch.ops.trials.verdicts import MODES, PRECISIONS, Subject, Verdict
 from esc_arch.ops.window_attention import BACKENDS, api, window_attention
 
 TINY = Network(16, 2, 4, 4, 3, small=(1, 5, 7), image=(1, 4, 5), patches=(1, 4, 4))
