@@ -1,4 +1,4 @@
-"""Packaging of esc_arch. Requirements are read from requirements.txt, so there is one list of them."""
+"""What packaging computes; the rest is in pyproject.toml. Requirements are read from requirements.txt, their one list."""
 
 import sys
 import sysconfig
@@ -38,13 +38,7 @@ def refuse_without_basicsr() -> None:
 
 refuse_without_basicsr()
 setup(
-    name="esc-arch",
     version=read_version(),
-    description="ESC image super-resolution (ICCV 2025) as a plugin of BasicSR",
-    long_description=(ROOT / "README.md").read_text(encoding="utf-8"),
-    long_description_content_type="text/markdown",
-    license="MIT",
-    python_requires=">=3.10,<3.14",
     packages=find_packages(include=["esc_arch", "esc_arch.*"]),
     package_data={"esc_arch": ["py.typed", "ops/cpu/csrc/*", "tools/benchmark/*.json", "options/*.json"]},
     install_requires=read_requirements(),
@@ -62,6 +56,7 @@ setup(
             "pytest-xdist>=3.6",
             "ruff>=0.9",
             "mypy>=1.13",
+            "codespell>=2.3",
             "import-linter>=2.1",
             "types-PyYAML",
             "types-tqdm",
@@ -74,5 +69,4 @@ setup(
             *VIDEO,
         ],
     },
-    entry_points={"console_scripts": ["basicsr=esc_arch.cli:main"]},
 )
