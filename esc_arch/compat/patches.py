@@ -94,8 +94,13 @@ def _get_env_info(original: Callable[..., Any]) -> Callable[..., Any]:
         from esc_arch.training.distributed import take_notes
 
         listed = "".join(f"\n\t{module}.{name}: {mends}" for module, name, _, mends in PATCHES)
-        notes = "".join(f"\nNote: {note}" for note in take_notes())
-        return f"{original()}\nesc_arch {__version__} replaces in basicsr {SUPPORTED_VERSION}:{listed}{notes}"
+        notes = take_notes()
+        log = logging.getLogger("basicsr")
+        for handler in log.handlers:
+            if isinstance(handler, logging.FileHandler):  # the terminal has had them
+                for note in notes:
+                    handler.handle(log.makeRecord(log.name, logging.INFO, "", 0, "Note: %s", (note,), None))
+        return f"{original()}\nesc_arch {__version__} replaces in basicsr {SUPPORTED_VERSION}:{listed}"
 
     return get_env_info
 

@@ -49,7 +49,7 @@ SMALL: dict[str, Any] = {key: NETWORK[key] for key in ("dim", "pdim", "kernel_si
 SMALL |= {"window_size": 4, "num_heads": 2}
 SECTIONS: dict[str, dict[str, Any]] = {
     "ESC": {"type": "ESC", **SMALL, "upscaling_factor": 2},
-    "FlashBias": {"type": "ESC", **SMALL, "upscaling_factor": 3, "attn_type": "FlashBias", "rank": 4},
+    "FlashBias": {"type": "ESC", **SMALL, "upscaling_factor": 3, "attn_type": "FlashBias", "flashbias_rank": 4},
     "ESCFP": {"type": "ESCFP", **SMALL, "upscaling_factor": 3},
     "ESCReal": {"type": "ESCReal", **SMALL, "upscaling_factor": 4},
     "ESCRealM": {"type": "ESCRealM", **SMALL, "upscaling_factor": 1},
