@@ -1,4 +1,4 @@
-"""What packaging computes; the rest is in pyproject.toml. Requirements are read from requirements.txt, their one list."""
+"""What packaging computes; the rest is in pyproject.toml. Requirements are those of requirements.txt."""
 
 import sys
 import sysconfig

@@ -9,12 +9,12 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from esc_arch.ops.window_attention.cpu import Norm, Projection
 from networks import max_error, normal, sum_rounding
 from torch import Tensor
 
 from esc_arch.ops import cpu as operators
 from esc_arch.ops.window_attention import Bias, attention_layer, window_attention
+from esc_arch.ops.window_attention.cpu import Norm, Projection
 
 pytestmark = pytest.mark.usefixtures("native")
 

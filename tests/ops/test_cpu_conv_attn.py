@@ -8,7 +8,6 @@ import pytest
 import test_golden as golden
 import torch
 import torch.nn.functional as F
-from esc_arch.ops.conv_attn.cpu import LARGEST_KERNEL
 from networks import max_error, normal, sum_rounding
 from torch import Tensor
 
@@ -20,6 +19,7 @@ from esc_arch.ops.conv_attn import (
     symmetrise,
 )
 from esc_arch.ops.conv_attn import cpu as operators
+from esc_arch.ops.conv_attn.cpu import LARGEST_KERNEL
 
 NAMES = ("output", "gradient of x", "gradient of the large kernel", "gradient of the dynamic kernel")
 FORWARD_ONLY = ("test_schema", "test_faketensor", "test_aot_dispatch_dynamic")
