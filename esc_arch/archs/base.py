@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from esc_arch.errors import UserError
 from esc_arch.modules import ConvAttn, ESCBlock, FactorBiasWindowAttention, FlashWindowAttention
 from esc_arch.modules.conv_attn import new_large_kernel
 from esc_arch.modules.upsample import rescale_subpixel_conv
@@ -104,6 +105,9 @@ class ESCFamily(nn.Module):
             state_dict: weights of a network of this type.
             prefix: of the names in it that are this network's.
 
+        Raises:
+            UserError: FlashBias's factors cannot be made of its tables.
+
         Returns:
             What it is of and what was done, such as "another scale: to_img.weight was interpolated from x2 to x3.";
             empty for a checkpoint that fits.
@@ -158,6 +162,11 @@ class ESCFamily(nn.Module):
                 table, _ = resize_bias_table(table, module.window_size)
             except ValueError:
                 continue  # not of a square window: loading reports the names
+            if not table.is_meta and not table.isfinite().all():
+                raise UserError(
+                    f"{path}relative_position_bias has numbers that are infinite or not a number: no FlashBias factors "
+                    "can be made of it. Take a checkpoint from before that."
+                )
             q, k = bias_factors(table, module.window_size, module.rank)
             state_dict.update({f"{path}flashbias_q": q, f"{path}flashbias_k": k})
             del state_dict[f"{path}relative_position_bias"]
