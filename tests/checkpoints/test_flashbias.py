@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from basicsr.models.base_model import BaseModel
 from networks import loop_bias, max_error, normal
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
@@ -236,6 +237,41 @@ def test_tables_that_are_no_numbers(value: float, rank: int) -> None:
         UserError, match=r"^blocks\.1\.attn\.relative_position_bias has numbers that are infinite or not"
     ):
         factors(rank=rank).load_state_dict(weights)
+
+
+def load_by_basicsr_itself(net: nn.Module, weights: dict[str, Tensor], file: Path) -> None:
+    """As models do whose load_network is not replaced: what differs in shape is renamed, and put at the end."""
+    torch.save({"params": weights}, file)
+    model: Any = object.__new__(BaseModel)
+    model.opt, model.device = {"dist": False}, torch.device("cpu")
+    BaseModel.load_network._esc_arch_original(model, net, str(file), False, "params")
+
+
+@pytest.mark.parametrize("converted", [False, True], ids=["trained", "converted"])
+def test_earlier_weights_of_another_scale_loaded_by_basicsr_itself(converted: bool, tmp_path: Path) -> None:
+    source, target, same = (factors(seed=seed, upscaling_factor=scale) for seed, scale in ((0, 2), (1, 3), (2, 3)))
+    load_by_basicsr_itself(target, as_before_0_2(source, converted=converted), tmp_path / "net.pth")
+    same.load_state_dict(source.state_dict())
+    assert torch.equal(output(target), output(same))
+
+
+def test_earlier_weights_of_another_window_loaded_by_basicsr_itself(tmp_path: Path) -> None:
+    target, same = (ESC(**SMALL | {"window_size": 5}, attn_type="FlashBias", rank=RANK).eval() for _ in range(2))
+    source = factors()
+    load_by_basicsr_itself(target, as_before_0_2(source), tmp_path / "net.pth")
+    same.load_state_dict(source.state_dict())
+    assert torch.equal(output(target), output(same))
+
+
+@pytest.mark.parametrize("changes", [{"num_heads": 4}, {"dim": 12}], ids=str)
+@pytest.mark.parametrize("attention", [{"attn_type": "FlashBias", "rank": RANK}, {}], ids=["factors", "tables"])
+def test_what_cannot_be_adapted_stays_left_out(attention: Any, changes: Any, tmp_path: Path) -> None:
+    source, target = build(**attention), ESC(**SMALL | attention | changes)
+    before = {name: tensor.clone() for name, tensor in target.state_dict().items()}
+    load_by_basicsr_itself(target, dict(source.state_dict()), tmp_path / "net.pth")
+    for name, tensor in target.state_dict().items():
+        fits = tensor.shape == source.state_dict()[name].shape
+        assert torch.equal(tensor, source.state_dict()[name] if fits else before[name])
 
 
 def test_factors_of_escrib_have_one_convention(caplog: pytest.LogCaptureFixture) -> None:
