@@ -19,8 +19,8 @@ import torch.distributed as dist
 import torch.multiprocessing
 from conftest import Run, run_command
 
-from esc_arch import distributed
 from esc_arch.errors import UserError
+from esc_arch.training import distributed
 from esc_arch.training.distributed import launch, watcher
 from esc_arch.training.distributed.watcher import Watcher
 
@@ -68,7 +68,7 @@ TOGETHER = """
 import os, sys, time
 import torch
 import torch.distributed as dist
-from esc_arch import distributed
+from esc_arch.training import distributed
 from esc_arch.errors import describe
 
 with distributed.failing_together(describe):

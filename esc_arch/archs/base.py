@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from esc_arch.errors import UserError
 from esc_arch.modules import ConvAttn, DecomposedConvAttn, ESCBlock, FactorBiasWindowAttention, FlashWindowAttention
 from esc_arch.modules.conv_attn import new_large_kernel
 from esc_arch.modules.upsample import rescale_subpixel_conv
@@ -27,6 +28,8 @@ __all__ = ["Body", "ESCFamily", "SharedKernelNetwork", "checked_range", "earlier
 
 #: Upper bound that catches typos.
 MOST_PARTS = 1000
+#: What BasicSR's own loading puts behind names of other shapes (strict_load_g: false), and at the end.
+IGNORED = ".ignore"
 
 Network = TypeVar("Network", bound="SharedKernelNetwork")
 
@@ -104,15 +107,26 @@ class ESCFamily(nn.Module):
             state_dict: weights of a network of this type.
             prefix: of the names in it that are this network's.
 
+        Raises:
+            UserError: FlashBias's factors cannot be made of its tables.
+
         Returns:
             What it is of and what was done, such as "another scale: to_img.weight was interpolated from x2 to x3.";
             empty for a checkpoint that fits.
         """
-        return [
+        ignored = [name for name in state_dict if name.startswith(prefix) and name.endswith(IGNORED)]
+        origin = origin_of([name for name in state_dict if not name.endswith(IGNORED)], prefix)
+        notes = [
             *self._adapt_scale(state_dict, prefix),
-            *self._adapt_factors(state_dict, prefix),
+            *self._adapt_factors(state_dict, prefix, origin),
             *self._adapt_window(state_dict, prefix),
         ]
+        own = self.state_dict(prefix=prefix) if ignored else {}
+        for renamed in ignored:  # those taken back that still do not fit
+            name = renamed.removesuffix(IGNORED)
+            if name in own and name in state_dict and state_dict[name].shape != own[name].shape:
+                state_dict[renamed] = state_dict.pop(name)
+        return notes
 
     def _adapt_scale(self, state_dict: MutableMapping[str, Tensor], prefix: str) -> Iterator[str]:
         if self.subpixel_conv is None:
@@ -129,15 +143,16 @@ class ESCFamily(nn.Module):
             source = round((tensor.shape[0] / 3) ** 0.5)
             yield f"another scale: {prefix}{name} was interpolated from x{source} to x{self.upscaling_factor}."
 
-    def _adapt_factors(self, state_dict: MutableMapping[str, Tensor], prefix: str) -> Iterator[str]:
+    def _adapt_factors(self, state_dict: MutableMapping[str, Tensor], prefix: str, origin: Origin) -> Iterator[str]:
         """Factors for a network with FlashBias in the published convention: made of tables, or converted from ours."""
         layers = {
             f"{prefix}{path}.": module
             for path, module in self.named_modules()
             if isinstance(module, FactorBiasWindowAttention) and not module.scaled
         }
+        for name in [f"{path}flashbias_{side}" for path in layers for side in "qk"]:
+            _take_back(state_dict, name)
         if any(f"{path}flashbias_q" in state_dict for path in layers):
-            origin = origin_of(state_dict, prefix)
             if origin is Origin.OLD:
                 convert_old_factors(state_dict, prefix)
                 yield (
@@ -158,6 +173,11 @@ class ESCFamily(nn.Module):
                 table, _ = resize_bias_table(table, module.window_size)
             except ValueError:
                 continue  # not of a square window: loading reports the names
+            if not table.is_meta and not table.isfinite().all():
+                raise UserError(
+                    f"{path}relative_position_bias has numbers that are infinite or not a number: no FlashBias factors "
+                    "can be made of it. Take a checkpoint from before that."
+                )
             q, k = bias_factors(table, module.window_size, module.rank)
             state_dict.update({f"{path}flashbias_q": q, f"{path}flashbias_k": k})
             del state_dict[f"{path}relative_position_bias"]
@@ -187,8 +207,8 @@ class ESCFamily(nn.Module):
 
 def _take_back(state_dict: MutableMapping[str, Tensor], key: str) -> Tensor | None:
     """The entry of a state dict, None without one; BasicSR's loading with strict_load_g: false renames what differs."""
-    if key not in state_dict and f"{key}.ignore" in state_dict:
-        state_dict[key] = state_dict.pop(f"{key}.ignore")
+    if key not in state_dict and f"{key}{IGNORED}" in state_dict:
+        state_dict[key] = state_dict.pop(f"{key}{IGNORED}")
     return state_dict.get(key)
 
 

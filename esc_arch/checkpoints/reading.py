@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from esc_arch.archs.flashbias import convert_old_factors, mark_published
+from esc_arch.archs.flashbias import Origin, convert_old_factors, mark_published, origin_of
 from esc_arch.errors import UserError
 
 __all__ = [
@@ -91,18 +91,26 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
 
 
 def _settle_factors(content: dict[str, Any], network_g: object, path: Path) -> None:
-    """Bring FlashBias's factors into the published convention, where the file says of which network they are."""
+    """Bring FlashBias's factors into the published convention, where the file says of which network they are.
+
+    Programs of others may note `network_g` as their option files have it, where `rank` is still a name of the option:
+    weights whose order is the published one are no earlier version's, whatever stands beside them.
+    """
     if not isinstance(network_g, Mapping) or network_g.get("attn_type") != "FlashBias":
         return
-    if network_g.get("type") == "ESCRIB":  # which has a convention of its own
+    if str(network_g.get("type")).removeprefix("esc_arch.") == "ESCRIB":  # which has a convention of its own
         return
-    for weights in (content, *content.values()):
-        if isinstance(weights, dict) and any(isinstance(weights.get(name), Tensor) for name in weights):
-            if "flashbias_rank" in network_g:
-                mark_published(weights)
-            else:  # the name of the option before 0.2
-                convert_old_factors(weights)
-    if "flashbias_rank" not in network_g:
+    converted = False
+    # Each once: `params` and `params_ema` may be one dictionary
+    for weights in {id(entry): entry for entry in (content, *content.values()) if isinstance(entry, dict)}.values():
+        if not any(isinstance(tensor, Tensor) for tensor in weights.values()):
+            continue
+        if "flashbias_rank" in network_g:
+            mark_published(weights)
+        elif origin_of(weights) is not Origin.PUBLISHED:  # `rank` is the name of the option before 0.2
+            convert_old_factors(weights)
+            converted = True
+    if converted:
         logger.warning("%s was written by esc_arch before 0.2: its FlashBias factors were converted.", path)
 
 

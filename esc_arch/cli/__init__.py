@@ -6,6 +6,7 @@ A verb's module has `HELP`, `add_arguments(parser)` and `run(args)`, which retur
 from __future__ import annotations
 
 import argparse
+import contextlib
 import os
 import select
 import sys
@@ -50,7 +51,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parser.parse_args(argv)
     try:
         if args.verb != "doctor":  # where a failure is a line of the report
-            import_modules(getattr(args, "imports", None), "--import")
+            # What modules print must not be in the midst of what `check --json` prints
+            with contextlib.redirect_stdout(sys.stderr) if args.verb == "check" else contextlib.nullcontext():
+                import_modules(getattr(args, "imports", None), "--import")
         status = VERBS[args.verb].run(args)
         sys.stdout.flush()
         return status

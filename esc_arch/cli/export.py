@@ -46,7 +46,7 @@ def run(args: argparse.Namespace) -> int:
     file_format = _format(args)
     shape = _shape(args.batch, args.size)
 
-    from esc_arch import export
+    from esc_arch.tools import export
     from esc_arch.tools.upscale.network import load
 
     def said(difference: export.Difference) -> None:

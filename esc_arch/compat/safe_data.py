@@ -191,6 +191,7 @@ def _with_optional_list(root_key: str, list_key: str) -> Callable[[Callable[...,
         def __init__(self: Any, opt: dict[str, Any]) -> None:
             from basicsr.utils import scandir
 
+            from esc_arch.data.image_files import IMAGE_SUFFIXES
             from esc_arch.data.name_lists import read_names
 
             if opt["io_backend"]["type"] == "lmdb":
@@ -199,7 +200,12 @@ def _with_optional_list(root_key: str, list_key: str) -> Callable[[Callable[...,
             original(self, {**opt, list_key: os.devnull})
             self.opt = opt
             root, list_file = opt[root_key], opt.get(list_key)
-            names = sorted(scandir(root)) if list_file is None else read_names(list_file)
+            if list_file is not None:
+                names = read_names(list_file)
+            else:
+                names = sorted(scandir(root))
+                if list_key == "meta_info":  # whose folder BasicSR itself does not go through: images alone
+                    names = [name for name in names if name.lower().endswith(IMAGE_SUFFIXES)]
             self.paths = [os.path.join(root, name) for name in names]
 
         return __init__

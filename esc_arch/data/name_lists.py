@@ -10,7 +10,7 @@ from .image_files import IMAGE_SUFFIXES
 __all__ = ["read_names"]
 
 #: What follows a name: the size of the image, as BasicSR's scripts write it, `(height,width,channels)`.
-_SIZE = re.compile(r"\s+\(\d+,\s*\d+(,\s*\d+)?\)")
+_SIZE = re.compile(r"\s+\(\d+,\s*\d+(,\s*\d+)?\)(?=\s|$)")
 _SUFFIXES = "|".join(map(re.escape, IMAGE_SUFFIXES))
 #: A name may have blanks; without a size it ends with the first suffix of an image that a blank or nothing follows.
 _NAME = re.compile(rf".+?(?:{_SUFFIXES})(?=\s|$)", re.IGNORECASE)

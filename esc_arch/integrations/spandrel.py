@@ -102,7 +102,7 @@ def _allow_bytes() -> None:
 
 
 def _is_of_the_family(state_dict: Mapping[str, Any]) -> bool:
-    if not is_state_dict(state_dict):
+    if not is_state_dict(_unwrapped(state_dict)):
         return False
     try:
         _recognised(state_dict)
@@ -111,9 +111,15 @@ def _is_of_the_family(state_dict: Mapping[str, Any]) -> bool:
     return True
 
 
+def _unwrapped(state_dict: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The weights within `model` of the published ESC-LTE's files; of others, as it is."""
+    weights = state_dict.get("sd")
+    return weights if isinstance(weights, Mapping) else state_dict
+
+
 def _recognised(state_dict: Mapping[str, Any]) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """The weights, and the `network_g` section of the network that all their names and shapes are those of."""
-    weights = own_names(state_dict)
+    weights = own_names(_unwrapped(state_dict))
     section = recognise(weights)
     return fitted_weights("The state dict", section, weights)[0], section
 

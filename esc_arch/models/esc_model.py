@@ -32,7 +32,7 @@ from esc_arch.losses import build_losses
 from esc_arch.models.comparison import Comparison
 from esc_arch.models.metrics import image_measured, measure
 from esc_arch.models.self_ensemble import self_ensemble
-from esc_arch.models.speed import PUBLISHED_MODEL, Speed, eager, full_float32, speed_problems
+from esc_arch.models.speed import PUBLISHED_MODEL, Speed, eager, full_float32, is_published_model, speed_problems
 from esc_arch.models.validation_pictures import validation_picture
 from esc_arch.ops.padding import reflect_pad_to_multiple
 from esc_arch.training.distributed import gather_objects
@@ -97,7 +97,7 @@ class ESCModel(SRModel):
     def __init__(self, opt: dict[str, Any]) -> None:
         self.speed = Speed.of(opt)
         self.speed.set_globals()
-        self._clip_halves = opt.get("model_type") == PUBLISHED_MODEL
+        self._clip_halves = is_published_model(opt)
         if self._clip_halves and opt["is_train"] and self.speed.gradient_clip is not None:
             logging.getLogger("basicsr").info(
                 "train: gradient_clip is halved after %d iterations, as published for %s. With ESCModel it stays.",

@@ -13,14 +13,20 @@ from torch import nn
 
 from esc_arch.archs.base import ESCFamily
 from esc_arch.ops.float32 import float32_products
+from esc_arch.register import OWN
 
-__all__ = ["COMPILE_MODES", "PUBLISHED_MODEL", "Speed", "eager", "full_float32", "speed_problems"]
+__all__ = ["COMPILE_MODES", "PUBLISHED_MODEL", "Speed", "eager", "full_float32", "is_published_model", "speed_problems"]
 
 COMPILE_MODES = ("default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs")
 #: The model type of published option files, and what their `use_amp` is: PyTorch's default.
 PUBLISHED_MODEL = "ESRModel"
 PUBLISHED_AMP = "fp16"
 _PRECISIONS = {"bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+def is_published_model(opt: Mapping[str, Any]) -> bool:
+    """Whether the options are of `ESRModel`, by either of its names."""
+    return str(opt.get("model_type")).removeprefix(OWN) == PUBLISHED_MODEL
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,7 +64,7 @@ class Speed:
         """From all options of a run; those of the published `ESRModel` by their names there, too."""
         train = opt.get("train") or {}
         given = {name: train[name] for name in cls.__dataclass_fields__ if train.get(name) is not None}
-        if opt.get("model_type") == PUBLISHED_MODEL and train.get("use_amp"):
+        if is_published_model(opt) and train.get("use_amp"):
             given["amp"] = PUBLISHED_AMP
         return cls(**given)
 
@@ -145,7 +151,7 @@ def _published_problems(opt: Mapping[str, Any], train: Mapping[str, Any]) -> Ite
             "train:reset_momentum_iter: not known here. Remove it; a new run that begins at the checkpoint of that "
             "iteration, with path: pretrain_network_g, has a new optimiser"
         )
-    if opt.get("model_type") != PUBLISHED_MODEL:
+    if not is_published_model(opt):
         if train.get("use_amp"):
             yield f"train:use_amp: {PUBLISHED_MODEL} has it. Give amp: fp16 or amp: bf16"
     elif train.get("use_amp") and train.get("amp") not in (None, PUBLISHED_AMP):

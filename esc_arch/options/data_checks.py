@@ -22,6 +22,7 @@ from PIL import Image
 from esc_arch.data.arbitrary_scale_dataset import ScaleRange
 from esc_arch.data.decoding import reason_against
 from esc_arch.data.hr_images import HRImages, as_list
+from esc_arch.data.image_files import IMAGE_SUFFIXES
 from esc_arch.data.lmdb_check import listed_sizes
 from esc_arch.data.name_lists import read_names
 from esc_arch.data.names import shown
@@ -222,10 +223,14 @@ def _check_images(path: str, dataset: Options, rule: _SizeRule | None, extent: E
     elif dataset.get(_list_key(dataset)) is not None:
         yield from _check_listed_images(path, dataset, folders, rule, extent)
     else:
-        images = {key: _list_images(folder) for key, folder in folders.items()}
+        suffixes = IMAGE_SUFFIXES if dataset["type"] == "RealESRGANDataset" else ("",)
+        images = {
+            key: [name for name in _list_images(folder) if name.lower().endswith(suffixes)]
+            for key, folder in folders.items()
+        }
         empty = [key for key, names in images.items() if not names]
         for key in empty:
-            yield f"{path}:{key}: the folder {folders[key]!r} has no files"
+            yield f"{path}:{key}: the folder {folders[key]!r} has no {'files' if suffixes == ('',) else 'images'}"
         if not empty and len(folders) > 1:
             yield from _check_folders(path, dataset, images["dataroot_lq"], images["dataroot_gt"], rule, extent)
         elif not empty:

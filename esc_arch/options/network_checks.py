@@ -72,8 +72,9 @@ def _published_defaults(key: str, section: Options) -> Iterator[str]:
     """What is said where an option is left out whose default is another one in the published code."""
     kind = entries(ARCH_REGISTRY)[section["type"]]
     parameters = inspect.signature(kind).parameters
+    factors = str(section.get("attn_type")).lower() == "flashbias"
     for name, published in getattr(kind, "published_defaults", {}).items():
-        if name not in section:
+        if name not in section and not (factors and name.startswith("rib_")):
             yield (
                 f"{key}:{name}: not given, so {parameters[name].default!r} is taken; the published code takes "
                 f"{published}. Give it to build the same network everywhere"

@@ -15,6 +15,7 @@ from esc_arch.training.distributed import gather_objects
 from .parameter_order import in_order_of, named_state
 from .random_state import capture, restore
 from .run import current_run
+from .schedulers import SCHEDULERS
 
 __all__ = ["apply_state", "prune", "training_state"]
 
@@ -52,20 +53,21 @@ def apply_state(model: Any, state: Mapping[str, Any], load: Any) -> None:
     """Go on from `state`; `load` is BasicSR's part of it. States that BasicSR wrote have no more than that.
 
     Raises:
-        UserError: the state is of other optimisers or parameters.
+        UserError: the state is of other optimisers, parameters or schedules.
     """
     try:
         # States of BasicSR have no random numbers
         optimizers = in_order_of(model, state["optimizers"], earlier="random" in state)
         state = {**state, "optimizers": optimizers}
+        _refuse_other_schedules(model, state)
         for warning in _ignored_changes(model, state):
             logging.getLogger("basicsr").warning(warning)
         load(model, state)
     except (AssertionError, AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError) as error:
         raise UserError(
             f"{model.opt['path'].get('resume_state')} does not fit the optimisers of the option file ({error}). Give "
-            f"train: optim_*, freeze and lr_factors as in the run that saved it, or start a new run from its network "
-            f"with path: pretrain_network_g."
+            f"train: optim_*, scheduler, freeze and lr_factors as in the run that saved it, or start a new run from "
+            f"its network with path: pretrain_network_g."
         ) from error
     try:
         _apply_rest(model, state)
@@ -74,6 +76,27 @@ def apply_state(model: Any, state: Mapping[str, Any], load: Any) -> None:
             f"{model.opt['path'].get('resume_state')} is damaged, or of another program ({type(error).__name__}: "
             f"{error}). Remove it, and go on from an earlier state with --auto_resume."
         ) from error
+
+
+def _refuse_other_schedules(model: Any, state: Mapping[str, Any]) -> None:
+    """A schedule of one type that goes on with the numbers of another follows neither, or fails in its first step.
+
+    Raises:
+        ValueError: what a state keeps is not what the schedule has.
+    """
+    for scheduler, saved in zip(model.schedulers, state["schedulers"], strict=False):
+        if (name := type(scheduler).__name__) not in SCHEDULERS:
+            continue  # of another package, whose numbers may come and go with its versions
+        # Versions of PyTorch differ in what is private, and early ones have `verbose`
+        now, before = (
+            {key for key in entries if not key.startswith("_") and key != "verbose"}
+            for entries in (scheduler.state_dict(), saved)
+        )
+        if now != before:
+            kept = ", ".join(sorted(before - now)) or "nothing"
+            raise ValueError(
+                f"train: scheduler: type is {name}, and the state was saved by another, which has {kept} besides"
+            )
 
 
 def _apply_rest(model: Any, state: Mapping[str, Any]) -> None:

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from basicsr.models.base_model import BaseModel
 from networks import loop_bias, max_error, normal
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
@@ -16,6 +17,7 @@ from torch import Tensor, nn
 from esc_arch import ESC, ESCFP, ESCLTE, ESCRIB, ESCReal, ESCRealM
 from esc_arch.checkpoints import load_weights, read_checkpoint, select_weights
 from esc_arch.checkpoints.conversion import factorise, open_checkpoint, save_checkpoint
+from esc_arch.errors import UserError
 
 WINDOW, RANK = 4, 4  # sqrt(rank) is a power of 2: converting is exact
 SMALL = {
@@ -192,6 +194,84 @@ def test_names_that_were_sorted_are_taken_as_published(tmp_path: Path, caplog: p
         target.load_state_dict(load_file(tmp_path / "net.safetensors"))
     assert "of unknown origin: its FlashBias factors are taken as published" in caplog.text
     assert torch.equal(output(target), output(source))
+
+
+@pytest.mark.parametrize("rank", [{"rank": RANK}, {}, {"flashbias_rank": RANK}], ids=str)
+def test_options_that_another_program_notes_do_not_make_weights_older(rank: Any, tmp_path: Path) -> None:
+    """`rank` is still an option's name, and the rank may be the default."""
+    source = factors(upscaling_factor=2)
+    section = {"type": "ESC", **SMALL, "upscaling_factor": 2, "attn_type": "FlashBias", **rank}
+    path = tmp_path / "net.pth"
+    torch.save({"params": source.state_dict(), "network_g": section}, path)
+    net = factors(upscaling_factor=2, seed=1)
+    load_weights(net, select_weights(read_checkpoint(path), "params", path), strict=True, source=path)
+    assert torch.equal(output(net), output(source))
+
+
+def test_weights_under_two_keys_are_converted_once(tmp_path: Path) -> None:
+    source = factors(upscaling_factor=2)
+    old, path = as_before_0_2(source), tmp_path / "net.pth"
+    section = {"type": "ESC", **SMALL, "upscaling_factor": 2, "attn_type": "FlashBias", "rank": RANK}
+    torch.save({"params": old, "params_ema": old, "network_g": section}, path)
+    for key in ("params", "params_ema"):
+        net = factors(upscaling_factor=2, seed=1)
+        load_weights(net, select_weights(read_checkpoint(path), key, path), strict=True, source=path)
+        assert torch.equal(output(net), output(source))
+
+
+def test_a_noted_escrib_keeps_its_convention_by_either_name(tmp_path: Path) -> None:
+    source = build(ESCRIB, attn_type="FlashBias", rank=RANK)
+    section = {"type": "esc_arch.ESCRIB", **SMALL, "attn_type": "FlashBias", "rank": RANK}
+    weights = dict(source.state_dict())
+    torch.save({"params": {name: weights[name] for name in sorted(weights)}, "network_g": section}, tmp_path / "a.pth")
+    read = read_checkpoint(tmp_path / "a.pth")["params"]
+    assert all(torch.equal(read[name], tensor) for name, tensor in weights.items())
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+@pytest.mark.parametrize("rank", [RANK, WINDOW**2])
+def test_tables_that_are_no_numbers(value: float, rank: int) -> None:
+    weights = dict(build().state_dict())
+    weights["blocks.1.attn.relative_position_bias"] = torch.full((2, (2 * WINDOW - 1) ** 2), value)
+    with pytest.raises(
+        UserError, match=r"^blocks\.1\.attn\.relative_position_bias has numbers that are infinite or not"
+    ):
+        factors(rank=rank).load_state_dict(weights)
+
+
+def load_by_basicsr_itself(net: nn.Module, weights: dict[str, Tensor], file: Path) -> None:
+    """As models do whose load_network is not replaced: what differs in shape is renamed, and put at the end."""
+    torch.save({"params": weights}, file)
+    model: Any = object.__new__(BaseModel)
+    model.opt, model.device = {"dist": False}, torch.device("cpu")
+    BaseModel.load_network._esc_arch_original(model, net, str(file), False, "params")
+
+
+@pytest.mark.parametrize("converted", [False, True], ids=["trained", "converted"])
+def test_earlier_weights_of_another_scale_loaded_by_basicsr_itself(converted: bool, tmp_path: Path) -> None:
+    source, target, same = (factors(seed=seed, upscaling_factor=scale) for seed, scale in ((0, 2), (1, 3), (2, 3)))
+    load_by_basicsr_itself(target, as_before_0_2(source, converted=converted), tmp_path / "net.pth")
+    same.load_state_dict(source.state_dict())
+    assert torch.equal(output(target), output(same))
+
+
+def test_earlier_weights_of_another_window_loaded_by_basicsr_itself(tmp_path: Path) -> None:
+    target, same = (ESC(**SMALL | {"window_size": 5}, attn_type="FlashBias", rank=RANK).eval() for _ in range(2))
+    source = factors()
+    load_by_basicsr_itself(target, as_before_0_2(source), tmp_path / "net.pth")
+    same.load_state_dict(source.state_dict())
+    assert torch.equal(output(target), output(same))
+
+
+@pytest.mark.parametrize("changes", [{"num_heads": 4}, {"dim": 12}], ids=str)
+@pytest.mark.parametrize("attention", [{"attn_type": "FlashBias", "rank": RANK}, {}], ids=["factors", "tables"])
+def test_what_cannot_be_adapted_stays_left_out(attention: Any, changes: Any, tmp_path: Path) -> None:
+    source, target = build(**attention), ESC(**SMALL | attention | changes)
+    before = {name: tensor.clone() for name, tensor in target.state_dict().items()}
+    load_by_basicsr_itself(target, dict(source.state_dict()), tmp_path / "net.pth")
+    for name, tensor in target.state_dict().items():
+        fits = tensor.shape == source.state_dict()[name].shape
+        assert torch.equal(tensor, source.state_dict()[name] if fits else before[name])
 
 
 def test_factors_of_escrib_have_one_convention(caplog: pytest.LogCaptureFixture) -> None:

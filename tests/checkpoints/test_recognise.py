@@ -226,7 +226,6 @@ class TestTailsOfESCRealM:
         assert (examined.section["upsampler"], examined.section["upscaling_factor"]) == ("conv", 1)
         assert examined.assumptions == []
 
-
     @pytest.mark.parametrize("scale", [2, 3, 4])
     def test_transposed_convolutions_without_folding(self, scale: int) -> None:
         options = {"upsampler": "transpose+conv", "upscaling_factor": scale, "unshuffle_mod": False}

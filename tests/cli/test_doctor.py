@@ -150,7 +150,7 @@ def test_which_processes_are_the_doctor(argv: list[str], original: list[str], ex
 def test_an_import_that_ends_the_process(tmp_path: Path) -> None:
     """Then the folder is started, which imports nothing itself."""
     stubs = stub(tmp_path, "torch", "import os; os.abort()")
-    run = run_beside(stubs, "--no-test", start=(str(ROOT / "esc_arch" / "doctor"),))
+    run = run_beside(stubs, "--no-test", start=(str(ROOT / "esc_arch" / "tools" / "doctor"),))
     assert run.status == 1, run.err
     assert "esc_arch cannot be imported: the process ended with signal SIGABRT" in run.out
     assert "cannot be imported: the process ended with signal SIGABRT" in run.out

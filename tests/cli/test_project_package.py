@@ -140,6 +140,14 @@ def test_names_that_no_package_adds_do_not(key: str, run_basicsr: Any, train_opt
     assert f"{key}: 'Own' is not known. " in run.err and "--import" not in run.err
 
 
+def test_what_modules_print_is_not_in_the_json(command: Any, options: Any, work_folder: Path) -> None:
+    with (work_folder / "hat" / "archs.py").open("a") as file:
+        file.write("\nprint('hello')\n")
+    checked = command("check", options, "--json", "--import", *MODULES)
+    assert json.loads(checked.out)["files"][0]["ok"]
+    assert "hello" in checked.err
+
+
 def test_nothing_in_the_current_folder_is_imported_unasked(command: Any, options: Any, work_folder: Path) -> None:
     """Neither by this program nor by the modules that are named: they say what else is to be named."""
     for name in ("helper", "triton", "wandb", "sitecustomize"):

@@ -25,7 +25,7 @@ from skimage.data import astronaut
 import esc_arch
 from esc_arch import ESC
 from esc_arch.cli import main, upscale
-from esc_arch.tools.upscale import batch, large_images, picture_files
+from esc_arch.tools.upscale import batch, image_writer, large_images
 from esc_arch.tools.upscale.batch import Options, Task
 from esc_arch.tools.upscale.network import Upscaler
 
@@ -194,12 +194,12 @@ def test_a_fault_of_the_network_is_a_line(run: Upscale, monkeypatch: pytest.Monk
 
 
 def test_a_disk_that_is_full_is_a_line(run: Upscale, monkeypatch: pytest.MonkeyPatch) -> None:
-    from esc_arch.tools.upscale import picture_files
+    from esc_arch.tools.upscale import image_writer
 
     def full(*_: Any) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(picture_files._PNG, "finish", full)
+    monkeypatch.setattr(image_writer._PNG, "finish", full)
     status, _, err = run("-i", put("a.png"), put("b.jpg"), "-o", "out")
     assert status == 1
     assert "a.png: out/a_out.png: cannot be written: No space left on device. Nothing of it is left." in err
@@ -355,7 +355,7 @@ def test_one_of_a_batch_that_fails(run: Upscale, monkeypatch: pytest.MonkeyPatch
 
 
 def test_videos_among_the_inputs(run: Upscale, monkeypatch: pytest.MonkeyPatch) -> None:
-    from esc_arch.tools.upscale import video
+    from esc_arch.tools.video import upscaling as video
 
     seen: list[tuple[Path, Path, Any]] = []
 
@@ -402,7 +402,7 @@ def test_ctrl_c_keeps_what_is_finished(run: Upscale, monkeypatch: pytest.MonkeyP
 
 
 def test_ctrl_c_while_the_last_file_is_waited_for(run: Upscale, monkeypatch: pytest.MonkeyPatch) -> None:
-    write, wait, waits = picture_files.write_picture, picture_files.PictureFile.result, []
+    write, wait, waits = image_writer.write_picture, image_writer.PictureFile.result, []
 
     @contextmanager
     def write_slowly(*arguments: Any) -> Iterator[Any]:
@@ -416,8 +416,8 @@ def test_ctrl_c_while_the_last_file_is_waited_for(run: Upscale, monkeypatch: pyt
             raise KeyboardInterrupt
         wait(file)
 
-    monkeypatch.setattr(picture_files, "write_picture", write_slowly)
-    monkeypatch.setattr(picture_files.PictureFile, "result", result)
+    monkeypatch.setattr(image_writer, "write_picture", write_slowly)
+    monkeypatch.setattr(image_writer.PictureFile, "result", result)
     for name in "abcd":
         put(f"in/{name}.png")
     status, out, err = run("-i", "in", "-o", "out")

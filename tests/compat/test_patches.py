@@ -355,13 +355,14 @@ def test_6_a_state_saved_by_a_model_is_read_safely(make_model: Any, tmp_path: Pa
 @pytest.mark.parametrize("kind", ["PairedImageDataset", "SingleImageDataset", "RealESRGANDataset"])
 def test_names_in_lists_may_have_blanks(kind: str, tmp_path: Path) -> None:
     """As programs build them, whose lists no check has seen; without one, all files of the folder are read."""
-    for name in ("a b.png", "c.png"):
+    names = ("a b.png", "c.png", "d (1).png", "e (1,2).png", "f (1,2).png")
+    for name in names:
         (tmp_path / name).touch()
     listed = tmp_path.parent / f"{tmp_path.name}.txt"
-    listed.write_text("a b.png (16,16,3)\n\nc.png\n")
+    listed.write_text("a b.png (16,16,3)\n\nc.png\nd (1).png (16,16,3)\ne (1,2).png (16,16,3)\nf (1,2).png\n")
     options = {"name": "Set", "type": kind, "dataroot_gt": str(tmp_path), "dataroot_lq": str(tmp_path), "scale": 1}
     options |= {"io_backend": {"type": "disk"}, "phase": "val", **BLUR, "use_hflip": False, "use_rot": False}
-    expected = [str(tmp_path / name) for name in ("a b.png", "c.png")]
+    expected = [str(tmp_path / name) for name in names]
     for list_file in (str(listed), None):
         given = options | {"meta_info" if kind == "RealESRGANDataset" else "meta_info_file": list_file}
         paths = build_dataset(copy.deepcopy(given)).paths

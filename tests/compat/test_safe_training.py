@@ -17,8 +17,7 @@ from basicsr.data.prefetch_dataloader import PrefetchDataLoader
 from torch import nn
 from torch.utils.data import DataLoader, Dataset
 
-from esc_arch import UserError
-from esc_arch.data import safe_files
+from esc_arch import UserError, atomic_io
 
 
 def full_disk(*_: object) -> None:
@@ -69,7 +68,7 @@ def test_9_a_full_disk_is_reported_and_ends_the_run_only_at_its_end(
     make_model: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, basicsr_log: Any
 ) -> None:
     model = make_model()
-    monkeypatch.setattr(safe_files.os, "fsync", full_disk)
+    monkeypatch.setattr(atomic_io.os, "fsync", full_disk)
     model.save(0, 2)
     assert "net_g_2.pth was not saved, and the one before is untouched" in basicsr_log.text
     assert "2.state was not saved" in basicsr_log.text

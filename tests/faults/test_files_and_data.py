@@ -30,8 +30,7 @@ from basicsr.utils.registry import DATASET_REGISTRY
 from conftest import run_command
 from torch.utils.data import Dataset
 
-from esc_arch import ESCModel, UserError
-from esc_arch.data import safe_files
+from esc_arch import ESCModel, UserError, atomic_io
 from esc_arch.training.progress import TrainingLog
 
 TOTAL = 7  # of epochs of 3: 6 images in batches of 2
@@ -372,7 +371,7 @@ def test_pictures_and_tables_that_cannot_be_written(run_basicsr: Any, options: A
 
 
 def test_results_that_cannot_be_written(run_basicsr: Any, test_options: Any, monkeypatch: Any) -> None:
-    monkeypatch.setattr(safe_files.os, "replace", fail_with(errno.ENOSPC))
+    monkeypatch.setattr(atomic_io.os, "replace", fail_with(errno.ENOSPC))
     run = run_basicsr("test", test_options)
     assert_told(run, "No space left on device", "Make room there")
 

@@ -115,6 +115,12 @@ def test_wrappings(wrapping: str, tmp_path: Path) -> None:
     check_same(spandrel.ModelLoader().load_from_file(path), esc_arch.load(path, device="cpu"))
 
 
+def test_the_published_lte_in_its_wrapping(tmp_path: Path) -> None:
+    path = tmp_path / "lte.pth"
+    torch.save({"model": {"name": "lte", "args": {}, "sd": weights_of("esc_lte_official")}}, path)
+    check_same(spandrel.ModelLoader().load_from_file(path), esc_arch.load(path, device="cpu"))
+
+
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 @pytest.mark.parametrize(
     "name", ["esc_x2", "esc_fp_x2", "esc_real_x4", "esc_real_dysample_x4", "esc_flashbias_x2", "rib", "lte"]

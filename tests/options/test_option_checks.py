@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from basicsr.data.realesrgan_dataset import RealESRGANDataset
 from basicsr.models.sr_model import SRModel
 from basicsr.utils.registry import DATASET_REGISTRY, MODEL_REGISTRY
 from PIL import Image
@@ -375,10 +376,15 @@ def test_what_a_data_set_of_another_package_requires(monkeypatch: pytest.MonkeyP
 def test_real_esrgan_without_a_list(meta_info: Any, folder: Path) -> None:
     changes = merge(REAL_ESRGAN, datasets(meta_info=meta_info))
     extent = Extent()
-    assert check_options(merge(train_options(), changes), True, extent) == []
+    for stray in (folder / "gt" / "notes.txt", folder / "empty" / "notes.txt"):
+        stray.write_text("no image")
+    opt = merge(train_options(), changes)
+    assert check_options(opt, True, extent) == []
     assert "datasets:train: 2 images" in extent.facts
+    paths = RealESRGANDataset({**opt["datasets"]["train"], "io_backend": {"type": "disk"}}).paths
+    assert len(paths) == 2 and not any(path.endswith(".txt") for path in paths)
     assert check(merge(changes, datasets(dataroot_gt="empty"))) == [
-        "datasets:train:dataroot_gt: the folder 'empty' has no files"
+        "datasets:train:dataroot_gt: the folder 'empty' has no images"
     ]
 
 

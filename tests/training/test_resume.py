@@ -219,6 +219,31 @@ def test_a_state_of_another_optimiser_is_refused(run_basicsr: Any, options: Any,
     assert "3.state does not fit the optimisers of the option file" in run.err
 
 
+@pytest.mark.parametrize(
+    "section",
+    [
+        {"type": "OneCycleLR", "max_lr": 0.01, "total_steps": 20},
+        {"type": "StepLR", "step_size": 3, "gamma": 0.5},
+        {"type": "CosineAnnealingRestartLR", "periods": [20]},
+    ],
+    ids=lambda section: section["type"],
+)
+def test_a_state_of_another_schedule_is_refused(section: Any, run_basicsr: Any, options: Any, stop_at: Any) -> None:
+    """Half of either would be followed, and OneCycleLR miss what it keeps in the optimiser."""
+    stop_at(3)
+    interrupted(run_basicsr, options)
+    before = options["train"]["scheduler"]
+    options["train"]["scheduler"] = section
+    run = run_basicsr("train", options, "--auto_resume")
+    assert run.status == 2 and "Traceback" not in run.err
+    assert f"train: scheduler: type is {section['type']}, and the state was saved by another, which has" in run.err
+    assert "milestones" in run.err and "is ignored" not in run.err
+    stop_at(None)
+    assert (
+        run_basicsr("train", options | {"train": options["train"] | {"scheduler": before}}, "--auto_resume").status == 0
+    )
+
+
 def test_a_drawn_seed_is_kept(run_basicsr: Any, options: Any, stop_at: Any) -> None:
     del options["manual_seed"]
     stop_at(3)

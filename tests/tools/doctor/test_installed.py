@@ -15,7 +15,7 @@ import pytest
 from basicsr.utils.registry import ARCH_REGISTRY
 from doctor_context import by_key, context
 
-from esc_arch import project, registry
+from esc_arch import project, register
 from esc_arch.compat import aliases
 from esc_arch.tools.doctor import installation, registered, versions
 from esc_arch.tools.doctor.children import JobFailed
@@ -152,7 +152,7 @@ def test_the_published_copy() -> None:
     assert found["import"].status == "ok"
     assert found["basicsr"].text == f"{Path(basicsr.__file__).resolve().parent}, 1.4.2: its files are as installed"
     assert found["basicsr"].data["changes"] == [] and found["basicsr"].status == "ok"
-    assert found["esc_arch"].data["folder"] == str(Path(registry.__file__).parent)
+    assert found["esc_arch"].data["folder"] == str(Path(register.__file__).parent)
     assert "BasicSR 1.4.2" in found["mended functions"].text
     assert "basicsr.train.load_resume_state" in found["mended functions"].data
 
@@ -262,7 +262,7 @@ def test_names_with_the_files_of_their_classes() -> None:
     found = by_key(registered.examine(context()))
     ours = found["arch of esc_arch"]
     assert "ESC, ESCFP" in ours.text and "esc_arch." not in ours.text
-    assert ours.data["ESC"] == str(Path(registry.__file__).parent / "archs" / "esc_arch.py")
+    assert ours.data["ESC"] == str(Path(register.__file__).parent / "archs" / "esc_arch.py")
     assert "SRModel" in found["model of basicsr"].text
     assert "calculate_psnr" in found["metric of basicsr"].data
     assert {finding.status for finding in found.values()} == {"ok"}

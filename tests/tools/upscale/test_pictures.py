@@ -19,7 +19,7 @@ from PIL.TiffImagePlugin import IFDRational
 from skimage.data import astronaut, chelsea
 
 from esc_arch.errors import UserError
-from esc_arch.tools.upscale import picture_files, pictures
+from esc_arch.tools.upscale import image_reader, image_writer
 from esc_arch.tools.upscale.exif import MARK, Exif, Value, parse, value
 from esc_arch.tools.upscale.image_reader import Picture, read_picture
 from esc_arch.tools.upscale.image_writer import FORMATS, Form, PictureFile, form_of, write_picture
@@ -112,7 +112,7 @@ def test_pictures_of_a_pixel(tmp_path: Path, suffix: str) -> None:
 
 def test_tiff_beyond_4_gib_is_bigtiff(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     exif = parse(camera_data().tobytes())
-    original = picture_files._TIFF.__init__
+    original = image_writer._TIFF.__init__
 
     def init(self: Any, file: Any, form: Form) -> None:
         huge = Form("tiff", 2**20, 2**20, 3, np.uint8, form.picture)
@@ -123,7 +123,7 @@ def test_tiff_beyond_4_gib_is_bigtiff(tmp_path: Path, monkeypatch: pytest.Monkey
         self.file, self.form, self.big = file, form, True
         file.write(self._header(0))
 
-    monkeypatch.setattr(picture_files._TIFF, "__init__", init)
+    monkeypatch.setattr(image_writer._TIFF, "__init__", init)
     path = tmp_path / "big.tif"
     again = as_written(path, Picture(deep(PHOTOGRAPH), SRGB, exif))
     assert path.read_bytes()[:4] == b"MM\0+"
@@ -458,7 +458,7 @@ def test_files_that_cannot_be_opened(tmp_path: Path) -> None:
 
 def test_too_large_for_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     Image.fromarray(PHOTOGRAPH).save(tmp_path / "a.png")
-    monkeypatch.setattr(pictures, "pixels_of", lambda *_: (_ for _ in ()).throw(MemoryError))
+    monkeypatch.setattr(image_reader, "pixels_of", lambda *_: (_ for _ in ()).throw(MemoryError))
     with pytest.raises(UserError, match=r"too large for the memory here\. Cut it into parts"):
         read_picture(tmp_path / "a.png")
 
@@ -519,7 +519,7 @@ def test_a_full_disk_is_said_while_rows_are_given(tmp_path: Path, monkeypatch: p
     def full(self: Any, rows: Any) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(picture_files._PNG, "write", full)
+    monkeypatch.setattr(image_writer._PNG, "write", full)
     path = tmp_path / "a.png"
     file = PictureFile(path, form_of(path, Picture(PHOTOGRAPH), (100, 140)))
     message = re.escape(f"{path}: cannot be written: No space left on device. Nothing of it is left.")

@@ -24,7 +24,8 @@ from torch import Tensor
 
 from esc_arch.checkpoints.conversion import build_network
 from esc_arch.errors import UserError
-from esc_arch.tools.upscale import Upscaler, video
+from esc_arch.tools.upscale import Upscaler
+from esc_arch.tools.video import upscaling as video
 from esc_arch.tools.video.frames import side_data_of
 from esc_arch.tools.video.upscaling import is_video, upscale_video
 
@@ -832,7 +833,7 @@ def test_without_pyav(upscaler: Upscaler, tmp_path: Path, monkeypatch: pytest.Mo
 
 
 def test_with_an_old_pyav(monkeypatch: pytest.MonkeyPatch) -> None:
-    from esc_arch.tools.upscale import video_frames
+    from esc_arch.tools.video import frames as video_frames
 
     class VideoStream:
         pass

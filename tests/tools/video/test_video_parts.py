@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from esc_arch.errors import UserError
-from esc_arch.tools.upscale import video_output
+from esc_arch.tools.video import output as video_output
 from esc_arch.tools.video.frames import Coding, frame_of, planes_of
 from esc_arch.tools.video.output import (
     choose_codec,
