@@ -64,8 +64,8 @@ def choosing(orders: Mapping[str, Sequence[str]]) -> Iterator[None]:
             api = operations()[name]
             stack.enter_context(mock.patch.object(api, "AUTO_ORDER", tuple(order)))
             for backend in (api.BACKENDS[each] for each in order):
-                if hasattr(backend, "reasons_against_auto"):
-                    stack.enter_context(mock.patch.object(backend, "reasons_against_auto", lambda *_: []))
+                if hasattr(backend, "auto_skip_reasons"):
+                    stack.enter_context(mock.patch.object(backend, "auto_skip_reasons", lambda *_: []))
         yield
 
 

@@ -61,7 +61,7 @@ def formulations(example: tuple[Tensor, Tensor, Tensor]) -> dict[str, Convolutio
     def of(backend: str) -> Convolutions:
         return lambda *inputs: conv_attention(*inputs, symmetric=True, backend=backend)
 
-    able = [name for name, module in BACKENDS.items() if not module.reasons_against(*example, True)]
+    able = [name for name, module in BACKENDS.items() if not module.unsupported_reasons(*example, True)]
     return {name: of(name) for name in able} | {"28 taps": folded_to_28_taps, "torch.fft": by_torch_fft}
 
 

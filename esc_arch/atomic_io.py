@@ -31,7 +31,7 @@ PARTIAL = ".partial"
 
 _NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _NO_PERMISSION = (errno.EACCES, errno.EPERM, errno.EROFS)
-#: Errors of the system that a user can mend, with how.
+#: Errors of the system that a user can fix, and how.
 _CURES = {
     **dict.fromkeys(_NO_ROOM, "Make room there, or write elsewhere"),
     **dict.fromkeys(_NO_PERMISSION, "Get the permission for it, or use another folder"),
@@ -63,7 +63,7 @@ def writing_to(folder: Path) -> Iterator[None]:
     except (OSError, lmdb.Error) as error:
         raise UserError(
             f"Cannot write to {folder}: {error}. Free space there: {_free_space(folder)}. What is finished is kept: "
-            "once there is room, or the cause is mended, the same command continues."
+            "once there is room, or the cause is fixed, the same command continues."
         ) from error
 
 

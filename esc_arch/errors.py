@@ -1,4 +1,4 @@
-"""The one kind of error that is the user's to mend, told apart from faults of the program."""
+"""The one kind of error that the user can fix, told apart from faults of the program."""
 
 from __future__ import annotations
 

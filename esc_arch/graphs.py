@@ -30,8 +30,8 @@ class GraphedNetwork:
     """Calls a network by replaying CUDA graphs. Make one with `graphed`.
 
     Every kept shape holds the memory that the network needs for it. Weights that changed since (`load_state_dict`, an
-    optimiser's step, `to`) are noticed, and everything is recorded anew. After putting other Parameters in the place of
-    some, call `forget`.
+    optimiser's step, `to`) are noticed, and everything is recorded again. After putting other Parameters in the place
+    of some, call `forget`.
     """
 
     def __init__(self, net: nn.Module, *, keep: int) -> None:

@@ -67,7 +67,7 @@ def pytest_sessionstart(session: pytest.Session) -> None:
     """
     config = session.config
     several = getattr(config.option, "numprocesses", None) and not hasattr(config, "workerinput")
-    if several and operators.reasons_against() == [operators.NOT_BUILT]:
+    if several and operators.unsupported_reasons() == [operators.NOT_BUILT]:
         operators.build()
 
 
@@ -352,7 +352,7 @@ def take_snapshot() -> Callable[[Path], dict[str, bytes | None]]:
 @pytest.fixture(scope="session")
 def native() -> ModuleType:
     """`esc_arch.ops.cpu` with its operators built and loaded; skips with the reason where no compiler is."""
-    reasons = operators.reasons_against()
+    reasons = operators.unsupported_reasons()
     if reasons not in ([], [operators.NOT_BUILT]):
         pytest.skip("; ".join(reasons))
     operators.build()

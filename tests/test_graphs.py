@@ -1,4 +1,4 @@
-"""Whole networks as CUDA graphs: which are kept, when they are recorded anew, and what is refused."""
+"""Whole networks as CUDA graphs: which are kept, when they are recorded again, and what is refused."""
 
 from __future__ import annotations
 

@@ -42,7 +42,7 @@ class ESCLTE(SharedKernelNetwork):
             `image_mean_std`.
 
     Raises:
-        ValueError: an option that cannot be, with the value and what is allowed.
+        ValueError: an invalid option, with the value and what is allowed.
     """
 
     subpixel_conv = None

@@ -123,7 +123,7 @@ def build_network(section: Mapping[str, Any]) -> nn.Module:
     """The network of esc_arch that a `network_g` section describes, whoever has its name in BasicSR's registry.
 
     Raises:
-        ValueError: an option that cannot be.
+        ValueError: an invalid option.
     """
     network: type[nn.Module] = getattr(archs, section["type"].removeprefix("esc_arch."))
     return network(**{key: value for key, value in section.items() if key != "type"})

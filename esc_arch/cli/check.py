@@ -45,7 +45,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Check; returns the exit status: 0 when there is nothing to mend, 2 otherwise."""
+    """Check; returns the exit status: 0 when nothing has to be fixed, 2 otherwise."""
     if args.schema:
         print(json.dumps(options_schema(), indent=1))
         return 0
@@ -101,7 +101,7 @@ class _Result:
         if self.errors:
             print(f"{self.file}: {len(self.errors)} problem(s)", file=sys.stderr)
         else:
-            print(f"OK  {self.file}: nothing to mend for basicsr {self.purpose}")
+            print(f"OK  {self.file}: ready for basicsr {self.purpose}")
 
     def as_json(self) -> Mapping[str, Any]:
         return {

@@ -87,14 +87,14 @@ def try_kernels(
     Args:
         device: where to.
         name: of the device, for messages.
-        again: try everything anew.
+        again: try everything again.
         environment: what the child process has beside this one's.
     """
     file, (known, problem) = file_of(device), load(device.type, device.index)
     wanted = list(subjects(tuple(plan.networks), plan.precisions))
     verdicts = {} if again else dict(known)
     if problem:
-        print(f"Triton kernels on {name}: {problem}; they are tried anew.")
+        print(f"Triton kernels on {name}: {problem}; they are tried again.")
     if all(subject in verdicts for subject in wanted):
         better = sum(not verdict.failure and not verdict.slower for verdict in map(verdicts.__getitem__, wanted))
         print(

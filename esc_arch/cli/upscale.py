@@ -51,7 +51,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--codec", metavar="NAME", help="of videos, an encoder of FFmpeg's; default: x264, VP9 in webm")
     parser.add_argument("--crf", type=float, metavar="Q", help="quality of videos, from 0, the best; default: high")
     parser.add_argument("--pixel-format", metavar="NAME", help="of videos, by FFmpeg's name; default: as the source's")
-    parser.add_argument("--overwrite", action="store_true", help="make anew what is there; otherwise it is skipped")
+    parser.add_argument("--overwrite", action="store_true", help="overwrite existing results (default: skip)")
     parser.add_argument("--window", type=int, metavar="W", help="window_size, which weights of ESCRIB do not say")
 
 

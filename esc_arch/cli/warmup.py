@@ -18,7 +18,7 @@ from esc_arch.errors import FAULT, UserError
 from esc_arch.models.speed import Speed, speed_problems
 from esc_arch.modules.window_attention import WindowAttention
 from esc_arch.ops import cpu
-from esc_arch.ops.backends import UnusableBackend, survey
+from esc_arch.ops.backends import UnusableBackend, explain_dispatch
 from esc_arch.ops.cpu import building
 from esc_arch.ops.window_attention.api import AUTO_ORDER, BACKENDS
 from esc_arch.options import load_options
@@ -48,7 +48,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--size", metavar="HxW", default="128x128", help="of the LR image; default: 128x128")
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
     parser.add_argument(
-        "--again", action="store_true", help="try the Triton kernels on this GPU anew, as after a failure"
+        "--again", action="store_true", help="try the Triton kernels on this GPU again, as after a failure"
     )
 
 
@@ -172,11 +172,11 @@ def _attention(net: nn.Module, image: Tensor, speed: Speed | None) -> Iterator[s
     with torch.set_grad_enabled(speed is not None):
         qkv = image.new_empty((1, module.to_qkv.out_channels, *image.shape[-2:]), dtype=dtype)
         bias = module.position_bias()
-        found = survey(BACKENDS, AUTO_ORDER, qkv, bias, module.window_size, module.num_heads)
+        found = explain_dispatch(BACKENDS, AUTO_ORDER, qkv, bias, module.window_size, module.num_heads)
     chosen = found.chosen if module.attn_type == "auto" else module.attn_type
     yield f"window attention ({str(dtype).removeprefix('torch.')}): {chosen}, by attn_type: {module.attn_type}"
     for name, why in found.reasons.items():
         if why:
             yield f"not {name}: {'; '.join(why)}"
-    for name, why in found.reasons_against_auto.items():
+    for name, why in found.auto_skip_reasons.items():
         yield f"{name} can run, but auto does not take it: {'; '.join(why)}"

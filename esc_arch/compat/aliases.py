@@ -1,7 +1,7 @@
 """Stand-ins for modules that basicsr 1.4.2 imports and that current libraries no longer have.
 
 Each is added to ``sys.modules`` only when the real one is missing. Worker processes that Python starts by
-spawning import the main module anew, and with it esc_arch, so they have the stand-ins as well.
+spawning import the main module again, and with it esc_arch, so they have the stand-ins as well.
 """
 
 from __future__ import annotations

@@ -27,15 +27,15 @@ SUPPORTED_VERSION = "1.4.2"
 
 logger = logging.getLogger("esc_arch")
 
-#: (module, dotted name in it, maker of the replacement from the original, what it mends)
+#: (module, dotted name in it, maker of the replacement from the original, what it fixes)
 PATCHES: list[tuple[str, str, Callable[[Any], Any], str]] = []
 
 
-def patch(module: str, name: str, mends: str) -> Callable[[Callable[[Any], Any]], Callable[[Any], Any]]:
-    """Note the decorated function as the maker of a replacement: it gets the original and returns what replaces it."""
+def patch(module: str, name: str, fixes: str) -> Callable[[Callable[[Any], Any]], Callable[[Any], Any]]:
+    """Register a patch factory: the decorated function gets the original and returns its replacement."""
 
     def note(make: Callable[[Any], Any]) -> Callable[[Any], Any]:
-        PATCHES.append((module, name, make, mends))
+        PATCHES.append((module, name, make, fixes))
         return make
 
     return note
@@ -46,10 +46,10 @@ def apply_patches() -> None:
     if reason := reason_against_patches():
         folder = Path(str(sys.modules["basicsr"].__file__)).parent
         logger.warning(
-            "esc_arch mends faults of basicsr %s; %s is left as it is: %s.", SUPPORTED_VERSION, folder, reason
+            "esc_arch fixes faults of basicsr %s; %s is left as it is: %s.", SUPPORTED_VERSION, folder, reason
         )
         return
-    for module_name, name, make, mends in PATCHES:
+    for module_name, name, make, fixes in PATCHES:
         *parents, attribute = name.split(".")
         owner = _owner(module_name, parents)
         current = getattr(owner, attribute)
@@ -59,7 +59,7 @@ def apply_patches() -> None:
         setattr(owner, attribute, replacement)
         if not parents:
             _replace_imported_names(attribute, current, replacement)
-        logger.debug("basicsr: %s.%s replaced: %s", module_name, name, mends)
+        logger.debug("basicsr: %s.%s replaced: %s", module_name, name, fixes)
 
 
 def reason_against_patches() -> str:
@@ -93,7 +93,7 @@ def _get_env_info(original: Callable[..., Any]) -> Callable[..., Any]:
     def get_env_info() -> str:
         from esc_arch.training.distributed import take_notes
 
-        listed = "".join(f"\n\t{module}.{name}: {mends}" for module, name, _, mends in PATCHES)
+        listed = "".join(f"\n\t{module}.{name}: {fixes}" for module, name, _, fixes in PATCHES)
         notes = take_notes()
         log = logging.getLogger("basicsr")
         for handler in log.handlers:

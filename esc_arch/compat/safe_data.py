@@ -47,7 +47,7 @@ def _file_client_get(original: Callable[..., Any]) -> Callable[..., Any]:
             lmdb_path = self.client.paths.get(client_key, "the LMDB")
             source = f"{name} in {lmdb_path}"
             if content is None:
-                raise UserError(f"{lmdb_path} has no image {name!r}, though its meta_info.txt lists it: make it anew.")
+                raise UserError(f"{lmdb_path} has no image {name!r}, but its meta_info.txt lists it: create it again.")
         named = _NamedBytes(content)
         named.source = source
         return named
@@ -118,7 +118,7 @@ def require_sound(path: str) -> None:
     if version in _SOUND:
         return
     if (problem := lmdb_problem(path)) is not None:
-        raise UserError(f"Cannot open the LMDB {path}: {problem}. Make it anew with `basicsr prepare`.")
+        raise UserError(f"Cannot open the LMDB {path}: {problem}. Create it again: `basicsr prepare`.")
     _SOUND.add(version)
 
 
@@ -148,7 +148,7 @@ def _lmdb_backend_init(original: Callable[..., Any]) -> Callable[..., Any]:
                     _ENVIRONMENTS[place] = lmdb.open(path, readonly=readonly, lock=lock, readahead=readahead, **kwargs)
                 except lmdb.Error as error:
                     raise UserError(
-                        f"Cannot open the LMDB {path}: {str(error).rstrip('.')}. Make it anew with `basicsr prepare`."
+                        f"Cannot open the LMDB {path}: {str(error).rstrip('.')}. Create it again: `basicsr prepare`."
                     ) from error
             self._client[key] = _ENVIRONMENTS[place]
 
@@ -238,7 +238,7 @@ def _paired_random_crop(original: Callable[..., Any]) -> Callable[..., Any]:
             raise UserError(
                 f"No patch of gt_size {gt_patch_size} can be cut from {gt_path or 'an image'} ({sizes}, width x "
                 f"height): GT must be exactly {scale} times LQ, and at least {gt_patch_size} on each side. Lower "
-                f"datasets: train: gt_size, or mend the image."
+                f"datasets: train: gt_size, or fix the image."
             ) from error
 
     return paired_random_crop

@@ -128,7 +128,7 @@ def _rescuing() -> Iterator[None]:
     """Around what happens between two iterations: should it fail, no iteration is lost that was done.
 
     Raises:
-        UserError: what the user can mend, with where to go on from then.
+        UserError: what the user can fix, and where to go on from then.
     """
     from esc_arch.training.run import current_run
 

@@ -38,7 +38,7 @@ class LmdbWriter:
        Until then everything is in the folder ``.NAME.partial`` beside it.
      - What :meth:`commit` took is safe from a kill of the process and from a power cut.
      - A writer with the same `settings` continues after the last commit, and `finished` names the sources
-       committed so far. One with others begins anew. Leaving the ``with`` block early keeps the partial folder.
+       committed so far. One with others starts over. Leaving the ``with`` block early keeps the partial folder.
      - The size is bounded by the disk only: the memory map grows as needed.
 
     One process at a time may write an LMDB; see `esc_arch.atomic_io.locked`.

@@ -348,7 +348,7 @@ class ESCModel(SRModel):
     def nondist_validation(self, dataloader: Any, current_iter: Any, tb_logger: Any, save_img: bool) -> None:
         """Validate this process's share of the images, and log what all of them gave.
 
-        A training that is asked to stop meanwhile leaves the rest out, logs nothing, and does it anew when resumed.
+        A training that is asked to stop meanwhile leaves the rest out, logs nothing, and repeats it when resumed.
         """
         dataset, val = dataloader.dataset, self.opt["val"]
         name = dataset.opt["name"]

@@ -70,7 +70,7 @@ class _RealTraining:
     """What is changed of BasicSR's two models; goes before them among the bases, and `ESCModel` after them.
 
     - They run on the device of the options, not on CUDA only (fault 23).
-    - The training-pair pool takes batches of any size (`PairPool`). It is not saved: a resumed run fills it anew.
+    - The training-pair pool takes batches of any size (`PairPool`). It is not saved: a resumed run fills it again.
     - Validation is `ESCModel`'s, for images of any size and with its options; sharpening, which needs more than 25
       pixels a side, is left to training.
     """

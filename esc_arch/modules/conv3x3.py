@@ -6,13 +6,13 @@ from torch import Tensor, nn
 
 from esc_arch.ops import conv3x3 as operators
 
-from .plain import are_plain, numbers_of
+from .fused import can_fuse, norm_params
 
 __all__ = ["Conv3x3", "conv3x3"]
 
 
 class Conv3x3(nn.Conv2d):
-    """A 3 x 3 convolution with padding 1 and stride 1, by a faster algorithm where an operator for that is at hand.
+    """A 3 x 3 convolution with padding 1 and stride 1, by a faster algorithm when the fused kernel is available.
 
     Shapes: (B, C, H, W) -> (B, D, H, W).
     """
@@ -25,7 +25,7 @@ class Conv3x3(nn.Conv2d):
 
 
 def conv3x3(conv: nn.Module, x: Tensor, *, norm: nn.Module | None = None, residual: Tensor | None = None) -> Tensor:
-    """residual + conv(norm(x)), in one pass over the map where an operator for that is at hand.
+    """residual + conv(norm(x)), in one pass over the map when the fused kernel is available.
 
     Args:
         conv: `Conv3x3`, or what was put in its place.
@@ -36,8 +36,8 @@ def conv3x3(conv: nn.Module, x: Tensor, *, norm: nn.Module | None = None, residu
     Returns:
         (B, D, H, W).
     """
-    if isinstance(conv, Conv3x3) and are_plain(conv, norm):
-        done = operators.conv3x3_step(x, *numbers_of(norm), conv.weight, conv.bias, residual)
+    if isinstance(conv, Conv3x3) and can_fuse(conv, norm):
+        done = operators.conv3x3_step(x, *norm_params(norm), conv.weight, conv.bias, residual)
         if done is not None:
             return done
     out: Tensor = conv(x if norm is None else norm(x))

@@ -12,7 +12,7 @@ from esc_arch.ops.conv_attn import (
     symmetrise,
 )
 
-from .plain import are_plain
+from .fused import can_fuse
 from .precision import in_float32
 
 __all__ = ["ConvAttn", "DecomposedConvAttn", "new_decomposed_kernel", "new_large_kernel"]
@@ -143,14 +143,14 @@ class ConvAttn(nn.Module):
         return self.aggr(conv_attention_of_first(x, lk, dynamic, symmetric=symmetric))
 
     def added_to(self, x: Tensor, mixed: Tensor, lk: Tensor, *, means: Tensor | None = None) -> Tensor:
-        """x + self(mixed, lk), in one pass over the map where an operator for that is at hand.
+        """x + self(mixed, lk), in one pass over the map when the fused kernel is available.
 
         Args:
             x: (B, dim, H, W).
             mixed, lk: as of a call.
             means: of the first pdim channels of `mixed` over the whole image, (B, pdim), where they are known.
         """
-        done = self._in_one_step(mixed, x, lk, means, self.symmetric) if are_plain(self) else None
+        done = self._in_one_step(mixed, x, lk, means, self.symmetric) if can_fuse(self) else None
         return x + self(mixed, lk, means) if done is None else done
 
     def _in_one_step(
@@ -158,7 +158,7 @@ class ConvAttn(nn.Module):
     ) -> Tensor | None:
         """All of this layer by one operator, where there is one for it and nobody would miss the layers within."""
         _, first, _, second = self.plk.dwc_proj
-        if not are_plain(self.aggr, *self.plk.modules()):
+        if not can_fuse(self.aggr, *self.plk.modules()):
             return None
         assert isinstance(first, nn.Conv2d)
         assert isinstance(second, nn.Conv2d)

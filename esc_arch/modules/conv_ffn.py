@@ -6,7 +6,7 @@ from torch import Tensor, nn
 
 from esc_arch.ops.conv_ffn import conv_ffn, conv_ffn_step
 
-from .plain import are_plain, numbers_of
+from .fused import can_fuse, norm_params
 
 __all__ = ["ConvFFN"]
 
@@ -37,7 +37,7 @@ class ConvFFN(nn.Module):
         return conv_ffn(x, *self._weights())
 
     def of_normed(self, x: Tensor, norm: nn.Module, means_of: int = 0) -> tuple[Tensor, Tensor | None]:
-        """This network of norm(x), in one pass over the map where an operator for that is at hand.
+        """This network of norm(x), in one pass over the map when the fused kernel is available.
 
         Args:
             x: (B, C, H, W).
@@ -48,8 +48,8 @@ class ConvFFN(nn.Module):
             (B, C, H, W), and (B, means_of) where they come without a pass of their own, else None.
         """
         layer_norm = None if isinstance(norm, nn.Identity) else norm
-        if are_plain(self, self.proj, self.dwc, self.aggr, layer_norm):
-            done = conv_ffn_step(x, *numbers_of(layer_norm), *self._weights(), pooled=means_of)
+        if can_fuse(self, self.proj, self.dwc, self.aggr, layer_norm):
+            done = conv_ffn_step(x, *norm_params(layer_norm), *self._weights(), pooled=means_of)
             if done is not None:
                 return done
         return self(norm(x)), None

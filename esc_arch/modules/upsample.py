@@ -35,7 +35,7 @@ def pixel_shuffle_with_skip(subpixels: Tensor, image: Tensor, scale: int) -> Ten
     Returns:
         (B, 3, H * scale, W * scale).
     """
-    # The picture is to lie in memory as pictures do, whatever the layout of the features
+    # Contiguous NCHW, whatever the layout of the features
     return F.pixel_shuffle(subpixels.contiguous() + image.contiguous().repeat_interleave(scale**2, dim=1), scale)
 
 

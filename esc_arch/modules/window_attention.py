@@ -13,8 +13,8 @@ from torch import Tensor, nn
 
 from esc_arch.ops.window_attention import Bias, attention_layer, dense_bias, resolve_backend, window_attention
 
+from .fused import can_fuse
 from .norm import LayerNorm
-from .plain import are_plain
 from .precision import in_float32
 
 __all__ = [
@@ -159,8 +159,8 @@ class WindowAttention(nn.Module):
         raise TypeError(f"{type(self).__name__} has no position bias: use one of its subclasses.")
 
     def added_to(self, x: Tensor, norm: LayerNorm) -> Tensor:
-        """x + self(norm(x)), in one pass over the map where an operator for that is at hand."""
-        if self.gate is None and are_plain(self, self.to_qkv, self.to_out, norm):
+        """x + self(norm(x)), in one pass over the map when the fused kernel is available."""
+        if self.gate is None and can_fuse(self, self.to_qkv, self.to_out, norm):
             done = attention_layer(
                 x,
                 (self.to_qkv.weight, self.to_qkv.bias),

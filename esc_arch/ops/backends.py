@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 from esc_arch.errors import UserError
 from esc_arch.ops.cpu import build_by_name
 
-__all__ = ["Survey", "UnusableBackend", "choose", "survey"]
+__all__ = ["Survey", "UnusableBackend", "choose", "explain_dispatch"]
 
 
 class UnusableBackend(UserError, RuntimeError):
@@ -23,8 +23,8 @@ def choose(
 
     Args:
         what: the operation, for messages.
-        backends: by name, modules with `reasons_against(*inputs)`, empty when it can, and maybe with
-            `reasons_against_auto(*inputs)`: why auto leaves one that can to those who ask by name.
+        backends: by name, modules with `unsupported_reasons(*inputs)`, empty when it can, and maybe with
+            `auto_skip_reasons(*inputs)`: why auto skips a usable backend.
         order: what auto tries; the first one without any reasons is taken.
         backend: a name, which is taken or refused, or auto. The C++ operators are built when they are asked for so.
         inputs: what the operation is to be computed of.
@@ -40,7 +40,7 @@ def choose(
         build_by_name()
     refusals = {}
     for name in order if backend == "auto" else (backend,):
-        reasons = backends[name].reasons_against(*inputs)
+        reasons = backends[name].unsupported_reasons(*inputs)
         if not reasons and backend == "auto":
             reasons = _reasons_against_auto(backends[name], inputs)
         if not reasons:
@@ -51,7 +51,7 @@ def choose(
 
 
 def _reasons_against_auto(backend: ModuleType, inputs: tuple[Any, ...]) -> list[str]:
-    ask = getattr(backend, "reasons_against_auto", None)
+    ask = getattr(backend, "auto_skip_reasons", None)
     return [] if ask is None else ask(*inputs)
 
 
@@ -61,17 +61,17 @@ class Survey(NamedTuple):
     Attributes:
         chosen: the backend that auto takes; None where none can.
         reasons: why each cannot, by name; empty lists for those that can.
-        reasons_against_auto: why auto does not take those that can, by name; without those that it may take.
+        auto_skip_reasons: why auto does not take those that can, by name; without those that it may take.
     """
 
     chosen: str | None
     reasons: dict[str, list[str]]
-    reasons_against_auto: dict[str, list[str]]
+    auto_skip_reasons: dict[str, list[str]]
 
 
-def survey(backends: Mapping[str, ModuleType], order: Sequence[str], *inputs: Any) -> Survey:
+def explain_dispatch(backends: Mapping[str, ModuleType], order: Sequence[str], *inputs: Any) -> Survey:
     """Ask all backends; arguments as of `choose`. Nothing is built or computed."""
-    reasons = {name: backend.reasons_against(*inputs) for name, backend in backends.items()}
+    reasons = {name: backend.unsupported_reasons(*inputs) for name, backend in backends.items()}
     left = {name: _reasons_against_auto(backends[name], inputs) for name, why in reasons.items() if not why}
     left = {name: why for name, why in left.items() if why}
     return Survey(next((name for name in order if not reasons[name] and name not in left), None), reasons, left)

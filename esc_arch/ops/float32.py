@@ -12,7 +12,7 @@ __all__ = ["float32_products"]
 
 @contextmanager
 def float32_products(*, tf32: bool) -> Iterator[None]:
-    """The block has matrix products and convolutions of float32 on GPUs with TF32's ten bits, or with all of them."""
+    """Enable or disable TF32 for float32 matrix products and convolutions in this block."""
     products, convolutions = torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32
     torch.set_float32_matmul_precision("high" if tf32 else "highest")
     torch.backends.cudnn.allow_tf32 = tf32

@@ -57,7 +57,7 @@ def check_options(opt: Options, is_train: bool, extent: Extent | None = None) ->
 
 
 def check_shape(opt: Options) -> list[str]:
-    """What must be mended before anything else can be looked at: the name, sections that are no mappings, odd keys."""
+    """What must be fixed before anything else can be looked at: the name, sections that are no mappings, odd keys."""
     return list(chain(_check_name(opt), _check_sections(opt), _check_keys(opt, "")))
 
 

@@ -451,9 +451,9 @@ def _check_lmdb(path: str, folder: str) -> Iterator[str]:
         return
     missing = [name for name in ("data.mdb", "meta_info.txt") if not os.path.isfile(os.path.join(folder, name))]
     if missing:
-        yield f"{path}: {folder!r} is not a whole LMDB: it has no {' and no '.join(missing)}. Make it anew"
+        yield f"{path}: {folder!r} is not a whole LMDB: it has no {' and no '.join(missing)}. Create it again"
     elif not listed_sizes(folder):
-        yield f"{path}: {folder!r} has no images: its meta_info.txt is empty. Make it anew"
+        yield f"{path}: {folder!r} has no images: its meta_info.txt is empty. Create it again"
 
 
 def _summary(path: str, problems: Iterable[tuple[str, str | None]]) -> Iterator[str]:

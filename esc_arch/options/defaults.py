@@ -120,7 +120,7 @@ def _adapt_loading(phase: str, dataset: Options) -> None:
     # BasicSR loads validation images without workers whatever the option file says.
     workers = dataset.get("num_worker_per_gpu") if dataset["phase"] == "train" else 0
     if dataset["phase"] == "train" and workers and "persistent_workers" not in dataset:
-        dataset["persistent_workers"] = True  # in distributed training, starting them anew takes seconds (fault 21)
+        dataset["persistent_workers"] = True  # in distributed training, restarting them takes seconds (fault 21)
     if dataset["phase"] == "train" and dataset.get("prefetch_mode") == "cpu" and workers == 0:
         # Its thread would draw random numbers at the same time as the training: no run could be repeated
         print_note(f"datasets:{phase}:prefetch_mode is off: without workers there is nothing to fetch from.")

@@ -40,7 +40,7 @@ class Inspection:
     Attributes:
         opt: the options; complete for BasicSR's pipelines when there are no errors.
         is_train: whether they were looked at as those of a training.
-        errors: what has to be mended before a run, in the order of the file.
+        errors: what has to be fixed before a run, in the order of the file.
         warnings: keys without effect, and numbers that are read unexpectedly.
         facts: what was compared with what, a sentence each.
     """

@@ -11,7 +11,7 @@ __all__ = ["check_content"]
 Size = tuple[int, int]  # height, width
 
 _IMAGES_DECODED = 16
-_AGAIN = "Make it anew: basicsr prepare"
+_AGAIN = "Create it again: basicsr prepare"
 
 
 def check_content(path: str, folder: str, listed: Mapping[str, Size | None]) -> Iterator[str]:

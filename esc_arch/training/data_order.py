@@ -1,7 +1,7 @@
 """Which image comes when, and how it is cut and flipped: by the seed, the epoch and the place in it alone.
 
 So a run sees the same batches however often it is interrupted, however many workers load them, and when 2 processes
-share the batches of one. BasicSR begins an epoch anew when it resumes (fault 30), and its workers' random numbers
+share the batches of one. BasicSR restarts an epoch when it resumes (fault 30), and its workers' random numbers
 depend on how many they are and on what they loaded before.
 """
 
@@ -61,7 +61,7 @@ class EpochSampler(EnlargedSampler):
 
 
 class SeededDataset(Dataset[Any]):
-    """A data set whose random numbers are seeded anew for each `Draw`; other indices are passed on as they are."""
+    """A data set whose random numbers are seeded for each `Draw`; other indices are passed on as they are."""
 
     def __init__(self, dataset: Any) -> None:
         self.dataset = dataset

@@ -237,7 +237,7 @@ def one_small_image_behind_many(folder: Path, options: Any) -> None:
 FOUND_WHILE_READING: dict[str, tuple[Callable[[Path, Any], None], list[str]]] = {
     "image cut short": (cut_an_image_short, [r"lq/train2x2\.png is not an image", "Replace it"]),
     "image in an LMDB": (damage_an_lmdb_entry, [r"b in lq\.lmdb is not an image", r"10 bytes"]),
-    "missing in an LMDB": (remove_an_lmdb_entry, [r"lq\.lmdb has no image 'b'", "make it anew"]),
+    "missing in an LMDB": (remove_an_lmdb_entry, [r"lq\.lmdb has no image 'b'", "create it again"]),
     "LMDB": (damage_an_lmdb, [r"Cannot open the LMDB lq\.lmdb", "basicsr prepare"]),
     "small image": (one_small_image_behind_many, [r"zzz\.png \(LQ 7 x 7, GT 14 x 14", "gt_size 16"]),
     "batch larger than the data set": (

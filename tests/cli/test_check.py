@@ -44,7 +44,7 @@ def test_a_sound_training(check: Any, train_options: Any, take_snapshot: Any, wo
         "OK  a.yml: datasets:train: 6 pairs, the sizes of all compared with scale 2 and gt_size 16",
         "OK  a.yml: datasets:val: 2 pairs, the sizes of all compared with scale 2",
         f"OK  a.yml: network_g: ESC can be built, {parameters(train_options):,} parameters",
-        "OK  a.yml: nothing to mend for basicsr train",
+        "OK  a.yml: ready for basicsr train",
     ]
     assert take_snapshot(work_folder).keys() - before.keys() == {"a.yml"}
 
@@ -54,7 +54,7 @@ def test_a_sound_test(check: Any, test_options: Any) -> None:
     status, out, err = check(test_options)
     assert (status, err) == (0, "")
     assert re.search(r"^a\.yml:\d+:3: val:my_own: BasicSR and ESCModel do not read it \(warning\)$", out, re.MULTILINE)
-    assert out.endswith("OK  a.yml: nothing to mend for basicsr test\n")
+    assert out.endswith("OK  a.yml: ready for basicsr test\n")
 
 
 def test_defaults_unlike_the_published_ones_are_said(check: Any, run_basicsr: Any, train_options: Any) -> None:
@@ -268,7 +268,7 @@ def test_several_files(check: Any, train_options: Any, capsys: pytest.CaptureFix
     Path("b.yml").write_text("name: x\n")
     assert main(["check", "-opt", "a.yml", "none.yml", "b.yml"]) == 2
     out, err = capsys.readouterr()
-    assert "OK  a.yml: nothing to mend for basicsr train" in out
+    assert "OK  a.yml: ready for basicsr train" in out
     assert "option file none.yml does not exist" in err and "none.yml: 1 problem(s)" in err
     assert "b.yml:1:1: datasets: None given" in err
 

@@ -139,7 +139,7 @@ def test_what_is_left_is_tried(child: Any, capsys: pytest.CaptureFixture[str]) -
     file_of(CPU).write_text("{")
     forget()
     try_kernels(CPU, "this CPU", TINY)
-    assert f"{file_of(CPU)} is damaged; they are tried anew." in capsys.readouterr().out
+    assert f"{file_of(CPU)} is damaged; they are tried again." in capsys.readouterr().out
     assert {verdict.failure for verdict in found().values()} == {""}
 
 

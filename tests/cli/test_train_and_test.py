@@ -306,7 +306,7 @@ def test_auto_resume_skips_an_unreadable_state(damage: str, run_basicsr: Any, tr
 def test_auto_resume_without_any_readable_state_changes_nothing(
     run_basicsr: Any, train_options: Any, take_snapshot: Any
 ) -> None:
-    """Fault 8: beginning anew would archive the very run that was to go on."""
+    """Fault 8: starting over would archive the very run that was to go on."""
     assert run_basicsr("train", train_options).status == 0
     for path in (run_basicsr.folder / "experiments" / "trial" / "training_states").iterdir():
         spoil(path, "cut short")

@@ -96,7 +96,7 @@ def test_kernels_are_tried_on_gpus_alone(
 def test_a_backend_that_auto_leaves_is_told(
     run_basicsr: Any, test_options: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(warmup.BACKENDS["sdpa"], "reasons_against_auto", lambda *_: ["it is slower"], raising=False)
+    monkeypatch.setattr(warmup.BACKENDS["sdpa"], "auto_skip_reasons", lambda *_: ["it is slower"], raising=False)
     run = run_basicsr("warmup", test_options, "--size", "8x8", "--device", "cpu")
     assert "  sdpa can run, but auto does not take it: it is slower\n" in run.out
 

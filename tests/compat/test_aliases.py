@@ -71,7 +71,7 @@ for name in [name for name in sys.modules if name.partition(".")[0] == "esc_arch
     del sys.modules[name]
 import esc_arch
 registered = ARCH_REGISTRY.get("ESC"), MODEL_REGISTRY.get("ESRModel")
-facts["imported anew"] = registered == (esc_arch.ESC, esc_arch.ESCModel)
+facts["imported again"] = registered == (esc_arch.ESC, esc_arch.ESCModel)
 
 def depth(function):
     original = getattr(function, "_esc_arch_original", None)
@@ -99,7 +99,7 @@ def test_missing_modules_are_replaced(module: str, facts: Any) -> None:
     assert facts[module]
 
 
-@pytest.mark.parametrize("time", ["reloaded", "imported anew"])
+@pytest.mark.parametrize("time", ["reloaded", "imported again"])
 def test_a_second_import_registers_once(time: str, facts: Any) -> None:
     """Fault 47; also after an `import basicsr` that failed half-way."""
     assert facts[time]
@@ -212,7 +212,7 @@ print(basicsr.__file__, hasattr(basicsr.train.load_resume_state, "_esc_arch_orig
     assert "2 copies of BasicSR" in run.err
     assert f"Used: {(clone / 'basicsr').resolve()} (first on the path)" in run.err
     assert f"Not used: {Path(basicsr.__file__).resolve().parent}" in run.err
-    assert f"mends faults of basicsr 1.4.2; {clone / 'basicsr'} is left as it is: this is 1.5.0." in run.err
+    assert f"fixes faults of basicsr 1.4.2; {clone / 'basicsr'} is left as it is: this is 1.5.0." in run.err
 
 
 def test_another_version_is_not_patched(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:

@@ -1,4 +1,4 @@
-"""Each fault of basicsr 1.4.2 that is mended, by its number in the list of them."""
+"""Each fault of basicsr 1.4.2 that is fixed, by its number in the list of them."""
 
 from __future__ import annotations
 
@@ -112,7 +112,7 @@ def client_of(paths: list[str]) -> FileClient:
 
 
 def test_11_an_entry_that_an_lmdb_lacks_is_named(pair_of_lmdbs: list[str]) -> None:
-    with pytest.raises(UserError, match=r"lq\.lmdb has no image 'b', though its meta_info\.txt lists it: make it anew"):
+    with pytest.raises(UserError, match=r"lq\.lmdb has no image 'b', but its meta_info\.txt lists it: create it again"):
         client_of(pair_of_lmdbs).get("b", "lq")
 
 
@@ -144,9 +144,7 @@ def test_13_a_forked_worker_reads_an_lmdb_that_is_open_already(pair_of_lmdbs: li
 def test_an_lmdb_that_is_none(tmp_path: Path) -> None:
     (tmp_path / "a.lmdb").mkdir()
     (tmp_path / "a.lmdb" / "data.mdb").write_bytes(b"nothing" * 1000)
-    with pytest.raises(
-        UserError, match=r"Cannot open the LMDB .*a\.lmdb: .*[^.]\. Make it anew with `basicsr prepare`"
-    ):
+    with pytest.raises(UserError, match=r"Cannot open the LMDB .*a\.lmdb: .*[^.]\. Create it again: `basicsr prepare`"):
         FileClient("lmdb", db_paths=str(tmp_path / "a.lmdb"))
 
 

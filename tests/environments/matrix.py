@@ -38,7 +38,7 @@ CELLS = [
     *(f"{python}/{torch}" for python in PYTHONS for torch in (OLDEST, NEWEST)),
     *(f"{python}/{kind}" for python in PATCHED for kind in (REFUSED, NEWEST)),
 ]
-#: flash-attn is built by CUDA's compiler for the GPU at hand: only by name.
+#: flash-attn is built by CUDA's compiler for the GPU present: only by name.
 EXTRAS = ("onnx", "plot", "spandrel", "video", "lpips", "wandb")
 CORE = ("import", "names", "train", "resume", "upscale", "convert", "export")
 #: What the README installs before esc_arch.

@@ -161,7 +161,7 @@ class NaNDataset(Dataset[Any]):
 
 
 def test_nan_in_the_data(run_basicsr: Any, options: Any) -> None:
-    """What is saved is sound; with the data mended the run goes on as if they had been so."""
+    """What is saved is sound; with the data fixed the run goes on as if they had been so."""
     DATASET_REGISTRY._obj_map.setdefault("NaNDataset", NaNDataset)
     options["datasets"]["train"] |= {"type": "NaNDataset"}
     options["logger"]["save_checkpoint_freq"] = 1

@@ -74,7 +74,7 @@ def real_options(train_options: Options, photographs: Any) -> Callable[[str], Op
         train_set |= {"io_backend": {"type": "lmdb"}}
         for key in ("dataroot_lq", "filename_tmpl", "gt_size"):
             del train_set[key]
-        # Without ground truth, for that of scale 4 is not at hand
+        # Without ground truth, for that of scale 4 is not available
         opt["datasets"]["val"] = {"name": "Cuts", "type": "SingleImageDataset", "dataroot_lq": str(photographs.val_lq)}
         opt["val"] = {"val_freq": 2, "save_img": True}
         if stage == "mse":

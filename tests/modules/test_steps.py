@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import importlib
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
 from networks import SMALL, image, max_error, randomise
 from torch import Tensor, nn
+from torch.nn.modules import module as torch_module
 
 from esc_arch import ESC, ESCFP, ESCLTE, ESCRIB, ESCReal, ESCRealM
 from esc_arch.modules import ConvAttn, LayerNorm
 from esc_arch.modules.conv3x3 import Conv3x3
-from esc_arch.modules.plain import are_plain
+from esc_arch.modules.fused import can_fuse
 from esc_arch.ops.conv3x3 import cpu as conv3x3
 from esc_arch.ops.conv_attn import cpu as conv_attn
 from esc_arch.ops.conv_ffn import cpu as conv_ffn
@@ -166,10 +168,31 @@ def test_replaced_layers_are_called() -> None:
 
 def test_plain_layers() -> None:
     conv = nn.Conv2d(2, 2, 1)
-    assert are_plain(conv, LayerNorm(2), Conv3x3(2, 2), None)
-    assert not are_plain(conv, Adapter(2, 2, 1))
+    assert can_fuse(conv, LayerNorm(2), Conv3x3(2, 2), None)
+    assert not can_fuse(conv, Adapter(2, 2, 1))
     handle = conv.register_full_backward_hook(lambda *args: None)
-    assert not are_plain(conv)
+    assert not can_fuse(conv)
     handle.remove()
     nn.utils.parametrizations.weight_norm(conv)
-    assert not are_plain(conv)
+    assert not can_fuse(conv)
+    patched = nn.Conv2d(2, 2, 1)
+    patched.forward = lambda x: x  # type: ignore[method-assign]  # as quantisers and profilers do
+    assert not can_fuse(patched)
+
+
+@pytest.mark.parametrize(
+    "register",
+    [
+        torch_module.register_module_forward_hook,
+        torch_module.register_module_forward_pre_hook,
+        torch_module.register_module_full_backward_hook,
+        torch_module.register_module_full_backward_pre_hook,
+    ],
+)
+def test_hooks_for_all_modules(register: Callable[..., Any]) -> None:
+    handle = register(lambda *args: None)
+    try:
+        assert not can_fuse(nn.Conv2d(2, 2, 1))
+    finally:
+        handle.remove()
+    assert can_fuse(nn.Conv2d(2, 2, 1))

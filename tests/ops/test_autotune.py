@@ -17,12 +17,12 @@ import torch
 from torch import Tensor
 
 from esc_arch.ops.autotune import choice, files, trial
-from esc_arch.ops.autotune.choice import forget, reasons_against_auto
+from esc_arch.ops.autotune.choice import auto_skip_reasons, forget
 from esc_arch.ops.autotune.files import encode, file_of, load
 from esc_arch.ops.autotune.networks import NETWORKS, Network, nearest
 from esc_arch.ops.autotune.operations import OPERATIONS, subjects
 from esc_arch.ops.autotune.verdicts import MODES, PRECISIONS, Subject, Verdict
-from esc_arch.ops.backends import survey
+from esc_arch.ops.backends import explain_dispatch
 from esc_arch.ops.conv_attn import api as conv_attn_api
 from esc_arch.ops.window_attention import BACKENDS, api, window_attention
 
@@ -45,7 +45,7 @@ def tried(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Verdict]:
 
     def attempt(forward: Any, mode: str = "training", precision: str = "float32", *reasons: str) -> Verdict:
         made = SimpleNamespace(
-            forward=forward, reasons_against=lambda *_: list(reasons), reasons_against_auto=lambda *_: []
+            forward=forward, unsupported_reasons=lambda *_: list(reasons), auto_skip_reasons=lambda *_: []
         )
         monkeypatch.setitem(BACKENDS, "tried", made)
         monkeypatch.setattr(api, "AUTO_ORDER", ("tried", "flash", "sdpa"))
@@ -231,20 +231,20 @@ def found(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Path]:
         ({SUBJECT: SLOW}, ["slower than sdpa here (1.94 against 1.2 ms)"]),
         (
             {SUBJECT: FAILED},
-            ["failed its trial on this GPU: it ended with signal SIGABRT; `basicsr warmup --again` tries it anew"],
+            ["failed its trial on this GPU: it ended with signal SIGABRT; `basicsr warmup --again` tries it again"],
         ),
     ],
 )
 def test_reasons(found: Any, known: dict[Subject, Verdict], reasons: list[str]) -> None:
     found(*known.items())
-    assert reasons_against_auto(SUBJECT, "cuda", 0) == reasons
+    assert auto_skip_reasons(SUBJECT, "cuda", 0) == reasons
 
 
 def test_reasons_where_verdicts_are_lost(found: Any) -> None:
     file = found((SUBJECT, PASSED))
     file.write_text("{")
-    assert reasons_against_auto(SUBJECT, "cuda", 0) == [
-        f"what its trial found is not known, {file} is damaged: `basicsr warmup` tries it anew"
+    assert auto_skip_reasons(SUBJECT, "cuda", 0) == [
+        f"what its trial found is not known, {file} is damaged: `basicsr warmup` tries it again"
     ]
 
 
@@ -252,7 +252,7 @@ def test_a_broken_triton_is_a_reason(found: Any, monkeypatch: pytest.MonkeyPatch
     found((SUBJECT, PASSED))
     monkeypatch.setattr(files, "_triton", TRITON_OF)
     monkeypatch.setitem(sys.modules, "triton", None)
-    (reason,) = reasons_against_auto(SUBJECT, "cuda", 0)
+    (reason,) = auto_skip_reasons(SUBJECT, "cuda", 0)
     assert reason.startswith("what its trial found is not known, triton cannot be imported: ")
 
 
@@ -269,7 +269,7 @@ def test_the_fastest_of_several_is_taken(found: Any, own: float, other: float | 
             if time is not None
         )
     )
-    reasons = reasons_against_auto(subject, "cuda", 0, ("triton",))
+    reasons = auto_skip_reasons(subject, "cuda", 0, ("triton",))
     assert reasons == ([] if taken else ["slower than triton here"])
 
 
@@ -281,21 +281,21 @@ def test_the_environment_decides_first(found: Any, monkeypatch: pytest.MonkeyPat
         ("1", "cpu", ["on a CPU its kernels are interpreted, for tests alone"]),
     ):
         monkeypatch.setenv("ESC_ARCH_TRITON", switch)
-        assert reasons_against_auto(SUBJECT, device, 0) == reasons
+        assert auto_skip_reasons(SUBJECT, device, 0) == reasons
     found((SUBJECT, FAILED))
     monkeypatch.setenv("ESC_ARCH_TRITON", "1")
-    assert reasons_against_auto(SUBJECT, "cuda", 0) == []
+    assert auto_skip_reasons(SUBJECT, "cuda", 0) == []
 
 
 def test_the_command_that_tries_them_is_told_once(found: Any, caplog: pytest.LogCaptureFixture) -> None:
     choice._advise.cache_clear()
     with caplog.at_level(logging.INFO, logger="esc_arch"):
         found((SUBJECT, PASSED))
-        reasons_against_auto(SUBJECT._replace(mode="training"), "cuda", 0)
+        auto_skip_reasons(SUBJECT._replace(mode="training"), "cuda", 0)
         assert not caplog.messages
         found()
         for mode in 2 * MODES:
-            reasons_against_auto(SUBJECT._replace(mode=mode), "cuda", 0)
+            auto_skip_reasons(SUBJECT._replace(mode=mode), "cuda", 0)
     assert caplog.messages == [
         "There are faster kernels for this GPU, not tried on it yet: `basicsr warmup` tries them."
     ]
@@ -313,10 +313,10 @@ def test_auto_follows_the_verdict(found: Any, verdict: Verdict | None, monkeypat
     found(*((subject, verdict) for subject in (SUBJECT, conv) if verdict is not None))
     passes = verdict is PASSED
     questions = torch.empty(1, 48, 4, 4, device="meta"), torch.empty(1, 49, device="meta"), 4, 1
-    attention = survey(BACKENDS, api.AUTO_ORDER, *questions)
+    attention = explain_dispatch(BACKENDS, api.AUTO_ORDER, *questions)
     assert attention.chosen == ("triton" if passes else "sdpa")
     assert attention.reasons["triton"] == []
-    assert set(attention.reasons_against_auto) == (set() if passes else {"triton"})
+    assert set(attention.auto_skip_reasons) == (set() if passes else {"triton"})
     called = []
     for name in ("triton", "sdpa"):
         monkeypatch.setattr(BACKENDS[name], "forward", lambda *_, name=name: called.append(name))
@@ -324,7 +324,7 @@ def test_auto_follows_the_verdict(found: Any, verdict: Verdict | None, monkeypat
         window_attention(*questions[:2], window=4, heads=1, backend=backend)
     assert called == [attention.chosen, "triton"]
     kernels = [torch.empty(shape, device="meta") for shape in ((1, 4, 5, 5), (4, 4, 3, 3), (1, 4, 3, 3))]
-    assert survey(conv_attn_api.BACKENDS, conv_attn_api.AUTO_ORDER, *kernels, True).chosen == (
+    assert explain_dispatch(conv_attn_api.BACKENDS, conv_attn_api.AUTO_ORDER, *kernels, True).chosen == (
         "triton" if passes else "reference"
     )
 

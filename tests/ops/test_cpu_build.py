@@ -60,11 +60,11 @@ def wanted() -> building.Recipe:
 
 @needs_compiler
 def test_built_once_and_found_again(new_process: Callable[[], None]) -> None:
-    assert cpu.reasons_against() == NOT_BUILT
+    assert cpu.unsupported_reasons() == NOT_BUILT
     assert not cpu.ready()
     assert cpu.build() > 0
     assert cpu.ready()
-    assert cpu.reasons_against() == []
+    assert cpu.unsupported_reasons() == []
     new_process()
     assert cpu.ready()
     _, commands = building.compile_library(wanted())
@@ -102,7 +102,7 @@ def test_a_damaged_library_is_built_again(new_process: Callable[[], None], damag
         library.write_bytes(content)
         library.with_suffix(".sha256").unlink()
     new_process()
-    assert cpu.reasons_against() == NOT_BUILT
+    assert cpu.unsupported_reasons() == NOT_BUILT
     cpu.build()
     assert cpu.ready()
     assert building.built_library(wanted()) == library
@@ -141,7 +141,7 @@ def test_what_the_compiler_says_is_passed_on(
     (csrc / "two.cpp").write_text('extern "C" int two() { return nothing; }\n')
     with pytest.raises(RuntimeError, match=r"The C\+\+ operators cannot be built: .*two\.cpp:1:.*error.*nothing"):
         cpu.build()
-    (reason,) = cpu.reasons_against()
+    (reason,) = cpu.unsupported_reasons()
     assert reason.startswith("compiling the C++ operators failed: ")
     assert "nothing" in reason
     assert not cpu.ready()
@@ -199,7 +199,7 @@ def test_a_library_that_does_not_load(new_process: Callable[[], None], monkeypat
 
     monkeypatch.setattr(torch.ops, "load_library", fail)
     new_process()
-    assert cpu.reasons_against() == ["compiling the C++ operators failed: undefined symbol: x"]
+    assert cpu.unsupported_reasons() == ["compiling the C++ operators failed: undefined symbol: x"]
 
 
 @needs_compiler
@@ -216,7 +216,7 @@ def test_some_of_the_sources(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_no_compiler(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("PATH", str(tmp_path))
     message = "compiling the C++ operators needs g++ or clang++ on the PATH, or CXX naming a compiler"
-    assert cpu.reasons_against() == [message]
+    assert cpu.unsupported_reasons() == [message]
     with pytest.raises(RuntimeError, match=r"The C\+\+ operators cannot be built: compiling .* needs g\+\+ or clang"):
         cpu.build()
     cpu.build_by_name()
@@ -225,9 +225,9 @@ def test_no_compiler(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
 
 def test_switched_off_and_unknown_machine(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("ESC_ARCH_NATIVE", "0")
-    assert "the C++ operators are switched off by ESC_ARCH_NATIVE=0" in cpu.reasons_against()
+    assert "the C++ operators are switched off by ESC_ARCH_NATIVE=0" in cpu.unsupported_reasons()
     monkeypatch.setattr(platform, "machine", lambda: "riscv64")
-    assert any("on x86-64 and arm64, not linux on riscv64" in reason for reason in cpu.reasons_against())
+    assert any("on x86-64 and arm64, not linux on riscv64" in reason for reason in cpu.unsupported_reasons())
     with pytest.raises(RuntimeError, match=r"switched off by ESC_ARCH_NATIVE=0; .*riscv64"):
         cpu.build()
 

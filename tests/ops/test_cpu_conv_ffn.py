@@ -321,11 +321,11 @@ def test_step_compiled() -> None:
 
 def test_step_says_why_not() -> None:
     values, norm = step_arguments(1, 8, 5, 4)
-    assert cpu.step_reasons_against(values[0], *norm, *values[1:]) == []
+    assert cpu.step_unsupported_reasons(values[0], *norm, *values[1:]) == []
     nchw = values[0].contiguous()
-    assert cpu.step_reasons_against(nchw, *norm, *values[1:]) == ["it takes maps with the channels innermost"]
+    assert cpu.step_unsupported_reasons(nchw, *norm, *values[1:]) == ["it takes maps with the channels innermost"]
     doubled = [value.double() for value in values]
-    assert "it takes float32" in cpu.step_reasons_against(doubled[0], *norm, *doubled[1:])[0]
+    assert "it takes float32" in cpu.step_unsupported_reasons(doubled[0], *norm, *doubled[1:])[0]
     with torch.autocast("cpu", dtype=torch.bfloat16):
         assert conv_ffn_step(values[0], *norm, EPS, *values[1:]) is None
 

@@ -29,7 +29,7 @@ def results(function: object, dtype: torch.dtype, *tensors: Tensor) -> list[Tens
 
 def assert_within_budget(x: Tensor, kernel: Tensor) -> None:
     """At most twice the error of the plain formula in float32, or rounding of the sums over taps and pixels."""
-    assert depthwise.reasons_against(x, kernel) == []
+    assert depthwise.unsupported_reasons(x, kernel) == []
     exact = results(reference.per_image_depthwise, torch.float64, x, kernel)
     plain = results(reference.per_image_depthwise, torch.float32, x, kernel)
     ours = results(depthwise.per_image_depthwise, torch.float32, x, kernel)
@@ -88,8 +88,8 @@ def test_the_number_of_threads_does_not_matter() -> None:
 
 def test_what_the_operator_does_not_take() -> None:
     x, kernel = inputs(1, 4, (6, 7), 3)
-    assert depthwise.reasons_against(x.double(), kernel) == ["it takes float32"]
-    assert depthwise.reasons_against(x, kernel.to("meta")) == ["it runs on cpu"]
+    assert depthwise.unsupported_reasons(x.double(), kernel) == ["it takes float32"]
+    assert depthwise.unsupported_reasons(x, kernel.to("meta")) == ["it runs on cpu"]
     with pytest.raises(RuntimeError, match=r"a kernel of shape \[1, 4, 3, 3\] does not fit x of shape \[1, 3, 6, 7\]"):
         depthwise.per_image_depthwise(x[:, :3], kernel)
 

@@ -83,7 +83,7 @@ def test_several_threads() -> None:
 
 
 def test_a_network_takes_few_new_pages() -> None:
-    """Each of its some forty maps of 2 MiB would be 512 pages anew, where the C library gives them back."""
+    """Each of its some forty maps of 2 MiB would be 512 new pages, where the C library gives them back."""
     net = build_network({"type": "ESC", "upscaling_factor": 2, "window_size": 16, "n_blocks": 3}).eval()
     randomise(net)
     x = normal(1, 3, 512, 512)

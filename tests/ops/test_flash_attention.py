@@ -94,8 +94,8 @@ def test_compiled_without_a_graph_break(device: str) -> None:
 
 
 def test_auto_takes_flash_for_factors_alone(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Where the C++ operator is not at hand, which takes both."""
-    monkeypatch.setattr(BACKENDS["cpp"], "reasons_against", lambda *_: ["not built"])
+    """Where the C++ operator is not available, which takes both."""
+    monkeypatch.setattr(BACKENDS["cpp"], "unsupported_reasons", lambda *_: ["not built"])
     called = []
     monkeypatch.setattr(flash, "forward", lambda *_: called.append("flash") or torch.zeros(1))
     qkv, factors = inputs(1, 8, 8)

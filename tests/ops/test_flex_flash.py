@@ -29,7 +29,7 @@ def reasons(
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(flash, "_capability", lambda device: (capability, 0))
         patch.setattr(flash, "_installed", lambda name: installed and name == "flash_attn.cute")
-        return "; ".join(flex_flash.reasons_against(qkv, table, WINDOW, HEADS))
+        return "; ".join(flex_flash.unsupported_reasons(qkv, table, WINDOW, HEADS))
 
 
 def test_what_it_needs() -> None:
@@ -73,7 +73,7 @@ def test_what_flex_attention_is_asked_for(module: Any, options: Any, monkeypatch
 @needs_cuda
 def test_on_a_gpu() -> None:
     qkv, table = (value.cuda().half() for value in inputs())
-    if flex_flash.reasons_against(qkv, table, WINDOW, HEADS):
+    if flex_flash.unsupported_reasons(qkv, table, WINDOW, HEADS):
         pytest.skip("no flash-attn 4 for this GPU")
     with torch.no_grad():
         fast, plain, exact = (

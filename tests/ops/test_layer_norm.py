@@ -141,7 +141,7 @@ def test_second_derivatives_are_refused() -> None:
 
 def test_auto_takes_the_first_backend_that_can(monkeypatch: pytest.MonkeyPatch) -> None:
     def backend(answer: float, *reasons: str) -> SimpleNamespace:
-        return SimpleNamespace(reasons_against=lambda *_: list(reasons), forward=lambda *_: torch.tensor(answer))
+        return SimpleNamespace(unsupported_reasons=lambda *_: list(reasons), forward=lambda *_: torch.tensor(answer))
 
     monkeypatch.setattr(api, "BACKENDS", {"cpp": backend(1), "reference": backend(2)})
     assert layer_norm(*arguments(1, 4, 2, 2), eps=EPS) == 1

@@ -26,7 +26,7 @@ from triton_testing import (
 from esc_arch.ops.autotune import comparison
 from esc_arch.ops.autotune.comparison import allowed_error
 from esc_arch.ops.autotune.operations import OPERATIONS
-from esc_arch.ops.backends import survey
+from esc_arch.ops.backends import explain_dispatch
 from esc_arch.ops.window_attention import BACKENDS, api, window_attention
 
 OPERATION = OPERATIONS["window attention"]
@@ -133,9 +133,7 @@ def test_the_window_of_the_paper(device: str, monkeypatch: pytest.MonkeyPatch) -
             window_attention(x, table.to(x.dtype), **shape, backend=name)
             for x, name in [(qkv.double(), "naive"), (qkv, "naive"), (qkv, "triton")]
         )
-    limit = allowed_error(
-        expected, max_error(plain, expected), torch.finfo(FLOAT).eps, roundings=OPERATION.roundings
-    )
+    limit = allowed_error(expected, max_error(plain, expected), torch.finfo(FLOAT).eps, roundings=OPERATION.roundings)
     assert max_error(fast, expected) <= limit
 
 
@@ -391,7 +389,7 @@ def test_auto_asks_what_it_is_to_compute(anywhere: None, monkeypatch: pytest.Mon
 def test_auto_never_interprets(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("ESC_ARCH_TRITON", "1")
     qkv, table, shape = inputs((4, 1, 16, (1, 4, 4), FLOAT, "NCHW"), device)
-    found = survey(BACKENDS, api.AUTO_ORDER, qkv, table, *shape.values())
+    found = explain_dispatch(BACKENDS, api.AUTO_ORDER, qkv, table, *shape.values())
     assert found.reasons["triton"] == []
     assert (found.chosen == "triton") == (device == "cuda")
 

@@ -297,7 +297,7 @@ def test_auto_takes_the_first_backend_that_can(monkeypatch: pytest.MonkeyPatch) 
 
     def backend(name: str, *reasons: str) -> SimpleNamespace:
         return SimpleNamespace(
-            reasons_against=lambda *_: list(reasons), forward=lambda *_: calls.append(name) or torch.zeros(1)
+            unsupported_reasons=lambda *_: list(reasons), forward=lambda *_: calls.append(name) or torch.zeros(1)
         )
 
     monkeypatch.setattr(api, "AUTO_ORDER", ("first", "second", "third"))

@@ -667,7 +667,7 @@ def test_images_that_only_opencv_reads_pass(folder: Path, monkeypatch: pytest.Mo
             ": 1 of 2 images checked have a wrong size, the first is b: LQ is 16x16 and GT 40x32; "
             "with scale 2 GT must be 32x32",
         ),
-        ([], ":dataroot_lq: 'lq.lmdb' has no images: its meta_info.txt is empty. Make it anew"),
+        ([], ":dataroot_lq: 'lq.lmdb' has no images: its meta_info.txt is empty. Create it again"),
     ],
 )
 def test_lmdbs(folder: Path, lines: list[str], message: str) -> None:

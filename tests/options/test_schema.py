@@ -104,7 +104,7 @@ def test_it_is_the_one_that_is_made() -> None:
     for schema in (made, shipped):
         del schema["$defs"]["optimizer"], schema["$defs"]["scheduler"]
     again = "basicsr check --schema > esc_arch/options/schema.json"
-    assert made == shipped, f"options have changed; make the file anew: {again}"
+    assert made == shipped, f"options have changed; make the file again: {again}"
 
 
 def test_what_is_registered_is_in_it() -> None:

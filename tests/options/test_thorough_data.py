@@ -64,22 +64,22 @@ def test_sound_lmdbs(options: Any) -> None:
         (
             {"a": png(16), "b": png(16)},
             dict.fromkeys("abc", 16),
-            "1 of the 3 images that 'lq.lmdb' lists in meta_info.txt are missing, the first is 'c'. Make it anew",
+            "1 of the 3 images that 'lq.lmdb' lists in meta_info.txt are missing, the first is 'c'. Create it again",
         ),
         (
             {name: png(16) for name in "abcd"},
             dict.fromkeys("abc", 16),
-            "1 of the 4 images in 'lq.lmdb' are not in its meta_info.txt, the first is 'd'. Make it anew",
+            "1 of the 4 images in 'lq.lmdb' are not in its meta_info.txt, the first is 'd'. Create it again",
         ),
         (
             {"a": png(16), "b": png(20), "c": png(16)},
             dict.fromkeys("abc", 16),
-            "'b' in 'lq.lmdb' has 20x20 pixels, but 16x16 in meta_info.txt. Make it anew: basicsr prepare",
+            "'b' in 'lq.lmdb' has 20x20 pixels, but 16x16 in meta_info.txt. Create it again: basicsr prepare",
         ),
         (
             {"a": png(16), "b": b"no picture", "c": b""},
             dict.fromkeys("abc", 16),
-            "'b' in 'lq.lmdb' is not an image that can be decoded (10 bytes). Make it anew",
+            "'b' in 'lq.lmdb' is not an image that can be decoded (10 bytes). Create it again",
         ),
     ],
 )

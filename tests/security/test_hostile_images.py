@@ -247,7 +247,7 @@ def test_an_lmdb_cut_short(kept: float, tmp_path: Path) -> None:
     """LMDB alone would end the process with SIGBUS."""
     path = make_lmdb(tmp_path / "a.lmdb") / "data.mdb"
     os.truncate(path, int(path.stat().st_size * kept))
-    with pytest.raises(UserError, match=r"Cannot open the LMDB .*a\.lmdb: data\.mdb was cut short.*Make it anew"):
+    with pytest.raises(UserError, match=r"Cannot open the LMDB .*a\.lmdb: data\.mdb was cut short.*Create it again"):
         FileClient("lmdb", db_paths=str(path.parent))
 
 
@@ -316,9 +316,9 @@ def test_a_new_process_says_what_is_wrong_with_an_lmdb(tmp_path: Path) -> None:
     ("key", "message"),
     [
         ("", "''"),
-        ("k" * 600, "though its meta_info"),
+        ("k" * 600, "but its meta_info"),
         ("é", "ascii"),
-        ("no\nsuch", r"no\\\\nsuch.*though its meta_info"),
+        ("no\nsuch", r"no\\\\nsuch.*but its meta_info"),
     ],
     ids=["empty", "long", "not ASCII", "newline"],
 )

@@ -295,7 +295,7 @@ def test_the_best_is_there_though_its_iteration_saves_nothing(
 
 
 def test_a_run_that_basicsr_saved_can_be_resumed(run_basicsr: Any, options: Any, stop_at: Any) -> None:
-    """Its states have four entries; the epoch then begins anew."""
+    """Its states have four entries; the epoch then starts over."""
     stop_at(4)
     interrupted(run_basicsr, options)
     stop_at(None)

@@ -1,4 +1,4 @@
-"""What `auto` makes of the verdicts on this machine's GPU."""
+"""Apply cached autotune results of this machine's GPU to `auto`."""
 
 from __future__ import annotations
 
@@ -10,18 +10,18 @@ from functools import cache
 from .files import load
 from .verdicts import Subject
 
-__all__ = ["forget", "reasons_against_auto"]
+__all__ = ["auto_skip_reasons", "forget"]
 
 logger = logging.getLogger(__name__)
 
 
 def forget() -> None:
-    """Read files anew: they have changed."""
+    """Read the files again: they have changed."""
     load.cache_clear()
     _reasons.cache_clear()
 
 
-def reasons_against_auto(subject: Subject, device: str, index: int | None, rivals: Sequence[str] = ()) -> list[str]:
+def auto_skip_reasons(subject: Subject, device: str, index: int | None, rivals: Sequence[str] = ()) -> list[str]:
     """Why `auto` does not take a backend that can run; empty where its trial says that it is exact and faster.
 
     Args:
@@ -44,13 +44,13 @@ def _reasons(subject: Subject, device: str, index: int | None, rivals: tuple[str
     loaded = load(device, index)
     verdict = loaded.verdicts.get(subject)
     if loaded.problem:
-        return (f"what its trial found is not known, {loaded.problem}: `basicsr warmup` tries it anew",)
+        return (f"what its trial found is not known, {loaded.problem}: `basicsr warmup` tries it again",)
     if verdict is None:
         if not loaded.verdicts:
             _advise()
         return ("not tried on this GPU yet: `basicsr warmup` tries it",)
     if verdict.failure:
-        return (f"failed its trial on this GPU: {verdict.failure}; `basicsr warmup --again` tries it anew",)
+        return (f"failed its trial on this GPU: {verdict.failure}; `basicsr warmup --again` tries it again",)
     if verdict.slower:
         return (verdict.slower,)
     for name in rivals:

@@ -44,7 +44,7 @@ class Operation:
         roundings: see `allowed_error`.
         tensors: makes random ones of a network's shapes, for a map of a size; see `Where`.
         arguments: makes those of `forward` of these tensors.
-        questions: makes those of `reasons_against` of the arguments.
+        questions: makes those of `unsupported_reasons` of the arguments.
         matter: what of a gradient counts, by its number.
     """
 
@@ -63,13 +63,13 @@ class Operation:
 
     def tried(self) -> Iterator[str]:
         """The backends that auto takes after a trial alone."""
-        return (name for name, module in self.api.BACKENDS.items() if hasattr(module, "reasons_against_auto"))
+        return (name for name, module in self.api.BACKENDS.items() if hasattr(module, "auto_skip_reasons"))
 
     def otherwise(self, questions: tuple[Any, ...]) -> str:
         """What auto takes without them."""
         tried = set(self.tried())
         order = (name for name in self.api.AUTO_ORDER if name not in tried)
-        return next(name for name in order if not self.api.BACKENDS[name].reasons_against(*questions))
+        return next(name for name in order if not self.api.BACKENDS[name].unsupported_reasons(*questions))
 
 
 def _attention_tensors(network: Network, size: Size, where: Where) -> list[Tensor]:

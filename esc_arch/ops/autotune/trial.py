@@ -58,7 +58,7 @@ class _Trial:
         size = self.network.patches if self.training else self.network.image
         tensors = self._tensors(size, LAYOUTS["NCHW"])
         questions = self.operation.questions(self.operation.arguments(self.network, tensors))
-        reasons = self.backend.reasons_against(*questions)
+        reasons = self.backend.unsupported_reasons(*questions)
         if reasons:
             return Verdict(failure=f"it cannot run here: {'; '.join(reasons)}")
         compared = self._compare()

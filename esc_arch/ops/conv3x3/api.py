@@ -12,7 +12,7 @@ from . import cpu, reference
 
 __all__ = ["BACKENDS", "conv3x3", "conv3x3_step"]
 
-#: Every backend by name: a module with `reasons_against` (why not, empty when it can) and `forward`.
+#: Every backend by name: a module with `unsupported_reasons` (why not, empty when it can) and `forward`.
 BACKENDS: dict[str, ModuleType] = {"reference": reference, "cpp": cpu}
 
 #: What `auto` tries, in this order; the first one with no reason against it is taken.
@@ -74,7 +74,7 @@ def conv3x3_step(
         ValueError: shapes that do not fit each other.
     """
     _check_shapes(x, norm_weight, norm_bias, weight, bias, residual)
-    if "cpp" not in AUTO_ORDER or cpu.reasons_against(x, norm_weight, norm_bias, weight, bias, residual):
+    if "cpp" not in AUTO_ORDER or cpu.unsupported_reasons(x, norm_weight, norm_bias, weight, bias, residual):
         return None
     return cpu.step_forward(x, norm_weight, norm_bias, eps, weight, bias, residual)
 

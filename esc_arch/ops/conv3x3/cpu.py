@@ -16,7 +16,7 @@ FEWEST_PIXELS = 256
 FEWEST_CHANNELS = 16
 
 
-def reasons_against(x: Tensor, *others: Tensor | None) -> list[str]:
+def unsupported_reasons(x: Tensor, *others: Tensor | None) -> list[str]:
     """Why the C++ operators cannot take these inputs, or had better not; `others` are parameters and the residual."""
     if torch.compiler.is_exporting() or torch.jit.is_tracing():
         return ["an exported network keeps the plain formula"]
@@ -30,7 +30,7 @@ def reasons_against(x: Tensor, *others: Tensor | None) -> list[str]:
         reasons.append("it takes maps with the channels innermost")
     if x.shape[0] * x.shape[2] * x.shape[3] < FEWEST_PIXELS or x.shape[1] < FEWEST_CHANNELS:
         reasons.append("it is slower than PyTorch's convolution for so few pixels or channels")
-    return reasons or cpu.reasons_against()
+    return reasons or cpu.unsupported_reasons()
 
 
 def forward(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:

@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 
-def reasons_against(x: Tensor, weight: Tensor, bias: Tensor | None) -> list[str]:
+def unsupported_reasons(x: Tensor, weight: Tensor, bias: Tensor | None) -> list[str]:
     """Works everywhere."""
     return []
 

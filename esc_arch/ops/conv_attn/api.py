@@ -21,7 +21,7 @@ __all__ = [
     "decomposed_conv_attention",
 ]
 
-#: Every backend by name: a module with `reasons_against` (why not, empty when it can) and `forward`.
+#: Every backend by name: a module with `unsupported_reasons` (why not, empty when it can) and `forward`.
 BACKENDS: dict[str, ModuleType] = {
     "reference": reference,
     "folded": folded,
@@ -130,7 +130,7 @@ def conv_attention_step(
     _check_kernel("large kernel", large_kernel, (large_kernel.shape[0],) * 2)
     parameters = (proj1_weight, proj1_bias, proj2_weight, proj2_bias, weight, bias)
     inputs = (x, residual, large_kernel, means, parameters)
-    if "cpp" not in AUTO_ORDER or cpu.step_reasons_against(*inputs, symmetric):
+    if "cpp" not in AUTO_ORDER or cpu.step_unsupported_reasons(*inputs, symmetric):
         return None
     return cpu.step_forward(*inputs)
 

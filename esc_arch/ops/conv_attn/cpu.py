@@ -21,12 +21,12 @@ LARGEST_KERNEL = 33
 DYNAMIC_SIDE = 3
 
 
-def reasons_against(x: Tensor, large_kernel: Tensor, dynamic_kernel: Tensor, symmetric: bool) -> list[str]:
+def unsupported_reasons(x: Tensor, large_kernel: Tensor, dynamic_kernel: Tensor, symmetric: bool) -> list[str]:
     """Why the C++ operators cannot take these inputs."""
-    return _reasons_against(large_kernel, dynamic_kernel.shape[-1], symmetric, (x, large_kernel, dynamic_kernel))
+    return _unsupported_reasons(large_kernel, dynamic_kernel.shape[-1], symmetric, (x, large_kernel, dynamic_kernel))
 
 
-def _reasons_against(
+def _unsupported_reasons(
     large_kernel: Tensor, dynamic_side: int, symmetric: bool, tensors: tuple[Tensor, ...]
 ) -> list[str]:
     if torch.compiler.is_exporting() or torch.jit.is_tracing():
@@ -40,7 +40,7 @@ def _reasons_against(
         reasons.append("it needs a large kernel that is symmetric, as `symmetrise` makes it")
     if max(large_kernel.shape[-1], dynamic_side) > LARGEST_KERNEL:
         reasons.append(f"it takes kernels of at most {LARGEST_KERNEL} x {LARGEST_KERNEL}")
-    return reasons or cpu.reasons_against()
+    return reasons or cpu.unsupported_reasons()
 
 
 def forward(x: Tensor, large_kernel: Tensor, dynamic_kernel: Tensor) -> Tensor:
@@ -49,7 +49,7 @@ def forward(x: Tensor, large_kernel: Tensor, dynamic_kernel: Tensor) -> Tensor:
     return out
 
 
-def step_reasons_against(
+def step_unsupported_reasons(
     x: Tensor,
     residual: Tensor | None,
     large_kernel: Tensor,
@@ -60,7 +60,7 @@ def step_reasons_against(
     """Why one operator cannot do all of ConvAttn; `parameters` are the others of `conv_attention_step`."""
     maps = (x,) if residual is None else (x, residual)
     others = [large_kernel, *(tensor for tensor in (means, *parameters) if tensor is not None)]
-    reasons = _reasons_against(large_kernel, DYNAMIC_SIDE, symmetric, (*maps, *others))
+    reasons = _unsupported_reasons(large_kernel, DYNAMIC_SIDE, symmetric, (*maps, *others))
     if reasons:
         return reasons
     if torch.is_autocast_enabled("cpu"):

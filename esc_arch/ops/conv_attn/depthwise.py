@@ -11,18 +11,18 @@ from esc_arch.ops import cpu
 
 from . import reference
 
-__all__ = ["per_image_depthwise", "reasons_against"]
+__all__ = ["per_image_depthwise", "unsupported_reasons"]
 
 
 def per_image_depthwise(x: Tensor, kernel: Tensor) -> Tensor:
     """The function of `reference`, by the C++ operator where nothing is against it."""
-    if reasons_against(x, kernel):
+    if unsupported_reasons(x, kernel):
         return reference.per_image_depthwise(x, kernel)
     out: Tensor = torch.ops.esc_arch.depthwise_per_image(x, kernel)
     return out
 
 
-def reasons_against(x: Tensor, kernel: Tensor) -> list[str]:
+def unsupported_reasons(x: Tensor, kernel: Tensor) -> list[str]:
     """Why the C++ operator cannot take these inputs."""
     if torch.compiler.is_exporting() or torch.jit.is_tracing():
         return ["an exported network keeps the plain formula"]
@@ -31,7 +31,7 @@ def reasons_against(x: Tensor, kernel: Tensor) -> list[str]:
         reasons.append("it runs on cpu")
     if x.dtype != torch.float32 or kernel.dtype != torch.float32:
         reasons.append("it takes float32")
-    return reasons or cpu.reasons_against()
+    return reasons or cpu.unsupported_reasons()
 
 
 def _fake(x: Tensor, kernel: Tensor) -> Tensor:

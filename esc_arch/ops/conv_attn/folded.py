@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 
-def reasons_against(x: Tensor, large_kernel: Tensor, dynamic_kernel: Tensor, symmetric: bool) -> list[str]:
+def unsupported_reasons(x: Tensor, large_kernel: Tensor, dynamic_kernel: Tensor, symmetric: bool) -> list[str]:
     """Why the kernels cannot be added."""
     small, large = dynamic_kernel.shape[-1], large_kernel.shape[-1]
     return [f"a dynamic kernel of side {small} has no place in a large one of side {large}"] if small > large else []

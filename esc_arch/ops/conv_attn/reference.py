@@ -5,10 +5,10 @@ from __future__ import annotations
 import torch.nn.functional as F
 from torch import Tensor
 
-__all__ = ["forward", "per_image_depthwise", "reasons_against"]
+__all__ = ["forward", "per_image_depthwise", "unsupported_reasons"]
 
 
-def reasons_against(x: Tensor, large_kernel: Tensor, dynamic_kernel: Tensor, symmetric: bool) -> list[str]:
+def unsupported_reasons(x: Tensor, large_kernel: Tensor, dynamic_kernel: Tensor, symmetric: bool) -> list[str]:
     """Works everywhere."""
     return []
 

@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from esc_arch.ops.autotune.choice import reasons_against_auto as reasons_of_trial
+from esc_arch.ops.autotune.choice import auto_skip_reasons as reasons_of_trial
 from esc_arch.ops.autotune.networks import nearest
 from esc_arch.ops.autotune.verdicts import MODES, Subject
 from esc_arch.ops.gradients import wants_gradients
@@ -38,7 +38,7 @@ PROGRAMS = 256
 DYNAMIC_SHARE = 4096
 
 
-def reasons_against(x: Tensor, large_kernel: Tensor, dynamic_kernel: Tensor, symmetric: bool) -> list[str]:
+def unsupported_reasons(x: Tensor, large_kernel: Tensor, dynamic_kernel: Tensor, symmetric: bool) -> list[str]:
     """Why these kernels cannot take these inputs."""
     reasons = []
     lacking = missing(x.device.type, x.device.index)
@@ -57,7 +57,7 @@ def reasons_against(x: Tensor, large_kernel: Tensor, dynamic_kernel: Tensor, sym
     return reasons
 
 
-def reasons_against_auto(
+def auto_skip_reasons(
     x: Tensor, large_kernel: Tensor, dynamic_kernel: Tensor, symmetric: bool, backend: str = "triton"
 ) -> list[str]:
     """Why `auto` leaves these kernels, as this backend has them, to those who ask for them by name."""

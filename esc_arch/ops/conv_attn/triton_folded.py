@@ -15,17 +15,17 @@ from torch import Tensor
 from . import triton
 
 
-def reasons_against(x: Tensor, large_kernel: Tensor, dynamic_kernel: Tensor, symmetric: bool) -> list[str]:
+def unsupported_reasons(x: Tensor, large_kernel: Tensor, dynamic_kernel: Tensor, symmetric: bool) -> list[str]:
     """Why these kernels cannot take these inputs."""
-    reasons = triton.reasons_against(x, large_kernel, dynamic_kernel, symmetric)
+    reasons = triton.unsupported_reasons(x, large_kernel, dynamic_kernel, symmetric)
     if not symmetric:
         reasons.append("it needs a large kernel that is symmetric, as `symmetrise` makes it")
     return reasons
 
 
-def reasons_against_auto(x: Tensor, large_kernel: Tensor, dynamic_kernel: Tensor, symmetric: bool) -> list[str]:
+def auto_skip_reasons(x: Tensor, large_kernel: Tensor, dynamic_kernel: Tensor, symmetric: bool) -> list[str]:
     """Why `auto` leaves them to those who ask for them by name."""
-    return triton.reasons_against_auto(x, large_kernel, dynamic_kernel, symmetric, backend="triton_folded")
+    return triton.auto_skip_reasons(x, large_kernel, dynamic_kernel, symmetric, backend="triton_folded")
 
 
 def forward(x: Tensor, large_kernel: Tensor, dynamic_kernel: Tensor) -> Tensor:

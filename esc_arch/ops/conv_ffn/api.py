@@ -12,7 +12,7 @@ from . import cpu, reference
 
 __all__ = ["BACKENDS", "conv_ffn", "conv_ffn_step"]
 
-#: Every backend by name: a module with `reasons_against` (why not, empty when it can) and `forward`.
+#: Every backend by name: a module with `unsupported_reasons` (why not, empty when it can) and `forward`.
 BACKENDS: dict[str, ModuleType] = {"reference": reference, "cpp": cpu}
 
 #: What `auto` tries, in this order; the first one with no reason against it is taken.
@@ -94,7 +94,7 @@ def conv_ffn_step(
         raise ValueError(f"the norm has weight {given[0]} and bias {given[1]}; both must be ({channels},), or None.")
     if not 0 <= pooled <= channels:
         raise ValueError(f"pooled is {pooled}; of {channels} channels 0 to {channels} can be averaged.")
-    if "cpp" not in AUTO_ORDER or cpu.step_reasons_against(x, norm_weight, norm_bias, *parameters):
+    if "cpp" not in AUTO_ORDER or cpu.step_unsupported_reasons(x, norm_weight, norm_bias, *parameters):
         return None
     return cpu.step_forward(x, norm_weight, norm_bias, eps, *parameters, pooled=pooled)
 

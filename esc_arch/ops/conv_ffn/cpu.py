@@ -15,7 +15,7 @@ from esc_arch.ops.gradients import wants_gradients
 from esc_arch.ops.layer_norm import cpu as layer_norm
 
 
-def reasons_against(x: Tensor, *parameters: Tensor) -> list[str]:
+def unsupported_reasons(x: Tensor, *parameters: Tensor) -> list[str]:
     """Why the C++ operators cannot take these inputs."""
     reasons = []
     tensors = (x, *parameters)
@@ -27,7 +27,7 @@ def reasons_against(x: Tensor, *parameters: Tensor) -> list[str]:
         reasons.append("autocast asks for half precision, and it computes in float32")
     if torch.compiler.is_exporting() or torch.jit.is_tracing():
         reasons.append("an exported network keeps the plain formula")
-    return reasons or cpu.reasons_against()
+    return reasons or cpu.unsupported_reasons()
 
 
 def forward(x: Tensor, *parameters: Tensor) -> Tensor:
@@ -36,12 +36,12 @@ def forward(x: Tensor, *parameters: Tensor) -> Tensor:
     return out
 
 
-def step_reasons_against(
+def step_unsupported_reasons(
     x: Tensor, norm_weight: Tensor | None, norm_bias: Tensor | None, *parameters: Tensor
 ) -> list[str]:
     """Why the normalisation and the means cannot be taken into the same operator; see `conv_ffn_step`."""
     norm = [tensor for tensor in (norm_weight, norm_bias) if tensor is not None]
-    reasons = reasons_against(x, *norm, *parameters)
+    reasons = unsupported_reasons(x, *norm, *parameters)
     if not reasons and x.stride(1) != 1:
         reasons.append("it takes maps with the channels innermost")
     return reasons

@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 
-def reasons_against(x: Tensor, *parameters: Tensor) -> list[str]:
+def unsupported_reasons(x: Tensor, *parameters: Tensor) -> list[str]:
     """Works everywhere."""
     return []
 

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from . import building
 
-__all__ = ["NOT_BUILT", "build", "build_by_name", "ready", "reasons_against", "reusing_memory", "when_loaded"]
+__all__ = ["NOT_BUILT", "build", "build_by_name", "ready", "reusing_memory", "unsupported_reasons", "when_loaded"]
 
 logger = logging.getLogger(__name__)
 
@@ -31,7 +31,7 @@ NOT_BUILT = "the C++ operators are not built yet"
 
 
 class _State:
-    """What this process knows; looked up on disk once, because every layer asks."""
+    """Per-process build state; looked up on disk once, because every layer asks."""
 
     ready: bool | None = None
     failure: str | None = None
@@ -62,7 +62,7 @@ def ready() -> bool:
 
 
 @torch.compiler.assume_constant_result
-def reasons_against() -> list[str]:
+def unsupported_reasons() -> list[str]:
     """Why the operators cannot be called now; empty when they can."""
     if ready():
         return []
@@ -107,7 +107,7 @@ def build(verbose: bool = False) -> float:
 def reusing_memory(x: Tensor) -> Iterator[None]:
     """The block runs a network on `x`: large maps that operators free are kept for its next ones.
 
-    Otherwise the C library gives them back to the system, which clears them anew for each operator.
+    Otherwise the C library gives them back to the system, which clears them again for each operator.
     """
     # (ESC_ARCH_NATIVE_SOURCES may leave it out)
     if x.device.type != "cpu" or not ready() or not hasattr(torch.ops.esc_arch, "reuse_memory"):
@@ -122,7 +122,7 @@ def reusing_memory(x: Tensor) -> Iterator[None]:
 
 @torch.compiler.assume_constant_result
 def build_by_name() -> None:
-    """Build what was asked for by name, and say so; where that fails, `reasons_against` has the reason."""
+    """Build what was asked for by name, and say so; where that fails, `unsupported_reasons` has the reason."""
     if ready() or _obstacles() or _State.failure is not None:
         return
     logger.warning("Compiling the C++ operators for this machine: about a minute, once.")
@@ -133,7 +133,7 @@ def build_by_name() -> None:
 
 
 def _obstacles() -> list[str]:
-    """What no building removes."""
+    """Problems that a rebuild cannot fix."""
     reasons = []
     if os.environ.get("ESC_ARCH_NATIVE") == "0":
         reasons.append("the C++ operators are switched off by ESC_ARCH_NATIVE=0")

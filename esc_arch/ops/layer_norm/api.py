@@ -12,7 +12,7 @@ from . import cpu, reference
 
 __all__ = ["BACKENDS", "layer_norm"]
 
-#: Every backend by name: a module with `reasons_against` (why not, empty when it can) and `forward`.
+#: Every backend by name: a module with `unsupported_reasons` (why not, empty when it can) and `forward`.
 BACKENDS: dict[str, ModuleType] = {"reference": reference, "cpp": cpu}
 
 #: What `auto` tries, in this order; the first one with no reason against it is taken.

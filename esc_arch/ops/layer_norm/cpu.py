@@ -10,7 +10,7 @@ from torch import Tensor
 from esc_arch.ops import cpu
 
 
-def reasons_against(x: Tensor, weight: Tensor, bias: Tensor) -> list[str]:
+def unsupported_reasons(x: Tensor, weight: Tensor, bias: Tensor) -> list[str]:
     """Why the C++ operators cannot take these inputs."""
     reasons = []
     tensors = (x, weight, bias)
@@ -20,7 +20,7 @@ def reasons_against(x: Tensor, weight: Tensor, bias: Tensor) -> list[str]:
         reasons.append(f"it takes float32, not {', '.join(sorted({str(tensor.dtype) for tensor in tensors}))}")
     if torch.compiler.is_exporting() or torch.jit.is_tracing():
         reasons.append("an exported network keeps the plain formula")
-    return reasons or cpu.reasons_against()
+    return reasons or cpu.unsupported_reasons()
 
 
 def forward(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:

@@ -14,7 +14,7 @@ from .cpu import Norm, Projection
 
 __all__ = ["BACKENDS", "attention_layer", "resolve_backend", "window_attention"]
 
-#: Every backend by name: a module with `reasons_against` (why not, empty when it can) and `forward`.
+#: Every backend by name: a module with `unsupported_reasons` (why not, empty when it can) and `forward`.
 BACKENDS: dict[str, ModuleType] = {
     "naive": naive,
     "sdpa": sdpa,
@@ -110,7 +110,7 @@ def attention_layer(
     if name not in ("auto", "cpp") or (name == "auto" and "cpp" not in AUTO_ORDER):
         return None
     inputs = (x, to_qkv, bias, to_out, window, heads, norm)
-    return None if cpu.layer_reasons_against(*inputs) else cpu.layer_forward(*inputs, residual)
+    return None if cpu.layer_unsupported_reasons(*inputs) else cpu.layer_forward(*inputs, residual)
 
 
 def _check_layer(x: Tensor, to_qkv: Projection, to_out: Projection, norm: Norm | None, heads: int) -> None:

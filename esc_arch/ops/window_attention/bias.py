@@ -38,7 +38,7 @@ def _from_table(table: Tensor, window: int) -> Tensor:
 
 
 def relative_index(query: Tensor, key: Tensor, window: int) -> Tensor:
-    """The place in the table that pairs of tokens read, from their numbers in the window (any equal shapes)."""
+    """Bias-table index of token pairs, from their indices in the window (any equal shapes)."""
     rows = key // window - query // window + window - 1
     columns = key % window - query % window + window - 1
     return rows * (2 * window - 1) + columns

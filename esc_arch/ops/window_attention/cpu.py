@@ -25,9 +25,9 @@ Norm = tuple[Tensor, Tensor, float]
 LARGEST_WINDOW = 96
 
 
-def reasons_against(qkv: Tensor, bias: Bias, window: int, heads: int) -> list[str]:
+def unsupported_reasons(qkv: Tensor, bias: Bias, window: int, heads: int) -> list[str]:
     """Why the C++ operators cannot take these inputs."""
-    reasons = cpu.reasons_against()
+    reasons = cpu.unsupported_reasons()
     if qkv.device.type != "cpu":
         reasons.append(f"it runs on cpu, not on {qkv.device.type}")
     if qkv.dtype not in (torch.float32, torch.bfloat16, torch.float16):
@@ -46,11 +46,11 @@ def forward(qkv: Tensor, bias: Bias, window: int, heads: int) -> Tensor:
     return out.to(qkv.dtype)
 
 
-def layer_reasons_against(
+def layer_unsupported_reasons(
     x: Tensor, to_qkv: Projection, bias: Bias, to_out: Projection, window: int, heads: int, norm: Norm | None
 ) -> list[str]:
     """Why the projections and the norm cannot be taken into the same operator; see `attention_layer`."""
-    reasons = reasons_against(x, bias, window, heads)
+    reasons = unsupported_reasons(x, bias, window, heads)
     if reasons:
         return reasons
     scales = () if norm is None else norm[:2]

@@ -30,7 +30,7 @@ MAX_WIDTH = 256
 HALVES = (torch.float16, torch.bfloat16)
 
 
-def reasons_against(qkv: Tensor, bias: Bias, window: int, heads: int) -> list[str]:
+def unsupported_reasons(qkv: Tensor, bias: Bias, window: int, heads: int) -> list[str]:
     """Why flash kernels cannot take these inputs."""
     if isinstance(bias, Tensor):
         return [

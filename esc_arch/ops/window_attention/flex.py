@@ -21,7 +21,7 @@ from .bias import Bias, dense_bias, parameters_of, relative_index
 from .windows import merge_windows, pad_to_windows, split_windows
 
 
-def reasons_against(qkv: Tensor, bias: Bias, window: int, heads: int) -> list[str]:
+def unsupported_reasons(qkv: Tensor, bias: Bias, window: int, heads: int) -> list[str]:
     """Why flex attention cannot take these inputs."""
     reasons = []
     head_dim = qkv.shape[1] // (3 * heads)
@@ -56,7 +56,7 @@ def forward(qkv: Tensor, bias: Bias, window: int, heads: int, backend: str | Non
     if torch.compiler.is_compiling():
         out = _attend(q, k, v, bias, window, backend)  # the compiler that is at work already takes it in
     else:
-        # One layout, or each would be compiled anew: for exact sizes the windows are views of the projection
+        # One layout, or each would be compiled again: for exact sizes the windows are views of the projection
         q, k, v = (part.clone(memory_format=torch.contiguous_format) for part in (q, k, v))
         for part in (q, k, v):
             torch._dynamo.maybe_mark_dynamic(part, 0)

@@ -15,9 +15,9 @@ from .bias import Bias, parameters_of
 from .flash import HALVES, flash_attn_4_suits
 
 
-def reasons_against(qkv: Tensor, bias: Bias, window: int, heads: int) -> list[str]:
+def unsupported_reasons(qkv: Tensor, bias: Bias, window: int, heads: int) -> list[str]:
     """Why this backend of flex attention cannot take these inputs."""
-    reasons = flex.reasons_against(qkv, bias, window, heads)
+    reasons = flex.unsupported_reasons(qkv, bias, window, heads)
     if qkv.device.type != "cuda":
         return [*reasons, f"flex attention's flash backend runs on cuda, not on {qkv.device.type}"]
     if not _offered():

@@ -8,7 +8,7 @@ from .bias import Bias, dense_bias
 from .windows import merge_windows, pad_to_windows, split_windows
 
 
-def reasons_against(qkv: Tensor, bias: Bias, window: int, heads: int) -> list[str]:
+def unsupported_reasons(qkv: Tensor, bias: Bias, window: int, heads: int) -> list[str]:
     """Works everywhere."""
     return []
 

@@ -23,7 +23,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from esc_arch.ops.autotune.choice import reasons_against_auto as reasons_of_trial
+from esc_arch.ops.autotune.choice import auto_skip_reasons as reasons_of_trial
 from esc_arch.ops.autotune.networks import nearest
 from esc_arch.ops.autotune.verdicts import MODES, Subject
 from esc_arch.ops.gradients import wants_gradients
@@ -39,7 +39,7 @@ MAX_HEAD_DIM = 128
 PROGRAMS = 4096
 
 
-def reasons_against(qkv: Tensor, bias: Bias, window: int, heads: int) -> list[str]:
+def unsupported_reasons(qkv: Tensor, bias: Bias, window: int, heads: int) -> list[str]:
     """Why these kernels cannot take these inputs."""
     reasons = []
     head_dim = qkv.shape[1] // (3 * heads)
@@ -57,7 +57,7 @@ def reasons_against(qkv: Tensor, bias: Bias, window: int, heads: int) -> list[st
     return reasons
 
 
-def reasons_against_auto(qkv: Tensor, bias: Bias, window: int, heads: int) -> list[str]:
+def auto_skip_reasons(qkv: Tensor, bias: Bias, window: int, heads: int) -> list[str]:
     """Why `auto` leaves these kernels to those who ask for them by name."""
     assert isinstance(bias, Tensor)  # others are refused above
     training = wants_gradients(qkv, bias)
@@ -254,7 +254,7 @@ def _constants(qkv: Tensor, window: int, heads: int) -> dict[str, Any]:
         "CHANNELS_LAST": _layout(qkv) is torch.channels_last,
         "PRECISION": precision(qkv, _uses_tf32()),
         "DIRECT": qkv.is_cuda,
-        # Said, because it is about to be no longer what Triton does by itself
+        # Explicit: Triton's default is changing
         "enable_fp_fusion": True,
     }
 

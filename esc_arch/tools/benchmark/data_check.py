@@ -403,7 +403,7 @@ def _check_sizes(report: Report, pairs: Mapping[Path, Path], scale: int, *, crop
     if cropped and len(sizes) > 2 and all(multiples):
         report.notes.append(
             f"All HR images are cropped to multiples of {_COMMON_MULTIPLE}; published figures are of images cropped "
-            "for each scale by itself, so that means differ slightly. Make it anew from whole HR images."
+            "for each scale by itself, so that means differ slightly. Create it again from whole HR images."
         )
     return [hr for hr in pairs if hr not in wrong]
 

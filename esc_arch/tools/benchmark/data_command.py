@@ -169,11 +169,11 @@ def _remarks(reports: Sequence[Report]) -> Iterator[str]:
 
 
 def _mends(reports: Sequence[Report], args: argparse.Namespace) -> Iterator[str]:
-    """The commands that make what is wrong anew."""
+    """The commands that create what is wrong again."""
     if args.opt:
         if any(report.problems and report.hr_images for report in reports):
             yield (
-                "To mend: basicsr prepare benchmark -i HR_FOLDER -o NEW_FOLDER, and NEW_FOLDER/HR and "
+                "To fix: basicsr prepare benchmark -i HR_FOLDER -o NEW_FOLDER, and NEW_FOLDER/HR and "
                 "NEW_FOLDER/LR_bicubic/X... in the option file."
             )
         return
@@ -183,7 +183,7 @@ def _mends(reports: Sequence[Report], args: argparse.Namespace) -> Iterator[str]
         yield _mend(args.root / name, name, incomplete=incomplete)
     if any(report.problems and report.hr_images for report in reports if report.name == DIV2K[0]):
         source, target = (shlex.quote(str(folder)) for folder in (args.div2k / f"{DIV2K[0]}_HR", args.div2k))
-        yield f"To mend {DIV2K[0]}: basicsr prepare train -i {source} -o {target}, which makes LR images of its own."
+        yield f"To fix {DIV2K[0]}: basicsr prepare train -i {source} -o {target}, which makes LR images of its own."
 
 
 def _mend(folder: Path, name: str, *, incomplete: bool) -> str:
@@ -193,11 +193,11 @@ def _mend(folder: Path, name: str, *, incomplete: bool) -> str:
     move = f"mv {target} {shlex.quote(str(old))} && " if in_use else ""
     if source is None or (in_use and incomplete):
         return (
-            f"To mend {name}: put all of its HR images in FOLDER, and "
+            f"To fix {name}: put all of its HR images in FOLDER, and "
             f"{move}basicsr prepare benchmark -i FOLDER -o {target}"
         )
     images = shlex.quote(str((old if in_use else folder) / source))
-    return f"To mend {name}: {move}basicsr prepare benchmark -i {images} -o {target}"
+    return f"To fix {name}: {move}basicsr prepare benchmark -i {images} -o {target}"
 
 
 def _hr_source(folder: Path) -> str | None:
@@ -214,7 +214,7 @@ def _wrapped(text: str) -> str:
     """Remarks as wide as a page; commands stay in one line."""
     head, blank, remarks = text.partition("\n\n")
     lines = [
-        line if line.startswith("To mend") else textwrap.fill(line, 118, subsequent_indent="  ", break_on_hyphens=False)
+        line if line.startswith("To fix") else textwrap.fill(line, 118, subsequent_indent="  ", break_on_hyphens=False)
         for line in remarks.splitlines()
     ]
     return head + blank + "\n".join(lines) + ("\n" if lines else "")

@@ -18,7 +18,7 @@ Line = tuple[str, str, str]
 #: Images that are decoded, evenly spread over the data.
 _SAMPLE = 8
 _LISTED = 3
-_ANEW = "Make it anew: basicsr prepare makes LMDBs."
+_ANEW = "Create it again: basicsr prepare makes LMDBs."
 
 
 def read_options(file: str) -> dict[str, Any]:
@@ -50,9 +50,9 @@ def disk_health(root: str) -> list[Line]:
     bad = [f"{file.name} {problem}" for file in sample if (problem := image_problem(file.read_bytes()))]
     lines = [(f"{root}: {len(files)} files, {len(sample) - len(bad)} of {len(sample)} tried can be decoded", OK, "")]
     if empty:
-        lines.append((f"{len(empty)} files are empty: {_some(map(str, empty))}", PROBLEM, "Get or make them anew."))
+        lines.append((f"{len(empty)} files are empty: {_some(map(str, empty))}", PROBLEM, "Get or create them again."))
     if bad:
-        lines.append((_some(bad), PROBLEM, "Get or make these files anew, or remove them."))
+        lines.append((_some(bad), PROBLEM, "Get or create these files again, or remove them."))
     return lines
 
 

@@ -28,7 +28,7 @@ _TRAPS = (
     ("CUDA_LAUNCH_BLOCKING", "1", "GPUs wait after every kernel: for searching errors only."),
     ("ESC_ARCH_NATIVE_SOURCES", ".+", "Only some C++ operators are built: for development only."),
     ("PYTORCH_JIT", "0", "Scripted functions are slow without it."),
-    ("PYTORCH_NO_CUDA_MEMORY_CACHING", "1", "Every tensor on a GPU is allocated anew: slow."),
+    ("PYTORCH_NO_CUDA_MEMORY_CACHING", "1", "Every tensor on a GPU is allocated again: slow."),
     ("TORCH_COMPILE_DISABLE", "1", "train: compile and attn_type flex do nothing with it."),
     ("TORCHDYNAMO_DISABLE", "1", "train: compile and attn_type flex do nothing with it."),
     ("TRITON_INTERPRET", "1|true|yes|on", "Triton's kernels are interpreted: for tests only."),

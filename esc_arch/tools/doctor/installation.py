@@ -1,4 +1,4 @@
-"""Where BasicSR and esc_arch are imported from, whether that is what was meant, and what had to be mended for it."""
+"""Where BasicSR and esc_arch are imported from, whether that is what was meant, and what had to be fixed for it."""
 
 from __future__ import annotations
 
@@ -23,9 +23,9 @@ _BASICSR = "Install it as the README says: pip install --no-build-isolation basi
 #: What to do about a failed import, by what its message has in it.
 _HINTS = {
     "No module named 'basicsr'": _BASICSR,
-    "No module named": "Install what is missing, or esc_arch anew: pip install --no-build-isolation -e .",
+    "No module named": "Install what is missing, or reinstall esc_arch: pip install --no-build-isolation -e .",
     "libGL": "pip install opencv-python-headless in place of opencv-python.",
-    "torchvision": "What BasicSR misses there is mended; this is another fault: install torch and torchvision anew.",
+    "torchvision": "What BasicSR misses there is fixed; this is another fault: reinstall torch and torchvision.",
 }
 
 
@@ -49,7 +49,7 @@ def examine(context: Context) -> Iterator[Finding]:
 def _import(failure: str) -> Finding:
     if not failure:
         return Finding("import", "esc_arch and BasicSR can be imported")
-    advice = next((hint for sign, hint in _HINTS.items() if sign in failure), "Mend this first; the rest follows.")
+    advice = next((hint for sign, hint in _HINTS.items() if sign in failure), "Fix this first; the rest follows.")
     return Finding("import", f"esc_arch cannot be imported: {failure}", PROBLEM, advice)
 
 
@@ -106,7 +106,7 @@ def _changes(folder: Path, published: _Published | None) -> list[str] | None:
     """How the files of a copy differ from those that were installed; None where there is nothing to compare with."""
     if published is None:
         return None
-    # version.py is written anew whenever the package is built
+    # version.py is rewritten whenever the package is built
     digests = {name: digest for name, digest in published.digests.items() if name != "version.py"}
     there = {str(path.relative_to(folder)): path for path in folder.rglob("*.py")}
     there.pop("version.py", None)
@@ -163,7 +163,7 @@ def _copies_of_esc_arch() -> Iterator[Finding]:
         yield Finding("esc_arch source", text, WARNING, "Start elsewhere, or look at PYTHONPATH, if that is not meant.")
     if installed not in (None, __version__):
         text = f"{__version__} runs, but {installed} is installed"
-        yield Finding("esc_arch version", text, WARNING, "Install it anew: pip install --no-build-isolation -e .")
+        yield Finding("esc_arch version", text, WARNING, "Reinstall it: pip install --no-build-isolation -e .")
     others = {(Path(entry or ".") / "esc_arch").resolve() for entry in [*sys.path, "."]} - {used}
     others = {folder for folder in others if (folder / "__init__.py").is_file()}
     if others:
@@ -208,8 +208,8 @@ def _mended(context: Context) -> Iterator[Finding]:
     text = f"stand-ins for {', '.join(stand_ins)}" if stand_ins else "nothing is missing"
     yield Finding("missing modules", text, data=stand_ins)
     if reason := reason_against_patches():
-        advice = f"esc_arch mends BasicSR {SUPPORTED_VERSION} only: pip install basicsr=={SUPPORTED_VERSION}."
-        yield Finding("mended functions", f"none of this BasicSR: {reason}", WARNING, advice)
+        advice = f"esc_arch patches BasicSR {SUPPORTED_VERSION} only: pip install basicsr=={SUPPORTED_VERSION}."
+        yield Finding("patched functions", f"none of this BasicSR: {reason}", WARNING, advice)
     else:
         names = [f"{module}.{name}" for module, name, *_ in PATCHES]
-        yield Finding("mended functions", f"{len(names)} of BasicSR {SUPPORTED_VERSION}", OK, data=names)
+        yield Finding("patched functions", f"{len(names)} of BasicSR {SUPPORTED_VERSION}", OK, data=names)

@@ -63,7 +63,7 @@ def _torch_threads(context: Context) -> Finding:
     try:
         facts = context.worker.call("esc_arch.tools.doctor.probes:cpu")
     except JobFailed as failure:
-        return Finding("torch on cpu", str(failure), PROBLEM, "Install torch anew.")
+        return Finding("torch on cpu", str(failure), PROBLEM, "Reinstall torch.")
     text = f"{facts['capability']}, {facts['threads']} threads"
     if facts["threads"] > max(_usable_cores(), 1):
         advice = f"They wait for each other: set OMP_NUM_THREADS={max(int(_usable_cores()), 1)}."

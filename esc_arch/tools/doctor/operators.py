@@ -34,7 +34,7 @@ def _operators(found: dict[str, object]) -> Finding:
     assert isinstance(reasons, list)
     text = f"not used: {'; '.join(reasons)}; their cache is {found['cache']}"
     if any("failed" in reason for reason in reasons):
-        return Finding("C++ operators", text, PROBLEM, "`basicsr warmup` builds them anew. " + _SWITCHED_OFF, found)
+        return Finding("C++ operators", text, PROBLEM, "`basicsr warmup` rebuilds them. " + _SWITCHED_OFF, found)
     slower = "CPUs use PyTorch's own operators in their place: slower, with the same results."
     if found["switched_off"] or found["compiler"] is None:
         return Finding("C++ operators", text, advice=slower, data=found)
@@ -47,5 +47,5 @@ def _triton(context: Context) -> Finding:
     try:
         context.worker.call("esc_arch.tools.doctor.probes:import_module", "triton")
     except JobFailed as failure:
-        return Finding("triton", f"cannot be imported: {failure}", WARNING, "Install torch anew, which brings it.")
+        return Finding("triton", f"cannot be imported: {failure}", WARNING, "Reinstall torch, which brings it.")
     return Finding("triton", "can be imported")

@@ -115,7 +115,7 @@ def _data(context: Context, label: str, kind: str, root: str) -> Iterator[Findin
     try:
         found = context.worker.call(f"esc_arch.tools.doctor.data_health:{kind}_health", str(folder))
     except JobFailed as failure:
-        yield Finding(label, f"{folder}: reading it failed: {failure}", PROBLEM, "Make it anew, or copy it again.")
+        yield Finding(label, f"{folder}: reading it failed: {failure}", PROBLEM, "Create it again, or copy it again.")
         return
     for index, (text, status, advice) in enumerate(found):
         yield Finding(label if not index else f"{label} ({index + 1})", text, status, advice)

@@ -104,7 +104,7 @@ def native_operators() -> dict[str, Any]:
         "compiler": " ".join(compiler) if compiler else None,
         "version": _first_line_of(*compiler, "--version") if compiler else None,
         "ready": ready,
-        "reasons": operators.reasons_against(),
+        "reasons": operators.unsupported_reasons(),
         "cache": str(library.parent if library else building.cache_folder()),
         "switched_off": os.environ.get("ESC_ARCH_NATIVE") == "0",
     }

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from esc_arch.ops.autotune.comparison import largest_difference, results
-from esc_arch.ops.backends import Survey, survey
+from esc_arch.ops.backends import Survey, explain_dispatch
 from esc_arch.ops.conv3x3 import api as conv3x3_api
 from esc_arch.ops.conv_attn import api as conv_attn_api
 from esc_arch.ops.conv_attn import symmetrise
@@ -40,7 +40,7 @@ class Operation:
         api: its module with `BACKENDS`, the reference first, and `AUTO_ORDER`.
         shapes: of the tensors it is computed from.
         prepare: makes the arguments from these tensors.
-        questions: makes those of `reasons_against` from the arguments.
+        questions: makes those of `unsupported_reasons` from the arguments.
     """
 
     api: ModuleType
@@ -115,13 +115,13 @@ def examine(operation: str, device: str, dtype: str) -> dict[str, Any]:
         "auto": {name: found.chosen for name, found in surveys.items()},
         "reasons": surveys["inference"].reasons,
         "reasons_in_training": surveys["training"].reasons,
-        "left_by_auto": {name: found.reasons_against_auto for name, found in surveys.items()},
+        "left_by_auto": {name: found.auto_skip_reasons for name, found in surveys.items()},
     }
 
 
 def _survey(operation: Operation, tensors: Sequence[Tensor]) -> Survey:
     questions = operation.questions(operation.prepare(*tensors))
-    return survey(operation.api.BACKENDS, operation.api.AUTO_ORDER, *questions)
+    return explain_dispatch(operation.api.BACKENDS, operation.api.AUTO_ORDER, *questions)
 
 
 def compare(operation: str, backend: str, device: str, dtype: str, gradients: bool) -> dict[str, Any]:

@@ -57,7 +57,7 @@ _NEWEST_PYTHON = (3, 13)
 _OLDEST_PYTHON = (3, 10)
 _HINTS = {
     "libGL": "OpenCV wants a library of displays: pip install opencv-python-headless in place of opencv-python.",
-    "undefined symbol": "It was built for another version of PyTorch: install torch and torchvision together, anew.",
+    "undefined symbol": "It was built for another version of PyTorch: reinstall torch and torchvision together.",
     "multiarray": "It was built for another NumPy: pip install --upgrade it.",
 }
 
@@ -113,7 +113,7 @@ def _library(name: str, wanted: dict[str, list[str]], context: Context) -> Findi
     problem, advice = _unmet(name, version, wanted) or ("", "")
     if name in _IMPORTED and (failure := _import_failure(LIBRARIES[name], context)):
         problem = f"cannot be imported: {failure}"
-        advice = next((hint for sign, hint in _HINTS.items() if sign in failure), f"Install {name} anew.")
+        advice = next((hint for sign, hint in _HINTS.items() if sign in failure), f"Reinstall {name}.")
     return Finding(name, f"{version}{', ' * bool(problem)}{problem}", PROBLEM if problem else OK, advice)
 
 
@@ -146,7 +146,7 @@ def _torch_build(context: Context) -> Iterator[Finding]:
     try:
         build = context.worker.call("esc_arch.tools.doctor.probes:torch_build")
     except JobFailed as failure:
-        yield Finding("torch build", str(failure), PROBLEM, "Install torch anew.")
+        yield Finding("torch build", str(failure), PROBLEM, "Reinstall torch.")
         return
     yield Finding("torch build", build["text"], data=build)
 

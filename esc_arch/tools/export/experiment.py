@@ -17,7 +17,7 @@ __all__ = ["Training", "read_experiment"]
 
 #: Of the networks of an experiment and of weights, what must be the same.
 COMPARED = ("type", "dim", "n_blocks", "upscaling_factor")
-#: Data sets that make LR images anew each time they are drawn, by chance.
+#: Data sets that make LR images again each time they are drawn, by chance.
 ON_THE_FLY = ("RealESRGANDataset",)
 
 

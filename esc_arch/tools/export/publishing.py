@@ -164,9 +164,7 @@ def _completed(facts: Facts, training: Training | None, scale: int, urls: Sequen
     facts = replace(facts, dataset=dataset, date=date)
     problems = [*_missing(facts), *_wrong(facts, scale), *url_problems(urls), *_nameless(urls)]
     if problems:
-        raise UserError(
-            "To be given or mended before this can be published:" + "".join(f"\n - {line}" for line in problems)
-        )
+        raise UserError("Cannot publish yet. Please give or fix:" + "".join(f"\n - {line}" for line in problems))
     assert facts.licence is not None
     spelling = {licence.lower(): licence for licence in LICENCES}
     texts = {key: getattr(facts, key).strip() for key in ("name", "description", "dataset")}

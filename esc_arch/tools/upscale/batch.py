@@ -46,7 +46,7 @@ class Options:
         settings: how images are enlarged.
         quality, lossless: of what is written, see `Form`.
         batch: images of equal size that run together; None for what suits the device.
-        overwrite: make anew what is there.
+        overwrite: replace existing results.
         video: codec, crf and pixel_format of `upscale_video`, where they are chosen.
     """
 

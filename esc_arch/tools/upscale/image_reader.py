@@ -253,7 +253,7 @@ def _by_opencv(path: Path, *, grey: bool) -> Pixels:
     finally:
         cv2.utils.logging.setLogLevel(level)
     if found is None or found.dtype != np.uint16:
-        raise UserError("its 16-bit pixels cannot be decoded. Save it anew, as PNG or uncompressed TIFF.")
+        raise UserError("its 16-bit pixels cannot be decoded. Save it again, as PNG or uncompressed TIFF.")
     pixels = cast(Pixels, found).reshape(*found.shape[:2], -1)
     if grey:
         return pixels[..., :1] if pixels.shape[2] < 4 else pixels[..., [0, 3]]
@@ -322,7 +322,7 @@ def _deep_tiff(path: Path, page: Any) -> Pixels:
         pixels = _by_opencv(path, grey=grey)
     pixels = pixels.astype(np.uint16, copy=False)
     if pixels.shape[2] < colours:
-        raise UserError(f"its pixels have {pixels.shape[2]} channels and should have {colours} or more. Save it anew.")
+        raise UserError(f"its pixels have {pixels.shape[2]} channels and should have {colours} or more. Save it again.")
     kinds = [int(kind) for kind in page.extrasamples]
     colour = pixels[..., :colours]
     if page.photometric == 0:

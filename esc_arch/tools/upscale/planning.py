@@ -234,7 +234,7 @@ class _Planner:
 
 
 def _longest_part(length: int, most: int, align: int) -> int:
-    """Of the parts that a side is cut into."""
+    """Longest tile along one side."""
     return max(last - first for first, last in cuts(length, most, align))
 
 

@@ -1,4 +1,4 @@
-"""Fast tiling: an image in overlapping tiles, each through the whole network. Close to the whole-image result, not it.
+"""Fast tiling: an image in overlapping tiles, each through the whole network. Approximate.
 
 Tiles begin at multiples of the attention's window, so that windows are those of the whole image; they are blended
 where they overlap. What is left to decide is where the means come from that ConvAttn makes its kernels from.

@@ -82,7 +82,7 @@ class Settings:
         direct = upscaler.any_scale and self.scale is not None and self.scale >= 1
         scale = self.scale if direct else None
         if self.pre_pad and not float(upscaler.scale if scale is None else scale).is_integer():
-            raise UserError(f"pre_pad goes with whole scales, not with {scale or upscaler.scale:g}. Leave it away.")
+            raise UserError(f"pre_pad goes with whole scales, not with {scale or upscaler.scale:g}. Omit it.")
         return scale
 
 

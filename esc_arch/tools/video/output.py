@@ -91,7 +91,7 @@ QUALITIES = {
     "hevc_nvenc": Quality("cq", 21, 51, {"rc": "vbr", "b": "0"}),
     "av1_nvenc": Quality("cq", 26, 63, {"rc": "vbr", "b": "0"}),
 }
-#: The least side of a frame, for encoders that spoil the memory where it is smaller (SVT-AV1 4.2, frames of 8 x 8).
+#: The least side of a frame, for encoders that corrupt memory below this size (SVT-AV1 4.2, frames of 8 x 8).
 SMALLEST = {"libsvtav1": 16}
 #: Others that are often asked for.
 WITHOUT_QUALITY = ("ffv1", "prores_ks")
@@ -205,7 +205,7 @@ def quality_of(codec: str, crf: float | None) -> dict[str, str]:
     """
     if codec not in QUALITIES:
         if crf is not None:
-            raise UserError(f"crf: {crf:g} given, but the encoder {codec} takes none. Leave it away.")
+            raise UserError(f"crf: {crf:g} given, but the encoder {codec} takes none. Omit it.")
         return {}
     found = QUALITIES[codec]
     if crf is not None and not 0 <= crf <= found.most:
@@ -409,7 +409,7 @@ class Encoder:
 
 
 def join(folder: WorkFolder, form: Form, source: Path, video: int, start: int, target: Path) -> None:
-    """Write a video file from segments, and with it all else of the source, copied: nothing is encoded anew.
+    """Write a video file from segments, and with it all else of the source, copied: nothing is encoded again.
 
     What the target's container cannot hold is left out, with a warning.
 

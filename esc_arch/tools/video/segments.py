@@ -113,7 +113,7 @@ class WorkFolder:
             segment = Segment.read(self._segment(index))
             if segment is None:
                 raise UserError(
-                    f"{self._segment(index)} is damaged: the disk may be. Remove the folder and start anew."
+                    f"{self._segment(index)} is damaged: the disk may be. Remove the folder and start over."
                 )
             yield from segment.packets
 
@@ -156,7 +156,7 @@ class WorkFolder:
         while (path := self._segment(len(self.segments))).is_file():
             segment = Segment.read(path)
             if segment is None:
-                logger.warning("%s is damaged: its frames, and those behind, are made anew.", path)
+                logger.warning("%s is damaged: its frames, and those behind, are made again.", path)
                 break
             self.segments.append(_outline(segment))
         used = {self._segment(index) for index in range(len(self.segments))}
@@ -182,7 +182,7 @@ def _left(path: Path, settings: Mapping[str, Any], target: Path) -> int | None:
     if before == now:
         return length
     changed = [key for key in now if before.get(key) != now[key]]
-    logger.warning("%s: what an earlier run left was made with another %s; it starts anew.", target, ", ".join(changed))
+    logger.warning("%s: what an earlier run left was made with another %s; it starts over.", target, ", ".join(changed))
     return None
 
 
@@ -203,7 +203,7 @@ def _locked(path: Path, target: Path) -> Iterator[None]:
 def decoding_times(shown: Sequence[int]) -> list[int]:
     """When packets are to be decoded: growing, and never after they are shown.
 
-    An encoder's own times start anew with each segment. These are the times of all frames in order, put off by as many
+    An encoder's own times restart with each segment. These are the times of all frames in order, put off by as many
     frames as the order of decoding needs.
 
     Args:

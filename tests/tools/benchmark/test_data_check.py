@@ -164,7 +164,7 @@ def test_a_right_set(root: Path, capsys: Any) -> None:
     for record in findings(capsys, "--sets", "Set5").values():
         assert (record["state"], record["images"], record["expected"]) == ("ok", 5, 5)
         assert record["resampling"] == MATLAB and record["problems"] == record["notes"] == ""
-    assert "mend" not in out
+    assert "To fix" not in out
 
 
 def test_wrong_lr_is_named_and_can_be_mended(root: Path, capsys: Any) -> None:
@@ -182,7 +182,7 @@ def test_wrong_lr_is_named_and_can_be_mended(root: Path, capsys: Any) -> None:
     assert {scale: record["state"] for scale, record in findings(capsys, "--sets", "Set5").items()} == {
         2: "ok", 3: "problem", 4: "ok"
     }  # fmt: skip
-    (line,) = [line for line in out.splitlines() if line.startswith("To mend Set5")]
+    (line,) = [line for line in out.splitlines() if line.startswith("To fix Set5")]
     move, prepare = (shlex.split(command) for command in line.partition(": ")[2].split(" && "))
     assert move[0] == "mv" and prepare[:3] == ["basicsr", "prepare", "benchmark"]
     shutil.move(*move[1:])
@@ -196,7 +196,7 @@ def test_sets_that_are_missing(work_folder: Path, capsys: Any) -> None:
     flat = " ".join(out.split())
     for name in ("Set5", "Set14", "B100", "Urban100", "Manga109"):
         assert f"{name} x4: There are no HR images in datasets/benchmark/{name}/HR. It is the set of " in flat
-        assert f"To mend {name}: put all of its HR images in FOLDER, and basicsr prepare benchmark -i FOLDER -o" in out
+        assert f"To fix {name}: put all of its HR images in FOLDER, and basicsr prepare benchmark -i FOLDER -o" in out
         assert KNOWN_SETS[name].source in flat
     assert "DIV2K" not in out
 
@@ -207,7 +207,7 @@ def test_hr_images_alone_can_be_prepared(root: Path, capsys: Any) -> None:
     for path in (root.parents[1] / "source").iterdir():
         shutil.copy(path, root / "Set5")
     status, out = check(capsys, "--sets", "Set5")
-    (line,) = [line for line in out.splitlines() if line.startswith("To mend Set5")]
+    (line,) = [line for line in out.splitlines() if line.startswith("To fix Set5")]
     assert status == 1
     assert main(shlex.split(line.partition(": ")[2])[1:]) == 0
     assert check(capsys, "--sets", "Set5")[0] == 0
@@ -217,7 +217,7 @@ def test_images_that_are_missing_or_strange(root: Path, capsys: Any) -> None:
     (root / "Set5/HR/head.png").unlink()
     (root / "Set5/LR_bicubic/X2/birdx2.png").rename(root / "Set5/LR_bicubic/X2/birdx4.png")
     assert (
-        "To mend Set5: put all of its HR images in FOLDER, and mv datasets/benchmark/Set5 datasets/benchmark/Set5_old "
+        "To fix Set5: put all of its HR images in FOLDER, and mv datasets/benchmark/Set5 datasets/benchmark/Set5_old "
         "&& basicsr prepare benchmark -i FOLDER -o datasets/benchmark/Set5\n"
     ) in check(capsys, "--sets", "Set5")[1]
     found = findings(capsys, "--sets", "Set5")
@@ -275,7 +275,7 @@ def test_data_of_an_option_file(root: Path, work_folder: Path, capsys: Any) -> N
     status, out = check(capsys, "-opt", "test.yml")
     assert status == 1
     assert "There are no LR images in datasets/benchmark/Set5/LR_bicubic/X3." in out
-    assert "To mend: basicsr prepare benchmark -i HR_FOLDER -o NEW_FOLDER" in out
+    assert "To fix: basicsr prepare benchmark -i HR_FOLDER -o NEW_FOLDER" in out
 
 
 def test_div2k_as_published_and_as_prepared(work_folder: Path, capsys: Any) -> None:

@@ -78,7 +78,7 @@ def test_backend(backend: str) -> None:
 
 
 def test_backend_of_a_backend_that_cannot_run(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(naive, "reasons_against", lambda *_: ["it is broken"])
+    monkeypatch.setattr(naive, "unsupported_reasons", lambda *_: ["it is broken"])
     with pytest.raises(UserError, match=r"--backend naive: attn_type naive cannot run here\. naive: it is broken"):
         measure(ESC(**SMALL), 6, 5, Protocol(device="cpu", backend="naive"))
 

@@ -13,7 +13,7 @@ from esc_arch.tools.doctor.report import OK, PROBLEM, WARNING, Finding, Report
 @pytest.fixture
 def report() -> Report:
     made = Report()
-    made.add("first", [Finding("a", "one"), Finding("a: b", "two", WARNING, "Mend it.", {"n": 1})])
+    made.add("first", [Finding("a", "one"), Finding("a: b", "two", WARNING, "Fix it.", {"n": 1})])
     made.add("second", [Finding("c", "three", PROBLEM)])
     return made
 
@@ -23,7 +23,7 @@ def test_text(report: Report) -> None:
         "[first]",
         "- a    one",
         "WARNING   b  two",
-        "    -> Mend it.",
+        "    -> Fix it.",
         "",
         "[second]",
         "PROBLEM c  three",
@@ -34,10 +34,10 @@ def test_text(report: Report) -> None:
 
 def test_the_same_advice_is_given_once() -> None:
     report = Report()
-    report.add("a", [Finding(key, "", WARNING, "Mend it.") for key in "bc"] + [Finding("d", "")])
-    report.add("a", [Finding("e", "", WARNING, "Mend it.")])
+    report.add("a", [Finding(key, "", WARNING, "Fix it.") for key in "bc"] + [Finding("d", "")])
+    report.add("a", [Finding("e", "", WARNING, "Fix it.")])
     lines = report.as_text(colours=False).splitlines()
-    assert lines[1:7] == ["WARNING b", "    -> Mend it.", "WARNING c", "- d", "WARNING e", "    -> Mend it."]
+    assert lines[1:7] == ["WARNING b", "    -> Fix it.", "WARNING c", "- d", "WARNING e", "    -> Fix it."]
 
 
 def test_colours_only_what_is_wrong(report: Report) -> None:
@@ -56,7 +56,7 @@ def test_json_has_the_same(report: Report) -> None:
         "sections": {
             "first": [
                 {"key": "a", "status": "ok", "text": "one"},
-                {"key": "a: b", "status": "warning", "text": "two", "advice": "Mend it.", "data": {"n": 1}},
+                {"key": "a: b", "status": "warning", "text": "two", "advice": "Fix it.", "data": {"n": 1}},
             ],
             "second": [{"key": "c", "status": "problem", "text": "three"}],
         },

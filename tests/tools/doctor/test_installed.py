@@ -153,8 +153,8 @@ def test_the_published_copy() -> None:
     assert found["basicsr"].text == f"{Path(basicsr.__file__).resolve().parent}, 1.4.2: its files are as installed"
     assert found["basicsr"].data["changes"] == [] and found["basicsr"].status == "ok"
     assert found["esc_arch"].data["folder"] == str(Path(register.__file__).parent)
-    assert "BasicSR 1.4.2" in found["mended functions"].text
-    assert "basicsr.train.load_resume_state" in found["mended functions"].data
+    assert "BasicSR 1.4.2" in found["patched functions"].text
+    assert "basicsr.train.load_resume_state" in found["patched functions"].data
 
 
 def test_a_changed_copy(clone: Path) -> None:
@@ -199,7 +199,7 @@ def test_a_distribution_of_another_name(clone: Path, monkeypatch: pytest.MonkeyP
 
 def test_functions_that_are_not_mended(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(basicsr, "__version__", "1.3.5")
-    found = by_key(installation.examine(context()))["mended functions"]
+    found = by_key(installation.examine(context()))["patched functions"]
     assert found.status == WARNING and found.text == "none of this BasicSR: this is 1.3.5"
 
 
@@ -233,15 +233,15 @@ def test_another_esc_arch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
     [
         ("ModuleNotFoundError: No module named 'basicsr'", "pip install --no-build-isolation basicsr==1.4.2"),
         ("ImportError: libGL.so.1: cannot open", "opencv-python-headless"),
-        ("ImportError: torchvision/_C.so: undefined symbol", "install torch and torchvision anew"),
-        ("ValueError: x", "Mend this first"),
+        ("ImportError: torchvision/_C.so: undefined symbol", "reinstall torch and torchvision"),
+        ("ValueError: x", "Fix this first"),
     ],
 )
 def test_a_failed_import(failure: str, advice: str) -> None:
     found = by_key(installation.examine(context(failure)))
     assert found["import"].text == f"esc_arch cannot be imported: {failure}"
     assert found["import"].status == PROBLEM and advice in found["import"].advice
-    assert "mended functions" not in found
+    assert "patched functions" not in found
 
 
 def test_stand_ins_are_told_from_the_originals(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -68,9 +68,7 @@ def replace(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
 
     def replace(order: tuple[str, ...], **others: Callable[..., Tensor]) -> None:
         api = OPERATIONS["LayerNorm"].api
-        made = {
-            name: SimpleNamespace(reasons_against=lambda *_: [], forward=forward) for name, forward in others.items()
-        }
+        made = {name: SimpleNamespace(unsupported_reasons=lambda *_: [], forward=each) for name, each in others.items()}
         monkeypatch.setattr(api, "BACKENDS", {"reference": api.BACKENDS["reference"]} | made)
         monkeypatch.setattr(api, "AUTO_ORDER", order)
         monkeypatch.setattr(backends, "_OPERATIONS", ("LayerNorm",))

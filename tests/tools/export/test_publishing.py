@@ -380,7 +380,7 @@ def test_what_is_missing_is_asked_for_at_once(weights: Path, tmp_path: Path) -> 
     with pytest.raises(UserError) as raised:
         publish(weights, tmp_path / "out", Facts(description="  "))
     lines = str(raised.value).splitlines()
-    assert lines[0] == "To be given or mended before this can be published:"
+    assert lines[0] == "Cannot publish yet. Please give or fix:"
     flags = ["--name", "--author", "--license", "--dataset", "--description", "--tags"]
     assert [line.split()[1] for line in lines[1:]] == flags
     assert list(tmp_path.iterdir()) == [weights]

@@ -317,7 +317,7 @@ def test_settings_that_cannot_be(options: dict[str, Any], message: str) -> None:
 
 
 def test_padding_goes_with_whole_scales(any_scale: Upscaler) -> None:
-    with pytest.raises(UserError, match=r"pre_pad goes with whole scales, not with 2\.5\. Leave it away\."):
+    with pytest.raises(UserError, match=r"pre_pad goes with whole scales, not with 2\.5\. Omit it\."):
         enlarge_pixels(any_scale, PHOTOGRAPH, lambda _: None, Settings(scale=2.5, pre_pad=4))
 
 

@@ -657,7 +657,7 @@ def test_other_settings_start_anew(upscaler: Upscaler, tmp_path: Path, log: pyte
     network.shapes.clear()
     upscale_video(network, source, target, crf=30)
     assert len(network.shapes) == 9
-    assert f"{target}: what an earlier run left was made with another video settings; it starts anew." in log.messages
+    assert f"{target}: what an earlier run left was made with another video settings; it starts over." in log.messages
     other = write_clip(tmp_path / "other.mp4", count=9, options={"crf": "9"})
     object.__setattr__(network, "at", 7)
     network.shapes.clear()
@@ -665,7 +665,7 @@ def test_other_settings_start_anew(upscaler: Upscaler, tmp_path: Path, log: pyte
         upscale_video(network, other, target, overwrite=True)
     shutil.copy(source, other)
     upscale_video(network, other, target, overwrite=True)
-    assert f"{target}: what an earlier run left was made with another source; it starts anew." in log.messages
+    assert f"{target}: what an earlier run left was made with another source; it starts over." in log.messages
 
 
 @pytest.mark.usefixtures("short_segments")
@@ -678,7 +678,7 @@ def test_other_weights_start_anew(upscaler: Upscaler, tmp_path: Path, log: pytes
     other = counting(replace(upscaler, net=net.eval()))
     upscale_video(other, source, target)
     assert len(other.shapes) == 9
-    assert "made with another network; it starts anew." in log.text
+    assert "made with another network; it starts over." in log.text
 
 
 @pytest.mark.usefixtures("short_segments")

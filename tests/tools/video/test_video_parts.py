@@ -246,11 +246,11 @@ def test_a_work_folder_keeps_whole_segments(tmp_path: Path, caplog: pytest.LogCa
     second.write_bytes(second.read_bytes()[:-3])
     with WorkFolder.opened(target, settings, 2) as folder:
         assert folder.frames == 2
-    assert "000001.segment is damaged: its frames, and those behind, are made anew." in caplog.text
+    assert "000001.segment is damaged: its frames, and those behind, are made again." in caplog.text
     assert sorted(path.name for path in folder.path.iterdir()) == ["000000.segment", "lock", "manifest.json"]
     with WorkFolder.opened(target, {"codec": "two", "numbers": (1, 2)}, 7) as folder:
         assert (folder.frames, folder.length) == (0, 7)
-    assert f"{target}: what an earlier run left was made with another codec; it starts anew." in caplog.text
+    assert f"{target}: what an earlier run left was made with another codec; it starts over." in caplog.text
     (folder.path / "manifest.json").write_text("{")
     with WorkFolder.opened(target, settings, 2) as folder:
         assert folder.frames == 0
