@@ -21,8 +21,8 @@ from conftest import Run, run_command
 
 from esc_arch.errors import UserError
 from esc_arch.training import distributed
-from esc_arch.training.distributed import launch, watcher
-from esc_arch.training.distributed.watcher import Watcher
+from esc_arch.training.distributed import failure_monitor, launch
+from esc_arch.training.distributed.failure_monitor import FailureMonitor
 
 pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")  # see Exits
 
@@ -57,7 +57,7 @@ def test_a_process_alone_agrees_with_itself() -> None:
 
 @pytest.mark.parametrize("error", [ValueError("one bad image"), KeyboardInterrupt(), SystemExit(143)])
 def test_a_process_alone_fails_as_ever(error: BaseException) -> None:
-    with pytest.raises(type(error)) as raised, distributed.failing_together(lambda _: (1, "")):
+    with pytest.raises(type(error)) as raised, distributed.abort_all_ranks(lambda _: (1, "")):
         raise error
     assert raised.value is error
 
@@ -71,7 +71,7 @@ import torch.distributed as dist
 from esc_arch.training import distributed
 from esc_arch.errors import describe
 
-with distributed.failing_together(describe):
+with distributed.abort_all_ranks(describe):
     distributed.init_dist("pytorch")
     rank = dist.get_rank()
     agreement = distributed.Agreement()
@@ -196,17 +196,17 @@ class Exits(list[int]):
 @pytest.fixture
 def exits(monkeypatch: pytest.MonkeyPatch) -> Exits:
     recorded = Exits()
-    monkeypatch.setattr(watcher, "_exit", recorded)
-    monkeypatch.setattr(watcher, "_PRECEDENCE", 0.0)
-    monkeypatch.setattr(watcher.atexit, "register", lambda function, status: recorded.append(-status))
+    monkeypatch.setattr(failure_monitor, "_exit", recorded)
+    monkeypatch.setattr(failure_monitor, "_PRECEDENCE", 0.0)
+    monkeypatch.setattr(failure_monitor.atexit, "register", lambda function, status: recorded.append(-status))
     return recorded
 
 
 @pytest.fixture
-def watchers(exits: Exits) -> Iterator[list[Watcher]]:
+def watchers(exits: Exits) -> Iterator[list[FailureMonitor]]:
     """Of two processes, here in one."""
     store = dist.HashStore()
-    both = [Watcher(store, rank, 2, poll=0.01) for rank in range(2)]
+    both = [FailureMonitor(store, rank, 2, poll=0.01) for rank in range(2)]
     for each in both:
         each.start()
     yield both
@@ -214,7 +214,7 @@ def watchers(exits: Exits) -> Iterator[list[Watcher]]:
         each.stop()
 
 
-def test_a_failure_ends_the_others(watchers: list[Watcher], exits: Exits, capsys: pytest.CaptureFixture) -> None:
+def test_a_failure_ends_the_others(watchers: list[FailureMonitor], exits: Exits, capsys: pytest.CaptureFixture) -> None:
     watchers[1].fail(2, "lq.png is no image")
     assert sorted(exits) == [-2, 2]  # this one when Python exits, the other one now
     watchers[0].fail(1, "RuntimeError: connection closed by peer")  # a consequence; would not return but in this test
@@ -222,14 +222,14 @@ def test_a_failure_ends_the_others(watchers: list[Watcher], exits: Exits, capsys
     assert sorted(exits) == [-2, -1, 2]
 
 
-def test_a_stuck_process_ends(watchers: list[Watcher], exits: Exits, capsys: pytest.CaptureFixture) -> None:
+def test_a_stuck_process_ends(watchers: list[FailureMonitor], exits: Exits, capsys: pytest.CaptureFixture) -> None:
     watchers[0].expect_progress(0.01)
     wait_until(lambda: exits)
     assert exits == [1]
     assert capsys.readouterr().err == "rank 0 made no progress for 0.01 s after it was expected to go on; stopping\n"
 
 
-def test_a_process_that_goes_on_does_not_end(watchers: list[Watcher], exits: Exits) -> None:
+def test_a_process_that_goes_on_does_not_end(watchers: list[FailureMonitor], exits: Exits) -> None:
     watchers[0].expect_progress(0.1)
     watchers[0].progress()
     time.sleep(0.3)
@@ -237,9 +237,9 @@ def test_a_process_that_goes_on_does_not_end(watchers: list[Watcher], exits: Exi
 
 
 def test_cleaning_up_after_a_failure_has_an_end(
-    watchers: list[Watcher], exits: Exits, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+    watchers: list[FailureMonitor], exits: Exits, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:
-    monkeypatch.setattr(watcher, "_CLEANING", 0.1)
+    monkeypatch.setattr(failure_monitor, "_CLEANING", 0.1)
     watchers[0].fail(2, "message")
     watchers[0].progress()
     wait_until(lambda: exits.count(2) == 2)
@@ -248,12 +248,12 @@ def test_cleaning_up_after_a_failure_has_an_end(
 
 def test_a_signal_reaches_a_process_that_is_stuck(exits: Exits, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
     """Python runs no handler while the main thread waits in C++, as it does for a peer that is gone."""
-    monkeypatch.setattr(watcher, "_GRACE", 0.1)
+    monkeypatch.setattr(failure_monitor, "_GRACE", 0.1)
     handled: list[int] = []
     ended_before_handler: list[bool] = []
-    monkeypatch.setattr(watcher, "_exit", lambda status: (ended_before_handler.append(not handled), exits(status)))
+    monkeypatch.setattr(failure_monitor, "_exit", lambda status: (ended_before_handler.append(not handled), exits(status)))
     earlier = signal.signal(signal.SIGTERM, lambda number, frame: handled.append(number))
-    stuck = Watcher(dist.HashStore(), 0, 2, poll=0.01)
+    stuck = FailureMonitor(dist.HashStore(), 0, 2, poll=0.01)
     stuck.start()
     try:
         threading.Timer(0.1, os.kill, (os.getpid(), signal.SIGTERM)).start()
@@ -267,8 +267,8 @@ def test_a_signal_reaches_a_process_that_is_stuck(exits: Exits, monkeypatch: pyt
 
 
 def test_a_signal_that_is_handled_ends_nothing(exits: Exits, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(watcher, "_GRACE", 0.05)
-    going_on = Watcher(dist.HashStore(), 0, 2, poll=0.01)
+    monkeypatch.setattr(failure_monitor, "_GRACE", 0.05)
+    going_on = FailureMonitor(dist.HashStore(), 0, 2, poll=0.01)
     earlier = signal.signal(signal.SIGTERM, lambda number, frame: going_on.progress())
     going_on.start()
     for _ in range(20):  # the handler may run before the watcher sees the signal, or after
@@ -285,7 +285,7 @@ def test_a_rendezvous_that_is_lost(exits: Exits, capsys: pytest.CaptureFixture) 
         def check(self, keys: list[str]) -> bool:
             raise dist.DistNetworkError("Connection reset by peer")
 
-    lonely = Watcher(Lost(), 1, 2, poll=0.01)
+    lonely = FailureMonitor(Lost(), 1, 2, poll=0.01)
     lonely.start()
     wait_until(lambda: exits)
     lonely.stop()
@@ -295,7 +295,7 @@ def test_a_rendezvous_that_is_lost(exits: Exits, capsys: pytest.CaptureFixture) 
 
 def test_a_watcher_leaves_nothing_behind(exits: Exits) -> None:
     threads, wakeup = threading.active_count(), signal.set_wakeup_fd(-1)
-    one = Watcher(dist.HashStore(), 0, 1, poll=ENOUGH)
+    one = FailureMonitor(dist.HashStore(), 0, 1, poll=ENOUGH)
     one.start()
     assert threading.active_count() == threads + 1
     one.stop()
@@ -305,7 +305,7 @@ def test_a_watcher_leaves_nothing_behind(exits: Exits) -> None:
 def test_a_watcher_has_a_connection_of_its_own() -> None:
     """The process group's is occupied while the main thread waits for a key on it."""
     served = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
-    own = watcher._own_connection(dist.PrefixStore("default_pg", served))
+    own = failure_monitor._own_connection(dist.PrefixStore("default_pg", served))
     waiting = threading.Thread(target=served.wait, args=(["the end"], timedelta(seconds=ENOUGH)))
     waiting.start()
     assert not own.check(["failure"])

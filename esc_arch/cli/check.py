@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from esc_arch.errors import USER_ERROR, UserError
-from esc_arch.options import Extent, Finding, Inspection, Place, inspect_options
+from esc_arch.options import CheckScope, Finding, Inspection, Place, inspect_options
 from esc_arch.options.files import YAMLError
 from esc_arch.options.schema import options_schema
 from esc_arch.project import add_import_argument
@@ -73,7 +73,7 @@ class _Result:
                 is_train=_PURPOSES[args.purpose],
                 force_yml=args.force_yml,
                 auto_resume=args.auto_resume,
-                extent=Extent(thorough=True, with_files=not args.no_data),
+                extent=CheckScope(thorough=True, with_files=not args.no_data),
             )
             self.errors = self.inspection.errors
         except UserError as error:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from esc_arch.checkpoints.conversion import build_network
 from esc_arch.errors import FAULT, UserError
-from esc_arch.models.speed import Speed, speed_problems
+from esc_arch.models.performance import PerformanceOptions, performance_problems
 from esc_arch.modules.window_attention import WindowAttention
 from esc_arch.ops import cpu
 from esc_arch.ops.backends import UnusableBackend, explain_dispatch
@@ -83,7 +83,7 @@ def _device(name: str) -> torch.device:
     return torch.device("cuda" if available and name != "cpu" else "cpu")
 
 
-def _networks(file: str | None) -> Iterator[tuple[str, nn.Module, Speed | None]]:
+def _networks(file: str | None) -> Iterator[tuple[str, nn.Module, PerformanceOptions | None]]:
     """What to run by name, and how it is trained if it is."""
     if file is None:
         for scale in SCALES:
@@ -91,10 +91,10 @@ def _networks(file: str | None) -> Iterator[tuple[str, nn.Module, Speed | None]]
         return
     opt = load_options(file)
     net = _named_network(file, opt.get("network_g"))
-    problems = list(speed_problems(opt, type(net)))
+    problems = list(performance_problems(opt, type(net)))
     if problems:
         raise UserError(f"{file}: {'; '.join(problems)}")
-    yield Path(file).name, net, Speed.of(opt) if opt.get("train") else None
+    yield Path(file).name, net, PerformanceOptions.of(opt) if opt.get("train") else None
 
 
 def _named_network(file: str, section: Any) -> nn.Module:
@@ -134,7 +134,7 @@ def _library() -> Path:
     return library
 
 
-def _warm_up(name: str, net: nn.Module, speed: Speed | None, image: Tensor) -> None:
+def _warm_up(name: str, net: nn.Module, speed: PerformanceOptions | None, image: Tensor) -> None:
     """Run a network twice, with its backward pass when it is to be trained, and say what it took."""
     if speed is not None:
         speed.set_globals()
@@ -163,7 +163,7 @@ def _seconds(net: nn.Module, image: Tensor, train: bool) -> float:
     return time.perf_counter() - start
 
 
-def _attention(net: nn.Module, image: Tensor, speed: Speed | None) -> Iterator[str]:
+def _attention(net: nn.Module, image: Tensor, speed: PerformanceOptions | None) -> Iterator[str]:
     """Which backend the network's window attention takes, and why not the others."""
     module = next((each for each in net.modules() if isinstance(each, WindowAttention)), None)
     if module is None:

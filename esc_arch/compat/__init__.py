@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from . import safe_data, safe_output, safe_training, safe_weights, training_loop  # noqa: F401  note further patches
 from .aliases import add_missing_modules
-from .copies import forget_failed_import, warn_about_copies, warn_about_script
+from .duplicate_installs import forget_failed_import, warn_about_copies, warn_about_script
 from .patches import PATCHES, apply_patches
 
 __all__ = ["PATCHES", "apply_patches", "prepare_import"]

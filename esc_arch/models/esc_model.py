@@ -31,8 +31,15 @@ from esc_arch.errors import UserError
 from esc_arch.losses import build_losses
 from esc_arch.models.comparison import Comparison
 from esc_arch.models.metrics import image_measured, measure
+from esc_arch.models.performance import (
+    PUBLISHED_MODEL,
+    PerformanceOptions,
+    eager,
+    full_float32,
+    is_published_model,
+    performance_problems,
+)
 from esc_arch.models.self_ensemble import self_ensemble
-from esc_arch.models.speed import PUBLISHED_MODEL, Speed, eager, full_float32, is_published_model, speed_problems
 from esc_arch.models.validation_pictures import validation_picture
 from esc_arch.ops.padding import reflect_pad_to_multiple
 from esc_arch.training.distributed import gather_objects
@@ -78,7 +85,7 @@ class ESCModel(SRModel):
      - ``val: per_image: true`` writes the metrics of each image to ``visualization/per_image/<data set>.csv``.
      - ``val: tb_images: N`` shows LR, result and ground truth of N images of each set in TensorBoard.
      - ``train: amp, channels_last, compile, accumulate_grad, gradient_clip, tf32, activation_checkpointing,
-       nonfinite``: see `esc_arch.models.speed.Speed`.
+       nonfinite``: see `esc_arch.models.performance.PerformanceOptions`.
      - ``train: losses`` adds losses by name, ``freeze`` and ``lr_factors`` choose parameters by patterns.
      - ``logger: keep_last: N`` keeps the newest N checkpoints, and the networks that were best by a metric.
 
@@ -95,7 +102,7 @@ class ESCModel(SRModel):
     keeps_figures = True
 
     def __init__(self, opt: dict[str, Any]) -> None:
-        self.speed = Speed.of(opt)
+        self.speed = PerformanceOptions.of(opt)
         self.speed.set_globals()
         self._clip_halves = is_published_model(opt)
         if self._clip_halves and opt["is_train"] and self.speed.gradient_clip is not None:
@@ -122,7 +129,7 @@ class ESCModel(SRModel):
     def option_problems(cls, opt: Mapping[str, Any]) -> Iterator[str]:
         """What in a training's options does not go with this model: the key, the value and the cure."""
         network = (opt.get("network_g") or {}).get("type")
-        yield from speed_problems(opt, ARCH_REGISTRY.get(network) if network in ARCH_REGISTRY else None)
+        yield from performance_problems(opt, ARCH_REGISTRY.get(network) if network in ARCH_REGISTRY else None)
 
     # --- training ---------------------------------------------------------------------------------------------------
 

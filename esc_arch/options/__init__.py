@@ -15,13 +15,13 @@ from esc_arch.project import add_import_argument
 from esc_arch.training.distributed import gather_objects, init_dist, print_note, resolve_launcher
 
 from .checks import check_options
-from .data_checks import Extent
+from .data_checks import CheckScope
 from .files import Options, apply_force_yml, load_options, load_with_positions, load_yaml
 from .inspection import Finding, Inspection, inspect_options
 from .positions import Place, Positions
 
 __all__ = [
-    "Extent",
+    "CheckScope",
     "Finding",
     "Inspection",
     "Options",

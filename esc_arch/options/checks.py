@@ -23,7 +23,7 @@ from esc_arch.models.esc_model import PROTOCOLS
 from esc_arch.models.metrics import needs_ground_truth
 from esc_arch.suggestions import did_you_mean
 
-from .data_checks import Extent, check_data
+from .data_checks import CheckScope, check_data
 from .files import Options
 from .key_usage import usage_of
 from .section_checks import check_call, check_type, entries, is_basicsr_s_or_ours, is_integer, sr_model
@@ -36,12 +36,12 @@ _MAX_SEED = 2**32 - 1  # numpy's
 _OF_TENSORS = ("calculate_psnr_pt", "calculate_ssim_pt")
 
 
-def check_options(opt: Options, is_train: bool, extent: Extent | None = None) -> list[str]:
+def check_options(opt: Options, is_train: bool, extent: CheckScope | None = None) -> list[str]:
     """All that is wrong with `opt` for training or testing; each entry names the key, the value and the cure.
 
     Options with a section of the wrong type are not looked at further. `extent` says how much of the data is.
     """
-    extent = extent or Extent()
+    extent = extent or CheckScope()
     return check_shape(opt) or list(
         chain(
             _check_general(opt, extent),
@@ -90,7 +90,7 @@ def _check_keys(section: Mapping[Any, Any], path: str) -> Iterator[str]:
             yield from _check_keys(value, f"{path}{key}:")
 
 
-def _check_general(opt: Options, extent: Extent) -> Iterator[str]:
+def _check_general(opt: Options, extent: CheckScope) -> Iterator[str]:
     yield from check_type("model_type", opt.get("model_type"), entries(MODEL_REGISTRY))
     seed = opt.get("manual_seed")
     if seed is not None and not (is_integer(seed, least=0) and seed <= _MAX_SEED):
@@ -98,7 +98,7 @@ def _check_general(opt: Options, extent: Extent) -> Iterator[str]:
     yield from _check_num_gpu(opt, extent)
 
 
-def _check_num_gpu(opt: Options, extent: Extent) -> Iterator[str]:
+def _check_num_gpu(opt: Options, extent: CheckScope) -> Iterator[str]:
     asked, available = opt.get("num_gpu", "auto"), torch.cuda.device_count()
     if asked == "auto":
         return
@@ -142,7 +142,7 @@ def _check_scale(opt: Options) -> Iterator[str]:
             )
 
 
-def _check_datasets(opt: Options, is_train: bool, extent: Extent) -> Iterator[str]:
+def _check_datasets(opt: Options, is_train: bool, extent: CheckScope) -> Iterator[str]:
     datasets = opt["datasets"]
     if is_train and "train" not in datasets:
         yield f"datasets: has {', '.join(datasets)} but no train; training needs it. To test, use basicsr test"
@@ -170,7 +170,7 @@ def _phase_problem(phase: str, is_train: bool) -> str | None:
     return f"not known when {'training' if is_train else 'testing'}. {did_you_mean(phase, allowed)}"
 
 
-def _check_dataset(path: str, dataset: Options, opt: Options, extent: Extent) -> Iterator[str]:
+def _check_dataset(path: str, dataset: Options, opt: Options, extent: CheckScope) -> Iterator[str]:
     types = entries(DATASET_REGISTRY)
     kind = types.get(str(dataset.get("type")))
     yield from check_type(f"{path}:type", dataset.get("type"), types)

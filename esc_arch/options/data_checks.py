@@ -2,7 +2,7 @@
 
 Only BasicSR's datasets and ours are looked into; of others only the folders are looked for. Sizes come from
 the lists of LMDBs, or from the headers of images in folders: before a run those of the first, and nothing is
-decoded; `basicsr check` looks at more, see `Extent`.
+decoded; `basicsr check` looks at more, see `CheckScope`.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from esc_arch.suggestions import did_you_mean
 from .files import Options
 from .lmdb_checks import check_content
 
-__all__ = ["Extent", "check_data"]
+__all__ = ["CheckScope", "check_data"]
 
 Size = tuple[int, int]  # height, width
 
@@ -54,7 +54,7 @@ _HR_DATASETS = ("ArbitraryScaleDataset", "DownsampleImageDataset")
 
 
 @dataclass
-class Extent:
+class CheckScope:
     """How much of what an option file names is looked at.
 
     Attributes:
@@ -115,7 +115,7 @@ class _SizeRule:
 
 
 def check_data(
-    path: str, dataset: Options, kind: type, *, scale: Any, metrics: Mapping[str, Options], extent: Extent
+    path: str, dataset: Options, kind: type, *, scale: Any, metrics: Mapping[str, Options], extent: CheckScope
 ) -> Iterator[str]:
     """All that is wrong with the data of `dataset`, an instance of `kind` to be, at `path` in the option file.
 
@@ -215,7 +215,7 @@ def _check_gt_size(path: str, dataset: Options, scale: Any) -> Iterator[str]:
         yield f"{path}:gt_size: {size} given; must be divisible by scale {scale}: use {' or '.join(map(str, near))}"
 
 
-def _check_images(path: str, dataset: Options, rule: _SizeRule | None, extent: Extent) -> Iterator[str]:
+def _check_images(path: str, dataset: Options, rule: _SizeRule | None, extent: CheckScope) -> Iterator[str]:
     """Whether there are images, LQ and GT ones for each other, and, with a rule, of sizes that go together."""
     folders = {key: dataset[key] for key in _ROOTS_READ[dataset["type"]]}
     if _backend(dataset) == "lmdb":
@@ -238,7 +238,7 @@ def _check_images(path: str, dataset: Options, rule: _SizeRule | None, extent: E
             yield from _check_single_images(path, [os.path.join(folders[key], name) for name in names], rule, extent)
 
 
-def _check_hr_images(path: str, dataset: Options, is_train: bool, extent: Extent) -> Iterator[str]:
+def _check_hr_images(path: str, dataset: Options, is_train: bool, extent: CheckScope) -> Iterator[str]:
     """Whether there are images under each root, and, for training, whether patches can be cut from them."""
     try:
         images = HRImages(dataset)
@@ -276,7 +276,7 @@ def _list_images(folder: str) -> list[str]:
 
 
 def _check_folders(
-    path: str, dataset: Options, lq: list[str], gt: list[str], rule: _SizeRule | None, extent: Extent
+    path: str, dataset: Options, lq: list[str], gt: list[str], rule: _SizeRule | None, extent: CheckScope
 ) -> Iterator[str]:
     if len(lq) != len(gt):
         yield (
@@ -297,7 +297,7 @@ def _without_partner(dataset: Options, lq: list[str], gt: list[str]) -> str:
 
 
 def _check_listed_images(
-    path: str, dataset: Options, folders: dict[str, str], rule: _SizeRule | None, extent: Extent
+    path: str, dataset: Options, folders: dict[str, str], rule: _SizeRule | None, extent: CheckScope
 ) -> Iterator[str]:
     key = _list_key(dataset)
     names = read_names(dataset[key])
@@ -315,7 +315,7 @@ def _check_listed_images(
             yield from _check_single_images(path, files, rule, extent)
 
 
-def _check_single_images(path: str, files: list[str], rule: _SizeRule | None, extent: Extent) -> Iterator[str]:
+def _check_single_images(path: str, files: list[str], rule: _SizeRule | None, extent: CheckScope) -> Iterator[str]:
     extent.facts.append(f"{path}: {len(files):,} images")
     if rule is not None and rule.metrics:
         yield from _check_measurable(path, ((file, _image_size(file)) for file in extent.chosen(files)), rule)
@@ -326,7 +326,7 @@ def _check_measurable(path: str, sizes: Iterable[tuple[str, Size | None]], rule:
 
 
 def _check_pairs(
-    path: str, dataset: Options, gt_names: list[str], rule: _SizeRule | None, extent: Extent
+    path: str, dataset: Options, gt_names: list[str], rule: _SizeRule | None, extent: CheckScope
 ) -> Iterator[str]:
     """Whether each of `gt_names`, and the LQ image that belongs to it, is a file, and the sizes of some or all."""
     template = dataset.get("filename_tmpl", "{}")
@@ -417,7 +417,7 @@ def _decode(file: str) -> Any:
         return None
 
 
-def _check_lmdbs(path: str, folders: dict[str, str], rule: _SizeRule | None, extent: Extent) -> Iterator[str]:
+def _check_lmdbs(path: str, folders: dict[str, str], rule: _SizeRule | None, extent: CheckScope) -> Iterator[str]:
     problems = [problem for key, folder in folders.items() for problem in _check_lmdb(f"{path}:{key}", folder)]
     yield from problems
     if problems:

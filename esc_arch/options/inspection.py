@@ -10,7 +10,7 @@ from esc_arch.errors import UserError
 from esc_arch.project import import_modules
 
 from .checks import check_options, check_shape
-from .data_checks import Extent
+from .data_checks import CheckScope
 from .defaults import set_debug, set_defaults, set_paths
 from .files import Options, apply_force_yml, load_with_positions
 from .key_checks import check_values, unknown_keys
@@ -61,7 +61,7 @@ def inspect_options(
     auto_resume: bool = False,
     debug: bool = False,
     dist: bool = False,
-    extent: Extent | None = None,
+    extent: CheckScope | None = None,
 ) -> Inspection:
     """Read an option file, complete it, and check all of it.
 
@@ -73,7 +73,7 @@ def inspect_options(
     Raises:
         UserError: the file or an entry of `force_yml` cannot be read at all.
     """
-    extent = extent or Extent()
+    extent = extent or CheckScope()
     opt, positions = load_with_positions(file)
     apply_force_yml(opt, force_yml, positions)
     if is_train is None:

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from esc_arch.models.esc_model import PROTOCOLS
-from esc_arch.models.speed import COMPILE_MODES
+from esc_arch.models.performance import COMPILE_MODES
 
 __all__ = [
     "DATASET",

@@ -26,14 +26,14 @@ from esc_arch.ops.window_attention import BACKENDS
 from esc_arch.ops.window_attention.bias import parameters_of
 from esc_arch.training.parameter_groups import freeze, pattern_problems
 
-from .data_checks import Extent
+from .data_checks import CheckScope
 from .files import Options
 from .section_checks import entries, is_basicsr_s_or_ours, is_esc_model
 
 __all__ = ["check_networks"]
 
 
-def check_networks(opt: Options, is_train: bool, extent: Extent | None = None) -> Iterator[str]:
+def check_networks(opt: Options, is_train: bool, extent: CheckScope | None = None) -> Iterator[str]:
     """All that is wrong with the values of `network_*`, the files of `path: pretrain_network_*`, and name patterns.
 
     An attention backend asked for by name that cannot train (or test) on this machine is wrong, too.
@@ -41,7 +41,7 @@ def check_networks(opt: Options, is_train: bool, extent: Extent | None = None) -
     To be called when `checks.check_options` finds nothing wrong. A network that cannot be built without memory is
     left to BasicSR; or, when `extent` is thorough, built with memory.
     """
-    extent = extent or Extent()
+    extent = extent or CheckScope()
     keys = [key for key in opt if key.startswith("network_") and (is_train or key == "network_g")]
     for key in [key for key in keys if isinstance(opt[key], dict)]:
         net = _build(opt[key], extent)
@@ -85,7 +85,7 @@ def _has_zero_factors(net: nn.Module) -> bool:
     return any(isinstance(module, FactorBiasWindowAttention) and not module.scaled for module in net.modules())
 
 
-def _build(section: Options, extent: Extent) -> nn.Module | str | None:
+def _build(section: Options, extent: CheckScope) -> nn.Module | str | None:
     """A network, what its constructor has against the arguments, or None when that cannot be told from here."""
     kind = entries(ARCH_REGISTRY)[section["type"]]
     is_ours = kind.__module__.startswith("esc_arch.")
@@ -156,7 +156,7 @@ def _is_resumed(opt: Options) -> bool:
     return bool(opt.get("auto_resume") or opt["path"].get("resume_state"))
 
 
-def _check_pretrained(opt: Options, key: str, net: nn.Module, extent: Extent) -> Iterator[str]:
+def _check_pretrained(opt: Options, key: str, net: nn.Module, extent: CheckScope) -> Iterator[str]:
     paths, label, source = opt["path"], key.removeprefix("network_"), _pretrained(opt, key)
     if source is None:
         return

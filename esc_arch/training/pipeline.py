@@ -12,7 +12,7 @@ from typing import Any
 
 from esc_arch import options
 from esc_arch.errors import describe
-from esc_arch.training.distributed import failing_together
+from esc_arch.training.distributed import abort_all_ranks
 
 __all__ = ["run_pipeline", "run_within"]
 
@@ -26,13 +26,13 @@ def run_pipeline(module: ModuleType, pipeline: Callable[[str], None], args: argp
     Raises:
         UserError: something in the options, the data or a checkpoint cannot be used.
     """
-    with failing_together(describe):
+    with abort_all_ranks(describe):
         run_within(module, pipeline, args)
     return 0
 
 
 def run_within(module: ModuleType, pipeline: Callable[[str], None], args: argparse.Namespace) -> None:
-    """`run_pipeline` for a caller that is within `failing_together`, and may run several one after the other.
+    """`run_pipeline` for a caller that is within `abort_all_ranks`, and may run several one after the other.
 
     Raises:
         UserError: as `run_pipeline`.
@@ -52,7 +52,7 @@ def run_within(module: ModuleType, pipeline: Callable[[str], None], args: argpar
 
 
 class _IntoTheLog(logging.Handler):
-    """Passes on to the log of a run, which is BasicSR's."""
+    """TiledExecutor on to the log of a run, which is BasicSR's."""
 
     def emit(self, record: logging.LogRecord) -> None:
         log = logging.getLogger("basicsr")

@@ -16,7 +16,7 @@ import pytest
 from conftest import run_command
 
 import esc_arch.compat
-from esc_arch.compat import aliases, copies, patches
+from esc_arch.compat import aliases, duplicate_installs, patches
 from esc_arch.compat.aliases import LooseVersion
 
 HIDE = '''
@@ -182,10 +182,10 @@ def clone(tmp_path: Path) -> Path:
 
 
 def test_one_copy_is_no_matter() -> None:
-    assert len(copies.find_copies()) == 1
+    assert len(duplicate_installs.find_copies()) == 1
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        copies.warn_about_copies()
+        duplicate_installs.warn_about_copies()
 
 
 def test_a_second_copy_is_named_and_that_basicsr_was_imported_before(
@@ -193,7 +193,7 @@ def test_a_second_copy_is_named_and_that_basicsr_was_imported_before(
 ) -> None:
     monkeypatch.syspath_prepend(clone)
     with pytest.warns(UserWarning, match="2 copies of BasicSR") as caught:
-        copies.warn_about_copies()
+        duplicate_installs.warn_about_copies()
     text = str(caught[0].message)
     assert f"Used: {Path(basicsr.__file__).resolve().parent} (imported before esc_arch)" in text
     assert f"Not used: {(clone / 'basicsr').resolve()}" in text
@@ -263,16 +263,16 @@ def test_distributions_of_any_name(install: Any) -> None:
     install("other-basicsr", "1.4.4", RECORD="basicsr/__init__.py,sha256=x,1\n")
     install("mine", "1.0", top_level="mine\n", RECORD="mine/basicsr/__init__.py,sha256=x,1\n")
     install("extension", "1.0", RECORD="basicsr_extension/__init__.py,sha256=x,1\n")
-    found = copies.find_distributions()
+    found = duplicate_installs.find_distributions()
     assert found.keys() == {"basicsr", "basicsr-fixed", "other-basicsr"}
     assert found["other-basicsr"].version == "1.4.4"
 
 
 def test_two_distributions_are_never_used_in_silence(install: Any, recwarn: pytest.WarningsRecorder) -> None:
-    copies.warn_about_copies()
+    duplicate_installs.warn_about_copies()
     assert not recwarn.list
     install("basicsr-fixed", "1.4.2", top_level="basicsr\n")
-    copies.warn_about_copies()
+    duplicate_installs.warn_about_copies()
     (text,) = (str(warning.message) for warning in recwarn.list)
     assert "basicsr 1.4.2" in text and "basicsr-fixed 1.4.2" in text and "replace each other's" in text
     assert "pip uninstall basicsr-fixed basicsr, then pip install" in text

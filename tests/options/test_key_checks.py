@@ -12,7 +12,7 @@ from basicsr.models.sr_model import SRModel
 from basicsr.utils.registry import DATASET_REGISTRY, MODEL_REGISTRY
 from torch.utils.data import Dataset
 
-from esc_arch.options import Extent
+from esc_arch.options import CheckScope
 from esc_arch.options.checks import check_options
 from esc_arch.options.key_checks import check_values, unknown_keys
 
@@ -210,9 +210,9 @@ def test_without_files_nothing_is_looked_for(train_options: Any) -> None:
     train_options["path"] |= {"pretrain_network_g": "no.pth", "resume_state": "no.state"}
     train_options["num_gpu"] = 64
     assert len(check_options(train_options, True)) >= 6
-    assert check_options(train_options, True, Extent(with_files=False)) == []
+    assert check_options(train_options, True, CheckScope(with_files=False)) == []
     train_options["datasets"]["train"]["gt_size"] = 15
-    (problem,) = check_options(train_options, True, Extent(with_files=False))
+    (problem,) = check_options(train_options, True, CheckScope(with_files=False))
     assert problem.startswith("datasets:train:gt_size: 15 given; must be divisible by scale")
 
 

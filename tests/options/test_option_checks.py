@@ -17,7 +17,7 @@ from PIL import Image
 
 import esc_arch  # noqa: F401  makes basicsr importable
 from esc_arch.options.checks import check_options
-from esc_arch.options.data_checks import Extent
+from esc_arch.options.data_checks import CheckScope
 from esc_arch.options.files import Options
 from esc_arch.suggestions import did_you_mean, nearest
 
@@ -375,7 +375,7 @@ def test_what_a_data_set_of_another_package_requires(monkeypatch: pytest.MonkeyP
 @pytest.mark.parametrize("meta_info", [..., None])
 def test_real_esrgan_without_a_list(meta_info: Any, folder: Path) -> None:
     changes = merge(REAL_ESRGAN, datasets(meta_info=meta_info))
-    extent = Extent()
+    extent = CheckScope()
     for stray in (folder / "gt" / "notes.txt", folder / "empty" / "notes.txt"):
         stray.write_text("no image")
     opt = merge(train_options(), changes)

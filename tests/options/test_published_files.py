@@ -6,10 +6,12 @@ from pathlib import Path
 
 import pytest
 
-from esc_arch.options import Extent, inspect_options
+from esc_arch.options import CheckScope, inspect_options
 
 FILES = sorted((Path(__file__).parent / "published").glob("*.yml"))
 SHIPPED = sorted((Path(__file__).parents[2] / "options").glob("*.yml"))
+
+NO_FILES = CheckScope(with_files=False)
 
 #: What is told about keys that have no effect in BasicSR 1.4.2.
 WARNINGS = {
@@ -27,7 +29,7 @@ def test_there_are_some() -> None:
 
 @pytest.mark.parametrize("file", FILES, ids=lambda file: file.stem)
 def test_published_files_pass(file: Path, work_folder: Path) -> None:
-    inspection = inspect_options(str(file), root_path=str(work_folder), is_train=None, extent=Extent(with_files=False))
+    inspection = inspect_options(str(file), root_path=str(work_folder), is_train=None, extent=NO_FILES)
     assert list(map(str, inspection.errors)) == []
     assert [warning.key for warning in inspection.warnings] == WARNINGS.get(file.stem, [])
     assert inspection.is_train == file.name.startswith("train_")
@@ -36,7 +38,7 @@ def test_published_files_pass(file: Path, work_folder: Path) -> None:
 
 @pytest.mark.parametrize("file", SHIPPED, ids=lambda file: file.stem)
 def test_ours_pass_without_a_warning(file: Path, work_folder: Path) -> None:
-    inspection = inspect_options(str(file), root_path=str(work_folder), is_train=None, extent=Extent(with_files=False))
+    inspection = inspect_options(str(file), root_path=str(work_folder), is_train=None, extent=NO_FILES)
     assert list(map(str, inspection.errors + inspection.warnings)) == []
     assert inspection.is_train == file.name.startswith("train_")
     assert any(fact.startswith("network_g: ESC") for fact in inspection.facts)

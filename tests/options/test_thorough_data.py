@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from esc_arch.options import Extent
+from esc_arch.options import CheckScope
 from esc_arch.options.checks import check_options
 
 
@@ -39,7 +39,7 @@ def options(train_options: Any, work_folder: Path) -> Any:
 
 
 def check(options: Any) -> tuple[list[str], list[str]]:
-    extent = Extent(thorough=True)
+    extent = CheckScope(thorough=True)
     return check_options(options, True, extent), extent.facts
 
 

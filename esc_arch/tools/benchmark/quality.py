@@ -32,7 +32,7 @@ from esc_arch.models.metrics import image_measured, measure
 from esc_arch.ops.resize import matlab_resize, scale_pair
 from esc_arch.options import Options, checked_options, load_options
 from esc_arch.suggestions import did_you_mean
-from esc_arch.training.distributed import failing_together
+from esc_arch.training.distributed import abort_all_ranks
 
 from .data_check import KNOWN_SETS, Folders, check_folders
 from .networks import Network
@@ -250,7 +250,7 @@ def run_trials(trials: Sequence[Trial], launcher: str = "none") -> list[Outcome]
     from esc_arch.errors import describe
     from esc_arch.training.pipeline import run_within
 
-    with failing_together(describe):
+    with abort_all_ranks(describe):
         for trial in trials:
             with contextlib.redirect_stdout(sys.stderr), _own_log():  # stdout is for the table
                 arguments = _arguments(trial.file, trial.forced, launcher)

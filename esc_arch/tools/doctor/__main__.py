@@ -21,8 +21,8 @@ def _load(name: str) -> Any:
 
 
 def _serve() -> int:
-    _load("bare").replace_failed_packages()
-    from esc_arch.tools.doctor.jobs import serve
+    _load("bootstrap").replace_failed_packages()
+    from esc_arch.tools.doctor.worker_main import serve
 
     serve()
     return 0
@@ -30,9 +30,9 @@ def _serve() -> int:
 
 def _examine() -> int:
     sys.path.append(str(_ROOT))
-    failure = _load("children").import_failure("esc_arch")
+    failure = _load("subprocess_worker").import_failure("esc_arch")
     if failure:
-        _load("bare").replace_failed_packages()
+        _load("bootstrap").replace_failed_packages()
     from esc_arch.tools.doctor.command import main
 
     return main(sys.argv[1:], failure)

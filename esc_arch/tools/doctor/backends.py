@@ -6,9 +6,9 @@ from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
-from .children import JobFailed
 from .context import Context
 from .report import OK, PROBLEM, WARNING, Finding
+from .subprocess_worker import JobFailed
 
 __all__ = ["examine"]
 

@@ -11,10 +11,10 @@ from collections.abc import Callable, Iterable, Sequence
 
 from esc_arch.project import add_import_argument
 
-from .children import Worker
 from .context import Context
-from .jobs import describe
 from .report import PROBLEM, Finding, Report
+from .subprocess_worker import Worker
+from .worker_main import describe
 
 __all__ = ["HELP", "add_arguments", "main", "run", "run_where_the_import_failed"]
 
@@ -84,7 +84,7 @@ def run_where_the_import_failed(error: Exception) -> None:
     """
     arguments = _arguments_of_doctor(sys.argv, sys.orig_argv)
     if arguments is not None:
-        from .bare import replace_failed_packages
+        from .bootstrap import replace_failed_packages
 
         replace_failed_packages()
         place = traceback.extract_tb(error.__traceback__)[-1]

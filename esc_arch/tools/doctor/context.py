@@ -6,7 +6,7 @@ import argparse
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from .children import Worker
+from .subprocess_worker import Worker
 
 __all__ = ["Context"]
 

@@ -11,10 +11,10 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from .children import JobFailed
 from .context import Context
 from .report import OK, PROBLEM, WARNING, Finding
 from .sizes import size_text
+from .subprocess_worker import JobFailed
 
 __all__ = ["examine"]
 

@@ -57,7 +57,7 @@ def _import(failure: str) -> Finding:
 
 
 def _copies_of_basicsr() -> Iterator[Finding]:
-    from esc_arch.compat.copies import find_copies, find_distributions, how_to_separate, mixed
+    from esc_arch.compat.duplicate_installs import find_copies, find_distributions, how_to_separate, mixed
 
     copies, installed = find_copies(), find_distributions()
     if not copies:

@@ -10,10 +10,10 @@ from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
 
-from .children import JobFailed
 from .context import Context
 from .report import OK, PROBLEM, WARNING, Finding
 from .sizes import GIB, size_text
+from .subprocess_worker import JobFailed
 
 __all__ = ["examine"]
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 import importlib.util
 from collections.abc import Iterator
 
-from .children import JobFailed
 from .context import Context
 from .report import PROBLEM, WARNING, Finding
+from .subprocess_worker import JobFailed
 
 __all__ = ["examine"]
 

@@ -8,10 +8,10 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from .children import JobFailed
 from .context import Context
 from .report import PROBLEM, WARNING, Finding
 from .sizes import GIB, MIB, size_text
+from .subprocess_worker import JobFailed
 
 __all__ = ["examine"]
 

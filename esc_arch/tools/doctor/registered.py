@@ -10,9 +10,9 @@ from typing import Any
 
 from esc_arch.errors import UserError
 
-from .children import JobFailed
 from .context import Context
 from .report import PROBLEM, WARNING, Finding
+from .subprocess_worker import JobFailed
 
 __all__ = ["examine"]
 

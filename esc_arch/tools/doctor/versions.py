@@ -10,9 +10,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from .children import JobFailed
 from .context import Context
 from .report import OK, PROBLEM, WARNING, Finding
+from .subprocess_worker import JobFailed
 
 __all__ = ["EXTRAS", "LIBRARIES", "examine"]
 
@@ -125,7 +125,7 @@ def _without_metadata(name: str, context: Context) -> Finding:
         return Finding(name, f"{__version__}, a folder on the path and not installed")
     failure = _import_failure(LIBRARIES[name], context) if name != "basicsr" else ""
     if name == "basicsr" and not context.import_failure:
-        from esc_arch.compat.copies import find_distributions
+        from esc_arch.compat.duplicate_installs import find_distributions
 
         others = [f"{other} {distribution.version}" for other, distribution in find_distributions().items()]
         return Finding(name, f"installed as {', '.join(others)}" if others else "a folder on the path, not installed")

@@ -20,10 +20,10 @@ import torch
 
 from .memory import is_out_of_memory, parse_memory, release
 from .network import Upscaler
-from .passes import Passes, Progress, Write
 from .planning import Plan, fits, plan_for, whole
 from .regions import Picture
 from .tails import folding_of, tail_for
+from .tiled_executor import Progress, TiledExecutor, Write
 from .tiles import enlarge_in_tiles
 
 __all__ = ["Progress", "Write", "enlarge", "enlarge_exactly", "enlarge_in_tiles", "parse_memory"]
@@ -131,7 +131,7 @@ def run(
     progress: Progress | None = None,
 ) -> None:
     """`enlarge_exactly` by a plan."""
-    with Passes(upscaler, picture, plan, scratch, progress) as passes:
+    with TiledExecutor(upscaler, picture, plan, scratch, progress) as passes:
         tail = tail_for(upscaler, picture, size)
         passes.count = 2 + tail.passes + sum(2 + len(block.pconvs) for block in passes.blocks)
         passes.write_blocks(tail, tail.prepare(passes, passes.features()), write)

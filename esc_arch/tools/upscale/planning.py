@@ -103,7 +103,7 @@ class _Trial:
 
     @torch.no_grad()
     def __init__(self, upscaler: Upscaler, side: int, scale: float | None) -> None:
-        from .passes import Measured
+        from .tiled_executor import Measured
 
         image = np.zeros((side, side, 3), np.uint8)
         size = upscaler.output_size(side, side, scale)

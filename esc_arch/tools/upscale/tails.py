@@ -31,7 +31,7 @@ from .network import Upscaler
 from .regions import Picture, Region
 
 if TYPE_CHECKING:
-    from .large_images import Passes
+    from .large_images import TiledExecutor
 
 __all__ = ["Tail", "blocks_of", "colours", "folding_of", "positions", "tail_for"]
 
@@ -54,7 +54,7 @@ class Tail(ABC):
         size: (H', W') of the result.
     """
 
-    #: Passes over the features that `prepare` makes.
+    #: TiledExecutor over the features that `prepare` makes.
     passes = 0
 
     def __init__(self, upscaler: Upscaler, picture: Picture, size: tuple[int, int]) -> None:
@@ -70,7 +70,7 @@ class Tail(ABC):
     #: How much around the features of a block is read.
     margin: int
 
-    def prepare(self, passes: Passes, features: FeatureMap) -> FeatureMap:
+    def prepare(self, passes: TiledExecutor, features: FeatureMap) -> FeatureMap:
         """From the features behind the blocks to those that `block` starts from."""
         return features
 
@@ -139,7 +139,7 @@ class DySampleTail(Tail):
         self.align = sampler.scale
         self.margin = _reach(narrowing) + max(_reach([net.last]), _reach([net.skip]))
 
-    def prepare(self, passes: Passes, features: FeatureMap) -> FeatureMap:
+    def prepare(self, passes: TiledExecutor, features: FeatureMap) -> FeatureMap:
         mid = self.sampler.end_conv.in_channels
         sampled = passes.new_map(mid)
 

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from .agreement import Agreement, gather_objects, wait_for_all
-from .failures import failing_together
+from .collectives import Agreement, gather_objects, wait_for_all
+from .failure_monitor import expect_progress, progress
+from .failures import abort_all_ranks
 from .launch import init_dist, print_note, resolve_launcher, take_notes
-from .watcher import expect_progress, progress
 
 __all__ = [
     "Agreement",
+    "abort_all_ranks",
     "expect_progress",
-    "failing_together",
     "gather_objects",
     "init_dist",
     "print_note",

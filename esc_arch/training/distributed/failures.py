@@ -7,14 +7,14 @@ from contextlib import contextmanager
 
 import torch.distributed as dist
 
-from .agreement import close_control_group, wait_for_all
-from .watcher import current_watcher, stop_watcher
+from .collectives import close_control_group, wait_for_all
+from .failure_monitor import current_watcher, stop_watcher
 
-__all__ = ["failing_together"]
+__all__ = ["abort_all_ranks"]
 
 
 @contextmanager
-def failing_together(describe: Callable[[BaseException], tuple[int, str]]) -> Iterator[None]:
+def abort_all_ranks(describe: Callable[[BaseException], tuple[int, str]]) -> Iterator[None]:
     """Around everything that a process does in a run; `init_dist` is called inside.
 
     Left normally or by SystemExit, which all processes have to do: waits for the others, then ends the watcher and the

@@ -19,8 +19,8 @@ from torch.distributed.distributed_c10d import _get_default_store
 
 from esc_arch.errors import UserError
 
-from .agreement import gather_objects, open_control_group
-from .watcher import start_watcher
+from .collectives import gather_objects, open_control_group
+from .failure_monitor import start_watcher
 
 __all__ = ["init_dist", "print_note", "resolve_launcher", "take_notes"]
 
@@ -91,7 +91,7 @@ def init_dist(launcher: str, backend: str = "nccl", port: int | None = None, **p
     Without CUDA the processes talk through gloo whatever `backend` says (fault 17). `port` is Slurm's
     only; torchrun chooses its own. Further arguments go to `torch.distributed.init_process_group`.
 
-    To be called within `failing_together`, which undoes it: from now on a thread watches the other processes.
+    To be called within `abort_all_ranks`, which undoes it: from now on a thread watches the other processes.
 
     Raises:
         UserError: more processes on this machine than GPUs; Slurm's `scontrol` cannot name the nodes; the

@@ -7,9 +7,9 @@ import importlib
 from collections.abc import Mapping
 from typing import Any
 
-from esc_arch.tools.doctor.children import JobFailed
 from esc_arch.tools.doctor.context import Context
 from esc_arch.tools.doctor.report import Finding
+from esc_arch.tools.doctor.subprocess_worker import JobFailed
 
 __all__ = ["InProcess", "by_key", "context"]
 

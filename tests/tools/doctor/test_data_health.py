@@ -17,9 +17,9 @@ from doctor_context import by_key, context
 
 from esc_arch.errors import UserError
 from esc_arch.tools.doctor import option_file
-from esc_arch.tools.doctor.children import JobFailed
 from esc_arch.tools.doctor.data_health import disk_health, lmdb_health, read_options, state_health, weights_health
 from esc_arch.tools.doctor.report import PROBLEM, WARNING
+from esc_arch.tools.doctor.subprocess_worker import JobFailed
 
 
 @pytest.fixture

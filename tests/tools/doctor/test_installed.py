@@ -18,8 +18,8 @@ from doctor_context import by_key, context
 from esc_arch import project, register
 from esc_arch.compat import aliases
 from esc_arch.tools.doctor import installation, registered, versions
-from esc_arch.tools.doctor.children import JobFailed
 from esc_arch.tools.doctor.report import PROBLEM, WARNING
+from esc_arch.tools.doctor.subprocess_worker import JobFailed
 
 ROOT = Path(__file__).parents[3]
 
@@ -166,9 +166,9 @@ def test_a_changed_copy(clone: Path) -> None:
 
 
 def test_a_changed_copy_that_is_used(clone: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from esc_arch.compat import copies
+    from esc_arch.compat import duplicate_installs
 
-    monkeypatch.setattr(copies, "find_copies", lambda: [clone, Path(basicsr.__file__).parent])
+    monkeypatch.setattr(duplicate_installs, "find_copies", lambda: [clone, Path(basicsr.__file__).parent])
     found = by_key(installation.examine(context()))
     assert found["basicsr"].status == WARNING and "3 files differ" in found["basicsr"].text
     assert found["copies of basicsr"].status == WARNING
@@ -186,9 +186,9 @@ def test_a_distribution_of_another_name(clone: Path, monkeypatch: pytest.MonkeyP
     (metadata / "METADATA").write_text("Metadata-Version: 2.1\nName: basicsr-fixed\nVersion: 1.5.0\n")
     (metadata / "RECORD").write_text("\n".join(record))
     monkeypatch.syspath_prepend(clone.parent)
-    from esc_arch.compat import copies
+    from esc_arch.compat import duplicate_installs
 
-    monkeypatch.setattr(copies, "find_copies", lambda: [clone])
+    monkeypatch.setattr(duplicate_installs, "find_copies", lambda: [clone])
     found = by_key(installation.examine(context()))
     assert found["basicsr"].status == "ok"
     assert found["basicsr"].text == f"{clone}, 1.5.0, installed as basicsr-fixed: its files are as installed"
@@ -204,12 +204,12 @@ def test_functions_that_are_not_mended(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_versions_with_a_distribution_of_another_name(pretend: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    from esc_arch.compat import copies
+    from esc_arch.compat import duplicate_installs
 
     other = importlib.metadata.distribution("basicsr")
-    monkeypatch.setattr(copies, "find_distributions", lambda: {"basicsr-fixed": other})
+    monkeypatch.setattr(duplicate_installs, "find_distributions", lambda: {"basicsr-fixed": other})
     assert pretend(basicsr=None)["basicsr"].text == "installed as basicsr-fixed 1.4.2"
-    monkeypatch.setattr(copies, "find_distributions", dict)
+    monkeypatch.setattr(duplicate_installs, "find_distributions", dict)
     assert pretend(basicsr=None)["basicsr"].text == "a folder on the path, not installed"
 
 

@@ -10,9 +10,9 @@ import pytest
 from doctor_context import by_key, context
 
 from esc_arch.tools.doctor import environment, gpus, machine, operators
-from esc_arch.tools.doctor.children import JobFailed
 from esc_arch.tools.doctor.report import PROBLEM, WARNING
 from esc_arch.tools.doctor.sizes import GIB, size_text
+from esc_arch.tools.doctor.subprocess_worker import JobFailed
 
 BUILD = {"cuda": "13.2", "architectures": ["sm_80", "sm_90", "compute_90"]}
 CPU = {"capability": "AVX2", "threads": 1, "interop_threads": 1, "mkldnn": True}

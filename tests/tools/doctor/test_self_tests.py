@@ -12,8 +12,8 @@ from doctor_context import by_key, context
 from torch import Tensor
 
 from esc_arch.tools.doctor import backends, self_tests
-from esc_arch.tools.doctor.children import JobFailed
 from esc_arch.tools.doctor.self_tests import OPERATIONS, TOLERANCES, compare, examine
+from esc_arch.tools.doctor.subprocess_worker import JobFailed
 
 QUICK = [
     (operation, name)

@@ -23,10 +23,10 @@ from esc_arch.tools.upscale.feature_maps import FeatureMap, MapInFile, MapInMemo
 from esc_arch.tools.upscale.large_images import enlarge, enlarge_exactly, run
 from esc_arch.tools.upscale.memory import format_memory, is_out_of_memory, parse_memory, peak_of, resident
 from esc_arch.tools.upscale.network import Upscaler
-from esc_arch.tools.upscale.passes import Passes
 from esc_arch.tools.upscale.planning import Plan, costs_of, plan_for, whole
 from esc_arch.tools.upscale.regions import Picture, Region, cuts, grid
 from esc_arch.tools.upscale.tails import _bicubic, folding_of, tail_for
+from esc_arch.tools.upscale.tiled_executor import TiledExecutor
 
 #: Many tiles in both directions, of both kinds, which no border of the other meets.
 SMALL_TILES = {"tile": 8, "tail_tile": 5}
@@ -267,14 +267,14 @@ def test_no_tile_takes_more_than_planned(kind: str, monkeypatch: pytest.MonkeyPa
     budget = max(costs.tile.of(60 * 60), costs.block.of(60 * 60))
     plan = planned(upscaler, 150, 170, budget, monkeypatch)
     peaks: list[int] = []
-    attempt = Passes._attempt
+    attempt = TiledExecutor._attempt
 
-    def measured(self: Passes, *args: Any) -> Any:
+    def measured(self: TiledExecutor, *args: Any) -> Any:
         results: list[Any] = []
         peaks.append(peak_of(lambda: results.extend(attempt(self, *args)), torch.device("cpu")))
         return iter(results)
 
-    monkeypatch.setattr(Passes, "_attempt", measured)
+    monkeypatch.setattr(TiledExecutor, "_attempt", measured)
     in_parts(upscaler, picture(150, 170), Plan(plan.tile, plan.tail_tile, 0))
     assert budget / 4 < max(peaks) < budget
 

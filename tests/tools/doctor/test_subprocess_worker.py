@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from esc_arch.tools.doctor.children import JobFailed, Worker, import_failure
+from esc_arch.tools.doctor.subprocess_worker import JobFailed, Worker, import_failure
 
 
 @pytest.fixture

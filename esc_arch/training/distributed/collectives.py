@@ -17,7 +17,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from .watcher import progress
+from .failure_monitor import progress
 
 __all__ = ["Agreement", "close_control_group", "gather_objects", "open_control_group", "wait_for_all"]
 

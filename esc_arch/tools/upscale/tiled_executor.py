@@ -22,7 +22,7 @@ from .planning import MAPS, Plan, reach_of
 from .regions import Picture, Region, grid
 from .tails import Tail, blocks_of, folding_of
 
-__all__ = ["Passes", "Progress", "Write"]
+__all__ = ["Progress", "TiledExecutor", "Write"]
 
 #: Called with the place (top, left) of a block of the result, and the block (3, h, w), float32 on the CPU.
 Write = Callable[[int, int, Tensor], None]
@@ -30,10 +30,10 @@ Write = Callable[[int, int, Tensor], None]
 Progress = Callable[[float], None]
 
 
-Self = TypeVar("Self", bound="Passes")
+Self = TypeVar("Self", bound="TiledExecutor")
 
 
-class Passes:
+class TiledExecutor:
     """The steps of a network over a whole image, in tiles. A context, which closes the feature maps at its end.
 
     Arguments as of `large_images.enlarge_exactly`.
@@ -57,7 +57,7 @@ class Passes:
         self.free_maps: list[FeatureMap] = []
         self.maps_in_memory = 0
         self.checked_space = False
-        #: Passes that there are, for `progress`, and those that are done.
+        #: TiledExecutor that there are, for `progress`, and those that are done.
         self.count = self.done = 0
         #: A larger tile did not fit into the device's memory.
         self.largest_area = float("inf")
@@ -325,7 +325,7 @@ def _gated(block: ESCBlock, x: Tensor, tile: Region, region: Region) -> Tensor:
     return tile.of(region, x) + attn.to_out(attended * gate)
 
 
-class Measured(Passes):
+class Measured(TiledExecutor):
     """The steps of one block and the tail, whose tiles are counted in `peak`: the most bytes that one of them takes."""
 
     def __init__(self, upscaler: Upscaler, picture: Picture, plan: Plan) -> None:

@@ -27,7 +27,7 @@ from typing import NoReturn
 
 import torch.distributed as dist
 
-__all__ = ["Watcher", "current_watcher", "expect_progress", "progress", "start_watcher", "stop_watcher"]
+__all__ = ["FailureMonitor", "current_watcher", "expect_progress", "progress", "start_watcher", "stop_watcher"]
 
 #: Seconds between two looks into the store.
 _POLL = 1.0
@@ -42,7 +42,7 @@ _CLEANING = 15.0
 
 _FAILURE, _READERS = "failure", "readers"
 
-_watcher: Watcher | None = None
+_watcher: FailureMonitor | None = None
 
 
 def start_watcher(store: dist.Store, run: str) -> None:
@@ -54,7 +54,7 @@ def start_watcher(store: dist.Store, run: str) -> None:
     """
     global _watcher
     keys = dist.PrefixStore(f"esc_arch/{run}", _own_connection(store))
-    _watcher = Watcher(keys, dist.get_rank(), dist.get_world_size())
+    _watcher = FailureMonitor(keys, dist.get_rank(), dist.get_world_size())
     _watcher.start()
 
 
@@ -66,7 +66,7 @@ def stop_watcher() -> None:
         _watcher = None
 
 
-def current_watcher() -> Watcher | None:
+def current_watcher() -> FailureMonitor | None:
     """The watcher of this process, if it is one of several that joined."""
     return _watcher
 
@@ -94,7 +94,7 @@ def _own_connection(store: dist.Store) -> dist.Store:
     return store
 
 
-class Watcher:
+class FailureMonitor:
     """A thread that ends this process when another one has failed, or when its own main thread is stuck.
 
     Stuck is a main thread that was sent SIGTERM or SIGINT, or of which `expect_progress` was asked, and that did not

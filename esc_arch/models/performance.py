@@ -15,7 +15,15 @@ from esc_arch.archs.base import ESCFamily
 from esc_arch.ops.float32 import float32_products
 from esc_arch.register import OWN
 
-__all__ = ["COMPILE_MODES", "PUBLISHED_MODEL", "Speed", "eager", "full_float32", "is_published_model", "speed_problems"]
+__all__ = [
+    "COMPILE_MODES",
+    "PUBLISHED_MODEL",
+    "PerformanceOptions",
+    "eager",
+    "full_float32",
+    "is_published_model",
+    "performance_problems",
+]
 
 COMPILE_MODES = ("default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs")
 #: The model type of published option files, and what their `use_amp` is: PyTorch's default.
@@ -30,7 +38,7 @@ def is_published_model(opt: Mapping[str, Any]) -> bool:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Speed:
+class PerformanceOptions:
     """The options of ``train:`` that are about speed and memory. The defaults are BasicSR's ways.
 
     Args:
@@ -60,7 +68,7 @@ class Speed:
     nonfinite: str = "stop"
 
     @classmethod
-    def of(cls, opt: Mapping[str, Any]) -> Speed:
+    def of(cls, opt: Mapping[str, Any]) -> PerformanceOptions:
         """From all options of a run; those of the published `ESRModel` by their names there, too."""
         train = opt.get("train") or {}
         given = {name: train[name] for name in cls.__dataclass_fields__ if train.get(name) is not None}
@@ -116,7 +124,7 @@ def full_float32() -> Iterator[None]:
         yield
 
 
-def speed_problems(opt: Mapping[str, Any], net: type[Any] | None) -> Iterator[str]:
+def performance_problems(opt: Mapping[str, Any], net: type[Any] | None) -> Iterator[str]:
     """What is wrong with these options; `net` is the class of network_g."""
     train = opt.get("train") or {}
     for key in ("channels_last", "tf32", "activation_checkpointing"):

@@ -15,7 +15,7 @@ from torch import nn
 
 from esc_arch import ESC, ESCModel, UserError
 from esc_arch.models import esc_model
-from esc_arch.models.speed import Speed, eager, speed_problems
+from esc_arch.models.performance import PerformanceOptions, eager, performance_problems
 from esc_arch.modules.conv_attn import _PooledKernel
 from esc_arch.modules.norm import LayerNorm
 from esc_arch.options import check_options
@@ -125,9 +125,9 @@ def test_the_published_model_halves_the_clip(
 @pytest.mark.parametrize("name", ["ESRModel", "esc_arch.ESRModel"])
 def test_the_published_name_of_mixed_precision(name: str, make_model: Make, train_options: Any) -> None:
     model = make_model(model_type=name, train=train_options["train"] | {"use_amp": True})
-    assert model.speed == Speed(amp="fp16") and model.scaler.is_enabled()
+    assert model.speed == PerformanceOptions(amp="fp16") and model.scaler.is_enabled()
     for given in ({"use_amp": False}, {"use_amp": None}, {}):
-        assert Speed.of({"model_type": name, "train": given}) == Speed()
+        assert PerformanceOptions.of({"model_type": name, "train": given}) == PerformanceOptions()
 
 
 @pytest.mark.parametrize("name", ["ESRModel", "esc_arch.ESRModel"])
@@ -137,9 +137,9 @@ def test_what_published_files_may_give(name: str, train_options: Any) -> None:
         "use_amp": True, "amp": "fp16", "use_ema": True, "gradient_clip": 1.0,
         "wave_opt": None, "mesa_opt": None, "reset_momentum_iter": 0,
     }  # fmt: skip
-    assert list(speed_problems(train_options, ESC)) == []
+    assert list(performance_problems(train_options, ESC)) == []
     train_options["train"]["amp"] = "bf16"
-    (problem,) = speed_problems(train_options, ESC)
+    (problem,) = performance_problems(train_options, ESC)
     assert problem.startswith("train:use_amp: it is amp: fp16, and amp: bf16 is given, too. Remove one")
 
 
@@ -260,7 +260,7 @@ def test_compiled_steps_are_the_same(train: Any) -> None:
 def test_the_mode_is_handed_on(train: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     asked = []
     monkeypatch.setattr(nn.Module, "compile", lambda _, **options: asked.append(options))
-    Speed(compile="max-autotune").prepare(nn.Identity(), torch.device("cpu"))
+    PerformanceOptions(compile="max-autotune").prepare(nn.Identity(), torch.device("cpu"))
     assert asked == [{"mode": "max-autotune", "dynamic": False}]
 
 
@@ -277,9 +277,9 @@ def test_tf32(monkeypatch: pytest.MonkeyPatch) -> None:
     before = torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32
     try:
         for choice, precision in ((True, "high"), (False, "highest")):
-            Speed(tf32=choice).set_globals()
+            PerformanceOptions(tf32=choice).set_globals()
             assert (torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32) == (precision, choice)
-            Speed().set_globals()
+            PerformanceOptions().set_globals()
             assert torch.get_float32_matmul_precision() == precision
     finally:
         torch.set_float32_matmul_precision(before[0])
@@ -387,7 +387,7 @@ WRONG = [
 @pytest.mark.parametrize(("options", "message"), WRONG, ids=lambda case: str(case)[:40])
 def test_wrong_options_are_told_before_the_run(options: Any, message: str, train_options: Any) -> None:
     train_options["train"] |= options
-    assert any(problem.startswith(message) for problem in speed_problems(train_options, ESC))
+    assert any(problem.startswith(message) for problem in performance_problems(train_options, ESC))
     assert any(problem.startswith(message) for problem in check_options(train_options, is_train=True))
 
 
@@ -401,5 +401,5 @@ def test_checkpointing_of_other_networks_is_refused(train_options: Any) -> None:
 @pytest.mark.parametrize("options", [{}, {"amp": None, "compile": None, "tf32": None, "accumulate_grad": None}])
 def test_nothing_given_is_nothing_done(options: Any, train_options: Any) -> None:
     train_options["train"] |= options
-    assert Speed.of(train_options) == Speed()
-    assert list(speed_problems(train_options, ESC)) == []
+    assert PerformanceOptions.of(train_options) == PerformanceOptions()
+    assert list(performance_problems(train_options, ESC)) == []
