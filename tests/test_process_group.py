@@ -251,7 +251,9 @@ def test_a_signal_reaches_a_process_that_is_stuck(exits: Exits, monkeypatch: pyt
     monkeypatch.setattr(failure_monitor, "_GRACE", 0.1)
     handled: list[int] = []
     ended_before_handler: list[bool] = []
-    monkeypatch.setattr(failure_monitor, "_exit", lambda status: (ended_before_handler.append(not handled), exits(status)))
+    monkeypatch.setattr(
+        failure_monitor, "_exit", lambda status: (ended_before_handler.append(not handled), exits(status))
+    )
     earlier = signal.signal(signal.SIGTERM, lambda number, frame: handled.append(number))
     stuck = FailureMonitor(dist.HashStore(), 0, 2, poll=0.01)
     stuck.start()
