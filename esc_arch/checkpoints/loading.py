@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from esc_arch.errors import UserError
 
 from .reading import some
-from .recognition import describe_difference, own_names
+from .recognition import NORMALIZED, describe_difference, own_names
 
 __all__ = ["adapt_weights", "describe_mismatch", "load_weights", "mismatch_message"]
 
@@ -55,6 +55,13 @@ def mismatch_message(net: nn.Module, weights: Mapping[str, Tensor], *, strict: b
         return (
             f"Nothing in {source} fits {type(net).__name__}, so it would stay untrained: {problems}. "
             f"Is it a checkpoint of another network? Compare network_g."
+        )
+    normalised = {NORMALIZED in side for side in (own, weights) if "lte.phase.weight" in side}
+    if len(normalised) > 1:  # all else fits, and the network would make other images of it
+        given = NORMALIZED in weights
+        return (
+            f"{source} does not fit {type(net).__name__}: {problems}. The published ESC-LTE normalizes its images, "
+            f"esc_arch's own does not: give network_g: normalize: {str(given).lower()}."
         )
     if problems and strict:
         return (

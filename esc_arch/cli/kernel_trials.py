@@ -17,7 +17,7 @@ from esc_arch.ops.autotune.trial import ROUNDS
 from esc_arch.ops.autotune.verdicts import MODES, PRECISIONS, Subject, Verdict
 from esc_arch.ops.triton_support import missing
 from esc_arch.ops.window_attention.triton import INTERPRETED
-from esc_arch.tools.doctor.children import JobFailed, Worker
+from esc_arch.tools.doctor.subprocess_worker import JobFailed, Worker
 
 __all__ = ["Plan", "try_gpus", "try_kernels"]
 

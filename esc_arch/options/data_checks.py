@@ -192,10 +192,10 @@ def _check_list_file(path: str, dataset: Options) -> Iterator[str]:
     for key in (own,) if dataset["type"] in _ROOTS_READ else ("meta_info_file", "meta_info"):
         for file in _texts(dataset.get(key)):
             if not os.path.isfile(file):
-                leave_out = f" Without {key}, all files of the folders are used." if can_do_without else ""
+                leave_out = f" Remove {key} to use all images of the folders." if can_do_without else ""
                 yield (
-                    f"{path}:{key}: {file!r} given, but there is no file {os.path.abspath(file)}. BasicSR's own lists "
-                    f"(basicsr/data/meta_info) come with a clone of BasicSR only: copy the file from there.{leave_out}"
+                    f"{path}:{key}: {file!r} given, but there is no file {os.path.abspath(file)}.{leave_out} BasicSR's "
+                    "own lists (basicsr/data/meta_info) come with a clone of BasicSR only: copy the file from there"
                 )
 
 

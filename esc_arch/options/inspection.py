@@ -100,8 +100,8 @@ def inspect_options(
     set_paths(opt, root_path, is_train)
     problems += check_options(opt, is_train, extent)
     problems += [text for text in values if not _is_told(text, problems)]
-    if not problems:
-        problems = list(check_networks(opt, is_train, extent))
+    if not any(problem.startswith(("network_", "path", "train")) for problem in problems):
+        problems += check_networks(opt, is_train, extent)
         inspection.warnings += _findings(extent.warnings, positions)
     inspection.facts = extent.facts
     inspection.errors = _findings(problems, positions)

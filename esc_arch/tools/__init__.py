@@ -1,0 +1,1 @@
+"""What training never imports: pictures, videos, export, benchmarks, the doctor. Imported by the command line alone."""

@@ -485,8 +485,8 @@ DATASETS = [
     ),
     (
         datasets(meta_info_file="x.txt"),
-        "datasets:train:meta_info_file: 'x.txt' given, but there is no file /.*x.txt. .*"
-        "come with a clone of BasicSR only: copy the file from there. Without meta_info_file, all files",
+        "datasets:train:meta_info_file: 'x.txt' given, but there is no file /.*x.txt. "
+        "Remove meta_info_file to use all images of the folders. .* a clone of BasicSR only: copy the file from there",
     ),
     (datasets(gt_size=...), "datasets:train:gt_size: None given; must be a positive integer"),
     (datasets(gt_size=1.5), "datasets:train:gt_size: 1.5 given"),

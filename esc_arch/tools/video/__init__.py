@@ -1,0 +1,1 @@
+"""Videos: decoded, enlarged picture by picture, and encoded with what else is in the file."""
