@@ -69,7 +69,7 @@ def check_call(
     if not any(entry.kind is entry.VAR_KEYWORD for entry in parameters):
         for key in sorted(section.keys() - named.keys() - {"type", *extra}):
             kind = known[section["type"]]
-            whose = "" if is_basicsr_s_or_ours(kind) else f" of {kind.__module__}"
+            whose = f" of {kind.__module__}" if registered and not is_basicsr_s_or_ours(kind) else ""
             yield f"{path}:{key}: {section['type']}{whose} has no such argument. {did_you_mean(key, named)}"
     required = {name for name, entry in named.items() if entry.default is entry.empty}
     for key in sorted(required.union(needed) - section.keys()):

@@ -679,7 +679,7 @@ def test_lmdb_that_is_not_whole(folder: Path) -> None:
     for name in ("data.mdb", "meta_info.txt"):
         (folder / "lq.lmdb" / name).unlink()
     (problem,) = check(datasets(**lmdb()))
-    assert "dataroot_lq: 'lq.lmdb' is not a whole LMDB: it has no data.mdb and no meta_info.txt. Make" in problem
+    assert "dataroot_lq: 'lq.lmdb' is not a whole LMDB: it has no data.mdb and no meta_info.txt. Create" in problem
 
 
 def test_lmdb_without_its_package(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -111,3 +111,20 @@ def test_arbitrary_scales_by_the_other_name(run_basicsr: Any, train_options: Any
     assert inspection.errors == []
     assert inspection.opt["datasets"]["test_1"]["scale"] == 2.5
     assert esc_arch.ESCLTE is registry.ARCH_REGISTRY.get("esc_arch.ESCLTE")
+
+
+@pytest.mark.usefixtures("hat")
+def test_whose_class_it_is_that_has_no_such_argument(run_basicsr: Any, train_options: Any) -> None:
+    """`type: ESC` meant ours, and is theirs."""
+    train_options["network_g"] |= {"n_blokcs": 1}
+    assert any(": ESC of hat.archs has no such argument" in text for text in messages(train_options, run_basicsr))
+    train_options["network_g"]["type"] = "esc_arch.ESC"
+    assert any(": esc_arch.ESC has no such argument" in text for text in messages(train_options, run_basicsr))
+
+
+@pytest.mark.usefixtures("hat")
+def test_networks_are_checked_beside_other_mistakes(run_basicsr: Any, train_options: Any) -> None:
+    train_options["network_g"] |= {"type": "esc_arch.ESC", "num_heads": 3}
+    train_options["num_gpu"] = 7
+    found = {text.partition(": ")[0] for text in messages(train_options, run_basicsr)}
+    assert found == {"num_gpu", "network_g"}
