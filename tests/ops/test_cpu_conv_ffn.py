@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 import pytest
 import torch
-from networks import max_error, normal, sum_rounding
+from networks import max_error, normal
 from test_conv_ffn import arguments
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -32,13 +32,9 @@ def check_results(values: Sequence[Tensor]) -> None:
     exact = results(values, "reference", torch.float64)
     plain, fast = results(values, "reference"), results(values, "cpp")
     for index, (wanted, usual, got) in enumerate(zip(exact, plain, fast, strict=True)):
-        assert max_error(got, wanted) <= 2 * max_error(usual, wanted) + sum_rounding(wanted, most_terms(values)), index
-
-
-def most_terms(values: Sequence[Tensor]) -> int:
-    """Of the sums that the output and its gradients are: over channels, or over pixels."""
-    x, weight = values[:2]
-    return max(x.numel() // x.shape[1], *weight.shape[:2])
+        ulp = torch.finfo(torch.float32).eps * wanted.abs().max().item()
+        # (Few numbers may be exact by chance in one order of summing: the units allowed for that are of the largest)
+        assert max_error(got, wanted) <= 2 * max_error(usual, wanted) + 8 * ulp, index
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -225,8 +221,8 @@ def test_step_is_its_parts(size: tuple[int, ...], hidden: int, norm: bool) -> No
         for wanted, plain, got in zip(exact, usual, step(values, of_norm, pooled), strict=True):
             assert got.shape == wanted.shape
             if wanted.numel():
-                rounding = sum_rounding(wanted, most_terms(values))
-                assert max_error(got, wanted) <= 2 * max_error(plain, wanted) + rounding
+                ulp = torch.finfo(torch.float32).eps * wanted.abs().max().item()
+                assert max_error(got, wanted) <= 2 * max_error(plain, wanted) + 8 * ulp
 
 
 def step_gradients(
@@ -252,7 +248,8 @@ def test_gradients_of_a_step(size: tuple[int, ...], hidden: int, norm: bool, fro
         step_gradients(values, of_norm, dtype, frozen) for dtype in (torch.float64, torch.float32, None)
     )
     for index, (wanted, usual, got) in enumerate(zip(exact, plain, fast, strict=True)):
-        assert max_error(got, wanted) <= 2 * max_error(usual, wanted) + sum_rounding(wanted, most_terms(values)), index
+        ulp = torch.finfo(torch.float32).eps * wanted.abs().max().item()
+        assert max_error(got, wanted) <= 2 * max_error(usual, wanted) + 8 * ulp, index
 
 
 def test_means_are_left_out_where_gradients_are_wanted() -> None:
