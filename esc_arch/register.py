@@ -6,10 +6,10 @@ import multiprocessing
 import os
 import warnings
 from collections.abc import Mapping
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
-from basicsr.utils import registry
-from basicsr.utils.registry import Registry
+if TYPE_CHECKING:
+    from basicsr.utils.registry import Registry
 
 __all__ = ["OWN", "others_of_our_names", "register", "register_all", "without_own"]
 
@@ -21,6 +21,8 @@ OWN = "esc_arch."
 
 def register_all() -> None:
     """Register every class of esc_arch that option files can name: the only list of them."""
+    from basicsr.utils import registry
+
     from . import archs, data, losses, models
 
     register(

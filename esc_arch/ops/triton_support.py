@@ -47,5 +47,5 @@ def precision(x: Tensor, tf32: bool) -> str:
 
 
 def setting(dtype: torch.dtype, tf32: bool) -> str:
-    """The name of a type and a way to multiply, a key of `trials.verdicts.PRECISIONS`; arguments as of `precision`."""
+    """The name of a type and a way to multiply, a key of `autotune.results.PRECISIONS`; arguments as of `precision`."""
     return "tf32" if tf32 and dtype is torch.float32 else str(dtype).removeprefix("torch.")

@@ -22,7 +22,7 @@ from esc_arch.errors import UserError
 from esc_arch.modules.window_attention import FactorBiasWindowAttention, WindowAttention
 from esc_arch.ops.cpu import NOT_BUILT
 from esc_arch.ops.gradients import wants_gradients
-from esc_arch.ops.window_attention import BACKENDS
+from esc_arch.ops.window_attention import WINDOW_ATTENTION
 from esc_arch.ops.window_attention.bias import parameters_of
 from esc_arch.training.parameter_groups import freeze, pattern_problems
 
@@ -136,7 +136,8 @@ def _check_backends(opt: Options, key: str, net: nn.Module, is_train: bool) -> I
             requires_grad=is_train and wants_gradients(*layer.to_qkv.parameters(), *parameters_of(bias)),
         )
         with torch.set_grad_enabled(is_train):
-            reasons = BACKENDS[layer.attn_type].unsupported_reasons(qkv, bias, layer.window_size, layer.num_heads)
+            backend = WINDOW_ATTENTION.backends[layer.attn_type]
+            reasons = backend.unsupported_reasons(qkv, bias, layer.window_size, layer.num_heads)
         if reasons := [reason for reason in reasons if reason != NOT_BUILT]:
             option = "backend" if str(opt[key].get("backend")).lower() == layer.attn_type else "attn_type"
             yield (

@@ -87,7 +87,7 @@ RIB = {"type": "ESCRIB", "attn_type": "RIB", "rank": 4, "rib_hidden_dim": 8, "ri
         ({"attn_type": "Flex"}, "attn_type: flex", NO_BACKWARD),
         ({"attn_type": "flex_flash"}, "attn_type: flex_flash", f"{NO_BACKWARD}.*runs on cuda, not on cpu"),
         ({"attn_type": "flash"}, "attn_type: flash", "take biases that are a product of two factors"),
-        ({"attn_type": "cpp"}, "attn_type: cpp", r"needs g\+\+ or clang\+\+"),
+        ({"attn_type": "cpu"}, "attn_type: cpu", r"needs g\+\+ or clang\+\+"),
         ({"attn_type": "FlashBias", "rank": 4, "backend": "flex"}, "backend: flex", NO_BACKWARD),
         ({**RIB, "backend": "Flex"}, "backend: flex", NO_BACKWARD),
         ({**RIB, "backend": "triton"}, "backend: triton", "its kernels read a table of biases, not factors"),
@@ -113,7 +113,7 @@ def test_a_backend_that_cannot_train(
 
 def test_a_backend_that_can(check: Any, train_options: Any, test_options: Any, native: Any) -> None:
     """Flex attention has no gradients on the CPU, and none are wanted in a test or of frozen layers."""
-    for backend in ("naive", "SDPA", "cpp"):
+    for backend in ("naive", "SDPA", "cpu"):
         train_options["network_g"]["attn_type"] = backend
         assert check(train_options)[0] == 0, backend
     test_options["network_g"]["attn_type"] = "Flex"
@@ -135,7 +135,7 @@ def test_a_backend_on_a_gpu(check: Any, train_options: Any, monkeypatch: pytest.
     status, _, err = check(train_options)
     assert status == 2
     assert "flash kernels need a GPU of compute capability 8.0 or newer, not 7.5" in err
-    train_options["network_g"]["backend"] = "cpp"
+    train_options["network_g"]["backend"] = "cpu"
     assert "it runs on cpu, not on cuda" in check(train_options)[2]
 
 

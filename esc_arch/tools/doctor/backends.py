@@ -14,9 +14,9 @@ __all__ = ["examine"]
 
 #: Types of numbers that are looked at on a device. Half precision is for GPUs.
 _TYPES = {"cpu": ("float32",), "cuda": ("float32", "bfloat16")}
-_OPERATIONS = ("window attention", "window attention, factors", "ConvAttn", "ConvFFN", "LayerNorm", "3x3 convolution")
+_OPERATIONS = ("window attention", "ConvAttn", "ConvFFN", "LayerNorm", "3x3 convolution", "window attention, factors")
 _INSTEAD = {
-    "cpp": "ESC_ARCH_NATIVE=0 in the environment switches the C++ operators off.",
+    "cpu": "ESC_ARCH_NATIVE=0 in the environment switches the C++ operators off.",
     "triton": "ESC_ARCH_TRITON=0 in the environment keeps auto from it.",
     "triton_folded": "ESC_ARCH_TRITON=0 in the environment keeps auto from it.",
 }

@@ -17,9 +17,9 @@ from esc_arch.tools.doctor.subprocess_worker import JobFailed
 
 QUICK = [
     (operation, name)
-    for operation, described in OPERATIONS.items()
-    for name in described.api.BACKENDS
-    if name not in ("flex", "flex_flash", "triton", "triton_folded", "cpp")
+    for operation, (described, _) in OPERATIONS.items()
+    for name in described.backends
+    if name not in ("flex", "flex_flash", "triton", "triton_folded", "cpu")
     and (name, operation) != ("flash", "window attention")
 ]
 
@@ -41,9 +41,9 @@ def test_backends_agree_with_their_reference(operation: str, backend: str, dtype
 @pytest.mark.parametrize("operation", list(OPERATIONS))
 def test_the_cpp_operators_are_chosen_and_agree(operation: str) -> None:
     found = examine(operation, "cpu", "float32")
-    assert found["auto"] == {"inference": "cpp", "training": "cpp"}
-    assert found["reasons"]["cpp"] == []
-    result = compare(operation, "cpp", "cpu", "float32", True)
+    assert found["auto"] == {"inference": "cpu", "training": "cpu"}
+    assert found["reasons"]["cpu"] == []
+    result = compare(operation, "cpu", "cpu", "float32", True)
     assert max(result["forward"], result["gradients"]) < result["tolerance"]
 
 
@@ -67,10 +67,10 @@ def replace(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
     """Replaces the backends of LayerNorm; the reference stays."""
 
     def replace(order: tuple[str, ...], **others: Callable[..., Tensor]) -> None:
-        api = OPERATIONS["LayerNorm"].api
+        described, _ = OPERATIONS["LayerNorm"]
         made = {name: SimpleNamespace(unsupported_reasons=lambda *_: [], forward=each) for name, each in others.items()}
-        monkeypatch.setattr(api, "BACKENDS", {"reference": api.BACKENDS["reference"]} | made)
-        monkeypatch.setattr(api, "AUTO_ORDER", order)
+        monkeypatch.setattr(described, "backends", {"reference": described.reference} | made)
+        monkeypatch.setattr(described, "order", order)
         monkeypatch.setattr(backends, "_OPERATIONS", ("LayerNorm",))
         monkeypatch.setattr(self_tests, "OPERATIONS", {"LayerNorm": OPERATIONS["LayerNorm"]})
 

@@ -69,7 +69,7 @@ def test_esc_arch_is_there_without_what_its_start_imports(worker: Worker) -> Non
 def test_operators_may_be_loaded_before_what_calls_them(worker: Worker) -> None:
     worker.timeout = 60
     assert worker.call("esc_arch.tools.doctor.probes:native_operators")["ready"]
-    result = worker.call("esc_arch.tools.doctor.self_tests:compare", "window attention", "cpp", "cpu", "float32", True)
+    result = worker.call("esc_arch.tools.doctor.self_tests:compare", "window attention", "cpu", "cpu", "float32", True)
     assert max(result["forward"], result["gradients"]) < result["tolerance"]
 
 
