@@ -1,4 +1,4 @@
-"""Registration in BasicSR's registries: once, in whatever order things are imported, and beside other packages."""
+"""Registration in BasicSR's registries: once, in any order of imports, and next to other packages."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ __all__ = ["OWN", "others_of_our_names", "register", "register_all", "without_ow
 
 Entry = TypeVar("Entry")
 
-#: What every class of ours is also registered under, with its name behind it: nobody else can have `esc_arch.ESC`.
+#: Prefix of the second name of every class of ours, which no other package can take: `esc_arch.ESC`.
 OWN = "esc_arch."
 
 

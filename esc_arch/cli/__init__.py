@@ -93,7 +93,7 @@ def _module(verb: str) -> ModuleType:
 
 
 def _is_unread() -> bool:
-    """Whether the reader of standard output has gone, as that of `basicsr doctor | head`; then the rest is dropped."""
+    """True if the reader of standard output has gone, as that of `basicsr doctor | head`; then the rest is dropped."""
     try:
         output = sys.stdout.fileno()
     except (OSError, ValueError):  # not a file

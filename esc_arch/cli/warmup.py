@@ -108,9 +108,9 @@ def _named_network(file: str, section: Any) -> nn.Module:
 
 
 def _build_operators() -> int:
-    """Whether they should be ready and are not: `FAULT` or 0."""
+    """Build them; returns `FAULT` if they should be ready and are not, else 0."""
     if not cpu.ready():
-        print("C++ operators: building them if that can be; it takes half a minute or more ...", flush=True)
+        print("Building the C++ operators (1 to 3 minutes, once) ...", flush=True)
     try:
         seconds = cpu.build()
     except RuntimeError as error:

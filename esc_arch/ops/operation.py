@@ -26,7 +26,7 @@ Size = tuple[int, int, int]
 
 
 class UnusableBackend(UserError, RuntimeError):
-    """The backend asked for by name cannot take the inputs, or none can; the message lists every reason."""
+    """The backend requested by name cannot take the inputs, or none can; the message lists every reason."""
 
 
 class Explanation(NamedTuple):
@@ -70,7 +70,7 @@ class Operation:
         arguments: those of `forward`, of such tensors.
         parts: the result and the gradients of the tensors, for messages.
         parameters_stay_float32: in half precision, all tensors but the map do.
-        roundings: of the largest number that a backend's result may be off, beside those of plain PyTorch.
+        roundings: of the largest number that a result may be off, on top of twice plain PyTorch's error.
         canonicalise: what of a gradient counts, by the number of its tensor.
     """
 
@@ -111,12 +111,12 @@ class Operation:
         """The backend to compute with; decided once for each device, type, mode and shape.
 
         Args:
-            backend: a name, which is taken or refused, or auto. The C++ operators are built when asked for by name.
+            backend: a name, or auto. The C++ operators are built when requested by name.
             inputs: the arguments of `forward`.
 
         Raises:
             ValueError: there is no such backend.
-            UnusableBackend: the backend asked for by name cannot take these inputs.
+            UnusableBackend: the backend requested by name cannot take these inputs.
         """
         if torch.compiler.is_compiling() or torch.jit.is_tracing():
             return self.backends[self._decide(backend, inputs)]

@@ -36,6 +36,6 @@ _CHANNELS, _PDIM = (
 
 
 def nearest(*, channels: int = 0, pdim: int = 0) -> str:
-    """The network of `NETWORKS` that is nearest to one of so many channels, or so many that ConvAttn convolves."""
+    """The network of `NETWORKS` nearest to one with these channels, or these channels that ConvAttn convolves."""
     # (Compared with numbers only, so that torch.compile can trace it, where these may be symbols)
     return _SMALL if channels <= _CHANNELS and pdim <= _PDIM else _LARGE

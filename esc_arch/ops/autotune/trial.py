@@ -29,7 +29,7 @@ LAYOUTS = {"NCHW": torch.contiguous_format, "channels_last": torch.channels_last
 
 #: Of TF32's ten bits.
 TF32_EPS = 2.0**-10
-#: Of each backend, in turns; calls of a round last at least so many seconds together.
+#: Rounds of each backend, in turns, and the least seconds that the calls of a round last together.
 ROUNDS, LEAST_ROUND = 9, 0.02
 
 
@@ -46,7 +46,7 @@ def autotuned(operation: Operation) -> list[str]:
 
 
 def run(case: Case, network: Network, device: torch.device, rounds: int = ROUNDS) -> Result:
-    """Try a backend with the shapes of a network, timing it so many rounds."""
+    """Try a backend with the shapes of a network, timed in several rounds."""
     trial = _Trial(case, network, device, rounds)
     float32 = case.precision in ("float32", "tf32")
     with float32_products(tf32=case.precision == "tf32") if float32 else nullcontext():

@@ -40,7 +40,7 @@ def conv3x3(x: Tensor, weight: Tensor, bias: Tensor | None, *, backend: str = "a
 
     Raises:
         ValueError: shapes that do not fit each other, or an unknown backend.
-        RuntimeError: the backend asked for by name cannot take these inputs; the message lists every reason.
+        RuntimeError: the backend requested by name cannot take these inputs; the message lists every reason.
     """
     _check_shapes(x, None, None, weight, bias, None)
     out: Tensor = CONV3X3.choose(backend, x, weight, bias).forward(x, weight, bias)

@@ -71,7 +71,7 @@ def conv_attention(
     Raises:
         ValueError: shapes that do not fit each other, an unknown backend, or a kernel said to be symmetric is not
             (where the backend looks).
-        RuntimeError: the backend asked for by name cannot take these inputs; the message lists every reason.
+        RuntimeError: the backend requested by name cannot take these inputs; the message lists every reason.
     """
     _check_shapes(x, large_kernel, dynamic_kernel)
     inputs = (x, large_kernel, dynamic_kernel, symmetric)

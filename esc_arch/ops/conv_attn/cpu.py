@@ -15,7 +15,7 @@ from esc_arch.ops import cpu
 from esc_arch.ops.cpu.wrapping import empty_map, input_reasons, only_wanted, refuse_second_derivatives
 from esc_arch.ops.gradients import wants_gradients
 
-#: Beyond this no tile has room for outputs beside its margins.
+#: Beyond this no tile has room for outputs between its margins.
 LARGEST_KERNEL = 33
 
 #: Of the kernel that `conv_attention_step` computes from the image.

@@ -31,9 +31,9 @@ from esc_arch.ops.triton_support import DTYPES, missing, precision, setting
 #: What is added up before it is multiplied: nothing; rows as far above as below; also columns and diagonals; or what
 #: suits the type, see `triton_folded`.
 FOLDS = ("none", "rows", "all", "auto")
-#: A group of outputs of so many channels is as wide as the registers of a multiprocessor allow.
+#: Channels of a group of outputs: as wide as the registers of a multiprocessor allow.
 MAX_CHANNELS = 64
-#: Programs that keep every GPU busy: the map is shared out to so many when the kernels' gradients are summed.
+#: Programs that share a map when the kernels' gradients are summed: enough to keep every GPU busy.
 PROGRAMS = 256
 #: Pixels of a picture for each program of the dynamic kernel's gradient.
 DYNAMIC_SHARE = 4096

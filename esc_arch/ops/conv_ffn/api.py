@@ -67,7 +67,7 @@ def conv_ffn(
 
     Raises:
         ValueError: shapes that do not fit each other, or an unknown backend.
-        RuntimeError: the backend asked for by name cannot take these inputs; the message lists every reason.
+        RuntimeError: the backend requested by name cannot take these inputs; the message lists every reason.
     """
     parameters = (proj_weight, proj_bias, dwc_weight, dwc_bias, aggr_weight, aggr_bias)
     _check_shapes(x, *parameters)

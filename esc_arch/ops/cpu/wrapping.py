@@ -30,7 +30,7 @@ def input_reasons(*tensors: Tensor | None, maps: Sequence[Tensor | None] = ()) -
 
 
 def empty_map(x: Tensor, channels: int | None = None) -> Tensor:
-    """An empty channels_last map of the size of x, with so many channels; those of x by default."""
+    """An empty channels_last map of the size of x; `channels` default to those of x."""
     shape = (x.shape[0], x.shape[1] if channels is None else channels, *x.shape[2:])
     return torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
 

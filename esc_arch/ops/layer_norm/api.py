@@ -35,7 +35,7 @@ def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, *, eps: float, backend: 
 
     Raises:
         ValueError: shapes that do not fit each other, or an unknown backend.
-        RuntimeError: the backend asked for by name cannot take these inputs; the message lists every reason.
+        RuntimeError: the backend requested by name cannot take these inputs; the message lists every reason.
     """
     if x.dim() != 4 or weight.shape != x.shape[1:2] or bias.shape != x.shape[1:2]:
         raise ValueError(

@@ -70,7 +70,7 @@ def window_attention(qkv: Tensor, bias: Bias, *, window: int, heads: int, backen
 
     Raises:
         ValueError: shapes that do not fit each other, or an unknown backend.
-        RuntimeError: the backend asked for by name cannot take these inputs; the message lists every reason.
+        RuntimeError: the backend requested by name cannot take these inputs; the message lists every reason.
     """
     _check_shapes(qkv, bias, window, heads)
     out: Tensor = WINDOW_ATTENTION.choose(backend, qkv, bias, window, heads).forward(qkv, bias, window, heads)

@@ -1,7 +1,7 @@
 """Window attention in Triton kernels: from the projection to the merged map without a copy or a score in memory.
 
 q, k and v are read where the projection left them, the padding by computing which pixel it repeats, and the bias from
-its table, so that beside the result only one number per token and head is written, and that only for a later gradient.
+its table, so that besides the result only one number per token and head is written, and only for a later gradient.
 Every gradient is a sum in a fixed order: repeated runs are equal to the last bit, whatever
 `torch.use_deterministic_algorithms` says. A map that is dense in channels-last layout is the fastest to read; NCHW
 works too, and any other layout is copied to NCHW first.
@@ -32,11 +32,11 @@ from esc_arch.ops.triton_support import DTYPES, missing, precision, setting
 
 from .bias import Bias
 
-#: Whether Triton runs kernels in its interpreter, on the CPU: a slow way to see that their arithmetic is right.
+#: True if Triton runs kernels in its interpreter, on the CPU: slow, to check their arithmetic.
 INTERPRETED = os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "yes", "on")
 #: Of a head: what the registers of a multiprocessor hold.
 MAX_HEAD_DIM = 128
-#: Programs that keep every GPU busy to the end: so many share the windows when the table's gradient is summed.
+#: Programs that share the windows when the table's gradient is summed: enough to keep every GPU busy to the end.
 PROGRAMS = 4096
 
 
