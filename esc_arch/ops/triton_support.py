@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import importlib.util
+import os
 from functools import cache
 
 import torch
 from torch import Tensor
 
-__all__ = ["DTYPES", "missing", "precision", "setting"]
+__all__ = ["DTYPES", "INTERPRETED", "missing", "precision", "setting"]
 
+#: True if Triton runs kernels in its interpreter, on the CPU: slow, to check their arithmetic.
+INTERPRETED = os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "yes", "on")
 #: What tensor cores multiply.
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 

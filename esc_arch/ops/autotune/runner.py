@@ -13,8 +13,7 @@ from multiprocessing.connection import Connection
 import torch
 
 from esc_arch.atomic_io import write_atomically
-from esc_arch.ops.triton_support import missing
-from esc_arch.ops.window_attention.triton import INTERPRETED
+from esc_arch.ops.triton_support import INTERPRETED, missing
 
 from . import trial
 from .choice import forget

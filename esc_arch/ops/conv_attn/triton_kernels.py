@@ -33,7 +33,7 @@ import triton
 import triton.language as tl
 from triton import Config
 
-INTERPRETED = bool(triton.knobs.runtime.interpret) if hasattr(triton, "knobs") else False
+from esc_arch.ops.triton_support import INTERPRETED
 
 #: The arguments that decide which configuration is the fastest; sizes of maps are not among them.
 _KEY = ["C", "PIXEL", "SIDE", "FOLD", "PRECISION"]

@@ -16,7 +16,6 @@ Inside a CUDA graph that choice cannot be made: call once before capturing.
 from __future__ import annotations
 
 import math
-import os
 from typing import Any
 
 import torch
@@ -32,8 +31,6 @@ from esc_arch.ops.triton_support import DTYPES, missing, precision, setting
 
 from .bias import Bias
 
-#: True if Triton runs kernels in its interpreter, on the CPU: slow, to check their arithmetic.
-INTERPRETED = os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "yes", "on")
 #: Of a head: what the registers of a multiprocessor hold.
 MAX_HEAD_DIM = 128
 #: Programs that share the windows when the table's gradient is summed: enough to keep every GPU busy to the end.

@@ -26,7 +26,7 @@ import triton
 import triton.language as tl
 from triton import Config
 
-from .triton import INTERPRETED
+from esc_arch.ops.triton_support import INTERPRETED
 
 LOG2E = tl.constexpr(1.4426950408889634)
 
