@@ -23,11 +23,11 @@ from esc_arch.tools.upscale.memory import is_out_of_memory, peak_of
 from esc_arch.tools.upscale.network import Upscaler
 
 from .frames import Coding, exact, frame_of, import_av, open_to_read, planes_of, side_data_of
-from .output import MICROSECONDS, Encoder, Form, check_form, container_of, form_of, join
+from .output import CONTAINERS, MICROSECONDS, Encoder, Form, check_form, container_of, form_of, join
 from .segments import WorkFolder
 from .stages import overlapped
 
-__all__ = ["SUFFIXES", "is_video", "upscale_video"]
+__all__ = ["SUFFIXES", "result_suffix", "upscale_video"]
 
 logger = logging.getLogger("esc_arch")
 
@@ -51,9 +51,10 @@ TOLERANCE = 0.1
 Planes = npt.NDArray[Any]
 
 
-def is_video(path: str | Path) -> bool:
-    """Whether a file is a video by the suffix of its name."""
-    return Path(path).suffix.lower() in SUFFIXES
+def result_suffix(path: Path) -> str | None:
+    """The suffix of an enlarged video: the source's where it can be written, else .mkv; None if it names no video."""
+    suffix = path.suffix.lower()
+    return path.suffix if suffix in CONTAINERS else ".mkv" if suffix in SUFFIXES else None
 
 
 def upscale_video(
