@@ -163,8 +163,10 @@ def _write_tiff(file: IO[bytes], spec: EncodeSpec, rows: Iterable[Pixels]) -> No
     """TIFF 6.0, or BigTIFF beyond its 4 GiB: strips, differences along rows (predictor 2), deflate."""
     import tifffile
 
-    exif, big = spec.metadata.exif, _is_big(spec)
+    icc, exif, big = spec.metadata.icc, spec.metadata.exif, _is_big(spec)
     tags: list[tuple[int | str, int, int, object, bool]] = []
+    if icc is not None:
+        tags.append((0x8773, 7, len(icc), icc, True))
     with tifffile.TiffWriter(file, bigtiff=big, byteorder="<") as tiff:
         if exif is not None:
             for tag, (kind, value) in exif.tags.items():
@@ -181,11 +183,10 @@ def _write_tiff(file: IO[bytes], spec: EncodeSpec, rows: Iterable[Pixels]) -> No
             dtype=spec.dtype,
             photometric="rgb" if spec.channels > 2 else "minisblack",
             planarconfig="contig" if spec.channels > 1 else None,
-            extrasamples=["unassalpha"] * (spec.channels in (2, 4)),
+            extrasamples=["unassalpha"] if spec.channels in (2, 4) else None,
             rowsperstrip=STRIP,
             compression="zlib",
             predictor=True,
-            iccprofile=spec.metadata.icc,
             resolution=spec.metadata.dpi,
             software=False,
             metadata=None,
