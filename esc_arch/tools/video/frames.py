@@ -37,6 +37,8 @@ __all__ = [
 
 Planes = npt.NDArray[Any]
 
+#: AV_TIME_BASE: the unit of a container's times, in a second.
+MICROSECONDS = 1_000_000
 #: Of FFmpeg's AVColorSpace, which are the numbers of ITU-T H.273, table 4.
 RGB, BT709, FCC, BT470BG, SMPTE170M, SMPTE240M, YCGCO, BT2020 = 0, 1, 4, 5, 6, 7, 8, 9
 UNKNOWN = (2, 3)

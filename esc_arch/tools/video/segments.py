@@ -13,7 +13,7 @@ import logging
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -25,8 +25,6 @@ __all__ = ["Packet", "Segment", "WorkFolder", "decoding_times"]
 logger = logging.getLogger("esc_arch")
 
 MAGIC = b"esc_arch video segment 1\n"
-SUFFIX = ".segment"
-#: Files that a folder may have and still be one of these, which may be removed.
 MANIFEST, LOCK = "manifest.json", "lock"
 
 
@@ -42,8 +40,8 @@ class Packet(NamedTuple):
 class Segment:
     """Frames that follow each other: when each is shown, and packets in the order of decoding."""
 
-    times: list[int] = field(default_factory=list)
-    packets: list[Packet] = field(default_factory=list)
+    times: list[int]
+    packets: list[Packet]
     last_duration: int | None = None
 
     def write(self, path: Path) -> None:
@@ -73,35 +71,28 @@ class Segment:
         return cls(header["times"], packets, header["last_duration"])
 
 
-class Outline(NamedTuple):
-    """What is kept in memory of a segment."""
-
-    times: list[int]
-    shown: list[int]
-    last_duration: int | None
-
-
 class WorkFolder:
-    """The hidden folder beside a target in which it comes to be. Make one with `opened`.
+    """The hidden folder beside a target in which it comes to be, for one process alone. Make one with `opened`.
 
     Attributes:
         path: the folder.
         length: frames in a segment, but for the last.
-        segments: what is there of whole segments, from the first on.
+        times: of all frames that are done, from the first on.
+        shown: the same in the order of decoding.
+        last_duration: of the last frame.
     """
 
-    def __init__(self, path: Path, length: int, segments: list[Outline]) -> None:
-        self.path, self.length, self.segments = path, length, segments
-
-    @property
-    def frames(self) -> int:
-        """How many frames are done."""
-        return sum(len(segment.times) for segment in self.segments)
+    def __init__(self, path: Path, length: int) -> None:
+        self.path, self.length = path, length
+        self.times: list[int] = []
+        self.shown: list[int] = []
+        self.last_duration: int | None = None
+        self._count = 0
 
     def add(self, segment: Segment) -> None:
         """Keep the next segment."""
-        segment.write(self._segment(len(self.segments)))
-        self.segments.append(_outline(segment))
+        segment.write(self._segment(self._count))
+        self._note(segment)
 
     def packets(self) -> Iterator[Packet]:
         """All packets, in the order of decoding.
@@ -109,25 +100,20 @@ class WorkFolder:
         Raises:
             UserError: a file was damaged since it was written.
         """
-        for index in range(len(self.segments)):
-            segment = Segment.read(self._segment(index))
+        for path in map(self._segment, range(self._count)):
+            segment = Segment.read(path)
             if segment is None:
-                raise UserError(
-                    f"{self._segment(index)} is damaged: the disk may be. Remove the folder and start over."
-                )
+                raise UserError(f"{path} is damaged: the disk may be. Remove the folder and start over.")
             yield from segment.packets
 
     def remove(self) -> None:
         """Remove it with all that is in it."""
         shutil.rmtree(self.path)
 
-    def _segment(self, index: int) -> Path:
-        return self.path / f"{index:06}{SUFFIX}"
-
     @classmethod
     @contextmanager
     def opened(cls, target: Path, settings: Mapping[str, Any], length: int) -> Iterator[WorkFolder]:
-        """The folder of a target, for one process alone, with what an earlier go left by the same settings.
+        """The folder of a target, with what an earlier run left that had the same settings.
 
         Args:
             settings: all that the result depends on, as JSON has it.
@@ -139,40 +125,42 @@ class WorkFolder:
         path = target.with_name(f".{target.name}.partial")
         path.mkdir(exist_ok=True)
         with _locked(path / LOCK, target):
-            kept = _left(path, settings, target)
-            if kept is None:
-                for old in path.iterdir():
-                    if old.name != LOCK:
-                        old.unlink()
-                kept = length
-                manifest = {"settings": settings, "segment": length}
-                write_atomically(path / MANIFEST, json.dumps(manifest, indent=1).encode())
-            folder = cls(path, kept, [])
-            folder._find()
+            kept = _kept_length(path / MANIFEST, settings, target)
+            folder = cls(path, kept or length)
+            folder._find() if kept else folder._clear(keep=())
+            if not kept:
+                write_atomically(path / MANIFEST, json.dumps({"settings": settings, "segment": length}).encode())
             yield folder
+
+    def _segment(self, index: int) -> Path:
+        return self.path / f"{index:06}.segment"
+
+    def _note(self, segment: Segment) -> None:
+        self.times += segment.times
+        self.shown += [packet.pts for packet in segment.packets]
+        self.last_duration = segment.last_duration
+        self._count += 1
 
     def _find(self) -> None:
         """Take the whole segments up to the first that is missing; files behind are of no use."""
-        while (path := self._segment(len(self.segments))).is_file():
+        while (path := self._segment(self._count)).is_file():
             segment = Segment.read(path)
             if segment is None:
                 logger.warning("%s is damaged: its frames, and those behind, are made again.", path)
                 break
-            self.segments.append(_outline(segment))
-        used = {self._segment(index) for index in range(len(self.segments))}
+            self._note(segment)
+        self._clear(keep=(MANIFEST, *(self._segment(index).name for index in range(self._count))))
+
+    def _clear(self, keep: Sequence[str]) -> None:
         for path in self.path.iterdir():
-            if path not in used and path.name not in (MANIFEST, LOCK):
+            if path.name not in (LOCK, *keep):
                 path.unlink()
 
 
-def _outline(segment: Segment) -> Outline:
-    return Outline(segment.times, [packet.pts for packet in segment.packets], segment.last_duration)
-
-
-def _left(path: Path, settings: Mapping[str, Any], target: Path) -> int | None:
-    """The length of the segments of an earlier go that had these settings; None where there was none."""
+def _kept_length(path: Path, settings: Mapping[str, Any], target: Path) -> int | None:
+    """The length of the segments of an earlier run that had these settings; None where there was none."""
     try:
-        manifest = json.loads((path / MANIFEST).read_bytes())
+        manifest = json.loads(path.read_bytes())
         before, length = manifest["settings"], int(manifest["segment"])
     except FileNotFoundError:
         return None
@@ -181,8 +169,8 @@ def _left(path: Path, settings: Mapping[str, Any], target: Path) -> int | None:
     now = json.loads(json.dumps(settings))
     if before == now:
         return length
-    changed = [key for key in now if before.get(key) != now[key]]
-    logger.warning("%s: what an earlier run left was made with another %s; it starts over.", target, ", ".join(changed))
+    changed = ", ".join(key for key in now if before.get(key) != now[key])
+    logger.warning("%s: an earlier run had another %s; starting over.", target, changed)
     return None
 
 
@@ -213,6 +201,4 @@ def decoding_times(shown: Sequence[int]) -> list[int]:
     place = {time: index for index, time in enumerate(ordered)}
     delay = max((index - place[time] for index, time in enumerate(shown)), default=0)
     step = max(ordered[1] - ordered[0], 1) if len(ordered) > 1 else 1
-    return [
-        ordered[0] - step * (delay - index) if index < delay else ordered[index - delay] for index in range(len(shown))
-    ]
+    return [ordered[0] - step * (delay - index) for index in range(delay)] + ordered[: len(ordered) - delay]
