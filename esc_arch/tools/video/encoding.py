@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 from esc_arch.errors import UserError
 
 from .frames import FULL, LIMITED, RGB, Coding, depth_of, exact, guessed_matrix, import_av, is_rgb, side_data_of
-from .segments import Packet, Segment
+from .segments import Packet
 
 __all__ = ["CONTAINERS", "Encoder", "VideoSpec", "check_spec", "container_format", "scheduling_kept", "video_spec"]
 
@@ -67,9 +67,11 @@ class VideoSpec:
 
     Attributes:
         options: the encoder's.
-        matrix, full, primaries, transfer: as in ITU-T H.273; primaries and transfer as the source has them.
-        time_base, rate, aspect: numerator and denominator: the unit of times in the source (s), frames per second on
-            average, and the shape of a pixel, None where it is not known.
+        coding: what samples are to mean.
+        primaries, transfer: as in ITU-T H.273, as the source has them.
+        time_base: the unit of times in the source, in seconds.
+        rate: frames per second, on average.
+        aspect: the shape of a pixel, None where it is not known.
         display_matrix: how players are to turn it: 9 numbers of FFmpeg's, or None.
         tag: the codec's name in the container; None for FFmpeg's choice.
     """
@@ -79,24 +81,18 @@ class VideoSpec:
     pixel_format: str
     height: int
     width: int
-    matrix: int
-    full: bool
+    coding: Coding
     primaries: int
     transfer: int
-    time_base: tuple[int, int]
-    rate: tuple[int, int]
-    aspect: tuple[int, int] | None
+    time_base: Fraction
+    rate: Fraction
+    aspect: Fraction | None
     display_matrix: tuple[int, ...] | None
     tag: str | None
 
-    @property
-    def coding(self) -> Coding:
-        """What samples of the network's output are to mean."""
-        return Coding(self.matrix, self.full, depth_of(import_av().VideoFormat(self.pixel_format)))
-
     def label(self, target: Any) -> None:
         """Say of a frame, or of an encoder, what its colours mean."""
-        target.colorspace, target.color_range = self.matrix, FULL if self.full else LIMITED
+        target.colorspace, target.color_range = self.coding.matrix, FULL if self.coding.full else LIMITED
         target.color_primaries, target.color_trc = self.primaries, self.transfer
 
     def apply(self, context: Any) -> None:
@@ -104,10 +100,9 @@ class VideoSpec:
         from av.codec.context import Flags
 
         context.width, context.height, context.pix_fmt = self.width, self.height, self.pixel_format
-        context.framerate = Fraction(*self.rate)
-        context.time_base = 1 / context.framerate
+        context.framerate, context.time_base = self.rate, 1 / self.rate
         if self.aspect is not None:
-            context.sample_aspect_ratio = Fraction(*self.aspect)
+            context.sample_aspect_ratio = self.aspect
         self.label(context)
         context.options = dict(self.options)
         # Slices, which are PyAV's choice, cost quality
@@ -117,11 +112,11 @@ class VideoSpec:
 
     def add_to(self, container: Any) -> Any:
         """A stream like this in a container, with an encoder that only says what stands at the file's beginning."""
-        stream = container.add_stream(self.codec, rate=Fraction(*self.rate))
+        stream = container.add_stream(self.codec, rate=self.rate)
         self.apply(stream.codec_context)
         if self.tag is not None:
             stream.codec_context.codec_tag = self.tag
-        stream.time_base = Fraction(*self.time_base)
+        stream.time_base = self.time_base
         if self.display_matrix is not None:
             stream.set_display_matrix(self.display_matrix)
         return stream
@@ -254,37 +249,36 @@ def video_spec(
     Raises:
         UserError: an invalid choice.
     """
-    container, encoder = container_format(target), choose_codec(codec, target)
+    encoder = choose_codec(codec, target)
     chosen = choose_pixel_format(pixel_format, encoder, frame.format)
-    source, rgb = Coding.of(frame), is_rgb(import_av().VideoFormat(chosen))
     height, width = padded_size(size, chosen)
-    rate = exact(stream.average_rate) or exact(stream.guessed_rate) or USUAL_RATE
-    aspect, unit = exact(stream.sample_aspect_ratio), exact(stream.time_base)
-    assert unit is not None
+    video_format, source = import_av().VideoFormat(chosen), Coding.of(frame)
+    matrix = source.matrix if source.matrix != RGB else guessed_matrix(height, width)
+    if rgb := is_rgb(video_format):
+        matrix = RGB
+    time_base = exact(stream.time_base)
+    assert time_base is not None
     return VideoSpec(
         codec=encoder,
         options=quality_options(encoder, crf),
         pixel_format=chosen,
         height=height,
         width=width,
-        matrix=RGB if rgb else source.matrix if source.matrix != RGB else guessed_matrix(height, width),
-        full=source.full if (source.matrix == RGB) == rgb else rgb,
+        coding=Coding(matrix, source.full if (source.matrix == RGB) == rgb else rgb, depth_of(video_format)),
         primaries=int(frame.color_primaries),
         transfer=int(frame.color_trc),
-        time_base=unit.as_integer_ratio(),
-        rate=rate.as_integer_ratio(),
-        aspect=aspect.as_integer_ratio() if aspect else None,
+        time_base=time_base,
+        rate=exact(stream.average_rate) or exact(stream.guessed_rate) or USUAL_RATE,
+        aspect=exact(stream.sample_aspect_ratio),
         display_matrix=_display_matrix(frame),
-        tag="hvc1" if encoder == "libx265" and container in ("mp4", "mov") else None,
+        tag="hvc1" if encoder == "libx265" and container_format(target) in ("mp4", "mov") else None,
     )
 
 
 def _display_matrix(frame: Any) -> tuple[int, ...] | None:
     """How the frame is to be turned and mirrored, without by how much it is shifted, which depends on its size."""
-    from av.sidedata.sidedata import Type
-
     for data in side_data_of(frame):
-        if data.type == Type.DISPLAYMATRIX:
+        if data.type.name == "DISPLAYMATRIX":
             numbers = struct.unpack("=9i", bytes(data))
             return (*numbers[:6], 0, 0, numbers[8])
     return None
@@ -342,29 +336,26 @@ class Encoder:
 
     def __init__(self, spec: VideoSpec) -> None:
         self.spec = spec
-        self.times: list[int] = []
+        self.shown: list[tuple[int, int | None]] = []
         self.packets: list[Packet] = []
-        self.last_duration: int | None = None
         self.context = import_av().CodecContext.create(spec.codec, "w")
         spec.apply(self.context)
         with scheduling_kept():
             self.context.open()
 
     def add(self, frame: Any, time: int, duration: int | None) -> None:
-        """Encode a frame that is shown at a time, in units of the spec's time base."""
-        frame.pts, frame.time_base = len(self.times), self.context.time_base
+        """Encode a frame that is shown at a time, for a duration, in units of the spec's time base."""
+        frame.pts, frame.time_base = len(self.shown), self.context.time_base
         self.spec.label(frame)
-        self.times.append(time)
-        self.last_duration = duration
+        self.shown.append((time, duration))
         self._encode(frame)
 
-    def finish(self) -> Segment:
-        """All that was added, encoded."""
+    def finish(self) -> list[Packet]:
+        """All that was added, encoded, in the order of decoding."""
         self._encode(None)
-        if sorted(packet.pts for packet in self.packets) != list(range(len(self.times))):
+        if sorted(packet.pts for packet in self.packets) != list(range(len(self.shown))):
             raise RuntimeError(f"{self.spec.codec} did not give a packet for each frame")
-        shown = [packet._replace(pts=self.times[packet.pts]) for packet in self.packets]
-        return Segment(self.times, shown, self.last_duration)
+        return [Packet(*self.shown[packet.pts], packet.is_key, packet.data) for packet in self.packets]
 
     def _encode(self, frame: Any) -> None:
-        self.packets += [Packet(each.pts, each.is_keyframe, bytes(each)) for each in self.context.encode(frame)]
+        self.packets += [Packet(each.pts, None, each.is_keyframe, bytes(each)) for each in self.context.encode(frame)]

@@ -40,7 +40,7 @@ def join(folder: WorkFolder, spec: VideoSpec, source: Path, video: int, start: i
     path = folder.path / f"joined{target.suffix.lower()}"
     if container in ("mp4", "mov"):
         # Where the video begins is stored in this unit, by default milliseconds
-        options = {"movflags": "+faststart", "movie_timescale": str(max(spec.time_base[1], 1000))}
+        options = {"movflags": "+faststart", "movie_timescale": str(max(spec.time_base.denominator, 1000))}
     else:
         options = {"avoid_negative_ts": "disabled"}  # which moves all, where sound begins before 0
     with (
@@ -116,16 +116,15 @@ def _moved_chapter(chapter: Mapping[str, Any], start: int) -> dict[str, Any]:
 
 
 def _video_packets(folder: WorkFolder, spec: VideoSpec, stream: Any) -> Iterator[Any]:
-    av = import_av()
-    unit, times = Fraction(*spec.time_base), folder.times
-    durations = {time: after - time for time, after in pairwise(times)}
-    # The last frame's: as the source says, else as the one before it, else by the rate
-    before = times[-1] - times[-2] if len(times) > 1 else max(round(1 / (Fraction(*spec.rate) * unit)), 1)
-    durations[times[-1]] = folder.last_duration or before
+    times = sorted(folder.shown)
+    until = dict(pairwise(times))
+    # The last frame is shown for as long as the source says, else as the one before it, else by the rate
+    usual = times[-1] - times[-2] if len(times) > 1 else max(round(1 / (spec.rate * spec.time_base)), 1)
     for found, dts in zip(folder.packets(), decoding_times(folder.shown), strict=True):
-        packet = av.Packet(found.data)
-        packet.pts, packet.dts, packet.duration = found.pts, dts, durations[found.pts]
-        packet.time_base, packet.is_keyframe, packet.stream = unit, found.is_key, stream
+        packet = import_av().Packet(found.data)
+        packet.duration = until[found.pts] - found.pts if found.pts in until else found.duration or usual
+        packet.pts, packet.dts, packet.time_base = found.pts, dts, spec.time_base
+        packet.is_keyframe, packet.stream = found.is_key, stream
         yield packet
 
 

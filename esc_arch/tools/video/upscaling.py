@@ -5,10 +5,8 @@ from __future__ import annotations
 import hashlib
 import logging
 from collections.abc import Callable, Iterable
-from dataclasses import asdict
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -21,9 +19,9 @@ from esc_arch.tools.upscale.memory import is_out_of_memory, peak_of
 from esc_arch.tools.upscale.network import Upscaler
 
 from .encoding import CONTAINERS, Encoder, VideoSpec, check_spec, container_format, video_spec
-from .frames import Coding, Planes, frame_of, import_av, planes_of
+from .frames import Coding, Planes, frame_of, import_av
 from .muxing import join
-from .reading import Batch, Source, open_video, read_batches
+from .reading import Batch, VideoReader, open_video
 from .segments import WorkFolder
 from .stages import overlapped
 
@@ -86,47 +84,34 @@ def upscale_video(
     import_av()
     source, target = Path(source), Path(target)
     _check(source, target, scale, batch, overwrite)
+    report = progress or (lambda part: None)
     asked = scale if upscaler.any_scale and scale is not None and scale >= 1 else None
-    with open_video(source) as frames:
-        first = next(iter(frames), None)
-        if first is None:
-            raise UserError(f"{source}: no frame can be decoded. The file is damaged, or not a video.")
-        frame = first.frame
-        size = scaled_size((frame.height, frame.width), upscaler.scale if scale is None else scale)
-        try:
-            video = Source(source, frames.stream.index, frames.origin, Coding.of(frame), frame.height, frame.width)
-        except UserError as error:
-            raise UserError(f"{source}: {error}") from error
-        spec = video_spec(frame, frames.stream, target, size, codec=codec, crf=crf, pixel_format=pixel_format)
-        total = frames.expected_number()
-    check_spec(spec, target)
-    if (spec.height, spec.width) != size:
-        logger.warning(
-            "%s: %s has no odd sizes; the last row or column is repeated: %d x %d becomes %d x %d.",
-            *(target, spec.pixel_format, *size[::-1], spec.width, spec.height),
-        )
-    network = _Network(upscaler, video.coding, spec.coding, asked, max_memory)
-    length = SEGMENT.get(upscaler.device.type, SEGMENT["cpu"])
-    with writing_to(target.parent), WorkFolder.opened(target, _settings(upscaler, video, spec), length) as folder:
-        if folder.times:
-            logger.warning("%s: resuming an earlier run, of which %d frames are there.", target, len(folder.times))
-        try:
-            count = batch or network.batch(planes_of(frame, video.coding, frame.height, frame.width))
-            _run(
-                network, video, spec, folder, count, lambda done: progress and total and progress(min(done / total, 1))
+    with open_video(source) as video:
+        size = scaled_size((video.first.height, video.first.width), upscaler.scale if scale is None else scale)
+        spec = video_spec(video.first, video.stream, target, size, codec=codec, crf=crf, pixel_format=pixel_format)
+        check_spec(spec, target)
+        if (spec.height, spec.width) != size:
+            logger.warning(
+                "%s: %s has no odd sizes; the last row or column is repeated: %d x %d becomes %d x %d.",
+                *(target, spec.pixel_format, *size[::-1], spec.width, spec.height),
             )
-            join(folder, spec, source, video.stream, video.origin, target)
-        except BaseException:
-            if folder.times:
-                logger.warning(
-                    "%s: %d frames are kept in %s; the same command resumes.", target, len(folder.times), folder.path
-                )
-            else:
-                folder.remove()
-            raise
-        folder.remove()
-    if progress is not None:
-        progress(1.0)
+        network = _Network(upscaler, video.coding, spec.coding, asked, max_memory)
+        length = SEGMENT.get(upscaler.device.type, SEGMENT["cpu"])
+        with writing_to(target.parent), WorkFolder.opened(target, _settings(upscaler, video, spec), length) as folder:
+            if folder.shown:
+                logger.warning("%s: resuming an earlier run, of which %d frames are there.", target, len(folder.shown))
+            try:
+                _run(network, video, spec, folder, batch, report)
+                join(folder, spec, source, video.stream.index, video.origin, target)
+            except BaseException:
+                if folder.shown:
+                    kept = len(folder.shown), folder.path
+                    logger.warning("%s: %d frames are kept in %s; the same command resumes.", target, *kept)
+                else:
+                    folder.remove()
+                raise
+            folder.remove()
+    report(1.0)
 
 
 def _check(source: Path, target: Path, scale: float | None, batch: int | None, overwrite: bool) -> None:
@@ -146,17 +131,23 @@ def _check(source: Path, target: Path, scale: float | None, batch: int | None, o
 
 
 def _run(
-    network: _Network, video: Source, spec: VideoSpec, folder: WorkFolder, batch: int, report: Callable[[int], Any]
+    network: _Network,
+    video: VideoReader,
+    spec: VideoSpec,
+    folder: WorkFolder,
+    batch: int | None,
+    report: Callable[[float], None],
 ) -> None:
     """Fill the folder with what is still to do."""
-    done = len(folder.times)
+    done, total = len(folder.shown), video.number
     encoders: list[Encoder] = []  # the one at work
 
     def compute(found: Batch) -> Batch:
         nonlocal done
         enlarged = network(found.planes)
         done += len(found.times)
-        report(done)
+        if total:
+            report(min(done / total, 1.0))
         return found._replace(planes=enlarged)
 
     def write(found: Batch) -> None:
@@ -165,10 +156,11 @@ def _run(
                 encoders.append(Encoder(spec))
             frame = frame_of(planes, spec.coding, spec.pixel_format, spec.height, spec.width)
             encoders[0].add(frame, time, duration)
-            if len(encoders[0].times) == folder.length:
+            if len(encoders[0].shown) == folder.length:
                 folder.add(encoders.pop().finish())
 
-    overlapped(read_batches(video, done, batch, folder.length), compute, write)
+    batch = batch or network.batch(video.planes(video.first))
+    overlapped(video.batches(done, batch, folder.length), compute, write)
     if encoders:
         folder.add(encoders.pop().finish())
 
@@ -245,22 +237,17 @@ def _tensor(planes: Planes) -> Tensor:
     return torch.from_numpy(planes if planes.dtype == np.uint8 else planes.astype(np.int32))
 
 
-def _settings(upscaler: Upscaler, video: Source, spec: VideoSpec) -> dict[str, Any]:
+def _settings(upscaler: Upscaler, video: VideoReader, spec: VideoSpec) -> dict[str, str]:
     """All that the result depends on."""
     weights = upscaler.net.state_dict()
+    network: list[bytes | memoryview] = [repr((upscaler.network_g, upscaler.precision, list(weights))).encode()]
+    network += [each.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data for each in weights.values()]
     with open(video.path, "rb") as file:
-        digest = _digest(iter(partial(file.read, 2**20), b""))
+        source = _digest(iter(partial(file.read, 2**20), b""))
     return {
-        "source": {"sha256": digest, "stream": video.stream},
-        "network": {
-            "network_g": dict(upscaler.network_g),
-            "names": list(weights),
-            "weights": _digest(
-                each.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data for each in weights.values()
-            ),
-            "precision": str(upscaler.precision),
-        },
-        "video settings": asdict(spec),
+        "source": f"{source}, stream {video.stream.index}",
+        "network": _digest(network),
+        "video settings": repr(spec),
         "PyAV": import_av().__version__,
     }
 
