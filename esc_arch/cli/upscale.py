@@ -29,36 +29,34 @@ NAMED = 20
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the command's arguments."""
-    parser.add_argument(
-        "-i", "--input", nargs="+", required=True, metavar="INPUT",
-        help="files, and folders with all folders in them; - reads a list of them, a line each",
-    )  # fmt: skip
-    parser.add_argument("-o", "--output", type=Path, required=True, help="a folder, or a file when the input is one")
-    parser.add_argument("-m", "--model", type=Path, required=True, metavar="WEIGHTS", help=".pth or .safetensors")
-    parser.add_argument("-s", "--outscale", type=float, metavar="S", help="enlarge by S; default: as the network does")
-    parser.add_argument(
-        "-t", "--tile", type=int, default=0, metavar="N", help="fast tiles of N pixels; default: 0, none"
+    add = parser.add_argument
+    add(
+        "-i",
+        "--input",
+        nargs="+",
+        required=True,
+        help="files, and folders with all in them; - reads a list, one a line",
     )
-    parser.add_argument("--tile_pad", type=int, metavar="N", help="pixels by which tiles overlap")
-    parser.add_argument("--pre_pad", type=int, default=0, metavar="N", help="pixels added at each side, then cropped")
-    parser.add_argument("--max-memory", metavar="SIZE", help="such as 2G: in parts that fit, with the same result")
-    parser.add_argument("--fp32", action="store_true", help="full precision on GPUs, too; CPUs always have it")
-    parser.add_argument("-g", "--gpu-id", type=int, metavar="N", help="this GPU; -1 is the CPU; default: the first GPU")
-    parser.add_argument("--batch", type=int, metavar="N", help="images of one size that run together")
-    parser.add_argument("--alpha_upsampler", choices=ALPHAS, default="network", help="for alpha; default: network")
-    parser.add_argument("--suffix", default="out", help="results are NAME_SUFFIX; default: out; '' for none")
-    parser.add_argument("--ext", choices=EXTENSIONS, default="auto", help="format of results; auto: the input's")
-    parser.add_argument("--quality", type=int, default=95, metavar="Q", help="of JPEG and WebP, 1 to 100; default: 95")
-    parser.add_argument("--lossless", action="store_true", help="WebP without loss")
-    parser.add_argument(
-        "--codec", default="auto", metavar="NAME", help="encoder of videos; default: libx264, libvpx-vp9 for .webm"
-    )
-    parser.add_argument("--crf", type=float, metavar="Q", help="CRF of videos, 0 is best; default: 17 for x264")
-    parser.add_argument(
-        "--pixel-format", default="auto", metavar="NAME", help="of videos, FFmpeg's name; default: as the source's"
-    )
-    parser.add_argument("--overwrite", action="store_true", help="overwrite existing results (default: skip)")
-    parser.add_argument("--window", type=int, metavar="W", help="window_size, which weights of ESCRIB do not say")
+    add("-o", "--output", type=Path, required=True, help="a folder, or a file when the input is one file")
+    add("-m", "--model", type=Path, required=True, metavar="WEIGHTS", help=".pth or .safetensors")
+    add("-s", "--outscale", type=float, metavar="S", help="enlarge by S; default: as the network does")
+    add("-t", "--tile", type=int, default=0, metavar="N", help="fast tiles of N pixels; default: 0, none")
+    add("--tile_pad", type=int, metavar="N", help="pixels by which tiles overlap")
+    add("--pre_pad", type=int, default=0, metavar="N", help="pixels added at each side, then cropped")
+    add("--max-memory", metavar="SIZE", help="such as 2G: in parts that fit, with the same result")
+    add("--fp32", action="store_true", help="full precision on GPUs, too; CPUs always have it")
+    add("-g", "--gpu-id", type=int, metavar="N", help="this GPU; -1 is the CPU; default: the first GPU")
+    add("--batch", type=int, metavar="N", help="images of one size that run together")
+    add("--alpha_upsampler", choices=ALPHAS, default="network", help="for alpha; default: network")
+    add("--suffix", default="out", help="results are NAME_SUFFIX; default: out; '' for none")
+    add("--ext", choices=EXTENSIONS, default="auto", help="format of results; auto: the input's")
+    add("--quality", type=int, default=95, metavar="Q", help="of JPEG and WebP, 1 to 100; default: 95")
+    add("--lossless", action="store_true", help="WebP without loss")
+    add("--codec", default="auto", metavar="NAME", help="encoder of videos; default: libx264, or libvpx-vp9 in .webm")
+    add("--crf", type=float, metavar="Q", help="CRF of videos, 0 is best; default: 17 for x264")
+    add("--pixel-format", default="auto", metavar="NAME", help="of videos, FFmpeg's name; default: the source's")
+    add("--overwrite", action="store_true", help="overwrite existing results (default: skip)")
+    add("--window", type=int, metavar="W", help="window_size, which weights of ESCRIB do not say")
 
 
 def run(args: argparse.Namespace) -> int:
@@ -69,9 +67,9 @@ def run(args: argparse.Namespace) -> int:
             no output that can be written to.
     """
     options = _options(args)
-    device = _device(args.gpu_id)
-    upscaler = load(args.model, device=device, precision="fp32" if args.fp32 else "auto", window_size=args.window)
     settings = options.settings
+    precision = "fp32" if args.fp32 else "auto"
+    upscaler = load(args.model, device=_device(args.gpu_id), precision=precision, window_size=args.window)
     settings.asked(upscaler)
     tasks = find_tasks(
         args.input, sys.stdin, args.output, suffix=args.suffix, ext=args.ext, video_suffix=video.result_suffix
@@ -87,8 +85,8 @@ def run(args: argparse.Namespace) -> int:
         codec=args.codec,
         crf=args.crf,
         pixel_format=args.pixel_format,
-        max_memory=settings.max_memory,
         progress=progress.progress,
+        max_memory=settings.max_memory,
     )
     logger = logging.getLogger("esc_arch")
     logger.addHandler(progress)

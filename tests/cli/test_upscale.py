@@ -435,7 +435,7 @@ for name, rows in (("whole.png", 30), ("half.png", 15)):
     file = BackgroundWriter(Path(name), encode_spec(Path(name), picture, (30, 35)))
     file.write(picture.pixels[:rows])
     if rows == 30:
-        file.finish()
+        file.write(None)
 raise KeyboardInterrupt
 """
 

@@ -325,7 +325,7 @@ class _Run:
             writer = BackgroundWriter(work.task.target, work.spec)
             try:
                 compute(writer.write)
-                writer.finish()
+                writer.write(None)
             except BaseException:
                 writer.cancel()
                 raise

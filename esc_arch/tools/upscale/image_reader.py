@@ -108,9 +108,11 @@ def _read_other(path: Path, file: IO[bytes]) -> DecodedImage:
             raise UserError(f"animated ({frames} frames). Save the frames as images, or make a video of them.")
         metadata, notes = image_metadata(image)
         if image.format == "PNG":
-            metadata = replace(metadata, png_colour=png_colour(path))
+            place = file.tell()
+            metadata = replace(metadata, png_colour=png_colour(file))
             file.seek(24)
             depth, colour_type = file.read(2)
+            file.seek(place)
             if depth == 16:
                 pixels = _deep_png(path, image, grey=colour_type in (0, 4))
                 return DecodedImage(_upright(pixels, metadata), metadata, notes)

@@ -7,6 +7,7 @@ import struct
 import threading
 import zlib
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import IO
@@ -115,14 +116,14 @@ def write_image(path: Path, spec: EncodeSpec, rows: Iterable[Pixels]) -> None:
 
 def _strips(rows: Iterable[Pixels]) -> Iterator[Pixels]:
     """Rows as `STRIP` together, but for the last."""
-    waiting: list[Pixels] = []
+    waiting: Pixels | None = None
     for more in rows:
-        joined = np.concatenate([*waiting, more])
-        whole = len(joined) // STRIP * STRIP
-        yield from np.split(joined[:whole], range(STRIP, whole, STRIP)) if whole else ()
-        waiting = [joined[whole:].copy()]
-    if waiting and len(waiting[0]):
-        yield waiting[0]
+        waiting = more if waiting is None else np.concatenate([waiting, more])
+        while len(waiting) >= STRIP:
+            yield waiting[:STRIP]
+            waiting = waiting[STRIP:]
+    if waiting is not None and len(waiting):
+        yield waiting
 
 
 def _write_png(file: IO[bytes], spec: EncodeSpec, rows: Iterable[Pixels]) -> None:
@@ -139,24 +140,16 @@ def _write_png(file: IO[bytes], spec: EncodeSpec, rows: Iterable[Pixels]) -> Non
         putchunk(file, b"pHYs", struct.pack(">IIB", *(round(dpi / 0.0254) for dpi in metadata.dpi), 1))
     if metadata.exif is not None:
         putchunk(file, b"eXIf", metadata.exif.encode())
-    packer, above = zlib.compressobj(COMPRESSION), np.zeros(spec.width * spec.channels * depth // 8, np.uint8)
+    packer, above = zlib.compressobj(COMPRESSION), np.zeros((1, spec.width * spec.channels * depth // 8), np.uint8)
     for strip in _strips(rows):
         raw = np.ascontiguousarray(strip, strip.dtype.newbyteorder(">")).view(np.uint8).reshape(len(strip), -1)
-        if packed := packer.compress(_filtered(raw, above, spec.channels * depth // 8)):
+        # Filter 2, differences from the row above: choosing by rows makes enlarged photographs 1 % smaller
+        filtered = np.insert(np.diff(raw, axis=0, prepend=above), 0, 2, axis=1)
+        if packed := packer.compress(filtered.tobytes()):
             putchunk(file, b"IDAT", packed)
-        above = raw[-1]
+        above = raw[-1:]
     putchunk(file, b"IDAT", packer.flush())
     putchunk(file, b"IEND", b"")
-
-
-def _filtered(raw: Pixels, above: Pixels, pixel: int) -> bytes:
-    """Rows of bytes by the filters Sub and Up, whichever makes a row's differences smaller."""
-    up = raw - np.concatenate([above[None], raw[:-1]])
-    sub = raw.copy()
-    sub[:, pixel:] -= raw[:, :-pixel]
-    cost_up, cost_sub = (np.abs(each.view(np.int8).astype(np.int16)).sum(axis=1) for each in (up, sub))
-    better = (cost_up <= cost_sub)[:, None]
-    return np.concatenate([np.where(better, np.uint8(2), np.uint8(1)), np.where(better, up, sub)], axis=1).tobytes()
 
 
 def _write_tiff(file: IO[bytes], spec: EncodeSpec, rows: Iterable[Pixels]) -> None:
@@ -207,20 +200,12 @@ def _deflated(rows: Iterable[Pixels]) -> Iterator[bytes]:
 
 def _write_whole(file: IO[bytes], spec: EncodeSpec, rows: Iterable[Pixels]) -> None:
     """JPEG and WebP, by Pillow."""
-    pixels = np.empty((spec.height, spec.width, spec.channels), np.uint8)
-    row = 0
-    for part in rows:
-        pixels[row : row + len(part)] = part
-        row += len(part)
+    pixels = np.concatenate(list(rows))
     image = Image.fromarray(pixels[..., 0] if spec.channels == 1 else pixels)
     icc, dpi, exif = spec.metadata.icc, spec.metadata.dpi, spec.metadata.exif
     if spec.kind == "webp" and spec.channels < 3:
         image, icc = _grey_as_rgb(image, icc)
-    options = {
-        "quality": spec.quality,
-        "icc_profile": icc,
-        "exif": EXIF_MARKER + exif.encode() if exif is not None else b"",
-    }
+    options = {"quality": spec.quality, "icc_profile": icc, "exif": EXIF_MARKER + exif.encode() if exif else b""}
     if spec.kind == "webp":
         image.save(file, "WEBP", lossless=spec.lossless, exact=spec.lossless, **options)
     else:
@@ -252,8 +237,7 @@ ENCODERS: dict[str, Callable[[IO[bytes], EncodeSpec, Iterable[Pixels]], None]] =
 class BackgroundWriter:
     """Encodes and writes an image in a thread of its own, while the next is computed.
 
-    `write` and `finish` return before the rows are on disk; `result` waits, and raises what went wrong. A process that
-    ends without waiting, as Ctrl-C may have it, writes what was finished and leaves nothing of the rest.
+    A process that ends without waiting, as Ctrl-C may have it, writes what was finished and leaves nothing of the rest.
     """
 
     def __init__(self, path: Path, spec: EncodeSpec) -> None:
@@ -266,21 +250,13 @@ class BackgroundWriter:
         self._thread.start()
 
     def write(self, rows: Pixels | None) -> None:
-        """The next rows, (h, W, C) of the spec's type.
-
-        Raises:
-            UserError: it cannot be written.
-        """
+        """Hand over the next rows, (h, W, C) of the spec's type; None after the last. Raises as `result` does."""
         while self._thread.is_alive():
             try:
                 return self._rows.put(rows, timeout=0.1)
             except queue.Full:
                 continue
-        self._raise()
-
-    def finish(self) -> None:
-        """All rows were given."""
-        self.write(None)
+        self.result()
 
     def result(self) -> None:
         """Wait until the file is whole and on disk.
@@ -289,14 +265,6 @@ class BackgroundWriter:
             UserError: it cannot be written.
         """
         self._thread.join()
-        self._raise()
-
-    def cancel(self) -> None:
-        """Leave no file, and wait until none is left."""
-        self._cancelled = True
-        self._thread.join()
-
-    def _raise(self) -> None:
         if isinstance(self._error, OSError):
             raise UserError(
                 f"{self.path}: cannot be written: {self._error.strerror or self._error}. Nothing of it is left."
@@ -304,23 +272,24 @@ class BackgroundWriter:
         if self._error is not None:
             raise self._error
 
-    def _given(self) -> Iterator[Pixels]:
-        while True:
-            try:
-                rows = self._rows.get(timeout=0.1)
-            except queue.Empty:
-                # At the end of the process nobody will give the rest
-                self._cancelled = self._cancelled or not threading.main_thread().is_alive()
-                rows = np.empty(0)
-            if self._cancelled:
-                raise InterruptedError
-            if rows is None:
-                return
-            if len(rows):
-                yield rows
+    def cancel(self) -> None:
+        """Leave no file, and wait until none is left."""
+        self._cancelled = True
+        self._thread.join()
 
     def _run(self) -> None:
         try:
             write_image(self.path, self.spec, self._given())
         except BaseException as error:
             self._error = error
+
+    def _given(self) -> Iterator[Pixels]:
+        while True:
+            # At the end of the process nobody will give the rest
+            if self._cancelled or (self._rows.empty() and not threading.main_thread().is_alive()):
+                raise InterruptedError
+            with suppress(queue.Empty):
+                rows = self._rows.get(timeout=0.1)
+                if rows is None:
+                    return
+                yield rows

@@ -7,7 +7,6 @@ import struct
 import warnings
 from collections.abc import Collection
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 from typing import IO, Any
 
 from PIL import Image
@@ -180,17 +179,15 @@ def _read_directory(file: IO[bytes], head: bytes, place: int, kind: int, only: C
     )
 
 
-def png_colour(path: Path) -> tuple[tuple[bytes, bytes], ...]:
+def png_colour(file: IO[bytes]) -> tuple[tuple[bytes, bytes], ...]:
     """The chunks of `PNG_COLOUR` in a file."""
     chunks = []
-    with path.open("rb") as file:
-        file.seek(8)
-        while len(head := file.read(8)) == 8:
-            length, name = struct.unpack(">I4s", head)
-            if name == b"IDAT":
-                break
-            if name in PNG_COLOUR and length <= 32:
-                chunks.append((name, file.read(length)))
-                length = 0
-            file.seek(length + 4, io.SEEK_CUR)
+    place = 8
+    while file.seek(place) and len(head := file.read(8)) == 8:
+        length, name = struct.unpack(">I4s", head)
+        if name == b"IDAT":
+            break
+        if name in PNG_COLOUR and length <= 32:
+            chunks.append((name, file.read(length)))
+        place += length + 12
     return tuple(chunks)

@@ -524,7 +524,7 @@ def test_a_thread_writes_what_is_given(tmp_path: Path) -> None:
     writer = BackgroundWriter(path, encode_spec(path, DecodedImage(PHOTOGRAPH), (100, 140)))
     for row in PHOTOGRAPH:
         writer.write(row[None])
-    writer.finish()
+    writer.write(None)
     writer.result()
     np.testing.assert_array_equal(read_picture(path).pixels, PHOTOGRAPH)
 
