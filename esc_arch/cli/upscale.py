@@ -72,7 +72,7 @@ def run(args: argparse.Namespace) -> int:
     upscaler = load(args.model, device=_device(args.gpu_id), precision=precision, window_size=args.window)
     settings.asked(upscaler)
     tasks = find_tasks(
-        args.input, sys.stdin, args.output, suffix=args.suffix, ext=args.ext, video_suffix=video.result_suffix
+        args.input, sys.stdin, args.output, suffix=args.suffix, ext=args.ext, videos=video.RESULT_SUFFIXES
     )
     print(_described(upscaler), *upscaler.assumptions, sep="\n  ")
     progress = _Progress(len(tasks))

@@ -367,15 +367,16 @@ def test_videos_among_the_inputs(run: Upscale, monkeypatch: pytest.MonkeyPatch) 
 
     monkeypatch.setattr(video, "upscale_video", upscale_video)
     put("in/a.png")
-    for name in ("in/b/film.mp4", "in/bad.mkv"):
+    for name in ("in/b/film.mp4", "in/bad.MKV", "in/old.avi"):
         Path(name).parent.mkdir(exist_ok=True)
         Path(name).write_bytes(b"")
     status, out, err = run("-i", "in", "-o", "out", "--ext", "jpg", "-s", "3")
     assert status == 1
-    assert err == "basicsr upscale: in/bad.mkv: no video.\n"
+    assert err == "basicsr upscale: in/bad.MKV: no video.\n"
     assert sorted(seen) == [
         (Path("in/b/film.mp4"), Path("out/b/film_out.mp4"), 3.0),
-        (Path("in/bad.mkv"), Path("out/bad_out.mkv"), 3.0),
+        (Path("in/bad.MKV"), Path("out/bad_out.MKV"), 3.0),
+        (Path("in/old.avi"), Path("out/old_out.mkv"), 3.0),
     ]
     assert "in/b/film.mp4 -> out/b/film_out.mp4\n" in out
     assert run("-i", "in/b/film.mp4", "-o", "new.mp4")[0] == 0

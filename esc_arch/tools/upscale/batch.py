@@ -5,13 +5,14 @@ from __future__ import annotations
 import os
 import tempfile
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import groupby, islice
 from pathlib import Path
+from types import MappingProxyType
 from typing import Protocol
 
 from esc_arch.errors import UserError
@@ -30,8 +31,8 @@ BATCH_PIXELS, BATCH_LARGEST = 2**18, 16
 #: Files that are written while the next image is computed.
 WRITERS = 2
 
-#: The suffix of the result for a path that names a video, None for any other.
-VideoSuffix = Callable[[Path], "str | None"]
+#: What names of images may end in, and what those of results then end in.
+IMAGES = {suffix: suffix if suffix in WRITABLE_SUFFIXES else ".png" for suffix in READABLE_SUFFIXES}
 
 
 @dataclass(frozen=True)
@@ -96,7 +97,7 @@ def find_tasks(
     *,
     suffix: str,
     ext: str,
-    video_suffix: VideoSuffix = lambda path: None,
+    videos: Mapping[str, str] = MappingProxyType({}),
 ) -> list[Task]:
     """What to enlarge, and where to.
 
@@ -108,6 +109,7 @@ def find_tasks(
         output: a folder; or a file, with a suffix, when the input is one file.
         suffix: what names of results end in, after an underscore; may be empty.
         ext: of `EXTENSIONS`.
+        videos: what names of videos may end in, and what those of results then end in.
 
     Raises:
         UserError: there is nothing to enlarge, or `output` cannot be written to.
@@ -119,7 +121,7 @@ def find_tasks(
     folder = output
     if single and output.suffix and not output.is_dir():
         source = Path(names[0])
-        is_video = video_suffix(source) is not None
+        is_video = source.suffix.lower() in videos
         if not (is_video or is_file):
             allowed = " ".join(WRITABLE_SUFFIXES)
             raise UserError(f"{output}: not a format that can be written; allowed: {allowed}, or a folder.")
@@ -128,9 +130,9 @@ def find_tasks(
         raise UserError(f"Several inputs need a folder: -o FOLDER, not {output}.")
     else:
         tasks = [
-            _task(source, output / place, f"_{suffix}" if suffix else "", ext, video_suffix)
+            _task(source, output / place, f"_{suffix}" if suffix else "", ext, videos)
             for name in names
-            for source, place in _files(Path(name), output, video_suffix)
+            for source, place in _files(Path(name), output, {*IMAGES, *videos})
         ]
     if not tasks:
         raise UserError(
@@ -148,7 +150,7 @@ def find_tasks(
     return _without_conflicts(tasks, {Path(name) for name in names})
 
 
-def _files(path: Path, output: Path, video_suffix: VideoSuffix) -> Iterator[tuple[Path, Path]]:
+def _files(path: Path, output: Path, known: Collection[str]) -> Iterator[tuple[Path, Path]]:
     """The file, or the images and videos below the folder, each with its folder's place there."""
     if not path.is_dir():
         yield path, Path()
@@ -158,19 +160,15 @@ def _files(path: Path, output: Path, video_suffix: VideoSuffix) -> Iterator[tupl
         here = Path(parent)
         folders[:] = sorted(name for name in folders if not name.startswith(".") and (here / name).resolve() != results)
         for file in (here / name for name in sorted(names) if not name.startswith(".")):
-            if file.suffix.lower() in READABLE_SUFFIXES or video_suffix(file):
+            if file.suffix.lower() in known:
                 yield file, here.relative_to(path)
 
 
-def _task(source: Path, folder: Path, suffix: str, ext: str, video_suffix: VideoSuffix) -> Task:
-    video = video_suffix(source)
-    if video is not None:
-        ending = video
-    elif ext == "auto":
-        ending = source.suffix if source.suffix.lower() in WRITABLE_SUFFIXES else ".png"
-    else:
-        ending = f".{ext}"
-    return Task(source, folder / f"{source.stem}{suffix}{ending}", video is not None)
+def _task(source: Path, folder: Path, suffix: str, ext: str, videos: Mapping[str, str]) -> Task:
+    own = source.suffix.lower()
+    kept = videos.get(own) or (IMAGES.get(own, ".png") if ext == "auto" else None)
+    ending = f".{ext}" if kept is None else source.suffix if kept == own else kept
+    return Task(source, folder / f"{source.stem}{suffix}{ending}", own in videos)
 
 
 def _without_conflicts(tasks: list[Task], given: set[Path]) -> list[Task]:

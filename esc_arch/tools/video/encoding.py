@@ -66,12 +66,9 @@ class VideoSpec:
     """What an encoder is told, and what the container says of the video.
 
     Attributes:
-        options: the encoder's.
-        coding: what samples are to mean.
-        primaries, transfer: as in ITU-T H.273, as the source has them.
-        time_base: the unit of times in the source, in seconds.
-        rate: frames per second, on average.
-        aspect: the shape of a pixel, None where it is not known.
+        primaries, transfer: as in ITU-T H.273.
+        time_base, rate: the unit of times (s), and frames per second on average.
+        aspect: width of a pixel by its height, if known.
         display_matrix: how players are to turn it: 9 numbers of FFmpeg's, or None.
         tag: the codec's name in the container; None for FFmpeg's choice.
     """
@@ -123,22 +120,14 @@ class VideoSpec:
 
 
 def container_format(target: Path) -> str:
-    """FFmpeg's name of the container, by the suffix of a file's name.
-
-    Raises:
-        UserError: no container that is written.
-    """
+    """FFmpeg's name of the container, by the suffix of a file's name. Raises UserError if it is not written."""
     if target.suffix.lower() not in CONTAINERS:
         raise UserError(f"{target}: videos are written as {', '.join(CONTAINERS)}. Use one of these suffixes.")
     return CONTAINERS[target.suffix.lower()][0]
 
 
 def choose_codec(name: str, target: Path) -> str:
-    """The encoder asked for; auto: the first of the container's that this build of FFmpeg has.
-
-    Raises:
-        UserError: it is not there.
-    """
+    """The encoder asked for; auto: the first of the container's that this build of FFmpeg has."""
     if name == "auto":
         usual = CONTAINERS[target.suffix.lower()][1]
         found = next(filter(_is_encoder, usual), None)
@@ -162,11 +151,7 @@ def _is_encoder(name: str) -> bool:
 
 
 def quality_options(codec: str, crf: float | None) -> dict[str, str]:
-    """The options of an encoder for a quality, lower being better; None for the default.
-
-    Raises:
-        UserError: an invalid value, or an encoder without such an option.
-    """
+    """The options of an encoder for a quality, lower being better; None for the default."""
     if codec not in QUALITIES:
         if crf is not None:
             raise UserError(f"crf: {crf:g} given, but the encoder {codec} takes none. Omit it.")
@@ -178,15 +163,7 @@ def quality_options(codec: str, crf: float | None) -> dict[str, str]:
 
 
 def choose_pixel_format(asked: str, codec: str, source: Any) -> str:
-    """The pixel format to encode.
-
-    Args:
-        asked: a name of FFmpeg's; auto: the source's chroma and depth, or the nearest to them that the encoder has.
-        source: the source's, of PyAV.
-
-    Raises:
-        UserError: the encoder does not take the one that is asked for.
-    """
+    """The pixel format asked for; auto: the encoder's that is nearest to the source's in chroma and depth."""
     encoder = import_av().Codec(codec, "w")
     usable = [each for each in encoder.video_formats or () if _is_usable(each)]
     names = [each.name for each in usable]
@@ -240,14 +217,10 @@ def padded_size(size: tuple[int, int], pixel_format: str) -> tuple[int, int]:
 def video_spec(
     frame: Any, stream: Any, target: Path, size: tuple[int, int], *, codec: str, crf: float | None, pixel_format: str
 ) -> VideoSpec:
-    """How a video is written whose first frame this is.
-
-    Args:
-        size: height and width of what the network makes of its frames.
-        codec, crf, pixel_format: as of `esc_arch.tools.video.upscaling.upscale_video`.
+    """How a video is written whose first frame this is, and whose frames become so large (H, W).
 
     Raises:
-        UserError: an invalid choice.
+        UserError: an invalid choice of codec, crf or pixel_format, which are those of `upscale_video`.
     """
     encoder = choose_codec(codec, target)
     chosen = choose_pixel_format(pixel_format, encoder, frame.format)
@@ -276,7 +249,7 @@ def video_spec(
 
 
 def _display_matrix(frame: Any) -> tuple[int, ...] | None:
-    """How the frame is to be turned and mirrored, without by how much it is shifted, which depends on its size."""
+    """How the frame is to be turned and mirrored, without the shift, which depends on its size."""
     for data in side_data_of(frame):
         if data.type.name == "DISPLAYMATRIX":
             numbers = struct.unpack("=9i", bytes(data))
@@ -285,11 +258,7 @@ def _display_matrix(frame: Any) -> tuple[int, ...] | None:
 
 
 def check_spec(spec: VideoSpec, target: Path) -> None:
-    """Check that the encoder can be opened, and that the target's container holds what it makes.
-
-    Raises:
-        UserError: one of both is not so.
-    """
+    """Raise UserError if the encoder cannot be opened, or the target's container does not hold what it makes."""
     av = import_av()
     if spec.codec == "libsvtav1":
         os.environ.setdefault("SVT_LOG", "1")  # errors alone: it prints 20 lines for each segment
@@ -310,9 +279,8 @@ def check_spec(spec: VideoSpec, target: Path) -> None:
 def scheduling_kept() -> Iterator[None]:
     """Keep the priority of this thread, and give the same to all that begin meanwhile.
 
-    Run by root, SVT-AV1 makes the thread that opens it and its own real-time threads, of the highest priority. Threads
-    that this one begins would be the same: of such ones, those of oneDNN that wait for each other, spinning, keep all
-    processors from those that they wait for, for ever.
+    Run by root, SVT-AV1 makes its own threads, and the one that opens it, real-time ones of the highest priority.
+    Threads that this one begins would be the same, and those of oneDNN, which wait for each other spinning, would hang.
     """
     if not hasattr(os, "sched_setscheduler") or not _TASKS.is_dir():
         yield
@@ -330,8 +298,7 @@ def scheduling_kept() -> Iterator[None]:
 class Encoder:
     """Encodes one segment by a spec that `check_spec` has seen.
 
-    The encoder sees an even rate. Times need not go through it: some encoders take no fine units, and all would spend
-    bits by how long each frame is shown.
+    The encoder sees an even rate: some take no fine units, and all would spend bits by how long a frame is shown.
     """
 
     def __init__(self, spec: VideoSpec) -> None:

@@ -25,25 +25,23 @@ from .reading import Batch, VideoReader, open_video
 from .segments import WorkFolder
 from .stages import overlapped
 
-__all__ = ["SUFFIXES", "result_suffix", "upscale_video"]
+__all__ = ["RESULT_SUFFIXES", "upscale_video"]
 
 logger = logging.getLogger("esc_arch")
 
-#: What names of videos end in.
-SUFFIXES = {
-    *(".3gp", ".asf", ".avi", ".divx", ".dv", ".f4v", ".flv", ".h264", ".hevc", ".ivf", ".m2ts", ".m2v", ".m4v"),
-    *(".mkv", ".mov", ".mp4", ".mpeg", ".mpg", ".mts", ".mxf", ".nut", ".ogv", ".ts", ".vob", ".webm", ".wmv", ".y4m"),
+#: What names of videos may end in, and what those of results then end in. Matroska takes whatever the others have.
+RESULT_SUFFIXES = {
+    suffix: suffix if suffix in CONTAINERS else ".mkv"
+    for suffix in (
+        *(".3gp", ".asf", ".avi", ".divx", ".dv", ".f4v", ".flv", ".h264", ".hevc", ".ivf", ".m2ts", ".m2v", ".m4v"),
+        *(".mkv", ".mov", ".mp4", ".mpeg", ".mpg", ".mts", ".mxf", ".nut", ".ogv", ".ts", ".vob", ".webm", ".wmv"),
+        ".y4m",
+    )
 }
 #: Frames in a segment, which an interruption costs at most; each begins with a key frame.
 SEGMENT = {"cpu": 48, "cuda": 120}
 #: The most frames that run together, and the share of a GPU's free memory that they may take.
 LARGEST_BATCH, SHARE = 8, 0.7
-
-
-def result_suffix(path: Path) -> str | None:
-    """The suffix of an enlarged video: the source's where it can be written, else .mkv; None if it names no video."""
-    suffix = path.suffix.lower()
-    return path.suffix if suffix in CONTAINERS else ".mkv" if suffix in SUFFIXES else None
 
 
 def upscale_video(

@@ -27,7 +27,7 @@ from esc_arch.errors import UserError
 from esc_arch.tools.upscale import Upscaler
 from esc_arch.tools.video import upscaling as video
 from esc_arch.tools.video.frames import side_data_of
-from esc_arch.tools.video.upscaling import result_suffix, upscale_video
+from esc_arch.tools.video.upscaling import upscale_video
 
 av = pytest.importorskip("av", reason="PyAV is not installed")
 
@@ -841,14 +841,6 @@ def test_with_an_old_pyav(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("av.video.stream.VideoStream", VideoStream)
     with pytest.raises(UserError, match=r"Video needs PyAV 17\.1 or newer \(PyAV .* is too old\)"):
         video_frames.import_av()
-
-
-@pytest.mark.parametrize(
-    ("name", "suffix"),
-    [("a.mp4", ".mp4"), ("a.MKV", ".MKV"), ("b/a.webm", ".webm"), ("a.avi", ".mkv"), ("a.png", None), ("mp4", None)],
-)
-def test_videos_are_known_by_their_names(name: str, suffix: str | None) -> None:
-    assert result_suffix(Path(name)) == suffix
 
 
 @needs_cuda
