@@ -9,7 +9,8 @@ from __future__ import annotations
 import logging
 import os
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,8 @@ import yaml
 from esc_arch.errors import UserError
 from esc_arch.project import import_modules
 
-from .positions import Place, Positions, Repeated, repeated_keys
+from .positions import Positions
+from .problems import Place
 
 __all__ = ["Options", "YAMLError", "apply_force_yml", "load_options", "load_with_positions", "load_yaml"]
 
@@ -94,9 +96,10 @@ def load_yaml(text_or_path: str | os.PathLike[str]) -> Options:
         source, text = "the option text", text_or_path
     else:
         source, text = f"{_FILE}{os.fspath(text_or_path)}", _read_text(Path(text_or_path))
-    options, _, repeated = _options(source, text)
-    for line, _, key, message in repeated:
-        logging.getLogger("basicsr").warning("%s, line %d: %s %s.", source, line, key, message)
+    options, positions = _options(source, text)
+    for problem in positions.repeated():
+        line = problem.place.line if problem.place else None
+        logging.getLogger("basicsr").warning("%s, line %s: %s %s.", source, line, problem.path, problem.message)
     return options
 
 
@@ -113,18 +116,17 @@ def load_options(path: str | os.PathLike[str], force_yml: Iterable[str] = ()) ->
 
 
 def load_with_positions(path: str | os.PathLike[str]) -> tuple[Options, Positions]:
-    """The mapping in an option file, and where its keys stand; otherwise as `load_yaml`."""
-    options, root, repeated = _options(f"{_FILE}{os.fspath(path)}", _read_text(Path(path)))
-    return options, Positions(os.fspath(path), root, repeated)
+    """The mapping in an option file, and where its keys are; otherwise as `load_yaml`."""
+    return _options(f"{_FILE}{os.fspath(path)}", _read_text(Path(path)))
 
 
-def _options(source: str, text: str) -> tuple[Options, yaml.Node | None, list[Repeated]]:
-    options, root, repeated = _parse(text, source)
+def _options(source: str, text: str) -> tuple[Options, Positions]:
+    options, positions = _parse(text, source)
     if options is None:
         raise UserError(f"{source} is empty. Write the options into it as 'key: value' lines.")
     if not isinstance(options, dict):
         raise UserError(f"{source} holds {type(options).__name__} at its top level; it must be 'key: value' lines.")
-    return options, root, repeated
+    return options, positions
 
 
 def apply_force_yml(opt: Options, entries: Iterable[str], positions: Positions | None = None) -> None:
@@ -189,17 +191,18 @@ def _read_text(path: Path) -> str:
         raise UserError(f"option file {path} cannot be read: {error.strerror}. Give the path of a .yml file.") from None
 
 
-def _parse(text: str, source: str) -> tuple[Any, yaml.Node | None, list[Repeated]]:
+def _parse(text: str, source: str) -> tuple[Any, Positions]:
+    file = source.removeprefix(_FILE)
     try:
-        _refuse_depth(text)
+        _check_depth(text)
         loader = _OptionLoader(text)
         try:
             root = loader.get_single_node()
             if root is None:
-                return None, None, []
-            _refuse_size(root)
-            repeated = list(repeated_keys(root))  # before the loader puts merged keys into the nodes
-            return loader.construct_document(root), root, repeated
+                return None, Positions(file, None)
+            _check_aliases(root, (), count(1))
+            positions = Positions(file, root)  # before the loader puts merged keys into the nodes
+            return loader.construct_document(root), positions
         finally:
             loader.dispose()
     except yaml.MarkedYAMLError as error:
@@ -218,7 +221,8 @@ def _error_at(mark: Any, source: str, problem: str) -> YAMLError:
     return YAMLError(f"{source}, line {line}, column {column}: {problem}")
 
 
-def _refuse_depth(text: str) -> None:
+def _check_depth(text: str) -> None:
+    """Refuse nesting at which the C parser would crash."""
     depth = 0
     problem = f"more than {_MAX_DEPTH} levels of lists and mappings in each other; take some out"
     try:
@@ -234,27 +238,18 @@ def _refuse_depth(text: str) -> None:
         raise
 
 
-def _refuse_size(root: yaml.Node) -> None:
-    """Refuse aliases (*NAME) that lead to themselves, or to so much that it could never be gone through."""
-    if _extent(root, {})[0] > _MAX_VALUES:
-        raise yaml.YAMLError(f"its aliases (*NAME) expand to more than {_MAX_VALUES} values; write fewer of them")
-
-
-def _extent(node: yaml.Node, known: dict[int, tuple[int, int]]) -> tuple[int, int]:
-    """How many values a node has, one with aliases as often as they lead there, and on how many levels."""
-    if isinstance(node, yaml.ScalarNode):
-        return 1, 1
-    if id(node) not in known:
-        known[id(node)] = 0, 0
-        parts = [part for pair in node.value for part in pair] if isinstance(node, yaml.MappingNode) else node.value
-        extents = [_extent(part, known) for part in parts]
-        known[id(node)] = 1 + sum(size for size, _ in extents), 1 + max((levels for _, levels in extents), default=0)
-    size, levels = known[id(node)]
-    if size == 0:
-        raise yaml.MarkedYAMLError(
-            problem="an alias leads back to this; write the values", problem_mark=node.start_mark
-        )
-    if levels > _MAX_DEPTH:
+def _check_aliases(node: yaml.Node, above: tuple[yaml.Node, ...], values: Iterator[int]) -> None:
+    """Refuse aliases (*NAME) that lead to themselves, too deep, or to more values than could be gone through."""
+    problem = None
+    if any(node is other for other in above):
+        problem = "an alias leads back to this; write the values"
+    elif len(above) > _MAX_DEPTH:
         problem = f"aliases (*NAME) make more than {_MAX_DEPTH} levels; write the values"
+    if problem:
         raise yaml.MarkedYAMLError(problem=problem, problem_mark=node.start_mark)
-    return size, levels
+    if next(values) > _MAX_VALUES:
+        raise yaml.YAMLError(f"its aliases (*NAME) expand to more than {_MAX_VALUES} values; write fewer of them")
+    if not isinstance(node, yaml.ScalarNode):
+        for part in node.value:
+            for child in part if isinstance(node, yaml.MappingNode) else [part]:
+                _check_aliases(child, (*above, node), values)

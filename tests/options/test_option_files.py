@@ -459,7 +459,7 @@ def test_unknown_path_keys_are_dropped(folder: Path, capsys: pytest.CaptureFixtu
     assert "zzz" not in opt["path"]
     assert opt["path"]["param_key_g"] == "params_ema"
     line = TRAIN_FILE.count("\n") + 1
-    assert capsys.readouterr().err == f"Note: options.yml:{line}:8: path:zzz: BasicSR and SRModel do not read it.\n"
+    assert capsys.readouterr().err == f"Note: options.yml:{line}:8: path:zzz: unknown key; it will be ignored.\n"
 
 
 def test_path_keys_that_a_model_reads_stay(folder: Path, capsys: pytest.CaptureFixture) -> None:
