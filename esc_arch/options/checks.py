@@ -68,8 +68,7 @@ def check_shape(opt: Options) -> Iterator[Problem]:
     if isinstance(datasets, dict) and datasets:
         for phase, dataset in datasets.items():
             if not isinstance(dataset, dict):
-                message = f"{dataset!r} given; must be a mapping with type, dataroot_gt, ..."
-                yield Problem(f"datasets:{phase}", message)
+                yield Problem(f"datasets:{phase}", f"{dataset!r} given; must be a mapping with type, dataroot_gt, ...")
     else:
         message = f"{datasets!r} given; must be a mapping with a section for each data set (train, val, ...)"
         yield Problem("datasets", message)
@@ -124,8 +123,7 @@ def _check_networks(opt: Options, is_train: bool) -> Iterator[Problem]:
         return
     for key in ("upscaling_factor", "upscale"):  # `scale` means other things in some networks
         if is_integer(network.get(key)) and network[key] != scale:
-            message = f"{network[key]} given, but scale is {scale}. Give both the same value"
-            yield Problem(f"network_g:{key}", message)
+            yield Problem(f"network_g:{key}", f"{network[key]} given, but scale is {scale}. Give both the same value")
     kind: Any = entries(ARCH_REGISTRY).get(str(network.get("type")))
     has_scale = inspect.isclass(kind) and issubclass(kind, ESCFamily) and not issubclass(kind, ESCLTE)
     if has_scale and "upscaling_factor" not in network:
@@ -212,8 +210,7 @@ def _check_paths(opt: Options, is_train: bool) -> Iterator[Problem]:
     paths = opt.get("path") or {}
     state = paths.get("resume_state")
     if is_train and state and not opt.get("auto_resume") and not os.path.isfile(str(state)):
-        message = f"{state!r} given, but there is no file {os.path.abspath(str(state))}"
-        yield Problem("path:resume_state", message)
+        yield Problem("path:resume_state", f"{state!r} given, but there is no file {os.path.abspath(str(state))}")
     resumed = is_train and (_has_states(paths) if opt.get("auto_resume") else bool(state))
     for key, file in paths.items():
         network = key.removeprefix("pretrain_")

@@ -28,15 +28,12 @@ Options = dict[str, Any]
 
 #: Far more than any option file has; files that expand to more (aliases of aliases) would take for ever to check.
 _MAX_VALUES = 100_000
-#: The C parser calls itself for each level, and crashes when there are too many.
 _MAX_DEPTH = 100
+_TOO_DEEP = f"more than {_MAX_DEPTH} levels of lists and mappings in each other; take some out"
 
 _FLOAT_TAG = "tag:yaml.org,2002:float"
 _FORCE_FORM = "--force_yml takes KEY[:KEY...]=VALUE, such as train:ema_decay=0.999"
 _FILE = "option file "
-
-# The C loader is many times faster; PyYAML built without libyaml has only the Python one.
-_SafeLoader: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 
 
 class YAMLError(UserError):
@@ -47,7 +44,7 @@ class YAMLError(UserError):
         self.place = place
 
 
-class _OptionLoader(_SafeLoader):
+class _OptionLoader(yaml.SafeLoader):
     """YAML's plain data types only, with `5e-4` read as a number."""
 
     def construct_object(self, node: yaml.Node, deep: bool = False) -> Any:
@@ -194,7 +191,6 @@ def _read_text(path: Path) -> str:
 def _parse(text: str, source: str) -> tuple[Any, Positions]:
     file = source.removeprefix(_FILE)
     try:
-        _check_depth(text)
         loader = _OptionLoader(text)
         try:
             root = loader.get_single_node()
@@ -207,8 +203,9 @@ def _parse(text: str, source: str) -> tuple[Any, Positions]:
             loader.dispose()
     except yaml.MarkedYAMLError as error:
         raise _error_at(error.problem_mark or error.context_mark, source, str(error.problem)) from None
-    # Characters YAML forbids; !!float of a word; 2024-13-45, which looks like a date; a list as a key
-    except (yaml.YAMLError, ValueError, TypeError, OverflowError, RecursionError) as error:
+    except RecursionError:
+        raise YAMLError(f"{source}: {_TOO_DEEP}") from None
+    except (yaml.YAMLError, ValueError, TypeError, OverflowError) as error:  # such as characters that YAML forbids
         raise YAMLError(f"{source}: {error}") from None
 
 
@@ -221,30 +218,13 @@ def _error_at(mark: Any, source: str, problem: str) -> YAMLError:
     return YAMLError(f"{source}, line {line}, column {column}: {problem}")
 
 
-def _check_depth(text: str) -> None:
-    """Refuse nesting at which the C parser would crash."""
-    depth = 0
-    problem = f"more than {_MAX_DEPTH} levels of lists and mappings in each other; take some out"
-    try:
-        for event in yaml.parse(text, Loader=_SafeLoader):
-            depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
-            if depth > _MAX_DEPTH:
-                mark: Any = event.start_mark
-                raise yaml.MarkedYAMLError(problem=problem, problem_mark=mark)
-    except yaml.MarkedYAMLError as error:
-        # PyYAML 6.0.4 looks so far ahead that its own limit, of 1000 levels, may come first
-        if "nesting" in str(error.problem):
-            error.problem = problem
-        raise
-
-
 def _check_aliases(node: yaml.Node, above: tuple[yaml.Node, ...], values: Iterator[int]) -> None:
-    """Refuse aliases (*NAME) that lead to themselves, too deep, or to more values than could be gone through."""
+    """Refuse too many levels, and aliases (*NAME) that lead to themselves, or to more values than could be checked."""
     problem = None
     if any(node is other for other in above):
         problem = "an alias leads back to this; write the values"
     elif len(above) > _MAX_DEPTH:
-        problem = f"aliases (*NAME) make more than {_MAX_DEPTH} levels; write the values"
+        problem = _TOO_DEEP
     if problem:
         raise yaml.MarkedYAMLError(problem=problem, problem_mark=node.start_mark)
     if next(values) > _MAX_VALUES:

@@ -235,8 +235,7 @@ def _check_sizes(
         if rule and lq and (problem := rule.problem(lq, gt)):
             wrong.append(f"{name}: {problem}")
     if wrong:
-        message = f"{len(wrong)} of {len(pairs)} images checked have a wrong size, the first is {wrong[0]}"
-        yield Problem(path, message)
+        yield Problem(path, f"{len(wrong)} of {len(pairs)} images checked have a wrong size, the first is {wrong[0]}")
     elif not is_paired:
         yield Problem(path, f"{total:,} images", "note")
     elif rule:
@@ -293,8 +292,7 @@ def _check_lmdb_folder(path: str, folder: str) -> Iterator[Problem]:
     if not folder.endswith(".lmdb"):
         yield Problem(path, f"{folder!r} given; with io_backend type lmdb its name must end with .lmdb")
     elif missing:
-        message = f"{folder!r} is not a whole LMDB: it has no {' and no '.join(missing)}. Create it again"
-        yield Problem(path, message)
+        yield Problem(path, f"{folder!r} is not a whole LMDB: it has no {' and no '.join(missing)}. Create it again")
     elif not listed_sizes(folder):
         yield Problem(path, f"{folder!r} has no images: its meta_info.txt is empty. Create it again")
 

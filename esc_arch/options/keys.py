@@ -7,8 +7,8 @@ optimisers and schedulers come from their constructors.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from esc_arch.models.esc_model import PROTOCOLS
@@ -114,15 +114,17 @@ def find_key(table: Mapping[str, Key], name: str) -> Key | None:
     return table.get(name) or next((key for key in patterns if f"{name}*" not in table), None)
 
 
-def _read_by(reader: str, keys: Mapping[str, Key], suffixes: Iterable[str] = ("",)) -> dict[str, Key]:
-    """The same keys, of these readers; with suffixes, each once for every suffix."""
-    return {name + suffix: replace(key, reader=reader) for suffix in suffixes for name, key in keys.items()}
+def _for_both_stages(**keys: Key) -> dict[str, Key]:
+    """Keys of a degradation that is applied twice; those of the second stage end with 2."""
+    return {name + suffix: key for suffix in ("", "2") for name, key in keys.items()}
 
 
 def _unchecked(reader: str, names: str) -> dict[str, Key]:
     """Keys of BasicSR's other models and data sets: known, but not what they take."""
     return {name: Key("any", "See its documentation.", reader) for name in names.split()}
 
+
+_ESC, _REAL, _REAL_DATA, _SOME = "ESCModel", "Real-ESRGAN", "RealESRGANDataset", "some types"
 
 _GENERAL = {
     "name": Key("text", "The run's name, and that of its folder in experiments/ or results/."),
@@ -139,31 +141,22 @@ _GENERAL = {
     "dist_params": Key("mapping", "Of --launcher slurm: backend and port."),
     "find_unused_parameters": Key("flag", "Distributed training of networks with parameters that a step may not use."),
     "network_*": Key("mapping", "A network: its type, and the arguments of its constructor."),
-    **_read_by(
-        "Real-ESRGAN",
-        {
-            "gt_size": Key("int", "Side of the HR patches in pixels; divisible by scale.", least=1, example=256),
-            "queue_size": Key("int", "Pairs in the training-pair pool.", least=0, default=180),
-            "high_order_degradation": Key("flag", "False trains with the data set's pairs as they are."),
-            "gt_usm": Key("flag", "RealESRNet: sharpen the target."),
-            "l1_gt_usm": Key("flag", "Sharpen the target of the L1 loss."),
-            "percep_gt_usm": Key("flag", "Sharpen the target of the perceptual loss."),
-            "gan_gt_usm": Key("flag", "Sharpen what the discriminator takes for real."),
-            "second_blur_prob": Key("number", "Probability of the second blur.", least=0, most=1),
-        },
-    ),
-    **_read_by(
-        "Real-ESRGAN",
-        {
-            "resize_prob": Key("numbers", "Probabilities of enlarging, reducing and keeping the size.", length=3),
-            "resize_range": Key("numbers", "Smallest and largest factor of resizing.", length=2),
-            "gaussian_noise_prob": Key("number", "Probability of Gaussian, else Poisson noise.", least=0, most=1),
-            "noise_range": Key("numbers", "Standard deviation of the noise, of 255.", length=2),
-            "poisson_scale_range": Key("numbers", "Scale of the Poisson noise.", length=2),
-            "gray_noise_prob": Key("number", "Probability of grey noise.", least=0, most=1),
-            "jpeg_range": Key("numbers", "JPEG quality.", length=2),
-        },
-        suffixes=("", "2"),
+    "gt_size": Key("int", "Side of the HR patches in pixels; divisible by scale.", _REAL, least=1, example=256),
+    "queue_size": Key("int", "Pairs in the training-pair pool.", _REAL, least=0, default=180),
+    "high_order_degradation": Key("flag", "False trains with the data set's pairs as they are.", _REAL),
+    "gt_usm": Key("flag", "RealESRNet: sharpen the target.", _REAL),
+    "l1_gt_usm": Key("flag", "Sharpen the target of the L1 loss.", _REAL),
+    "percep_gt_usm": Key("flag", "Sharpen the target of the perceptual loss.", _REAL),
+    "gan_gt_usm": Key("flag", "Sharpen what the discriminator takes for real.", _REAL),
+    "second_blur_prob": Key("number", "Probability of the second blur.", _REAL, least=0, most=1),
+    **_for_both_stages(
+        resize_prob=Key("numbers", "Probabilities of enlarging, reducing, keeping.", _REAL, length=3),
+        resize_range=Key("numbers", "Smallest and largest factor of resizing.", _REAL, length=2),
+        gaussian_noise_prob=Key("number", "Probability of Gaussian, else Poisson noise.", _REAL, least=0, most=1),
+        noise_range=Key("numbers", "Standard deviation of the noise, of 255.", _REAL, length=2),
+        poisson_scale_range=Key("numbers", "Scale of the Poisson noise.", _REAL, length=2),
+        gray_noise_prob=Key("number", "Probability of grey noise.", _REAL, least=0, most=1),
+        jpeg_range=Key("numbers", "JPEG quality.", _REAL, length=2),
     ),
 }
 
@@ -177,22 +170,6 @@ _PATH = {
     "strict_load_*": Key("flag", "Every name and shape must fit; if false, only what fits is loaded, with a message."),
 }
 
-_ESC_TRAIN = {
-    "amp": Key("", "Mixed precision.", choices=("bf16", "fp16")),
-    "channels_last": Key("flag", "Memory layout for tensor cores and CPUs."),
-    "compile": Key("flag", "Training steps by torch.compile: true, or its mode.", choices=tuple(COMPILE_MODES)),
-    "accumulate_grad": Key("int", "Parts that a batch is computed in, to save memory.", least=1, default=1),
-    "activation_checkpointing": Key("flag", "Less memory for about a third more time."),
-    "gradient_clip": Key("number", "Largest norm of all gradients. ESRModel: halved after 50,000 iterations.", above=0),
-    "use_amp": Key("flag", "ESRModel: amp: fp16, by its published name."),
-    "use_ema": Key("flag", "As published. Testing: true takes params_ema if param_key_g is left out."),
-    "tf32": Key("flag", "Float32 products in TF32 on GPUs."),
-    "nonfinite": Key("", "At a non-finite loss: end the run, or skip the step.", choices=("stop", "skip")),
-    "losses": Key("mapping", "Further losses by name, such as fft: {type: FFTLoss, loss_weight: 0.05}."),
-    "freeze": Key("text texts", "Patterns of parameters that are not trained, such as ['blocks.0.*']."),
-    "lr_factors": Key("mapping", "Patterns of parameters with a factor of their learning rate."),
-}
-
 _TRAIN = {
     "total_iter": Key("int", "Iterations of the training.", least=1, example=500000, nullable=False),
     "warmup_iter": Key("int", "Iterations in which the learning rate rises from 0; -1: none.", least=-1, default=-1),
@@ -201,15 +178,26 @@ _TRAIN = {
     "scheduler": Key("mapping", "How the learning rate changes: type and arguments."),
     "pixel_opt": Key("mapping", "Pixel loss, such as {type: L1Loss, loss_weight: 1.0, reduction: mean}."),
     "perceptual_opt": Key("mapping", "Loss of VGG features: {type: PerceptualLoss, layer_weights: ...}."),
-    **_read_by("ESCModel", _ESC_TRAIN),
+    "amp": Key("", "Mixed precision.", _ESC, choices=("bf16", "fp16")),
+    "channels_last": Key("flag", "Memory layout for tensor cores and CPUs.", _ESC),
+    "compile": Key("flag", "Training steps by torch.compile: true, or its mode.", _ESC, choices=tuple(COMPILE_MODES)),
+    "accumulate_grad": Key("int", "Parts that a batch is computed in, to save memory.", _ESC, least=1, default=1),
+    "activation_checkpointing": Key("flag", "Less memory for about a third more time.", _ESC),
+    "gradient_clip": Key("number", "Largest norm of all gradients.", _ESC, above=0),
+    "use_amp": Key("flag", "ESRModel: amp: fp16, by its published name.", _ESC),
+    "use_ema": Key("flag", "As published. Testing: true takes params_ema if param_key_g is left out.", _ESC),
+    "tf32": Key("flag", "Float32 products in TF32 on GPUs.", _ESC),
+    "nonfinite": Key("", "At a non-finite loss: end the run, or skip the step.", _ESC, choices=("stop", "skip")),
+    "losses": Key("mapping", "Further losses by name, such as fft: {type: FFTLoss, loss_weight: 0.05}.", _ESC),
+    "freeze": Key("text texts", "Patterns of parameters that are not trained, such as ['blocks.0.*'].", _ESC),
+    "lr_factors": Key("mapping", "Patterns of parameters with a factor of their learning rate.", _ESC),
     "gan_opt": Key("mapping", "Adversarial loss, such as {type: GANLoss, gan_type: vanilla, ...}.", "GANs"),
     "net_d_iters": Key("int", "Train the generator every so many iterations.", "GANs", least=1, default=1),
     "net_d_init_iters": Key("int", "Iterations of the discriminator alone.", "GANs", least=0, default=0),
     **_unchecked("SRGAN, HiFaceGAN", "ldl_opt feature_matching_opt"),
     **_unchecked("video models", "tsa_iter dcn_lr_mul fix_flow flow_lr_mul lr_flow"),
     **_unchecked(
-        "StyleGAN2",
-        "r1_reg_weight path_reg_weight path_batch_shrink net_g_reg_every net_d_reg_every mixing_prob",
+        "StyleGAN2", "r1_reg_weight path_reg_weight path_batch_shrink net_g_reg_every net_d_reg_every mixing_prob"
     ),
     **_unchecked("published ESRModel", "wave_opt mesa_opt reset_momentum_iter"),
 }
@@ -220,10 +208,10 @@ _VAL = {
     "suffix": Key("text", "Added to the names of saved images; the run's name if left out."),
     "metrics": Key("mapping", "Metrics by name, such as psnr: {type: calculate_psnr, crop_border: 4, ...}."),
     "pbar": Key("flag", "Show a progress bar.", default=True),
-    "comparison": Key("flag", "Pictures of bicubic, result and ground truth, with their PSNR.", "ESCModel"),
-    "protocol": Key("", "How to test.", "ESCModel", choices=tuple(PROTOCOLS), default=PROTOCOLS[0]),
-    "per_image": Key("flag", "Metrics of each image in visualization/per_image/.", "ESCModel"),
-    "tb_images": Key("int", "Images of each set to show in TensorBoard.", "ESCModel", least=0, nullable=False),
+    "comparison": Key("flag", "Pictures of bicubic, result and ground truth, with their PSNR.", _ESC),
+    "protocol": Key("", "How to test.", _ESC, choices=tuple(PROTOCOLS), default=PROTOCOLS[0]),
+    "per_image": Key("flag", "Metrics of each image in visualization/per_image/.", _ESC),
+    "tb_images": Key("int", "Images of each set to show in TensorBoard.", _ESC, least=0, nullable=False),
     **_unchecked("video models", "flip_seq center_frame_only"),
     **_unchecked("StyleGAN2", "num_val_samples"),
 }
@@ -262,8 +250,6 @@ LOSS = {
     "reduction": Key("", "How all differences become one number.", choices=("mean", "sum"), nullable=False),
 }
 
-_REAL = "RealESRGANDataset"
-
 #: Of the sections of `datasets:`.
 DATASET: dict[str, Key] = {
     "name": Key("text", "The data set's name, in logs and result folders."),
@@ -277,52 +263,43 @@ DATASET: dict[str, Key] = {
     "num_prefetch_queue": Key("int", "Training: batches fetched ahead by prefetch_mode cpu.", least=1, default=1),
     "pin_memory": Key("flag", "Load batches into memory that GPUs can read."),
     "persistent_workers": Key("flag", "Keep the loading processes after an epoch."),
-    **_read_by(
-        "some types",
-        {
-            "dataroot_gt": Key("text texts", "Folder or LMDB of the HR images; several for some types."),
-            "dataroot_lq": Key("text texts", "Folder or LMDB of the LR images."),
-            "meta_info_file": Key("text texts", "Text file with the names of the images to use, or one for each root."),
-            "meta_info": Key("text texts", "RealESRGANDataset: text file with the paths of the images."),
-            "filename_tmpl": Key("text", "Name of an LR file by that of its HR file.", example="'{}x4'"),
-            "gt_size": Key("int", "Side of the HR patches in pixels; divisible by scale.", least=1, example=256),
-            "lq_size": Key("int", "ArbitraryScaleDataset: side of the LR patches in pixels.", least=1, example=64),
-            "scale_min": Key("number", "ArbitraryScaleDataset: the smallest scale.", least=1),
-            "scale_max": Key("number", "ArbitraryScaleDataset: the largest scale.", least=1),
-            "sample_q": Key("int", "ArbitraryScaleDataset: pixels of each patch that are predicted.", least=1),
-            "round_lq": Key("flag", "DownsampleImageDataset: round LR images to 8 bits, as files are."),
-            "use_hflip": Key("flag", "Flip patches at random."),
-            "use_rot": Key("flag", "Rotate patches at random."),
-            "mean": Key("numbers", "Subtracted from the channels."),
-            "std": Key("numbers", "What the channels are divided by."),
-            "color": Key("text", "y for the luma channel alone."),
-        },
-    ),
+    "dataroot_gt": Key("text texts", "Folder or LMDB of the HR images; several for some types.", _SOME),
+    "dataroot_lq": Key("text texts", "Folder or LMDB of the LR images.", _SOME),
+    "meta_info_file": Key("text texts", "Text file with the names of the images to use, or one for each root.", _SOME),
+    "meta_info": Key("text texts", "RealESRGANDataset: text file with the paths of the images.", _SOME),
+    "filename_tmpl": Key("text", "Name of an LR file by that of its HR file.", _SOME, example="'{}x4'"),
+    "gt_size": Key("int", "Side of the HR patches in pixels; divisible by scale.", _SOME, least=1, example=256),
+    "lq_size": Key("int", "ArbitraryScaleDataset: side of the LR patches in pixels.", _SOME, least=1, example=64),
+    "scale_min": Key("number", "ArbitraryScaleDataset: the smallest scale.", _SOME, least=1),
+    "scale_max": Key("number", "ArbitraryScaleDataset: the largest scale.", _SOME, least=1),
+    "sample_q": Key("int", "ArbitraryScaleDataset: pixels of each patch that are predicted.", _SOME, least=1),
+    "round_lq": Key("flag", "DownsampleImageDataset: round LR images to 8 bits, as files are.", _SOME),
+    "use_hflip": Key("flag", "Flip patches at random.", _SOME),
+    "use_rot": Key("flag", "Rotate patches at random.", _SOME),
+    "mean": Key("numbers", "Subtracted from the channels.", _SOME),
+    "std": Key("numbers", "What the channels are divided by.", _SOME),
+    "color": Key("text", "y for the luma channel alone.", _SOME),
     **_unchecked(
         "video data sets",
         "dataroot_flow num_frame val_partition test_mode interval_list random_reverse flip_sequence cache_data padding "
         "use_duf_downsampling",
     ),
-    **_read_by(
-        _REAL,
-        {
-            "blur_kernel_size": Key("int", "Side of the blur kernels, odd.", least=1, example=21),
-            "kernel_list": Key("text texts", "Kinds of blur kernels."),
-            "kernel_prob": Key("numbers", "Probabilities of the kinds."),
-            "sinc_prob": Key("number", "Probability of a sinc kernel.", least=0, most=1),
-            "blur_sigma": Key("numbers", "Standard deviations of the kernels.", length=2),
-            "betag_range": Key("numbers", "Exponents of generalised Gaussian kernels.", length=2),
-            "betap_range": Key("numbers", "Exponents of plateau kernels.", length=2),
-        },
-        suffixes=("", "2"),
+    **_for_both_stages(
+        blur_kernel_size=Key("int", "Side of the blur kernels, odd.", _REAL_DATA, least=1, example=21),
+        kernel_list=Key("text texts", "Kinds of blur kernels.", _REAL_DATA),
+        kernel_prob=Key("numbers", "Probabilities of the kinds.", _REAL_DATA),
+        sinc_prob=Key("number", "Probability of a sinc kernel.", _REAL_DATA, least=0, most=1),
+        blur_sigma=Key("numbers", "Standard deviations of the kernels.", _REAL_DATA, length=2),
+        betag_range=Key("numbers", "Exponents of generalised Gaussian kernels.", _REAL_DATA, length=2),
+        betap_range=Key("numbers", "Exponents of plateau kernels.", _REAL_DATA, length=2),
     ),
-    "final_sinc_prob": Key("number", "Probability of a sinc filter at the end.", _REAL, least=0, most=1),
+    "final_sinc_prob": Key("number", "Probability of a sinc filter at the end.", _REAL_DATA, least=0, most=1),
 }
 
 #: What data sets of BasicSR's cannot do without, beyond what `data_checks` asks of all.
 REQUIRED = {
     "FFHQDataset": ["dataroot_gt", "mean", "std", "use_hflip"],
-    "RealESRGANDataset": ["use_hflip", "use_rot", *(name for name, key in DATASET.items() if key.reader == _REAL)],
+    "RealESRGANDataset": ["use_hflip", "use_rot", *(name for name, key in DATASET.items() if key.reader == _REAL_DATA)],
     "RealESRGANPairedDataset": ["dataroot_gt", "dataroot_lq", "gt_size", "use_hflip", "use_rot"],
 }
 

@@ -71,8 +71,7 @@ def check_call(
     if not any(entry.kind is entry.VAR_KEYWORD for entry in parameters):
         whose = f" of {kind.__module__}" if registered and not is_known_code(kind) else ""
         for key in sorted(section.keys() - named.keys() - {"type", *extra}):
-            message = f"{section['type']}{whose} has no such argument. {did_you_mean(key, named)}"
-            yield Problem(f"{path}:{key}", message)
+            yield Problem(f"{path}:{key}", f"{section['type']}{whose} has no such argument. {did_you_mean(key, named)}")
     required = {name for name, entry in named.items() if entry.default is entry.empty}
     for key in sorted(required.union(needed) - section.keys()):
         yield Problem(f"{path}:{key}", f"missing; {section['type']} needs it")

@@ -151,14 +151,14 @@ def chain(levels: int) -> str:
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("a: " + "[" * 100_000, r"a\.yml:1:10\d+: more than 100 levels of lists and mappings"),
-        ("a: " + "{a: " * 101, r"a\.yml:1:\d+: more than 100 levels"),
+        ("a: " + "[" * 10_000, r"a\.yml(:1:\d+)?: more than 100 levels of lists and mappings"),
+        ("a: " + "{a: " * 101 + "}" * 101, r"a\.yml:1:\d+: more than 100 levels"),
         ("a: &a {b: {c: *a}}", r"a\.yml:1:4: an alias leads back to this; write the values"),
         ("a: &a [*a]", r"a\.yml:1:4: an alias leads back"),
         (chain(40), r"a\.yml: its aliases \(\*NAME\) expand to more than 100000 values; write fewer"),
         (
             "a0: &a0 [1]\n" + "".join(f"a{n}: &a{n} [*a{n - 1}]\n" for n in range(1, 200)),
-            r"a\.yml:\d+:\d+: aliases \(\*NAME\) make more than 100 levels; write the values",
+            r"a\.yml:\d+:\d+: more than 100 levels",
         ),
         ("a: 2024-13-45", r"a\.yml:1:4: '2024-13-45' cannot be read as !!timestamp: month must be in 1..12"),
         ("a: !!bool z", r"a\.yml:1:4: 'z' cannot be read as !!bool$"),
