@@ -56,11 +56,9 @@ def check_shape(opt: Options) -> Iterator[Problem]:
     """What must be fixed before anything else can be checked: the name, sections that are no mappings, odd keys."""
     name = opt.get("name")
     if not isinstance(name, str) or not name:
-        message = f"{name!r} given; must be text, in quotes if it looks like a number. It names the run's folder"
-        yield Problem("name", message)
+        yield Problem("name", f"{name!r} given; must be text, in quotes if it looks like a number")
     elif "/" in name or os.sep in name or name in (".", ".."):
-        message = f"{name!r} given; must be one folder's name, without path separators. Choose folders with path:"
-        yield Problem("name", message)
+        yield Problem("name", f"{name!r} given; must be one folder's name, without path separators")
     for key in ("path", "logger", "val", "train"):
         if not isinstance(opt.get(key, {}), dict | None):
             yield Problem(key, f"{opt[key]!r} given; must be a mapping of 'key: value' lines")
@@ -70,8 +68,7 @@ def check_shape(opt: Options) -> Iterator[Problem]:
             if not isinstance(dataset, dict):
                 yield Problem(f"datasets:{phase}", f"{dataset!r} given; must be a mapping with type, dataroot_gt, ...")
     else:
-        message = f"{datasets!r} given; must be a mapping with a section for each data set (train, val, ...)"
-        yield Problem("datasets", message)
+        yield Problem("datasets", f"{datasets!r} given; must be a mapping with a section for each data set")
     yield from _check_key_types(opt, "")
 
 
@@ -106,14 +103,12 @@ def _check_gpus(opt: Options) -> Iterator[Problem]:
     if asked > 0 and available == 0:
         yield Problem("num_gpu", f"{asked} given, but there is no CUDA device here. Set num_gpu: 0 or auto")
     elif asked > available and not opt.get("dist"):  # distributed, it may count the GPUs of several machines
-        message = f"{asked} given, but there are {available} CUDA devices here. Set num_gpu: {available} or auto"
-        yield Problem("num_gpu", message)
+        yield Problem("num_gpu", f"{asked} given, but there are {available} CUDA devices. Set {available} or auto")
 
 
 def _check_networks(opt: Options, is_train: bool) -> Iterator[Problem]:
     if opt.get("network_g") is None and sr_model(opt) is not None:
-        message = f"missing; {opt['model_type']} needs it: a mapping with type and the network's arguments"
-        yield Problem("network_g", message)
+        yield Problem("network_g", f"missing; {opt['model_type']} needs it, with type and the network's arguments")
     # A test builds no other network than network_g, so leftovers of training do no harm there.
     for key in [key for key in opt if key.startswith("network_") and (is_train or key == "network_g")]:
         if opt[key] is not None:
@@ -129,15 +124,13 @@ def _check_networks(opt: Options, is_train: bool) -> Iterator[Problem]:
     if has_scale and "upscaling_factor" not in network:
         default = inspect.signature(kind).parameters["upscaling_factor"].default
         if is_integer(default) and default != scale:
-            message = f"not given, and {default} by default, but scale is {scale}. Give both the same value"
-            yield Problem("network_g:upscaling_factor", message)
+            yield Problem("network_g:upscaling_factor", f"missing, and {default} by default; give scale, {scale}")
 
 
 def _check_datasets(opt: Options, is_train: bool, scope: CheckScope) -> Iterator[Problem]:
     datasets = opt["datasets"]
     if is_train and "train" not in datasets:
-        message = f"has {', '.join(datasets)} but no train; training needs it. To test, use basicsr test"
-        yield Problem("datasets", message)
+        yield Problem("datasets", f"has {', '.join(datasets)} but no train. To test, use basicsr test")
     names: dict[str, str] = {}
     for phase, dataset in datasets.items():
         path = f"datasets:{phase}"
@@ -146,8 +139,7 @@ def _check_datasets(opt: Options, is_train: bool, scope: CheckScope) -> Iterator
             continue
         name = str(dataset.get("name", phase))
         if name in names:
-            message = f"{name!r} is also the name of {names[name]}; they would share results. Rename one"
-            yield Problem(f"{path}:name", message)
+            yield Problem(f"{path}:name", f"{name!r} is also the name of {names[name]}. Rename one")
         names[name] = path
         yield from _check_dataset(path, dataset, opt, scope)
 
@@ -184,8 +176,9 @@ def _check_metrics(opt: Options) -> Iterator[Problem]:
     metrics = (opt.get("val") or {}).get("metrics")
     if not isinstance(metrics, dict):
         if metrics is not None:
-            message = f"{metrics!r} given; must be a mapping of names, such as psnr: {{type: calculate_psnr}}"
-            yield Problem("val:metrics", message)
+            yield Problem(
+                "val:metrics", f"{metrics!r} given; must be a mapping, such as psnr: {{type: calculate_psnr}}"
+            )
         return
     model, datasets = sr_model(opt), opt["datasets"].items()
     without_gt = [name for name, data in datasets if name != "train" and data.get("type") == "SingleImageDataset"]
@@ -218,11 +211,7 @@ def _check_paths(opt: Options, is_train: bool) -> Iterator[Problem]:
         if not key.startswith("pretrain_network_") or file is None or replaced:
             continue
         if not isinstance(file, str) or not os.path.isfile(file):
-            message = (
-                f"{file!r} given, but there is no file {os.path.abspath(str(file))}. "
-                "Relative paths start in the current folder"
-            )
-            yield Problem(f"path:{key}", message)
+            yield Problem(f"path:{key}", f"{file!r} given, but there is no file {os.path.abspath(str(file))}")
 
 
 def _has_states(paths: Options) -> bool:

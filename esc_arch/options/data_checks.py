@@ -95,11 +95,7 @@ def _check_roots_exist(path: str, dataset: Options) -> Iterator[Problem]:
     for key, value in dataset.items():
         for root in as_list(value) if key.startswith("dataroot") else ():
             if isinstance(root, str) and not os.path.exists(root):
-                message = (
-                    f"{root!r} given, but there is no {os.path.abspath(root)}. "
-                    "Relative paths start in the current folder"
-                )
-                yield Problem(f"{path}:{key}", message)
+                yield Problem(f"{path}:{key}", f"{root!r} given, but there is no {os.path.abspath(root)}")
 
 
 def _check_list_file(path: str, dataset: Options) -> Iterator[Problem]:

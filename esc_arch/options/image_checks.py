@@ -1,7 +1,7 @@
 """Checks of the images that a data set names: all there, in pairs, and of sizes that go together.
 
-Sizes come from the lists of LMDBs, or from the headers of images in folders: before a run those of the first, and
-nothing is decoded; `basicsr check` takes the time for more, see `CheckScope`.
+Sizes come from the lists of LMDBs, or from the headers of images in folders: before a run those of some, and nothing is
+decoded; `basicsr check` takes the time for more, see `CheckScope`.
 """
 
 from __future__ import annotations
@@ -67,8 +67,8 @@ class CheckScope:
     """How much of what an option file names is checked.
 
     Attributes:
-        thorough: the sizes of up to 4,000 pairs of each data set, spread evenly, instead of the first 64; what is in
-            LMDBs and not only their lists; networks of other packages that cannot be built without memory.
+        thorough: the sizes of up to 4,000 pairs of each data set instead of 64; what is in LMDBs and not only their
+            lists; networks of other packages that cannot be built without memory.
         with_files: the data, weights and GPUs that the file names, too.
     """
 
@@ -76,13 +76,9 @@ class CheckScope:
     with_files: bool = True
 
     def sample(self, items: list[Item]) -> list[Item]:
-        """Those of the items, of which there is one for each image, that are measured."""
-        return _spread(items, _IMAGES_MEASURED_AT_MOST) if self.thorough else items[:_IMAGES_MEASURED]
-
-
-def _spread(items: list[Item], most: int) -> list[Item]:
-    """So many of the items at most, from all over the list."""
-    return items[:: max(1, -(-len(items) // most))]
+        """Those of the items, of which there is one for each image, that are measured: from all over the list."""
+        most = _IMAGES_MEASURED_AT_MOST if self.thorough else _IMAGES_MEASURED
+        return items[:: max(1, -(-len(items) // most))]
 
 
 @dataclass(frozen=True)
@@ -339,9 +335,8 @@ def check_hr_images(path: str, dataset: Options, is_train: bool, scope: CheckSco
             sizes |= {f"{key} in {root}": size for key, size in of_root.items()}
             if scope.thorough:
                 yield from _check_lmdb_content(f"{path}:dataroot_gt", root, of_root)
-    elif is_train:  # from all over the list, so that each root has its share
-        most = _IMAGES_MEASURED_AT_MOST if scope.thorough else _IMAGES_MEASURED
-        sizes = {file: image_size(file) for file in _spread(images.paths, most)}
+    elif is_train:
+        sizes = {file: image_size(file) for file in scope.sample(images.paths)}
         for file in [file for file, size in sizes.items() if size is None]:
             yield Problem(path, f"{file} cannot be read as an image; replace or remove it")
     rule = None

@@ -7,7 +7,6 @@ see more: what belongs together, and what is on the disk.
 from __future__ import annotations
 
 import inspect
-import re
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -23,7 +22,6 @@ __all__ = ["options_schema"]
 
 Schema = dict[str, Any]
 
-_ARGUMENT = re.compile(r"^ {4,}([A-Za-z_]\w*)(?: \(.*?\))?: (.*)$")
 _TYPES = {"int": "integer", "float": "number", "bool": "boolean", "str": "string", "None": "null"}
 #: What BasicSR or PyTorch put in themselves.
 _SUPPLIED = {"self", "params", "optimizer", "last_epoch", "scale_fn", "img", "img2", "verbose"}
@@ -79,8 +77,9 @@ def _section(
     special: Mapping[str, Schema] | None = None,
 ) -> Schema:
     """A mapping with the keys of a table, and no others if it is complete; `special` has schemas of single keys."""
-    values = {key: {"description": _doc(entry)} | _value(entry) for key, entry in table.items()}
-    values |= {key: {"description": table[key].doc} | schema for key, schema in (special or {}).items()}
+    schemas = {key: _value(entry) for key, entry in table.items()} | dict(special or {})
+    docs = {key: f"{entry.reader}: {entry.doc}" if entry.reader else entry.doc for key, entry in table.items()}
+    values = {key: {"description": docs[key]} | schema for key, schema in schemas.items()}
     deprecated = dict.fromkeys(sorted(IGNORED), "Has no effect.")
     deprecated |= {old: f"Has no effect; its name is {new}." for old, new in OLD_NAMES.items()}
     return {
@@ -91,10 +90,6 @@ def _section(
         "patternProperties": {f"^{key[:-1]}.+$": value for key, value in values.items() if key.endswith("*")},
         "additionalProperties": not is_complete,
     }
-
-
-def _doc(key: Key) -> str:
-    return f"{key.reader}: {key.doc}" if key.reader else key.doc
 
 
 def _value(key: Key) -> Schema:
@@ -136,46 +131,24 @@ def _typed(
 def _call(kind: Any, required: Iterable[str], extra: Mapping[str, Schema]) -> Schema:
     parameters = [entry for entry in inspect.signature(kind).parameters.values() if entry.name not in _SUPPLIED]
     named = [entry for entry in parameters if entry.kind in (entry.POSITIONAL_OR_KEYWORD, entry.KEYWORD_ONLY)]
-    texts = _descriptions(kind)
-    arguments = {entry.name: _argument(entry, texts.get(entry.name)) for entry in named}
-    needed = {entry.name for entry in named if entry.default is entry.empty} | arguments.keys() & set(required)
+    needed = {entry.name for entry in named if entry.default is entry.empty or entry.name in required}
     return {
         "description": (inspect.getdoc(kind) or "").partition("\n")[0],
-        "properties": {"type": {}, **arguments, **extra},
+        "properties": {"type": {}, **{entry.name: _argument(entry) for entry in named}, **extra},
         "required": sorted(needed),
         "additionalProperties": any(entry.kind is entry.VAR_KEYWORD for entry in parameters),
     }
 
 
-def _argument(entry: inspect.Parameter, text: str | None) -> Schema:
-    schema: Schema = {"description": text} if text else {}
+def _argument(entry: inspect.Parameter) -> Schema:
     annotation = entry.annotation.__name__ if isinstance(entry.annotation, type) else str(entry.annotation)
     types = [_TYPES.get(part.strip()) for part in annotation.split("|")]
-    if None not in types:
-        schema["type"] = types[0] if len(types) == 1 else types
-    elif isinstance(entry.default, bool) and entry.annotation is entry.empty:
+    schema: Schema = {} if None in types else {"type": types}
+    if isinstance(entry.default, bool) and entry.annotation is entry.empty:
         schema["type"] = "boolean"
     if isinstance(entry.default, bool | int | float | str) and entry.default == entry.default:  # not NaN
         schema["default"] = entry.default
     return schema
-
-
-def _descriptions(kind: Any) -> dict[str, str]:
-    """What the docstrings of a class or function say about its arguments, in the part that `Args:` begins."""
-    texts: dict[str, str] = {}
-    for thing in reversed([*getattr(kind, "__mro__", [kind]), getattr(kind, "__init__", None)]):
-        if thing is None or not is_known_code(thing):
-            continue
-        current = None
-        for line in (inspect.getdoc(thing) or "").partition("Args:\n")[2].splitlines():
-            if found := _ARGUMENT.match(line):
-                current = found[1]
-                texts[current] = found[2].strip()
-            elif current and line.startswith(" " * 8):
-                texts[current] += f" {line.strip()}"
-            elif not line.startswith(" "):
-                break
-    return texts
 
 
 def _names(kinds: Mapping[str, Any]) -> list[str]:

@@ -434,16 +434,16 @@ NETWORKS = [
     ({"network_g": EDSR | {"upscale": 4}}, "network_g:upscale: 4 given, but scale is 2. Give both the same value"),
     (
         {"network_g": {"type": "ESC"}},
-        "network_g:upscaling_factor: not given, and 4 by default, but scale is 2. Give both the same value",
+        "network_g:upscaling_factor: missing, and 4 by default; give scale, 2",
     ),
 ]
 DATASETS = [
-    ({"datasets": {"train": ...}}, "datasets: has val but no train; training needs it. To test, use basicsr test"),
+    ({"datasets": {"train": ...}}, "datasets: has val but no train. To test, use basicsr test"),
     ({"datasets": {"trian": pairs()}}, "datasets:trian: not known when training. Did you mean 'train'"),
     ({"datasets": {"test": pairs()}}, "datasets:test: not known when training. Allowed: train, val, val_NAME"),
     (
         {"datasets": {"val_2": pairs(name="Set5")}},
-        "datasets:val_2:name: 'Set5' is also the name of datasets:val; .*",
+        "datasets:val_2:name: 'Set5' is also the name of datasets:val. Rename one",
     ),
     (
         {"datasets": {"train": training(type="PairImageDataset")}},
@@ -468,7 +468,7 @@ DATASETS = [
     (datasets(dataroot_gt=...), "datasets:train:dataroot_gt: None given; PairedImageDataset needs a folder here"),
     (
         datasets(dataroot_gt="no"),
-        "datasets:train:dataroot_gt: 'no' given, but there is no /.*/no. Relative",
+        "datasets:train:dataroot_gt: 'no' given, but there is no /.*/no$",
     ),
     (
         datasets(meta_info_file="x.txt"),
@@ -540,7 +540,7 @@ TRAINING = [
         "train:scheduler: Cosine.* ends after 99 iterations, before train:total_iter 100. Raise periods",
     ),
     (cosine(periods=100, restart_weights=[1]), r"train:scheduler:periods: 100 given; must be a list .*such as \[100\]"),
-    ({"val": {"metrics": [PSNR]}}, "val:metrics: .* given; must be a mapping of names, such as psnr"),
+    ({"val": {"metrics": [PSNR]}}, "val:metrics: .* given; must be a mapping, such as psnr"),
     ({"val": {"metrics": {"psnr": {"type": ...}}}}, "val:metrics:psnr:type: missing. Allowed: .*calculate_ssim"),
     ({"val": {"metrics": {"psnr": PSNR | {"type": "psnr"}}}}, "val:metrics:psnr:type: 'psnr' is not known"),
     (
@@ -608,7 +608,7 @@ def test_more_gpus_than_there_are(monkeypatch: pytest.MonkeyPatch, dist: bool, c
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     assert check({"num_gpu": 2}) == []
     problems = check({"num_gpu": 4, "dist": dist})
-    expected = ["num_gpu: 4 given, but there are 2 CUDA devices here. Set num_gpu: 2 or auto"]
+    expected = ["num_gpu: 4 given, but there are 2 CUDA devices. Set 2 or auto"]
     assert problems == expected[:count]
 
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from esc_arch.options import apply_force_yml, load_with_positions
+from esc_arch.options.files import apply_force_yml, load_with_positions
 from esc_arch.options.positions import Positions
 from esc_arch.options.problems import Problem
 

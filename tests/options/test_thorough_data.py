@@ -122,11 +122,11 @@ def test_all_pairs_of_folders_are_measured(options: Any) -> None:
         Path(folder).mkdir()
         for number in range(100):
             Image.new("RGB", (side, side)).save(f"{folder}/{number:03}.png")
-    Image.new("RGB", (18, 16)).save("lq/090.png")
+    Image.new("RGB", (18, 16)).save("lq/091.png")
     assert check(options, thorough=False)[0] == []
     problems, facts = check(options)
     assert problems == [
-        "datasets:train: 1 of 100 images checked have a wrong size, the first is gt/090.png: LQ is 18x16 and GT 32x32; "
+        "datasets:train: 1 of 100 images checked have a wrong size, the first is gt/091.png: LQ is 18x16 and GT 32x32; "
         "with scale 2 GT must be 36x32"
     ]
     assert facts == ["datasets:val: 2 pairs, all sizes match scale 2"]
