@@ -94,7 +94,7 @@ def load_yaml(text_or_path: str | os.PathLike[str]) -> Options:
     else:
         source, text = f"{_FILE}{os.fspath(text_or_path)}", _read_text(Path(text_or_path))
     options, positions = _options(source, text)
-    for problem in positions.repeated():
+    for problem in positions.repeated.values():
         line = problem.place.line if problem.place else None
         logging.getLogger("basicsr").warning("%s, line %s: %s %s.", source, line, problem.path, problem.message)
     return options

@@ -92,15 +92,13 @@ def inspect_options(
     in_the_way = ("network_", "path", "train")
     if not any(problem.severity == "error" and problem.path.startswith(in_the_way) for problem in problems):
         problems += check_networks(opt, is_train, scope)
-    problems += positions.repeated()
+    problems += positions.repeated.values()
     return Inspection(opt, is_train, _located(merge(positions.odd_numbers(), problems), positions))
 
 
 def _located(problems: Iterable[Problem], positions: Positions) -> list[Problem]:
-    """The problems with their places, in the order of the file; notes keep theirs, the order of the checks."""
-
-    def order(problem: Problem) -> tuple[int, int]:
-        place = problem.place
-        return (0, 0) if place is None or problem.severity == "note" else (place.line or 0, place.column or 0)
-
-    return sorted((positions.locate(problem) for problem in problems), key=order)
+    """The problems with their places, in the order of the file."""
+    located = map(positions.locate, problems)
+    return sorted(
+        located, key=lambda problem: (problem.place.line or 0, problem.place.column or 0) if problem.place else (0, 0)
+    )

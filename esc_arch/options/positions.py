@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
+from dataclasses import replace
 
 import yaml
 
@@ -26,12 +27,15 @@ class Positions:
     Args:
         file: its name, for messages.
         root: the node of its top level, as the parser returns it: merge keys (`<<`) not yet resolved.
+
+    Attributes:
+        repeated: a warning for each key that its mapping has before, by its place.
     """
 
     def __init__(self, file: str, root: yaml.Node | None) -> None:
         self.file = file
         self._nodes: dict[Keys, tuple[yaml.Node, yaml.Node]] = {}
-        self._repeated: dict[tuple[int, int], Problem] = {}
+        self.repeated: dict[tuple[int, int], Problem] = {}
         self._forced: list[tuple[Keys, str]] = []
         if root is not None:
             self._add((), root, root)
@@ -56,10 +60,10 @@ class Positions:
                     merged |= self._pairs(base, path) if isinstance(base, yaml.MappingNode) else {}
             elif isinstance(key, yaml.ScalarNode):
                 if key.value in own:
-                    message = f"is also given in line {_line(own[key.value][0])}; the last one counts"
-                    place = Place(self.file, _line(key), _column(key))
+                    message = f"is also given in line {_place(own[key.value][0])[0]}; the last one counts"
+                    place = Place(self.file, *_place(key))
                     problem = Problem(":".join((*path, key.value)), message, "warning", place)
-                    self._repeated.setdefault((_line(key), _column(key)), problem)
+                    self.repeated.setdefault(_place(key), problem)  # once, though aliases may lead here again
                 own[key.value] = key, value
         return merged | own
 
@@ -77,10 +81,7 @@ class Positions:
             for forced, entry in self._forced:
                 if forced[: len(keys)] == keys:
                     return Place(self.file, entry=entry)
-        if found is None:
-            return Place(self.file)
-        key, _ = self._nodes[found]
-        return Place(self.file, _line(key), _column(key))
+        return Place(self.file) if found is None else Place(self.file, *_place(self._nodes[found][0]))
 
     def locate(self, problem: Problem) -> Problem:
         """The same problem with its place, and with how YAML reads the value where that is not what it looks like.
@@ -91,9 +92,8 @@ class Positions:
             return problem
         inner = f"{problem.path}:{problem.message.split(' ', 1)[0].rstrip(':')}"
         path = inner if tuple(inner.split(":")) in self._nodes else problem.path
-        reading = self.reading(problem.path)
-        message = f"{problem.message}. {reading}" if reading else problem.message
-        return Problem(problem.path, message, problem.severity, self.place(path))
+        message = ". ".join(filter(None, [problem.message, self.reading(problem.path)]))
+        return replace(problem, message=message, place=self.place(path))
 
     def reading(self, path: str) -> str | None:
         """How YAML 1.1 reads the value at `path`, where that is not what it looks like."""
@@ -111,21 +111,13 @@ class Positions:
                 path = ":".join(keys)
                 yield Problem(path, surprise, "warning", self.place(path))
 
-    def repeated(self) -> Iterator[Problem]:
-        """A warning for each key that its mapping has before."""
-        yield from self._repeated.values()
-
     def _entry(self, keys: Keys) -> str | None:
         """The entry of `--force_yml` that set the value at `keys`, or a section above it."""
         return next((entry for forced, entry in reversed(self._forced) if keys[: len(forced)] == forced), None)
 
 
-def _line(node: yaml.Node) -> int:
-    return int(node.start_mark.line) + 1
-
-
-def _column(node: yaml.Node) -> int:
-    return int(node.start_mark.column) + 1
+def _place(node: yaml.Node) -> tuple[int, int]:
+    return node.start_mark.line + 1, node.start_mark.column + 1
 
 
 def _surprise(node: yaml.Node) -> str | None:

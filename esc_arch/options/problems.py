@@ -45,6 +45,6 @@ class Problem:
 
     @classmethod
     def parse(cls, text: str) -> Problem:
-        """Make an error of `KEY[:KEY...]: text`, the form in which classes of other packages state what is wrong."""
+        """Make an error of `KEY[:KEY...]: text`, the form in which models and data sets state what is wrong."""
         path, _, message = text.partition(": ")
         return cls(path, message)

@@ -113,12 +113,9 @@ def _typed(
     kinds: Mapping[str, Any], *, required: Iterable[str] = (), extra: Mapping[str, Schema] | None = None
 ) -> Schema:
     """A mapping with a `type`, and the arguments of that type's constructor."""
-    names: dict[Any, list[str]] = {}
-    for name in _names(kinds):
-        names.setdefault(kinds[name], []).append(name)
     cases = [
-        {"if": {"properties": {"type": {"enum": spellings}}}, "then": _call(kind, required, extra or {})}
-        for kind, spellings in names.items()
+        {"if": {"properties": {"type": {"enum": [name]}}}, "then": _call(kinds[name], required, extra or {})}
+        for name in _names(kinds)
     ]
     return {
         "type": "object",
