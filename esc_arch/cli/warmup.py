@@ -87,7 +87,7 @@ def _networks(file: str | None) -> Iterator[tuple[str, nn.Module, PerformanceOpt
     net = _named_network(file, opt.get("network_g"))
     problems = list(performance_problems(opt, type(net)))
     if problems:
-        raise UserError(f"{file}: {'; '.join(problems)}")
+        raise UserError(f"{file}: {'; '.join(map(str, problems))}")
     yield Path(file).name, net, PerformanceOptions.of(opt) if opt.get("train") else None
 
 
@@ -99,7 +99,7 @@ def _named_network(file: str, section: Any) -> nn.Module:
     """
     types = entries(ARCH_REGISTRY)
     if problems := list(check_call("network_g", section, types)):
-        raise UserError(f"{file}: {'; '.join(problems)}")
+        raise UserError(f"{file}: {'; '.join(map(str, problems))}")
     try:
         net: nn.Module = types[section["type"]](**{key: value for key, value in section.items() if key != "type"})
     except (TypeError, ValueError) as error:
