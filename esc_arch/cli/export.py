@@ -6,6 +6,8 @@ import argparse
 from pathlib import Path
 
 from esc_arch.errors import UserError
+from esc_arch.tools import export
+from esc_arch.tools.upscale import load
 
 from .convert import add_weights_arguments, check_output
 
@@ -40,10 +42,7 @@ def run(args: argparse.Namespace) -> int:
     """
     file_format = _format(args)
     check_output(args.output, overwrite=args.overwrite)
-
-    from esc_arch.tools import export
-    from esc_arch.tools.upscale.network import load
-
+    shape = export.InputShape(*_shape(args.batch, args.size))
     upscaler = load(args.model, device="cpu", param_key=args.param_key, window_size=args.window)
     print(upscaler)
     for assumption in upscaler.assumptions:
@@ -51,10 +50,9 @@ def run(args: argparse.Namespace) -> int:
     write = {"onnx": export.export_onnx, "torch": export.export_program, "aoti": export.export_compiled}[file_format]
     options = {"opset": args.opset, "attention": args.attention, "half": args.half}
     options = {name: value for name, value in options.items() if value}  # of ONNX
-    shape = export.InputShape(*_shape(args.batch, args.size))
     result = write(upscaler, args.output, shape=shape, pad=not args.no_pad, check=args.check, **options)
-    for difference in result.differences:
-        print(f"  {difference}")
+    for batch, largest in result.differences.items():
+        print(f"  {batch}: max difference {largest:.2g}")
     compared = "not compared with PyTorch" if result.worst is None else f"max difference {result.worst:.2g} (of 0 .. 1)"
     print(f"Wrote {args.output} ({args.output.stat().st_size:,} bytes), input {shape}; {compared}")
     return 0
@@ -72,14 +70,13 @@ def _format(args: argparse.Namespace) -> str:
     return file_format
 
 
-def _shape(batch: str, size: str) -> tuple[int | None, int | None, int | None]:
+def _shape(batch: str, size: str) -> list[int | None]:
     """Batch, height and width; None for any."""
+    parts = [batch, *(["dynamic", "dynamic"] if size == "dynamic" else size.split("x"))]
     try:
-        number = None if batch == "dynamic" else int(batch)
+        numbers = [None if part == "dynamic" else int(part) for part in parts]
     except ValueError:
-        raise UserError(f"--batch {batch}: give a number, or dynamic.") from None
-    try:
-        height, width = (None, None) if size == "dynamic" else map(int, size.split("x"))
-    except ValueError:
-        raise UserError(f"--size {size}: give HEIGHTxWIDTH, such as 270x480, or dynamic.") from None
-    return number, height, width
+        numbers = []
+    if len(numbers) != 3:
+        raise UserError(f"--batch {batch} --size {size}: give numbers, such as --batch 1 --size 270x480, or dynamic.")
+    return numbers

@@ -4,8 +4,8 @@ The graph includes the published test protocol (see `esc_arch.tools.upscale.Upsc
 compared with PyTorch before it is written.
 """
 
-from .checking import Difference, ExportResult, InputShape
+from .checking import ExportResult, InputShape
 from .compiled import export_compiled, export_program
 from .onnx import export_onnx
 
-__all__ = ["Difference", "ExportResult", "InputShape", "export_compiled", "export_onnx", "export_program"]
+__all__ = ["ExportResult", "InputShape", "export_compiled", "export_onnx", "export_program"]

@@ -22,7 +22,7 @@ from esc_arch.errors import UserError
 from esc_arch.tools.upscale.network import Upscaler
 from esc_arch.version import __version__
 
-__all__ = ["Difference", "Export", "ExportResult", "InputShape", "require"]
+__all__ = ["Export", "ExportResult", "InputShape", "require"]
 
 #: Programs that older `torch.export` makes take fewer sizes than asked for, or none.
 OLDEST_TORCH = "2.10"
@@ -39,29 +39,20 @@ class InputShape(NamedTuple):
         return f"({self.batch or 'B'}, 3, {self.height or 'H'}, {self.width or 'W'})"
 
 
-class Difference(NamedTuple):
-    """The largest difference between the outputs, in 0 .. 1, of an exported network and PyTorch for one batch."""
-
-    batch: int
-    height: int
-    width: int
-    largest: float
-
-    def __str__(self) -> str:
-        return f"{self.batch}x3x{self.height}x{self.width}: max difference {self.largest:.2g}"
-
-
 class ExportResult(NamedTuple):
-    """An exported file, its metadata, and its differences from PyTorch, none without a comparison."""
+    """An exported file, its metadata, and its largest difference from PyTorch (of 0 .. 1) for each batch compared.
+
+    Batches are named by their shapes, such as 1x3x8x8.
+    """
 
     path: Path
     metadata: dict[str, str]
-    differences: list[Difference]
+    differences: dict[str, float]
 
     @property
     def worst(self) -> float | None:
         """The largest of the differences; None without any."""
-        return max((difference.largest for difference in self.differences), default=None)
+        return max(self.differences.values(), default=None)
 
 
 def require(*packages: str, extra: str, purpose: str) -> None:
@@ -136,35 +127,34 @@ class Export:
         licence = net.metadata.get("license", net.metadata.get("licence"))
         return entries if licence is None else {**entries, "license": str(licence)}
 
-    def compare(self, run: Callable[[Tensor], Tensor], tolerance: float) -> list[Difference]:
-        """Run the exported network and the original on batches of several sizes, as far as they may vary.
+    def compare(self, run: Callable[[Tensor], Tensor], tolerance: float) -> dict[str, float]:
+        """Run the exported network and the original on batches of several sizes; the largest difference for each.
 
         Raises:
             UserError: a difference above `tolerance`, or the exported network does not run.
         """
         w = self.original.window
-        # One pixel, below a window, one window, odd, several windows
+        # One pixel, below a window, one window, odd, several windows; as far as they may vary
         sizes = [(1, 1, 1), (2, w // 2 + 1, w - 1), (1, w, w), (3, w + 1, 2 * w + 3), (1, 2 * w, 3 * w)]
         fixed = {tuple(given or size for given, size in zip(self.shape, three, strict=True)) for three in sizes}
-        differences = []
+        differences: dict[str, float] = {}
         generator = torch.Generator().manual_seed(0)
         for batch, height, width in sorted(fixed):
             image = torch.rand(batch, 3, height, width, generator=generator)
             with torch.no_grad():
                 expected = self.original(image) if self.pad else self.original.net(image)
+            name = f"{batch}x3x{height}x{width}"
             try:
                 out = run(image)
                 if out.shape != expected.shape:
                     raise ValueError(f"its output is {tuple(out.shape)} instead of {tuple(expected.shape)}")
             except Exception as error:
+                reason = str(error).strip().splitlines()[0]
+                raise UserError(f"The exported network fails on {name}, and was not written: {reason}") from error
+            differences[name] = (out - expected).abs().max().item()
+            if not differences[name] <= tolerance:  # NaN, too
                 raise UserError(
-                    f"The exported network fails on {batch}x3x{height}x{width}, and was not written: "
-                    f"{str(error).strip().splitlines()[0]}"
-                ) from error
-            differences.append(Difference(batch, height, width, (out - expected).abs().max().item()))
-            if not differences[-1].largest <= tolerance:  # NaN, too
-                raise UserError(
-                    f"The exported network differs from PyTorch by more than {tolerance:g} (of 0 .. 1), and was not "
-                    f"written. {differences[-1]}"
+                    f"The exported network differs from PyTorch by {differences[name]:.2g} (of 0 .. 1) on {name}, more "
+                    f"than {tolerance:g}, and was not written."
                 )
         return differences

@@ -24,7 +24,6 @@ __all__ = ["METADATA", "TOLERANCE", "export_compiled", "export_program"]
 
 #: The extra file with the metadata in a package of `torch.export.save`, as JSON.
 METADATA = "esc_arch.json"
-
 #: The largest difference from PyTorch allowed, of 0 .. 1.
 TOLERANCE = 1e-4
 
@@ -39,19 +38,14 @@ def export_program(
 ) -> ExportResult:
     """Write a network with `torch.export.save`, for `torch.export.load(path).module()`; on the CPU, in float32.
 
-    Args:
-        shape, pad, check: see `export_onnx`; the file is loaded again and compared.
-
-    Raises:
-        UserError: an invalid option, the file cannot be written, or it differs from PyTorch by more than `TOLERANCE`;
-            then nothing is written.
+    Arguments and errors as of `export_onnx`.
     """
     export = Export(upscaler, shape, pad)
     program, metadata = _program(export), export.metadata("torch")
     buffer = io.BytesIO()
     torch.export.save(program, buffer, extra_files={METADATA: json.dumps(metadata)})
     data = buffer.getvalue()
-    differences = export.compare(torch.export.load(io.BytesIO(data)).module(), TOLERANCE) if check else []
+    differences = export.compare(torch.export.load(io.BytesIO(data)).module(), TOLERANCE) if check else {}
     write_file(Path(path), data)
     return ExportResult(Path(path), metadata, differences)
 
@@ -64,10 +58,9 @@ def export_compiled(
     Args:
         path: ends in .pt2.
         shape: all dimensions fixed.
-        pad, check: see `export_onnx`.
 
     Raises:
-        UserError: as of `export_program`, or the shape is not fixed, or there is no C++ compiler.
+        UserError: as of `export_onnx`, or there is no C++ compiler.
     """
     # With PyTorch 2.15 a varying batch gave outputs of another batch's shape, and took minutes to compile
     if None in shape:
@@ -85,7 +78,7 @@ def export_compiled(
         package = str(Path(folder) / "network.pt2")
         configs = {"aot_inductor.metadata": metadata}
         torch._inductor.aoti_compile_and_package(program, package_path=package, inductor_configs=configs)
-        differences = export.compare(torch._inductor.aoti_load_package(package), TOLERANCE) if check else []
+        differences = export.compare(torch._inductor.aoti_load_package(package), TOLERANCE) if check else {}
         write_file(Path(path), Path(package).read_bytes())
     return ExportResult(Path(path), metadata, differences)
 

@@ -10,7 +10,7 @@ from typing import Any
 
 from esc_arch.checkpoints.conversion import Checkpoint
 from esc_arch.errors import UserError
-from esc_arch.options import Options, load_yaml
+from esc_arch.options import load_yaml
 from esc_arch.register import OWN
 from esc_arch.training.history import History
 
@@ -25,19 +25,13 @@ class Training:
     """How a network was trained, and what it reached.
 
     Attributes:
-        data: the name of the training data; empty if unknown.
-        gt_size: side of HR patches, in pixels.
+        settings: of the option file, without paths: `data`, `gt_size`, `train` and others; unknown ones are left out.
         on_the_fly: True if LR images were degraded at random while training.
-        iteration: that the weights are of; None if unknown.
-        settings: of the option file, without paths.
-        scores: values measured at that iteration, by data set and metric.
+        scores: values measured at the iteration of the weights, by data set and metric.
     """
 
-    data: str
-    gt_size: int | None
+    settings: dict[str, Any]
     on_the_fly: bool
-    iteration: int | None
-    settings: Options
     scores: dict[tuple[str, str], float]
 
 
@@ -71,20 +65,17 @@ def read_experiment(folder: Path, weights: Path, checkpoint: Checkpoint) -> Trai
     if isinstance(checkpoint.beside.get("iter"), int):
         iteration = checkpoint.beside["iter"]
     train_set = _section(_section(options, "datasets"), "train")
-    gt_size = train_set.get("gt_size", options.get("gt_size"))
     settings = {
         "data": train_set.get("name"),
-        "gt_size": gt_size,
+        "gt_size": train_set.get("gt_size", options.get("gt_size")),
         "batch_size_per_gpu": train_set.get("batch_size_per_gpu"),
         "iterations": iteration,
+        "manual_seed": options.get("manual_seed"),
         "train": _without_paths(_section(options, "train")),
     }
     return Training(
-        data=str(train_set.get("name") or ""),
-        gt_size=gt_size if isinstance(gt_size, int) else None,
+        settings={name: value for name, value in settings.items() if value is not None},
         on_the_fly=train_set.get("type") == "RealESRGANDataset",
-        iteration=iteration,
-        settings={name: value for name, value in settings.items() if value},
         scores={
             (str(record["dataset"]), metric): float(value)
             for record in records

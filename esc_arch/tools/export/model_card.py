@@ -94,11 +94,8 @@ def _usage(model: Model) -> Iterable[str]:
         imports = "import spandrel\nfrom esc_arch.integrations.spandrel import install"
         yield _code("python", f'{imports}\n\ninstall()\nmodel = spandrel.ModelLoader().load_from_file("{file}")')
     if model.onnx is not None:
-        about, worst = model.onnx.metadata, model.onnx.worst
-        yield (
-            f"In other runtimes: `{model.onnx.path.name}`. Opset {about['opset']}; input {about['input']}; padding "
-            f"{about['padding']}. Max difference from PyTorch: {worst:.1g}."
-        )
+        name, opset = model.onnx.path.name, model.onnx.metadata["opset"]
+        yield f"In other runtimes: `{name}`, opset {opset}, images of any size. See its metadata for more."
 
 
 def _network(model: Model) -> Iterable[str]:

@@ -73,16 +73,10 @@ class PublishedFile(NamedTuple):
 
 @dataclass(frozen=True)
 class Model:
-    """A model that is published.
+    """A model that is published; `scale` is a whole number.
 
     Attributes:
-        identifier: such as 4x-Name.
-        scale: a whole number; ESCLTE's rounded.
-        info: complete.
-        network_g: type and options of the network.
-        training: what the experiment says; None without one.
         samples: for each picture the names of its files: as given, enlarged by bicubic interpolation, by the network.
-        onnx: the ONNX file; None without one.
     """
 
     identifier: str
@@ -123,36 +117,27 @@ def complete(info: ModelInfo, training: Training | None, scale: int, urls: Seque
         info,
         name=info.name.strip(),
         licence={known.lower(): known for known in LICENCES}.get(info.licence.lower(), info.licence),
-        dataset=info.dataset.strip() or (training.data if training else ""),
+        dataset=info.dataset.strip() or (training.settings.get("data", "") if training else ""),
         description=info.description.strip(),
         date=info.date or datetime.date.today().isoformat(),
     )
     nameless = [author for author in info.authors if not user_id(author)]
     invalid_tags = [tag for tag in info.tags if not re.fullmatch(r"[a-z0-9]+(-[a-z0-9]+)*", tag)]
     invalid_urls = [url for url in urls if not ADDRESS.fullmatch(url)]
+    name_id = model_id(info.name, scale).partition("-")[2]
     licences, tags = did_you_mean(info.licence, LICENCES), ", ".join(TAGS)
-    # Flag, what is given, True if it is valid, what to give
+    addresses = "https:// addresses that end in .safetensors or .onnx, or in a slash: the folder of all files"
+    # Flag, what is given, true if it is valid, what to give
     rules: list[tuple[str, object, object, str]] = [
         ("-m WEIGHTS", scale, scale <= 16, "a network of scale 1 to 16, as OpenModelDB takes them"),
-        (
-            "--name NAME",
-            info.name,
-            model_id(info.name, scale) != f"{scale}x-",
-            "what the model is called, in ASCII letters or digits",
-        ),
+        ("--name NAME", info.name, name_id, "what the model is called, in ASCII letters or digits"),
         ("--author NAME ...", nameless, info.authors and not nameless, "who made it, in ASCII letters or digits"),
         ("--license ID", info.licence, info.licence in LICENCES, f"the licence, an SPDX id. {licences}"),
         ("--dataset TEXT", "", info.dataset, "what it was trained on, such as 'DIV2K, Flickr2K'"),
         ("--description TEXT", "", info.description, "what it does, and how it differs from others"),
         ("--tags TAG ...", invalid_tags, info.tags and not invalid_tags, f"what it is for, such as {tags}"),
         ("--date YYYY-MM-DD", info.date, _is_date(info.date), "a day like 2025-03-31"),
-        (
-            "--resources URL ...",
-            invalid_urls,
-            not invalid_urls,
-            "https:// addresses that end in .safetensors or .onnx, or in a slash: the folder of all files. "
-            "(Addresses of cdn.discordapp.com expire within a day.)",
-        ),
+        ("--resources URL ...", invalid_urls, not invalid_urls, f"{addresses}; those of Discord's CDN expire"),
     ]
     if problems := [rule for rule in rules if not rule[2]]:
         lines = [f"{flag}: {what}{f' (given: {given})' if given else ''}" for flag, given, _, what in problems]

@@ -22,17 +22,12 @@ from .network import onnx_network
 if TYPE_CHECKING:
     from onnx import ModelProto
 
-__all__ = ["ATTENTION", "OPSETS", "PACKAGES", "TOLERANCE", "export_onnx"]
-
-#: The packages of the extra `onnx`; the last is needed for the comparison only.
-PACKAGES = ("onnx", "onnxscript", "onnxruntime")
+__all__ = ["ATTENTION", "OPSETS", "TOLERANCE", "export_onnx"]
 
 #: How attention is computed: a window at a time, or all at once in memory that grows with the image.
 ATTENTION = ("windows", "whole")
-
 #: From the first that `torch.onnx` writes without conversion to the last that was tested.
 OPSETS = range(18, 24)
-
 #: The largest difference from PyTorch allowed, of 0 .. 1.
 TOLERANCE = {"fp32": 1e-4, "fp16": 2e-2}
 
@@ -64,7 +59,7 @@ def export_onnx(
         UserError: a package is missing, an invalid option, the file cannot be written, or it differs from PyTorch
             by more than `TOLERANCE`; then nothing is written.
     """
-    require(*(PACKAGES if check else PACKAGES[:-1]), extra="onnx", purpose="Exporting to ONNX")
+    require("onnx", "onnxscript", *(["onnxruntime"] if check else []), extra="onnx", purpose="Exporting to ONNX")
     if opset not in OPSETS:
         raise UserError(f"The opset is {opset}; it must be within {OPSETS[0]} .. {OPSETS[-1]}.")
     if attention not in ATTENTION:
@@ -78,7 +73,7 @@ def export_onnx(
     _label(model, metadata)
     data = model.SerializeToString()
     importlib.import_module("onnx.checker").check_model(data, full_check=True)
-    differences = export.compare(_runner(data), TOLERANCE[precision]) if check else []
+    differences = export.compare(_runner(data), TOLERANCE[precision]) if check else {}
     write_file(Path(path), data)
     return ExportResult(Path(path), metadata, differences)
 

@@ -24,8 +24,8 @@ def entry(model: Model, files: Sequence[PublishedFile], urls: Sequence[str]) -> 
     authors = [user_id(author) for author in info.authors]
     trained: dict[str, Any] = {}
     if training is not None:
-        numbers = {"trainingIterations": training.iteration, "trainingHRSize": training.gt_size}
-        trained = {name: number for name, number in numbers.items() if number}
+        names = {"trainingIterations": "iterations", "trainingHRSize": "gt_size"}
+        trained = {field: training.settings[name] for field, name in names.items() if name in training.settings}
         trained["trainingOTF"] = training.on_the_fly
     folder = next((url for url in urls if url.endswith("/")), None)
     return {

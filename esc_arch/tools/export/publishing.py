@@ -23,11 +23,11 @@ from esc_arch.suggestions import did_you_mean
 from esc_arch.tools.upscale import Upscaler, load, upscale
 from esc_arch.tools.upscale.image_reader import read_picture
 
-from .checking import ExportResult, require
+from .checking import require
 from .experiment import read_experiment
 from .model_card import model_card
 from .model_info import TAGS, Model, ModelInfo, PublishedFile, complete, model_id
-from .onnx import PACKAGES, export_onnx
+from .onnx import export_onnx
 from .openmodeldb import entry
 from .option_files import option_files
 
@@ -67,13 +67,12 @@ def publish(
         experiment: the folder of the training, whose settings and scores the card shows.
         images: small pictures that the card shows, enlarged.
         urls: where the files will be: addresses that end in .safetensors or .onnx, or one that ends in a slash.
-        onnx: make the ONNX file; without the packages for it, a note takes its place.
+        onnx: make the ONNX file; where that fails, a note takes its place.
         overwrite: replace the folder, if this function made it.
         param_key, window_size: see `open_checkpoint`.
 
     Raises:
-        UserError: huggingface_hub is missing, info is incomplete or invalid (everything is listed), the folder exists,
-            or a file cannot be used.
+        UserError: huggingface_hub is missing, info is incomplete or invalid, the folder exists, a file cannot be used.
     """
     require("huggingface_hub", extra="publish", purpose="Publishing")
     weights, folder = Path(weights), Path(folder)
@@ -89,9 +88,14 @@ def publish(
         _write_weights(file, checkpoint, info)
         upscaler = load(file, device="cpu")
         samples = _write_samples(place / "images", [Path(image) for image in images], upscaler)
-        exported = _write_onnx(place / f"{name}.onnx", upscaler, notes) if onnx else None
+        exported = None
+        if onnx:
+            try:
+                exported = export_onnx(upscaler, place / f"{name}.onnx")
+            except UserError as error:
+                notes.append(f"There is no ONNX file: {error}")
         model = Model(name, scale, info, checkpoint.network_g, training, samples, exported)
-        options = option_files(name, model.network_g, file.name, training.gt_size if training else None)
+        options = option_files(name, model.network_g, file.name, training.settings.get("gt_size") if training else None)
         for option_file, text in options.items():
             write_file(place / option_file, text.encode())
         weights_first = [file for file in reversed(_files(place)) if file.name.endswith((".safetensors", ".onnx"))]
@@ -108,23 +112,19 @@ def _check_folder(folder: Path, *, overwrite: bool) -> None:
     parent = folder.absolute().parent
     if not parent.is_dir():
         raise UserError(f"{folder}: the folder {parent} does not exist. Make it, or choose another -o.")
-    _restore(folder.resolve())
     if not folder.exists() or (folder.is_dir() and not any(folder.iterdir())):
         return
     if not overwrite:
         raise UserError(f"{folder} already exists. Choose another -o, or replace it with --overwrite.")
-    try:
-        lines = (folder / SUMS).read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError):
-        lines = []
-    published = {SUMS, *(line.partition("  ")[2] for line in lines)}
+    sums = (folder / SUMS).read_bytes() if (folder / SUMS).is_file() else b""
+    published = {SUMS, *(line.partition("  ")[2] for line in sums.decode(errors="replace").splitlines())}
     if not any(name.startswith("finetune_") for name in published):
         raise UserError(f"{folder} was not made by `basicsr publish`, so it is not replaced. Choose another -o.")
     there = (path.relative_to(folder).as_posix() for path in folder.rglob("*") if not path.is_dir())
     if others := sorted(name for name in there if name not in published):
         raise UserError(
-            f"{folder} holds {', '.join(others[:3])}{' and more' * (len(others) > 3)}, not made by `basicsr publish`: "
-            "it is not replaced. Choose another -o, or move these files."
+            f"{folder} holds {', '.join(others)}, not made by `basicsr publish`, so it is not replaced. "
+            "Choose another -o, or move these files."
         )
 
 
@@ -132,29 +132,25 @@ def _check_folder(folder: Path, *, overwrite: bool) -> None:
 def _new_folder(folder: Path) -> Iterator[Path]:
     """A new folder to fill, which replaces `folder` when the block ends without an error."""
     target = folder.resolve()
-    place = target.with_name(f".{target.name}.partial")
+    place, previous = (target.with_name(f".{target.name}.{suffix}") for suffix in ("partial", "before"))
     try:
+        _settle(target, previous)  # in case of an earlier run that was killed
         remove(place)
         place.mkdir()
         yield place
         if target.exists():
-            os.replace(target, _previous(target))
+            os.replace(target, previous)
         os.replace(place, target)
         fsync_folder(target.parent)
     except OSError as error:
         raise UserError(f"{folder} cannot be written: {error.strerror or error}. Choose another -o.") from error
     finally:
-        _restore(target)
+        _settle(target, previous)
         shutil.rmtree(place, ignore_errors=True)
 
 
-def _previous(folder: Path) -> Path:
-    return folder.with_name(f".{folder.name}.before")
-
-
-def _restore(folder: Path) -> None:
-    """Remove the previous folder once it is replaced; otherwise (an error, a kill) put it back."""
-    previous = _previous(folder)
+def _settle(folder: Path, previous: Path) -> None:
+    """Remove the previous folder if it was replaced, otherwise put it back."""
     if folder.exists():
         remove(previous)
     elif previous.exists():
@@ -167,18 +163,6 @@ def _write_weights(path: Path, checkpoint: Checkpoint, info: ModelInfo) -> None:
     # Text beside the weights may be private: names and paths
     numbers = {key: value for key, value in checkpoint.beside.items() if isinstance(value, int | float)}
     save_checkpoint(replace(checkpoint, beside={**numbers, **about}), path, file_format="safetensors")
-
-
-def _write_onnx(path: Path, upscaler: Upscaler, notes: list[str]) -> ExportResult | None:
-    try:
-        require(*PACKAGES, extra="onnx", purpose="Exporting to ONNX")
-    except UserError as error:
-        notes.append(f"There is no ONNX file: {error}")
-        return None
-    try:
-        return export_onnx(upscaler, path)
-    except UserError as error:
-        raise UserError(f"{error} To publish without ONNX: --no-onnx.") from error
 
 
 def _write_samples(folder: Path, images: Sequence[Path], upscaler: Upscaler) -> list[tuple[str, ...]]:
