@@ -77,11 +77,10 @@ def _output_format(args: argparse.Namespace) -> str | None:
         return None
     check_output(args.output, overwrite=args.overwrite)
     suffix = args.output.suffix.removeprefix(".")
-    if args.to is None and suffix not in CHECKPOINT_FORMATS:
-        raise UserError(f"The suffix of {args.output} is no known format: use .pth or .safetensors, or give --to.")
-    if args.to is not None and (args.to == "safetensors") != (suffix == "safetensors"):
-        raise UserError(f"The suffix of {args.output} does not match --to {args.to}. Choose another one.")
-    return args.to or suffix
+    file_format = args.to or suffix
+    if file_format not in CHECKPOINT_FORMATS or (file_format == "safetensors") != (suffix == "safetensors"):
+        raise UserError(f"{args.output}: end the name in .pth or .safetensors, or in another suffix with --to pth.")
+    return file_format
 
 
 def check_output(path: Path, *, overwrite: bool) -> None:

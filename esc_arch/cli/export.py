@@ -60,11 +60,9 @@ def run(args: argparse.Namespace) -> int:
 
 def _format(args: argparse.Namespace) -> str:
     matching = [name for name, suffix in EXPORT_SUFFIXES.items() if suffix == args.output.suffix]
-    if not matching:
-        raise UserError(f"The suffix of {args.output} is no known format: use .onnx or .pt2.")
-    file_format: str = args.format or matching[0]
+    file_format: str = args.format or next(iter(matching), "")
     if file_format not in matching:
-        raise UserError(f"--format {file_format} needs a {EXPORT_SUFFIXES[file_format]} file, not {args.output}.")
+        raise UserError(f"{args.output}: the suffix must be .onnx for --format onnx, .pt2 for torch and aoti.")
     if file_format != "onnx" and (args.opset or args.half or args.attention):
         raise UserError("--opset, --half and --attention are for ONNX only: omit them, or name an .onnx file.")
     return file_format

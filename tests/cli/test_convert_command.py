@@ -171,15 +171,15 @@ def test_nothing_is_replaced_unless_asked_for(capsys: pytest.CaptureFixture[str]
         (["net.pth", "--overwrite"], "--to, --fold and --overwrite need an output file: give -o OUTPUT."),
         (
             ["net.pth", "-o", "net.ckpt"],
-            "The suffix of net.ckpt is no known format: use .pth or .safetensors, or give --to.",
+            "net.ckpt: end the name in .pth or .safetensors, or in another suffix with --to pth.",
         ),
         (
             ["net.pth", "-o", "x.safetensors", "--to", "pth"],
-            "The suffix of x.safetensors does not match --to pth",
+            "x.safetensors: end the name in .pth or .safetensors",
         ),
         (
             ["net.pth", "-o", "x.pth", "--to", "safetensors"],
-            "The suffix of x.pth does not match --to safetensors",
+            "x.pth: end the name in .pth or .safetensors",
         ),
         (["net.pth", "-o", "no/x.pth"], "Cannot write no/x.pth: it must be a file in an existing folder."),
         (["net.pth", "-o", ".", "--overwrite"], "Cannot write .: it must be a file in an existing folder."),

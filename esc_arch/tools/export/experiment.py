@@ -91,6 +91,11 @@ def _section(options: Mapping[str, Any], key: str) -> Mapping[str, Any]:
     return value if isinstance(value, Mapping) else {}
 
 
-def _without_paths(section: Mapping[str, Any]) -> dict[str, Any]:
-    nested = {key: _without_paths(value) if isinstance(value, Mapping) else value for key, value in section.items()}
-    return {key: value for key, value in nested.items() if not (isinstance(value, str) and re.search(r"[/\\]", value))}
+def _without_paths(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {key: _without_paths(item) for key, item in value.items() if not _is_path(item)}
+    return [_without_paths(item) for item in value if not _is_path(item)] if isinstance(value, list) else value
+
+
+def _is_path(value: Any) -> bool:
+    return isinstance(value, str) and re.search(r"[/\\]", value) is not None

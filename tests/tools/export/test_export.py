@@ -308,8 +308,11 @@ def test_metadata_without_a_source(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["-o", "net.trt"], "The suffix of net.trt is no known format: use .onnx or .pt2"),
-        (["-o", "net.onnx", "--format", "torch"], "--format torch needs a .pt2 file, not net.onnx"),
+        (["-o", "net.trt"], "net.trt: the suffix must be .onnx for --format onnx, .pt2 for torch and aoti"),
+        (
+            ["-o", "net.onnx", "--format", "torch"],
+            "net.onnx: the suffix must be .onnx for --format onnx, .pt2 for torch",
+        ),
         (["-o", "net.pt2", "--half"], "--opset, --half and --attention are for ONNX only"),
         (["-o", "net.pt2", "--opset", "20"], "--opset, --half and --attention are for ONNX only"),
         (["-o", "net.pt2", "--attention", "whole"], "--opset, --half and --attention are for ONNX only"),

@@ -120,6 +120,7 @@ def experiment(tmp_path: Path, train_options: dict[str, Any]) -> Path:
     folder = tmp_path / "experiments" / "trial"
     folder.mkdir(parents=True)
     train_options["network_g"] = SECTIONS["ESC"]
+    train_options["train"]["losses"] = {"own": {"weights": str(tmp_path / "vgg.pth"), "more": [str(tmp_path), 1]}}
     (folder / "train.yml").write_text("# CMD:\n" + yaml.safe_dump(train_options), encoding="utf-8")
     records = [
         {"iter": 2, "dataset": "Cuts", "psnr": 20.5, "ssim": 0.5},
@@ -254,6 +255,7 @@ def test_card(weights: Path, experiment: Path, picture: Path, tmp_path: Path) ->
     facts = replace(INFO, dataset="", purpose="old albums", description="Enlarges | sharpens.")
     published = publish(weights, tmp_path / "out", facts, experiment=experiment, images=[picture], onnx=False)
     head, text = card(published.folder)
+    assert str(tmp_path) not in text and "      more:\n      - 1\n" in text
     assert head["license"] == "cc-by-4.0" and head["library_name"] == "esc-arch"
     assert head["tags"] == ["super-resolution", "esc", "pytorch", "photo", "research"]
     assert head["metrics"] == ["psnr", "ssim"]
