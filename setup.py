@@ -10,6 +10,7 @@ from setuptools import find_packages, setup
 ROOT = Path(__file__).parent
 
 ONNX = ["onnx>=1.17", "onnxscript>=0.5", "onnxruntime>=1.20"]
+PUBLISH = ["huggingface-hub>=0.20"]
 SPANDREL = ["spandrel>=0.4.0"]
 VIDEO = ["av>=17.1"]
 
@@ -47,6 +48,7 @@ setup(
         "lpips": ["lpips>=0.1.4"],
         "onnx": ONNX,
         "plot": ["matplotlib>=3.7"],
+        "publish": PUBLISH,
         "spandrel": SPANDREL,
         "video": VIDEO,
         "wandb": ["wandb>=0.15"],
@@ -65,6 +67,7 @@ setup(
             "matplotlib>=3.7",
             "openvino>=2025.0",
             *ONNX,
+            *PUBLISH,
             *SPANDREL,
             *VIDEO,
         ],

@@ -1,138 +1,129 @@
-"""`basicsr convert`: say which network a checkpoint is of, and write it in another format or form."""
+"""`basicsr convert`: print which network a checkpoint is of, and write it in another format or form."""
 
 from __future__ import annotations
 
 import argparse
 import textwrap
-from collections import Counter
-from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 import yaml
-from torch import Tensor
 
 from esc_arch.checkpoints.conversion import (
-    FORMATS,
-    BiasError,
+    CHECKPOINT_FORMATS,
     Checkpoint,
     build_network,
-    factorise,
     fold,
     is_folded,
     open_checkpoint,
-    output_error,
     save_checkpoint,
 )
+from esc_arch.checkpoints.factorisation import factorise, output_error
 from esc_arch.data.photographs import read_photograph
 from esc_arch.errors import UserError
 
-__all__ = ["HELP", "add_arguments", "run"]
+__all__ = ["HELP", "add_arguments", "add_weights_arguments", "check_output", "run"]
 
-HELP = "Print the network_g section of a checkpoint, and convert it: .pth, .safetensors, folded, factors for tables."
-
-#: The part of the photograph that two networks are compared on: top, left, and the side in pixels.
-TEST_CROP = (60, 180, 64)
+HELP = "Print the network_g section of a checkpoint, and convert it: .pth, .safetensors, folded, low-rank factors."
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the file, where to write it, and what to do with it."""
     parser.add_argument("input", type=Path, metavar="INPUT", help="a checkpoint (.pth, .safetensors)")
-    parser.add_argument("-o", "--output", type=Path, metavar="OUTPUT", help="write it here; otherwise it is described")
-    parser.add_argument("--to", choices=FORMATS, help="format of OUTPUT, where its name does not end in one of them")
-    parser.add_argument("--param-key", metavar="K", help="take the weights under K (params_ema if there, else params)")
-    parser.add_argument("--fold", action="store_true", help="store the symmetrised large kernel, for inference alone")
-    parser.add_argument(
-        "--flashbias-rank",
-        type=int,
-        metavar="R",
-        help="replace bias tables by factors of rank R (attn_type: FlashBias), and print the errors that this makes",
-    )
-    parser.add_argument("--window", type=int, metavar="W", help="window_size, which weights of ESCRIB do not say")
-    parser.add_argument("--overwrite", action="store_true", help="replace OUTPUT if it is there")
+    parser.add_argument("-o", "--output", type=Path, metavar="OUTPUT", help="write it here; default: describe it only")
+    parser.add_argument("--to", choices=CHECKPOINT_FORMATS, help="format of OUTPUT; default: that of its suffix")
+    parser.add_argument("--fold", action="store_true", help="store the symmetrised large kernel, for inference only")
+    rank_help = "replace bias tables by factors of rank R (attn_type: FlashBias), and print the resulting errors"
+    parser.add_argument("--flashbias-rank", type=int, metavar="R", help=rank_help)
+    add_weights_arguments(parser, "OUTPUT")
+
+
+def add_weights_arguments(parser: argparse.ArgumentParser, output: str) -> None:
+    """Add which weights of the checkpoint to take, and whether to replace `output`."""
+    parser.add_argument("--param-key", metavar="K", help="take the weights under K; default: params_ema, else params")
+    parser.add_argument("--window", type=int, metavar="W", help="window_size, which weights of ESCRIB do not determine")
+    parser.add_argument("--overwrite", action="store_true", help=f"replace {output} if it exists")
 
 
 def run(args: argparse.Namespace) -> int:
-    """Describe and convert. What is printed is YAML: a section for option files, the rest as comments.
+    """Describe and convert. The output is YAML: a section for option files, the rest as comments.
 
     Raises:
-        UserError: see `esc_arch.checkpoints.conversion`, or the arguments do not go together.
+        UserError: see `open_checkpoint`, `fold` and `factorise`, or the arguments do not go together.
     """
     file_format = _output_format(args)
     checkpoint = open_checkpoint(args.input, param_key=args.param_key, window_size=args.window)
-    _say(*_origin(args.input, checkpoint))
+    _describe(args.input, checkpoint)
     if args.fold:
         checkpoint = fold(checkpoint)
-        _say("The large kernel was folded.")
+        _comment("The large kernel was folded.")
     if args.flashbias_rank is not None:
-        original = checkpoint
-        checkpoint, errors = factorise(original, args.flashbias_rank)
-        _say(f"Bias tables replaced by factors of rank {args.flashbias_rank}:", *_bias_table(errors))
-        output = output_error(original, checkpoint, _test_image())
-        _say(f"Output on a photograph: differs by {output.largest:.2g} at most (of 0 .. 1), PSNR {output.psnr:.2f} dB.")
+        checkpoint = _factorised(checkpoint, args.flashbias_rank)
     print(yaml.safe_dump({"network_g": checkpoint.network_g}, sort_keys=False), end="")
-    _say(*(f"Assumed: {assumption}" for assumption in checkpoint.assumptions))
-    _say("neosr and traiNNer-redux call upscaling_factor `scale`.")
+    for assumption in checkpoint.assumptions:
+        _comment(f"Assumed: {assumption}")
+    _comment("neosr and traiNNer-redux call upscaling_factor `scale`.")
     if file_format is not None:
         save_checkpoint(checkpoint, args.output, file_format=file_format)
-        _say(f"Written: {args.output} ({args.output.stat().st_size:,} bytes)")
+        _comment(f"Wrote {args.output} ({args.output.stat().st_size:,} bytes)")
     return 0
 
 
 def _output_format(args: argparse.Namespace) -> str | None:
-    """The format to write; None for writing nothing. Everything that can be wrong with the arguments is said here."""
+    """The format to write; None for writing nothing."""
     if args.output is None:
-        for given, option in ((args.to, "--to"), (args.fold, "--fold"), (args.overwrite, "--overwrite")):
-            if given:
-                raise UserError(f"{option} is about a file that is written: name it with -o.")
+        if args.to or args.fold or args.overwrite:
+            raise UserError("--to, --fold and --overwrite need an output file: give -o OUTPUT.")
         return None
-    if args.output.exists() and not args.overwrite:
-        raise UserError(f"{args.output} is there already. Choose another name, or give --overwrite to replace it.")
-    if args.output.is_dir() or not args.output.parent.is_dir():
-        raise UserError(f"Cannot write {args.output}: it must be a file in a folder that is there.")
+    check_output(args.output, overwrite=args.overwrite)
     suffix = args.output.suffix.removeprefix(".")
-    if args.to is None and suffix not in FORMATS:
-        raise UserError(f"{args.output} does not say its format: let it end in .pth or .safetensors, or give --to.")
-    if args.to is not None and (args.to == "safetensors") != (suffix == "safetensors"):
-        raise UserError(f"{args.output} would be read as another format than --to {args.to}. Choose another suffix.")
-    return args.to or suffix
+    file_format = args.to or suffix
+    if file_format not in CHECKPOINT_FORMATS or (file_format == "safetensors") != (suffix == "safetensors"):
+        raise UserError(f"{args.output}: end the name in .pth or .safetensors, or in another suffix with --to pth.")
+    return file_format
 
 
-def _origin(path: Path, checkpoint: Checkpoint) -> list[str]:
+def check_output(path: Path, *, overwrite: bool) -> None:
+    """Check that a file can be written, before any work is done for it.
+
+    Raises:
+        UserError: it exists and is not to be replaced, or it is a folder or in none.
+    """
+    if path.exists() and not overwrite:
+        raise UserError(f"{path} already exists. Choose another name, or replace it with --overwrite.")
+    if path.is_dir() or not path.parent.is_dir():
+        raise UserError(f"Cannot write {path}: it must be a file in an existing folder.")
+
+
+def _describe(path: Path, checkpoint: Checkpoint) -> None:
     with torch.device("meta"):
-        parameters = dict(build_network(checkpoint.network_g).named_parameters())
-    types = Counter(str(tensor.dtype).removeprefix("torch.") for tensor in checkpoint.weights.values())
-    lines = [
-        f"{path}: weights {'by themselves' if checkpoint.key is None else f'under {checkpoint.key}'}, "
-        f"{sum(parameter.numel() for parameter in parameters.values()):,} parameters, "
-        f"{len(checkpoint.weights)} tensors ({', '.join(f'{count} {name}' for name, count in types.most_common())})"
-    ]
+        parameters = sum(parameter.numel() for parameter in build_network(checkpoint.network_g).parameters())
+    dtypes = {str(tensor.dtype).removeprefix("torch.") for tensor in checkpoint.weights.values()}
+    weights = "bare weights" if checkpoint.key is None else f"weights under {checkpoint.key}"
+    _comment(f"{path}: {weights}, {parameters:,} parameters, {', '.join(sorted(dtypes))}")
     if checkpoint.beside:
         values = (f"{name}: {textwrap.shorten(str(value), 60)}" for name, value in checkpoint.beside.items())
-        lines.append(f"Beside them: {', '.join(values)}")
+        _comment(f"Other values: {', '.join(values)}")
     if checkpoint.left_out:
-        lines.append(f"Left out: {', '.join(checkpoint.left_out)} (--param-key K takes other weights)")
+        _comment(f"Left out: {', '.join(checkpoint.left_out)} (--param-key K takes other weights)")
     folded = is_folded(checkpoint.weights)
     if folded is not None:
-        lines.append(f"Large kernel: {'folded' if folded else 'free (not folded)'}")
-    return lines
+        _comment(f"Large kernel: {'folded' if folded else 'free (not folded)'}")
 
 
-def _bias_table(errors: Sequence[BiasError]) -> list[str]:
+def _factorised(checkpoint: Checkpoint, rank: int) -> Checkpoint:
+    factors, errors = factorise(checkpoint, rank)
+    _comment(f"Bias tables replaced by factors of rank {rank}:")
     width = max(len(error.layer) for error in errors)
-    return [
-        f"  {'layer':{width}}  max error  rms error  energy kept",
-        *(f"  {error.layer:{width}}  {error.largest:9.2e}  {error.rms:9.2e}  {error.kept:11.4%}" for error in errors),
-    ]
+    _comment(f"  {'layer':{width}}  max error  energy kept")
+    for error in errors:
+        _comment(f"  {error.layer:{width}}  {error.largest:9.2e}  {error.kept:11.4%}")
+    pixels = torch.from_numpy(read_photograph("astronaut")[60:124, 180:244, ::-1].copy())
+    largest, psnr = output_error(checkpoint, factors, pixels.permute(2, 0, 1)[None] / 255)
+    _comment(f"Output on a photograph: max difference {largest:.2g} (of 0 .. 1), PSNR {psnr:.2f} dB")
+    return factors
 
 
-def _test_image() -> Tensor:
-    top, left, side = TEST_CROP
-    photograph = read_photograph("astronaut")[top : top + side, left : left + side, ::-1].copy()
-    return torch.from_numpy(photograph).permute(2, 0, 1)[None] / 255
-
-
-def _say(*lines: str) -> None:
-    """Print comments. What names and values of a file contain must neither end the line nor steer the terminal."""
-    for line in lines:
-        print("# " + "".join(character if character.isprintable() else "?" for character in line))
+def _comment(line: str) -> None:
+    """Print a YAML comment. Names and values from a file must neither end the line nor steer the terminal."""
+    print("# " + "".join(character if character.isprintable() else "?" for character in line))

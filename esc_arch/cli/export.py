@@ -4,113 +4,77 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
-from typing import Any
 
 from esc_arch.errors import UserError
+from esc_arch.tools import export
+from esc_arch.tools.upscale import load
+
+from .convert import add_weights_arguments, check_output
 
 __all__ = ["HELP", "add_arguments", "run"]
 
 HELP = "Write a checkpoint for other runtimes: ONNX, a torch.export program, an AOTInductor package."
 
-FORMATS = {"onnx": ".onnx", "torch": ".pt2", "aoti": ".pt2"}
-DYNAMIC = "dynamic"
+EXPORT_SUFFIXES = {"onnx": ".onnx", "torch": ".pt2", "aoti": ".pt2"}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add the checkpoint, the file, and what it is to be."""
-    parser.add_argument("-m", "--model", type=Path, required=True, metavar="WEIGHTS", help="a .pth or .safetensors")
+    """Add the checkpoint, the file, and its format."""
+    parser.add_argument("-m", "--model", type=Path, required=True, metavar="WEIGHTS", help=".pth or .safetensors")
     parser.add_argument("-o", "--output", type=Path, required=True, metavar="OUT", help="OUT.onnx or OUT.pt2")
-    parser.add_argument("--format", choices=FORMATS, help="onnx for .onnx; torch (default) or aoti for .pt2")
-    parser.add_argument("--opset", type=int, metavar="N", help="of ONNX, 18 to 23 (20)")
-    parser.add_argument("--batch", default=DYNAMIC, metavar="N", help="images at a time, or dynamic (the default)")
-    parser.add_argument("--size", default=DYNAMIC, metavar="HxW", help="of the input, or dynamic (the default)")
+    parser.add_argument("--format", choices=EXPORT_SUFFIXES, help="onnx for .onnx; torch (default) or aoti for .pt2")
+    parser.add_argument("--opset", type=int, metavar="N", help="ONNX opset, 18 to 23 (default: 20)")
+    parser.add_argument("--batch", default="dynamic", metavar="N", help="batch size (default: dynamic)")
+    parser.add_argument("--size", default="dynamic", metavar="HxW", help="input size (default: dynamic)")
     parser.add_argument("--half", action="store_true", help="ONNX in float16; input and output stay float32")
-    parser.add_argument(
-        "--attention",
-        choices=("windows", "whole"),
-        help="ONNX: a window at a time (default), or all at once for runtimes without loops, in much more memory",
-    )
+    attention_help = "ONNX: a window at a time (default), or all at once for runtimes without loops, in far more memory"
+    parser.add_argument("--attention", choices=("windows", "whole"), help=attention_help)
     parser.add_argument("--no-pad", action="store_true", help="leave padding to whole windows out of the graph")
     parser.add_argument("--check", action=argparse.BooleanOptionalAction, default=True, help="compare with PyTorch")
-    parser.add_argument("--param-key", metavar="K", help="take the weights under K (params_ema if there, else params)")
-    parser.add_argument("--window", type=int, metavar="W", help="window_size, which weights of ESCRIB do not say")
-    parser.add_argument("--overwrite", action="store_true", help="replace OUT if it is there")
+    add_weights_arguments(parser, "OUT")
 
 
 def run(args: argparse.Namespace) -> int:
-    """Export, and print what it differs by.
+    """Export, and print the differences from PyTorch.
 
     Raises:
         UserError: see `esc_arch.tools.export`, or the arguments do not go together.
     """
     file_format = _format(args)
-    shape = _shape(args.batch, args.size)
-
-    from esc_arch.tools import export
-    from esc_arch.tools.upscale.network import load
-
-    def said(difference: export.Difference) -> None:
-        size = f"{difference.batch} x {difference.height} x {difference.width}"
-        print(f"  batch x height x width {size}: differs by {difference.largest:.2g} at most", flush=True)
-
+    check_output(args.output, overwrite=args.overwrite)
+    shape = export.InputShape(*_shape(args.batch, args.size))
     upscaler = load(args.model, device="cpu", param_key=args.param_key, window_size=args.window)
     print(upscaler)
     for assumption in upscaler.assumptions:
         print(f"Assumed: {assumption}")
-    options: dict[str, Any] = {
-        "shape": export.InputShape(*shape),
-        "pad": not args.no_pad,
-        "check": args.check,
-        "said": said,
-    }
-    if file_format == "onnx":
-        report = export.export_onnx(
-            upscaler,
-            args.output,
-            opset=args.opset or 20,
-            attention=args.attention or "windows",
-            half=args.half,
-            **options,
-        )
-    elif file_format == "torch":
-        report = export.export_program(upscaler, args.output, **options)
-    else:
-        report = export.export_compiled(upscaler, args.output, **options)
-    compared = "not compared with PyTorch" if report.worst is None else f"differs by {report.worst:.2g} at most"
-    print(f"Written: {report.path} ({report.size:,} bytes), input {report.input}; {compared} (of 0 .. 1)")
+    write = {"onnx": export.export_onnx, "torch": export.export_program, "aoti": export.export_compiled}[file_format]
+    options = {"opset": args.opset, "attention": args.attention, "half": args.half}
+    options = {name: value for name, value in options.items() if value}  # of ONNX
+    result = write(upscaler, args.output, shape=shape, pad=not args.no_pad, check=args.check, **options)
+    for batch, largest in result.differences.items():
+        print(f"  {batch}: max difference {largest:.2g}")
+    compared = "not compared with PyTorch" if result.worst is None else f"max difference {result.worst:.2g} (of 0 .. 1)"
+    print(f"Wrote {args.output} ({args.output.stat().st_size:,} bytes), input {shape}; {compared}")
     return 0
 
 
 def _format(args: argparse.Namespace) -> str:
-    """Everything that can be wrong with the file's name and the options of ONNX alone is said here."""
-    suffix = args.output.suffix
-    fitting = [name for name, wanted in FORMATS.items() if wanted == suffix]
-    if not fitting:
-        raise UserError(f"{args.output} does not say its format: let it end in .onnx or .pt2.")
-    file_format: str = args.format or fitting[0]
-    if file_format not in fitting:
-        raise UserError(f"--format {file_format} is written to {FORMATS[file_format]} files, not to {args.output}.")
-    if file_format != "onnx":
-        for given, option in ((args.opset, "--opset"), (args.half, "--half"), (args.attention, "--attention")):
-            if given:
-                raise UserError(f"{option} is of ONNX alone: leave it out, or let OUT end in .onnx.")
-    if args.output.exists() and not args.overwrite:
-        raise UserError(f"{args.output} is there already. Choose another name, or give --overwrite to replace it.")
-    if args.output.is_dir() or not args.output.parent.is_dir():
-        raise UserError(f"Cannot write {args.output}: it must be a file in a folder that is there.")
+    matching = [name for name, suffix in EXPORT_SUFFIXES.items() if suffix == args.output.suffix]
+    file_format: str = args.format or next(iter(matching), "")
+    if file_format not in matching:
+        raise UserError(f"{args.output}: the suffix must be .onnx for --format onnx, .pt2 for torch and aoti.")
+    if file_format != "onnx" and (args.opset or args.half or args.attention):
+        raise UserError("--opset, --half and --attention are for ONNX only: omit them, or name an .onnx file.")
     return file_format
 
 
-def _shape(batch: str, size: str) -> tuple[int | None, int | None, int | None]:
+def _shape(batch: str, size: str) -> list[int | None]:
     """Batch, height and width; None for any."""
+    parts = [batch, *(["dynamic", "dynamic"] if size == "dynamic" else size.split("x"))]
     try:
-        number = None if batch == DYNAMIC else int(batch)
+        numbers = [None if part == "dynamic" else int(part) for part in parts]
     except ValueError:
-        raise UserError(f"--batch {batch}: it must be a number, or {DYNAMIC}.") from None
-    if size == DYNAMIC:
-        return number, None, None
-    try:
-        height, width = map(int, size.split("x"))
-    except ValueError:
-        raise UserError(f"--size {size}: it must be HEIGHTxWIDTH, such as 270x480, or {DYNAMIC}.") from None
-    return number, height, width
+        numbers = []
+    if len(numbers) != 3:
+        raise UserError(f"--batch {batch} --size {size}: give numbers, such as --batch 1 --size 270x480, or dynamic.")
+    return numbers

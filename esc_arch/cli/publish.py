@@ -5,59 +5,48 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from esc_arch.tools.export.publishing import Facts, publish
+from esc_arch.tools.export.publishing import ModelInfo, publish
+
+from .convert import add_weights_arguments
 
 __all__ = ["HELP", "add_arguments", "run"]
 
-HELP = "Make a folder to share a network by: weights, ONNX, option files, model card, and the entry for OpenModelDB."
+HELP = "Make a folder to share a network: weights, ONNX, option files, model card, and the entry for OpenModelDB."
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add the weights, the folder, and the facts that no file says."""
-    parser.add_argument("-m", "--model", type=Path, required=True, metavar="WEIGHTS", help=".pth or .safetensors")
-    parser.add_argument("-o", "--output", type=Path, required=True, metavar="FOLDER", help="the folder to make")
-    parser.add_argument("--name", help="of the model; its scale is put before it")
-    parser.add_argument("--author", nargs="+", default=[], metavar="NAME", help="who made it")
-    parser.add_argument("--license", metavar="SPDX", help="such as CC-BY-4.0 or MIT")
-    parser.add_argument("--dataset", metavar="TEXT", help="what it was trained on; default: the experiment's")
-    parser.add_argument("--description", metavar="TEXT", help="what it does; Markdown")
-    parser.add_argument("--tags", nargs="+", default=[], metavar="TAG", help="OpenModelDB's, such as photo restoration")
-    parser.add_argument("--purpose", metavar="TEXT", help="what it is for, a line")
-    parser.add_argument("--date", metavar="YYYY-MM-DD", help="of publication; default: today")
-    parser.add_argument("--experiment", type=Path, metavar="DIR", help="experiments/NAME, whose settings are shown")
-    parser.add_argument(
-        "--images", nargs="+", type=Path, default=[], metavar="LR", help="small pictures to show enlarged"
+    """Add the weights, the folder, and what no file says."""
+    add = parser.add_argument
+    add("-m", "--model", type=Path, required=True, metavar="WEIGHTS", help=".pth or .safetensors")
+    add("-o", "--output", type=Path, required=True, metavar="FOLDER", help="the folder to make")
+    add("--name", default="", help="name of the model, without its scale")
+    add("--author", nargs="+", default=[], metavar="NAME", help="who made it")
+    add("--license", default="", metavar="SPDX", help="such as CC-BY-4.0 or MIT")
+    add("--dataset", default="", metavar="TEXT", help="training data (default: the experiment's)")
+    add("--description", default="", metavar="TEXT", help="what it does; Markdown")
+    add("--tags", nargs="+", default=[], metavar="TAG", help="OpenModelDB's, such as photo restoration")
+    add("--purpose", default="", metavar="TEXT", help="what it is for, in a line")
+    add("--date", default="", metavar="YYYY-MM-DD", help="of publication (default: today)")
+    add("--experiment", type=Path, metavar="DIR", help="experiments/NAME, whose settings and scores are shown")
+    add("--images", nargs="+", type=Path, default=[], metavar="LR", help="small pictures to show enlarged")
+    add(
+        "--resources", nargs="+", default=[], metavar="URL", help="addresses of files, or of their folder (ending in /)"
     )
-    parser.add_argument(
-        "--resources", nargs="+", default=[], metavar="URL",
-        help="where the files will be: addresses of files, or of the folder (ends in a slash)",
-    )  # fmt: skip
-    parser.add_argument("--no-onnx", action="store_true", help="without the ONNX file")
-    parser.add_argument("--param-key", metavar="K", help="take the weights under K (params_ema if there, else params)")
-    parser.add_argument("--window", type=int, metavar="W", help="window_size, which weights of ESCRIB do not say")
-    parser.add_argument("--overwrite", action="store_true", help="replace FOLDER, if it was made by this")
+    add("--no-onnx", action="store_true", help="without the ONNX file")
+    add_weights_arguments(parser, "FOLDER, made by this command,")
 
 
 def run(args: argparse.Namespace) -> int:
-    """Make the folder, and say what is in it and what is left to do.
+    """Make the folder, and print its files and what is left to do.
 
     Raises:
         UserError: see `publish`.
     """
-    facts = Facts(
-        name=args.name,
-        authors=tuple(args.author),
-        licence=args.license,
-        dataset=args.dataset,
-        description=args.description,
-        tags=tuple(args.tags),
-        purpose=args.purpose,
-        date=args.date,
-    )
+    texts = {key: getattr(args, key) for key in ("name", "dataset", "description", "purpose", "date")}
     published = publish(
         args.model,
         args.output,
-        facts,
+        ModelInfo(authors=tuple(args.author), licence=args.license, tags=tuple(args.tags), **texts),
         experiment=args.experiment,
         images=args.images,
         urls=args.resources,
@@ -71,5 +60,5 @@ def run(args: argparse.Namespace) -> int:
         print(f"{file.name:{width}}  {file.size:>13,} bytes  sha256 {file.sha256}")
     for note in published.notes:
         print(f"Note: {note}")
-    print(f"{published.identifier} is in {published.folder}")
+    print(f"Wrote folder {published.folder}/")
     return 0

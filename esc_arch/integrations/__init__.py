@@ -1,1 +1,1 @@
-"""ESC in other programs' libraries, a module each. None is imported unless asked for."""
+"""ESC in the libraries of other programs, a module each, imported only on request."""

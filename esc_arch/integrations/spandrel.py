@@ -1,4 +1,4 @@
-"""ESC for spandrel (https://github.com/chaiNNer-org/spandrel), by which chaiNNer, ComfyUI and others load models."""
+"""ESC for spandrel (https://github.com/chaiNNer-org/spandrel), with which chaiNNer, ComfyUI and others load models."""
 
 from __future__ import annotations
 
@@ -30,19 +30,19 @@ __all__ = ["ESCArch", "install"]
 class ESCArch(Architecture[ESCFamily]):
     """All networks of the family: `ESC`, `ESCFP`, `ESCReal`, `ESCRealM`, `ESCRIB`, and `ESCLTE` at its default scale.
 
-    spandrel hands over weights alone, so what does not follow from them is assumed: the window of ESCRIB is that of
-    the published model (64), ESCLTE enlarges by 4.
+    spandrel passes only the weights, so what they do not determine is assumed: the window of ESCRIB is that of the
+    published model (64), ESCLTE enlarges by 4.
     """
 
     def __init__(self) -> None:
-        # A name of its own, as spandrel may come to have an "ESC" too, and refuses the same one twice
+        # An id of its own: spandrel may add an "ESC" itself, and refuses duplicate ids
         super().__init__(id="esc_arch", name="ESC", detect=_is_of_the_family)
 
     def load(self, state_dict: dict[str, Any]) -> ImageModelDescriptor[ESCFamily]:
-        """The network with its weights, called by the protocol of `Upscaler`.
+        """The network with its weights, called with the test protocol of `Upscaler`.
 
         Raises:
-            UserError: the weights are of no network of the family, or not complete.
+            UserError: the weights are of no network of the family, or incomplete.
         """
         weights, section = _recognised(state_dict)
         net = build_network(section)
@@ -62,7 +62,7 @@ class ESCArch(Architecture[ESCFamily]):
             scale=net.upscaling_factor,
             input_channels=3,
             output_channels=3,
-            # (No size requirements: spandrel pads small images in another way than the published protocol)
+            # (No size requirements: spandrel pads small images differently from the published protocol)
             tiling=ModelTiling.DISCOURAGED,
             call_fn=call,
         )
@@ -72,13 +72,13 @@ class ESCArch(Architecture[ESCFamily]):
 
 
 def install(registry: ArchRegistry = MAIN_REGISTRY) -> None:
-    """Have spandrel's `ModelLoader` accept ESC's checkpoints. Again, it does nothing.
+    """Make spandrel's `ModelLoader` accept ESC checkpoints. Calling it again does nothing.
 
-    ESC is detected before all that is registered already: what spandrel finds first it takes, and this detection is
-    exact. An ESC that spandrel itself may come to have stays registered, for what is not recognised here.
+    ESC is detected before everything registered already: spandrel takes the first match, and this detection is exact.
+    An ESC that a later spandrel may have itself stays registered, for what is not recognised here.
 
     Args:
-        registry: the one to add to; that of `ModelLoader` by default.
+        registry: the one to add to; default: that of `ModelLoader`.
     """
     arch = ESCArch()
     if arch.id in registry:
@@ -89,9 +89,9 @@ def install(registry: ArchRegistry = MAIN_REGISTRY) -> None:
 
 
 def _allow_bytes() -> None:
-    """Have spandrel read `.pth` files of ESCRealM, whose description of the tail is a tensor of bytes.
+    """Make spandrel read `.pth` files of ESCRealM, which describe the tail in a tensor of bytes.
 
-    spandrel lists the types of tensors that it reads; like those, this one cannot run code.
+    spandrel has a list of safe tensor types; this one cannot run code either.
     """
     try:
         listed = importlib.import_module("spandrel.__helpers.unpickler").safe_list
@@ -112,20 +112,20 @@ def _is_of_the_family(state_dict: Mapping[str, Any]) -> bool:
 
 
 def _unwrapped(state_dict: Mapping[str, Any]) -> Mapping[str, Any]:
-    """The weights within `model` of the published ESC-LTE's files; of others, as it is."""
+    """The weights in `model` of the published ESC-LTE's files; other state dicts as they are."""
     weights = state_dict.get("sd")
     return weights if isinstance(weights, Mapping) else state_dict
 
 
 def _recognised(state_dict: Mapping[str, Any]) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """The weights, and the `network_g` section of the network that all their names and shapes are those of."""
+    """The weights, and the `network_g` section of the network whose names and shapes they all match."""
     weights = own_names(_unwrapped(state_dict))
     section = recognise(weights)
     return fitted_weights("The state dict", section, weights)[0], section
 
 
 class _Protocol(nn.Module):
-    """`Upscaler` as a module that has the parameters of its network."""
+    """`Upscaler` as a module with the parameters of its network."""
 
     def __init__(self, upscaler: Upscaler) -> None:
         super().__init__()
@@ -141,8 +141,7 @@ def _enlarged(net: ESCFamily, section: Mapping[str, Any], image: Tensor) -> Tens
     upscaler = Upscaler(net, section, Path(), parameter.device, parameter.dtype if half else torch.float32)
     if parameter.dtype == torch.float32:
         return upscaler(image).to(image.dtype)
-    # Coordinates, sums over the whole image and the like would be spoilt by 16 bits; from float32 weights, autocast
-    # makes 16 bits of all but these
+    # Coordinates and sums over the whole image need float32; autocast keeps them so, given float32 weights
     protocol = _Protocol(upscaler)
     weights = {name: tensor.float() for name, tensor in protocol.state_dict().items() if tensor.is_floating_point()}
     return functional_call(protocol, weights, (image,)).to(image.dtype)

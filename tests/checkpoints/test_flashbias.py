@@ -16,7 +16,8 @@ from torch import Tensor, nn
 
 from esc_arch import ESC, ESCFP, ESCLTE, ESCRIB, ESCReal, ESCRealM
 from esc_arch.checkpoints import load_weights, read_checkpoint, select_weights
-from esc_arch.checkpoints.conversion import factorise, open_checkpoint, save_checkpoint
+from esc_arch.checkpoints.conversion import open_checkpoint, save_checkpoint
+from esc_arch.checkpoints.factorisation import factorise
 from esc_arch.errors import UserError
 
 WINDOW, RANK = 4, 4  # sqrt(rank) is a power of 2: converting is exact

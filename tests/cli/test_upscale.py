@@ -290,7 +290,7 @@ def test_results_beside_inputs_are_no_inputs(run: Upscale) -> None:
         (["-i", "a.png", "-o", "out", "-s", "-1"], "The scale is -1; it must be a number above 0."),
         (["-i", "a.png", "-o", "out", "--max-memory", "much"], "The memory 'much' is not known"),
         (["-i", "a.png", "-o", "out", "-g", "99"], "-g 99: PyTorch finds "),
-        (["-i", "a.png", "-o", "out", "--window", "8"], "by its weights; a window is to be given for RIB alone"),
+        (["-i", "a.png", "-o", "out", "--window", "8"], "have window 4; only RIB takes another one"),
     ],
 )
 def test_mistakes_end_it_before_anything_is_done(run: Upscale, arguments: list[str], message: str) -> None:

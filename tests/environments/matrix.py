@@ -39,7 +39,7 @@ CELLS = [
     *(f"{python}/{kind}" for python in PATCHED for kind in (REFUSED, NEWEST)),
 ]
 #: flash-attn is built by CUDA's compiler for the GPU present: only by name.
-EXTRAS = ("onnx", "plot", "spandrel", "video", "lpips", "wandb")
+EXTRAS = ("onnx", "plot", "publish", "spandrel", "video", "lpips", "wandb")
 CORE = ("import", "names", "train", "resume", "upscale", "convert", "export")
 #: What the README installs before esc_arch.
 BUILD_TOOLS = ("setuptools", "wheel", "cython")

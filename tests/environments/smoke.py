@@ -215,6 +215,23 @@ def without_plot() -> str:
     return "named"
 
 
+PUBLISH = (
+    "publish", "-m", WEIGHTS, "-o", "4x-Smoke", "--name", "Smoke", "--author", "Jane", "--license", "MIT",
+    "--dataset", "DIV2K", "--description", "A test.", "--tags", "photo", "--no-onnx",
+)  # fmt: skip
+
+
+def with_publish() -> str:
+    """A folder to share."""
+    return basicsr(*PUBLISH).splitlines()[-1]
+
+
+def without_publish() -> str:
+    """The extra is named."""
+    expect(basicsr(*PUBLISH, status=2), 'pip install "esc-arch[publish]"')
+    return "named"
+
+
 def with_spandrel() -> str:
     """A checkpoint through spandrel's own loader."""
     python(

@@ -22,6 +22,7 @@ SETUP = (ROOT / "setup.py").read_text(encoding="utf-8")
 PACKAGES = {
     "onnx": ("onnx", "onnxscript", "onnxruntime"),
     "plot": ("matplotlib",),
+    "publish": ("huggingface_hub",),
     "spandrel": ("spandrel",),
     "video": ("av",),
     "lpips": ("lpips",),

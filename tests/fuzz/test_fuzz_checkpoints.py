@@ -22,7 +22,7 @@ from torch import Tensor
 import esc_arch
 from esc_arch import UserError
 from esc_arch.checkpoints import reading, recognise
-from esc_arch.checkpoints.conversion import FORMATS, build_network, open_checkpoint, save_checkpoint
+from esc_arch.checkpoints.conversion import CHECKPOINT_FORMATS, build_network, open_checkpoint, save_checkpoint
 
 SMALL = {"dim": 8, "pdim": 4, "kernel_size": 3, "n_blocks": 1, "conv_blocks": 1, "window_size": 4, "num_heads": 2}
 SECTIONS: list[dict[str, Any]] = [
@@ -108,7 +108,7 @@ def use(path: Path) -> None:
     """All that a file someone downloaded is put through: `esc_arch.load`, and `basicsr convert` to both formats."""
     esc_arch.load(path, device="cpu")
     checkpoint = open_checkpoint(path)
-    for file_format in FORMATS:
+    for file_format in CHECKPOINT_FORMATS:
         save_checkpoint(checkpoint, path.with_name(f"converted.{file_format}"), file_format=file_format)
 
 

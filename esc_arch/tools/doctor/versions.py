@@ -40,6 +40,7 @@ EXTRAS = {
     "onnx": "onnx",
     "onnxscript": "onnx",
     "onnxruntime": "onnx",
+    "huggingface-hub": "publish",
     "av": "video",
     "spandrel": "spandrel",
     "lpips": "lpips",

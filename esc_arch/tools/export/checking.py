@@ -1,34 +1,35 @@
-"""What an export is given and says of itself, and how it is compared with the network that it is of."""
+"""What all exports share: a network is traced on the CPU, compared with PyTorch, and written with its metadata."""
 
 from __future__ import annotations
 
 import copy
 import hashlib
+import importlib
 import json
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+import warnings
+from collections.abc import Callable
+from dataclasses import replace
 from importlib import metadata
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.export import ExportedProgram
 
 from esc_arch.archs import ESCLTE
-from esc_arch.atomic_io import write_atomically
 from esc_arch.errors import UserError
 from esc_arch.tools.upscale.network import Upscaler
 from esc_arch.version import __version__
 
-__all__ = ["Difference", "InputShape", "Report", "compare", "describe", "example", "on_cpu", "write"]
+__all__ = ["Export", "ExportResult", "InputShape", "require"]
 
-
-#: `torch.export` of older ones makes programs that take fewer sizes than they were asked to, or none.
+#: Programs that older `torch.export` makes take fewer sizes than asked for, or none.
 OLDEST_TORCH = "2.10"
 
 
-@dataclass(frozen=True)
-class InputShape:
-    """Which images an exported network takes: a number for a fixed one, None for any."""
+class InputShape(NamedTuple):
+    """Which images an exported network takes: a number for a fixed dimension, None for any."""
 
     batch: int | None = None
     height: int | None = None
@@ -38,173 +39,122 @@ class InputShape:
         return f"({self.batch or 'B'}, 3, {self.height or 'H'}, {self.width or 'W'})"
 
 
-@dataclass(frozen=True)
-class Difference:
-    """The largest difference between an exported network's output, in 0 .. 1, and PyTorch's for one batch."""
+class ExportResult(NamedTuple):
+    """An exported file, its metadata, and its largest difference from PyTorch (of 0 .. 1) for each batch compared.
 
-    batch: int
-    height: int
-    width: int
-    largest: float
-
-
-@dataclass(frozen=True)
-class Report:
-    """What was written.
-
-    Attributes:
-        path: the file.
-        size: of the file, in bytes.
-        input: the images that it takes.
-        metadata: what the file says of itself.
-        differences: from PyTorch, for each batch compared; empty where that was not asked for.
+    Batches are named by their shapes, such as 1x3x8x8.
     """
 
     path: Path
-    size: int
-    input: InputShape
     metadata: dict[str, str]
-    differences: tuple[Difference, ...]
+    differences: dict[str, float]
 
     @property
     def worst(self) -> float | None:
         """The largest of the differences; None without any."""
-        return max((difference.largest for difference in self.differences), default=None)
+        return max(self.differences.values(), default=None)
 
 
-def on_cpu(upscaler: Upscaler) -> Upscaler:
-    """A copy of it that computes in float32 on the CPU: what is exported and what exports are compared with.
-
-    Raises:
-        UserError: this PyTorch is too old to export it.
-    """
-    if torch.__version__ < OLDEST_TORCH:
-        raise UserError(
-            f"Exporting needs PyTorch {OLDEST_TORCH} or newer; this is {torch.__version__}. Install a newer one."
-        )
-    cpu = torch.device("cpu")
-    return replace(upscaler, net=copy.deepcopy(upscaler.net).to(cpu).float(), device=cpu, precision=torch.float32)
-
-
-def check_shape(upscaler: Upscaler, shape: InputShape) -> None:
-    """Refuse what the network cannot be exported for.
+def require(*packages: str, extra: str, purpose: str) -> None:
+    """Import optional packages.
 
     Raises:
-        UserError: see the messages.
+        UserError: one is missing; the message names the extra of esc-arch that installs it.
     """
-    for name, number in (("batch", shape.batch), ("height", shape.height), ("width", shape.width)):
-        if number is not None and number < 1:
-            raise UserError(f"The {name} to export for is {number}; it must be at least 1, or dynamic.")
-    if (
-        isinstance(upscaler.net, ESCLTE)
-        and upscaler.scale != int(upscaler.scale)
-        and None in (shape.height, shape.width)
-    ):
-        raise UserError(
-            f"ESCLTE for x{upscaler.scale:g} can be exported for images of one size alone, as sizes are rounded: "
-            f"give --size HxW, or a whole scale."
-        )
-
-
-def example(upscaler: Upscaler, shape: InputShape) -> Tensor:
-    """An image to trace with: several of a size that is no multiple of anything, where these may vary."""
-    window = upscaler.window
-    return torch.rand(shape.batch or 2, 3, shape.height or 3 * window - 3, shape.width or 2 * window - 1)
-
-
-def dynamic_shapes(shape: InputShape) -> tuple[dict[int, object]]:
-    """The dimensions that vary, as `torch.export.export` takes them for one image."""
-    numbers = {0: shape.batch, 2: shape.height, 3: shape.width}
-    return ({dim: torch.export.Dim.DYNAMIC for dim, number in numbers.items() if number is None},)
-
-
-def describe(upscaler: Upscaler, shape: InputShape, *, pad: bool, packages: Sequence[str]) -> dict[str, str]:
-    """What a file is to say of itself.
-
-    Args:
-        packages: whose versions are kept.
-    """
-    said = {
-        "network_g": json.dumps(dict(upscaler.network_g)),
-        "scale": f"{upscaler.scale:g}",
-        "window": str(upscaler.window),
-        "input": f"{shape}, RGB in 0 .. 1",
-        "padding": "in the graph" if pad else "none",
-        "source": upscaler.source.name,
-        "esc_arch": __version__,
-        **{package: metadata.version(package) for package in packages},
-    }
-    if upscaler.source.is_file():
-        said["source_sha256"] = hashlib.sha256(upscaler.source.read_bytes()).hexdigest()
-    licence = upscaler.metadata.get("license", upscaler.metadata.get("licence"))
-    return said if licence is None else {**said, "license": str(licence)}
-
-
-def sizes_to_compare(window: int, shape: InputShape) -> Iterator[tuple[int, int, int]]:
-    """Batches, heights and widths: one pixel, below a window, odd, whole windows, several, as far as they may vary."""
-    w = window
-    sizes = [(1, 1, 1), (2, w // 2 + 1, w - 1), (1, w, w), (3, w + 1, 2 * w + 3), (1, 2 * w, 3 * w)]
-    seen = {(shape.batch or b, shape.height or h, shape.width or w) for b, h, w in sizes}
-    return iter(sorted(seen))
-
-
-def compare(
-    run: Callable[[Tensor], Tensor],
-    upscaler: Upscaler,
-    shape: InputShape,
-    *,
-    pad: bool,
-    tolerance: float,
-    said: Callable[[Difference], None] | None = None,
-) -> tuple[Difference, ...]:
-    """Run an exported network and its original on batches of several sizes.
-
-    Args:
-        run: the exported one, on the CPU.
-        upscaler: see `on_cpu`.
-        said: is told each difference as it comes.
-
-    Raises:
-        UserError: a difference above `tolerance`, or the exported network does not run.
-    """
-    differences = []
-    generator = torch.Generator().manual_seed(0)
-    for batch, height, width in sizes_to_compare(upscaler.window, shape):
-        image = torch.rand(batch, 3, height, width, generator=generator)
-        with torch.no_grad():
-            expected = upscaler(image) if pad else upscaler.net(image)
+    for package in packages:
         try:
-            out = run(image)
-        except Exception as error:
+            importlib.import_module(package)
+        except ImportError as error:
             raise UserError(
-                f"The exported network fails on {batch} x {height} x {width}, and was not written: "
-                f"{str(error).strip().splitlines()[0]}"
+                f'{purpose} needs {package}, which cannot be imported: pip install "esc-arch[{extra}]" ({error})'
             ) from error
-        if out.shape != expected.shape:
-            raise UserError(
-                f"The exported network makes {tuple(out.shape)} of {batch} x {height} x {width}, PyTorch "
-                f"{tuple(expected.shape)}; it was not written."
-            )
-        differences.append(Difference(batch, height, width, (out - expected).abs().max().item()))
-        if said is not None:
-            said(differences[-1])
-    worst = max(differences, key=lambda difference: difference.largest)
-    # (Written so that a difference that is not a number is one too many)
-    if not all(difference.largest <= tolerance for difference in differences):
-        raise UserError(
-            f"The exported network differs from PyTorch by up to {worst.largest:.2g} (of 0 .. 1), more than "
-            f"{tolerance:g}; it was not written. Largest at {worst.batch} x {worst.height} x {worst.width}."
-        )
-    return tuple(differences)
 
 
-def write(path: Path, data: bytes) -> None:
-    """Write a file, all or nothing.
+class Export:
+    """An export of a network, of which it keeps a copy in float32 on the CPU.
+
+    Args:
+        shape: the images that the export takes.
+        pad: pad to whole windows and crop in the graph, as `Upscaler` does.
 
     Raises:
-        UserError: it cannot be written.
+        UserError: this PyTorch is too old, or the network cannot be exported for that shape.
     """
-    try:
-        write_atomically(path, data)
-    except OSError as error:
-        raise UserError(f"Cannot write {path}: {error.strerror or error}.") from error
+
+    def __init__(self, upscaler: Upscaler, shape: InputShape, pad: bool) -> None:
+        if torch.__version__ < OLDEST_TORCH:
+            raise UserError(f"Exporting needs PyTorch {OLDEST_TORCH} or newer; this is {torch.__version__}.")
+        for name, number in shape._asdict().items():
+            if number is not None and number < 1:
+                raise UserError(f"The {name} to export for is {number}; it must be at least 1, or dynamic.")
+        fractional = isinstance(upscaler.net, ESCLTE) and upscaler.scale != int(upscaler.scale)
+        if fractional and None in (shape.height, shape.width):
+            raise UserError(
+                f"ESCLTE for x{upscaler.scale:g} can only be exported for images of one size, as sizes are rounded: "
+                "give --size HxW, or use a whole scale."
+            )
+        net, cpu = copy.deepcopy(upscaler.net).to("cpu").float(), torch.device("cpu")
+        self.original = replace(upscaler, net=net, device=cpu, precision=torch.float32)
+        self.shape, self.pad = shape, pad
+
+    def trace(self, net: nn.Module) -> ExportedProgram:
+        """The program of `net`, a form of the original."""
+        batch, height, width = self.shape
+        window = self.original.window
+        # A batch and sizes that are no multiple of anything, where these may vary
+        image = torch.rand(batch or 2, 3, height or 3 * window - 3, width or 2 * window - 1)
+        numbers = {0: batch, 2: height, 3: width}
+        dynamic = {dim: torch.export.Dim.DYNAMIC for dim, number in numbers.items() if number is None}
+        with warnings.catch_warnings(), torch.no_grad():
+            warnings.simplefilter("ignore")  # PyTorch's, about itself
+            return torch.export.export(net, (image,), dynamic_shapes=(dynamic,), strict=False)
+
+    def metadata(self, *packages: str) -> dict[str, str]:
+        """The metadata of the file, with the versions of `packages`."""
+        net = self.original
+        entries = {
+            "network_g": json.dumps(dict(net.network_g)),
+            "scale": f"{net.scale:g}",
+            "window": str(net.window),
+            "input": f"{self.shape}, RGB in 0 .. 1",
+            "padding": "in the graph" if self.pad else "none",
+            "source": net.source.name,
+            "esc_arch": __version__,
+            **{package: metadata.version(package) for package in packages},
+        }
+        if net.source.is_file():
+            entries["source_sha256"] = hashlib.sha256(net.source.read_bytes()).hexdigest()
+        licence = net.metadata.get("license", net.metadata.get("licence"))
+        return entries if licence is None else {**entries, "license": str(licence)}
+
+    def compare(self, run: Callable[[Tensor], Tensor], tolerance: float) -> dict[str, float]:
+        """Run the exported network and the original on batches of several sizes; the largest difference for each.
+
+        Raises:
+            UserError: a difference above `tolerance`, or the exported network does not run.
+        """
+        w = self.original.window
+        # One pixel, below a window, one window, odd, several windows; as far as they may vary
+        sizes = [(1, 1, 1), (2, w // 2 + 1, w - 1), (1, w, w), (3, w + 1, 2 * w + 3), (1, 2 * w, 3 * w)]
+        fixed = {tuple(given or size for given, size in zip(self.shape, three, strict=True)) for three in sizes}
+        differences: dict[str, float] = {}
+        generator = torch.Generator().manual_seed(0)
+        for batch, height, width in sorted(fixed):
+            image = torch.rand(batch, 3, height, width, generator=generator)
+            with torch.no_grad():
+                expected = self.original(image) if self.pad else self.original.net(image)
+            name = f"{batch}x3x{height}x{width}"
+            try:
+                out = run(image)
+                if out.shape != expected.shape:
+                    raise ValueError(f"its output is {tuple(out.shape)} instead of {tuple(expected.shape)}")
+            except Exception as error:
+                reason = str(error).strip().splitlines()[0]
+                raise UserError(f"The exported network fails on {name}, and was not written: {reason}") from error
+            differences[name] = (out - expected).abs().max().item()
+            if not differences[name] <= tolerance:  # NaN, too
+                raise UserError(
+                    f"The exported network differs from PyTorch by {differences[name]:.2g} (of 0 .. 1) on {name}, more "
+                    f"than {tolerance:g}, and was not written."
+                )
+        return differences

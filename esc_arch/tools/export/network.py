@@ -28,15 +28,12 @@ __all__ = ["ExportedNetwork", "onnx_network"]
 
 
 class ExportedNetwork(nn.Module):
-    """A network and what goes around it: (B, 3, H, W) -> (B, 3, H', W'), as `Upscaler` computes it.
+    """A network with the test protocol of `Upscaler`: (B, 3, H, W) -> (B, 3, H', W').
 
     Args:
-        net: its layers are used.
-        pad: pad the image by reflection to whole windows, and crop the output. Without, the network gets the image as
-            it is, as from BasicSR's SRModel.
+        pad: pad by reflection to whole windows and crop; otherwise run on the image as it is, like BasicSR's SRModel.
         dtype: what the network computes in; image and output are float32.
-        slices: crop by slicing, which runtimes do fastest; a program of `torch.export` would then refuse images with
-            nothing to crop.
+        slices: crop by slicing, the fastest way, with which a `torch.export` program refuses images without padding.
     """
 
     def __init__(
@@ -81,14 +78,12 @@ class ExportedNetwork(nn.Module):
 
 
 def onnx_network(net: ESCFamily, *, pad: bool = True, loop: bool = True, half: bool = False) -> ExportedNetwork:
-    """The same in operations that ONNX has, for any batch and size, with each window's attention by itself.
+    """The same in operations that ONNX has, for any batch and size.
 
     Args:
         net: in float32; not changed.
-        pad: see `ExportedNetwork`.
-        loop: see `ExportedAttention`.
-        half: compute in float16, but for normalisations, global pools and the kernels made from them, and the tails
-            of DySample and LTE.
+        pad, loop: see `ExportedNetwork` and `ExportedAttention`.
+        half: compute in float16, but not normalisations, global pools, kernels made from them, nor DySample and LTE.
     """
     net = copy.deepcopy(net)
     whole_windows = pad and getattr(net, "folding", 1) == 1

@@ -10,22 +10,13 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
+from torch.export import ExportedProgram
 
+from esc_arch.checkpoints.conversion import write_file
 from esc_arch.errors import UserError
 from esc_arch.tools.upscale.network import Upscaler
 
-from .checking import (
-    Difference,
-    InputShape,
-    Report,
-    check_shape,
-    compare,
-    describe,
-    dynamic_shapes,
-    example,
-    on_cpu,
-    write,
-)
+from .checking import Export, ExportResult, InputShape, require
 from .network import onnx_network
 
 if TYPE_CHECKING:
@@ -35,12 +26,10 @@ __all__ = ["ATTENTION", "OPSETS", "TOLERANCE", "export_onnx"]
 
 #: How attention is computed: a window at a time, or all at once in memory that grows with the image.
 ATTENTION = ("windows", "whole")
-
-#: The first that `torch.onnx` writes without conversion, and the last that was tried.
+#: From the first that `torch.onnx` writes without conversion to the last that was tested.
 OPSETS = range(18, 24)
-
-#: The largest difference from PyTorch allowed, of 0 .. 1: in float32, and in float16.
-TOLERANCE = {False: 1e-4, True: 2e-2}
+#: The largest difference from PyTorch allowed, of 0 .. 1.
+TOLERANCE = {"fp32": 1e-4, "fp16": 2e-2}
 
 
 def export_onnx(
@@ -53,74 +42,49 @@ def export_onnx(
     attention: str = "windows",
     half: bool = False,
     check: bool = True,
-    said: Callable[[Difference], None] | None = None,
-) -> Report:
+) -> ExportResult:
     """Write a network as an ONNX file: `input` (B, 3, H, W), RGB in 0 .. 1 -> `output` (B, 3, H', W'), float32 both.
 
     Args:
-        upscaler: its weights are exported in float32, whatever it computes in.
+        upscaler: its weights are exported in float32, whatever its own precision.
         opset: of the ONNX standard, one of `OPSETS`.
-        shape: the images it is to take; any batch and size by default.
-        pad: have the graph pad by reflection to whole windows and crop, so that it computes what `upscaler(image)`
-            does. Without, it computes what the network makes of the image as it is.
+        shape: the images that the file takes; any batch and size by default.
+        pad: pad by reflection to whole windows and crop in the graph, which then computes `upscaler(image)`.
+            Otherwise it computes the network on the image as it is.
         attention: one of `ATTENTION`.
         half: weights and features in float16 (not normalisations, global pools and coordinates).
-        check: run the file in ONNX Runtime and compare with PyTorch.
-        said: is told each difference as it comes.
+        check: run the file in ONNX Runtime and compare it with PyTorch.
 
     Raises:
-        UserError: a package is missing, an option cannot be, the file cannot be written, or it differs from PyTorch
+        UserError: a package is missing, an invalid option, the file cannot be written, or it differs from PyTorch
             by more than `TOLERANCE`; then nothing is written.
     """
-    needed = ("onnx", "onnxscript", *(("onnxruntime",) if check else ()))
-    require(*needed)
+    require("onnx", "onnxscript", *(["onnxruntime"] if check else []), extra="onnx", purpose="Exporting to ONNX")
     if opset not in OPSETS:
         raise UserError(f"The opset is {opset}; it must be within {OPSETS[0]} .. {OPSETS[-1]}.")
     if attention not in ATTENTION:
         raise UserError(f"attention is {attention!r}; allowed: {', '.join(ATTENTION)}.")
-    check_shape(upscaler, shape)
-    original = on_cpu(upscaler)
-    net = onnx_network(original.net, pad=pad, loop=attention == "windows", half=half)
-    model = _converted(net, example(original, shape), shape, opset)
-    packages = ("torch", "onnx", "onnxscript")
-    description = describe(upscaler, shape, pad=pad, packages=packages) | {
-        "opset": str(opset),
-        "attention": attention,
-        "precision": "fp16" if half else "fp32",
-    }
-    _label(model, description)
+    precision = "fp16" if half else "fp32"
+    export = Export(upscaler, shape, pad)
+    net = onnx_network(export.original.net, pad=pad, loop=attention == "windows", half=half)
+    model = _convert(export.trace(net), opset)
+    metadata = export.metadata("torch", "onnx", "onnxscript")
+    metadata |= {"opset": str(opset), "attention": attention, "precision": precision}
+    _label(model, metadata)
     data = model.SerializeToString()
     importlib.import_module("onnx.checker").check_model(data, full_check=True)
-    differences: tuple[Difference, ...] = ()
-    if check:
-        differences = compare(_runner(data), original, shape, pad=pad, tolerance=TOLERANCE[half], said=said)
-    write(Path(path), data)
-    return Report(Path(path), len(data), shape, description, differences)
+    differences = export.compare(_runner(data), TOLERANCE[precision]) if check else {}
+    write_file(Path(path), data)
+    return ExportResult(Path(path), metadata, differences)
 
 
-def require(*packages: str) -> None:
-    """Import packages of the extra `onnx`.
-
-    Raises:
-        UserError: one is missing.
-    """
-    for package in packages:
-        try:
-            importlib.import_module(package)
-        except ImportError as error:
-            raise UserError(
-                f'Exporting to ONNX needs {package}, which cannot be imported: pip install "esc-arch[onnx]" ({error})'
-            ) from error
-
-
-def _converted(net: torch.nn.Module, image: Tensor, shape: InputShape, opset: int) -> ModelProto:
+def _convert(program: ExportedProgram, opset: int) -> ModelProto:
     import onnx_ir
     from onnx_ir.passes import common
     from onnxscript.optimizer import fold_constants
 
-    with warnings.catch_warnings(), torch.no_grad():
-        warnings.simplefilter("ignore")  # of PyTorch, about itself
-        program = torch.export.export(net, (image,), dynamic_shapes=dynamic_shapes(shape), strict=False)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # PyTorch's, about itself
         try:
             exported = torch.onnx.export(
                 program,
@@ -156,12 +120,12 @@ def _converted(net: torch.nn.Module, image: Tensor, shape: InputShape, opset: in
     return onnx_ir.to_proto(model)
 
 
-def _label(model: ModelProto, description: dict[str, str]) -> None:
+def _label(model: ModelProto, metadata: dict[str, str]) -> None:
     from onnx import helper
 
     model.producer_name = "esc_arch"
-    model.producer_version = description["esc_arch"]
-    helper.set_model_props(model, description)
+    model.producer_version = metadata["esc_arch"]
+    helper.set_model_props(model, metadata)
     names = {"batch": 0, "height": 2, "width": 3}
     for value in (*model.graph.input, *model.graph.output):
         dims = value.type.tensor_type.shape.dim
