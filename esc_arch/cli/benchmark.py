@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import argparse
 
-from esc_arch.tools.benchmark import cost, data_command, quality_command
+from esc_arch.tools.benchmark import cost, data, quality_command
 
 __all__ = ["HELP", "add_arguments", "run"]
 
 HELP = "Reproduce the paper's tables, and show where its numbers and ours agree."
 
-PARTS = {"cost": cost, "quality": quality_command, "data": data_command}
+PARTS = {"cost": cost, "quality": quality_command, "data": data}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

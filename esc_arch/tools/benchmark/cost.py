@@ -6,6 +6,7 @@ import argparse
 import shlex
 import sys
 from collections.abc import Iterator
+from itertools import product
 from pathlib import Path
 
 import torch
@@ -98,22 +99,16 @@ def run(args: argparse.Namespace) -> int:
     Raises:
         UserError: a network, a size or the way of measuring cannot be used.
     """
-    outputs = [_output_size(text) for text in args.output]
-    networks = _networks(args)
+    pairs = list(product(_networks(args), map(_output_size, args.output)))
+    device = "cuda" if args.device == "auto" and torch.cuda.is_available() else args.device
     protocol = None
-    if not args.no_latency and (args.device != "auto" or torch.cuda.is_available()):
-        device = "cuda" if args.device == "auto" else args.device
-        protocol = LatencyProtocol(
-            device=device, precision=args.precision, backend=args.backend, runs=args.runs, warmup=args.warmup
-        )
+    if not args.no_latency and device != "auto":
+        protocol = LatencyProtocol(device, args.precision, args.backend, args.runs, args.warmup)
     check_report(args.report)
-    pairs = [(network, output) for network in networks for output in outputs]
     costs = [network_cost(*pair, protocol) for pair in tqdm(pairs, unit="network", disable=None)]
-    if args.no_latency:
-        table = Table(_COUNTED, costs, _COUNTING_NOTES)
-    else:
-        table = Table((*_COUNTED, *_MEASURED), costs, (*_COUNTING_NOTES, *_latency_notes(protocol)))
-    heading = ""
+    heading, table = "", Table(_COUNTED, costs, _COUNTING_NOTES)
+    if not args.no_latency:
+        table = Table([*_COUNTED, *_MEASURED], costs, [*_COUNTING_NOTES, *_latency_notes(protocol)])
     if args.format in ("text", "markdown"):
         table = table.without_empty_columns()
     if args.format == "markdown":
@@ -149,11 +144,9 @@ def network_cost(
 ) -> dict[str, Cell]:
     """Count, and measure; returns values by the names of columns.
 
-    The input has the output's width and height divided by the scale and rounded down, which are the sizes behind the
-    paper's numbers (426 x 240 for x3 at 1280 x 720).
-
     Args:
-        output: width and height of the enlarged image.
+        output: width and height of the enlarged image. Those of the input are divided by the scale and rounded down,
+            as behind the paper's numbers (426 x 240 for x3 at 1280 x 720).
         protocol: how to measure latency; None: not at all.
 
     Raises:
@@ -178,20 +171,22 @@ def network_cost(
     }
     paper = paper_cost(network.published, network.scale, output)
     if paper:
-        cost["paper_parameters_k"] = paper["params_k"]
-        cost["parameters_difference_k"] = parameters / 1e3 - paper["params_k"]
-        cost["paper_g"] = paper["flops_g"]
-        cost["difference"] = operations.paper / 1e9 / paper["flops_g"] - 1
-        cost["paper_latency_ms"] = paper["latency_ms"]
-        cost["paper_memory_mb"] = paper["memory_mb"]
+        cost |= {
+            "paper_parameters_k": paper["params_k"],
+            "parameters_difference_k": parameters / 1e3 - paper["params_k"],
+            "paper_g": paper["flops_g"],
+            "difference": operations.paper / 1e9 / paper["flops_g"] - 1,
+            "paper_latency_ms": paper["latency_ms"],
+            "paper_memory_mb": paper["memory_mb"],
+        }
     if protocol is None:
         return cost
-    cost |= {"precision": protocol.precision, "device": protocol.device_name, "latency_ms": "out of memory"}
+    cost |= {"precision": protocol.precision, "backend": protocol.backend.lower(), "device": protocol.device_name}
+    cost["latency_ms"] = "out of memory"
     if latency := measure_latency(network.build(), height_padded, width_padded, protocol):
         cost["latency_ms"] = latency.median_ms
         cost["latency_spread_ms"] = latency.spread_ms
         cost["memory_mib"] = latency.memory_mib
-        cost["backend"] = latency.backend
         if paper:
             cost["latency_ratio"] = latency.median_ms / paper["latency_ms"]
             cost["memory_ratio"] = latency.memory_mib and latency.memory_mib / paper["memory_mb"]

@@ -47,7 +47,7 @@ def count_operations(net: nn.Module, height: int, width: int) -> Operations:
     Raises:
         Exception: what the network raises for such an image.
     """
-    extra = 0
+    extra = 0  # by hooks, because operators do not show it
 
     def count_extra(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
         nonlocal extra

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -19,7 +18,6 @@ from esc_arch.ops.window_attention import BACKENDS, resolve_backend
 
 __all__ = ["PRECISIONS", "Latency", "LatencyProtocol", "measure_latency"]
 
-#: Precisions by name, with what they are in words.
 PRECISIONS = {
     "fp32": "float32, without TF32",
     "tf32": "float32 with TF32 in convolutions and matrix products",
@@ -29,16 +27,9 @@ PRECISIONS = {
 _AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True)
 class LatencyProtocol:
-    """How to measure.
-
-    Args:
-        device: cpu or cuda.
-        precision: one of `PRECISIONS`.
-        backend: of window attention in ESC's networks; see `esc_arch.ops.window_attention`.
-        runs: number of timed runs.
-        warmup: number of untimed runs before them.
+    """How to measure: on cpu or cuda, in one of `PRECISIONS`, after `warmup` untimed runs.
 
     Raises:
         UserError: there is no such device or backend, or a number is too small.
@@ -77,13 +68,11 @@ class Latency:
         median_ms: milliseconds for one image.
         spread_ms: interquartile range of the runs; None for fewer than 4.
         memory_mib: peak of the GPU memory that PyTorch allocated (2^20 bytes), weights included; None on the CPU.
-        backend: the attention backends that ran; None if there were none.
     """
 
     median_ms: float
     spread_ms: float | None
     memory_mib: float | None
-    backend: str | None
 
 
 def measure_latency(net: nn.Module, height: int, width: int, protocol: LatencyProtocol) -> Latency | None:
@@ -111,19 +100,18 @@ def measure_latency(net: nn.Module, height: int, width: int, protocol: LatencyPr
             float32_products(tf32=protocol.precision == "tf32"),
             torch.autocast(protocol.device, autocast, enabled=autocast is not None),
         ):
-            with _recorded_backends() as backends:
-                _milliseconds(net, image)
-            times = [_milliseconds(net, image) for _ in range(protocol.warmup + protocol.runs)][protocol.warmup :]
+            times = [_milliseconds(net, image) for _ in range(1 + protocol.warmup + protocol.runs)]
     except torch.cuda.OutOfMemoryError:
         return None
     except UnusableBackend as error:
         raise UserError(f"--backend {protocol.backend}: {error}") from None
-    spread = None
-    if len(times) >= 4:
-        first, _, third = statistics.quantiles(times, n=4)
-        spread = third - first
-    memory = torch.cuda.max_memory_allocated() / 2**20 if on_gpu else None
-    return Latency(statistics.median(times), spread, memory, ", ".join(sorted(backends)) or None)
+    times = times[-protocol.runs :]
+    quartiles = statistics.quantiles(times, n=4) if len(times) >= 4 else None
+    return Latency(
+        statistics.median(times),
+        quartiles[2] - quartiles[0] if quartiles else None,
+        torch.cuda.max_memory_allocated() / 2**20 if on_gpu else None,
+    )
 
 
 def _milliseconds(net: Callable[[Tensor], object], image: Tensor) -> float:
@@ -132,24 +120,3 @@ def _milliseconds(net: Callable[[Tensor], object], image: Tensor) -> float:
     if image.is_cuda:
         torch.cuda.synchronize()
     return (time.perf_counter() - start) * 1000
-
-
-@contextmanager
-def _recorded_backends() -> Iterator[set[str]]:
-    """Collect the names of the attention backends that run in this block."""
-    names: set[str] = set()
-
-    def recording(name: str, original: Callable[..., Tensor]) -> Callable[..., Tensor]:
-        def forward(*args: object) -> Tensor:
-            names.add(name)
-            return original(*args)
-
-        return forward
-
-    with ExitStack() as stack:
-        for name, module in BACKENDS.items():
-            for function in ("forward", "layer_forward"):  # attention alone, and fused with its projections
-                if (original := getattr(module, function, None)) is not None:
-                    stack.callback(setattr, module, function, original)
-                    setattr(module, function, recording(name, original))
-        yield names

@@ -21,6 +21,7 @@ from esc_arch.suggestions import did_you_mean
 
 __all__ = ["PRESETS", "PRESET_SCALES", "NetworkSpec", "from_option_file", "named"]
 
+_EXAMPLE = "as in --networks 'SwinIR: {upscale: 2, window_size: 8}'"
 #: What constructors call the scale.
 SCALE_KEYS = ("upscaling_factor", "upscale", "scale")
 
@@ -64,13 +65,7 @@ PRESET_SCALES: Mapping[str, Sequence[int]] = {"ESC-Real": (4,), "RRDBNet": (2, 4
 
 @dataclass(frozen=True)
 class NetworkSpec:
-    """A network at a scale.
-
-    Args:
-        name: shown to the user.
-        options: a `network_g` section with its scale.
-        scale: of the enlargement.
-    """
+    """A network: the name to show, a `network_g` section, and the scale that is in it."""
 
     name: str
     options: Mapping[str, Any]
@@ -122,8 +117,10 @@ def named(text: str, scales: Sequence[int]) -> list[NetworkSpec]:
     name, colon, _ = text.partition(":")
     if text in PRESETS:
         available = PRESET_SCALES.get(text, scales)
-        return [_at_scale(text, PRESETS[text], scale) for scale in scales if scale in available]
-    given = _parse_options(text) if colon else {}
+        return [_spec(text, PRESETS[text], scale) for scale in scales if scale in available]
+    given = load_yaml(f"{text}\n").get(name) if colon else {}
+    if not isinstance(given, dict):
+        raise UserError(f"--networks {text!r} is invalid. Give a name, or a type with its options, {_EXAMPLE}.")
     types = entries(ARCH_REGISTRY)
     if name not in types:
         raise UserError(
@@ -131,9 +128,8 @@ def named(text: str, scales: Sequence[int]) -> list[NetworkSpec]:
             "your own package, name the module: --import MODULE."
         )
     options = _checked("--networks", {"type": name, **given})
-    if _scale_key(options) in (None, *given):
-        return [_of_section(name, options)]
-    return [_at_scale(name, options, scale) for scale in scales]
+    has_scale = _scale_key(options) in (None, *given)
+    return [_spec(name, options)] if has_scale else [_spec(name, options, scale) for scale in scales]
 
 
 def from_option_file(path: Path) -> NetworkSpec:
@@ -142,25 +138,14 @@ def from_option_file(path: Path) -> NetworkSpec:
     Raises:
         UserError: the file cannot be read, or its network_g is invalid.
     """
-    return _of_section(path.stem, _checked(f"option file {path}, network_g", load_options(path).get("network_g")))
-
-
-def _parse_options(text: str) -> Mapping[str, Any]:
-    parsed = load_yaml(f"{text}\n")
-    options = next(iter(parsed.values()))
-    if len(parsed) != 1 or not isinstance(options, dict):
-        raise UserError(
-            f"--networks {text!r} is invalid. Give a name, or a type with its options, such as "
-            "'SwinIR: {upscale: 2, window_size: 8}'."
-        )
-    return options
+    return _spec(path.stem, _checked(f"option file {path}, network_g", load_options(path).get("network_g")))
 
 
 def _checked(where: str, section: Any) -> Mapping[str, Any]:
     """A section whose type is registered and takes the options."""
     problems = "; ".join(check_call(where, section, entries(ARCH_REGISTRY)))
     if problems:
-        raise UserError(f"{problems}. Options are given as in --networks 'SwinIR: {{upscale: 2, window_size: 8}}'.")
+        raise UserError(f"{problems}. Options are given {_EXAMPLE}.")
     options: Mapping[str, Any] = section
     return options
 
@@ -189,13 +174,12 @@ def _scale_key(options: Mapping[str, Any]) -> str | None:
     return next((key for key in SCALE_KEYS if key in parameters), None)
 
 
-def _at_scale(name: str, options: Mapping[str, Any], scale: int) -> NetworkSpec:
-    return NetworkSpec(name, {**options, str(_scale_key(options)): scale}, scale)
-
-
-def _of_section(name: str, options: Mapping[str, Any]) -> NetworkSpec:
-    """At the scale that its options have; a network without such an option has scale 1."""
-    scale = _with_defaults(options).get(_scale_key(options) or "", 1)
-    if isinstance(scale, bool) or not isinstance(scale, int | float) or scale <= 0:
-        raise UserError(f"{name}: the scale is {scale!r}; it must be a number above 0.")
-    return NetworkSpec(name, options, scale)
+def _spec(name: str, options: Mapping[str, Any], scale: int | None = None) -> NetworkSpec:
+    """At a scale, or at the one in the options; a network without an option for it has scale 1."""
+    key = _scale_key(options)
+    if scale is not None:
+        options = {**options, str(key): scale}
+    given = _with_defaults(options).get(key or "", 1)
+    if isinstance(given, bool) or not isinstance(given, int | float) or given <= 0:
+        raise UserError(f"{name}: the scale is {given!r}; it must be a number above 0.")
+    return NetworkSpec(name, options, given)

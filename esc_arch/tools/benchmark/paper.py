@@ -29,15 +29,11 @@ PAPER_ROWS = (*paper_tables()["DIV2K"], *(f"{name}-DFLIP" for name in paper_tabl
 
 
 def paper_cost(network: str | None, scale: float, output: tuple[int, int] = HD) -> Mapping[str, float]:
-    """What the paper says a network costs for one image in float32; empty if it says nothing.
-
-    Args:
-        network: by the paper's name.
-        output: width and height of the enlarged image.
+    """What the paper says a network costs for an enlarged image of `output` (width, height); empty if nothing.
 
     Returns:
-        `params_k` (thousands of parameters), `flops_g` (10^9 multiply-adds), `latency_ms` and `memory_mb` (of GPU
-        memory, on the GPU the paper used), and the quality.
+        `params_k` (thousands of parameters), `flops_g` (10^9 multiply-adds), `latency_ms` and `memory_mb` (on the GPU
+        the paper used, in float32).
     """
     costs: Mapping[str, float] = paper_tables()["DIV2K"].get(network, {}).get(f"x{scale:g}", {})
     return costs if output == HD else {}

@@ -15,6 +15,7 @@ from esc_arch.atomic_io import write_atomically
 from esc_arch.data.image_files import encode_png
 from esc_arch.errors import UserError
 from esc_arch.models.comparison import side_by_side
+from esc_arch.training.distributed import print_note
 
 from .cost import network_cost
 from .paper import PAPER_ROWS, paper_cost, paper_scores
@@ -56,20 +57,46 @@ class _Point(NamedTuple):
 
 
 def plot_quality(folder: Path, results: Sequence[SetScores], costs: Costs) -> None:
-    """PSNR against latency where `costs` has it, otherwise against multiply-adds: a PNG for each scale."""
+    """PSNR against latency if `costs` are given, otherwise against multiply-adds: a PNG for each scale."""
+    name, label = "latency", "latency, ms (area: memory)"
+    if not costs:
+        name, label = "multiply_adds", "multiply-adds for an HD image, G (grey: the paper)"
     for scale in dict.fromkeys(each.evaluation.network.scale for each in results):
-        of_scale = [each for each in results if each.evaluation.network.scale == scale]
-        panels = _panels(of_scale, lambda evaluation: _latency(evaluation, costs))
-        name, label = "latency", "latency, ms (area: memory)"
-        if not panels:
-            panels = _panels(of_scale, _multiply_adds)
-            name, label = "multiply_adds", "multiply-adds for an HD image, G (grey: the paper)"
-            for dataset, points in panels.items():
+        panels: dict[str, list[_Point]] = {}
+        for each in results:
+            psnr = each.mean(each.psnr) if each.evaluation.network.scale == scale else None
+            cost = _cost_of(each.evaluation, costs) if psnr is not None else None
+            if psnr is not None and cost is not None:
+                panels.setdefault(each.dataset, []).append(_Point(each.evaluation.name, cost[0], psnr, cost[1]))
+        for dataset, points in panels.items():
+            if not costs:
                 points += _paper_points(dataset, scale)
-        if not panels:  # networks without a cost, such as those of any scale
-            continue
-        draw = partial(_draw_points, label=label, panels=panels)
-        _plot(folder / f"psnr_against_{name}_x{scale:g}.png", panels, draw)
+        if panels:
+            draw = partial(_draw_points, label=label, panels=panels)
+            _plot(folder / f"psnr_against_{name}_x{scale:g}.png", panels, draw)
+
+
+def _cost_of(evaluation: Evaluation, costs: Costs) -> tuple[float, float | None] | None:
+    """Latency (ms) and memory in `costs`, or without any 10^9 multiply-adds; None if unknown, as at any scale."""
+    network, names = evaluation.network, (evaluation.name, evaluation.file.stem, evaluation.network.published)
+    if not costs:
+        try:
+            return float(network_cost(network)["paper_convention_g"] or 0), None
+        except UserError:
+            return None
+    for cost in costs:
+        is_same = cost["network"] in names and cost["scale"] == network.scale and cost["output"] == "1280x720"
+        if is_same and isinstance(cost["latency_ms"], int | float):
+            return cost["latency_ms"], cost.get("memory_mib")
+    print_note(f"{evaluation.name}: --cost has no latency at x{network.scale:g} and 1280x720, so it is not plotted.")
+    return None
+
+
+def _paper_points(dataset: str, scale: float) -> Iterator[_Point]:
+    for row in PAPER_ROWS:
+        cost, scores = paper_cost(row, scale), paper_scores(row, dataset, scale)
+        if cost and scores:
+            yield _Point(row, cost["flops_g"], scores["psnr"], color=_PAPER)
 
 
 def _draw_points(axes: Any, points: Sequence[_Point], *, label: str, panels: Mapping[str, Sequence[_Point]]) -> None:
@@ -83,45 +110,6 @@ def _draw_points(axes: Any, points: Sequence[_Point], *, label: str, panels: Map
     axes.margins(0.25)
     axes.set_xlabel(label, fontsize=9)
     axes.set_ylabel("PSNR, dB", fontsize=9)
-
-
-def _panels(
-    results: Sequence[SetScores], cost_of: Callable[[Evaluation], tuple[float, float | None] | None]
-) -> dict[str, list[_Point]]:
-    """Points by data set, of networks that have PSNR and a cost."""
-    panels: dict[str, list[_Point]] = {}
-    for each in results:
-        cost = cost_of(each.evaluation)
-        if each.psnr and cost is not None:
-            psnr = sum(each.psnr.values()) / len(each.psnr)
-            panels.setdefault(each.dataset, []).append(_Point(each.evaluation.name, cost[0], psnr, cost[1]))
-    return panels
-
-
-def _latency(evaluation: Evaluation, costs: Costs) -> tuple[float, float | None] | None:
-    """Latency (ms) and memory of a network for an HD image, if they were measured."""
-    network = evaluation.network
-    names = (evaluation.name, evaluation.file.stem, network.published)
-    for cost in costs:
-        is_same = cost["network"] in names and cost["scale"] == network.scale and cost["output"] == "1280x720"
-        if is_same and isinstance(cost["latency_ms"], int | float):
-            return cost["latency_ms"], cost.get("memory_mib")
-    return None
-
-
-def _multiply_adds(evaluation: Evaluation) -> tuple[float, None] | None:
-    """10^9 multiply-adds for an HD image; None if they cannot be counted."""
-    try:
-        return float(network_cost(evaluation.network)["paper_convention_g"] or 0), None
-    except UserError:
-        return None
-
-
-def _paper_points(dataset: str, scale: float) -> Iterator[_Point]:
-    for row in PAPER_ROWS:
-        cost, scores = paper_cost(row, scale), paper_scores(row, dataset, scale)
-        if cost and scores:
-            yield _Point(row, cost["flops_g"], scores["psnr"], color=_PAPER)
 
 
 def plot_gains(folder: Path, gains: Sequence[Gains], baseline: str) -> None:

@@ -106,10 +106,9 @@ class SetScores:
         }
 
     @property
-    def psnr(self) -> dict[str, float]:
-        """PSNR (dB) of each image, as far as it was measured."""
-        name = next((name for name, metric in self.metrics.items() if metric["type"] == "calculate_psnr"), "")
-        return {image: scores[name] for image, scores in self.images.items() if name in scores}
+    def psnr(self) -> str:
+        """The name of the metric that is PSNR; empty if there is none."""
+        return next((name for name, metric in self.metrics.items() if metric["type"] == "calculate_psnr"), "")
 
     def mean(self, metric: str) -> float | None:
         values = [scores[metric] for scores in self.images.values() if metric in scores]

@@ -16,7 +16,7 @@ from esc_arch.models.esc_model import PROTOCOLS
 from esc_arch.project import add_import_argument
 from esc_arch.training.distributed import print_note
 
-from .data_check import KNOWN_SETS, check_folders, paired_folders
+from .data import KNOWN_SETS, check_folders, paired_folders
 from .paper import PAPER_ROWS
 from .plots import plot_gains, plot_quality, require_matplotlib, write_crops
 from .quality import NO_PAPER, Evaluation, plan_evaluation, run_all

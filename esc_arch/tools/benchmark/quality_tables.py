@@ -105,11 +105,13 @@ def compute_gains(results: Sequence[SetScores], baseline: Sequence[SetScores] | 
     """Gains of all results that have PSNR, over another network on the same images, or over bicubic (None)."""
     gains = []
     for each in results:
-        below = [bicubic_scores(each)] if baseline is None else baseline
-        for other in below:
-            if (other.dataset, other.scale) == (each.dataset, each.scale):
-                shared = [image for image in each.psnr if image in other.psnr]
-                differences = {image: each.psnr[image] - other.psnr[image] for image in shared}
+        for below in [bicubic_scores(each)] if baseline is None else baseline:
+            if (below.dataset, below.scale) == (each.dataset, each.scale):
+                differences = {
+                    image: scores[each.psnr] - below.images[image][below.psnr]
+                    for image, scores in each.images.items()
+                    if each.psnr in scores and below.psnr in below.images.get(image, {})
+                }
                 finite = {image: gain for image, gain in differences.items() if math.isfinite(gain)}
                 if finite:
                     gains.append(Gains(each, dict(sorted(finite.items(), key=lambda pair: -pair[1]))))

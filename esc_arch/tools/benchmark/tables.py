@@ -38,12 +38,6 @@ class Column:
     title: str = ""
     style: str = ""
 
-    def show(self, cell: Cell) -> str:
-        """A cell in text and Markdown."""
-        if cell is None:
-            return "-"
-        return cell if isinstance(cell, str) else format(cell, self.style)
-
 
 @dataclass(frozen=True)
 class Table:
@@ -54,58 +48,53 @@ class Table:
     notes: Sequence[str] = ()
 
     def without_empty_columns(self) -> Table:
-        """The same table, without columns that have no value in any record."""
         used = [each for each in self.columns if any(record.get(each.name) is not None for record in self.records)]
         return replace(self, columns=used)
 
     def render(self, form: str) -> str:
         """As one of `TABLE_FORMATS`, with a line break at its end."""
-        return {"text": self._text, "markdown": self._markdown, "csv": self._csv, "json": self._json}[form]()
-
-    def _text(self) -> str:
-        cells, numeric = self._shown(), self._numeric()
-        widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
-        lines = [
-            "  ".join(
-                cell.rjust(width) if right else cell.ljust(width)
-                for cell, width, right in zip(row, widths, numeric, strict=True)
-            ).rstrip()
-            for row in cells
+        if form == "json":
+            records = [{each.name: _finite(record.get(each.name)) for each in self.columns} for record in self.records]
+            return json.dumps(records, indent=1, ensure_ascii=False, allow_nan=False) + "\n"
+        if form == "csv":
+            text = io.StringIO()
+            names = [column.name for column in self.columns]
+            writer = csv.DictWriter(text, names, extrasaction="ignore", lineterminator="\n")
+            writer.writeheader()
+            writer.writerows(self.records)
+            return text.getvalue()
+        rows = [[_shown(record.get(each.name), each.style) for each in self.columns] for record in self.records]
+        rows.insert(0, [each.title or each.name for each in self.columns])
+        numeric = [
+            any(isinstance(record.get(each.name), int | float) for record in self.records) for each in self.columns
         ]
-        lines.insert(1, "  ".join("-" * width for width in widths))
-        return _lines([*lines, *([""] if self.notes else []), *self.notes])
-
-    def _markdown(self) -> str:
-        lines = [
-            "| " + " | ".join(" ".join(cell.replace("|", r"\|").split()) for cell in row) + " |"
-            for row in self._shown()
-        ]
-        lines.insert(1, "|" + "|".join("---:" if right else "---" for right in self._numeric()) + "|")
-        return _lines([*lines, *([""] if self.notes else []), *(f"- {note}" for note in self.notes)])
-
-    def _csv(self) -> str:
-        text = io.StringIO()
-        names = [column.name for column in self.columns]
-        writer = csv.DictWriter(text, names, extrasaction="ignore", lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(self.records)
-        return text.getvalue()
-
-    def _json(self) -> str:
-        records = [{each.name: _finite(record.get(each.name)) for each in self.columns} for record in self.records]
-        return json.dumps(records, indent=1, ensure_ascii=False, allow_nan=False) + "\n"
-
-    def _shown(self) -> list[list[str]]:
-        rows = ([each.show(record.get(each.name)) for each in self.columns] for record in self.records)
-        return [[each.title or each.name for each in self.columns], *rows]
-
-    def _numeric(self) -> list[bool]:
-        """For each column, True if it has numbers, which are aligned to the right."""
-        return [any(isinstance(record.get(each.name), int | float) for record in self.records) for each in self.columns]
+        lines = _markdown(rows, numeric) if form == "markdown" else _text(rows, numeric)
+        bullet = "- " if form == "markdown" else ""
+        notes = ["", *(bullet + note for note in self.notes)] if self.notes else []
+        return "\n".join([*lines, *notes]) + "\n"
 
 
-def _lines(lines: Sequence[str]) -> str:
-    return "\n".join(lines) + "\n"
+def _shown(cell: Cell, style: str) -> str:
+    if cell is None:
+        return "-"
+    return cell if isinstance(cell, str) else format(cell, style)
+
+
+def _text(rows: Sequence[Sequence[str]], numeric: Sequence[bool]) -> list[str]:
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    lines = [
+        "  ".join(
+            cell.rjust(width) if right else cell.ljust(width)
+            for cell, width, right in zip(row, widths, numeric, strict=True)
+        ).rstrip()
+        for row in rows
+    ]
+    return [lines[0], "  ".join("-" * width for width in widths), *lines[1:]]
+
+
+def _markdown(rows: Sequence[Sequence[str]], numeric: Sequence[bool]) -> list[str]:
+    lines = ["| " + " | ".join(" ".join(cell.replace("|", r"\|").split()) for cell in row) + " |" for row in rows]
+    return [lines[0], "|" + "|".join("---:" if right else "---" for right in numeric) + "|", *lines[1:]]
 
 
 def _finite(cell: Cell) -> Cell:

@@ -179,7 +179,7 @@ def test_table(capsys: pytest.CaptureFixture[str]) -> None:
 def test_latency_is_compared_with_the_paper(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("esc_arch.tools.benchmark.cost.measure_latency", lambda *_: Latency(60.45, 1.5, 1662.0, "sdpa"))
+    monkeypatch.setattr("esc_arch.tools.benchmark.cost.measure_latency", lambda *_: Latency(60.45, 1.5, 1662.0))
     arguments = ("--networks", "ESC-light", "ESC", "--scales", "2", "--device", "cpu", "--format")
     _, esc = json.loads(run_cost(capsys, *arguments, "json"))
     assert (esc["latency_ms"], esc["paper_latency_ms"], esc["latency_ratio"]) == (60.45, 120.9, 0.5)
