@@ -38,9 +38,7 @@ from .paper import PAPER_ROWS
 
 __all__ = ["NO_PAPER", "Evaluation", "SetScores", "bicubic_images", "bicubic_scores", "plan_evaluation", "run_all"]
 
-Metrics = Mapping[str, float]
-
-#: What `--paper` takes beside names: no row of the paper.
+#: Value of `--paper` for no comparison.
 NO_PAPER = "none"
 
 
@@ -49,13 +47,13 @@ class Evaluation:
     """A checked option file, to be tested.
 
     Attributes:
-        forced: entries of `--force_yml` that it is run with.
-        opt: the options with these.
+        arguments: those of `basicsr test`.
+        opt: the complete options.
         paper: the row of the paper that it belongs to; None if there is none.
     """
 
     file: Path
-    forced: Sequence[str]
+    arguments: argparse.Namespace
     opt: Options
     network: NetworkSpec
     paper: str | None
@@ -85,7 +83,16 @@ class SetScores:
 
     evaluation: Evaluation
     dataset: str
-    images: Mapping[str, Metrics]
+    images: Mapping[str, Mapping[str, float]]
+
+    @classmethod
+    def read(cls, evaluation: Evaluation, dataset: str) -> SetScores:
+        """What `val: per_image` of a test has left."""
+        file = Path(evaluation.opt["path"]["visualization"], "per_image", f"{dataset}.csv")
+        with open(file, encoding="utf-8", newline="") as lines:
+            rows = {row.pop("image"): row for row in csv.DictReader(lines)}
+        numbers = {image: {name: float(value) for name, value in row.items()} for image, row in rows.items()}
+        return cls(evaluation, dataset, numbers)
 
     @property
     def scale(self) -> Any:
@@ -148,7 +155,10 @@ def plan_evaluation(
         forced.append("model_type=esc_arch.ESCModel")
     if protocol is not None:
         forced.append(f"val:protocol={protocol}")
-    opt = checked_options(os.getcwd(), False, _test_arguments(file, forced, launcher))
+    arguments = argparse.Namespace(
+        opt=str(file), force_yml=forced, launcher=launcher, auto_resume=False, debug=False, local_rank=0
+    )
+    opt = checked_options(os.getcwd(), False, arguments)
     if not opt["val"].get("metrics"):
         raise UserError(
             f"{file}: val:metrics is missing; give the metrics to measure, such as "
@@ -160,17 +170,10 @@ def plan_evaluation(
         weights = Path(str((opt.get("path") or {}).get("pretrain_network_g")))
         is_dflip = "DFLIP" in opt["name"] or "DFLIP" in weights.name
         paper = f"{network.published}{'-DFLIP' * is_dflip}"
-    return Evaluation(file, forced, opt, network, paper if paper in PAPER_ROWS else None)
+    return Evaluation(file, arguments, opt, network, paper if paper in PAPER_ROWS else None)
 
 
-def _test_arguments(file: Path, forced: Sequence[str], launcher: str) -> argparse.Namespace:
-    """The arguments of `basicsr test`."""
-    return argparse.Namespace(
-        opt=str(file), force_yml=list(forced), launcher=launcher, auto_resume=False, debug=False, local_rank=0
-    )
-
-
-def run_all(evaluations: Sequence[Evaluation], launcher: str = "none") -> list[SetScores]:
+def run_all(evaluations: Sequence[Evaluation]) -> list[SetScores]:
     """Test networks with BasicSR's pipeline, as `basicsr test` does; results are in `results/NAME`, too.
 
     Returns:
@@ -182,11 +185,11 @@ def run_all(evaluations: Sequence[Evaluation], launcher: str = "none") -> list[S
     with abort_all_ranks(describe), contextlib.redirect_stdout(sys.stderr):  # stdout is for the table
         for each in evaluations:
             _reset_log()
-            run_within(basicsr.test, basicsr.test.test_pipeline, _test_arguments(each.file, each.forced, launcher))
+            run_within(basicsr.test, basicsr.test.test_pipeline, each.arguments)
         _reset_log()
     if os.environ.get("RANK", "0") != "0":
         return []
-    return [SetScores(each, name, _read_scores(each, name)) for each in evaluations for name in each.datasets]
+    return [SetScores.read(each, name) for each in evaluations for name in each.datasets]
 
 
 def _reset_log() -> None:
@@ -199,15 +202,9 @@ def _reset_log() -> None:
     basicsr_logger.initialized_logger.pop("basicsr", None)
 
 
-def _read_scores(evaluation: Evaluation, dataset: str) -> dict[str, Metrics]:
-    file = Path(evaluation.opt["path"]["visualization"], "per_image", f"{dataset}.csv")
-    with open(file, encoding="utf-8", newline="") as lines:
-        return {row.pop("image"): {name: float(value) for name, value in row.items()} for row in csv.DictReader(lines)}
-
-
 def bicubic_scores(scores: SetScores) -> SetScores:
     """The same metrics of MATLAB's bicubic enlargement, for each image that has ground truth."""
-    images: dict[str, Metrics] = {}
+    images: dict[str, dict[str, float]] = {}
     for name, image, gt in bicubic_images(scores):
         image_measured.set(f"bicubic {name} of {scores.dataset}")
         images[name] = {

@@ -81,7 +81,7 @@ def run(args: argparse.Namespace) -> int:
     problems = _data_problems(evaluations)
     for problem in problems:
         print_note(f"{problem} basicsr benchmark data says more.")
-    results = run_all([*evaluations, *([baseline] if baseline else [])], args.launcher)
+    results = run_all([*evaluations, *([baseline] if baseline else [])])
     if os.environ.get("RANK", "0") != "0":
         return 0
     below = [each for each in results if each.evaluation is baseline] if baseline else None

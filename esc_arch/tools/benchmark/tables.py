@@ -18,9 +18,9 @@ __all__ = ["TABLE_FORMATS", "Cell", "Column", "Record", "Table", "add_report_arg
 
 TABLE_FORMATS = ("text", "markdown", "csv", "json")
 
-#: None where there is no value; a text may stand in place of a number to say why.
+#: None if there is no value; a text may say why a number is missing.
 Cell = str | int | float | None
-#: Cells by the names of their columns; one that is missing is None.
+#: Cells by column names; a missing one is None.
 Record = Mapping[str, Cell]
 
 

@@ -241,7 +241,7 @@ def test_hr_cropped_for_all_scales_at_once_is_good_but_noted(root: Path, capsys:
     for record in findings(capsys, "--sets", "Set5").values():
         assert record["state"] == "ok"
         assert "All HR images are cropped to multiples of 12" in record["notes"]
-    # LR of cropped HR beside HR that is whole: BasicSR's data set crops HR to what belongs to it
+    # LR of cropped HR with whole HR: BasicSR's data set crops HR to what belongs to it
     for path in (root.parents[1] / "source").iterdir():
         shutil.copy(path, root / "Set5/HR")
     for record in findings(capsys, "--sets", "Set5").values():
