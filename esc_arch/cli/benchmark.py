@@ -1,16 +1,16 @@
-"""`basicsr benchmark`: the paper's tables, a sub-command each, whose modules are like those of the verbs."""
+"""`basicsr benchmark`: the paper's tables, a sub-command each; their modules are like those of the verbs."""
 
 from __future__ import annotations
 
 import argparse
 
-from esc_arch.tools.benchmark import cost_command, data_command, quality_command
+from esc_arch.tools.benchmark import cost, data, quality_command
 
 __all__ = ["HELP", "add_arguments", "run"]
 
-HELP = "Reproduce the paper's tables, and show where its figures and ours agree."
+HELP = "Reproduce the paper's tables, and show where its numbers and ours agree."
 
-PARTS = {"cost": cost_command, "quality": quality_command, "data": data_command}
+PARTS = {"cost": cost, "quality": quality_command, "data": data}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -1,1 +1,1 @@
-"""`basicsr benchmark`: what networks cost and how good they are, beside the paper's figures (arXiv 2503.06671)."""
+"""`basicsr benchmark`: what networks cost and how good they are, compared with the paper (arXiv 2503.06671)."""

@@ -1,24 +1,32 @@
-"""What networks cost: parameters, multiply-adds, latency and memory, beside the paper's figures."""
+"""`basicsr benchmark cost`: parameters, multiply-adds, latency and memory of networks, compared with the paper."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+import argparse
+import shlex
+import sys
+from collections.abc import Iterator
+from itertools import product
+from pathlib import Path
 
 import torch
+from tqdm import tqdm
 
 from esc_arch.errors import UserError
+from esc_arch.project import add_import_argument
 
-from .counting import Operations, count_operations, count_parameters
-from .latency import PRECISIONS, Latency, Protocol, measure
-from .networks import Network
-from .paper import PaperCost, paper_cost
-from .tables import Cell, Column, Table
+from .counting import Operations, count_operations
+from .latency import PRECISIONS, LatencyProtocol, measure_latency
+from .networks import PRESETS, NetworkSpec, from_option_file, named
+from .paper import HD, paper_cost
+from .tables import Cell, Column, Table, add_report_arguments, check_report, write_report
 
-__all__ = ["OUTPUTS", "Cost", "cost_of", "cost_table", "output_size"]
+__all__ = ["HELP", "add_arguments", "network_cost", "run"]
+
+HELP = "Parameters, multiply-adds, latency and memory of networks, compared with the paper."
 
 #: Widths and heights of enlarged images by name; the paper's is HD.
-OUTPUTS = {"HD": (1280, 720), "FHD": (1920, 1080), "4K": (3840, 2160)}
+_OUTPUTS = {"HD": HD, "FHD": (1920, 1080), "4K": (3840, 2160)}
 
 _COUNTED = (
     Column("network"),
@@ -45,71 +53,101 @@ _MEASURED = (
     Column("backend"),
     Column("device"),
 )
-
-#: What the figures are.
 _COUNTING_NOTES = (
     "Input: output / scale, rounded down. Networks with windows other than ESC's get it padded to whole windows, as by "
     "BasicSR's SwinIRModel; their products include the padding.",
-    "Parameters: the paper rounds some to thousands and cuts others off, so that a difference within 1 K is none.",
-    "Multiply-adds: of convolutions, linear layers and matrix products for one image, both products of attention among "
-    "them, attention and convolutions in the plain formula.",
-    "As the paper counts: the same plus 5 for each value that a LayerNorm makes and 1 for each that a global pool "
-    "averages (so does fvcore), and the projection to q, k and v of the pixels that window attention pads: the paper "
-    "pads before that, this package after it, with equal results. The difference is that of this count.",
+    "Parameters: the paper rounds some to thousands and truncates others, so a difference below 1 K means equal.",
+    "Multiply-adds: of convolutions, linear layers and matrix products for one image, including both products of "
+    "attention; attention and convolutions by the plain formula.",
+    "As the paper counts: plus 5 for each output value of a LayerNorm and 1 for each input value of a global pool (as "
+    "fvcore does), and the q, k, v projection of the pixels that window attention pads: the paper pads before it, this "
+    "package after it, with equal results. The difference is that of this count.",
 )
 
-#: Why there is no latency.
-_NOT_MEASURED, _OUT_OF_MEMORY = "not measured", "out of memory"
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add what is measured, how, and where it is written."""
+    parser.add_argument("-opt", nargs="+", type=Path, default=[], metavar="FILE", help="network_g of these files")
+    add_import_argument(parser)
+    parser.add_argument(
+        "--networks",
+        nargs="+",
+        metavar="NAME",
+        help=f"{', '.join(PRESETS)} (default: all of them), another registered type of network, or one with its "
+        "options, as in 'SwinIR: {upscale: 2, window_size: 8}'",
+    )
+    parser.add_argument(
+        "--scales", nargs="+", type=int, default=[2, 3, 4], metavar="S", help="of networks given without one (2 3 4)"
+    )
+    parser.add_argument(
+        "--output", nargs="+", default=["HD"], metavar="SIZE", help=f"{', '.join(_OUTPUTS)} or as in 1280x720 (HD)"
+    )
+    parser.add_argument("--no-latency", action="store_true", help="count, but measure neither latency nor memory")
+    parser.add_argument(
+        "--device", choices=("auto", "cpu", "cuda"), default="auto", help="for latency; auto measures only on a GPU"
+    )
+    parser.add_argument("--precision", choices=PRECISIONS, default="fp32", help="for latency (%(default)s)")
+    parser.add_argument("--backend", default="auto", help="of ESC's window attention, as attn_type (%(default)s)")
+    parser.add_argument("--runs", type=int, default=20, metavar="N", help="timed runs (%(default)s)")
+    parser.add_argument("--warmup", type=int, default=5, metavar="N", help="untimed runs before them (%(default)s)")
+    add_report_arguments(parser)
 
 
-@dataclass(frozen=True)
-class Cost:
-    """One network at one scale and output size.
-
-    Attributes:
-        network: it.
-        output: width and height of the enlarged image.
-        size: width and height of the image that it is computed from.
-        parameters: how many are trained.
-        operations: counted.
-        latency: measured, or in a few words why not.
-        paper: the paper's figures, if it has them.
-    """
-
-    network: Network
-    output: tuple[int, int]
-    size: tuple[int, int]
-    parameters: int
-    operations: Operations
-    latency: Latency | str
-    paper: PaperCost | None
-
-
-def output_size(text: str) -> tuple[int, int]:
-    """Width and height of a name of `OUTPUTS` (any case) or of something like 1280x720.
+def run(args: argparse.Namespace) -> int:
+    """Print or write the table.
 
     Raises:
-        UserError: it is neither.
+        UserError: a network, a size or the way of measuring cannot be used.
     """
-    if text.upper() in OUTPUTS:
-        return OUTPUTS[text.upper()]
+    pairs = list(product(_networks(args), map(_output_size, args.output)))
+    device = "cuda" if args.device == "auto" and torch.cuda.is_available() else args.device
+    protocol = None
+    if not args.no_latency and device != "auto":
+        protocol = LatencyProtocol(device, args.precision, args.backend, args.runs, args.warmup)
+    check_report(args.report)
+    costs = [network_cost(*pair, protocol) for pair in tqdm(pairs, unit="network", disable=None)]
+    heading, table = "", Table(_COUNTED, costs, _COUNTING_NOTES)
+    if not args.no_latency:
+        table = Table([*_COUNTED, *_MEASURED], costs, [*_COUNTING_NOTES, *_latency_notes(protocol)])
+    if args.format in ("text", "markdown"):
+        table = table.without_empty_columns()
+    if args.format == "markdown":
+        command = shlex.join(["basicsr", *sys.argv[1:]])
+        heading = f"# What networks cost\n\nMade by `{command}`; do not edit by hand.\n\n"
+    write_report(heading + table.render(args.format), args.report)
+    return 0
+
+
+def _output_size(text: str) -> tuple[int, int]:
+    """Width and height from a name (in any case) or from text such as 1280x720."""
+    if text.upper() in _OUTPUTS:
+        return _OUTPUTS[text.upper()]
     width, _, height = text.lower().partition("x")
     if not (width.isdecimal() and height.isdecimal() and int(width) and int(height)):
-        raise UserError(
-            f"--output {text} is not understood. Give {', '.join(OUTPUTS)}, or width x height, as in 1280x720."
-        )
+        raise UserError(f"--output {text} is invalid. Give {', '.join(_OUTPUTS)}, or width x height, as in 1280x720.")
     return int(width), int(height)
 
 
-def cost_of(network: Network, output: tuple[int, int], protocol: Protocol | None) -> Cost:
-    """Count, and measure.
+def _networks(args: argparse.Namespace) -> list[NetworkSpec]:
+    if min(args.scales) < 1:
+        raise UserError(f"--scales {min(args.scales)}: a scale is an integer of at least 1.")
+    names = args.networks if args.networks is not None else [] if args.opt else PRESETS
+    networks = [network for name in names for network in named(name, args.scales)]
+    networks += map(from_option_file, args.opt)
+    if not networks:
+        raise UserError(f"None of these networks has a scale of --scales {' '.join(map(str, args.scales))}.")
+    return networks
 
-    The input has the output's width and height divided by the scale and rounded down, which are the sizes behind the
-    paper's figures (426 x 240 for x3 at 1280 x 720).
+
+def network_cost(
+    network: NetworkSpec, output: tuple[int, int] = HD, protocol: LatencyProtocol | None = None
+) -> dict[str, Cell]:
+    """Count, and measure; returns values by the names of columns.
 
     Args:
-        output: width and height of the enlarged image.
-        protocol: of the latency; None to leave it out.
+        output: width and height of the enlarged image. Those of the input are divided by the scale and rounded down,
+            as behind the paper's numbers (426 x 240 for x3 at 1280 x 720).
+        protocol: how to measure latency; None: not at all.
 
     Raises:
         UserError: the network cannot be built, cannot be run on images of this size, or does not enlarge by its scale.
@@ -119,97 +157,72 @@ def cost_of(network: Network, output: tuple[int, int], protocol: Protocol | None
         raise UserError(
             f"--output {output[0]}x{output[1]} is too small for x{network.scale:g}: the input would be empty."
         )
-    paper = paper_cost(network.published, network.scale, output) if network.published else None
-    net = network.build()
-    parameters = count_parameters(net)
-    padded_height, padded_width = (-(-side // network.multiple) * network.multiple for side in (height, width))
-    try:
-        operations = count_operations(net, padded_height, padded_width)
-    except Exception as error:  # networks of other packages may raise anything
-        raise UserError(
-            f"{network.name} x{network.scale:g} cannot be run on an RGB image of {padded_width} x {padded_height}, so "
-            f"that its operations cannot be counted: {type(error).__name__}: {_first_line(error)}"
-        ) from error
-    _check_enlarged(network, operations, padded_height, padded_width)
-    latency: Latency | str = _NOT_MEASURED
-    if protocol is not None:
-        latency = measure(network.build(), padded_height, padded_width, protocol) or _OUT_OF_MEMORY
-    return Cost(network, output, (width, height), parameters, operations, latency, paper)
-
-
-def cost_table(costs: Sequence[Cost], *, protocol: Protocol | None = None, with_latency: bool = True) -> Table:
-    """All costs as a table.
-
-    Args:
-        protocol: by which latency was measured; None where it was not.
-        with_latency: have columns for latency and memory.
-    """
-    columns, rows, notes = [*_COUNTED], [_counted(cost) for cost in costs], [*_COUNTING_NOTES]
-    if with_latency:
-        columns += _MEASURED
-        rows = [row + _measured(cost, protocol) for row, cost in zip(rows, costs, strict=True)]
-        notes += _latency_notes(protocol)
-    return Table(columns, rows, notes=notes)
-
-
-def _check_enlarged(network: Network, operations: Operations, height: int, width: int) -> None:
-    wanted = (1, 3, round(height * network.scale), round(width * network.scale))
-    if operations.output != wanted:
-        raise UserError(
-            f"{network.name} x{network.scale:g} makes {operations.output} of an image of (1, 3, {height}, {width}); "
-            f"an enlarged image would be {wanted}. Only networks for super-resolution can be measured, at their scale."
-        )
-
-
-def _counted(cost: Cost) -> list[Cell]:
-    paper, operations = cost.paper, cost.operations
-    return [
-        cost.network.name,
-        cost.network.scale,
-        "x".join(map(str, cost.output)),
-        "x".join(map(str, cost.size)),
-        cost.parameters,
-        paper.parameters_k if paper else None,
-        cost.parameters / 1e3 - paper.parameters_k if paper else None,
-        operations.products / 1e9,
-        operations.paper / 1e9,
-        paper.gmacs if paper else None,
-        operations.paper / 1e9 / paper.gmacs - 1 if paper else None,
-    ]
-
-
-def _measured(cost: Cost, protocol: Protocol | None) -> list[Cell]:
-    paper, latency = cost.paper, cost.latency
-    theirs: tuple[Cell, Cell] = (paper.latency_ms, paper.memory_mb) if paper else (None, None)
-    precision, device = (protocol.precision, protocol.device_name) if protocol else (None, None)
-    if isinstance(latency, str):
-        return [latency, None, theirs[0], None, None, theirs[1], None, precision, None, device]
-    return [
-        latency.median_ms,
-        latency.spread_ms,
-        theirs[0],
-        latency.median_ms / paper.latency_ms if paper else None,
-        latency.memory_mib,
-        theirs[1],
-        latency.memory_mib / paper.memory_mb if paper and latency.memory_mib else None,
-        precision,
-        latency.backend,
-        device,
-    ]
-
-
-def _latency_notes(protocol: Protocol | None) -> list[str]:
-    theirs = "The paper's latency and memory are of the GPU it used, in float32."
+    height_padded, width_padded = (-(-side // network.multiple) * network.multiple for side in (height, width))
+    parameters, operations = _count(network, height_padded, width_padded)
+    cost: dict[str, Cell] = {
+        "network": network.name,
+        "scale": network.scale,
+        "output": f"{output[0]}x{output[1]}",
+        "input": f"{width}x{height}",
+        "parameters": parameters,
+        "multiply_adds_g": operations.products / 1e9,
+        "paper_convention_g": operations.paper / 1e9,
+        "latency_ms": "not measured",
+    }
+    paper = paper_cost(network.published, network.scale, output)
+    if paper:
+        cost |= {
+            "paper_parameters_k": paper["params_k"],
+            "parameters_difference_k": parameters / 1e3 - paper["params_k"],
+            "paper_g": paper["flops_g"],
+            "difference": operations.paper / 1e9 / paper["flops_g"] - 1,
+            "paper_latency_ms": paper["latency_ms"],
+            "paper_memory_mb": paper["memory_mb"],
+        }
     if protocol is None:
-        return [f"Latency: not measured, as there is no CUDA device; --device cpu measures it on the CPU. {theirs}"]
-    return [
-        f"Latency: of one image after {protocol.warmup + 1} untimed runs, each run waited for: median of "
-        f"{protocol.runs} and distance between their quartiles. Memory: the most that PyTorch had allocated on the "
-        f"GPU, weights included. {protocol.device_name}, PyTorch {torch.__version__}.",
-        f"{PRECISIONS[protocol.precision].note} {theirs}",
-        "Backend: of window attention in ESC's networks. Others are run as they are.",
-    ]
+        return cost
+    cost |= {"precision": protocol.precision, "backend": protocol.backend.lower(), "device": protocol.device_name}
+    cost["latency_ms"] = "out of memory"
+    if latency := measure_latency(network.build(), height_padded, width_padded, protocol):
+        cost["latency_ms"] = latency.median_ms
+        cost["latency_spread_ms"] = latency.spread_ms
+        cost["memory_mib"] = latency.memory_mib
+        if paper:
+            cost["latency_ratio"] = latency.median_ms / paper["latency_ms"]
+            cost["memory_ratio"] = latency.memory_mib and latency.memory_mib / paper["memory_mb"]
+    return cost
 
 
-def _first_line(error: Exception) -> str:
-    return next(iter(str(error).splitlines()), "")
+def _count(network: NetworkSpec, height: int, width: int) -> tuple[int, Operations]:
+    """Parameters, and operations for an image of this size."""
+    net = network.build()
+    parameters = sum(parameter.numel() for parameter in net.parameters())
+    try:
+        operations = count_operations(net, height, width)
+    except Exception as error:  # networks of other packages may raise anything
+        reason = next(iter(str(error).splitlines()), "")
+        raise UserError(
+            f"Cannot count the operations of {network.name} x{network.scale:g} for an RGB image of {width} x {height}: "
+            f"{type(error).__name__}: {reason}"
+        ) from error
+    enlarged = (1, 3, round(height * network.scale), round(width * network.scale))
+    if operations.output != enlarged:
+        raise UserError(
+            f"{network.name} x{network.scale:g} makes {operations.output} of {(1, 3, height, width)}, not {enlarged}. "
+            "Only networks for super-resolution can be measured, at their scale."
+        )
+    return parameters, operations
+
+
+def _latency_notes(protocol: LatencyProtocol | None) -> Iterator[str]:
+    paper = "The paper's latency and memory were measured on its GPU, in float32."
+    if protocol is None:
+        yield f"Latency: not measured, because there is no CUDA device; --device cpu measures it on the CPU. {paper}"
+        return
+    yield (
+        f"Latency: of one image, after {protocol.warmup + 1} untimed runs: median and interquartile range of "
+        f"{protocol.runs} runs, each waited for. Memory: peak of what PyTorch allocated on the GPU, weights included. "
+        f"{protocol.device_name}, PyTorch {torch.__version__}."
+    )
+    yield f"{protocol.precision}: {PRECISIONS[protocol.precision]}. {paper}"
+    yield "Backend: of window attention in ESC's networks."

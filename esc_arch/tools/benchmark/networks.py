@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import inspect
 import warnings
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -19,83 +19,67 @@ from esc_arch.options.files import load_options, load_yaml
 from esc_arch.options.section_checks import check_call, entries, shown_names
 from esc_arch.suggestions import did_you_mean
 
-__all__ = ["PRESETS", "Network", "Preset", "from_option_file", "named"]
+__all__ = ["PRESETS", "PRESET_SCALES", "NetworkSpec", "from_option_file", "named"]
 
+_EXAMPLE = "as in --networks 'SwinIR: {upscale: 2, window_size: 8}'"
 #: What constructors call the scale.
 SCALE_KEYS = ("upscaling_factor", "upscale", "scale")
 
 #: Options that change how attention is computed and not the network.
 _COMPUTATION = ("attn_type", "backend", "query_chunk", *SCALE_KEYS)
 
-
-@dataclass(frozen=True)
-class Preset:
-    """A published network: `network_g` of its option file, without what has a default and without the scale."""
-
-    options: Mapping[str, Any]
-    scales: Sequence[int] = (2, 3, 4)
-
-
-_SWINIR_LIGHT = {
-    "type": "SwinIR",
-    "img_size": 64,
-    "window_size": 8,
-    "depths": [6, 6, 6, 6],
-    "embed_dim": 60,
-    "num_heads": [6, 6, 6, 6],
-    "mlp_ratio": 2,
-    "upsampler": "pixelshuffledirect",
+#: `network_g` of published networks, without the scale, by the paper's names: what is measured when none is named.
+PRESETS: Mapping[str, Mapping[str, Any]] = {
+    "ESC-FP": {"type": "esc_arch.ESCFP"},
+    "ESC-light": {"type": "esc_arch.ESC", "n_blocks": 3},
+    "ESC": {"type": "esc_arch.ESC"},
+    "ESC-FlashBias": {"type": "esc_arch.ESC", "attn_type": "FlashBias", "flashbias_rank": 48},
+    "ESC-RIB": {"type": "esc_arch.ESCRIB", "gate_type": "DWC"},
+    "ESC-XL": {
+        "type": "esc_arch.ESC",
+        "dim": 192,
+        "pdim": 48,
+        "n_blocks": 8,
+        "window_size": 48,
+        "num_heads": 12,
+        "use_ln": True,
+    },
+    "ESC-Real": {"type": "esc_arch.ESCReal"},
+    "ESC-LTE": {"type": "esc_arch.ESCLTE"},
+    "SwinIR-light": {
+        "type": "SwinIR",
+        "img_size": 64,
+        "window_size": 8,
+        "depths": [6, 6, 6, 6],
+        "embed_dim": 60,
+        "num_heads": [6, 6, 6, 6],
+        "mlp_ratio": 2,
+        "upsampler": "pixelshuffledirect",
+    },
+    "EDSR-baseline": {"type": "EDSR", "num_in_ch": 3, "num_out_ch": 3},
+    "RRDBNet": {"type": "RRDBNet", "num_in_ch": 3, "num_out_ch": 3},
 }
-
-#: By name, those of the paper by the paper's: what is measured when none is named.
-PRESETS: Mapping[str, Preset] = {
-    "ESC-FP": Preset({"type": "esc_arch.ESCFP"}),
-    "ESC-light": Preset({"type": "esc_arch.ESC", "n_blocks": 3}),
-    "ESC": Preset({"type": "esc_arch.ESC"}),
-    "ESC-FlashBias": Preset({"type": "esc_arch.ESC", "attn_type": "FlashBias", "flashbias_rank": 48}),
-    "ESC-RIB": Preset({"type": "esc_arch.ESCRIB", "gate_type": "DWC"}),
-    "ESC-XL": Preset(
-        {
-            "type": "esc_arch.ESC",
-            "dim": 192,
-            "pdim": 48,
-            "n_blocks": 8,
-            "window_size": 48,
-            "num_heads": 12,
-            "use_ln": True,
-        }
-    ),
-    "ESC-Real": Preset({"type": "esc_arch.ESCReal"}, scales=(4,)),
-    "ESC-LTE": Preset({"type": "esc_arch.ESCLTE"}),
-    "SwinIR-light": Preset(_SWINIR_LIGHT),
-    "EDSR-baseline": Preset({"type": "EDSR", "num_in_ch": 3, "num_out_ch": 3}),
-    "RRDBNet": Preset({"type": "RRDBNet", "num_in_ch": 3, "num_out_ch": 3}, scales=(2, 4)),
-}
+#: Of presets that do not have every scale.
+PRESET_SCALES: Mapping[str, Sequence[int]] = {"ESC-Real": (4,), "RRDBNet": (2, 4)}
 
 
 @dataclass(frozen=True)
-class Network:
-    """A network at a scale.
-
-    Args:
-        name: what the user knows it by.
-        options: a `network_g` section with its scale.
-        scale: of the enlargement.
-        published: the name in `PRESETS` of the same network; None for others.
-    """
+class NetworkSpec:
+    """A network: the name to show, a `network_g` section, and the scale that is in it."""
 
     name: str
     options: Mapping[str, Any]
     scale: float
-    published: str | None = field(init=False)
 
-    def __post_init__(self) -> None:
-        names = (name for name, preset in PRESETS.items() if _identity(preset.options) == _identity(self.options))
-        object.__setattr__(self, "published", next(names, None))
+    @property
+    def published(self) -> str | None:
+        """The name in `PRESETS` of the same network; None for others."""
+        identity = _identity(self.options)
+        return next((name for name, options in PRESETS.items() if _identity(options) == identity), None)
 
     @property
     def multiple(self) -> int:
-        """What height and width of its input are to be multiples of.
+        """What height and width of its input must be multiples of.
 
         ESC's networks take every size. Others with windows are given padded images, as by BasicSR's SwinIRModel.
         """
@@ -119,22 +103,24 @@ class Network:
         return net.eval()
 
 
-def named(text: str, scales: Iterable[int]) -> list[Network]:
-    """Networks that a word of the command line means.
+def named(text: str, scales: Sequence[int]) -> list[NetworkSpec]:
+    """Networks that an argument of the command line means.
 
     Args:
         text: a name of `PRESETS`, a type of ARCH_REGISTRY, or a type with options as in an option file, such as
             "SwinIR: {upscale: 2, window_size: 8}".
-        scales: those wanted; a preset has some of them, options with a scale have that one.
+        scales: wanted; a preset may have only some of them, and options with a scale have that one.
 
     Raises:
-        UserError: there is none of this name, it does not take the options, or the text is not understood.
+        UserError: the name is not known, the network does not take the options, or the text is invalid.
     """
     name, colon, _ = text.partition(":")
-    given = _parse_options(text) if colon else {}
-    preset = None if colon else PRESETS.get(name)
-    if preset is not None:
-        return [_at(name, preset.options, scale) for scale in scales if scale in preset.scales]
+    if text in PRESETS:
+        available = PRESET_SCALES.get(text, scales)
+        return [_spec(text, PRESETS[text], scale) for scale in scales if scale in available]
+    given = load_yaml(f"{text}\n").get(name) if colon else {}
+    if not isinstance(given, dict):
+        raise UserError(f"--networks {text!r} is invalid. Give a name, or a type with its options, {_EXAMPLE}.")
     types = entries(ARCH_REGISTRY)
     if name not in types:
         raise UserError(
@@ -142,36 +128,24 @@ def named(text: str, scales: Iterable[int]) -> list[Network]:
             "your own package, name the module: --import MODULE."
         )
     options = _checked("--networks", {"type": name, **given})
-    if _scale_key(options) in (None, *given):
-        return [_of_section(name, options)]
-    return [_at(name, options, scale) for scale in scales]
+    has_scale = _scale_key(options) in (None, *given)
+    return [_spec(name, options)] if has_scale else [_spec(name, options, scale) for scale in scales]
 
 
-def from_option_file(path: Path) -> Network:
-    """The network of an option file's `network_g`, by the file's name.
+def from_option_file(path: Path) -> NetworkSpec:
+    """The network of an option file's `network_g`, under the file's name.
 
     Raises:
-        UserError: the file cannot be read, or has no network_g that is one.
+        UserError: the file cannot be read, or its network_g is invalid.
     """
-    return _of_section(path.stem, _checked(f"option file {path}, network_g", load_options(path).get("network_g")))
-
-
-def _parse_options(text: str) -> Mapping[str, Any]:
-    parsed = load_yaml(f"{text}\n")
-    options = next(iter(parsed.values()))
-    if len(parsed) != 1 or not isinstance(options, dict):
-        raise UserError(
-            f"--networks {text!r} is not understood. Give a name, or a type with its options, such as "
-            "'SwinIR: {upscale: 2, window_size: 8}'."
-        )
-    return options
+    return _spec(path.stem, _checked(f"option file {path}, network_g", load_options(path).get("network_g")))
 
 
 def _checked(where: str, section: Any) -> Mapping[str, Any]:
     """A section whose type is registered and takes the options."""
     problems = "; ".join(map(str, check_call(where, section, entries(ARCH_REGISTRY))))
     if problems:
-        raise UserError(f"{problems}. Options are given as in --networks 'SwinIR: {{upscale: 2, window_size: 8}}'.")
+        raise UserError(f"{problems}. Options are given {_EXAMPLE}.")
     options: Mapping[str, Any] = section
     return options
 
@@ -187,15 +161,12 @@ def _with_defaults(options: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _identity(options: Mapping[str, Any]) -> dict[str, Any]:
-    """What distinguishes networks but for the scale."""
-    kind, factors = _constructor(options), str(options.get("attn_type")).lower() == "flashbias"
-    complete = {key: value for key, value in _with_defaults(options).items() if key not in _COMPUTATION}
-    if not factors and kind is not ESCRIB:
-        complete = {key: value for key, value in complete.items() if key not in ("rank", "flashbias_rank")}
-    return {key: list(value) if isinstance(value, tuple) else value for key, value in complete.items()} | {
-        "type": kind,
-        "factors": factors,
-    }
+    """What distinguishes networks other than the scale."""
+    kind, has_factors = _constructor(options), str(options.get("attn_type")).lower() == "flashbias"
+    ignored = _COMPUTATION if has_factors or kind is ESCRIB else (*_COMPUTATION, "rank", "flashbias_rank")
+    complete = {key: value for key, value in _with_defaults(options).items() if key not in ignored}
+    lists = {key: list(value) for key, value in complete.items() if isinstance(value, tuple)}
+    return complete | lists | {"type": kind, "factors": has_factors}
 
 
 def _scale_key(options: Mapping[str, Any]) -> str | None:
@@ -203,13 +174,12 @@ def _scale_key(options: Mapping[str, Any]) -> str | None:
     return next((key for key in SCALE_KEYS if key in parameters), None)
 
 
-def _at(name: str, options: Mapping[str, Any], scale: int) -> Network:
-    return Network(name, {**options, str(_scale_key(options)): scale}, scale)
-
-
-def _of_section(name: str, options: Mapping[str, Any]) -> Network:
-    """With the scale that its options have; a network without such an option enlarges nothing."""
-    scale = _with_defaults(options).get(_scale_key(options) or "", 1)
-    if isinstance(scale, bool) or not isinstance(scale, int | float) or scale <= 0:
-        raise UserError(f"{name}: the scale is {scale!r}; it must be a number above 0.")
-    return Network(name, options, scale)
+def _spec(name: str, options: Mapping[str, Any], scale: int | None = None) -> NetworkSpec:
+    """At a scale, or at the one in the options; a network without an option for it has scale 1."""
+    key = _scale_key(options)
+    if scale is not None:
+        options = {**options, str(key): scale}
+    given = _with_defaults(options).get(key or "", 1)
+    if isinstance(given, bool) or not isinstance(given, int | float) or given <= 0:
+        raise UserError(f"{name}: the scale is {given!r}; it must be a number above 0.")
+    return NetworkSpec(name, options, given)

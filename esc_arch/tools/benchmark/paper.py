@@ -1,48 +1,60 @@
-"""The paper's figures (arXiv 2503.06671, tables 2, 4, 6 and 7), as data."""
+"""The paper's numbers (arXiv 2503.06671, tables 2, 4, 6 and 7), as data."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
 from functools import cache
 from importlib.resources import files
 from typing import Any
 
-__all__ = ["PaperCost", "paper_cost", "paper_tables"]
+from esc_arch.ops.resize import scale_pair
 
+__all__ = ["HD", "PAPER_ROWS", "paper_cost", "paper_scores", "paper_tables"]
 
-@dataclass(frozen=True)
-class PaperCost:
-    """What the paper says a network costs at an HD output (1280 x 720), batch 1, float32, on the GPU it used.
-
-    Attributes:
-        parameters_k: thousands of parameters.
-        gmacs: 10^9 multiply-adds, which the paper calls FLOPs.
-        latency_ms: milliseconds.
-        memory_mb: MB of GPU memory.
-    """
-
-    parameters_k: float
-    gmacs: float
-    latency_ms: float
-    memory_mb: float
+#: Width and height of the enlarged images that the paper's costs are for.
+HD = (1280, 720)
+_LTE = "Arbitrary scale (ESC + LTE, PSNR)"
 
 
 @cache
 def paper_tables() -> Mapping[str, Any]:
-    """All of `paper_tables.json`; not to be changed. By training set, network and scale ("DIV2K", "ESC", "x4")."""
+    """`paper_tables.json`, by training set, network and scale: ["DIV2K"]["ESC"]["x4"]."""
     tables: Mapping[str, Any] = json.loads((files(__package__) / "paper_tables.json").read_text(encoding="utf-8"))
     return tables
 
 
-def paper_cost(network: str, scale: float, output: tuple[int, int] = (1280, 720)) -> PaperCost | None:
-    """The paper's figures for a network by the paper's name; None where it has none.
+#: Networks of the paper's tables. Those trained on more than DIV2K end in -DFLIP.
+PAPER_ROWS = (*paper_tables()["DIV2K"], *(f"{name}-DFLIP" for name in paper_tables()["DFLIP"]), "ESC-LTE")
+
+
+def paper_cost(network: str | None, scale: float, output: tuple[int, int] = HD) -> Mapping[str, float]:
+    """What the paper says a network costs for an enlarged image of `output` (width, height); empty if nothing.
+
+    Returns:
+        `params_k` (thousands of parameters), `flops_g` (10^9 multiply-adds), `latency_ms` and `memory_mb` (on the GPU
+        the paper used, in float32).
+    """
+    costs: Mapping[str, float] = paper_tables()["DIV2K"].get(network, {}).get(f"x{scale:g}", {})
+    return costs if output == HD else {}
+
+
+def paper_scores(row: str | None, dataset: str, scale: Any) -> Mapping[str, float]:
+    """The paper's psnr (dB) and ssim of a network of `PAPER_ROWS` on a data set, as far as it has them.
 
     Args:
-        output: width and height of the enlarged image.
+        dataset: its name, which may end in the scale, such as Set5_x2.
+        scale: a number, or those of height and width.
     """
-    figures = paper_tables()["DIV2K"].get(network, {}).get(f"x{scale:g}")
-    if figures is None or output != (1280, 720):
-        return None
-    return PaperCost(figures["params_k"], figures["flops_g"], figures["latency_ms"], figures["memory_mb"])
+    tables, name, (down, across) = paper_tables(), dataset.partition("_x")[0], scale_pair(scale)
+    if row is None or down != across:
+        return {}
+    if row == "ESC-LTE":
+        psnr = tables[_LTE].get(name, {}).get(f"x{down:g}")
+        return {} if psnr is None else {"psnr": psnr}
+    training = "DFLIP" if row.endswith("-DFLIP") else "DIV2K"
+    scores = tables[training][row.removesuffix("-DFLIP")].get(f"x{down:g}")
+    if scores is None or name not in tables["datasets"]:
+        return {}
+    place = tables["datasets"].index(name)
+    return {metric: scores[metric][place] for metric in ("psnr", "ssim")}

@@ -1,4 +1,4 @@
-"""`basicsr benchmark cost`: the paper's figures, the generated document, networks by name, and mistakes."""
+"""`basicsr benchmark cost`: the paper's numbers, the generated document, networks by name, and mistakes."""
 
 from __future__ import annotations
 
@@ -15,11 +15,14 @@ import torch
 
 import esc_arch
 from esc_arch.cli import main
-from esc_arch.tools.benchmark import cost_command
-from esc_arch.tools.benchmark.cost import Cost, cost_of
+from esc_arch.tools.benchmark import cost
+from esc_arch.tools.benchmark.cost import network_cost
+from esc_arch.tools.benchmark.counting import Operations, count_operations
 from esc_arch.tools.benchmark.latency import Latency
-from esc_arch.tools.benchmark.networks import PRESETS, Network, from_option_file, named
+from esc_arch.tools.benchmark.networks import PRESET_SCALES, PRESETS, from_option_file, named
 from esc_arch.tools.benchmark.paper import paper_cost, paper_tables
+
+Record = dict[str, Any]
 
 ROOT = Path(esc_arch.__file__).parents[1]
 DOCUMENT = ROOT / "docs" / "costs.md"
@@ -28,7 +31,9 @@ TINY = "dim: 8, pdim: 4, kernel_size: 5, n_blocks: 1, conv_blocks: 1, window_siz
 
 def run_cost(capsys: pytest.CaptureFixture[str], *arguments: str, refused: bool = False) -> str:
     """What is printed; a refusal is one line, and prints nothing else."""
-    status = main(["benchmark", "cost", *arguments])
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("sys.argv", ["basicsr", "benchmark", "cost", *arguments])
+        status = main()
     printed = capsys.readouterr()
     assert status == (2 if refused else 0), printed.err
     if not refused:
@@ -40,27 +45,26 @@ def run_cost(capsys: pytest.CaptureFixture[str], *arguments: str, refused: bool 
 
 
 @pytest.fixture(scope="module")
-def generated(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[str, list[Cost]]]:
+def generated(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[str, list[Record]]]:
     """What the command at the top of the document makes, and the costs that are in it."""
-    costs: list[Cost] = []
+    costs: list[Record] = []
 
-    def noting(*args: Any) -> Cost:
-        costs.append(cost_of(*args))
+    def noting(*args: Any) -> Record:
+        costs.append(network_cost(*args))
         return costs[-1]
 
     written = re.search("^Made by `(.*)`", DOCUMENT.read_text(encoding="utf-8"), re.MULTILINE)
     assert written is not None
-    program, *arguments = shlex.split(written[1])
-    assert program == "basicsr"
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(tmp_path_factory.mktemp("root"))
         Path("docs").mkdir()
-        patch.setattr(cost_command, "cost_of", noting)
-        assert main(arguments) == 0
+        patch.setattr(cost, "network_cost", noting)
+        patch.setattr("sys.argv", shlex.split(written[1]))
+        assert main() == 0
         yield Path("docs/costs.md").read_text(encoding="utf-8"), costs
 
 
-def test_the_document_is_what_its_command_makes(generated: tuple[str, list[Cost]]) -> None:
+def test_the_document_is_what_its_command_makes(generated: tuple[str, list[Record]]) -> None:
     assert DOCUMENT.read_text(encoding="utf-8") == generated[0]
 
 
@@ -70,30 +74,26 @@ def test_the_readme_has_lines_of_the_document() -> None:
     assert set(table) <= set(DOCUMENT.read_text(encoding="utf-8").splitlines())
 
 
-def test_the_papers_figures(generated: tuple[str, list[Cost]]) -> None:
-    compared = {}
-    for cost in generated[1]:
-        if cost.paper is None:
-            continue
-        compared[cost.network.name, cost.network.scale] = cost
-        thousands = cost.parameters / 1000
-        assert cost.paper.parameters_k in (int(thousands), round(thousands)), cost
-        assert cost.operations.paper / 1e9 == pytest.approx(cost.paper.gmacs, rel=1e-3), cost
-        if cost.network.name.startswith("ESC"):
-            assert round(cost.operations.paper / 1e9, 1) == cost.paper.gmacs, cost
-            assert 0.985 * cost.paper.gmacs < cost.operations.products / 1e9 < cost.paper.gmacs, cost
+def test_the_papers_numbers(generated: tuple[str, list[Record]]) -> None:
+    compared = [record for record in generated[1] if "paper_g" in record]
+    for record in compared:
+        thousands, paper = record["parameters"] / 1000, record["paper_g"]
+        assert record["paper_parameters_k"] in (int(thousands), round(thousands)), record
+        assert record["paper_convention_g"] == pytest.approx(paper, rel=1e-3), record
+        if record["network"].startswith("ESC"):
+            assert round(record["paper_convention_g"], 1) == paper, record
+            assert 0.985 * paper < record["multiply_adds_g"] < paper, record
     networks = ("ESC", "ESC-light", "ESC-FP", "SwinIR-light")
-    assert compared.keys() == {(name, scale) for name in networks for scale in (2, 3, 4)}
+    names = {(record["network"], record["scale"]) for record in compared}
+    assert names == {(name, scale) for name in networks for scale in (2, 3, 4)}
 
 
 def test_paper_tables() -> None:
     assert paper_tables()["DIV2K"]["ESC"]["x2"]["psnr"][0] == 38.35
     esc = paper_cost("ESC", 2)
-    assert esc is not None
-    assert (esc.parameters_k, esc.gmacs, esc.latency_ms, esc.memory_mb) == (947, 592.0, 120.9, 831)
-    assert paper_cost("ESC", 2, (1920, 1080)) is None
-    assert paper_cost("ESC", 2.5) is None
-    assert paper_cost("ESC-XL", 2) is None
+    assert [esc[key] for key in ("params_k", "flops_g", "latency_ms", "memory_mb")] == [947, 592.0, 120.9, 831]
+    for nothing in (("ESC", 2, (1920, 1080)), ("ESC", 2.5), ("ESC-XL", 2), (None, 2)):
+        assert paper_cost(*nothing) == {}
 
 
 PUBLISHED = {
@@ -117,7 +117,7 @@ def test_every_shipped_network_is_a_preset(path: Path) -> None:
     assert parts is not None
     assert network.published == PUBLISHED[parts[1]]
     assert network.scale == int(parts[2] or 4)
-    if network.scale in PRESETS[network.published].scales:
+    if network.scale in PRESET_SCALES.get(network.published, (2, 3, 4)):
         (preset,) = named(network.published, [int(network.scale)])
         assert repr(preset.build().state_dict().keys()) == repr(network.build().state_dict().keys())
 
@@ -144,13 +144,18 @@ def test_scales_of_networks() -> None:
     assert scales("RIDNet: {in_channels: 3, mid_channels: 4, out_channels: 3}") == [1]
 
 
-def test_sizes_that_networks_are_run_on() -> None:
-    (swinir,) = named("SwinIR-light", [4])
-    cost = cost_of(swinir, (40, 72), None)
-    assert (cost.size, cost.operations.output) == ((10, 18), (1, 3, 96, 64))
-    (esc,) = named(f"ESC: {{{TINY}, upscaling_factor: 3}}", [])
-    cost = cost_of(esc, (50, 31), None)
-    assert (cost.size, cost.operations.output) == ((16, 10), (1, 3, 30, 48))
+def test_sizes_that_networks_are_run_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    sizes = []
+
+    def noting(*args: Any) -> Operations:
+        sizes.append((args[1:], count_operations(*args).output))
+        return count_operations(*args)
+
+    monkeypatch.setattr(cost, "count_operations", noting)
+    (swinir,), (esc,) = named("SwinIR-light", [4]), named(f"ESC: {{{TINY}, upscaling_factor: 3}}", [])
+    assert network_cost(swinir, (40, 72))["input"] == "10x18"
+    assert network_cost(esc, (50, 31))["input"] == "16x10"
+    assert sizes == [((24, 16), (1, 3, 96, 64)), ((10, 16), (1, 3, 30, 48))]
 
 
 def test_table(capsys: pytest.CaptureFixture[str]) -> None:
@@ -160,7 +165,7 @@ def test_table(capsys: pytest.CaptureFixture[str]) -> None:
         *("--runs", "4", "--warmup", "0", "--precision", "bf16", "--backend", "Naive", "--format", "json"),
     )
     small, large = json.loads(printed)
-    parameters = sum(p.numel() for p in Network("", small_section(2), 2).build().parameters())
+    parameters = sum(p.numel() for p in named(f"ESC: {{{TINY}, upscaling_factor: 2}}", [])[0].build().parameters())
     assert small["parameters"] == large["parameters"] == parameters
     assert (small["network"], small["scale"], small["output"], small["input"]) == ("ESC", 2, "64x48", "32x24")
     assert (large["output"], large["input"]) == ("1280x720", "640x360")
@@ -171,18 +176,15 @@ def test_table(capsys: pytest.CaptureFixture[str]) -> None:
     assert small["paper_g"] is None
 
 
-def small_section(scale: int) -> dict[str, Any]:
-    (network,) = named(f"ESC: {{{TINY}, upscaling_factor: {scale}}}", [])
-    return dict(network.options)
-
-
-def test_latency_beside_the_papers(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("esc_arch.tools.benchmark.cost.measure", lambda *_: Latency(60.45, 1.5, 1662.0, "sdpa"))
+def test_latency_is_compared_with_the_paper(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("esc_arch.tools.benchmark.cost.measure_latency", lambda *_: Latency(60.45, 1.5, 1662.0))
     arguments = ("--networks", "ESC-light", "ESC", "--scales", "2", "--device", "cpu", "--format")
     _, esc = json.loads(run_cost(capsys, *arguments, "json"))
     assert (esc["latency_ms"], esc["paper_latency_ms"], esc["latency_ratio"]) == (60.45, 120.9, 0.5)
     assert (esc["memory_mib"], esc["paper_memory_mb"], esc["memory_ratio"]) == (1662.0, 831, 2.0)
-    monkeypatch.setattr("esc_arch.tools.benchmark.cost.measure", lambda *_: None)
+    monkeypatch.setattr("esc_arch.tools.benchmark.cost.measure_latency", lambda *_: None)
     light, _ = csv.DictReader(run_cost(capsys, *arguments, "csv").splitlines())
     assert (light["latency_ms"], light["memory_mib"], light["precision"]) == ("out of memory", "", "fp32")
 
@@ -192,14 +194,14 @@ def test_latency_is_left_to_gpus(capsys: pytest.CaptureFixture[str], monkeypatch
     arguments = ("--networks", f"ESC: {{{TINY}, upscaling_factor: 2}}", "--output", "16x16")
     printed = run_cost(capsys, *arguments)
     assert "not measured" in printed.splitlines()[2]
-    assert "Latency: not measured, as there is no CUDA device; --device cpu measures it on the CPU." in printed
+    assert "Latency: not measured, because there is no CUDA device; --device cpu measures it on the CPU." in printed
     assert "atency" not in run_cost(capsys, *arguments, "--no-latency")
 
 
 def test_notes_say_how_latency_was_measured(capsys: pytest.CaptureFixture[str]) -> None:
     arguments = ("--networks", f"ESC: {{{TINY}, upscaling_factor: 2}}", "--output", "16x16", "--device", "cpu")
     printed = run_cost(capsys, *arguments, "--runs", "3", "--warmup", "1", "--format", "markdown")
-    assert "of one image after 2 untimed runs, each run waited for: median of 3" in printed
+    assert "of one image, after 2 untimed runs: median and interquartile range of 3 runs, each waited for" in printed
     assert f"PyTorch {torch.__version__}" in printed
     assert "fp32: float32, without TF32." in printed
     command = f"basicsr benchmark cost --networks 'ESC: {{{TINY}, upscaling_factor: 2}}' --output 16x16 --device cpu"
@@ -233,27 +235,27 @@ def test_every_kind_of_sr_network_of_basicsr(capsys: pytest.CaptureFixture[str])
         (["--networks", "ESCX"], "--networks: there is no 'ESCX'. Did you mean 'ESC'? Allowed: "),
         (["--networks", "EDSR"], "--networks:num_in_ch: missing; EDSR needs it; --networks:num_out_ch: missing"),
         (["--networks", "ESC: {dimm: 8}"], "--networks:dimm: ESC has no such argument. Did you mean 'dim'?"),
-        (["--networks", "ESC: 3"], "--networks 'ESC: 3' is not understood. Give a name, or a type with its options"),
+        (["--networks", "ESC: 3"], "--networks 'ESC: 3' is invalid. Give a name, or a type with its options"),
         (["--networks", "ESC: {dim: 10}"], "ESC x2 cannot be built: ValueError: num_heads is 4; it must divide dim"),
         (["--networks", "ESC: {upscaling_factor: no}"], "ESC: the scale is False; it must be a number above 0."),
-        (["--networks", "ESC-Real", "--scales", "2", "3"], "None of the networks named has a scale of --scales 2 3."),
-        (["--scales", "2", "0"], "--scales 0: a scale is a whole number of at least 1."),
-        (["--output", "8K"], "--output 8K is not understood. Give HD, FHD, 4K, or width x height, as in 1280x720."),
-        (["--output", "0x720"], "--output 0x720 is not understood."),
+        (["--networks", "ESC-Real", "--scales", "2", "3"], "None of these networks has a scale of --scales 2 3."),
+        (["--scales", "2", "0"], "--scales 0: a scale is an integer of at least 1."),
+        (["--output", "8K"], "--output 8K is invalid. Give HD, FHD, 4K, or width x height, as in 1280x720."),
+        (["--output", "0x720"], "--output 0x720 is invalid."),
         (
             ["--networks", "ESC", "--output", "3x1", "--scales", "2"],
             "--output 3x1 is too small for x2: the input would be empty.",
         ),
         (
             ["--networks", "MSRResNet: {num_in_ch: 1, num_feat: 8, upscale: 4}", "--output", "8x8"],
-            "MSRResNet x4 cannot be run on an RGB image of 2 x 2, so that its operations cannot be counted: ",
+            "Cannot count the operations of MSRResNet x4 for an RGB image of 2 x 2: ",
         ),
         (
             ["--networks", "RRDBNet: {num_in_ch: 3, num_out_ch: 3, num_block: 1, scale: 3}", "--output", "9x9"],
-            "RRDBNet x3 makes (1, 3, 12, 12) of an image of (1, 3, 3, 3); an enlarged image would be (1, 3, 9, 9).",
+            "RRDBNet x3 makes (1, 3, 12, 12) of (1, 3, 3, 3), not (1, 3, 9, 9). Only networks for",
         ),
         (["-opt", "nowhere.yml"], "option file nowhere.yml does not exist"),
-        (["-o", "nowhere/costs.md"], "Cannot write nowhere/costs.md: it must be a file in a folder that is there."),
+        (["-o", "nowhere/costs.md"], "Cannot write nowhere/costs.md: it must be a file in an existing folder."),
         (["--backend", "fast", "--device", "cpu"], "--backend fast: not known."),
     ],
 )

@@ -1,4 +1,4 @@
-"""`basicsr benchmark quality`: the figures of `basicsr test`, beside the paper's and beside a baseline."""
+"""`basicsr benchmark quality`: the scores of `basicsr test`, compared with the paper and with a baseline."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import json
 import re
 import shutil
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,9 @@ from conftest import NETWORK, Run, run_command
 from esc_arch.cli import main
 from esc_arch.errors import UserError
 from esc_arch.options import load_yaml
-from esc_arch.tools.benchmark.quality import PAPER_NAMES, Outcome, Trial, paper_quality, plan, quality_table
+from esc_arch.tools.benchmark.paper import PAPER_ROWS, paper_scores
+from esc_arch.tools.benchmark.quality import SetScores, plan_evaluation
+from esc_arch.tools.benchmark.quality_tables import quality_table
 
 ROOT = Path(__file__).parents[3]
 SHIPPED = sorted((ROOT / "options").glob("test_ESC*.yml"))
@@ -70,11 +73,11 @@ def logged(log: str, metric: str) -> str:
     return value
 
 
-# --- figures ------------------------------------------------------------------------------------------------------
+# --- scores -------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(("protocol", "model"), [("published", "ESCModel"), ("srmodel", "SRModel")])
-def test_figures_are_those_of_basicsr_test(
+def test_scores_are_those_of_basicsr_test(
     protocol: str, model: str, quality: Any, run_basicsr: Any, options: Any
 ) -> None:
     (record,) = records(quality([options], "--format", "json", "--protocol", protocol))
@@ -118,7 +121,7 @@ def test_several_option_files_have_logs_of_their_own(quality: Any, options: Any)
         assert "manual_seed: 7" in run.log(name, of="results")
 
 
-def test_two_processes_give_the_same_figures(quality: Any, options: Any, work_folder: Path) -> None:
+def test_two_processes_give_the_same_scores(quality: Any, options: Any, work_folder: Path) -> None:
     """To the last digit; sharing among processes is tested more closely in tests/cli/test_two_processes.py."""
     if torch.cuda.is_available():
         pytest.skip("with GPUs the processes would use them")
@@ -131,7 +134,7 @@ def test_two_processes_give_the_same_figures(quality: Any, options: Any, work_fo
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-def test_a_gpu_gives_the_same_figures(quality: Any, options: Any) -> None:
+def test_a_gpu_gives_the_same_scores(quality: Any, options: Any) -> None:
     (on_cpu,), (on_gpu,) = (
         records(quality([options], "--format", "json", "--device", device)) for device in ("cpu", "cuda")
     )
@@ -204,7 +207,7 @@ def test_gains_over_bicubic_are_those_of_the_comparison(quality: Any, options: A
     assert not list((run.folder / "report").rglob("*.png"))
 
 
-def test_figures_have_measured_latencies(quality: Any, options: Any) -> None:
+def test_plots_have_measured_latencies(quality: Any, options: Any) -> None:
     pytest.importorskip("matplotlib")
     cost = {"network": "trial", "scale": 2, "output": "1280x720", "latency_ms": 12.5, "memory_mib": 300.0}
     Path("cost.json").write_text(json.dumps([cost, cost | {"scale": 3, "latency_ms": "not measured"}]))
@@ -239,7 +242,7 @@ def test_without_matplotlib(quality: Any, options: Any, monkeypatch: Any) -> Non
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     run = quality([options], "-o", "report")
     assert run.status == 2
-    assert 'Figures need matplotlib, which is not installed: pip install "esc-arch[plot]"' in run.err
+    assert 'Plots need matplotlib, which is not installed: pip install "esc-arch[plot]"' in run.err
     assert not (run.folder / "report").exists() and not (run.folder / "results").exists()
     assert quality([options], "-o", "report", "--no-figures").status == 0
 
@@ -261,8 +264,8 @@ def test_without_matplotlib(quality: Any, options: Any, monkeypatch: Any) -> Non
         (None, "Set5", 2, {}),
     ],
 )
-def test_figures_of_the_paper(row: str | None, dataset: str, scale: Any, expected: dict[str, float]) -> None:
-    assert paper_quality(row, dataset, scale) == expected
+def test_scores_of_the_paper(row: str | None, dataset: str, scale: Any, expected: dict[str, float]) -> None:
+    assert paper_scores(row, dataset, scale) == expected
 
 
 ROWS = {"ESC": "ESC", "ESC_light": "ESC-light", "ESC_FP": "ESC-FP", "ESC_DFLIP": "ESC-DFLIP", "ESCLTE": "ESC-LTE"}
@@ -270,42 +273,40 @@ ROWS = {"ESC": "ESC", "ESC_light": "ESC-light", "ESC_FP": "ESC-FP", "ESC_DFLIP":
 
 @pytest.mark.parametrize("file", SHIPPED, ids=lambda file: file.stem)
 def test_rows_of_the_paper_are_recognised(file: Path, options: Any, photographs: Any, run_basicsr: Any) -> None:
-    shipped = load_yaml(file)
+    shipped, network = load_yaml(file), re.sub(r"^test_|_x\d$", "", file.stem)
     kept = {key: shipped[key] for key in ("name", "network_g")} | {"scale": shipped.get("scale", 2)}
     # Data of any scale
     hr_images = {"type": "DownsampleImageDataset", "dataroot_gt": str(photographs.val_gt)}
     options["datasets"] = {"test_1": {"name": "Cuts"} | hr_images}
     options["path"] = {}
-    trial = plan(Path(run_basicsr.option_file(options | kept)))
-    network = re.sub(r"^test_|_x\d$", "", file.stem)
-    assert trial.paper == ROWS.get(network)
-    named = plan(trial.file, paper="SwinIR-light")
-    assert named.paper == "SwinIR-light"
-    assert plan(trial.file, paper="none").paper is None
+    file = Path(run_basicsr.option_file(options | kept))
+    assert plan_evaluation(file).paper == ROWS.get(network)
+    assert plan_evaluation(file, paper="SwinIR-light").paper == "SwinIR-light"
+    assert plan_evaluation(file, paper="none").paper is None
 
 
 def test_weights_of_dflip_are_recognised(options: Any, work_folder: Path, run_basicsr: Any) -> None:
     shipped = load_yaml(ROOT / "options/test_ESC_x2.yml")
     file = Path(run_basicsr.option_file(options | {"network_g": shipped["network_g"], "path": {}}))
-    assert plan(file).paper == "ESC"
+    assert plan_evaluation(file).paper == "ESC"
     weights = work_folder / "ESC_DFLIP_X2.pth"
     torch.save({"params": build_network(dict(shipped["network_g"])).state_dict()}, weights)
-    assert plan(file, weights=str(weights)).paper == "ESC-DFLIP"
+    assert plan_evaluation(file, [f"path:pretrain_network_g={weights}"]).paper == "ESC-DFLIP"
 
 
-def of_paper(file: Path, psnr: float, ssim: float, **metric: Any) -> Outcome:
+def of_paper(file: Path, psnr: float, ssim: float, **metric: Any) -> SetScores:
     """ESC x2 on Set5, with two images of these means."""
-    trial = plan(file, paper="ESC")
-    opt = copy.deepcopy(trial.opt)
+    evaluation = plan_evaluation(file, paper="ESC")
+    opt = copy.deepcopy(evaluation.opt)
     opt["val"]["metrics"]["psnr"] |= metric
     images = {name: {"psnr": psnr + sign * 2, "ssim": ssim} for name, sign in (("a", 1), ("b", -1))}
-    return Outcome(Trial(trial.file, trial.forced, opt, trial.network, trial.paper), "Set5", images)
+    return SetScores(replace(evaluation, opt=opt), "Set5", images)
 
 
 def test_differences_from_the_paper(options: Any, run_basicsr: Any) -> None:
     file = Path(run_basicsr.option_file(options))
     results = [of_paper(file, 38.36, 0.9619), of_paper(file, 38.33, 0.9619), of_paper(file, 38.35, 0.9617)]
-    rows = quality_table(results).records()
+    rows = quality_table(results).records
     assert [row["agrees"] for row in rows] == ["yes", "no", "no"]
     assert [row["psnr_difference"] for row in rows] == pytest.approx([0.01, -0.02, 0])
     assert [row["ssim_difference"] for row in rows] == pytest.approx([0, 0, -0.0002])
@@ -313,17 +314,17 @@ def test_differences_from_the_paper(options: Any, run_basicsr: Any) -> None:
 
 
 @pytest.mark.parametrize("metric", [{"crop_border": 4}, {"test_y_channel": False}])
-def test_other_metrics_are_not_set_beside_the_paper_s(metric: dict[str, Any], options: Any, run_basicsr: Any) -> None:
+def test_other_metrics_are_not_compared_with_the_paper(metric: dict[str, Any], options: Any, run_basicsr: Any) -> None:
     table = quality_table([of_paper(Path(run_basicsr.option_file(options)), 38.35, 0.9619, **metric)])
-    (row,) = table.records()
-    assert row["psnr_paper"] is row["psnr_difference"] is None
+    (row,) = table.records
+    assert "psnr_paper" not in row and "psnr_difference" not in row
     assert (row["ssim_paper"], row["agrees"]) == (0.9619, "yes")
-    assert "trial: val:metrics:psnr is not the paper's metric on Set5: no figure is beside it." in table.notes
+    assert "trial: val:metrics:psnr is not measured as in the paper on Set5, and is not compared." in table.notes
 
 
 def test_a_network_of_no_paper(quality: Any, options: Any) -> None:
     (record,) = records(quality([options], "--format", "json"))
-    assert (record["paper"], record["agrees"], record["psnr_paper"]) == ("no published figure", None, None)
+    assert (record["paper"], record["agrees"], record["psnr_paper"]) == ("no published scores", None, None)
 
 
 def test_data_are_looked_at_first(quality: Any, options: Any, photographs: Any, work_folder: Path) -> None:
@@ -340,7 +341,7 @@ def test_data_are_looked_at_first(quality: Any, options: Any, photographs: Any, 
         assert problem in run.out
         assert f"Note: {problem}" in run.err
     assert run.err.index("Note: Set5 x2") < run.err.index("Testing Set5...")
-    assert "Set5 x2" not in quality([options]).out  # beside no figure of the paper
+    assert "Set5 x2" not in quality([options]).out  # no scores of the paper to compare with
 
 
 # --- bad input ----------------------------------------------------------------------------------------------------
@@ -356,8 +357,12 @@ def test_data_are_looked_at_first(quality: Any, options: Any, photographs: Any, 
         ({}, ["--baseline", "trial.yml"], "both have the name trial, and would share results/trial"),
         ({}, ["--cost", "no.json"], "--cost no.json cannot be used"),
         ({}, ["--cost", "trial.yml"], "Make it with: basicsr benchmark cost --format json -o trial.yml"),
-        ({"model_type": "SwinIRModel"}, [], "'SwinIRModel' keeps no figures of single images. Choose with --protocol"),
-        ({"val": {}}, [], "trial.yml: val:metrics: missing; quality is measured by them"),
+        (
+            {"model_type": "SwinIRModel"},
+            [],
+            "'SwinIRModel' does not keep the scores of each image. Choose with --protocol",
+        ),
+        ({"val": {}}, [], "trial.yml: val:metrics is missing; give the metrics to measure"),
         ({"network_g": {"type": "ESK"}}, [], "network_g:type: 'ESK' is not known."),
     ],
 )
@@ -371,5 +376,5 @@ def test_bad_input(changes: Any, arguments: list[str], message: str, quality: An
 
 def test_unknown_rows_are_refused_by_the_function_too(options: Any, run_basicsr: Any) -> None:
     with pytest.raises(UserError, match=r"--paper ESK is not known\."):
-        plan(Path(run_basicsr.option_file(options)), paper="ESK")
-    assert "ESC-DFLIP" in PAPER_NAMES
+        plan_evaluation(Path(run_basicsr.option_file(options)), paper="ESK")
+    assert "ESC-DFLIP" in PAPER_ROWS

@@ -1,0 +1,172 @@
+"""Plots of scores: PSNR against cost, gains image by image, and crops of the images of most gain and loss."""
+
+from __future__ import annotations
+
+import io
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple, TypeVar
+
+import cv2
+
+from esc_arch.atomic_io import write_atomically
+from esc_arch.data.image_files import encode_png
+from esc_arch.errors import UserError
+from esc_arch.models.comparison import side_by_side
+from esc_arch.training.distributed import print_note
+
+from .cost import network_cost
+from .paper import PAPER_ROWS, paper_cost, paper_scores
+from .quality import Evaluation, SetScores, bicubic_images
+from .quality_tables import Gains
+
+__all__ = ["plot_gains", "plot_quality", "require_matplotlib", "write_crops"]
+
+Data = TypeVar("Data")
+#: Records of `basicsr benchmark cost --format json`.
+Costs = Sequence[Mapping[str, Any]]
+
+_COLUMNS = 3
+_PANEL = (5.0, 3.8)  # inches
+_OURS, _PAPER, _LOSS = "#1f5a8a", "0.55", "#b5432a"
+#: Areas (square points) of the largest marker, and of one whose memory is not known.
+_LARGEST, _UNKNOWN = 900.0, 60.0
+_MOST_LABELS = 40  # of bars; more cannot be read
+
+
+def require_matplotlib() -> None:
+    """Raises UserError: matplotlib is not installed."""
+    try:
+        import matplotlib  # noqa: F401
+    except ImportError:
+        raise UserError(
+            'Plots need matplotlib, which is not installed: pip install "esc-arch[plot]", or omit them: --no-figures.'
+        ) from None
+
+
+class _Point(NamedTuple):
+    """A network in a plot; its area shows the memory, if known."""
+
+    label: str
+    cost: float
+    psnr: float
+    memory: float | None = None
+    color: str = _OURS
+
+
+def plot_quality(folder: Path, results: Sequence[SetScores], costs: Costs) -> None:
+    """PSNR against latency if `costs` are given, otherwise against multiply-adds: a PNG for each scale."""
+    name, label = "latency", "latency, ms (area: memory)"
+    if not costs:
+        name, label = "multiply_adds", "multiply-adds for an HD image, G (grey: the paper)"
+    for scale in dict.fromkeys(each.evaluation.network.scale for each in results):
+        panels: dict[str, list[_Point]] = {}
+        for each in results:
+            psnr = each.mean(each.psnr) if each.evaluation.network.scale == scale else None
+            cost = _cost_of(each.evaluation, costs) if psnr is not None else None
+            if psnr is not None and cost is not None:
+                panels.setdefault(each.dataset, []).append(_Point(each.evaluation.name, cost[0], psnr, cost[1]))
+        for dataset, points in panels.items():
+            if not costs:
+                points += _paper_points(dataset, scale)
+        if panels:
+            draw = partial(_draw_points, label=label, panels=panels)
+            _plot(folder / f"psnr_against_{name}_x{scale:g}.png", panels, draw)
+
+
+def _cost_of(evaluation: Evaluation, costs: Costs) -> tuple[float, float | None] | None:
+    """Latency (ms) and memory in `costs`, or without any 10^9 multiply-adds; None if unknown, as at any scale."""
+    network, names = evaluation.network, (evaluation.name, evaluation.file.stem, evaluation.network.published)
+    if not costs:
+        try:
+            return float(network_cost(network)["paper_convention_g"] or 0), None
+        except UserError:
+            return None
+    for cost in costs:
+        is_same = cost["network"] in names and cost["scale"] == network.scale and cost["output"] == "1280x720"
+        if is_same and isinstance(cost["latency_ms"], int | float):
+            return cost["latency_ms"], cost.get("memory_mib")
+    print_note(f"{evaluation.name}: --cost has no latency at x{network.scale:g} and 1280x720, so it is not plotted.")
+    return None
+
+
+def _paper_points(dataset: str, scale: float) -> Iterator[_Point]:
+    for row in PAPER_ROWS:
+        cost, scores = paper_cost(row, scale), paper_scores(row, dataset, scale)
+        if cost and scores:
+            yield _Point(row, cost["flops_g"], scores["psnr"], color=_PAPER)
+
+
+def _draw_points(axes: Any, points: Sequence[_Point], *, label: str, panels: Mapping[str, Sequence[_Point]]) -> None:
+    largest = max(point.memory or 0 for points in panels.values() for point in points)
+    for point in points:
+        area, place = _LARGEST * point.memory / largest if point.memory else _UNKNOWN, (point.cost, point.psnr)
+        face = "none" if point.color == _PAPER else point.color
+        axes.scatter(*place, s=area, edgecolors=point.color, facecolors=face, alpha=0.8)
+        axes.annotate(point.label, place, (4, 6), textcoords="offset points", fontsize=8, color=point.color)
+    axes.set_xscale("log")
+    axes.margins(0.25)
+    axes.set_xlabel(label, fontsize=9)
+    axes.set_ylabel("PSNR, dB", fontsize=9)
+
+
+def plot_gains(folder: Path, gains: Sequence[Gains], baseline: str) -> None:
+    """Bars of the gains of all images: a PNG for each network."""
+
+    def draw(axes: Any, images: Mapping[str, float]) -> None:
+        colors = [_OURS if gain >= 0 else _LOSS for gain in images.values()]
+        axes.bar(range(len(images)), list(images.values()), color=colors, width=0.85)
+        if len(images) <= _MOST_LABELS:
+            axes.set_xticks(range(len(images)), list(images), rotation=90, fontsize=7)
+        else:
+            axes.set_xlabel(f"{len(images)} images", fontsize=9)
+        axes.axhline(0, color="0.3", linewidth=0.8)
+        axes.set_ylabel(f"PSNR over {baseline}, dB", fontsize=9)
+
+    for name in dict.fromkeys(each.scores.evaluation.name for each in gains):
+        panels = {each.scores.dataset: each.images for each in gains if each.scores.evaluation.name == name}
+        _plot(folder / f"gains_{name}.png", panels, draw)
+
+
+def _plot(file: Path, panels: Mapping[str, Data], draw: Callable[[Any, Data], None]) -> None:
+    """Write a PNG with a titled panel for each entry, drawn by `draw`."""
+    from matplotlib.figure import Figure  # not pyplot, which keeps figures and looks for a display
+
+    columns, rows = min(len(panels), _COLUMNS), math.ceil(len(panels) / _COLUMNS)
+    figure = Figure(figsize=(_PANEL[0] * columns, _PANEL[1] * rows), layout="constrained")
+    for index, (title, data) in enumerate(panels.items(), start=1):
+        axes = figure.add_subplot(rows, columns, index)
+        draw(axes, data)
+        axes.set_title(title, fontsize=10, loc="left")
+        axes.tick_params(labelsize=8)
+        axes.grid(True, color="0.92", linewidth=0.6)
+        axes.set_axisbelow(True)
+        axes.spines[["top", "right"]].set_visible(False)
+    png = io.BytesIO()
+    figure.savefig(png, format="png")
+    write_atomically(file, png.getvalue())
+
+
+def write_crops(folder: Path, gains: Gains, baseline: Evaluation | None) -> None:
+    """Pictures of the images where a network gains and loses most over a baseline, or over bicubic (None)."""
+    evaluation, dataset = gains.scores.evaluation, gains.scores.dataset
+    (best, *_), (*_, worst) = gains.images, gains.images
+    folder.mkdir(parents=True)
+    for image, below, gt in bicubic_images(gains.scores):
+        gain = gains.images.get(image, 0.0)
+        if not ((image == best and gain > 0) or (image == worst and gain < 0)):
+            continue
+        if baseline:
+            below = cv2.imread(str(baseline.result_file(dataset, image)))
+        result = cv2.imread(str(evaluation.result_file(dataset, image)))
+        panels = [
+            (baseline.name if baseline else "bicubic", below),
+            (f"{evaluation.name} {gain:+.2f} dB", result),
+        ]
+        if gain < 0:  # the detail is taken where the first panel differs most from the last
+            panels.reverse()
+        picture = side_by_side(dict([*panels, ("ground truth", gt)]))
+        kind = "gain" if gain > 0 else "loss"
+        write_atomically(folder / f"most_{kind}_{image}.png", encode_png(picture))
