@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import importlib
 import re
 import shlex
 from collections.abc import Iterator
@@ -35,7 +36,7 @@ def test_commands_are_understood(document: Path) -> None:
     for verb, *words in commands(document):
         assert verb in VERBS
         parser = argparse.ArgumentParser(exit_on_error=False)
-        VERBS[verb].add_arguments(parser)
+        importlib.import_module(f"esc_arch.cli.{verb}").add_arguments(parser)
         try:
             parser.parse_args(words)
         except (argparse.ArgumentError, SystemExit) as error:
