@@ -19,26 +19,19 @@ from esc_arch.models.pair_pool import PairPool
 
 __all__ = ["ESCRealGANModel", "ESCRealMSEModel"]
 
-#: Top-level options that BasicSR's degradations read, with the number of entries of those that are lists.
-_DEGRADATION_OPTIONS = {
-    "scale": 1,
-    "gt_size": 1,
-    **{
-        f"{name}{stage}": length
-        for stage in ("", "2")
-        for name, length in {
-            "resize_prob": 3,
-            "resize_range": 2,
-            "gaussian_noise_prob": 1,
-            "noise_range": 2,
-            "poisson_scale_range": 2,
-            "gray_noise_prob": 1,
-            "jpeg_range": 2,
-        }.items()
-    },
-    "second_blur_prob": 1,
+#: Options of BasicSR's degradations, with their numbers of entries; those here have a second stage (`2`).
+_TWICE = {
+    "resize_prob": 3,
+    "resize_range": 2,
+    "gaussian_noise_prob": 1,
+    "noise_range": 2,
+    "poisson_scale_range": 2,
+    "gray_noise_prob": 1,
+    "jpeg_range": 2,
 }
-#: What belongs to ESCModel's step, with the values that ask for nothing.
+_LENGTHS = _TWICE | {f"{key}2": length for key, length in _TWICE.items()}
+_LENGTHS |= {"scale": 1, "gt_size": 1, "second_blur_prob": 1}
+#: Options of ESCModel's step, with the values that change nothing.
 _STEP_OPTIONS: dict[str, tuple[Any, ...]] = {
     "amp": ("bf16",),
     "accumulate_grad": (1,),
@@ -50,67 +43,57 @@ _STEP_OPTIONS: dict[str, tuple[Any, ...]] = {
 _DATASET_SIZE = 400
 
 
-class _ContiguousJPEG(DiffJPEG):
-    """DiffJPEG whose result is contiguous: on CPUs `filter2D` fails with others (fault 23)."""
-
-    def forward(self, x: Tensor, quality: Any) -> Tensor:
-        compressed: Tensor = super().forward(x, quality)
-        return compressed.contiguous()
-
-
-class _ContiguousUSM(USMSharp):
-    """USMSharp that takes any layout (fault 23)."""
-
-    def forward(self, img: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        sharp: Tensor = super().forward(img.contiguous(), *args, **kwargs)
-        return sharp
-
-
 class _RealTraining:
-    """What is changed of BasicSR's two models; goes before them among the bases, and `ESCModel` after them.
+    """Changes of BasicSR's two models; goes before them among the bases, and `ESCModel` after them.
 
     - They run on the device of the options, not on CUDA only (fault 23).
-    - The training-pair pool takes batches of any size (`PairPool`). It is not saved: a resumed run fills it again.
+    - The training-pair pool takes any queue size (`PairPool`). It is not saved: a resumed run fills it again.
     - Validation is `ESCModel`'s, for images of any size and with its options; sharpening, which needs more than 25
       pixels a side, is left to training.
     """
 
     usm_options: tuple[str, ...]
-
-    def __init__(self, opt: dict[str, Any]) -> None:
-        # Not the constructors of BasicSR's two models: they do just this, on CUDA
-        ESCModel.__init__(self, opt)  # type: ignore[arg-type]
-        self.jpeger = _ContiguousJPEG(differentiable=False).to(self.device)
-        self.usm_sharpener = _ContiguousUSM().to(self.device)
-        self.pool = PairPool(opt.get("queue_size", 180))
-
     device: Any
     is_train: bool
     lq: Tensor
     gt: Tensor
 
+    def __init__(self, opt: dict[str, Any]) -> None:
+        # Not the constructors of BasicSR's two models: they do just this, on CUDA
+        ESCModel.__init__(self, opt)  # type: ignore[arg-type]
+        self.jpeger = DiffJPEG(differentiable=False).to(self.device)
+        # On CPUs `filter2D`, which comes next, takes contiguous images alone (fault 23)
+        self.jpeger.register_forward_hook(lambda _, __, image: image.contiguous())
+        self.usm_sharpener = USMSharp().to(self.device)
+        self.pool = PairPool(opt.get("queue_size", 180))
+
     @classmethod
     def option_problems(cls, opt: Mapping[str, Any]) -> Iterator[str]:
-        """What is wrong with the degradations' options of a training: BasicSR fails in its first iterations."""
+        """Invalid options of the degradations, with which BasicSR would fail in its first iterations."""
         yield from super().option_problems(opt)  # type: ignore[misc]
         if not opt.get("high_order_degradation", True):
             return
         for key in cls.usm_options:
             if not isinstance(opt.get(key), bool):
-                yield f"{key}: {opt.get(key)!r} given; must be true or false: whether this target is sharpened"
-        for key, length in _DEGRADATION_OPTIONS.items():
+                yield f"{key}: {opt.get(key)!r} given; must be true or false: true sharpens this target"
+        for key, length in _LENGTHS.items():
             value = opt.get(key)
             given = value if length > 1 and isinstance(value, list) else [value]
             if len(given) != length or not all(_is_number(entry) for entry in given):
                 wanted = "a number" if length == 1 else f"a list of {length} numbers"
                 yield f"{key}: {value!r} given; must be {wanted}. {opt['model_type']} makes LQ images with it"
-        yield from _gt_size_problem(opt)
-        size = opt.get("queue_size", 180)
-        if not isinstance(size, int) or isinstance(size, bool) or size < 0:
-            yield f"queue_size: {size!r} given; must be a number of pairs, such as 180, or 0 for no training-pair pool"
+        size, scale = opt.get("gt_size"), opt.get("scale")
+        if isinstance(size, int) and isinstance(scale, int) and scale >= 1:
+            if size < 1 or size % scale:
+                yield f"gt_size: {size} given; must be a multiple of scale {scale}, such as {64 * scale}"
+            if opt["datasets"].get("train", {}).get("type") == "RealESRGANDataset" and size > _DATASET_SIZE:
+                yield f"gt_size: {size} given; RealESRGANDataset cuts images to {_DATASET_SIZE} pixels: give no more"
+        queue = opt.get("queue_size", 180)
+        if not isinstance(queue, int) or isinstance(queue, bool) or queue < 0:
+            yield f"queue_size: {queue!r} given; must be a number of pairs, such as 180, or 0 for no training-pair pool"
 
     def feed_data(self, data: dict[str, Any]) -> None:
-        """Take a batch; in training it is made LQ on the device: `gt` (B, 3, H, W) and the blur kernels (B, k, k)."""
+        """Take a batch; in training LQ is made of it on the device: `gt` (B, 3, H, W), blur kernels (B, k, k)."""
         if self.is_train:
             contiguous = {k: v.contiguous() if isinstance(v, Tensor) else v for k, v in data.items()}
             super().feed_data(contiguous)  # type: ignore[misc]
@@ -118,17 +101,7 @@ class _RealTraining:
             ESCModel.feed_data(self, data)  # type: ignore[arg-type]
 
     def _dequeue_and_enqueue(self) -> None:
-        self.lq, self.gt = self.pool.exchange(self.lq, self.gt)
-
-
-def _gt_size_problem(opt: Mapping[str, Any]) -> Iterator[str]:
-    size, scale = opt.get("gt_size"), opt.get("scale")
-    if not isinstance(size, int) or not isinstance(scale, int) or scale < 1:
-        return
-    if size < 1 or size % scale:
-        yield f"gt_size: {size} given; must be a multiple of scale {scale}, such as {64 * scale}"
-    if opt["datasets"].get("train", {}).get("type") == "RealESRGANDataset" and size > _DATASET_SIZE:
-        yield f"gt_size: {size} given; RealESRGANDataset cuts its images to {_DATASET_SIZE} pixels: give no more"
+        self.lq, self.gt = self.pool.exchange(self.lq, self.gt.contiguous())
 
 
 def _is_number(value: Any) -> bool:
@@ -140,7 +113,7 @@ class ESCRealMSEModel(_RealTraining, RealESRNetModel, ESCModel):
 
     Options beyond `ESCModel`'s stand at the top level of the file:
 
-     - ``gt_usm``: whether the target is sharpened (unsharp masking).
+     - ``gt_usm``: true sharpens the target (unsharp masking).
      - ``queue_size``: pairs in the training-pair pool (180).
      - ``gt_size`` and the degradations' probabilities and ranges, by Real-ESRGAN's names; see
        options/train_ESC_Real_x4_mse.yml.
@@ -168,13 +141,15 @@ class ESCRealGANModel(_RealTraining, RealESRGANModel, ESCModel):
     @classmethod
     def option_problems(cls, opt: Mapping[str, Any]) -> Iterator[str]:
         yield from super().option_problems(opt)
-        for key in [key for key in _STEP_OPTIONS if opt["train"].get(key) not in (None, *_STEP_OPTIONS[key])]:
-            yield (
-                f"train:{key}: {opt['train'][key]!r} given; {opt['model_type']}, whose step is BasicSR's, does not "
-                f"have it. Remove it (amp: bf16 and the other options of speed work)"
-            )
+        train = opt["train"]
+        for key, neutral in _STEP_OPTIONS.items():
+            if train.get(key) not in (None, *neutral):
+                yield (
+                    f"train:{key}: {train[key]!r} given; {opt['model_type']}, whose step is BasicSR's, does not "
+                    f"have it. Remove it (amp: bf16 and the other options of speed work)"
+                )
         if not opt.get("network_d"):
             yield "network_d: missing; this model needs the discriminator, such as {type: UNetDiscriminatorSN, ...}"
         for key in ("gan_opt", "optim_d"):
-            if not opt["train"].get(key):
+            if not train.get(key):
                 yield f"train:{key}: missing; {opt['model_type']} needs it"

@@ -213,7 +213,7 @@ class TrainingRun:
         for loader in self._val_loaders:
             if _name_of(loader) in done:
                 self.has_validated(loader, self.start_iteration)
-            elif due and is_kept and getattr(self._model, "keeps_figures", False):
+            elif due and is_kept and getattr(self._model, "logs_complete_validations", False):
                 tb_logger = self._log.tb_logger if self._log is not None else None
                 self._model.validation(loader, self.start_iteration, tb_logger, self._opt["val"]["save_img"])
 
