@@ -2,7 +2,7 @@
 
 The message of a process that fails goes through a store of keys that all processes reach: the one of the rendezvous,
 which torchrun's agent on the first machine serves, or without an agent (Slurm) the process of rank 0. In every process
-a thread looks there once a second, so that a process whose main thread waits in a collective comes to know as well.
+a thread looks there once a second, so that a process whose main thread waits in a collective notices as well.
 
 A process that is killed (SIGKILL, out of memory) says nothing. Gloo, which every run has beside NCCL, raises in the
 others at their next agreement, and torchrun sends them SIGTERM. Where their main thread is stuck in NCCL, so that no
@@ -27,7 +27,7 @@ from typing import NoReturn
 
 import torch.distributed as dist
 
-__all__ = ["FailureMonitor", "current_watcher", "expect_progress", "progress", "start_watcher", "stop_watcher"]
+__all__ = ["FailureMonitor", "current_monitor", "progress", "start_monitor", "stop_monitor"]
 
 #: Seconds between two looks into the store.
 _POLL = 1.0
@@ -35,70 +35,62 @@ _POLL = 1.0
 _READING = 3.0
 #: Seconds by which the others end after the process that failed, so that torchrun names that one as the first.
 _PRECEDENCE = 1.0
-#: Seconds in which a main thread must show that it goes on after SIGTERM or SIGINT. torchrun and Slurm kill after 30.
+#: Seconds in which a main thread must make progress after SIGTERM or SIGINT. torchrun and Slurm kill after 30.
 _GRACE = 15.0
-#: Seconds that a process which fails may take to clean up before it is ended.
+#: Seconds that a failing process may take to clean up before it is ended.
 _CLEANING = 15.0
 
 _FAILURE, _READERS = "failure", "readers"
 
-_watcher: FailureMonitor | None = None
+_monitor: FailureMonitor | None = None
 
 
-def start_watcher(store: dist.Store, run: str) -> None:
+def start_monitor(store: dist.Store, run: str) -> None:
     """Begin to watch the other processes of the default group.
 
     Args:
         store: the rendezvous's.
         run: a name that all processes give, and no earlier start of them gave: torchrun's store outlives a restart.
     """
-    global _watcher
+    global _monitor
     keys = dist.PrefixStore(f"esc_arch/{run}", _own_connection(store))
-    _watcher = FailureMonitor(keys, dist.get_rank(), dist.get_world_size())
-    _watcher.start()
+    _monitor = FailureMonitor(keys, dist.get_rank(), dist.get_world_size())
+    _monitor.start()
 
 
-def stop_watcher() -> None:
+def stop_monitor() -> None:
     """End watching; nothing if it never began."""
-    global _watcher
-    if _watcher is not None:
-        _watcher.stop()
-        _watcher = None
+    global _monitor
+    if _monitor is not None:
+        _monitor.stop()
+        _monitor = None
 
 
-def current_watcher() -> FailureMonitor | None:
-    """The watcher of this process, if it is one of several that joined."""
-    return _watcher
+def current_monitor() -> FailureMonitor | None:
+    """The monitor of this process, if it is one of several that joined."""
+    return _monitor
 
 
 def progress() -> None:
     """Say that this process's main thread goes on; for signal handlers too, whose running shows just that."""
-    if _watcher is not None:
-        _watcher.progress()
-
-
-def expect_progress(seconds: float = _GRACE) -> None:
-    """End this process, with exit status 1, if `progress` is not called within `seconds`."""
-    if _watcher is not None:
-        _watcher.expect_progress(seconds)
+    if _monitor is not None:
+        _monitor.progress()
 
 
 def _own_connection(store: dist.Store) -> dist.Store:
     """Another connection to the same keys: one on which the main thread waits serves no one else."""
     while isinstance(store, dist.PrefixStore):
         store = store.underlying_store
-    if isinstance(store, dist.TCPStore):
-        return dist.TCPStore(
-            store.host, store.port, is_master=False, wait_for_workers=False, timeout=timedelta(seconds=30)
-        )
-    return store
+    if not isinstance(store, dist.TCPStore):
+        return store
+    return dist.TCPStore(store.host, store.port, is_master=False, wait_for_workers=False, timeout=timedelta(seconds=30))
 
 
 class FailureMonitor:
     """A thread that ends this process when another one has failed, or when its own main thread is stuck.
 
-    Stuck is a main thread that was sent SIGTERM or SIGINT, or of which `expect_progress` was asked, and that did not
-    call `progress` in time. The thread sees signals for which Python has a handler even where the handler cannot run.
+    A main thread is stuck if it was sent SIGTERM or SIGINT and did not call `progress` in time. The thread sees signals
+    for which Python has a handler even where the handler cannot run.
 
     To be started and stopped in the main thread; otherwise signals are not seen.
     """
@@ -113,7 +105,7 @@ class FailureMonitor:
         self._lock = threading.RLock()  # re-entrant: a signal handler calls progress() in the midst of progress()
         self._receiving, self._sending = socket.socketpair()
         self._earlier_wakeup: int | None = None
-        self._thread = threading.Thread(target=self._watch, name="esc_arch-watcher", daemon=True)
+        self._thread = threading.Thread(target=self._watch, name="esc_arch-monitor", daemon=True)
 
     def start(self) -> None:
         for end in (self._receiving, self._sending):
@@ -137,7 +129,7 @@ class FailureMonitor:
         self._sending.close()
 
     def fail(self, status: int, message: str) -> None:
-        """Tell the others that this process ends with `status`, and see to it that it does.
+        """Tell the others that this process ends with `status`, and make sure that it does.
 
         Does not return if another one failed first.
         """
@@ -159,9 +151,6 @@ class FailureMonitor:
                 self._deadline = None
                 self._receiving.recv(4096)  # signals that the thread has not noticed yet
 
-    def expect_progress(self, seconds: float, status: int = 1, reason: str = "it was expected to go on") -> None:
-        self._deadline = (time.monotonic() + seconds, status, f"made no progress for {seconds:g} s after {reason}")
-
     def _watch(self) -> None:
         while not self._stopping:
             if select.select([self._receiving], [], [], self._poll)[0]:
@@ -172,6 +161,14 @@ class FailureMonitor:
             if not (self._stopping or self._failing):
                 self._look_at_others()
 
+    def _note_signals(self) -> None:
+        with self._lock, suppress(BlockingIOError):  # the main thread may have taken them meanwhile
+            numbers = self._receiving.recv(4096)
+            for number in (signal.SIGTERM, signal.SIGINT):
+                if number in numbers and self._deadline is None:
+                    reason = f"made no progress for {_GRACE:g} s after {signal.Signals(number).name}"
+                    self._deadline = (time.monotonic() + _GRACE, 128 + number, reason)
+
     def _look_at_others(self) -> None:
         try:
             if not self._store.check([_FAILURE]):
@@ -181,13 +178,6 @@ class FailureMonitor:
             self._end(1, "the rendezvous is lost: rank 0, or the torchrun that served it, was killed")
         if failure["rank"] != self._rank:
             self._end(failure["status"], f"rank {failure['rank']} failed: {failure['message']}", told=True)
-
-    def _note_signals(self) -> None:
-        with self._lock, suppress(BlockingIOError):  # the main thread may have taken them meanwhile
-            numbers = self._receiving.recv(4096)
-            for number in (signal.SIGTERM, signal.SIGINT):
-                if number in numbers and self._deadline is None:
-                    self.expect_progress(_GRACE, 128 + number, signal.Signals(number).name)
 
     def _end(self, status: int, why: str, *, told: bool = False) -> NoReturn:
         print(f"{why}; stopping", file=sys.stderr, flush=True)
