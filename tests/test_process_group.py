@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import signal
 import socket
 import sys
 import threading
@@ -51,7 +50,6 @@ def test_a_process_alone_agrees_with_itself() -> None:
     agreement.finish()
     assert distributed.gather_objects("mine") == ["mine"]
     distributed.wait_for_all()
-    distributed.progress()
 
 
 @pytest.mark.parametrize("error", [ValueError("one bad image"), KeyboardInterrupt(), SystemExit(143)])
@@ -224,47 +222,11 @@ def test_a_failure_ends_the_others(monitors: list[FailureMonitor], exits: Exits,
 def test_cleaning_up_after_a_failure_has_an_end(
     monitors: list[FailureMonitor], exits: Exits, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:
+    monkeypatch.setattr(failure_monitor, "_READING", 0.1)
     monkeypatch.setattr(failure_monitor, "_CLEANING", 0.1)
     monitors[0].fail(2, "message")
-    monitors[0].progress()
     wait_until(lambda: exits.count(2) == 2)
     assert "rank 0 hangs after its failure; stopping\n" in capsys.readouterr().err
-
-
-def test_a_signal_reaches_a_process_that_is_stuck(exits: Exits, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
-    """Python runs no handler while the main thread waits in C++, as it does for a peer that is gone."""
-    monkeypatch.setattr(failure_monitor, "_GRACE", 0.1)
-    handled: list[int] = []
-    ended_before_handler: list[bool] = []
-    monkeypatch.setattr(
-        failure_monitor, "_exit", lambda status: (ended_before_handler.append(not handled), exits(status))
-    )
-    earlier = signal.signal(signal.SIGTERM, lambda number, frame: handled.append(number))
-    stuck = FailureMonitor(dist.HashStore(), 0, 2, poll=0.01)
-    stuck.start()
-    try:
-        threading.Timer(0.1, os.kill, (os.getpid(), signal.SIGTERM)).start()
-        with pytest.raises(RuntimeError):
-            dist.HashStore().wait(["never"], timedelta(seconds=2))
-    finally:
-        stuck.stop()
-        signal.signal(signal.SIGTERM, earlier)
-    assert (exits, ended_before_handler) == ([128 + signal.SIGTERM], [True])
-    assert capsys.readouterr().err == "rank 0 made no progress for 0.1 s after SIGTERM; stopping\n"
-
-
-def test_a_signal_that_is_handled_ends_nothing(exits: Exits, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(failure_monitor, "_GRACE", 0.05)
-    going_on = FailureMonitor(dist.HashStore(), 0, 2, poll=0.01)
-    earlier = signal.signal(signal.SIGTERM, lambda number, frame: going_on.progress())
-    going_on.start()
-    for _ in range(20):  # the handler may run before the monitor sees the signal, or after
-        os.kill(os.getpid(), signal.SIGTERM)
-        time.sleep(0.01)
-    time.sleep(0.2)
-    going_on.stop()
-    signal.signal(signal.SIGTERM, earlier)
-    assert exits == []
 
 
 def test_a_rendezvous_that_is_lost(exits: Exits, capsys: pytest.CaptureFixture) -> None:
@@ -281,12 +243,12 @@ def test_a_rendezvous_that_is_lost(exits: Exits, capsys: pytest.CaptureFixture) 
 
 
 def test_a_monitor_leaves_nothing_behind(exits: Exits) -> None:
-    threads, wakeup = threading.active_count(), signal.set_wakeup_fd(-1)
+    threads = threading.active_count()
     one = FailureMonitor(dist.HashStore(), 0, 1, poll=ENOUGH)
     one.start()
     assert threading.active_count() == threads + 1
     one.stop()
-    assert (threading.active_count(), signal.set_wakeup_fd(wakeup)) == (threads, wakeup)
+    assert threading.active_count() == threads
 
 
 def test_a_monitor_has_a_connection_of_its_own() -> None:

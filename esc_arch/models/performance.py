@@ -112,33 +112,11 @@ def eager(net: nn.Module) -> Iterator[None]:
         net._compiled_call_impl = compiled
 
 
-def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool)
-
-
-def _is_flag(value: Any) -> bool:
-    return isinstance(value, bool)
-
-
-#: option: what tells valid values, and how messages describe these
-_VALID: dict[str, tuple[Any, str]] = {
-    "amp": (lambda value: value in tuple(_PRECISIONS), f"{' or '.join(_PRECISIONS)}, or ~ for float32"),
-    "channels_last": (_is_flag, "true or false"),
-    "compile": (
-        lambda value: _is_flag(value) or value in COMPILE_MODES,
-        f"true, false or one of {', '.join(COMPILE_MODES)}",
-    ),
-    "accumulate_grad": (
-        lambda value: isinstance(value, int) and _is_number(value) and value >= 1,
-        "the number of parts of a batch, 1 or more",
-    ),
-    "gradient_clip": (
-        lambda value: _is_number(value) and value > 0,
-        "a positive number, the largest norm, such as 1.0",
-    ),
-    "tf32": (_is_flag, "true or false"),
-    "activation_checkpointing": (_is_flag, "true or false"),
-    "nonfinite": (lambda value: value in ("stop", "skip"), "stop (the default) or skip"),
+#: Values of options that are names; other values are checked with the types of all keys.
+_CHOICES: dict[str, tuple[Any, ...]] = {
+    "amp": tuple(_PRECISIONS),
+    "compile": (True, False, *COMPILE_MODES),
+    "nonfinite": ("stop", "skip"),
 }
 #: Options of the published `ESRModel` that are not supported.
 _UNSUPPORTED = {
@@ -151,14 +129,21 @@ _UNSUPPORTED = {
 
 
 def performance_problems(opt: Mapping[str, Any], net: type[Any] | None) -> Iterator[str]:
-    """Invalid values among these options and those of the published model; `net` is the class of network_g."""
+    """What does not go together in these options and those of the published model; `net` is network_g's class."""
     train = opt.get("train") or {}
-    for key, (is_valid, wanted) in _VALID.items():
-        if train.get(key) is not None and not is_valid(train[key]):
-            yield f"train:{key}: {train[key]!r} given; must be {wanted}"
-    parts = train.get("accumulate_grad")
+    for key, choices in _CHOICES.items():
+        if train.get(key) not in (None, *choices):
+            yield f"train:{key}: {train[key]!r} given; must be one of {', '.join(str(each) for each in choices)}"
+    parts, perceptual = train.get("accumulate_grad"), train.get("perceptual_opt")
     if isinstance(parts, int) and parts > 1:
-        yield from _accumulation_problems(opt, parts)
+        batch = (opt["datasets"].get("train") or {}).get("batch_size_per_gpu")
+        if isinstance(batch, int) and batch % parts:
+            yield (
+                f"train:accumulate_grad: {parts} given; it must divide datasets:train:batch_size_per_gpu, {batch}, "
+                f"because it is the number of equal parts that a batch is computed in"
+            )
+        if isinstance(perceptual, Mapping) and perceptual.get("criterion") == "fro":
+            yield "train:accumulate_grad: does not go with perceptual_opt:criterion: fro, a norm over the whole batch"
     if train.get("activation_checkpointing") and net is not None and not issubclass(net, ESCFamily):
         yield f"train:activation_checkpointing: only for networks of the ESC family, not for {net.__name__}. Remove it"
     yield from (f"train:{key}: {advice}" for key, advice in _UNSUPPORTED.items() if train.get(key))
@@ -170,15 +155,3 @@ def performance_problems(opt: Mapping[str, Any], net: type[Any] | None) -> Itera
     if use_ema is not None and bool(use_ema) != (decay != 0):
         wanted = "give ema_decay, such as 0.999" if use_ema else "give ema_decay: 0 for no average"
         yield f"train:use_ema: {use_ema} given, and ema_decay is {decay}. Remove use_ema, or {wanted}"
-
-
-def _accumulation_problems(opt: Mapping[str, Any], parts: int) -> Iterator[str]:
-    batch = (opt["datasets"].get("train") or {}).get("batch_size_per_gpu")
-    if isinstance(batch, int) and batch % parts:
-        yield (
-            f"train:accumulate_grad: {parts} given; it must divide datasets:train:batch_size_per_gpu, {batch}, because "
-            f"it is the number of equal parts that a batch is computed in"
-        )
-    perceptual = opt["train"].get("perceptual_opt")
-    if isinstance(perceptual, Mapping) and perceptual.get("criterion") == "fro":
-        yield "train:accumulate_grad: does not go with perceptual_opt:criterion: fro, a norm over the whole batch"

@@ -19,18 +19,9 @@ from esc_arch.models.pair_pool import PairPool
 
 __all__ = ["ESCRealGANModel", "ESCRealMSEModel"]
 
-#: Options of BasicSR's degradations, with their numbers of entries; those here have a second stage (`2`).
-_TWICE = {
-    "resize_prob": 3,
-    "resize_range": 2,
-    "gaussian_noise_prob": 1,
-    "noise_range": 2,
-    "poisson_scale_range": 2,
-    "gray_noise_prob": 1,
-    "jpeg_range": 2,
-}
-_LENGTHS = _TWICE | {f"{key}2": length for key, length in _TWICE.items()}
-_LENGTHS |= {"scale": 1, "gt_size": 1, "second_blur_prob": 1}
+#: Options that BasicSR's degradations need: of a stage, for which `2` is added in the second one, and of both.
+_OF_STAGE = "resize_prob resize_range gaussian_noise_prob noise_range poisson_scale_range gray_noise_prob jpeg_range"
+_NEEDED = (*_OF_STAGE.split(), *(f"{key}2" for key in _OF_STAGE.split()), "second_blur_prob", "scale", "gt_size")
 #: Options of ESCModel's step, with the values that change nothing.
 _STEP_OPTIONS: dict[str, tuple[Any, ...]] = {
     "amp": ("bf16",),
@@ -65,7 +56,7 @@ class _RealTraining:
         # On CPUs `filter2D`, which comes next, takes contiguous images alone (fault 23)
         self.jpeger.register_forward_hook(lambda _, __, image: image.contiguous())
         self.usm_sharpener = USMSharp().to(self.device)
-        self.pool = PairPool(opt.get("queue_size", 180))
+        self.pool = PairPool(int(opt.get("queue_size", 180)))
 
     @classmethod
     def option_problems(cls, opt: Mapping[str, Any]) -> Iterator[str]:
@@ -76,21 +67,15 @@ class _RealTraining:
         for key in cls.usm_options:
             if not isinstance(opt.get(key), bool):
                 yield f"{key}: {opt.get(key)!r} given; must be true or false: true sharpens this target"
-        for key, length in _LENGTHS.items():
-            value = opt.get(key)
-            given = value if length > 1 and isinstance(value, list) else [value]
-            if len(given) != length or not all(_is_number(entry) for entry in given):
-                wanted = "a number" if length == 1 else f"a list of {length} numbers"
-                yield f"{key}: {value!r} given; must be {wanted}. {opt['model_type']} makes LQ images with it"
+        for key in _NEEDED:
+            if opt.get(key) is None:
+                yield f"{key}: missing; {opt['model_type']} makes LQ images with it"
         size, scale = opt.get("gt_size"), opt.get("scale")
         if isinstance(size, int) and isinstance(scale, int) and scale >= 1:
             if size < 1 or size % scale:
                 yield f"gt_size: {size} given; must be a multiple of scale {scale}, such as {64 * scale}"
             if opt["datasets"].get("train", {}).get("type") == "RealESRGANDataset" and size > _DATASET_SIZE:
                 yield f"gt_size: {size} given; RealESRGANDataset cuts images to {_DATASET_SIZE} pixels: give no more"
-        queue = opt.get("queue_size", 180)
-        if not isinstance(queue, int) or isinstance(queue, bool) or queue < 0:
-            yield f"queue_size: {queue!r} given; must be a number of pairs, such as 180, or 0 for no training-pair pool"
 
     def feed_data(self, data: dict[str, Any]) -> None:
         """Take a batch; in training LQ is made of it on the device: `gt` (B, 3, H, W), blur kernels (B, k, k)."""
@@ -102,10 +87,6 @@ class _RealTraining:
 
     def _dequeue_and_enqueue(self) -> None:
         self.lq, self.gt = self.pool.exchange(self.lq, self.gt.contiguous())
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool)
 
 
 class ESCRealMSEModel(_RealTraining, RealESRNetModel, ESCModel):

@@ -7,7 +7,7 @@ matches dots too.
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from fnmatch import fnmatchcase
 from typing import Any
 
@@ -17,32 +17,27 @@ from esc_arch.errors import UserError
 
 __all__ = ["freeze", "option_problems", "parameter_groups", "pattern_problems"]
 
-logger = logging.getLogger("basicsr")
-
 
 def option_problems(train_options: Mapping[str, Any]) -> Iterator[str]:
-    """What is wrong with the form of `freeze` and `lr_factors`."""
-    patterns = train_options.get("freeze")
+    """Invalid forms of `freeze` and `lr_factors`."""
+    patterns, factors = train_options.get("freeze"), train_options.get("lr_factors")
     if patterns is not None and not (isinstance(patterns, list) and all(isinstance(entry, str) for entry in patterns)):
         yield f"train:freeze: {patterns!r} given; must be a list of patterns of parameter names, such as ['blocks.0.*']"
-    factors = train_options.get("lr_factors")
-    if factors is None:
-        return
-    if not isinstance(factors, dict):
+    if factors is not None and not isinstance(factors, dict):
         yield f"train:lr_factors: {factors!r} given; must be a mapping of patterns, such as {{'to_img.*': 10}}"
         return
-    for pattern, factor in factors.items():
+    for pattern, factor in (factors or {}).items():
         if not isinstance(factor, int | float) or isinstance(factor, bool) or factor <= 0:
             yield f"train:lr_factors:{pattern}: {factor!r} given; must be a number above 0. To keep it as it is: freeze"
 
 
 def pattern_problems(net: nn.Module, train_options: Mapping[str, Any]) -> Iterator[str]:
-    """What of `freeze` and `lr_factors`, in proper form, does not go with a network."""
+    """Patterns of `freeze` and `lr_factors` that match nothing of a network, or change nothing."""
     names = [name for name, _ in net.named_parameters()]
     patterns, factors = _options(train_options)
     for key, given in (("freeze", patterns), ("lr_factors", factors)):
         for pattern in given:
-            if not _matching(names, pattern):
+            if not _matches(names, pattern):
                 some = ", ".join(names[:: max(1, len(names) // 5)])
                 yield (
                     f"train:{key}: {pattern!r} matches no parameter of {type(net).__name__}, which has {some} and "
@@ -52,7 +47,7 @@ def pattern_problems(net: nn.Module, train_options: Mapping[str, Any]) -> Iterat
     if not rest:
         yield f"train:freeze: {patterns} leave no parameter of {type(net).__name__} to be trained. Take one out"
     for pattern in factors:
-        if not _matching(rest, pattern) and _matching(names, pattern):
+        if not _matches(rest, pattern) and _matches(names, pattern):
             yield (
                 f"train:lr_factors: {pattern!r} changes nothing: all that it matches is frozen or follows an earlier "
                 f"pattern. Put it before the others, or take it out"
@@ -88,29 +83,25 @@ def parameter_groups(net: nn.Module, train_options: Mapping[str, Any]) -> list[d
         raise UserError("; ".join(problems) + ".")
     freeze(net, train_options)
     patterns, factors = _options(train_options)
-    groups: dict[str | None, list[nn.Parameter]] = {None: [], **{pattern: [] for pattern in factors}}
+    groups: dict[str, list[nn.Parameter]] = {"": [], **{pattern: [] for pattern in factors}}
     frozen = []
     for name, parameter in net.named_parameters():
         if parameter.requires_grad:
-            groups[next((pattern for pattern in factors if fnmatchcase(name, pattern)), None)].append(parameter)
+            groups[next((pattern for pattern in factors if fnmatchcase(name, pattern)), "")].append(parameter)
         else:
             frozen.append(name)
     if frozen:
         by = f" by train: freeze: {', '.join(patterns)}" if patterns else ""
-        logger.info("%d parameter tensors are frozen%s: %s.", len(frozen), by, ", ".join(frozen))
+        logging.getLogger("basicsr").info("%d parameter tensors are frozen%s: %s.", len(frozen), by, ", ".join(frozen))
     if not factors:
-        return [{"params": groups[None]}]
+        return [{"params": groups[""]}]
     rate = train_options["optim_g"]["lr"]
-    return [
-        {"params": parameters, "lr": rate if pattern is None else rate * factors[pattern]}
-        for pattern, parameters in groups.items()
-        if parameters
-    ]
+    return [{"params": group, "lr": rate * factors.get(pattern, 1)} for pattern, group in groups.items() if group]
 
 
 def _options(train_options: Mapping[str, Any]) -> tuple[list[str], dict[str, float]]:
     return train_options.get("freeze") or [], train_options.get("lr_factors") or {}
 
 
-def _matching(names: Iterable[str], pattern: str) -> list[str]:
-    return [name for name in names if fnmatchcase(name, pattern)]
+def _matches(names: list[str], pattern: str) -> bool:
+    return any(fnmatchcase(name, pattern) for name in names)

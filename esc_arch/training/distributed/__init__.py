@@ -1,7 +1,6 @@
 """Several processes that train one network: who started them, joining them, agreeing, and failing together."""
 
 from .collectives import Agreement, gather_objects, wait_for_all
-from .failure_monitor import progress
 from .launch import abort_all_ranks, init_dist, print_note, resolve_launcher, take_notes
 
 __all__ = [
@@ -10,7 +9,6 @@ __all__ = [
     "gather_objects",
     "init_dist",
     "print_note",
-    "progress",
     "resolve_launcher",
     "take_notes",
     "wait_for_all",

@@ -18,8 +18,6 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from .failure_monitor import progress
-
 __all__ = ["Agreement", "close_control_group", "gather_objects", "open_control_group", "wait_for_all"]
 
 #: Longer than any validation, but finite.
@@ -63,7 +61,6 @@ class Agreement:
             answer = bool(flags)
         flags = torch.tensor([flag], dtype=torch.uint8)
         self._pending = dist.all_reduce(flags, dist.ReduceOp.MAX, group=_group, async_op=True), flags
-        progress()
         return answer
 
     def finish(self) -> None:
@@ -89,4 +86,3 @@ def wait_for_all() -> None:
     while not work.is_completed():  # wait() would keep Python's signal handlers from running
         time.sleep(_POLL)
     work.wait()
-    progress()

@@ -1,12 +1,11 @@
-"""A thread in every process of a run that ends it when another one fails, or when it is stuck itself.
+"""A thread in every process of a run that ends it when another one fails.
 
 The message of a process that fails goes through a store of keys that all processes reach: the one of the rendezvous,
 which torchrun's agent on the first machine serves, or without an agent (Slurm) the process of rank 0. In every process
 a thread looks there once a second, so that a process whose main thread waits in a collective notices as well.
 
 A process that is killed (SIGKILL, out of memory) says nothing. Gloo, which every run has beside NCCL, raises in the
-others at their next agreement, and torchrun sends them SIGTERM. Where their main thread is stuck in NCCL, so that no
-signal handler of Python's runs, the same thread ends them.
+others at their next agreement; torchrun and Slurm end those that are stuck in NCCL.
 """
 
 from __future__ import annotations
@@ -15,9 +14,6 @@ import atexit
 import json
 import multiprocessing
 import os
-import select
-import signal
-import socket
 import sys
 import threading
 import time
@@ -27,7 +23,7 @@ from typing import NoReturn
 
 import torch.distributed as dist
 
-__all__ = ["FailureMonitor", "current_monitor", "progress", "start_monitor", "stop_monitor"]
+__all__ = ["FailureMonitor", "report_failure", "start_monitor", "stop_monitor"]
 
 #: Seconds between two looks into the store.
 _POLL = 1.0
@@ -35,8 +31,6 @@ _POLL = 1.0
 _READING = 3.0
 #: Seconds by which the others end after the process that failed, so that torchrun names that one as the first.
 _PRECEDENCE = 1.0
-#: Seconds in which a main thread must make progress after SIGTERM or SIGINT. torchrun and Slurm kill after 30.
-_GRACE = 15.0
 #: Seconds that a failing process may take to clean up before it is ended.
 _CLEANING = 15.0
 
@@ -66,15 +60,10 @@ def stop_monitor() -> None:
         _monitor = None
 
 
-def current_monitor() -> FailureMonitor | None:
-    """The monitor of this process, if it is one of several that joined."""
-    return _monitor
-
-
-def progress() -> None:
-    """Say that this process's main thread goes on; for signal handlers too, whose running shows just that."""
+def report_failure(status: int, message: str) -> None:
+    """See `FailureMonitor.fail`; nothing in a process that is alone."""
     if _monitor is not None:
-        _monitor.progress()
+        _monitor.fail(status, message)
 
 
 def _own_connection(store: dist.Store) -> dist.Store:
@@ -87,46 +76,24 @@ def _own_connection(store: dist.Store) -> dist.Store:
 
 
 class FailureMonitor:
-    """A thread that ends this process when another one has failed, or when its own main thread is stuck.
-
-    A main thread is stuck if it was sent SIGTERM or SIGINT and did not call `progress` in time. The thread sees signals
-    for which Python has a handler even where the handler cannot run.
-
-    To be started and stopped in the main thread; otherwise signals are not seen.
-    """
+    """A thread that ends this process when another one has failed, or when it hangs after its own failure."""
 
     def __init__(self, store: dist.Store, rank: int, world_size: int, *, poll: float = _POLL) -> None:
         self._store = store
         self._rank = rank
         self._world_size = world_size
         self._poll = poll
-        self._deadline: tuple[float, int, str] | None = None  # when, the exit status then, and why
-        self._stopping = self._failing = False
-        self._lock = threading.RLock()  # re-entrant: a signal handler calls progress() in the midst of progress()
-        self._receiving, self._sending = socket.socketpair()
-        self._earlier_wakeup: int | None = None
+        self._stopping = threading.Event()
+        self._deadline: tuple[float, int] | None = None  # of a failure of its own: when to end, and the exit status
         self._thread = threading.Thread(target=self._watch, name="esc_arch-monitor", daemon=True)
 
     def start(self) -> None:
-        for end in (self._receiving, self._sending):
-            end.setblocking(False)
-        if threading.current_thread() is threading.main_thread():
-            self._earlier_wakeup = signal.set_wakeup_fd(self._sending.fileno(), warn_on_full_buffer=False)
-            # A forked process must not report its own signals here
-            os.register_at_fork(after_in_child=self._forget_signals)
         self._thread.start()
 
     def stop(self) -> None:
         """End the thread and wait for it."""
-        self._stopping = True
-        with suppress(BlockingIOError):
-            self._sending.send(b"\0")
+        self._stopping.set()
         self._thread.join()
-        if self._earlier_wakeup is not None:
-            signal.set_wakeup_fd(self._earlier_wakeup)
-            self._earlier_wakeup = None
-        self._receiving.close()
-        self._sending.close()
 
     def fail(self, status: int, message: str) -> None:
         """Tell the others that this process ends with `status`, and make sure that it does.
@@ -137,37 +104,19 @@ class FailureMonitor:
         with suppress(RuntimeError):  # the store may be gone with its process
             if self._store.compare_set(_FAILURE, "", mine).decode() != mine:
                 self._thread.join()
-            self._failing = True
-            until = time.monotonic() + _READING
-            while self._store.add(_READERS, 0) < self._world_size - 1 and time.monotonic() < until:
+        now = time.monotonic()
+        self._deadline = (now + _READING + _CLEANING, status)
+        with suppress(RuntimeError):
+            while self._store.add(_READERS, 0) < self._world_size - 1 and time.monotonic() < now + _READING:
                 time.sleep(0.05)
-        self._failing = True
-        self._deadline = (time.monotonic() + _CLEANING, status, "hangs after its failure")
         atexit.register(_exit, status)
 
-    def progress(self) -> None:
-        with self._lock, suppress(OSError):
-            if not self._failing:
-                self._deadline = None
-                self._receiving.recv(4096)  # signals that the thread has not noticed yet
-
     def _watch(self) -> None:
-        while not self._stopping:
-            if select.select([self._receiving], [], [], self._poll)[0]:
-                self._note_signals()
-            if self._deadline is not None and time.monotonic() > self._deadline[0]:
-                _, status, reason = self._deadline
-                self._end(status, f"rank {self._rank} {reason}")
-            if not (self._stopping or self._failing):
+        while not self._stopping.wait(self._poll):
+            if self._deadline is None:
                 self._look_at_others()
-
-    def _note_signals(self) -> None:
-        with self._lock, suppress(BlockingIOError):  # the main thread may have taken them meanwhile
-            numbers = self._receiving.recv(4096)
-            for number in (signal.SIGTERM, signal.SIGINT):
-                if number in numbers and self._deadline is None:
-                    reason = f"made no progress for {_GRACE:g} s after {signal.Signals(number).name}"
-                    self._deadline = (time.monotonic() + _GRACE, 128 + number, reason)
+            elif time.monotonic() > self._deadline[0]:
+                self._end(self._deadline[1], f"rank {self._rank} hangs after its failure")
 
     def _look_at_others(self) -> None:
         try:
@@ -186,10 +135,6 @@ class FailureMonitor:
                 self._store.add(_READERS, 1)
             time.sleep(_PRECEDENCE)
         _exit(status)
-
-    def _forget_signals(self) -> None:
-        if self._earlier_wakeup is not None:
-            signal.set_wakeup_fd(-1)
 
 
 def _exit(status: int) -> NoReturn:

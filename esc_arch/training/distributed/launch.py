@@ -20,7 +20,7 @@ from torch.distributed.distributed_c10d import _get_default_store
 from esc_arch.errors import UserError
 
 from .collectives import close_control_group, gather_objects, open_control_group, wait_for_all
-from .failure_monitor import current_monitor, start_monitor, stop_monitor
+from .failure_monitor import report_failure, start_monitor, stop_monitor
 
 __all__ = ["abort_all_ranks", "init_dist", "print_note", "resolve_launcher", "take_notes"]
 
@@ -145,9 +145,7 @@ def abort_all_ranks(describe: Callable[[BaseException], tuple[int, str]]) -> Ite
         if torch.distributed.is_initialized():
             torch.distributed.destroy_process_group()
     except (Exception, KeyboardInterrupt) as error:
-        monitor = current_monitor()
-        if monitor is not None:
-            monitor.fail(*describe(error))
+        report_failure(*describe(error))
         raise
     if ended is not None:
         raise ended
