@@ -1,8 +1,8 @@
-"""Which image comes when, and how it is cut and flipped: by the seed, the epoch and the place in it alone.
+"""The order, crops and flips of training images: they depend on the seed, the epoch and the place in it alone.
 
 So a run sees the same batches however often it is interrupted, however many workers load them, and when 2 processes
 share the batches of one. BasicSR restarts an epoch when it resumes (fault 30), and its workers' random numbers
-depend on how many they are and on what they loaded before.
+depend on the number of workers and on what they loaded before.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ __all__ = ["Draw", "EpochSampler", "SeededDataset"]
 
 
 class Draw(int):
-    """An index of a data set that knows what its random numbers are to be seeded with."""
+    """An index of a data set, with the seed of the sample's random numbers."""
 
     entropy: tuple[int, ...]
 
@@ -34,7 +34,7 @@ class EpochSampler(EnlargedSampler):
 
     Attributes:
         seed: of the run.
-        start: how many samples of this process the current epoch leaves out, because they came before the resumption.
+        start: samples of this process to skip in the current epoch, because they came before the resumption.
     """
 
     def __init__(self, dataset: Any, num_replicas: int, rank: int, ratio: int = 1) -> None:
@@ -72,7 +72,7 @@ class SeededDataset(Dataset[Any]):
     def __getitem__(self, index: int) -> Any:
         if not isinstance(index, Draw):
             return self.dataset[index]
-        # A worker has random numbers for nothing else; in the main process the model may draw some, too
+        # A worker has random numbers for nothing else, and restoring takes time; the model may draw some, too
         with seeded(*index.entropy, put_back=get_worker_info() is None):
             return self.dataset[int(index)]
 

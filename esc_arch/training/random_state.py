@@ -14,7 +14,7 @@ __all__ = ["capture", "restore", "seeded"]
 
 
 def capture() -> dict[str, Any]:
-    """The state of all generators, in plain numbers: processes can exchange it, and safe loading takes it."""
+    """The state of all generators, in plain numbers, which processes can exchange and safe loading takes."""
     version, numbers, gauss = random.getstate()
     state: dict[str, Any] = np.random.get_state(legacy=False)
     return {
@@ -26,7 +26,7 @@ def capture() -> dict[str, Any]:
 
 
 def restore(state: dict[str, Any]) -> None:
-    """Put the generators back to what `capture` returned; GPUs that are not here are left out."""
+    """Restore what `capture` returned; GPUs that are not here are left out."""
     version, numbers, gauss = state["python"]
     random.setstate((version, tuple(numbers), gauss))
     of_numpy = state["numpy"]
@@ -39,7 +39,7 @@ def restore(state: dict[str, Any]) -> None:
 
 @contextmanager
 def seeded(*entropy: int, put_back: bool) -> Iterator[None]:
-    """Seed the generators of the CPU from non-negative numbers; afterwards put back what they were, if asked."""
+    """Seed the generators of the CPU from non-negative numbers; `put_back` restores them afterwards."""
     before = (random.getstate(), np.random.get_state(), torch.get_rng_state()) if put_back else None
     seeds = np.random.SeedSequence(entropy).generate_state(3)
     random.seed(int(seeds[0]))
