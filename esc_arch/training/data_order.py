@@ -7,13 +7,15 @@ depend on the number of workers and on what they loaded before.
 
 from __future__ import annotations
 
+import random
 from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
+import numpy as np
+import torch
 from basicsr.data.data_sampler import EnlargedSampler
 from torch.utils.data import Dataset, get_worker_info
-
-from .random_state import seeded
 
 __all__ = ["Draw", "EpochSampler", "SeededDataset"]
 
@@ -73,10 +75,27 @@ class SeededDataset(Dataset[Any]):
         if not isinstance(index, Draw):
             return self.dataset[index]
         # A worker has random numbers for nothing else, and restoring takes time; the model may draw some, too
-        with seeded(*index.entropy, put_back=get_worker_info() is None):
+        with _seeded(*index.entropy, put_back=get_worker_info() is None):
             return self.dataset[int(index)]
 
     def __getattr__(self, name: str) -> Any:
         if name == "dataset":  # not there yet while a worker unpickles this
             raise AttributeError(name)
         return getattr(self.dataset, name)
+
+
+@contextmanager
+def _seeded(*entropy: int, put_back: bool) -> Iterator[None]:
+    """Seed the generators of the CPU from non-negative numbers; `put_back` restores them afterwards."""
+    before = (random.getstate(), np.random.get_state(), torch.get_rng_state()) if put_back else None
+    seeds = np.random.SeedSequence(entropy).generate_state(3)
+    random.seed(int(seeds[0]))
+    np.random.seed(seeds[1])
+    torch.random.default_generator.manual_seed(int(seeds[2]))  # torch.manual_seed would seed the GPUs as well
+    try:
+        yield
+    finally:
+        if before is not None:
+            random.setstate(before[0])
+            np.random.set_state(before[1])
+            torch.set_rng_state(before[2])

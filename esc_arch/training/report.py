@@ -6,6 +6,7 @@ import datetime
 import io
 import logging
 import math
+import os
 import statistics
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -23,7 +24,6 @@ __all__ = ["write_report"]
 logger = logging.getLogger("basicsr")
 
 _FINAL = 10  # log lines that the final loss is the mean of: one batch says little
-_NO_PLOTS = 'Curves of the training are drawn when matplotlib is there: pip install "esc-arch[plot]"'
 
 Record = Mapping[str, Any]
 
@@ -77,28 +77,23 @@ def write_report(
         scale = f" x{opt['scale']}" if "scale" in opt else ""
         count = f", {parameters:,} parameters" if parameters is not None else ""
         done = max((record["iter"] for record in records), default=0)
-        facts = {
-            "network": f"{opt['network_g']['type']}{scale}{count}",
-            "iterations": f"{done:,} of {int(opt['train']['total_iter']):,}",
-            "time of this run": str(datetime.timedelta(seconds=round(seconds))),
-            **_measured(training),
-        }
-        if skipped:
-            facts["skipped steps"] = f"{skipped:,} (their loss was not finite)"
-        parts = [f"# {opt['name']}", _table(("training", ""), list(facts.items()))]
+        rows = [
+            ("network", f"{opt['network_g']['type']}{scale}{count}"),
+            ("iterations", f"{done:,} of {int(opt['train']['total_iter']):,}"),
+            ("time of this run", str(datetime.timedelta(seconds=round(seconds)))),
+            *_measured(training),
+            *([("skipped steps", f"{skipped:,} (their loss was not finite)")] if skipped else []),
+        ]
+        parts = [f"# {opt['name']}", _table(("training", ""), rows), _places(folder, opt)]
         if metrics:
-            rows = []
-            for key, curve in metrics.items():
-                points = ((curve.values[i], curve.iterations[i]) for i in (-1, curve.best or 0))
-                rows.append((*key, *(cell for value, at in points for cell in (f"{value:.4f}", f"{at:,}"))))
-            parts.append(_table(("data set", "metric", "last", "at iteration", "best", "at iteration"), rows))
-        text = "\n\n".join([*parts, _places(folder, opt)]) + "\n"
+            parts.insert(2, _metrics_table(metrics))
+        text = "\n\n".join(parts) + "\n"
         write_atomically(folder / "summary.md", text.encode())
     with _warning_of(folder / "training.png"):
         try:
             import matplotlib  # noqa: F401
         except ImportError:
-            logger.info(_NO_PLOTS)
+            logger.info('matplotlib draws curves of the training: pip install "esc-arch[plot]"')
             return text
         panels = [*_training_panels(training), *([curve] for curve in metrics.values())]
         if panels:
@@ -117,18 +112,24 @@ def _warning_of(path: Path) -> Iterator[None]:
 # --- the summary ----------------------------------------------------------------------------------------------------
 
 
-def _measured(training: Sequence[Record]) -> dict[str, str]:
+def _measured(training: Sequence[Record]) -> Iterator[tuple[str, str]]:
     """Speed, memory and final losses, as far as they were logged."""
-    facts = {}
     if speeds := [record["images_per_s"] for record in training if record.get("images_per_s")]:
-        facts["images/s, median"] = f"{statistics.median(speeds):.1f}"
+        yield "images/s, median", f"{statistics.median(speeds):.1f}"
     if memory := [record["memory_gib"] for record in training if record.get("memory_gib")]:
-        facts["peak memory"] = f"{max(memory):.2f} GiB"
+        yield "peak memory", f"{max(memory):.2f} GiB"
     last = training[-_FINAL:]
     for name in losses_of(last[-1]) if last else ():
         if values := [record[name] for record in last if record.get(name) is not None]:
-            facts[f"final {name}"] = f"{statistics.fmean(values):.4e} (mean of the last {len(values)} logged)"
-    return facts
+            yield f"final {name}", f"{statistics.fmean(values):.4e} (mean of the last {len(values)} logged)"
+
+
+def _metrics_table(metrics: Mapping[tuple[str, str], _Curve]) -> str:
+    rows = []
+    for key, curve in metrics.items():
+        points = ((curve.values[i], curve.iterations[i]) for i in (-1, curve.best or 0))
+        rows.append((*key, *(cell for value, at in points for cell in (f"{value:.4f}", f"{at:,}"))))
+    return _table(("data set", "metric", "last", "at iteration", "best", "at iteration"), rows)
 
 
 def _metrics(records: Sequence[Record], opt: Mapping[str, Any]) -> dict[tuple[str, str], _Curve]:
@@ -149,17 +150,16 @@ def _metrics(records: Sequence[Record], opt: Mapping[str, Any]) -> dict[tuple[st
 
 
 def _places(folder: Path, opt: Mapping[str, Any]) -> str:
-    models, states = (Path(str(opt["path"].get(key))) for key in ("models", "training_states"))
-    models, states = (path.relative_to(folder) if path.is_relative_to(folder) else path for path in (models, states))
+    models, states = (os.path.relpath(opt["path"][key], folder) for key in ("models", "training_states"))
     logs = sorted(folder.glob("*.log"), key=lambda path: path.stat().st_mtime)
     lines = [
-        f"In {folder}:",
-        "",
+        f"In {folder}:\n",
         f"- {models}: checkpoints; net_g_latest.pth is the last",
         f"- {states}: states to resume from",
         "- metrics.jsonl: all numbers; training.png: their curves",
+        *(f"- {path.name}: the log" for path in logs[-1:]),
     ]
-    return "\n".join(lines + ([f"- {logs[-1].name}: the log"] if logs else []))
+    return "\n".join(lines)
 
 
 def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:

@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import logging
+import random
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 
 from esc_arch.errors import UserError
 from esc_arch.training.distributed import gather_objects
 
 from .parameter_order import in_order_of, named_state
-from .random_state import capture, restore
 from .run import current_run
 from .schedulers import SCHEDULERS
 
@@ -40,10 +41,34 @@ def training_state(model: Any, epoch: int, iteration: int) -> dict[str, Any]:
         "schedulers": [scheduler.state_dict() for scheduler in model.schedulers],
         "manual_seed": model.opt.get("manual_seed"),
         "samples": run.samples if run else None,  # of the epoch, over all processes
-        "random": gather_objects(capture()),  # of each process
+        "random": gather_objects(_random_state()),  # of each process
         "best_metric_results": _plain_numbers(getattr(model, "best_metric_results", None)),
         "model": model.extra_state() if hasattr(model, "extra_state") else {},
     }
+
+
+def _random_state() -> dict[str, Any]:
+    """The state of all random number generators, in plain numbers, which processes can exchange and safe loading takes."""
+    version, numbers, gauss = random.getstate()
+    state: dict[str, Any] = np.random.get_state(legacy=False)
+    return {
+        "python": [version, list(numbers), gauss],
+        "numpy": state | {"state": {"key": state["state"]["key"].tolist(), "pos": state["state"]["pos"]}},
+        "torch": torch.get_rng_state().tolist(),
+        "cuda": [each.tolist() for each in torch.cuda.get_rng_state_all()] if torch.cuda.is_available() else [],
+    }
+
+
+def _restore_random_state(state: Mapping[str, Any]) -> None:
+    """Restore what `_random_state` returned; GPUs that are not here are left out."""
+    version, numbers, gauss = state["python"]
+    random.setstate((version, tuple(numbers), gauss))
+    of_numpy = state["numpy"]
+    inner = {"key": np.array(of_numpy["state"]["key"], np.uint32), "pos": of_numpy["state"]["pos"]}
+    np.random.set_state(of_numpy | {"state": inner})
+    torch.set_rng_state(torch.tensor(state["torch"], dtype=torch.uint8))
+    for device, of_device in enumerate(state["cuda"][: torch.cuda.device_count()]):
+        torch.cuda.set_rng_state(torch.tensor(of_device, dtype=torch.uint8), device)
 
 
 def _plain_numbers(results: Any) -> Any:
@@ -81,9 +106,9 @@ def apply_state(model: Any, state: Mapping[str, Any], load: Callable[[Any, Any],
         run = current_run()
         if run is not None and state.get("samples") is not None:
             run.resume(state["epoch"], state["samples"])
-        random, rank = state.get("random") or [], model.opt["rank"]
-        if rank < len(random):
-            restore(random[rank])
+        states, rank = state.get("random") or [], model.opt["rank"]
+        if rank < len(states):
+            _restore_random_state(states[rank])
     except _MISFIT as error:
         raise UserError(
             f"{file} is damaged, or of another program ({type(error).__name__}: {error}). Remove it, and go on from an "
