@@ -10,7 +10,7 @@ import logging
 import math
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -63,7 +63,7 @@ class _Validated:
 
     index: int
     name: str
-    metrics: dict[str, float]
+    metrics: dict[str, float] = field(default_factory=dict)
     psnr: tuple[float, float] | None = None  # of bicubic and the result, for the comparison
     picture: Any = None  # for TensorBoard
 
@@ -75,20 +75,8 @@ class ESCModel(SRModel):
     network runs on all of it, and the output is cropped. SRModel runs the network on the image as it is, which
     gives another PSNR: the convolutions and the global pools see the padding.
 
-    Options beyond SRModel's:
-
-     - ``val: comparison: true`` writes, for each validation image, LR-bicubic, result and ground truth side by side
-       with their PSNR to ``visualization/comparison/``, and logs each PSNR and the means.
-     - ``val: protocol``: ``published`` (the default), ``srmodel`` (the image as it is, as SRModel does), ``ensemble``
-       (published, averaged over eight orientations of the image).
-     - ``val: per_image: true`` writes the metrics of each image to ``visualization/per_image/<data set>.csv``.
-     - ``val: tb_images: N`` shows LR, result and ground truth of N images of each set in TensorBoard.
-     - those of `esc_arch.models.performance.PerformanceOptions`.
-     - ``train: losses`` adds losses by name, ``freeze`` and ``lr_factors`` choose parameters by patterns.
-     - ``logger: keep_last: N`` keeps the newest N checkpoints, and the networks that were best by a metric.
-
-    Named `ESRModel`, it takes published option files: ``train: use_amp`` is ``amp: fp16``, and ``gradient_clip`` is
-    halved after 50,000 iterations.
+    Options beyond SRModel's are listed in the README ("Options of training"). Named `ESRModel`, it takes published
+    option files: ``train: use_amp`` is ``amp: fp16``, and ``gradient_clip`` is halved after 50,000 iterations.
 
     With several processes each validates its share of the images; means are those of one process to the last bit.
     """
@@ -385,11 +373,9 @@ class ESCModel(SRModel):
         finite = bool(visuals["result"].isfinite().all())
         if not finite:
             logger.warning("The result for %s of %s has infinite or NaN pixels: it has no PSNR.", name, dataset)
-        metrics = {
-            key: float(calculate_metric(images, metric)) if finite else math.nan
-            for key, metric in (val.get("metrics") or {}).items()
-        }
-        validated = _Validated(index, name, metrics)
+        validated = _Validated(index, name)
+        for key, metric in (val.get("metrics") or {}).items():
+            validated.metrics[key] = float(calculate_metric(images, metric)) if finite else math.nan
         if val.get("comparison") and "gt" in visuals:
             file = folder / "comparison" / dataset / f"{name}.png"
             validated.psnr = write_comparison(file, self.opt["network_g"]["type"], visuals)
@@ -413,23 +399,21 @@ class ESCModel(SRModel):
             if tb_logger and each.picture is not None:
                 tb_logger.add_image(f"{dataset}/{each.name}", each.picture, iteration, dataformats="HWC")
         if self.opt["val"].get("per_image"):
+            text = io.StringIO()
             rows = [["image", *(metrics or {})], *([each.name, *each.metrics.values()] for each in done)]
-            self._write_csv(folder / "per_image" / f"{dataset}.csv", rows)
+            csv.writer(text, lineterminator="\n").writerows(rows)
+            file = folder / "per_image" / f"{dataset}.csv"
+            try:
+                file.parent.mkdir(parents=True, exist_ok=True)
+                write_atomically(file, text.getvalue().encode())
+            except OSError as error:
+                if not self.opt["is_train"]:
+                    raise
+                logger.error("%s was not written: %s. The training goes on.", file, error.strerror)
         if self.opt["val"].get("comparison"):
             compared = [(each.name, *each.psnr) for each in done if each.psnr is not None]
             network = self.opt["network_g"]["type"]
             logger.info(comparison_summary(dataset, network, folder / "comparison" / dataset, compared))
-
-    def _write_csv(self, file: Path, rows: list[list[Any]]) -> None:
-        text = io.StringIO()
-        csv.writer(text, lineterminator="\n").writerows(rows)
-        try:
-            file.parent.mkdir(parents=True, exist_ok=True)
-            write_atomically(file, text.getvalue().encode())
-        except OSError as error:
-            if not self.opt["is_train"]:
-                raise
-            logger.error("%s was not written: %s. The training goes on.", file, error.strerror)
 
     def _keep_if_best(self, dataset: str, iteration: Any) -> None:
         """Where old checkpoints are removed, the best one must be there, though this iteration may save none."""

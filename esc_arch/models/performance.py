@@ -40,17 +40,15 @@ class PerformanceOptions:
     """The options of ``train:`` for speed, memory and stability. The defaults are BasicSR's ways.
 
     Args:
-        amp: bf16 or fp16 mixed precision: convolutions, matrix products and the features between them. Sums over many
-            numbers and differences of almost equal ones, which 8 or 11 bits spoil, stay in float32, see the README.
-        channels_last: the memory layout that convolutions are faster in on CPUs and on tensor cores.
-        compile: training steps by torch.compile; true or one of `COMPILE_MODES`. Validation, with its many image sizes,
-            is not compiled.
-        accumulate_grad: parts that a batch is cut into, one after the other: the same step with less memory.
+        amp: bf16 or fp16 mixed precision; fp16 scales the loss so that small gradients do not vanish. Sums over many
+            numbers and differences of almost equal ones stay in float32, as the README lists.
+        channels_last: memory layout in which convolutions are faster on CPUs and on tensor cores.
+        compile: training steps by torch.compile; true or one of `COMPILE_MODES`.
+        accumulate_grad: parts that a batch is cut into, one after the other.
         gradient_clip: the largest norm of all gradients together; longer ones are shortened to it.
-        tf32: True allows TF32 (10 bits of mantissa) in float32 products on GPUs. None leaves PyTorch's choice:
-            in convolutions, but not in matrix products.
+        tf32: allows TF32 (10 bits of mantissa) in float32 products on GPUs, or not. None leaves PyTorch's choice.
         activation_checkpointing: keep only the inputs of blocks, and compute the rest again in the backward pass.
-        nonfinite: "stop" the training at a loss that is infinite or not a number, or "skip" steps with such gradients.
+        nonfinite: "stop" at a loss that is infinite or NaN, or "skip" steps with such gradients.
     """
 
     amp: str | None = None

@@ -45,8 +45,7 @@ class ConvMuon(torch.optim.Optimizer):
         params: groups with a key ``rule``, muon or adamw, as `muon_groups` makes them. Where a group has a learning
             rate of its own, AdamW's differs from `adamw_lr` by the same factor as Muon's from `lr`.
         lr, weight_decay, momentum, nesterov, ns_coefficients, eps, ns_steps, adjust_lr_fn: of Muon, see there.
-        adamw_lr: learning rate of AdamW's parameters; None for `lr`. With ``adjust_lr_fn: match_rms_adamw`` one rate
-            suits both.
+        adamw_lr: None for `lr`; with ``adjust_lr_fn: match_rms_adamw`` one rate suits both.
         adamw_betas, adamw_eps, adamw_weight_decay: of AdamW.
 
     Raises:
@@ -221,11 +220,7 @@ def type_of(optimizer: torch.optim.Optimizer) -> str:
 
 
 def other_type(optimizer: torch.optim.Optimizer, state: Mapping[str, Any]) -> str | None:
-    """The type of the optimiser that saved a state, if it is not this one's.
-
-    Args:
-        state: a state dict; where it does not say the type (``type``), the keys of its groups do.
-    """
+    """The type of the optimiser that saved a state, if it is another: by its ``type``, or the keys of its groups."""
     if "type" in state:
         return None if state["type"] == type_of(optimizer) else str(state["type"])
     now, before = _rule(optimizer.param_groups), _rule(state["param_groups"])

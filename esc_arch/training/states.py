@@ -48,7 +48,7 @@ def training_state(model: Any, epoch: int, iteration: int) -> dict[str, Any]:
 
 
 def _random_state() -> dict[str, Any]:
-    """The state of all random number generators, in plain numbers, which processes can exchange and safe loading takes."""
+    """The state of all generators, in plain numbers, which processes can exchange and safe loading takes."""
     version, numbers, gauss = random.getstate()
     state: dict[str, Any] = np.random.get_state(legacy=False)
     return {

@@ -9,7 +9,7 @@ import torch
 from basicsr.models.realesrgan_model import RealESRGANModel
 from torch import Tensor
 
-from esc_arch.models.pair_pool import PairPool
+from esc_arch.models.real_models import PairPool
 
 Pairs = tuple[Tensor, Tensor]
 
