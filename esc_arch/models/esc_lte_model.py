@@ -75,20 +75,17 @@ class ESCLTEModel(ESCModel):
         points = self.evaluate(padded, coords=coords.expand(len(image), -1, -1), cell=cell.expand(len(image), -1))
         return points.unflatten(-1, size)
 
-    def nondist_validation(self, dataloader: Any, current_iter: Any, tb_logger: Any, save_img: bool) -> None:
-        default, val = self._scale, self.opt["val"]
-        metrics = val.get("metrics")
+    def metric_options(self, metric: Mapping[str, Any]) -> dict[str, Any]:
+        border = {"crop_border": math.ceil(max(scale_pair(self._scale)))}
+        return {**metric, **(border if metric.get("crop_border") == "scale" else {})}
+
+    def nondist_validation(self, dataloader: Any, *args: Any, **kwargs: Any) -> None:
+        default = self._scale
         self._scale = dataloader.dataset.opt.get("scale") or default
-        border = math.ceil(max(scale_pair(self._scale)))
-        if metrics is not None:
-            val["metrics"] = {
-                name: metric | ({"crop_border": border} if metric.get("crop_border") == "scale" else {})
-                for name, metric in metrics.items()
-            }
         try:
-            super().nondist_validation(dataloader, current_iter, tb_logger, save_img)
+            super().nondist_validation(dataloader, *args, **kwargs)
         finally:
-            self._scale, val["metrics"] = default, metrics
+            self._scale = default
 
 
 def draw_batch(

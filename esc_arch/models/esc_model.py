@@ -354,6 +354,10 @@ class ESCModel(SRModel):
             return
         self._conclude(sorted(everywhere, key=lambda each: each.index), name, current_iter, tb_logger)
 
+    def metric_options(self, metric: Mapping[str, Any]) -> dict[str, Any]:
+        """The options of a metric for the current data set."""
+        return dict(metric)
+
     def _validate_image(self, index: int, data: Any, current_iter: Any, save_img: bool, dataset: str) -> _Validated:
         val = self.opt["val"]
         name = image_name(data["lq_path"][0])
@@ -375,7 +379,8 @@ class ESCModel(SRModel):
             logger.warning("The result for %s of %s has infinite or NaN pixels: it has no PSNR.", name, dataset)
         validated = _Validated(index, name)
         for key, metric in (val.get("metrics") or {}).items():
-            validated.metrics[key] = float(calculate_metric(images, metric)) if finite else math.nan
+            value = calculate_metric(images, self.metric_options(metric)) if finite else math.nan
+            validated.metrics[key] = float(value)
         if val.get("comparison") and "gt" in visuals:
             file = folder / "comparison" / dataset / f"{name}.png"
             validated.psnr = write_comparison(file, self.opt["network_g"]["type"], visuals)

@@ -232,9 +232,8 @@ def other_type(optimizer: torch.optim.Optimizer, state: Mapping[str, Any]) -> st
         return None
     probe = [nn.Parameter(torch.zeros(1, 1))]
     rules = {name: _rule(build_optimizer(name, probe, nets=[], lr=1e-3).param_groups) for name in OPTIMIZERS}
-    exact = [name for name, rule in rules.items() if rule == before]
-    close = [name for name, rule in rules.items() if rule.keys() - {_DECOUPLED} == before.keys() - {_DECOUPLED}]
-    return " or ".join(exact or close) or "another optimiser"
+    same = [name for name, rule in rules.items() if rule == before]
+    return " or ".join(same) or f"another optimiser, with {', '.join(sorted(before))}"
 
 
 def _rule(groups: Sequence[Mapping[str, Any]]) -> dict[str, Any]:

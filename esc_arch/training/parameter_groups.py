@@ -33,26 +33,27 @@ def option_problems(train_options: Mapping[str, Any]) -> Iterator[str]:
 
 def pattern_problems(net: nn.Module, train_options: Mapping[str, Any]) -> Iterator[str]:
     """Patterns of `freeze` and `lr_factors` that match nothing of a network, or change nothing."""
-    names = [name for name, _ in net.named_parameters()]
+    names, kind = [name for name, _ in net.named_parameters()], type(net).__name__
     patterns, factors = _options(train_options)
     for key, given in (("freeze", patterns), ("lr_factors", factors)):
         for pattern in given:
-            if not _matches(names, pattern):
+            if not any(fnmatchcase(name, pattern) for name in names):
                 some = ", ".join(names[:: max(1, len(names) // 5)])
                 yield (
-                    f"train:{key}: {pattern!r} matches no parameter of {type(net).__name__}, which has {some} and "
-                    f"others. Give a whole name, or a pattern such as 'blocks.0.*'"
+                    f"train:{key}: {pattern!r} matches no parameter of {kind}, which has {some} and others. Give a "
+                    f"whole name, or a pattern such as 'blocks.0.*'"
                 )
     rest = [name for name in names if not any(fnmatchcase(name, pattern) for pattern in patterns)]
     if not rest:
-        yield f"train:freeze: {patterns} leave no parameter of {type(net).__name__} to be trained. Take one out"
+        yield f"train:freeze: {patterns} leave no parameter of {kind} to be trained. Take one out"
     for pattern in factors:
-        if not _matches(rest, pattern) and _matches(names, pattern):
+        left = [name for name in rest if not fnmatchcase(name, pattern)]
+        if left == rest and any(fnmatchcase(name, pattern) for name in names):
             yield (
                 f"train:lr_factors: {pattern!r} changes nothing: all that it matches is frozen or follows an earlier "
                 f"pattern. Put it before the others, or take it out"
             )
-        rest = [name for name in rest if not fnmatchcase(name, pattern)]
+        rest = left
 
 
 def freeze(net: nn.Module, train_options: Mapping[str, Any]) -> None:
@@ -101,7 +102,3 @@ def parameter_groups(net: nn.Module, train_options: Mapping[str, Any]) -> list[d
 
 def _options(train_options: Mapping[str, Any]) -> tuple[list[str], dict[str, float]]:
     return train_options.get("freeze") or [], train_options.get("lr_factors") or {}
-
-
-def _matches(names: list[str], pattern: str) -> bool:
-    return any(fnmatchcase(name, pattern) for name in names)

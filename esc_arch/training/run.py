@@ -95,12 +95,9 @@ class TrainingRun:
             self.history = log.history = History(Path(self._opt["path"]["experiments_root"], "metrics.jsonl"))
             self.history.truncate(iteration)
         if self.is_over:
-            logger.info(
-                "This training is finished: its last state is of iteration %d, and train: total_iter is %d. To go on, "
-                "raise total_iter.",
-                iteration,
-                int(self._opt["train"]["total_iter"]),
-            )
+            total = int(self._opt["train"]["total_iter"])
+            message = "This training is finished: its last state is of iteration %d, and train: total_iter is %d. %s"
+            logger.info(message, iteration, total, "To go on, raise total_iter.")
 
     # What the prefetcher calls
 
@@ -178,17 +175,10 @@ class TrainingRun:
         root = Path(self._opt["path"]["experiments_root"])
         # Of a run that found nothing left to do, the report would have no times
         if self.history is not None and (self._batches or not (root / "summary.md").is_file()):
-            # Models of other kinds than BasicSR's may have no generator
-            net = getattr(self._model, "net_g", None)
-            report = write_report(
-                root,
-                self._opt,
-                self.history,
-                seconds=time.monotonic() - self._started,
-                skipped=getattr(self._model, "skipped", 0),
-                parameters=None if net is None else sum(parameter.numel() for parameter in net.parameters()),
-            )
-            logger.info(report)
+            net = getattr(self._model, "net_g", None)  # models of other kinds than BasicSR's may have none
+            count = None if net is None else sum(parameter.numel() for parameter in net.parameters())
+            seconds, skipped = time.monotonic() - self._started, getattr(self._model, "skipped", 0)
+            logger.info(write_report(root, self._opt, self.history, seconds=seconds, skipped=skipped, parameters=count))
         if self.stop:  # during the last validation
             raise Stopped(self.stop.signum or 0)
 

@@ -19,20 +19,11 @@ BASICSR_SCHEDULERS: dict[str, type[LRScheduler]] = {
     "MultiStepRestartLR": MultiStepRestartLR,
     "CosineAnnealingRestartLR": CosineAnnealingRestartLR,
 }
-TORCH_SCHEDULERS: dict[str, type[LRScheduler]] = {
-    cls.__name__: cls
-    for cls in (
-        lr_scheduler.ConstantLR,
-        lr_scheduler.CosineAnnealingLR,
-        lr_scheduler.CosineAnnealingWarmRestarts,
-        lr_scheduler.CyclicLR,
-        lr_scheduler.ExponentialLR,
-        lr_scheduler.LinearLR,
-        lr_scheduler.OneCycleLR,
-        lr_scheduler.PolynomialLR,
-        lr_scheduler.StepLR,
-    )
-}
+_OF_TORCH = (
+    "ConstantLR CosineAnnealingLR CosineAnnealingWarmRestarts CyclicLR ExponentialLR LinearLR OneCycleLR PolynomialLR "
+    "StepLR"
+)
+TORCH_SCHEDULERS: dict[str, type[LRScheduler]] = {name: getattr(lr_scheduler, name) for name in _OF_TORCH.split()}
 #: By the names of option files; where torch has one of the same name, BasicSR's is meant.
 SCHEDULERS = TORCH_SCHEDULERS | BASICSR_SCHEDULERS
 

@@ -124,14 +124,11 @@ def init_dist(launcher: str, backend: str = "nccl", port: int | None = None, **p
 def abort_all_ranks(describe: Callable[[BaseException], tuple[int, str]]) -> Iterator[None]:
     """Around everything that a process does in a run; `init_dist` is called inside.
 
-    Left normally or by SystemExit, which all processes have to do: waits for the others, then ends the monitor and the
-    process group. By another exception: tells the others, which end within about two seconds, and lets it pass, to be
-    printed before the process exits. The rest of Python's exit is skipped then, where a process group that waits for
-    dead peers would hang or abort. If another process failed before, this exception is taken for a consequence, and the
-    process ends with the other's message.
-
-    Args:
-        describe: the exit status and the message for an exception.
+    Left normally or by SystemExit, which all processes have to do, it waits for the others, then ends the monitor and
+    the process group. Another exception, with the exit status and message that `describe` gives for it, is told to the
+    others, which end within about two seconds, and raised, to be printed before the process exits. The rest of Python's
+    exit is skipped then, where a process group that waits for dead peers would hang. If another process failed before,
+    the exception is taken for a consequence, and the process ends with the other's message.
     """
     ended: SystemExit | None = None
     try:
@@ -168,8 +165,7 @@ def _choose_gloo_interface() -> None:
             address = _address_towards(_ELSEWHERE)
         for _, name in socket.if_nameindex():
             if _address_of(name) == address:
-                os.environ["GLOO_SOCKET_IFNAME"] = name
-                return
+                os.environ.setdefault("GLOO_SOCKET_IFNAME", name)
 
 
 def _address_towards(host: str) -> str:
