@@ -70,7 +70,7 @@ class FFTLoss(ImageLoss):
     Args:
         loss_weight: see `ImageLoss`.
         reduction: mean or sum, over images, channels, frequencies and the two parts.
-        norm: scaling of the transform, as in `torch.fft.rfft2`: backward (none), ortho (1 / sqrt(H W)) or
+        norm: the transform's scaling, as of `torch.fft.rfft2`: backward (none), ortho (1 / sqrt(H W)) or
             forward (1 / (H W)).
 
     Raises:

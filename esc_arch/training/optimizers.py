@@ -45,7 +45,8 @@ class ConvMuon(torch.optim.Optimizer):
         params: groups with a key ``rule``, muon or adamw, as `muon_groups` makes them. Where a group has a learning
             rate of its own, AdamW's differs from `adamw_lr` by the same factor as Muon's from `lr`.
         lr, weight_decay, momentum, nesterov, ns_coefficients, eps, ns_steps, adjust_lr_fn: of Muon, see there.
-        adamw_lr: None for `lr`; with ``adjust_lr_fn: match_rms_adamw`` one rate suits both.
+        adamw_lr: learning rate of AdamW's parameters; None for `lr`. With ``adjust_lr_fn: match_rms_adamw`` one rate
+            suits both.
         adamw_betas, adamw_eps, adamw_weight_decay: of AdamW.
 
     Raises:
