@@ -254,7 +254,7 @@ def test_a_monitor_leaves_nothing_behind(exits: Exits) -> None:
 def test_a_monitor_has_a_connection_of_its_own() -> None:
     """The process group's is occupied while the main thread waits for a key on it."""
     served = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
-    own = failure_monitor._own_connection(dist.PrefixStore("default_pg", served))
+    own = failure_monitor.own_connection(dist.PrefixStore("default_pg", served))
     waiting = threading.Thread(target=served.wait, args=(["the end"], timedelta(seconds=ENOUGH)))
     waiting.start()
     assert not own.check(["failure"])

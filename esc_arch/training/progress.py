@@ -32,12 +32,11 @@ _BasicsrLog: Any = getattr(MessageLogger, "_esc_arch_original", MessageLogger)
 class TrainingLog(_BasicsrLog):
     """BasicSR's log of a training, and a progress bar where there is a terminal.
 
-    Each line has BasicSR's text and after it images per second and peak memory: `[images/s: 81.3, memory: 2.41 GiB]`.
-    TensorBoard gets, beside the losses, `lr` (`lr/0`, `lr/1`, ... when groups of parameters differ) and
-    `images_per_s`. The history gets all of it.
+    Each line ends with images per second and peak memory: `[images/s: 81.3, memory: 2.41 GiB]`. TensorBoard gets `lr`
+    (`lr/0`, `lr/1`, ... when groups of parameters differ) and `images_per_s` as well, and the history all of it.
 
-    When stderr is a terminal, `step` shows a bar there. While it is shown, these lines go to the log file alone, and
-    other lines of the log appear above the bar.
+    When stderr is a terminal, `step` shows a bar there. These lines then go to the log file alone, and other lines of
+    the log appear above the bar.
 
     Args:
         opt: the options of the run.

@@ -23,7 +23,7 @@ from typing import NoReturn
 
 import torch.distributed as dist
 
-__all__ = ["FailureMonitor", "report_failure", "start_monitor", "stop_monitor"]
+__all__ = ["FailureMonitor", "own_connection"]
 
 #: Seconds between two looks into the store.
 _POLL = 1.0
@@ -36,37 +36,8 @@ _CLEANING = 15.0
 
 _FAILURE, _READERS = "failure", "readers"
 
-_monitor: FailureMonitor | None = None
 
-
-def start_monitor(store: dist.Store, run: str) -> None:
-    """Begin to watch the other processes of the default group.
-
-    Args:
-        store: the rendezvous's.
-        run: a name that all processes give, and no earlier start of them gave: torchrun's store outlives a restart.
-    """
-    global _monitor
-    keys = dist.PrefixStore(f"esc_arch/{run}", _own_connection(store))
-    _monitor = FailureMonitor(keys, dist.get_rank(), dist.get_world_size())
-    _monitor.start()
-
-
-def stop_monitor() -> None:
-    """End watching; nothing if it never began."""
-    global _monitor
-    if _monitor is not None:
-        _monitor.stop()
-        _monitor = None
-
-
-def report_failure(status: int, message: str) -> None:
-    """See `FailureMonitor.fail`; nothing in a process that is alone."""
-    if _monitor is not None:
-        _monitor.fail(status, message)
-
-
-def _own_connection(store: dist.Store) -> dist.Store:
+def own_connection(store: dist.Store) -> dist.Store:
     """Another connection to the same keys: one on which the main thread waits serves no one else."""
     while isinstance(store, dist.PrefixStore):
         store = store.underlying_store
@@ -76,7 +47,11 @@ def _own_connection(store: dist.Store) -> dist.Store:
 
 
 class FailureMonitor:
-    """A thread that ends this process when another one has failed, or when it hangs after its own failure."""
+    """A thread that ends this process when another one has failed, or when it hangs after its own failure.
+
+    Args:
+        store: of these processes alone, and with a connection that the main thread does not use.
+    """
 
     def __init__(self, store: dist.Store, rank: int, world_size: int, *, poll: float = _POLL) -> None:
         self._store = store

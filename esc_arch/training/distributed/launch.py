@@ -13,14 +13,14 @@ from contextlib import contextmanager, suppress
 from typing import Any
 
 import torch
-import torch.distributed
+import torch.distributed as dist
 import torch.multiprocessing
 from torch.distributed.distributed_c10d import _get_default_store
 
 from esc_arch.errors import UserError
 
 from .collectives import close_control_group, gather_objects, open_control_group, wait_for_all
-from .failure_monitor import report_failure, start_monitor, stop_monitor
+from .failure_monitor import FailureMonitor, own_connection
 
 __all__ = ["abort_all_ranks", "init_dist", "print_note", "resolve_launcher", "take_notes"]
 
@@ -45,6 +45,8 @@ _SIOCGIFADDR = 0x8915
 
 #: Notes since the last run began; see `take_notes`.
 _notes: list[str] = []
+#: Of this process, while it is one of several that joined.
+_monitor: FailureMonitor | None = None
 
 
 def take_notes() -> list[str]:
@@ -96,6 +98,7 @@ def init_dist(launcher: str, backend: str = "nccl", port: int | None = None, **p
         UserError: more processes on this machine than GPUs; Slurm's `scontrol` cannot name the nodes; the
             processes do not find each other.
     """
+    global _monitor
     if torch.multiprocessing.get_start_method(allow_none=True) is None:
         torch.multiprocessing.set_start_method("spawn")  # CUDA does not survive a fork
     if launcher == "slurm":
@@ -106,8 +109,8 @@ def init_dist(launcher: str, backend: str = "nccl", port: int | None = None, **p
         backend = "gloo"
     _choose_gloo_interface()
     try:
-        torch.distributed.init_process_group(backend=backend, **process_group)
-    except torch.distributed.DistError as error:
+        dist.init_process_group(backend=backend, **process_group)
+    except dist.DistError as error:
         place = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         choice = "dist_params: port" if launcher == "slurm" else "torchrun --master_port"
@@ -117,7 +120,10 @@ def init_dist(launcher: str, backend: str = "nccl", port: int | None = None, **p
             f"other there."
         ) from error
     open_control_group()
-    start_monitor(_get_default_store(), gather_objects(uuid.uuid4().hex)[0])
+    run = gather_objects(uuid.uuid4().hex)[0]  # torchrun's store outlives a restart
+    keys = dist.PrefixStore(f"esc_arch/{run}", own_connection(_get_default_store()))
+    _monitor = FailureMonitor(keys, dist.get_rank(), dist.get_world_size())
+    _monitor.start()
 
 
 @contextmanager
@@ -130,6 +136,7 @@ def abort_all_ranks(describe: Callable[[BaseException], tuple[int, str]]) -> Ite
     exit is skipped then, where a process group that waits for dead peers would hang. If another process failed before,
     the exception is taken for a consequence, and the process ends with the other's message.
     """
+    global _monitor
     ended: SystemExit | None = None
     try:
         try:
@@ -137,12 +144,15 @@ def abort_all_ranks(describe: Callable[[BaseException], tuple[int, str]]) -> Ite
         except SystemExit as end:
             ended = end
         wait_for_all()  # until then the others need the store, which may end with this process
-        stop_monitor()
+        if _monitor is not None:
+            _monitor.stop()
+            _monitor = None
         close_control_group()
-        if torch.distributed.is_initialized():
-            torch.distributed.destroy_process_group()
+        if dist.is_initialized():
+            dist.destroy_process_group()
     except (Exception, KeyboardInterrupt) as error:
-        report_failure(*describe(error))
+        if _monitor is not None:
+            _monitor.fail(*describe(error))
         raise
     if ended is not None:
         raise ended
