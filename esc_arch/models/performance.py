@@ -110,11 +110,11 @@ def eager(net: nn.Module) -> Iterator[None]:
         net._compiled_call_impl = compiled
 
 
-#: Values of options that are names; other values are checked with the types of all keys.
-_CHOICES: dict[str, tuple[Any, ...]] = {
-    "amp": tuple(_PRECISIONS),
-    "compile": (True, False, *COMPILE_MODES),
-    "nonfinite": ("stop", "skip"),
+#: Values of options that are names, and how messages list them; other values are checked with the types of all keys.
+_CHOICES: dict[str, tuple[tuple[Any, ...], str]] = {
+    "amp": (tuple(_PRECISIONS), "bf16 or fp16"),
+    "compile": ((True, False, *COMPILE_MODES), f"true, false or one of {', '.join(COMPILE_MODES)}"),
+    "nonfinite": (("stop", "skip"), "stop or skip"),
 }
 #: Options of the published `ESRModel` that are not supported.
 _UNSUPPORTED = {
@@ -129,9 +129,9 @@ _UNSUPPORTED = {
 def performance_problems(opt: Mapping[str, Any], net: type[Any] | None) -> Iterator[str]:
     """What does not go together in these options and those of the published model; `net` is network_g's class."""
     train = opt.get("train") or {}
-    for key, choices in _CHOICES.items():
+    for key, (choices, listed) in _CHOICES.items():
         if train.get(key) not in (None, *choices):
-            yield f"train:{key}: {train[key]!r} given; must be one of {', '.join(str(each) for each in choices)}"
+            yield f"train:{key}: {train[key]!r} given; must be {listed}"
     parts, perceptual = train.get("accumulate_grad"), train.get("perceptual_opt")
     if isinstance(parts, int) and parts > 1:
         batch = (opt["datasets"].get("train") or {}).get("batch_size_per_gpu")
