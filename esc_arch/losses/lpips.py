@@ -1,4 +1,4 @@
-"""A loss of learned features, from the package of its authors."""
+"""A loss of learned features, from its authors' package."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torch import Tensor
 from esc_arch.compat.safe_weights import tensors_only
 from esc_arch.errors import UserError
 
-from .base import ImageLoss
+from .image_losses import ImageLoss
 
 __all__ = ["LPIPSLoss"]
 
@@ -28,7 +28,7 @@ _MISSING = 'LPIPSLoss needs the package lpips: pip install "esc-arch[lpips]", or
 class LPIPSLoss(ImageLoss):
     """Learned perceptual distance (Zhang et al., 2018, arXiv 1801.03924), the mean over images.
 
-    Needs the package lpips (``pip install "esc-arch[lpips]"``), and the weights of its backbone, which torchvision
+    Needs the package lpips (``pip install "esc-arch[lpips]"``), and its backbone's weights, which torchvision
     downloads once.
 
     Args:
@@ -36,7 +36,7 @@ class LPIPSLoss(ImageLoss):
         net: the backbone: alex, vgg or squeeze. Its authors recommend alex to measure and vgg to train.
 
     Raises:
-        ValueError: another net.
+        ValueError: an invalid net.
         UserError: lpips is not installed, or the backbone's weights cannot be downloaded.
     """
 
@@ -45,32 +45,31 @@ class LPIPSLoss(ImageLoss):
         if net not in _BACKBONES:
             raise ValueError(_unknown(net))
         file, self.smallest_side = _BACKBONES[net]
+        folder = Path(torch.hub.get_dir(), "checkpoints")
         try:
             import lpips
         except ImportError as error:
             raise UserError(f"{_MISSING} ({error})") from error
         try:
-            with tensors_only(f"LPIPSLoss's backbone ({Path(torch.hub.get_dir(), 'checkpoints', file)})"):
+            with tensors_only(f"LPIPSLoss's backbone ({folder / file})"):
                 self.net = lpips.LPIPS(net=net, verbose=False)
         except OSError as error:  # URLError and time-outs are OSErrors
             raise UserError(
                 f"The weights of LPIPSLoss's backbone could not be downloaded ({error}). Get the file {file} from "
-                f"https://download.pytorch.org/models/{file} on another machine and put it in "
-                f"{Path(torch.hub.get_dir(), 'checkpoints')}."
+                f"https://download.pytorch.org/models/{file} on another machine and put it in {folder}."
             ) from error
         self.net.requires_grad_(False)  # lpips leaves its own layers trainable
 
     @classmethod
     def option_problems(cls, *, net: str = "vgg", **_: object) -> Iterator[str]:
-        # Not by trying, which would download
+        # Building one would download the backbone
         if net not in _BACKBONES:
             yield _unknown(net)
         if importlib.util.find_spec("lpips") is None:
             yield _MISSING
 
     def compute(self, pred: Tensor, target: Tensor) -> Tensor:
-        # Its networks take values in -1 .. 1
-        distance: Tensor = self.net(2 * pred - 1, 2 * target - 1)
+        distance: Tensor = self.net(2 * pred - 1, 2 * target - 1)  # it takes values in -1 .. 1
         return distance.mean()
 
 

@@ -1,4 +1,4 @@
-"""Pictures and figures that set a network's result beside plain bicubic enlargement."""
+"""Pictures of validated images, with captions: bicubic, result and ground truth, or LR, SR and GT for TensorBoard."""
 
 from __future__ import annotations
 
@@ -13,77 +13,59 @@ from basicsr.metrics import calculate_psnr
 from basicsr.utils import imwrite, tensor2img
 from torch import Tensor
 
-from esc_arch.data.names import image_name
 from esc_arch.ops.resize import matlab_resize
 
-__all__ = ["Comparison", "captioned", "in_a_row", "side_by_side", "worst_place"]
+__all__ = ["comparison_summary", "side_by_side", "validation_picture", "write_comparison"]
 
-Row = tuple[str, float, float]
-
-#: Panels are at most this high and wide (pixels); of larger images the middle is shown.
+#: Panels of comparisons are at most this high and wide (pixels); of larger images the middle is shown.
 PANEL = 512
-CAPTION = 26
-GAP = 4
-#: How many times the detail below an image is enlarged.
+#: Magnification of the detail below an image.
 ZOOM = 4
+#: Sides (pixels of the output) and magnification of what TensorBoard shows.
+TB_CROP, TB_ZOOM = 128, 2
+CAPTION, GAP = 26, 4
 
 Image = np.ndarray[Any, Any]
 
 
-class Comparison:
-    """Collects the images of one validation run: writes a picture of each and averages their PSNR.
+def write_comparison(file: Path, network: str, visuals: Mapping[str, Tensor]) -> tuple[float, float]:
+    """Write a picture of bicubic, result and ground truth; returns the PSNR of bicubic and of the result, in dB.
 
     PSNR is on Y, with a border of as many pixels cropped as the scale is, as in the paper.
 
     Args:
-        folder: pictures go to folder/comparison/<data set>/<image>.png; those of earlier validations are replaced.
-        dataset: its name.
-        network: what the result's caption says.
+        file: replaced if it exists.
+        network: the name in the result's caption.
+        visuals: `lq` (1, 3, H, W), `result` and `gt` (1, 3, H * s, W * s), RGB in 0 .. 1.
     """
+    result, gt = tensor2img([visuals["result"]]), tensor2img([visuals["gt"]])
+    height, width = visuals["result"].shape[-2:]
+    scale = width / visuals["lq"].shape[-1]
+    bicubic = tensor2img([matlab_resize(visuals["lq"], (height, width))])
+    psnr_bicubic, psnr = (
+        calculate_psnr(image, gt, crop_border=math.ceil(scale), test_y_channel=True) for image in (bicubic, result)
+    )
+    panels = {
+        f"bicubic x{scale:.3g}: {psnr_bicubic:.2f} dB": bicubic,
+        f"{network} x{scale:.3g}: {psnr:.2f} dB": result,
+        "ground truth": gt,
+    }
+    imwrite(side_by_side(panels), str(file))
+    return psnr_bicubic, psnr
 
-    def __init__(self, folder: str, dataset: str, network: str) -> None:
-        self.folder = Path(folder, "comparison", dataset)
-        self.dataset = dataset
-        self.network = network
-        self.rows: list[Row] = []
 
-    def add(self, lq_path: str, visuals: Mapping[str, Tensor]) -> Row | None:
-        """Take one image: `lq` (1, 3, H, W), `result` and `gt` (1, 3, H * s, W * s), RGB in 0 .. 1.
-
-        Returns its name and the PSNR of bicubic and of the result, in dB, which also becomes one of `rows`; None for
-        an image without ground truth, which is left out.
-        """
-        if "gt" not in visuals:
-            return None
-        result, gt = tensor2img([visuals["result"]]), tensor2img([visuals["gt"]])
-        height, width = visuals["result"].shape[-2:]
-        scale = width / visuals["lq"].shape[-1]
-        bicubic = tensor2img([matlab_resize(visuals["lq"], (height, width))])
-        psnr_bicubic, psnr = (
-            calculate_psnr(image, gt, crop_border=math.ceil(scale), test_y_channel=True) for image in (bicubic, result)
-        )
-        name = image_name(lq_path)
-        row = (name, psnr_bicubic, psnr)
-        self.rows.append(row)
-        panels = {
-            f"bicubic x{scale:.3g}: {psnr_bicubic:.2f} dB": bicubic,
-            f"{self.network} x{scale:.3g}: {psnr:.2f} dB": result,
-            "ground truth": gt,
-        }
-        imwrite(side_by_side(panels), str(self.folder / f"{name}.png"))
-        return row
-
-    def summary(self) -> str:
-        """The figures of all images and their means, a line each."""
-        if not self.rows:
-            return f"Comparison on {self.dataset}: no image has a ground truth."
-        width = max(len(name) for name, *_ in self.rows)
-        means = tuple(float(np.mean(column)) for column in list(zip(*self.rows, strict=True))[1:])
-        lines = [
-            f"  {name:<{width}}  bicubic {bicubic:6.2f} dB  {self.network} {psnr:6.2f} dB  {psnr - bicubic:+.2f} dB"
-            for name, bicubic, psnr in [*self.rows, ("mean", means[0], means[1])]
-        ]
-        return "\n".join([f"PSNR (Y) on {self.dataset}, pictures in {self.folder}:", *lines])
+def comparison_summary(dataset: str, network: str, folder: Path, rows: Sequence[tuple[str, float, float]]) -> str:
+    """A line for each image (name, PSNR of bicubic and of the result, in dB), and one for the means."""
+    if not rows:
+        return f"Comparison on {dataset}: no image has a ground truth."
+    _, *columns = zip(*rows, strict=True)
+    means = [float(np.mean(column)) for column in columns]
+    width = max(len(name) for name, *_ in rows)
+    lines = [
+        f"  {name:<{width}}  bicubic {bicubic:6.2f} dB  {network} {psnr:6.2f} dB  {psnr - bicubic:+.2f} dB"
+        for name, bicubic, psnr in [*rows, ("mean", means[0], means[1])]
+    ]
+    return "\n".join([f"PSNR (Y) on {dataset}, pictures in {folder}:", *lines])
 
 
 def side_by_side(panels: Mapping[str, Image]) -> Image:
@@ -92,37 +74,64 @@ def side_by_side(panels: Mapping[str, Image]) -> Image:
     The images above, below them an enlarged detail of each, taken where the first differs most from the last.
     """
     images = list(panels.values())
-    starts = [max(0, (size - PANEL) // 2) for size in images[0].shape[:2]]
-    images = [image[starts[0] : starts[0] + PANEL, starts[1] : starts[1] + PANEL] for image in images]
+    top, left = (max(0, (size - PANEL) // 2) for size in images[0].shape[:2])
+    images = [image[top : top + PANEL, left : left + PANEL] for image in images]
     height, width = images[0].shape[:2]
-    detail_height, detail_width = max(1, height // ZOOM), max(1, width // ZOOM)
-    top, left = worst_place(images[0], images[-1], detail_height, detail_width)
-    parts = []
+    detail = _worst_crop(images[0], images[-1], max(1, height // ZOOM), max(1, width // ZOOM))
+    gap = np.full((GAP, width, 3), 255, np.uint8)
+    columns = []
     for caption, image in zip(panels, images, strict=True):
-        detail = image[top : top + detail_height, left : left + detail_width]
-        detail = cv2.resize(detail, (width, height), interpolation=cv2.INTER_NEAREST)
-        gap = np.full((GAP, width, 3), 255, np.uint8)
-        parts.append(np.concatenate([captioned(caption, image), gap, detail]))
-    return in_a_row(parts)
+        enlarged = cv2.resize(image[detail], (width, height), interpolation=cv2.INTER_NEAREST)
+        columns.append(np.concatenate([_captioned(caption, image), gap, enlarged]))
+    return _in_a_row(columns)
 
 
-def captioned(caption: str, image: Image) -> Image:
+def validation_picture(visuals: Mapping[str, Tensor], name: str) -> Image:
+    """LR, SR and GT in a row, where SR differs most from GT; of an image without GT, where it differs most from LR.
+
+    LR is enlarged by nearest neighbour, so that its pixels are seen.
+
+    Args:
+        visuals: `lq` (1, C, h, w), `result` and, if there is one, `gt` (1, C, H, W), with C 1 (grey) or 3 (RGB), in
+            0 .. 1.
+        name: of the image, for the caption.
+
+    Returns:
+        (H, W, 3) uint8, RGB.
+    """
+    lr, sr = _rgb(visuals["lq"]), _rgb(visuals["result"])
+    height, width = sr.shape[:2]
+    lr = cv2.resize(lr, (width, height), interpolation=cv2.INTER_NEAREST)
+    panels = {f"LR {name}": lr, "SR": sr}
+    if "gt" in visuals:
+        panels["GT"] = _rgb(visuals["gt"])
+    crop = _worst_crop(sr, panels.get("GT", lr), min(height, TB_CROP), min(width, TB_CROP))
+    enlarged = (panel[crop].repeat(TB_ZOOM, axis=0).repeat(TB_ZOOM, axis=1) for panel in panels.values())
+    return _in_a_row([_captioned(caption, panel) for caption, panel in zip(panels, enlarged, strict=True)])
+
+
+def _rgb(tensor: Tensor) -> Image:
+    image: Image = tensor2img([tensor], rgb2bgr=False)
+    return image if image.ndim == 3 else np.repeat(image[..., None], 3, axis=2)
+
+
+def _captioned(caption: str, image: Image) -> Image:
     """(H, W, 3) uint8 with a line of text above it: (H + CAPTION, W, 3)."""
     strip = np.full((CAPTION, image.shape[1], 3), 255, np.uint8)
     cv2.putText(strip, caption, (6, CAPTION - 8), cv2.FONT_HERSHEY_SIMPLEX, 0.5, (0, 0, 0), 1, cv2.LINE_AA)
     return np.concatenate([strip, image])
 
 
-def in_a_row(images: Sequence[Image]) -> Image:
+def _in_a_row(images: Sequence[Image]) -> Image:
     """Images of one height, (H, W, 3) uint8 each, from left to right with a white gap between them."""
     gap = np.full((images[0].shape[0], GAP, 3), 255, np.uint8)
     return np.concatenate([part for image in images for part in (gap, image)][1:], axis=1)
 
 
-def worst_place(image: Image, gt: Image, height: int, width: int) -> tuple[int, int]:
-    """Top and left of the height x width part in which `image` differs most from `gt`, both (H, W, 3)."""
+def _worst_crop(image: Image, gt: Image, height: int, width: int) -> tuple[slice, slice]:
+    """The height x width part in which `image` differs most from `gt`, both (H, W, 3)."""
     error = np.abs(image.astype(np.float32) - gt.astype(np.float32)).sum(axis=2)
     sums = np.pad(error.cumsum(axis=0).cumsum(axis=1), ((1, 0), (1, 0)))
     boxes = sums[height:, width:] - sums[:-height, width:] - sums[height:, :-width] + sums[:-height, :-width]
-    top, left = np.unravel_index(boxes.argmax(), boxes.shape)
-    return int(top), int(left)
+    top, left = (int(place) for place in np.unravel_index(boxes.argmax(), boxes.shape))
+    return np.s_[top : top + height, left : left + width]

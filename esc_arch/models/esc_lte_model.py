@@ -1,4 +1,4 @@
-"""Training at scales drawn per batch, and testing at any."""
+"""Training at scales drawn per batch, and testing at any scale."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ __all__ = ["ESCLTEModel", "draw_batch"]
 
 
 class ESCLTEModel(ESCModel):
-    """`ESCModel` for networks that are asked for the colours at any points, as `ESCLTE`.
+    """`ESCModel` for networks that are queried for the colours at any points, such as `ESCLTE`.
 
-    Training: of the HR patches of `ArbitraryScaleDataset` it makes LQ patches, of one scale for a batch, and random
-    pixels to be asked for (`draw_batch`). What is drawn depends on `manual_seed`, the process and the iteration alone,
-    so that a resumed run draws what it would have drawn. Other pairs of LQ and GT are enlarged by `upscaling_factor`.
+    Training: from the HR patches of `ArbitraryScaleDataset` it makes LQ patches, of one scale for a batch, and random
+    query pixels (`draw_batch`). The draws depend on `manual_seed`, the process and the iteration alone, so that they
+    are the same in a resumed run. Other pairs of LQ and GT are enlarged by `upscaling_factor`.
 
     Validation and testing: every data set at its own `scale` (without one, `upscaling_factor`). The image is padded as
-    by `ESCModel`; asked for are the pixels of the enlarged image alone, so that they lie where they do without padding.
+    by `ESCModel`; only the pixels of the enlarged image are queried, so that they lie where they do without padding.
 
     Options beyond ESCModel's:
 
@@ -59,7 +59,7 @@ class ESCLTEModel(ESCModel):
         super().feed_data(data)
 
     def run_network(self, net: nn.Module, share: slice) -> Tensor:
-        output: Tensor = net(self.lq[share], **{name: asked[share] for name, asked in self._query.items()})
+        output: Tensor = net(self.lq[share], **{name: points[share] for name, points in self._query.items()})
         return output
 
     @property
@@ -75,29 +75,26 @@ class ESCLTEModel(ESCModel):
         points = self.evaluate(padded, coords=coords.expand(len(image), -1, -1), cell=cell.expand(len(image), -1))
         return points.unflatten(-1, size)
 
-    def nondist_validation(self, dataloader: Any, current_iter: Any, tb_logger: Any, save_img: bool) -> None:
-        default, val = self._scale, self.opt["val"]
-        metrics = val.get("metrics")
-        self._scale = dataloader.dataset.opt.get("scale") or default
+    def metric_options(self, metric: Mapping[str, Any]) -> dict[str, Any]:
         border = {"crop_border": math.ceil(max(scale_pair(self._scale)))}
-        if metrics is not None:
-            val["metrics"] = {
-                name: metric | (border if metric.get("crop_border") == "scale" else {})
-                for name, metric in metrics.items()
-            }
+        return {**metric, **(border if metric.get("crop_border") == "scale" else {})}
+
+    def nondist_validation(self, dataloader: Any, *args: Any, **kwargs: Any) -> None:
+        default = self._scale
+        self._scale = dataloader.dataset.opt.get("scale") or default
         try:
-            super().nondist_validation(dataloader, current_iter, tb_logger, save_img)
+            super().nondist_validation(dataloader, *args, **kwargs)
         finally:
-            self._scale, val["metrics"] = default, metrics
+            self._scale = default
 
 
 def draw_batch(
     hr: Tensor, scales: ScaleRange, random: np.random.Generator
 ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """A batch for training at one scale, drawn for all of it.
+    """A batch for training at one random scale.
 
-    Of each HR patch the same part is taken, as large as the scale makes an LQ patch, and reduced by MATLAB's bicubic,
-    rounded to 8 bit; and the same number of its pixels, drawn without replacement.
+    The same part of each HR patch, as large as the scale makes an LQ patch, is reduced by MATLAB's bicubic and rounded
+    to 8 bit; and the same number of its pixels is drawn without replacement.
 
     Args:
         hr: (B, 3, hr_size, hr_size), RGB in 0 .. 1.
@@ -109,7 +106,7 @@ def draw_batch(
     top, left = random.integers(hr.shape[-1] - side, size=2, endpoint=True)
     hr = hr[..., top : top + side, left : left + side]
     lq = round_to_8bit(matlab_resize(hr, (scales.lq_size, scales.lq_size)))
-    # One drawing for all patches, moved on by another number of pixels in each
+    # One permutation for all patches, shifted differently in each
     pixels = random.permutation(side**2)[: scales.points] + random.integers(side**2, size=(len(hr), 1))
     index = torch.from_numpy(pixels % side**2).to(hr.device)
     gt = hr.flatten(2).gather(2, index[:, None].expand(-1, hr.shape[1], -1))

@@ -8,14 +8,14 @@ import functools
 import io
 import logging
 import math
-import os
 from collections import OrderedDict
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
+from basicsr.losses import build_loss
 from basicsr.metrics import calculate_metric
 from basicsr.models.sr_model import SRModel
 from basicsr.utils import imwrite, tensor2img
@@ -28,30 +28,29 @@ from tqdm import tqdm
 from esc_arch.atomic_io import write_atomically
 from esc_arch.data.names import image_name
 from esc_arch.errors import UserError
-from esc_arch.losses import build_losses
-from esc_arch.models.comparison import Comparison
-from esc_arch.models.metrics import image_measured, measure
+from esc_arch.models.comparison import comparison_summary, validation_picture, write_comparison
+from esc_arch.models.metrics import image_measured
 from esc_arch.models.performance import (
     PUBLISHED_MODEL,
     PerformanceOptions,
     eager,
-    full_float32,
     is_published_model,
     performance_problems,
 )
-from esc_arch.models.self_ensemble import self_ensemble
-from esc_arch.models.validation_pictures import validation_picture
+from esc_arch.ops.float32 import float32_products
 from esc_arch.ops.padding import reflect_pad_to_multiple
 from esc_arch.training.distributed import gather_objects
 from esc_arch.training.parameter_groups import freeze, parameter_groups
 from esc_arch.training.run import current_run, what_is_saved
 
-__all__ = ["PROTOCOLS", "ESCModel"]
+__all__ = ["PROTOCOLS", "ESCModel", "self_ensemble"]
+
+logger = logging.getLogger("basicsr")
 
 #: Ways to test, by `val: protocol`.
 PROTOCOLS = ("published", "srmodel", "ensemble")
 
-#: So many steps skipped one after the other mean that the training is lost.
+#: So many skipped steps in a row mean that the training has diverged.
 MOST_SKIPPED = 100
 _NEVER = 2**62
 #: Iterations after which the published `ESRModel` halves `gradient_clip`.
@@ -60,13 +59,13 @@ CLIP_HALVES_AFTER = 50_000
 
 @dataclass
 class _Validated:
-    """What one image of a validation set gave; `index` is its place in the set."""
+    """The outcome for one image of a validation set; `index` is its place in the set."""
 
     index: int
     name: str
-    metrics: dict[str, float]
-    comparison: Any = None
-    picture: Any = None
+    metrics: dict[str, float] = field(default_factory=dict)
+    psnr: tuple[float, float] | None = None  # of bicubic and the result, for the comparison
+    picture: Any = None  # for TensorBoard
 
 
 class ESCModel(SRModel):
@@ -76,21 +75,8 @@ class ESCModel(SRModel):
     network runs on all of it, and the output is cropped. SRModel runs the network on the image as it is, which
     gives another PSNR: the convolutions and the global pools see the padding.
 
-    Options beyond SRModel's:
-
-     - ``val: comparison: true`` writes, for each validation image, LR-bicubic, result and ground truth side by side
-       with their PSNR to ``visualization/comparison/``, and logs the figures and their means.
-     - ``val: protocol``: ``published`` (the default), ``srmodel`` (the image as it is, as SRModel does), ``ensemble``
-       (published, averaged over eight orientations of the image).
-     - ``val: per_image: true`` writes the metrics of each image to ``visualization/per_image/<data set>.csv``.
-     - ``val: tb_images: N`` shows LR, result and ground truth of N images of each set in TensorBoard.
-     - ``train: amp, channels_last, compile, accumulate_grad, gradient_clip, tf32, activation_checkpointing,
-       nonfinite``: see `esc_arch.models.performance.PerformanceOptions`.
-     - ``train: losses`` adds losses by name, ``freeze`` and ``lr_factors`` choose parameters by patterns.
-     - ``logger: keep_last: N`` keeps the newest N checkpoints, and the networks that were best by a metric.
-
-    Named `ESRModel`, it takes published option files: ``train: use_amp`` is ``amp: fp16``, and ``gradient_clip`` is
-    halved after 50,000 iterations.
+    Options beyond SRModel's are listed in the README ("Options of training"). Named `ESRModel`, it takes published
+    option files: ``train: use_amp`` is ``amp: fp16``, and ``gradient_clip`` is halved after 50,000 iterations.
 
     With several processes each validates its share of the images; means are those of one process to the last bit.
     """
@@ -98,16 +84,16 @@ class ESCModel(SRModel):
     lq: Tensor
     gt: Tensor
     output: Tensor
-    #: Whether the history of a run without figures of a validation says that it was not done.
-    keeps_figures = True
+    #: True if validations are logged to metrics.jsonl once they are complete, so that missing ones can be caught up.
+    logs_complete_validations = True
 
     def __init__(self, opt: dict[str, Any]) -> None:
         self.speed = PerformanceOptions.of(opt)
         self.speed.set_globals()
         self._clip_halves = is_published_model(opt)
         if self._clip_halves and opt["is_train"] and self.speed.gradient_clip is not None:
-            logging.getLogger("basicsr").info(
-                "train: gradient_clip is halved after %d iterations, as published for %s. With ESCModel it stays.",
+            logger.info(
+                "train: gradient_clip is halved after %d iterations, as published for %s. ESCModel does not halve it.",
                 CLIP_HALVES_AFTER,
                 PUBLISHED_MODEL,
             )
@@ -127,7 +113,7 @@ class ESCModel(SRModel):
 
     @classmethod
     def option_problems(cls, opt: Mapping[str, Any]) -> Iterator[str]:
-        """What in a training's options does not go with this model: the key, the value and the cure."""
+        """Options of a training that this model cannot use: the key, the value and the fix."""
         network = (opt.get("network_g") or {}).get("type")
         yield from performance_problems(opt, ARCH_REGISTRY.get(network) if network in ARCH_REGISTRY else None)
 
@@ -143,12 +129,12 @@ class ESCModel(SRModel):
 
     def init_training_settings(self) -> None:
         train = self.opt["train"]
-        if train.get("losses") and not (train.get("pixel_opt") or train.get("perceptual_opt")):
+        losses = dict(train.get("losses") or {})
+        if losses and not (train.get("pixel_opt") or train.get("perceptual_opt")):
             # SRModel wants one of these two; the first of the others takes its place, under its own name
-            name, *rest = train["losses"]
-            train["pixel_opt"], self._pixel_loss = train["losses"][name], f"l_{name}"
-            train["losses"] = {other: train["losses"][other] for other in rest}
-        self.losses = build_losses(train, self.device)
+            name = next(iter(losses))
+            train["pixel_opt"], self._pixel_loss = losses.pop(name), f"l_{name}"
+        self.losses = {name: build_loss(section).to(self.device) for name, section in losses.items()}
         super().init_training_settings()
 
     def setup_optimizers(self) -> None:
@@ -175,7 +161,9 @@ class ESCModel(SRModel):
         sums: OrderedDict[str, Tensor] = OrderedDict()
         for part in range(parts):
             share = slice(part * len(self.lq) // parts, (part + 1) * len(self.lq) // parts)
-            with self._without_exchange() if part + 1 < parts else contextlib.nullcontext():
+            # Processes exchange gradients once, with the last part
+            wait = part + 1 < parts and isinstance(self.net_g, DistributedDataParallel)
+            with self.net_g.no_sync() if wait else contextlib.nullcontext():
                 self.output = self.run_network(self.net_g, share)
                 losses = self.losses_of(self.output, self.gt[share], parts)
                 self.scaler.scale(functools.reduce(torch.add, losses.values())).backward()
@@ -192,7 +180,7 @@ class ESCModel(SRModel):
         return output
 
     def losses_of(self, output: Tensor, gt: Tensor, parts: int = 1) -> OrderedDict[str, Tensor]:
-        """All losses by their names in the log, those that average over images divided by the number of `parts`."""
+        """All losses by their names in the log; means over images are divided by the number of `parts`."""
         losses: OrderedDict[str, Tensor] = OrderedDict()
         if self.cri_pix:
             losses[self._pixel_loss] = _part_of_mean(self.cri_pix, self.cri_pix(output, gt), parts)
@@ -204,12 +192,12 @@ class ESCModel(SRModel):
             losses[f"l_{name}"] = _part_of_mean(criterion, criterion(output, gt), parts)
         return losses
 
-    def _without_exchange(self) -> contextlib.AbstractContextManager[None]:
-        """Gradients of all parts but the last stay in the process."""
-        return self.net_g.no_sync() if isinstance(self.net_g, DistributedDataParallel) else contextlib.nullcontext()
-
     def _step(self) -> bool:
-        """The optimiser's step; whether it was done, and not skipped."""
+        """The optimiser's step; True if it was done, and not skipped.
+
+        Raises:
+            UserError: too many steps in a row were skipped.
+        """
         clip, skip = self.speed.gradient_clip, self.speed.nonfinite == "skip"
         if clip is not None and self._clip_halves and self._iteration > CLIP_HALVES_AFTER:
             clip /= 2
@@ -218,26 +206,17 @@ class ESCModel(SRModel):
             parameters = [p for group in self.optimizer_g.param_groups for p in group["params"]]
             norm = nn.utils.clip_grad_norm_(parameters, math.inf if clip is None else clip)
             # The gradients, and so the norm, are the same in all processes
-            if skip and not self._is_finite(norm):
+            if skip and not norm.isfinite():
                 self.scaler.update()
+                self.skipped += 1
+                self._skipped_in_a_row += 1
+                if self._skipped_in_a_row == MOST_SKIPPED:
+                    raise self._stopped(f"the gradients of {MOST_SKIPPED} steps in a row were infinite or NaN.")
                 return False
+        self._skipped_in_a_row = 0
         self.scaler.step(self.optimizer_g)
         self.scaler.update()
         return True
-
-    def _is_finite(self, norm: Tensor) -> bool:
-        """Whether a step can be done with gradients of this norm; counts those that cannot."""
-        if norm.isfinite():
-            self._skipped_in_a_row = 0
-            return True
-        self.skipped += 1
-        self._skipped_in_a_row += 1
-        if self._skipped_in_a_row == MOST_SKIPPED:
-            raise UserError(
-                f"Training stopped at iteration {self._iteration}: the gradients of {MOST_SKIPPED} steps in a row were "
-                f"infinite or no numbers. {self._what_is_saved()}"
-            )
-        return False
 
     def reduce_loss_dict(self, loss_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """The losses as they are: reading them would make the processor wait for the GPU in every iteration.
@@ -257,46 +236,43 @@ class ESCModel(SRModel):
         """The losses of the last iteration, averaged over the processes; the number of skipped steps, if there are.
 
         Raises:
-            UserError: one since the last call was infinite or not a number (fault 41); it names the last state.
+            UserError: one since the last call was infinite or NaN (fault 41); it names the last state.
         """
         values = torch.stack(list(self.log_dict.values()))
+        first = None if self._first_nonfinite is None else self._first_nonfinite.clone()
         if self.opt["dist"]:
             torch.distributed.all_reduce(values)
             values /= self.opt["world_size"]
+            if first is not None:
+                torch.distributed.all_reduce(first, op=torch.distributed.ReduceOp.MIN)
         log = dict(zip(self.log_dict, values.tolist(), strict=True))
-        self._require_finite_losses(log)
+        if first is not None and (iteration := int(first)) < _NEVER:
+            nonfinite = [f"{name} is {value}" for name, value in log.items() if not math.isfinite(value)]
+            raise self._stopped(
+                f"{', '.join(nonfinite) or 'a loss is not finite'}.",
+                "Lower train: optim_g: lr, look for broken images, or set train: nonfinite: skip before.",
+                iteration,
+            )
         return log | ({"skipped": self.skipped} if self.skipped else {})
 
-    def _require_finite_losses(self, log: Mapping[str, float]) -> None:
-        if self._first_nonfinite is None:
-            return
-        first = self._first_nonfinite.clone()
-        if self.opt["dist"]:
-            torch.distributed.all_reduce(first, op=torch.distributed.ReduceOp.MIN)
-        if (iteration := int(first)) < _NEVER:
-            nonsense = [f"{name} is {value}" for name, value in log.items() if not math.isfinite(value)]
-            raise UserError(
-                f"Training stopped at iteration {iteration}: {', '.join(nonsense) or 'a loss is not finite'}. "
-                f"{self._what_is_saved()} Lower train: optim_g: lr, look for broken images, or set train: nonfinite: "
-                f"skip before."
-            )
-
-    def _what_is_saved(self) -> str:
-        return f"{what_is_saved(self.opt)} Nothing has been saved since."
+    def _stopped(self, reason: str, advice: str = "", iteration: int | None = None) -> UserError:
+        where = self._iteration if iteration is None else iteration
+        saved = f"{what_is_saved(self.opt)} Nothing has been saved since."
+        return UserError(f"Training stopped at iteration {where}: {reason} {saved} {advice}".rstrip())
 
     # --- saving -----------------------------------------------------------------------------------------------------
 
     def save_network(self, net: Any, net_label: str, current_iter: int, param_key: Any = "params") -> None:
-        """As BasicSR's; a network that is spoiled does not take the place of a good one.
+        """As BasicSR's; a network that has diverged does not replace a good one.
 
         Raises:
-            UserError: a weight is infinite or not a number.
+            UserError: a weight is infinite or NaN.
         """
         for each in net if isinstance(net, list) else [net]:
             if not torch.stack([weight.isfinite().all() for weight in each.parameters()]).all():
-                raise UserError(
-                    f"Training stopped at iteration {self._iteration}: weights of {net_label} are infinite or no "
-                    f"numbers. {self._what_is_saved()} Lower train: optim_g: lr, or set train: nonfinite: skip."
+                raise self._stopped(
+                    f"weights of {net_label} are infinite or NaN.",
+                    "Lower train: optim_g: lr, or set train: nonfinite: skip.",
                 )
         super().save_network(net, net_label, current_iter, param_key)
 
@@ -318,7 +294,7 @@ class ESCModel(SRModel):
 
     @property
     def enlarges_evenly(self) -> bool:
-        """Whether height and width are enlarged alike, so that a transposed image gives the transposed result."""
+        """True if height and width are enlarged alike, so that a transposed image gives the transposed result."""
         return True
 
     def test(self) -> None:
@@ -339,12 +315,12 @@ class ESCModel(SRModel):
         return image if self.protocol == "srmodel" else reflect_pad_to_multiple(image, self.window_size)
 
     def evaluate(self, image: Tensor, **query: Tensor) -> Tensor:
-        """What the averaged network, or without one the trained one, makes of an image."""
+        """The output of the averaged network, or without one of the trained one."""
         # Not the wrapper for several processes, which would wait for the others
         net = getattr(self, "net_g_ema", None) or self.get_bare_model(self.net_g)
         training = net.training
         net.eval()
-        with torch.no_grad(), eager(net), full_float32():
+        with torch.no_grad(), eager(net), float32_products(tf32=False):  # TF32 would show in the last digits of PSNR
             output: Tensor = net(image, **query)
         net.train(training)
         return output
@@ -353,49 +329,36 @@ class ESCModel(SRModel):
         self.nondist_validation(*args, **kwargs)
 
     def nondist_validation(self, dataloader: Any, current_iter: Any, tb_logger: Any, save_img: bool) -> None:
-        """Validate this process's share of the images, and log what all of them gave.
+        """Validate this process's share of the images, and log the scores of all.
 
         A training that is asked to stop meanwhile leaves the rest out, logs nothing, and repeats it when resumed.
         """
-        dataset, val = dataloader.dataset, self.opt["val"]
+        dataset, rank, run = dataloader.dataset, self.opt["rank"], current_run()
         name = dataset.opt["name"]
-        if val.get("metrics") is not None:
+        if self.opt["val"].get("metrics") is not None:
             self._initialize_best_metric_results(name)
-        comparison = None
-        if val.get("comparison"):
-            comparison = Comparison(self.opt["path"]["visualization"], name, self.opt["network_g"]["type"])
+        places = range(rank, len(dataset), self.opt["world_size"])
+        # With a generator, iterating leaves the random numbers of the process alone
+        share = DataLoader(Subset(dataset, places), pin_memory=dataloader.pin_memory, generator=torch.Generator())
         done: list[_Validated] = []
-        for index, data in tqdm(
-            self._share(dataloader), unit="image", desc=name, disable=not (val.get("pbar") and self.opt["rank"] == 0)
-        ):
-            if self._asked_to_stop():
+        with_bar = self.opt["val"].get("pbar") and rank == 0
+        for index, data in tqdm(zip(places, share, strict=True), unit="image", desc=name, disable=not with_bar):
+            if run is not None and run.stop:
                 break
-            done.append(self._validate_image(index, data, current_iter, save_img, name, comparison))
+            done.append(self._validate_image(index, data, current_iter, save_img, name))
         if self.device.type == "cuda":
             torch.cuda.empty_cache()  # images are larger than patches, and the training needs the memory
         everywhere = [each for share in gather_objects(done) for each in share]
         if len(everywhere) < len(dataset):
-            logging.getLogger("basicsr").info("The validation on %s was cut off; a resumed run repeats it.", name)
+            logger.info("The validation on %s was cut off; a resumed run repeats it.", name)
             return
-        self._conclude(sorted(everywhere, key=lambda each: each.index), name, current_iter, tb_logger, comparison)
+        self._conclude(sorted(everywhere, key=lambda each: each.index), name, current_iter, tb_logger)
 
-    def _share(self, dataloader: Any) -> Iterator[tuple[int, Any]]:
-        """The images that are this process's to validate, with their places in the set."""
-        rank, world = self.opt["rank"], self.opt["world_size"]
-        places = range(rank, len(dataloader.dataset), world)
-        if world > 1:
-            dataloader = DataLoader(Subset(dataloader.dataset, places), pin_memory=dataloader.pin_memory)
-            dataloader.generator = torch.Generator()
-        return zip(places, dataloader, strict=True)
+    def metric_options(self, metric: Mapping[str, Any]) -> dict[str, Any]:
+        """The options of a metric for the current data set."""
+        return dict(metric)
 
-    @staticmethod
-    def _asked_to_stop() -> bool:
-        run = current_run()
-        return run is not None and bool(run.stop)
-
-    def _validate_image(
-        self, index: int, data: Any, current_iter: Any, save_img: bool, dataset: str, comparison: Comparison | None
-    ) -> _Validated:
+    def _validate_image(self, index: int, data: Any, current_iter: Any, save_img: bool, dataset: str) -> _Validated:
         val = self.opt["val"]
         name = image_name(data["lq_path"][0])
         image_measured.set(f"{name} of {dataset}")
@@ -406,69 +369,56 @@ class ESCModel(SRModel):
         if "gt" in visuals:
             images["img2"] = tensor2img([visuals["gt"]])
         del self.lq, self.output
-        if save_img:
-            imwrite(images["img"], self._picture_path(dataset, name, current_iter))
+        folder = Path(self.opt["path"]["visualization"])
+        if save_img:  # where BasicSR saves it
+            suffix = current_iter if self.opt["is_train"] else val.get("suffix") or self.opt["name"]
+            file = folder / (name if self.opt["is_train"] else dataset) / f"{name}_{suffix}.png"
+            imwrite(images["img"], str(file))
         finite = bool(visuals["result"].isfinite().all())
         if not finite:
-            logging.getLogger("basicsr").warning(
-                "The result for %s of %s has pixels that are infinite or no numbers: it has no PSNR.", name, dataset
-            )
-        metrics = {}
+            logger.warning("The result for %s of %s has infinite or NaN pixels: it has no PSNR.", name, dataset)
+        validated = _Validated(index, name)
         for key, metric in (val.get("metrics") or {}).items():
-            metrics[key] = float(measure(calculate_metric, images, metric)) if finite else math.nan
-        validated = _Validated(index, name, metrics)
-        if comparison is not None:
-            validated.comparison = comparison.add(data["lq_path"][0], visuals)
+            value = calculate_metric(images, self.metric_options(metric)) if finite else math.nan
+            validated.metrics[key] = float(value)
+        if val.get("comparison") and "gt" in visuals:
+            file = folder / "comparison" / dataset / f"{name}.png"
+            validated.psnr = write_comparison(file, self.opt["network_g"]["type"], visuals)
         if index < val.get("tb_images", 0):
             validated.picture = validation_picture(visuals, name)
         return validated
 
-    def _picture_path(self, dataset: str, name: str, current_iter: Any) -> str:
-        """Where BasicSR saves the result for an image."""
-        folder = self.opt["path"]["visualization"]
-        if self.opt["is_train"]:
-            return os.path.join(folder, name, f"{name}_{current_iter}.png")
-        return os.path.join(folder, dataset, f"{name}_{self.opt['val'].get('suffix') or self.opt['name']}.png")
-
-    def _conclude(
-        self, done: list[_Validated], dataset: str, iteration: Any, tb_logger: Any, comparison: Comparison | None
-    ) -> None:
+    def _conclude(self, done: list[_Validated], dataset: str, iteration: Any, tb_logger: Any) -> None:
         """Mean metrics of all images of a set, to the logs."""
-        if self.opt["val"].get("metrics") is not None:
-            self.metric_results = {
-                metric: sum(each.metrics[metric] for each in done) / len(done) for metric in self.opt["val"]["metrics"]
-            }
+        metrics, folder = self.opt["val"].get("metrics"), Path(self.opt["path"]["visualization"])
+        if metrics is not None:
+            self.metric_results = {metric: sum(each.metrics[metric] for each in done) / len(done) for metric in metrics}
             for metric, value in self.metric_results.items():
                 self._update_best_metric_result(dataset, metric, value, iteration)
             self._keep_if_best(dataset, iteration)
         if self.opt["rank"] != 0:
             return
-        if self.opt["val"].get("metrics") is not None:
+        if metrics is not None:
             self._log_validation_metric_values(iteration, dataset, tb_logger)
         for each in done:
             if tb_logger and each.picture is not None:
                 tb_logger.add_image(f"{dataset}/{each.name}", each.picture, iteration, dataformats="HWC")
         if self.opt["val"].get("per_image"):
-            self._write_per_image(done, dataset)
-        if comparison is not None:
-            comparison.rows = [each.comparison for each in done if each.comparison is not None]
-            logging.getLogger("basicsr").info(comparison.summary())
-
-    def _write_per_image(self, done: list[_Validated], dataset: str) -> None:
-        """The metrics of each image, with all digits, in place of those of an earlier validation."""
-        names = list(self.opt["val"].get("metrics") or {})
-        text = io.StringIO()
-        writer = csv.writer(text, lineterminator="\n")
-        writer.writerow(["image", *names])
-        writer.writerows([each.name, *(each.metrics[name] for name in names)] for each in done)
-        file = Path(self.opt["path"]["visualization"], "per_image", f"{dataset}.csv")
-        try:
-            file.parent.mkdir(parents=True, exist_ok=True)
-            write_atomically(file, text.getvalue().encode())
-        except OSError as error:
-            if not self.is_train:
-                raise
-            logging.getLogger("basicsr").error("%s was not written: %s. The training goes on.", file, error.strerror)
+            text = io.StringIO()
+            rows = [["image", *(metrics or {})], *([each.name, *each.metrics.values()] for each in done)]
+            csv.writer(text, lineterminator="\n").writerows(rows)
+            file = folder / "per_image" / f"{dataset}.csv"
+            try:
+                file.parent.mkdir(parents=True, exist_ok=True)
+                write_atomically(file, text.getvalue().encode())
+            except OSError as error:
+                if not self.opt["is_train"]:
+                    raise
+                logger.error("%s was not written: %s. The training goes on.", file, error.strerror)
+        if self.opt["val"].get("comparison"):
+            compared = [(each.name, *each.psnr) for each in done if each.psnr is not None]
+            network = self.opt["network_g"]["type"]
+            logger.info(comparison_summary(dataset, network, folder / "comparison" / dataset, compared))
 
     def _keep_if_best(self, dataset: str, iteration: Any) -> None:
         """Where old checkpoints are removed, the best one must be there, though this iteration may save none."""
@@ -485,3 +435,24 @@ class ESCModel(SRModel):
 def _part_of_mean(criterion: nn.Module, loss: Tensor, parts: int) -> Tensor:
     """What a loss over a part of the batch adds to that over the whole batch."""
     return loss if parts == 1 or getattr(criterion, "reduction", "mean") == "sum" else loss / parts
+
+
+def self_ensemble(enlarge: Callable[[Tensor], Tensor], image: Tensor, *, transpose: bool = True) -> Tensor:
+    """The mean of eight results: of the image, of its mirror images, and of the transposed ones of these.
+
+    Each result is turned back before, and none is clipped or rounded (Timofte et al., CVPR 2016; "+" in tables).
+
+    Args:
+        enlarge: (B, C, H, W) -> (B, C, H', W'), for any H and W.
+        image: (B, C, H, W).
+        transpose: False averages four, for networks that enlarge height and width differently.
+    """
+    turns = (False, True) if transpose else (False,)
+    total: Any = 0.0
+    for flips in ((), (-1,), (-2,), (-2, -1)):
+        version = image.flip(flips)
+        for turned in turns:
+            result = enlarge(version.transpose(-2, -1).contiguous() if turned else version)
+            total = total + (result.transpose(-2, -1) if turned else result).flip(flips)
+    mean: Tensor = total / (4 * len(turns))
+    return mean

@@ -1,4 +1,4 @@
-"""Which metrics can be computed of which images, so that one that cannot ends no run with a traceback."""
+"""Metrics of validated images; where one is not defined, a message instead of a traceback."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from esc_arch.errors import UserError
 
 __all__ = ["image_measured", "measure", "needs_ground_truth", "too_small"]
 
-#: What messages call the image that a validation is at.
+#: How messages name the image that is being validated.
 image_measured: ContextVar[str] = ContextVar("image_measured", default="an image")
 
 _SSIM_WINDOW = 11
@@ -25,7 +25,7 @@ _NIQE_BLOCK = 96
 
 
 def needs_ground_truth(metric: Mapping[str, Any]) -> bool:
-    """Whether an entry of `val: metrics:` compares the result with the ground truth: its function takes `img2`."""
+    """True if an entry of `val: metrics:` compares the result with the ground truth: its function takes `img2`."""
     kind = metric.get("type")
     if kind not in METRIC_REGISTRY:
         return False
@@ -34,7 +34,7 @@ def needs_ground_truth(metric: Mapping[str, Any]) -> bool:
 
 
 def too_small(metric: Mapping[str, Any], height: int, width: int) -> str | None:
-    """Why a metric is not defined for images of so many pixels; None if it is, as far as is known."""
+    """Why a metric is not defined for images of this size; None if it is, or is not known."""
     border = metric.get("crop_border", 0)
     if not isinstance(border, int):
         return None
@@ -54,12 +54,12 @@ def measure(calculate: Callable[[Any, Any], Any], images: Mapping[str, Any], met
 
     Args:
         calculate: BasicSR's `calculate_metric`.
-        images: `img`, the result, and `img2`, the ground truth, if there is one: (H, W, C) or (H, W), uint8. What a
-            caller has instead is handed on as it is.
+        images: `img`, the result, and `img2`, the ground truth, if there is one: (H, W, C) or (H, W), uint8. Other
+            types are passed on as they are.
         metric: its entry of `val: metrics:`.
 
     Raises:
-        UserError: it needs a ground truth, and there is none, or one of another size.
+        UserError: it needs ground truth, and there is none, or of another size.
     """
     kind, name, image, truth = metric.get("type"), image_measured.get(), images.get("img"), images.get("img2")
     if truth is None and needs_ground_truth(metric):
@@ -78,7 +78,7 @@ def measure(calculate: Callable[[Any, Any], Any], images: Mapping[str, Any], met
     if reason is None:
         try:
             with warnings.catch_warnings():
-                warnings.simplefilter("ignore", RuntimeWarning)  # numpy's, of what is said below
+                warnings.simplefilter("ignore", RuntimeWarning)  # numpy's; the warning below says more
                 value = calculate(images, metric)
         except np.linalg.LinAlgError:
             reason = "the image is flat, or almost, which leaves nothing to compute it from"

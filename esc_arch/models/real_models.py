@@ -6,39 +6,24 @@ files, which ESC's are made after, name the two types `RealHATMSEModel` and `Rea
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+import torch
 from basicsr.models.realesrgan_model import RealESRGANModel
 from basicsr.models.realesrnet_model import RealESRNetModel
 from basicsr.utils import DiffJPEG, USMSharp
 from torch import Tensor
 
 from esc_arch.models.esc_model import ESCModel
-from esc_arch.models.pair_pool import PairPool
 
-__all__ = ["ESCRealGANModel", "ESCRealMSEModel"]
+__all__ = ["ESCRealGANModel", "ESCRealMSEModel", "PairPool"]
 
-#: Top-level options that BasicSR's degradations read, with the number of entries of those that are lists.
-_DEGRADATION_OPTIONS = {
-    "scale": 1,
-    "gt_size": 1,
-    **{
-        f"{name}{stage}": length
-        for stage in ("", "2")
-        for name, length in {
-            "resize_prob": 3,
-            "resize_range": 2,
-            "gaussian_noise_prob": 1,
-            "noise_range": 2,
-            "poisson_scale_range": 2,
-            "gray_noise_prob": 1,
-            "jpeg_range": 2,
-        }.items()
-    },
-    "second_blur_prob": 1,
-}
-#: What belongs to ESCModel's step, with the values that ask for nothing.
+#: Options that BasicSR's degradations need: of a stage, for which `2` is added in the second one, and of both.
+_OF_STAGE = "resize_prob resize_range gaussian_noise_prob noise_range poisson_scale_range gray_noise_prob jpeg_range"
+_NEEDED = (*_OF_STAGE.split(), *(f"{key}2" for key in _OF_STAGE.split()), "second_blur_prob", "scale", "gt_size")
+#: Options of ESCModel's step, with the values that change nothing.
 _STEP_OPTIONS: dict[str, tuple[Any, ...]] = {
     "amp": ("bf16",),
     "accumulate_grad": (1,),
@@ -50,67 +35,102 @@ _STEP_OPTIONS: dict[str, tuple[Any, ...]] = {
 _DATASET_SIZE = 400
 
 
-class _ContiguousJPEG(DiffJPEG):
-    """DiffJPEG whose result is contiguous: on CPUs `filter2D` fails with others (fault 23)."""
+class PairPool:
+    """Mixes the pairs of many batches, because all pairs made together have the same degradations.
 
-    def forward(self, x: Tensor, quality: Any) -> Tensor:
-        compressed: Tensor = super().forward(x, quality)
-        return compressed.contiguous()
+    While there is room, batches are stored and returned as they are; then each is exchanged for pairs drawn from the
+    pool. This does what BasicSR's queue does, draw for draw, without its condition that the batch divides the size:
+    what is over stays unused.
 
+    Args:
+        size: in pairs; less than a batch makes no pool.
+    """
 
-class _ContiguousUSM(USMSharp):
-    """USMSharp that takes any layout (fault 23)."""
+    def __init__(self, size: int) -> None:
+        self.size = size
+        #: How many pairs are in the pool.
+        self.filled = 0
+        self._slots: list[Tensor] = []
+        #: Shuffled in place of the pairs, which may be hundreds of megabytes.
+        self._order = torch.arange(0)
 
-    def forward(self, img: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        sharp: Tensor = super().forward(img.contiguous(), *args, **kwargs)
-        return sharp
+    @torch.no_grad()
+    def exchange(self, lq: Tensor, gt: Tensor) -> tuple[Tensor, Tensor]:
+        """Take a batch in, and return as many pairs: lq (B, C, h, w) and gt (B, C, H, W), of the same sizes each time.
+
+        The result shares no memory with the pool.
+        """
+        batch = len(lq)
+        if not self._slots:
+            capacity = self.size // batch * batch
+            self._order = torch.arange(capacity)
+            self._slots = [new.new_empty(capacity, *new.shape[1:]) for new in (lq, gt)]
+            if capacity < self.size:
+                logging.getLogger("basicsr").info(
+                    "The training-pair pool holds %d pairs: queue_size %d is no multiple of the batch of %d.",
+                    capacity,
+                    self.size,
+                    batch,
+                )
+        if not len(self._order):
+            return lq, gt
+        if self.filled < len(self._order):
+            places, out = self._order[self.filled : self.filled + batch], (lq, gt)
+            self.filled += batch
+        else:
+            self._order = self._order[torch.randperm(len(self._order))]
+            places = self._order[:batch]
+            out = self._slots[0][places], self._slots[1][places]
+        for slots, new in zip(self._slots, (lq, gt), strict=True):
+            slots[places] = new
+        return out
 
 
 class _RealTraining:
-    """What is changed of BasicSR's two models; goes before them among the bases, and `ESCModel` after them.
+    """Changes of BasicSR's two models; goes before them among the bases, and `ESCModel` after them.
 
     - They run on the device of the options, not on CUDA only (fault 23).
-    - The training-pair pool takes batches of any size (`PairPool`). It is not saved: a resumed run fills it again.
+    - The training-pair pool takes any queue size (`PairPool`). It is not saved: a resumed run fills it again.
     - Validation is `ESCModel`'s, for images of any size and with its options; sharpening, which needs more than 25
       pixels a side, is left to training.
     """
 
     usm_options: tuple[str, ...]
-
-    def __init__(self, opt: dict[str, Any]) -> None:
-        # Not the constructors of BasicSR's two models: they do just this, on CUDA
-        ESCModel.__init__(self, opt)  # type: ignore[arg-type]
-        self.jpeger = _ContiguousJPEG(differentiable=False).to(self.device)
-        self.usm_sharpener = _ContiguousUSM().to(self.device)
-        self.pool = PairPool(opt.get("queue_size", 180))
-
     device: Any
     is_train: bool
     lq: Tensor
     gt: Tensor
 
+    def __init__(self, opt: dict[str, Any]) -> None:
+        # Not the constructors of BasicSR's two models: they do just this, on CUDA
+        ESCModel.__init__(self, opt)  # type: ignore[arg-type]
+        self.jpeger = DiffJPEG(differentiable=False).to(self.device)
+        # On CPUs `filter2D`, which comes next, takes contiguous images alone (fault 23)
+        self.jpeger.register_forward_hook(lambda _, __, image: image.contiguous())
+        self.usm_sharpener = USMSharp().to(self.device)
+        self.pool = PairPool(int(opt.get("queue_size", 180)))
+
     @classmethod
     def option_problems(cls, opt: Mapping[str, Any]) -> Iterator[str]:
-        """What is wrong with the degradations' options of a training: BasicSR fails in its first iterations."""
+        """Invalid options of the degradations, with which BasicSR would fail in its first iterations."""
         yield from super().option_problems(opt)  # type: ignore[misc]
         if not opt.get("high_order_degradation", True):
             return
         for key in cls.usm_options:
             if not isinstance(opt.get(key), bool):
-                yield f"{key}: {opt.get(key)!r} given; must be true or false: whether this target is sharpened"
-        for key, length in _DEGRADATION_OPTIONS.items():
-            value = opt.get(key)
-            given = value if length > 1 and isinstance(value, list) else [value]
-            if len(given) != length or not all(_is_number(entry) for entry in given):
-                wanted = "a number" if length == 1 else f"a list of {length} numbers"
-                yield f"{key}: {value!r} given; must be {wanted}. {opt['model_type']} makes LQ images with it"
-        yield from _gt_size_problem(opt)
-        size = opt.get("queue_size", 180)
-        if not isinstance(size, int) or isinstance(size, bool) or size < 0:
-            yield f"queue_size: {size!r} given; must be a number of pairs, such as 180, or 0 for no training-pair pool"
+                yield f"{key}: {opt.get(key)!r} given; must be true or false: true sharpens this target"
+        for key in _NEEDED:
+            if opt.get(key) is None:
+                yield f"{key}: missing; {opt['model_type']} makes LQ images with it"
+        size, scale = opt.get("gt_size"), opt.get("scale")
+        if isinstance(size, int) and isinstance(scale, int) and scale >= 1:
+            if size < 1 or size % scale:
+                yield f"gt_size: {size} given; must be a multiple of scale {scale}, such as {64 * scale}"
+            if opt["datasets"].get("train", {}).get("type") == "RealESRGANDataset" and size > _DATASET_SIZE:
+                yield f"gt_size: {size} given; RealESRGANDataset cuts images to {_DATASET_SIZE} pixels: give no more"
 
     def feed_data(self, data: dict[str, Any]) -> None:
-        """Take a batch; in training it is made LQ on the device: `gt` (B, 3, H, W) and the blur kernels (B, k, k)."""
+        """Take a batch; in training LQ is made of it on the device: `gt` (B, 3, H, W), blur kernels (B, k, k)."""
         if self.is_train:
             contiguous = {k: v.contiguous() if isinstance(v, Tensor) else v for k, v in data.items()}
             super().feed_data(contiguous)  # type: ignore[misc]
@@ -118,21 +138,7 @@ class _RealTraining:
             ESCModel.feed_data(self, data)  # type: ignore[arg-type]
 
     def _dequeue_and_enqueue(self) -> None:
-        self.lq, self.gt = self.pool.exchange(self.lq, self.gt)
-
-
-def _gt_size_problem(opt: Mapping[str, Any]) -> Iterator[str]:
-    size, scale = opt.get("gt_size"), opt.get("scale")
-    if not isinstance(size, int) or not isinstance(scale, int) or scale < 1:
-        return
-    if size < 1 or size % scale:
-        yield f"gt_size: {size} given; must be a multiple of scale {scale}, such as {64 * scale}"
-    if opt["datasets"].get("train", {}).get("type") == "RealESRGANDataset" and size > _DATASET_SIZE:
-        yield f"gt_size: {size} given; RealESRGANDataset cuts its images to {_DATASET_SIZE} pixels: give no more"
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool)
+        self.lq, self.gt = self.pool.exchange(self.lq, self.gt.contiguous())
 
 
 class ESCRealMSEModel(_RealTraining, RealESRNetModel, ESCModel):
@@ -140,7 +146,7 @@ class ESCRealMSEModel(_RealTraining, RealESRNetModel, ESCModel):
 
     Options beyond `ESCModel`'s stand at the top level of the file:
 
-     - ``gt_usm``: whether the target is sharpened (unsharp masking).
+     - ``gt_usm``: true sharpens the target (unsharp masking).
      - ``queue_size``: pairs in the training-pair pool (180).
      - ``gt_size`` and the degradations' probabilities and ranges, by Real-ESRGAN's names; see
        options/train_ESC_Real_x4_mse.yml.
@@ -168,13 +174,15 @@ class ESCRealGANModel(_RealTraining, RealESRGANModel, ESCModel):
     @classmethod
     def option_problems(cls, opt: Mapping[str, Any]) -> Iterator[str]:
         yield from super().option_problems(opt)
-        for key in [key for key in _STEP_OPTIONS if opt["train"].get(key) not in (None, *_STEP_OPTIONS[key])]:
-            yield (
-                f"train:{key}: {opt['train'][key]!r} given; {opt['model_type']}, whose step is BasicSR's, does not "
-                f"have it. Remove it (amp: bf16 and the other options of speed work)"
-            )
+        train = opt["train"]
+        for key, neutral in _STEP_OPTIONS.items():
+            if train.get(key) not in (None, *neutral):
+                yield (
+                    f"train:{key}: {train[key]!r} given; {opt['model_type']}, whose step is BasicSR's, does not "
+                    f"have it. Remove it (amp: bf16 and the other options of speed work)"
+                )
         if not opt.get("network_d"):
             yield "network_d: missing; this model needs the discriminator, such as {type: UNetDiscriminatorSN, ...}"
         for key in ("gan_opt", "optim_d"):
-            if not opt["train"].get(key):
+            if not train.get(key):
                 yield f"train:{key}: missing; {opt['model_type']} needs it"

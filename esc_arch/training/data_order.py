@@ -1,25 +1,27 @@
-"""Which image comes when, and how it is cut and flipped: by the seed, the epoch and the place in it alone.
+"""The order, crops and flips of training images: they depend on the seed, the epoch and the place in it alone.
 
 So a run sees the same batches however often it is interrupted, however many workers load them, and when 2 processes
 share the batches of one. BasicSR restarts an epoch when it resumes (fault 30), and its workers' random numbers
-depend on how many they are and on what they loaded before.
+depend on the number of workers and on what they loaded before.
 """
 
 from __future__ import annotations
 
+import random
 from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
+import numpy as np
+import torch
 from basicsr.data.data_sampler import EnlargedSampler
 from torch.utils.data import Dataset, get_worker_info
-
-from .random_state import seeded
 
 __all__ = ["Draw", "EpochSampler", "SeededDataset"]
 
 
 class Draw(int):
-    """An index of a data set that knows what its random numbers are to be seeded with."""
+    """An index of a data set, with the seed of the sample's random numbers."""
 
     entropy: tuple[int, ...]
 
@@ -34,7 +36,7 @@ class EpochSampler(EnlargedSampler):
 
     Attributes:
         seed: of the run.
-        start: how many samples of this process the current epoch leaves out, because they came before the resumption.
+        start: samples of this process to skip in the current epoch, because they came before the resumption.
     """
 
     def __init__(self, dataset: Any, num_replicas: int, rank: int, ratio: int = 1) -> None:
@@ -72,11 +74,28 @@ class SeededDataset(Dataset[Any]):
     def __getitem__(self, index: int) -> Any:
         if not isinstance(index, Draw):
             return self.dataset[index]
-        # A worker has random numbers for nothing else; in the main process the model may draw some, too
-        with seeded(*index.entropy, put_back=get_worker_info() is None):
+        # A worker has random numbers for nothing else, and restoring takes time; the model may draw some, too
+        with _seeded(*index.entropy, put_back=get_worker_info() is None):
             return self.dataset[int(index)]
 
     def __getattr__(self, name: str) -> Any:
         if name == "dataset":  # not there yet while a worker unpickles this
             raise AttributeError(name)
         return getattr(self.dataset, name)
+
+
+@contextmanager
+def _seeded(*entropy: int, put_back: bool) -> Iterator[None]:
+    """Seed the generators of the CPU from non-negative numbers; `put_back` restores them afterwards."""
+    before = (random.getstate(), np.random.get_state(), torch.get_rng_state()) if put_back else None
+    seeds = np.random.SeedSequence(entropy).generate_state(3)
+    random.seed(int(seeds[0]))
+    np.random.seed(seeds[1])
+    torch.random.default_generator.manual_seed(int(seeds[2]))  # torch.manual_seed would seed the GPUs as well
+    try:
+        yield
+    finally:
+        if before is not None:
+            random.setstate(before[0])
+            np.random.set_state(before[1])
+            torch.set_rng_state(before[2])

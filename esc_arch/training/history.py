@@ -1,4 +1,4 @@
-"""The figures of a training, a line each, for plots, reports and resuming."""
+"""The numbers of a training, a line each, for plots, reports and resuming."""
 
 from __future__ import annotations
 
@@ -14,13 +14,11 @@ from esc_arch.atomic_io import write_atomically
 
 __all__ = ["History"]
 
-logger = logging.getLogger("basicsr")
-
 Record = dict[str, Any]
 
 
 class History:
-    """A file of one JSON object per line: what is logged, and what validations measure, in the order of time.
+    """A file of one JSON object per line: logged iterations and validations, in the order of time.
 
     Of training: ``{"iter": 100, "epoch": 0, "lr": 5e-4, "l_pix": 0.02, "images_per_s": 80.5}``; of validation:
     ``{"iter": 5000, "dataset": "Set5", "psnr": 37.9, "ssim": 0.96}``. Numbers that are not finite are written as null.
@@ -29,7 +27,7 @@ class History:
     is lost with one warning: no training ends for it. Only one process of a distributed run may write.
 
     Args:
-        path: the file; its folder must be there. It need not be.
+        path: the file, in an existing folder. It need not exist.
     """
 
     def __init__(self, path: str | Path) -> None:
@@ -41,8 +39,10 @@ class History:
         line = json.dumps(_plain(record), ensure_ascii=False).encode() + b"\n"
         try:
             with open(self.path, "a+b") as file:
-                if _ends_within_a_line(file):
-                    line = b"\n" + line
+                if file.seek(0, os.SEEK_END):
+                    file.seek(-1, os.SEEK_END)
+                    if file.read(1) != b"\n":  # a line was cut off
+                        line = b"\n" + line
                 file.write(line)
         except OSError as error:
             self._warn(error)
@@ -62,51 +62,21 @@ class History:
         """Drop what is later than `iteration`: a run resumed there does it again."""
         records = self.records()
         kept = [record for record in records if record["iter"] <= iteration]
-        if len(kept) == len(records):
-            return
-        try:
+        if len(kept) < len(records):
             text = "".join(f"{json.dumps(record, ensure_ascii=False)}\n" for record in kept)
-            write_atomically(self.path, text.encode())
-        except OSError as error:
-            self._warn(error)
-
-    def validated(self, iteration: int, dataset: str) -> bool:
-        """Whether there are figures of a data set at an iteration."""
-        return any(
-            record["iter"] == iteration and record.get("dataset") == dataset for record in reversed(self.records())
-        )
-
-    def best(self, dataset: str, metric: str, better: str) -> tuple[float, int] | None:
-        """The best value of a metric and its iteration, of equal ones the last, as BasicSR counts; None without any.
-
-        Args:
-            dataset: name of the validation set.
-            metric: name of the metric.
-            better: `higher` or `lower`.
-        """
-        sign = 1 if better == "higher" else -1
-        values = [
-            (record[metric], record["iter"])
-            for record in self.records()
-            if record.get("dataset") == dataset and record.get(metric) is not None
-        ]
-        return max(values, key=lambda pair: (sign * pair[0], pair[1]), default=None)
+            try:
+                write_atomically(self.path, text.encode())
+            except OSError as error:
+                self._warn(error)
 
     def _warn(self, error: OSError) -> None:
         if not self._warned:
-            logger.warning(
-                "%s cannot be read or written (%s): figures of this training may be missing there. It goes on.",
+            logging.getLogger("basicsr").warning(
+                "%s cannot be read or written (%s): numbers of this training may be missing there. It goes on.",
                 self.path,
                 error.strerror or error,
             )
         self._warned = True
-
-
-def _ends_within_a_line(file: Any) -> bool:
-    if file.seek(0, os.SEEK_END) == 0:
-        return False
-    file.seek(-1, os.SEEK_END)
-    return bool(file.read(1) != b"\n")
 
 
 def _parse(line: bytes) -> Record | None:

@@ -30,6 +30,8 @@ _UNUSABLE = ("LBFGS", "SparseAdam")
 _HOW = {"params", "param_names", "initial_lr", "foreach", "fused", "capturable", "differentiable", "maximize"}
 #: The one that tells AdamW from Adam.
 _DECOUPLED = "decoupled_weight_decay"
+#: Options of ConvMuon's groups for Muon.
+_MUON = ("weight_decay", "momentum", "nesterov", "ns_coefficients", "eps", "ns_steps", "adjust_lr_fn")
 NO_MUON = f"Muon comes with PyTorch 2.9, and this is {torch.__version__}"
 
 
@@ -40,8 +42,8 @@ class ConvMuon(torch.optim.Optimizer):
     https://kellerjordan.github.io/posts/muon/. The arithmetic of both rules is torch's own.
 
     Args:
-        params: groups with a key ``rule``, muon or adamw, as `muon_groups` makes them. Those with a learning rate of
-            their own are given it in terms of `lr`; AdamW's then differ from `adamw_lr` by the same factor.
+        params: groups with a key ``rule``, muon or adamw, as `muon_groups` makes them. Where a group has a learning
+            rate of its own, AdamW's differs from `adamw_lr` by the same factor as Muon's from `lr`.
         lr, weight_decay, momentum, nesterov, ns_coefficients, eps, ns_steps, adjust_lr_fn: of Muon, see there.
         adamw_lr: learning rate of AdamW's parameters; None for `lr`. With ``adjust_lr_fn: match_rms_adamw`` one rate
             suits both.
@@ -70,24 +72,16 @@ class ConvMuon(torch.optim.Optimizer):
         if not lr > 0:
             raise ValueError(f"lr is {lr}; Muon's must be above 0.")
         adamw_lr = lr if adamw_lr is None else adamw_lr
-        muon = {
-            "weight_decay": weight_decay,
-            "momentum": momentum,
-            "nesterov": nesterov,
-            "ns_coefficients": ns_coefficients,
-            "eps": eps,
-            "ns_steps": ns_steps,
-            "adjust_lr_fn": adjust_lr_fn,
-        }
-        adam = {"betas": adamw_betas, "eps": adamw_eps, "weight_decay": adamw_weight_decay}
-        probe = [torch.zeros(1, 1)]  # torch's own constructors know which values are allowed
-        torch.optim.Muon(probe, lr=lr, **muon)  # type: ignore[arg-type]
-        torch.optim.AdamW(probe, lr=adamw_lr, **adam)  # type: ignore[arg-type]
+        values = (weight_decay, momentum, nesterov, ns_coefficients, eps, ns_steps, adjust_lr_fn)
+        muon: dict[str, Any] = dict(zip(_MUON, values, strict=True))
+        adam: dict[str, Any] = {"betas": adamw_betas, "eps": adamw_eps, "weight_decay": adamw_weight_decay}
+        probe = [torch.zeros(1, 1)]  # torch's own constructors check the values
+        torch.optim.Muon(probe, lr=lr, **muon)
+        torch.optim.AdamW(probe, lr=adamw_lr, **adam)
         groups = []
         for group in params:
-            of_muon = group["rule"] == "muon"
-            factor = group.get("lr", lr) / lr
-            groups.append((muon if of_muon else adam) | group | {"lr": (lr if of_muon else adamw_lr) * factor})
+            options, rate = (muon, lr) if group["rule"] == "muon" else (adam, adamw_lr)
+            groups.append(options | group | {"lr": rate * (group.get("lr", lr) / lr)})
         super().__init__(groups, {"lr": lr})
 
     @torch.no_grad()
@@ -97,57 +91,48 @@ class ConvMuon(torch.optim.Optimizer):
             with torch.enable_grad():
                 loss = closure()
         for group in self.param_groups:
-            trained = [parameter for parameter in group["params"] if parameter.grad is not None]
-            (self._muon_step if group["rule"] == "muon" else self._adamw_step)(trained, group)
+            parameters = [parameter for parameter in group["params"] if parameter.grad is not None]
+            gradients = [parameter.grad for parameter in parameters]
+            (self._muon_step if group["rule"] == "muon" else self._adamw_step)(group, parameters, gradients)
         return loss
 
-    def _muon_step(self, parameters: list[Tensor], group: dict[str, Any]) -> None:
+    def _muon_step(self, group: dict[str, Any], parameters: list[Tensor], gradients: list[Tensor]) -> None:
         from torch.optim._muon import muon
 
         # Copies where a kernel is laid out channels last; the momentum stays a plain matrix, so that its state can be
         # resumed with either layout
         matrices = [parameter.flatten(1) for parameter in parameters]
-        gradients = [parameter.grad.flatten(1) for parameter in parameters if parameter.grad is not None]
         for parameter, matrix in zip(parameters, matrices, strict=True):
             if "momentum_buffer" not in self.state[parameter]:
-                self.state[parameter]["momentum_buffer"] = torch.zeros_like(
-                    matrix, memory_format=torch.contiguous_format
-                )
+                momentum = torch.zeros_like(matrix, memory_format=torch.contiguous_format)
+                self.state[parameter]["momentum_buffer"] = momentum
         muon(
             matrices,
-            gradients,
+            [gradient.flatten(1) for gradient in gradients],
             [self.state[parameter]["momentum_buffer"] for parameter in parameters],
             lr=group["lr"],
-            weight_decay=group["weight_decay"],
-            momentum=group["momentum"],
-            nesterov=group["nesterov"],
-            ns_coefficients=tuple(group["ns_coefficients"]),
-            eps=group["eps"],
-            ns_steps=group["ns_steps"],
-            adjust_lr_fn=group["adjust_lr_fn"],
             has_complex=False,
+            **{key: group[key] for key in _MUON} | {"ns_coefficients": tuple(group["ns_coefficients"])},
         )
         for parameter, matrix in zip(parameters, matrices, strict=True):
             if matrix.data_ptr() != parameter.data_ptr():
                 parameter.copy_(matrix.view(parameter.shape))
 
-    def _adamw_step(self, parameters: list[Tensor], group: dict[str, Any]) -> None:
-        for parameter in parameters:
-            if not self.state[parameter]:
-                self.state[parameter] |= {
-                    "step": torch.tensor(0.0),
-                    "exp_avg": torch.zeros_like(parameter),
-                    "exp_avg_sq": torch.zeros_like(parameter),
-                }
+    def _adamw_step(self, group: dict[str, Any], parameters: list[Tensor], gradients: list[Tensor]) -> None:
         states = [self.state[parameter] for parameter in parameters]
+        for parameter, state in zip(parameters, states, strict=True):
+            if not state:
+                state["step"] = torch.tensor(0.0)
+                state["exp_avg"], state["exp_avg_sq"] = torch.zeros_like(parameter), torch.zeros_like(parameter)
+        averages, squares, steps = ([state[key] for state in states] for key in ("exp_avg", "exp_avg_sq", "step"))
         beta1, beta2 = group["betas"]
         adamw(
             parameters,
-            [parameter.grad for parameter in parameters if parameter.grad is not None],
-            [state["exp_avg"] for state in states],
-            [state["exp_avg_sq"] for state in states],
+            gradients,
+            averages,
+            squares,
             [],
-            [state["step"] for state in states],
+            steps,
             amsgrad=False,
             beta1=beta1,
             beta2=beta2,
@@ -159,12 +144,12 @@ class ConvMuon(torch.optim.Optimizer):
 
 
 def hidden_kernels(net: nn.Module) -> list[nn.Parameter]:
-    """The parameters of a network that Muon is for: kernels and matrices between its first and its last convolution.
+    """The parameters that Muon is for: kernels and matrices between a network's first and its last convolution.
 
-    Those of convolutions over more than one channel, a large kernel that layers share among them, and of linear
-    layers. Left out are biases, norms, depth-wise kernels and tables of position biases; and, as torch's
-    documentation says, what takes the input and what makes the output: the first and the last of these layers.
-    (Networks of the family count in their earlier order, so that states of earlier versions keep their groups.)
+    These are of convolutions over more than one channel, large kernels that layers share, and linear layers; not
+    biases, norms, depth-wise kernels and tables of position biases; and, as torch's documentation says, neither the
+    layer that takes the input nor the one that makes the output. (Networks of the family count in their earlier order,
+    so that states of earlier versions keep their groups.)
     """
     layers = {
         f"{name}.weight": module for name, module in net.named_modules() if isinstance(module, nn.Conv2d | nn.Linear)
@@ -184,11 +169,10 @@ def muon_groups(params: Iterable[Any], nets: Iterable[nn.Module]) -> Iterator[di
     hidden = {id(parameter) for net in nets for parameter in hidden_kernels(net)}
     entries = list(params)
     for group in entries if entries and isinstance(entries[0], dict) else [{"params": entries}]:
-        of_muon = [parameter for parameter in group["params"] if id(parameter) in hidden]
-        others = [parameter for parameter in group["params"] if id(parameter) not in hidden]
-        for rule, parameters in (("muon", of_muon), ("adamw", others)):
-            if parameters:
-                yield group | {"params": parameters, "rule": rule}
+        for rule in ("muon", "adamw"):
+            of_rule = [each for each in group["params"] if (id(each) in hidden) == (rule == "muon")]
+            if of_rule:
+                yield group | {"params": of_rule, "rule": rule}
 
 
 #: By the names of option files.
@@ -210,22 +194,23 @@ def build_optimizer(kind: str, params: Any, *, nets: Iterable[nn.Module], **opti
     Args:
         kind: a class of torch.optim.
         params: parameters, or groups of them with options of their own, such as ``lr``.
-        nets: the networks that they are of; Muon tells by them what each parameter is.
+        nets: the networks that they are of, by which Muon tells what each parameter is.
         options: of the class; lists stand for tuples. On the CPU `fused` is true unless it, or `foreach`, is given:
             one pass over parameters and states in place of ten.
 
     Raises:
         UserError: torch.optim has no such class, or one that needs another training loop.
-        ValueError, TypeError: options that the class does not take.
+        ValueError, TypeError: invalid options of the class.
     """
     cls: Any = OPTIMIZERS.get(kind)
     if cls is None:
         hint = f" {NO_MUON}." if kind == "Muon" else ""
         raise UserError(f"The optimiser {kind!r} is not in torch.optim, which has: {', '.join(OPTIMIZERS)}.{hint}")
     params = list(muon_groups(params, nets) if cls is ConvMuon else params)
-    chosen = options.keys() & {"fused", "foreach", "differentiable"}
-    if "fused" in inspect.signature(cls).parameters and not chosen and _fuses(params):
-        options["fused"] = True
+    if "fused" in inspect.signature(cls).parameters and not options.keys() & {"fused", "foreach", "differentiable"}:
+        each = [p for entry in params for p in (entry["params"] if isinstance(entry, dict) else [entry])]
+        if all(p.device.type == "cpu" and p.dtype == torch.float32 for p in each):
+            options["fused"] = True
     optimizer: torch.optim.Optimizer = cls(params, **options)
     return optimizer
 
@@ -236,11 +221,7 @@ def type_of(optimizer: torch.optim.Optimizer) -> str:
 
 
 def other_type(optimizer: torch.optim.Optimizer, state: Mapping[str, Any]) -> str | None:
-    """The type of the optimiser that a state was saved by, if it is another than this one's.
-
-    Args:
-        state: a state dict; where it does not say the type (``type``), the names of its rule's numbers do.
-    """
+    """The type of the optimiser that saved a state, if it is another: by its ``type``, or the keys of its groups."""
     if "type" in state:
         return None if state["type"] == type_of(optimizer) else str(state["type"])
     now, before = _rule(optimizer.param_groups), _rule(state["param_groups"])
@@ -252,18 +233,11 @@ def other_type(optimizer: torch.optim.Optimizer, state: Mapping[str, Any]) -> st
         return None
     probe = [nn.Parameter(torch.zeros(1, 1))]
     rules = {name: _rule(build_optimizer(name, probe, nets=[], lr=1e-3).param_groups) for name in OPTIMIZERS}
-    exact = [name for name, rule in rules.items() if rule == before]
-    close = [name for name, rule in rules.items() if rule.keys() - {_DECOUPLED} == before.keys() - {_DECOUPLED}]
-    return " or ".join(exact or close) or "another optimiser"
+    same = [name for name, rule in rules.items() if rule == before]
+    return " or ".join(same) or f"another optimiser, with {', '.join(sorted(before))}"
 
 
 def _rule(groups: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """The names of a rule's numbers, and the one value among them that changes the rule."""
+    """The keys of a rule's options, and the one value among them that changes the rule."""
     keys = {key for group in groups for key in group if key not in _HOW}
     return dict.fromkeys(keys) | {key: groups[0].get(key) for key in keys & {_DECOUPLED}}
-
-
-def _fuses(params: list[Any]) -> bool:
-    """Whether PyTorch's fused rules take these parameters, or groups of them, and are faster than its others."""
-    parameters = [each for entry in params for each in (entry["params"] if isinstance(entry, dict) else [entry])]
-    return all(each.device.type == "cpu" and each.dtype == torch.float32 for each in parameters)

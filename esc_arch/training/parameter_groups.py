@@ -7,7 +7,7 @@ matches dots too.
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from fnmatch import fnmatchcase
 from typing import Any
 
@@ -17,47 +17,43 @@ from esc_arch.errors import UserError
 
 __all__ = ["freeze", "option_problems", "parameter_groups", "pattern_problems"]
 
-logger = logging.getLogger("basicsr")
-
 
 def option_problems(train_options: Mapping[str, Any]) -> Iterator[str]:
-    """What is wrong with the form of `freeze` and `lr_factors`."""
-    patterns = train_options.get("freeze")
+    """Invalid forms of `freeze` and `lr_factors`."""
+    patterns, factors = train_options.get("freeze"), train_options.get("lr_factors")
     if patterns is not None and not (isinstance(patterns, list) and all(isinstance(entry, str) for entry in patterns)):
         yield f"train:freeze: {patterns!r} given; must be a list of patterns of parameter names, such as ['blocks.0.*']"
-    factors = train_options.get("lr_factors")
-    if factors is None:
-        return
-    if not isinstance(factors, dict):
+    if factors is not None and not isinstance(factors, dict):
         yield f"train:lr_factors: {factors!r} given; must be a mapping of patterns, such as {{'to_img.*': 10}}"
         return
-    for pattern, factor in factors.items():
+    for pattern, factor in (factors or {}).items():
         if not isinstance(factor, int | float) or isinstance(factor, bool) or factor <= 0:
             yield f"train:lr_factors:{pattern}: {factor!r} given; must be a number above 0. To keep it as it is: freeze"
 
 
 def pattern_problems(net: nn.Module, train_options: Mapping[str, Any]) -> Iterator[str]:
-    """What of `freeze` and `lr_factors`, in proper form, does not go with a network."""
-    names = [name for name, _ in net.named_parameters()]
+    """Patterns of `freeze` and `lr_factors` that match nothing of a network, or change nothing."""
+    names, kind = [name for name, _ in net.named_parameters()], type(net).__name__
     patterns, factors = _options(train_options)
     for key, given in (("freeze", patterns), ("lr_factors", factors)):
         for pattern in given:
-            if not _matching(names, pattern):
+            if not any(fnmatchcase(name, pattern) for name in names):
                 some = ", ".join(names[:: max(1, len(names) // 5)])
                 yield (
-                    f"train:{key}: {pattern!r} matches no parameter of {type(net).__name__}, which has {some} and "
-                    f"others. Give a whole name, or a pattern such as 'blocks.0.*'"
+                    f"train:{key}: {pattern!r} matches no parameter of {kind}, which has {some} and others. Give a "
+                    f"whole name, or a pattern such as 'blocks.0.*'"
                 )
     rest = [name for name in names if not any(fnmatchcase(name, pattern) for pattern in patterns)]
     if not rest:
-        yield f"train:freeze: {patterns} leave no parameter of {type(net).__name__} to be trained. Take one out"
+        yield f"train:freeze: {patterns} leave no parameter of {kind} to be trained. Take one out"
     for pattern in factors:
-        if not _matching(rest, pattern) and _matching(names, pattern):
+        left = [name for name in rest if not fnmatchcase(name, pattern)]
+        if left == rest and any(fnmatchcase(name, pattern) for name in names):
             yield (
                 f"train:lr_factors: {pattern!r} changes nothing: all that it matches is frozen or follows an earlier "
                 f"pattern. Put it before the others, or take it out"
             )
-        rest = [name for name in rest if not fnmatchcase(name, pattern)]
+        rest = left
 
 
 def freeze(net: nn.Module, train_options: Mapping[str, Any]) -> None:
@@ -88,29 +84,21 @@ def parameter_groups(net: nn.Module, train_options: Mapping[str, Any]) -> list[d
         raise UserError("; ".join(problems) + ".")
     freeze(net, train_options)
     patterns, factors = _options(train_options)
-    groups: dict[str | None, list[nn.Parameter]] = {None: [], **{pattern: [] for pattern in factors}}
+    groups: dict[str, list[nn.Parameter]] = {"": [], **{pattern: [] for pattern in factors}}
     frozen = []
     for name, parameter in net.named_parameters():
         if parameter.requires_grad:
-            groups[next((pattern for pattern in factors if fnmatchcase(name, pattern)), None)].append(parameter)
+            groups[next((pattern for pattern in factors if fnmatchcase(name, pattern)), "")].append(parameter)
         else:
             frozen.append(name)
     if frozen:
         by = f" by train: freeze: {', '.join(patterns)}" if patterns else ""
-        logger.info("%d parameter tensors are frozen%s: %s.", len(frozen), by, ", ".join(frozen))
+        logging.getLogger("basicsr").info("%d parameter tensors are frozen%s: %s.", len(frozen), by, ", ".join(frozen))
     if not factors:
-        return [{"params": groups[None]}]
+        return [{"params": groups[""]}]
     rate = train_options["optim_g"]["lr"]
-    return [
-        {"params": parameters, "lr": rate if pattern is None else rate * factors[pattern]}
-        for pattern, parameters in groups.items()
-        if parameters
-    ]
+    return [{"params": group, "lr": rate * factors.get(pattern, 1)} for pattern, group in groups.items() if group]
 
 
 def _options(train_options: Mapping[str, Any]) -> tuple[list[str], dict[str, float]]:
     return train_options.get("freeze") or [], train_options.get("lr_factors") or {}
-
-
-def _matching(names: Iterable[str], pattern: str) -> list[str]:
-    return [name for name in names if fnmatchcase(name, pattern)]

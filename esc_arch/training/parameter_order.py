@@ -1,6 +1,6 @@
-"""Whose each entry of an optimiser's state is.
+"""Which parameter each entry of an optimiser's state belongs to.
 
-PyTorch's states tell parameters by their places alone, in the order in which the optimiser got them. Ours add the names
+PyTorch's states identify parameters by their places alone, in the order in which the optimiser got them. Ours add names
 (``param_names`` of each group, as optimisers of named parameters do) and the optimiser's type. States without names
 are in the order of the published networks, which is that of the networks here, or were saved by an early version of
 this package, whose networks had another (`earlier_order`). The shapes tell: of a ConvFFN the third tensor is a 3 x 3
@@ -22,7 +22,7 @@ from .optimizers import other_type, type_of
 
 __all__ = ["in_order_of", "named_state"]
 
-#: How many things that do not fit a message lists.
+#: How many misfits a message lists.
 LISTED = 3
 #: What optimisers keep per row and per column of a parameter (Adafactor).
 _FACTORED = ("row_var", "col_var")
@@ -35,8 +35,8 @@ def named_state(model: Any, optimizer: Any) -> dict[str, Any]:
     state: dict[str, Any] = optimizer.state_dict()
     if not isinstance(optimizer, torch.optim.Optimizer):
         return state
-    groups = zip(state["param_groups"], _names(model, optimizer), strict=True)
-    named = [{**group, "param_names": names} for group, names in groups]
+    groups = zip(state["param_groups"], _named_parameters(model, optimizer), strict=True)
+    named = [{**group, "param_names": list(parameters)} for group, parameters in groups]
     return {**state, "param_groups": named, "type": type_of(optimizer)}
 
 
@@ -62,33 +62,26 @@ def _in_order(model: Any, optimizer: torch.optim.Optimizer, state: Mapping[str, 
     option = next((key for key, value in vars(model).items() if value is optimizer), "").replace("optimizer_", "optim_")
     if (other := other_type(optimizer, state)) is not None:
         raise ValueError(f"train: {option}: type is {type_of(optimizer)}, and the state was saved by {other}")
-    names, groups = _names(model, optimizer), state["param_groups"]
-    if "type" in state:
-        candidates = [[group["param_names"] for group in groups]]
-    else:
-        candidates = [names, _earlier_names(model, names)]
-        if earlier:
-            candidates.reverse()
-    shapes = {
-        name: parameter.shape
-        for of_group, group in zip(names, optimizer.param_groups, strict=True)
-        for name, parameter in zip(of_group, group["params"], strict=True)
-    }
-    misfits = [list(_misfits(candidate, state, names, shapes)) for candidate in candidates]
-    fewest = min(range(len(misfits)), key=lambda index: len(misfits[index]))
-    if misfits[fewest]:
-        first, more = misfits[fewest][:LISTED], len(misfits[fewest]) - LISTED
-        raise ValueError(f"{option}: {'; '.join(first)}" + (f"; and {more} more" if more > 0 else ""))
+    named, groups = _named_parameters(model, optimizer), state["param_groups"]
+    names: Names = [list(parameters) for parameters in named]
+    shapes = {name: parameter.shape for parameters in named for name, parameter in parameters.items()}
+    orders = [names, _earlier_order(model, names)]
+    candidates = [[group["param_names"] for group in groups]] if "type" in state else orders[:: -1 if earlier else 1]
+    found = [(candidate, list(_misfits(candidate, state, names, shapes))) for candidate in candidates]
+    order, misfits = min(found, key=lambda pair: len(pair[1]))
+    if misfits:
+        more = f"; and {len(misfits) - LISTED} more" if len(misfits) > LISTED else ""
+        raise ValueError(f"{option}: {'; '.join(misfits[:LISTED])}{more}")
     entries = {
         name: state["state"][place]
-        for of_group, group in zip(candidates[fewest], groups, strict=True)
+        for of_group, group in zip(order, groups, strict=True)
         for name, place in zip(of_group, group["params"], strict=True)
         if place in state["state"]
     }
-    if "type" not in state and fewest == candidates.index(_earlier_names(model, names)):
+    if "type" not in state and order == orders[1]:
         for name in _factors_with_another_scale(model) & entries.keys():
             entries[name] = _rescaled(entries[name], shapes[name][-1])
-    places = {name: place for place, name in enumerate(name for of_group in names for name in of_group)}
+    places = {name: place for place, name in enumerate(shapes)}
     return {
         "state": {place: entries[name] for name, place in places.items() if name in entries},
         "param_groups": [
@@ -99,15 +92,13 @@ def _in_order(model: Any, optimizer: torch.optim.Optimizer, state: Mapping[str, 
     }
 
 
-def _misfits(
-    candidate: Names, state: Mapping[str, Any], names: Names, shapes: Mapping[str, torch.Size]
-) -> Iterator[str]:
-    """What of a state does not fit the optimiser's parameters `names`, if its entries are of those of `candidate`."""
+def _misfits(order: Names, state: Mapping[str, Any], names: Names, shapes: Mapping[str, torch.Size]) -> Iterator[str]:
+    """What does not fit the parameters `names` of an optimiser, if a state's entries are in this order."""
     groups = state["param_groups"]
-    saved, wanted = ([len(group["params"]) for group in groups], [len(of_group) for of_group in names])
+    saved, wanted = [len(group["params"]) for group in groups], [len(of_group) for of_group in names]
     if "type" in state:
         before, now = (
-            {name: number for number, of_group in enumerate(side) for name in of_group} for side in (candidate, names)
+            {name: number for number, of_group in enumerate(side) for name in of_group} for side in (order, names)
         )
         yield from (f"{name} is trained now and was not" for name in now if name not in before)
         yield from (f"{name} was trained and is not now" for name in before if name not in now)
@@ -117,7 +108,7 @@ def _misfits(
         yield f"it is of {sizes[0]} parameter tensors, and the option file trains {sizes[1]}"
     if saved != wanted:
         return
-    for of_group, group in zip(candidate, groups, strict=True):
+    for of_group, group in zip(order, groups, strict=True):
         for name, place in zip(of_group, group["params"], strict=True):
             for key, value in state["state"].get(place, {}).items():
                 if name in shapes and isinstance(value, Tensor) and not _fits(key, value.shape, shapes[name]):
@@ -153,21 +144,21 @@ def _networks(model: Any) -> dict[str, nn.Module]:
     return {name: model.get_bare_model(net) for name, net in vars(model).items() if isinstance(net, nn.Module)}
 
 
-def _names(model: Any, optimizer: torch.optim.Optimizer) -> Names:
-    """Those of an optimiser's parameters, with the network's before them (`net_g.proj.weight`)."""
+def _named_parameters(model: Any, optimizer: torch.optim.Optimizer) -> list[dict[str, Tensor]]:
+    """The parameters of each group, by name with the network's before it (`net_g.proj.weight`)."""
     known = {
         id(parameter): f"{network}.{name}"
         for network, net in reversed(_networks(model).items())  # of several names the first counts
         for name, parameter in net.named_parameters()
     }
     return [
-        [known.get(id(parameter), f"parameter {number}.{place}") for place, parameter in enumerate(group["params"])]
+        {known.get(id(each), f"parameter {number}.{place}"): each for place, each in enumerate(group["params"])}
         for number, group in enumerate(optimizer.param_groups)
     ]
 
 
-def _earlier_names(model: Any, names: Names) -> Names:
-    """The same names, in the order that they had in earlier versions."""
+def _earlier_order(model: Any, names: Names) -> Names:
+    """The same names, in the order of earlier versions."""
     places = {
         f"{network}.{name}": place
         for network, net in _networks(model).items()

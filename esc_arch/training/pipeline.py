@@ -5,8 +5,7 @@ from __future__ import annotations
 import argparse
 import logging
 import os
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from types import ModuleType
 from typing import Any
 
@@ -24,7 +23,7 @@ def run_pipeline(module: ModuleType, pipeline: Callable[[str], None], args: argp
     paths of option files start from there.
 
     Raises:
-        UserError: something in the options, the data or a checkpoint cannot be used.
+        UserError: invalid options, data or checkpoints.
     """
     with abort_all_ranks(describe):
         run_within(module, pipeline, args)
@@ -44,31 +43,23 @@ def run_within(module: ModuleType, pipeline: Callable[[str], None], args: argpar
     # The pipelines call this name; basicsr's function reads sys.argv and evaluates parts of it
     original = module.parse_options
     module.parse_options = parse_options  # type: ignore[attr-defined]
+    # What parts of esc_arch that do not know BasicSR log goes to the log of the run, too
+    ours, handler = logging.getLogger("esc_arch"), _IntoTheLog()
+    level = ours.level
+    ours.addHandler(handler)
+    ours.setLevel(logging.INFO)
     try:
-        with _notes_in_the_log():
-            pipeline(os.getcwd())
+        pipeline(os.getcwd())
     finally:
         module.parse_options = original  # type: ignore[attr-defined]
+        ours.removeHandler(handler)
+        ours.setLevel(level)
 
 
 class _IntoTheLog(logging.Handler):
-    """TiledExecutor on to the log of a run, which is BasicSR's."""
+    """Passes lines on to the log of a run, which is BasicSR's."""
 
     def emit(self, record: logging.LogRecord) -> None:
         log = logging.getLogger("basicsr")
         if log.isEnabledFor(record.levelno):  # of several processes, only the first has one
             log.handle(record)
-
-
-@contextmanager
-def _notes_in_the_log() -> Iterator[None]:
-    """What parts of esc_arch that do not know BasicSR have to say stands in the log of the run, too."""
-    logger, handler = logging.getLogger("esc_arch"), _IntoTheLog()
-    level = logger.level
-    logger.addHandler(handler)
-    logger.setLevel(logging.INFO)
-    try:
-        yield
-    finally:
-        logger.removeHandler(handler)
-        logger.setLevel(level)

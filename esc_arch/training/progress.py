@@ -7,13 +7,15 @@ import secrets
 import sys
 import time
 from collections.abc import Mapping
+from contextlib import ExitStack
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
 import torch
 from basicsr.utils import MessageLogger, get_root_logger
 from basicsr.utils.dist_util import get_dist_info, master_only
 from tqdm import tqdm
+from tqdm.contrib.logging import logging_redirect_tqdm
 
 from esc_arch.errors import UserError
 
@@ -21,7 +23,6 @@ from .history import History
 
 __all__ = ["TrainingLog", "images_per_iteration", "init_wandb", "losses_of", "peak_memory"]
 
-_GIB = 2**30
 _STATUS = Path("/proc/self/status")
 
 #: BasicSR's own class also where its name already stands for this module's.
@@ -31,18 +32,17 @@ _BasicsrLog: Any = getattr(MessageLogger, "_esc_arch_original", MessageLogger)
 class TrainingLog(_BasicsrLog):
     """BasicSR's log of a training, and a progress bar where there is a terminal.
 
-    Each line has BasicSR's text and after it images per second and peak memory: `[images/s: 81.3, memory: 2.41 GiB]`.
-    TensorBoard gets, beside the losses, `lr` (`lr/0`, `lr/1`, ... when groups of parameters differ) and
-    `images_per_s`. The history gets all of it.
+    Each line ends with images per second and peak memory: `[images/s: 81.3, memory: 2.41 GiB]`. TensorBoard gets `lr`
+    (`lr/0`, `lr/1`, ... when groups of parameters differ) and `images_per_s` as well, and the history all of it.
 
-    When stderr is a terminal, `step` shows a bar there. While it is shown, these lines go to the log file alone, and
-    other lines of the log appear above the bar.
+    When stderr is a terminal, `step` shows a bar there. These lines then go to the log file alone, and other lines of
+    the log appear above the bar.
 
     Args:
         opt: the options of the run.
         start_iter: iterations done before.
         tb_logger: TensorBoard's writer, if there is one.
-        history: where the figures are collected, if anywhere; may be set later.
+        history: where the numbers are collected, if anywhere; may be set later.
     """
 
     def __init__(
@@ -56,50 +56,81 @@ class TrainingLog(_BasicsrLog):
         self._images = images_per_iteration(opt)
         self._on_gpu = opt["num_gpu"] != 0 and torch.cuda.is_available()
         self._has_bar = get_dist_info()[0] == 0 and sys.stderr.isatty()
-        self._bar: _Bar | None = None
+        self._bar: _Progress | None = None
+        self._redirection = ExitStack()
 
     @master_only
     def __call__(self, log_vars: dict[str, Any]) -> None:
         """Log an iteration: `epoch`, `iter`, `lrs`, `time` and `data_time` (seconds per iteration), and losses."""
-        figures = _figures(log_vars, self._images, self._on_gpu)
-        self._lines.suffix = _suffix(figures)
+        record = _record(log_vars, self._images, self._on_gpu)
+        costs = []
+        if "images_per_s" in record:
+            costs.append(f"images/s: {record['images_per_s']:.1f}")
+        if "memory_gib" in record:
+            costs.append(f"memory: {record['memory_gib']:.2f} GiB")
+        self._lines.suffix = f"[{', '.join(costs)}] " if costs else ""
         self.start_time = time.time() - (time.monotonic() - self._begun)  # the clock may have been put back
         super().__call__(dict(log_vars))
         if self.use_tb_logger and "debug" not in self.exp_name:
-            self._add_scalars(log_vars["iter"], log_vars["lrs"], figures)
+            scalars = {f"lr/{index}": rate for index, rate in enumerate(record.get("lrs", ()))} or {"lr": record["lr"]}
+            if "images_per_s" in record:
+                scalars["images_per_s"] = record["images_per_s"]
+            for tag, value in scalars.items():
+                self.tb_logger.add_scalar(tag, value, record["iter"])
         if self.history is not None:
-            self.history.append(figures)
+            self.history.append(record)
         if self._bar is not None:
-            self._bar.describe(figures)
+            losses = list(losses_of(record).items())[:3]
+            shown = [f"{name if len(losses) > 1 else 'loss'} {value:.3e}" for name, value in losses]
+            self._bar.set_postfix_str(", ".join([*shown, f"lr {record['lr']:.2e}", *costs]))
 
     def step(self, iteration: int) -> None:
         """Move the bar, if there is one, to `iteration` finished iterations. Cheap, and never waits for a GPU."""
         if not self._has_bar:
             return
         if self._bar is None:
-            self._bar = _Bar(int(self.max_iters), iteration, self._lines.logger)
-        self._bar.move(iteration)
+            self._bar = _Progress(
+                total=int(self.max_iters),
+                initial=iteration,
+                file=sys.stderr,
+                dynamic_ncols=True,
+                mininterval=0.5,
+                miniters=1,  # the clock is read each time: a slow phase would be shown late otherwise
+                smoothing=0,  # the time left counts validations in, which come at intervals
+                bar_format="{percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} [{elapsed}<{remaining}{postfix}]",
+            )
+            self._redirection.enter_context(logging_redirect_tqdm([self._lines.logger], _Progress))
+            self._lines.logger.handlers[-1].addFilter(lambda line: not hasattr(line, "is_iteration"))
+        self._bar.update(iteration - self._bar.n)
 
     def reset_start_time(self) -> None:
         """The first iteration is done, and no measure of the others: it compiles and fills caches."""
         super().reset_start_time()
         self._begun = time.monotonic()
         if self._bar is not None:
-            self._bar.restart_clock()
+            self._bar.unpause()
 
     def close(self) -> None:
-        """Take the bar away and put the log back as it was; to be called however the training ends."""
+        """Remove the bar and restore the log; to be called however the training ends."""
         self._has_bar = False
+        self._redirection.close()
         if self._bar is not None:
             self._bar.close()
             self._bar = None
 
-    def _add_scalars(self, iteration: int, rates: list[float], figures: Mapping[str, Any]) -> None:
-        named = {f"lr/{index}": rate for index, rate in enumerate(rates)} if "lrs" in figures else {"lr": rates[0]}
-        if "images_per_s" in figures:
-            named["images_per_s"] = figures["images_per_s"]
-        for tag, value in named.items():
-            self.tb_logger.add_scalar(tag, value, iteration)
+
+class _Progress(tqdm):
+    # tqdm's thread, which redraws bars that stand still, and forked workers do not go together
+    monitor_interval = 0
+
+
+class _IterationLines(logging.LoggerAdapter):
+    """BasicSR's logger for the lines of iterations: adds a suffix, and a mark by which the terminal leaves them out."""
+
+    suffix = ""
+
+    def process(self, msg: Any, kwargs: Any) -> tuple[Any, Any]:
+        return f"{msg}{self.suffix}", {**kwargs, "extra": {"is_iteration": True}}
 
 
 def images_per_iteration(opt: Mapping[str, Any]) -> int:
@@ -126,126 +157,33 @@ def peak_memory(on_gpu: bool) -> int | None:
 
 
 def losses_of(record: Mapping[str, Any]) -> dict[str, Any]:
-    """The losses among the figures of an iteration: BasicSR's names for them begin with l_."""
+    """The losses in a record of an iteration: BasicSR's names for them begin with l_."""
     return {name: value for name, value in record.items() if name.startswith("l_")}
 
 
-def _figures(log_vars: Mapping[str, Any], images: int, on_gpu: bool) -> dict[str, Any]:
+def _record(log_vars: Mapping[str, Any], images: int, on_gpu: bool) -> dict[str, Any]:
     """An iteration as a record of the history."""
     rest = dict(log_vars)
-    figures = {"iter": rest.pop("iter"), "epoch": rest.pop("epoch")}
     rates = rest.pop("lrs")
-    figures["lr"] = rates[0]
+    record = {"iter": rest.pop("iter"), "epoch": rest.pop("epoch"), "lr": rates[0]}
     if len(set(rates)) > 1:
-        figures["lrs"] = list(rates)
+        record["lrs"] = list(rates)
     if rest.get("time"):
-        figures["images_per_s"] = images / rest["time"]
+        record["images_per_s"] = images / rest["time"]
     if (memory := peak_memory(on_gpu)) is not None:
-        figures["memory_gib"] = round(memory / _GIB, 3)
-    return figures | rest
-
-
-def _suffix(figures: Mapping[str, Any]) -> str:
-    parts = []
-    if "images_per_s" in figures:
-        parts.append(f"images/s: {figures['images_per_s']:.1f}")
-    if "memory_gib" in figures:
-        parts.append(f"memory: {figures['memory_gib']:.2f} GiB")
-    return f"[{', '.join(parts)}] " if parts else ""
-
-
-class _IterationLines(logging.LoggerAdapter):
-    """BasicSR's logger for the lines of iterations: adds a suffix, and a mark by which the terminal leaves them out."""
-
-    suffix = ""
-
-    def process(self, msg: Any, kwargs: Any) -> tuple[Any, Any]:
-        return f"{msg}{self.suffix}", {**kwargs, "extra": {"is_iteration": True}}
-
-
-def _is_no_iteration(record: logging.LogRecord) -> bool:
-    return not hasattr(record, "is_iteration")
-
-
-class _Progress(tqdm):
-    # tqdm's watching thread redraws bars that stand still; a thread is no friend of the workers that are forked
-    monitor_interval = 0
-
-
-class _AboveBar:
-    """A stream for log lines to the terminal that the bar is in."""
-
-    def __init__(self, stream: TextIO) -> None:
-        self._stream = stream
-
-    def write(self, text: str) -> None:
-        _Progress.write(text, file=self._stream, end="")
-
-    def flush(self) -> None:
-        self._stream.flush()
-
-
-class _Bar:
-    """A bar at the bottom of the terminal; what else a logger writes there goes above it, lines of iterations nowhere.
-
-    Args:
-        total: iterations of the whole training.
-        done: those that are finished.
-        logger: whose console handlers share the terminal.
-    """
-
-    def __init__(self, total: int, done: int, logger: logging.Logger) -> None:
-        self._bar = _Progress(
-            total=total,
-            initial=done,
-            file=sys.stderr,
-            dynamic_ncols=True,
-            mininterval=0.5,
-            miniters=1,  # the clock is read each time: a slow phase would be shown late otherwise
-            smoothing=0,  # the time left counts validations in, which come at intervals
-            bar_format="{percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} [{elapsed}<{remaining}{postfix}]",
-        )
-        self._consoles: list[tuple[Any, Any]] = []
-        for handler in logger.handlers:
-            if isinstance(handler, logging.StreamHandler) and handler.stream is sys.stderr:
-                handler.addFilter(_is_no_iteration)
-                self._consoles.append((handler, handler.setStream(_AboveBar(handler.stream))))
-
-    def move(self, iteration: int) -> None:
-        self._bar.update(iteration - self._bar.n)
-
-    def describe(self, figures: Mapping[str, Any]) -> None:
-        """Show an iteration's figures: the losses, three at most, learning rate, images per second and memory."""
-        losses = list(losses_of(figures).items())[:3]
-        parts = [f"{name if len(losses) > 1 else 'loss'} {value:.3e}" for name, value in losses]
-        parts.append(f"lr {figures['lr']:.2e}")
-        if "images_per_s" in figures:
-            parts.append(f"{figures['images_per_s']:.1f} images/s")
-        if "memory_gib" in figures:
-            parts.append(f"{figures['memory_gib']:.2f} GiB")
-        self._bar.set_postfix_str(", ".join(parts))
-
-    def restart_clock(self) -> None:
-        """Estimate the time left without what the first iteration took."""
-        self._bar.unpause()
-
-    def close(self) -> None:
-        for handler, stream in self._consoles:
-            handler.setStream(stream)
-            handler.removeFilter(_is_no_iteration)
-        self._consoles = []
-        self._bar.close()
+        record["memory_gib"] = round(memory / 2**30, 3)
+    return record | rest
 
 
 @master_only
 def init_wandb(opt: dict[str, Any]) -> None:
     """Have wandb follow TensorBoard, as BasicSR's init_wandb_logger does with old releases of wandb.
 
-    A run that is resumed goes on in its wandb run, whose id is kept in its folder (`wandb_id.txt`), unless
+    A resumed run goes on in its wandb run, whose id is kept in its folder (`wandb_id.txt`), unless
     `logger: wandb: resume_id` names another.
 
     Raises:
-        UserError: wandb does not start: nobody is logged in, or there is no network.
+        UserError: wandb does not start: not logged in, or no network.
     """
     import wandb
 

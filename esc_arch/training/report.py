@@ -6,9 +6,11 @@ import datetime
 import io
 import logging
 import math
+import os
 import statistics
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -22,13 +24,25 @@ __all__ = ["write_report"]
 logger = logging.getLogger("basicsr")
 
 _FINAL = 10  # log lines that the final loss is the mean of: one batch says little
-_COLUMNS = 2
-_PANEL = (6.0, 2.6)  # inches
-_RAW, _LINE, _BEST = "0.78", "#1f5a8a", "#b5432a"
-_NO_PLOTS = 'Curves of the training are drawn when matplotlib is there: pip install "esc-arch[plot]"'
 
 Record = Mapping[str, Any]
-Points = tuple[list[int], list[float]]
+
+
+@dataclass
+class _Curve:
+    """Values by iteration; `best` is the index of the best value, of equal ones the last, as BasicSR counts."""
+
+    title: str
+    iterations: list[int]
+    values: list[float]
+    best: int | None = None
+    is_loss: bool = False
+
+    @property
+    def is_logarithmic(self) -> bool:
+        """True for a loss that spans more than a decade."""
+        finite = [value for value in self.values if not math.isnan(value)]
+        return self.is_loss and bool(finite) and min(finite) > 0 and max(finite) > 10 * min(finite)
 
 
 def write_report(
@@ -47,7 +61,7 @@ def write_report(
     Args:
         folder: of the experiment; the summary names other places relative to it.
         opt: the options of the run.
-        history: its figures.
+        history: its numbers.
         seconds: what this run took, since its start or since it was resumed.
         skipped: steps that were left out because their loss was not finite.
         parameters: how many the network has.
@@ -58,15 +72,30 @@ def write_report(
     text = ""
     with _warning_of(folder / "summary.md"):
         records = history.records()
-        text = _summary(folder, opt, records, seconds=seconds, skipped=skipped, parameters=parameters)
+        training = [record for record in records if "dataset" not in record]
+        metrics = _metrics(records, opt)
+        scale = f" x{opt['scale']}" if "scale" in opt else ""
+        count = f", {parameters:,} parameters" if parameters is not None else ""
+        done = max((record["iter"] for record in records), default=0)
+        rows = [
+            ("network", f"{opt['network_g']['type']}{scale}{count}"),
+            ("iterations", f"{done:,} of {int(opt['train']['total_iter']):,}"),
+            ("time of this run", str(datetime.timedelta(seconds=round(seconds)))),
+            *_measured(training),
+            *([("skipped steps", f"{skipped:,} (their loss was not finite)")] if skipped else []),
+        ]
+        parts = [f"# {opt['name']}", _table(("training", ""), rows), _places(folder, opt)]
+        if metrics:
+            parts.insert(2, _metrics_table(metrics))
+        text = "\n\n".join(parts) + "\n"
         write_atomically(folder / "summary.md", text.encode())
     with _warning_of(folder / "training.png"):
         try:
             import matplotlib  # noqa: F401
         except ImportError:
-            logger.info(_NO_PLOTS)
+            logger.info('matplotlib draws curves of the training: pip install "esc-arch[plot]"')
             return text
-        panels = [*_training_panels(records), *_metric_panels(records, opt)]
+        panels = [*_training_panels(training), *([curve] for curve in metrics.values())]
         if panels:
             write_atomically(folder / "training.png", _draw(panels, str(opt["name"])))
     return text
@@ -83,106 +112,77 @@ def _warning_of(path: Path) -> Iterator[None]:
 # --- the summary ----------------------------------------------------------------------------------------------------
 
 
-def _summary(
-    folder: Path,
-    opt: Mapping[str, Any],
-    records: Sequence[Record],
-    *,
-    seconds: float,
-    skipped: int,
-    parameters: int | None,
-) -> str:
-    training = [record for record in records if "dataset" not in record]
-    last = training[-_FINAL:]
-    scale = f" x{opt['scale']}" if "scale" in opt else ""
-    count = f", {parameters:,} parameters" if parameters is not None else ""
-    rows = [
-        ("network", f"{opt['network_g']['type']}{scale}{count}"),
-        ("iterations", f"{max((record['iter'] for record in records), default=0):,} of {int(_total(opt)):,}"),
-        ("time of this run", str(datetime.timedelta(seconds=round(seconds)))),
-    ]
+def _measured(training: Sequence[Record]) -> Iterator[tuple[str, str]]:
+    """Speed, memory and final losses, as far as they were logged."""
     if speeds := [record["images_per_s"] for record in training if record.get("images_per_s")]:
-        rows.append(("images/s, median", f"{statistics.median(speeds):.1f}"))
+        yield "images/s, median", f"{statistics.median(speeds):.1f}"
     if memory := [record["memory_gib"] for record in training if record.get("memory_gib")]:
-        rows.append(("peak memory", f"{max(memory):.2f} GiB"))
+        yield "peak memory", f"{max(memory):.2f} GiB"
+    last = training[-_FINAL:]
     for name in losses_of(last[-1]) if last else ():
         if values := [record[name] for record in last if record.get(name) is not None]:
-            rows.append((f"final {name}", f"{statistics.fmean(values):.4e} (mean of the last {len(values)} logged)"))
-    if skipped:
-        rows.append(("skipped steps", f"{skipped:,} (their loss was not finite)"))
-    parts = [f"# {opt['name']}", _table(("training", ""), rows)]
-    if metrics := [_metric_row(*key, points, opt) for key, points in _metrics(records).items()]:
-        parts.append(_table(("data set", "metric", "last", "at iteration", "best", "at iteration"), metrics))
-    parts.append(_places(folder, opt))
-    return "\n\n".join(parts) + "\n"
+            yield f"final {name}", f"{statistics.fmean(values):.4e} (mean of the last {len(values)} logged)"
 
 
-def _total(opt: Mapping[str, Any]) -> float:
-    return float(opt["train"]["total_iter"])
+def _metrics_table(metrics: Mapping[tuple[str, str], _Curve]) -> str:
+    rows = []
+    for key, curve in metrics.items():
+        points = ((curve.values[i], curve.iterations[i]) for i in (-1, curve.best or 0))
+        rows.append((*key, *(cell for value, at in points for cell in (f"{value:.4f}", f"{at:,}"))))
+    return _table(("data set", "metric", "last", "at iteration", "best", "at iteration"), rows)
 
 
-def _metric_row(dataset: str, metric: str, points: Points, opt: Mapping[str, Any]) -> tuple[str, ...]:
-    iterations, values = points
-    best = _best(points, _better(opt, metric))
-    return (
-        dataset,
-        metric,
-        f"{values[-1]:.4f}",
-        f"{iterations[-1]:,}",
-        f"{values[best]:.4f}",
-        f"{iterations[best]:,}",
-    )
+def _metrics(records: Sequence[Record], opt: Mapping[str, Any]) -> dict[tuple[str, str], _Curve]:
+    """(data set, metric) -> the finite values, with the best."""
+    curves: dict[tuple[str, str], _Curve] = {}
+    for record in records:
+        for metric, value in record.items() if "dataset" in record else ():
+            if metric not in ("iter", "dataset") and isinstance(value, int | float):
+                title = f"{record['dataset']}: {metric}"
+                curve = curves.setdefault((record["dataset"], metric), _Curve(title, [], []))
+                curve.iterations.append(record["iter"])
+                curve.values.append(value)
+    options = (opt.get("val") or {}).get("metrics") or {}
+    for (_, metric), curve in curves.items():
+        sign = -1 if options.get(metric, {}).get("better") == "lower" else 1
+        curve.best = max(range(len(curve.values)), key=lambda i: (sign * curve.values[i], i))
+    return curves
 
 
 def _places(folder: Path, opt: Mapping[str, Any]) -> str:
+    models, states = (os.path.relpath(opt["path"][key], folder) for key in ("models", "training_states"))
     logs = sorted(folder.glob("*.log"), key=lambda path: path.stat().st_mtime)
     lines = [
-        f"In {folder}:",
-        "",
-        f"- {_relative(opt['path'].get('models'), folder)}: checkpoints; net_g_latest.pth is the last",
-        f"- {_relative(opt['path'].get('training_states'), folder)}: states to resume from",
-        "- metrics.jsonl: all figures; training.png: their curves",
+        f"In {folder}:\n",
+        f"- {models}: checkpoints; net_g_latest.pth is the last",
+        f"- {states}: states to resume from",
+        "- metrics.jsonl: all numbers; training.png: their curves",
+        *(f"- {path.name}: the log" for path in logs[-1:]),
     ]
-    return "\n".join(lines + ([f"- {logs[-1].name}: the log"] if logs else []))
-
-
-def _relative(place: Any, folder: Path) -> str:
-    path = Path(str(place))
-    return str(path.relative_to(folder)) if path.is_relative_to(folder) else str(path)
+    return "\n".join(lines)
 
 
 def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """A Markdown table that is one to the eye, too."""
+    """A Markdown table whose columns are aligned in plain text, too."""
     widths = [max(3, *(len(row[index]) for row in [head, *rows])) for index in range(len(head))]
     lines = [" | ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) for row in [head, *rows]]
     lines.insert(1, " | ".join("-" * width for width in widths))
     return "\n".join(f"| {line} |" for line in lines)
 
 
-# --- figures --------------------------------------------------------------------------------------------------------
+# --- curves ---------------------------------------------------------------------------------------------------------
 
 
-def _metrics(records: Sequence[Record]) -> dict[tuple[str, str], Points]:
-    """(data set, metric) -> iterations and finite values."""
-    curves: dict[tuple[str, str], Points] = {}
-    for record in records:
-        for metric, value in record.items():
-            if "dataset" in record and metric not in ("iter", "dataset") and isinstance(value, int | float):
-                iterations, values = curves.setdefault((record["dataset"], metric), ([], []))
-                iterations.append(record["iter"])
-                values.append(value)
-    return curves
-
-
-def _better(opt: Mapping[str, Any], metric: str) -> str:
-    metrics = (opt.get("val") or {}).get("metrics") or {}
-    return str(metrics.get(metric, {}).get("better", "higher"))
-
-
-def _best(points: Points, better: str) -> int:
-    """Index of the best value, of equal ones the last, as BasicSR counts."""
-    sign = 1 if better == "higher" else -1
-    return max(range(len(points[1])), key=lambda index: (sign * points[1][index], index))
+def _training_panels(training: Sequence[Record]) -> Iterator[list[_Curve]]:
+    """A panel for each loss, and one for the learning rates of all groups."""
+    for name in dict.fromkeys(name for record in training for name in losses_of(record)):
+        found = [record for record in training if name in record]
+        values = [math.nan if record[name] is None else record[name] for record in found]
+        yield [_Curve(f"loss {name}", [record["iter"] for record in found], values, is_loss=True)]
+    if training:
+        iterations = [record["iter"] for record in training]
+        groups = zip(*(record.get("lrs") or [record["lr"]] for record in training), strict=False)
+        yield [_Curve("learning rate", iterations, list(rates)) for rates in groups]
 
 
 def _smoothed(values: Sequence[float]) -> list[float]:
@@ -195,82 +195,41 @@ def _smoothed(values: Sequence[float]) -> list[float]:
     return means
 
 
-# --- curves ---------------------------------------------------------------------------------------------------------
-
-
-class _Panel:
-    """One diagram: a title and curves; `best` is the index of the point to mark, `raw` what is drawn behind them."""
-
-    def __init__(self, title: str, curves: Sequence[Points], *, raw: Points | None = None, best: int | None = None):
-        self.title, self.curves, self.raw, self.best = title, curves, raw, best
-
-    @property
-    def is_logarithmic(self) -> bool:
-        """A loss that spans more than a decade."""
-        values = [value for value in self.raw[1] if not math.isnan(value)] if self.raw else []
-        return bool(values) and min(values) > 0 and max(values) > 10 * min(values)
-
-
-def _training_panels(records: Sequence[Record]) -> Iterator[_Panel]:
-    training = [record for record in records if "dataset" not in record]
-    names = dict.fromkeys(name for record in training for name in losses_of(record))
-    for name in names:
-        found = [record for record in training if name in record]
-        iterations = [record["iter"] for record in found]
-        values = [math.nan if record[name] is None else record[name] for record in found]
-        yield _Panel(f"loss {name}", [(iterations, _smoothed(values))], raw=(iterations, values))
-    if training:
-        iterations = [record["iter"] for record in training]
-        groups = zip(*(record.get("lrs") or [record["lr"]] for record in training), strict=False)
-        yield _Panel("learning rate", [(iterations, list(rates)) for rates in groups])
-
-
-def _metric_panels(records: Sequence[Record], opt: Mapping[str, Any]) -> Iterator[_Panel]:
-    for (dataset, metric), points in _metrics(records).items():
-        yield _Panel(f"{dataset}: {metric}", [points], best=_best(points, _better(opt, metric)))
-
-
-def _draw(panels: Sequence[_Panel], name: str) -> bytes:
+def _draw(panels: Sequence[Sequence[_Curve]], name: str) -> bytes:
     """PNG of the panels, two to a row."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    rows = math.ceil(len(panels) / _COLUMNS)
-    figure = Figure(figsize=(_PANEL[0] * _COLUMNS, _PANEL[1] * rows + 0.4), layout="constrained")
-    canvas = FigureCanvasAgg(figure)  # not pyplot, which keeps figures and looks for a display
+    rows = math.ceil(len(panels) / 2)
+    figure = Figure(figsize=(12.0, 2.6 * rows + 0.4), layout="constrained")  # pyplot would look for a display
     figure.suptitle(name)
-    for index, panel in enumerate(panels):
-        _draw_panel(figure.add_subplot(rows, _COLUMNS, index + 1), panel)
+    for index, curves in enumerate(panels):
+        _draw_panel(figure.add_subplot(rows, 2, index + 1), curves)
     picture = io.BytesIO()
-    canvas.print_png(picture)
+    figure.savefig(picture, format="png", dpi="figure")
     return picture.getvalue()
 
 
-def _draw_panel(axes: Any, panel: _Panel) -> None:
-    axes.set_title(panel.title, fontsize=10, loc="left")
-    if panel.raw:
-        axes.plot(*panel.raw, color=_RAW, linewidth=0.6)
-    for iterations, values in panel.curves:
+def _draw_panel(axes: Any, curves: Sequence[_Curve]) -> None:
+    from matplotlib import ticker
+
+    axes.set_title(curves[0].title, fontsize=10, loc="left")
+    for curve in curves:
+        values = _smoothed(curve.values) if curve.is_loss else curve.values
+        if curve.is_loss:
+            axes.plot(curve.iterations, curve.values, color="0.78", linewidth=0.6)
         marker = "." if len(values) < 30 else None
-        axes.plot(iterations, values, color=_LINE, linewidth=1.4, marker=marker)
-    if panel.is_logarithmic:
-        axes.set_yscale("log")
-    if panel.best is not None:
-        iterations, values = panel.curves[0]
-        best = iterations[panel.best], values[panel.best]
-        axes.plot(*best, "o", color=_BEST, markersize=5)
-        axes.set_title(f"best {best[1]:.4f} at {best[0]:,}", fontsize=9, loc="right", color=_BEST)
-    axes.xaxis.set_major_locator(_ticker().MaxNLocator(6, integer=True))
-    axes.xaxis.set_major_formatter(_ticker().FuncFormatter(lambda value, _: f"{value:,.0f}"))
+        axes.plot(curve.iterations, values, color="#1f5a8a", linewidth=1.4, marker=marker)
+        if curve.is_logarithmic:
+            axes.set_yscale("log")
+        if curve.best is not None:
+            iteration, value, colour = curve.iterations[curve.best], curve.values[curve.best], "#b5432a"
+            axes.plot(iteration, value, "o", color=colour, markersize=5)
+            axes.set_title(f"best {value:.4f} at {iteration:,}", fontsize=9, loc="right", color=colour)
+    axes.xaxis.set_major_locator(ticker.MaxNLocator(6, integer=True))
+    axes.xaxis.set_major_formatter(ticker.FuncFormatter(lambda value, _: f"{value:,.0f}"))
     axes.set_xlabel("iteration", fontsize=9)
     axes.tick_params(labelsize=8)
     axes.grid(True, color="0.92", linewidth=0.6)
     axes.set_axisbelow(True)
     for side in ("top", "right"):
         axes.spines[side].set_visible(False)
-
-
-def _ticker() -> Any:
-    from matplotlib import ticker
-
-    return ticker

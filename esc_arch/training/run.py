@@ -1,4 +1,4 @@
-"""The training that is going on in this process, as far as BasicSR's loop does not hand it on.
+"""The training that is going on in this process, as far as BasicSR's loop does not pass it on.
 
 BasicSR's loop calls, for each iteration: the prefetcher's `next`, the model, the log, `save`, `validation`. What it
 lacks (stopping when asked, the place in the epoch, a progress bar, a report) hangs on those calls; see
@@ -27,6 +27,8 @@ from .stopping import Stopped, StopRequest
 
 __all__ = ["TrainingRun", "current_run", "training_run", "what_is_saved"]
 
+logger = logging.getLogger("basicsr")
+
 _current: TrainingRun | None = None
 
 
@@ -49,11 +51,11 @@ def training_run() -> Iterator[TrainingRun]:
 
 
 class TrainingRun:
-    """What belongs to one training.
+    """One training, from its data to its report.
 
     Attributes:
-        stop: whether and by which signal it is asked to stop.
-        history: its figures; None on all processes but the first.
+        stop: true once it is asked to stop, with the signal.
+        history: its numbers; None on all processes but the first.
         start_iteration: of the state that it was resumed from; otherwise 0.
         saved_iteration: of the last state that was saved.
     """
@@ -90,16 +92,12 @@ class TrainingRun:
         self.start_iteration = iteration
         self._log = log
         if self._opt["rank"] == 0:
-            self.history = History(Path(self._opt["path"]["experiments_root"], "metrics.jsonl"))
+            self.history = log.history = History(Path(self._opt["path"]["experiments_root"], "metrics.jsonl"))
             self.history.truncate(iteration)
-        log.history = self.history
         if self.is_over:
-            logging.getLogger("basicsr").info(
-                "This training is finished: its last state is of iteration %d, and train: total_iter is %d. To go on, "
-                "raise total_iter.",
-                iteration,
-                int(self._opt["train"]["total_iter"]),
-            )
+            total = int(self._opt["train"]["total_iter"])
+            message = "This training is finished: its last state is of iteration %d, and train: total_iter is %d. %s"
+            logger.info(message, iteration, total, "To go on, raise total_iter.")
 
     # What the prefetcher calls
 
@@ -107,7 +105,7 @@ class TrainingRun:
         self._batches_of_epoch = 0
 
     def before_batch(self) -> bool:
-        """An iteration, if there was one, is over: whether another is to follow.
+        """An iteration, if there was one, is over; True if another is to follow.
 
         Raises:
             Stopped: the training was asked to stop; everything is saved.
@@ -117,10 +115,12 @@ class TrainingRun:
         if self._log is not None:
             self._log.step(self.iteration)
         if self._agreement.any_rank(bool(self.stop)):
-            self._end()
-        if self.is_over and self.iteration not in (self.start_iteration, self.saved_iteration):
+            saved = "saved" if self._save() else "nothing new to save"
+            logger.info("Stopped on request after iteration %d; %s. Go on with --auto_resume.", self.iteration, saved)
+            raise Stopped(self.stop.signum or 15)
+        if self.is_over:
             # Where no checkpoint falls to the end: by its state --auto_resume knows that nothing is left to do
-            self._model.save(self._sampler.epoch, self.iteration)
+            self._save()
         return not self.is_over
 
     def has_batch(self) -> None:
@@ -129,7 +129,7 @@ class TrainingRun:
 
     @property
     def is_over(self) -> bool:
-        """Whether all iterations are done; BasicSR's loop goes through its last epochs all the same."""
+        """True if all iterations are done; BasicSR's loop goes through its last epochs all the same."""
         return self.iteration >= int(self._opt["train"]["total_iter"])
 
     @property
@@ -148,7 +148,7 @@ class TrainingRun:
         self._sampler.resume(epoch, samples)
 
     def is_validated(self, loader: Any, iteration: int) -> bool:
-        """Whether a set was validated at this iteration: BasicSR's loop does so once more at its end."""
+        """True if a set was validated at this iteration: BasicSR's loop does so once more at its end."""
         return (_name_of(loader), iteration) in self._validated
 
     def has_validated(self, loader: Any, iteration: int) -> None:
@@ -161,12 +161,10 @@ class TrainingRun:
             Where to go on from, a sentence for the message of the failure.
         """
         # Several processes save together, and the others do not know of the failure
-        if self._model is None or self._opt["dist"] or self.iteration == self.start_iteration:
-            return what_is_saved(self._opt)
-        if self.saved_iteration != self.iteration:
+        if self._model is not None and not self._opt["dist"]:
             try:
-                self._model.save(self._sampler.epoch, self.iteration)
-            except UserError as error:  # the weights are spoiled, too
+                self._save()
+            except UserError as error:  # the weights have diverged, too
                 return str(error)
         return what_is_saved(self._opt)
 
@@ -177,20 +175,15 @@ class TrainingRun:
         root = Path(self._opt["path"]["experiments_root"])
         # Of a run that found nothing left to do, the report would have no times
         if self.history is not None and (self._batches or not (root / "summary.md").is_file()):
-            report = write_report(
-                root,
-                self._opt,
-                self.history,
-                seconds=time.monotonic() - self._started,
-                skipped=getattr(self._model, "skipped", 0),
-                parameters=_parameters_of(self._model),
-            )
-            logging.getLogger("basicsr").info(report)
+            net = getattr(self._model, "net_g", None)  # models of other kinds than BasicSR's may have none
+            count = None if net is None else sum(parameter.numel() for parameter in net.parameters())
+            seconds, skipped = time.monotonic() - self._started, getattr(self._model, "skipped", 0)
+            logger.info(write_report(root, self._opt, self.history, seconds=seconds, skipped=skipped, parameters=count))
         if self.stop:  # during the last validation
             raise Stopped(self.stop.signum or 0)
 
     def close(self) -> None:
-        """Put the terminal back, and let go of what holds processes and threads."""
+        """Restore the terminal, and let go of what holds processes and threads."""
         self._agreement.finish()
         if self._log is not None:
             self._log.close()
@@ -205,28 +198,24 @@ class TrainingRun:
         return sampler
 
     def _catch_up(self) -> None:
-        """Do the validations that fell to the iteration of the state, and that the end of the run before cut off."""
+        """Do the validations of the state's iteration that the end of the run before cut off."""
         records = [] if self.history is None else self.history.records()
         here = {record.get("dataset") for record in records if record["iter"] == self.start_iteration}
-        done, is_kept = gather_objects((here, bool(records)))[0]
+        done, has_records = gather_objects((here, bool(records)))[0]
         due = self.is_over or self.start_iteration % int(self._opt["val"]["val_freq"]) == 0
         for loader in self._val_loaders:
             if _name_of(loader) in done:
                 self.has_validated(loader, self.start_iteration)
-            elif due and is_kept and getattr(self._model, "keeps_figures", False):
+            elif due and has_records and getattr(self._model, "logs_complete_validations", False):
                 tb_logger = self._log.tb_logger if self._log is not None else None
                 self._model.validation(loader, self.start_iteration, tb_logger, self._opt["val"]["save_img"])
 
-    def _end(self) -> None:
-        saved = self.iteration in (self.start_iteration, self.saved_iteration)
-        if not saved:
-            self._model.save(self._sampler.epoch, self.iteration)
-        logging.getLogger("basicsr").info(
-            "Stopped on request after iteration %d; %s. Go on with --auto_resume.",
-            self.iteration,
-            "nothing new to save" if saved else "saved",
-        )
-        raise Stopped(self.stop.signum or 15)
+    def _save(self) -> bool:
+        """Save a state, unless there is one of this iteration; True if it was done."""
+        if self.iteration in (self.start_iteration, self.saved_iteration):
+            return False
+        self._model.save(self._sampler.epoch, self.iteration)
+        return True
 
 
 def _name_of(loader: Any) -> str:
@@ -235,14 +224,8 @@ def _name_of(loader: Any) -> str:
 
 
 def what_is_saved(opt: Mapping[str, Any]) -> str:
-    """From where a training that fails can go on, a sentence."""
+    """Where a training that fails can go on from, a sentence."""
     states = [path for path in Path(opt["path"]["training_states"]).glob("*.state") if path.stem.isdigit()]
     if not states:
         return "Nothing was saved before."
     return f"The last state is {max(states, key=lambda path: int(path.stem))}: go on from it with --auto_resume."
-
-
-def _parameters_of(model: Any) -> int | None:
-    """How many numbers the generator of a model learns; models of other kinds than BasicSR's may have none."""
-    net = getattr(model, "net_g", None)
-    return None if net is None else sum(parameter.numel() for parameter in net.parameters())

@@ -19,32 +19,23 @@ BASICSR_SCHEDULERS: dict[str, type[LRScheduler]] = {
     "MultiStepRestartLR": MultiStepRestartLR,
     "CosineAnnealingRestartLR": CosineAnnealingRestartLR,
 }
-TORCH_SCHEDULERS: dict[str, type[LRScheduler]] = {
-    name: getattr(lr_scheduler, name)
-    for name in (
-        "ConstantLR",
-        "CosineAnnealingLR",
-        "CosineAnnealingWarmRestarts",
-        "CyclicLR",
-        "ExponentialLR",
-        "LinearLR",
-        "OneCycleLR",
-        "PolynomialLR",
-        "StepLR",
-    )
-}
+_OF_TORCH = (
+    "ConstantLR CosineAnnealingLR CosineAnnealingWarmRestarts CyclicLR ExponentialLR LinearLR OneCycleLR PolynomialLR "
+    "StepLR"
+)
+TORCH_SCHEDULERS: dict[str, type[LRScheduler]] = {name: getattr(lr_scheduler, name) for name in _OF_TORCH.split()}
 #: By the names of option files; where torch has one of the same name, BasicSR's is meant.
 SCHEDULERS = TORCH_SCHEDULERS | BASICSR_SCHEDULERS
 
-#: Rates that stand for all groups of an optimiser, though groups may have rates of their own.
+#: Rates that are given once for all groups of an optimiser, though groups may have rates of their own.
 _RATES = {"OneCycleLR": ("max_lr",), "CyclicLR": ("base_lr", "max_lr")}
 
 
 class _OwnRate:
     """A schedule that goes on from its own last rate, whatever the optimiser's groups were given in between.
 
-    Most of torch's schedules compute a rate from the one before. BasicSR's warm-up puts others there, and they would
-    go on from the last of these. (So do BasicSR's own two, which published results were made with.)
+    Most of torch's schedules compute a rate from the one before, which a warm-up of BasicSR's has replaced.
+    (BasicSR's own two go on from the warm-up's; published results were made with them.)
     """
 
     def step(self, epoch: int | None = None) -> None:
@@ -64,15 +55,15 @@ def build_scheduler(kind: str, optimizer: torch.optim.Optimizer, **options: Any)
         options: of its constructor.
 
     Raises:
-        UserError: no such schedule, or one that plain values do not make.
-        ValueError, TypeError: options that the class does not take.
+        UserError: an unknown schedule, or one that needs more than plain values.
+        ValueError, TypeError: invalid options of the class.
     """
     if kind not in TORCH_SCHEDULERS:
         raise UserError(f"The schedule {kind!r} is not known. {did_you_mean(kind, SCHEDULERS)}.")
-    own = optimizer.defaults["lr"]
+    groups = optimizer.param_groups
     for name in _RATES.get(kind, ()):
-        if len(optimizer.param_groups) > 1 and isinstance(options.get(name), int | float):
-            options[name] = [options[name] * group["lr"] / own for group in optimizer.param_groups]
+        if len(groups) > 1 and isinstance(options.get(name), int | float):
+            options[name] = [options[name] * group["lr"] / optimizer.defaults["lr"] for group in groups]
     schedule: Any = type(kind, (_OwnRate, TORCH_SCHEDULERS[kind]), {})
     built: LRScheduler = schedule(optimizer, **options)
     return built

@@ -3,24 +3,29 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Mapping
+import random
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 
 from esc_arch.errors import UserError
 from esc_arch.training.distributed import gather_objects
 
 from .parameter_order import in_order_of, named_state
-from .random_state import capture, restore
 from .run import current_run
 from .schedulers import SCHEDULERS
 
 __all__ = ["apply_state", "prune", "training_state"]
 
-#: Of schedulers: what the option file says, not what the iterations change.
+logger = logging.getLogger("basicsr")
+
+#: Options of schedulers, as against what the iterations change.
 _SCHEDULE = ("milestones", "gamma", "restarts", "restart_weights", "periods", "eta_min", "T_max", "step_size", "power")
+#: What loading a state that does not fit, or is damaged, may raise.
+_MISFIT = (AssertionError, AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError)
 
 
 def training_state(model: Any, epoch: int, iteration: int) -> dict[str, Any]:
@@ -36,10 +41,34 @@ def training_state(model: Any, epoch: int, iteration: int) -> dict[str, Any]:
         "schedulers": [scheduler.state_dict() for scheduler in model.schedulers],
         "manual_seed": model.opt.get("manual_seed"),
         "samples": run.samples if run else None,  # of the epoch, over all processes
-        "random": gather_objects(capture()),  # of each process
+        "random": gather_objects(_random_state()),  # of each process
         "best_metric_results": _plain_numbers(getattr(model, "best_metric_results", None)),
         "model": model.extra_state() if hasattr(model, "extra_state") else {},
     }
+
+
+def _random_state() -> dict[str, Any]:
+    """The state of all generators, in plain numbers, which processes can exchange and safe loading takes."""
+    version, numbers, gauss = random.getstate()
+    state: dict[str, Any] = np.random.get_state(legacy=False)
+    return {
+        "python": [version, list(numbers), gauss],
+        "numpy": state | {"state": {"key": state["state"]["key"].tolist(), "pos": state["state"]["pos"]}},
+        "torch": torch.get_rng_state().tolist(),
+        "cuda": [each.tolist() for each in torch.cuda.get_rng_state_all()] if torch.cuda.is_available() else [],
+    }
+
+
+def _restore_random_state(state: Mapping[str, Any]) -> None:
+    """Restore what `_random_state` returned; GPUs that are not here are left out."""
+    version, numbers, gauss = state["python"]
+    random.setstate((version, tuple(numbers), gauss))
+    of_numpy = state["numpy"]
+    inner = {"key": np.array(of_numpy["state"]["key"], np.uint32), "pos": of_numpy["state"]["pos"]}
+    np.random.set_state(of_numpy | {"state": inner})
+    torch.set_rng_state(torch.tensor(state["torch"], dtype=torch.uint8))
+    for device, of_device in enumerate(state["cuda"][: torch.cuda.device_count()]):
+        torch.cuda.set_rng_state(torch.tensor(of_device, dtype=torch.uint8), device)
 
 
 def _plain_numbers(results: Any) -> Any:
@@ -49,32 +78,41 @@ def _plain_numbers(results: Any) -> Any:
     return results.item() if isinstance(results, np.generic) else results
 
 
-def apply_state(model: Any, state: Mapping[str, Any], load: Any) -> None:
+def apply_state(model: Any, state: Mapping[str, Any], load: Callable[[Any, Any], None]) -> None:
     """Go on from `state`; `load` is BasicSR's part of it. States that BasicSR wrote have no more than that.
 
     Raises:
-        UserError: the state is of other optimisers, parameters or schedules.
+        UserError: the state is of other optimisers, parameters or schedules, or is damaged.
     """
+    file = model.opt["path"].get("resume_state")
     try:
         # States of BasicSR have no random numbers
-        optimizers = in_order_of(model, state["optimizers"], earlier="random" in state)
-        state = {**state, "optimizers": optimizers}
+        state = {**state, "optimizers": in_order_of(model, state["optimizers"], earlier="random" in state)}
         _refuse_other_schedules(model, state)
         for warning in _ignored_changes(model, state):
-            logging.getLogger("basicsr").warning(warning)
+            logger.warning(warning)
         load(model, state)
-    except (AssertionError, AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError) as error:
+    except _MISFIT as error:
         raise UserError(
-            f"{model.opt['path'].get('resume_state')} does not fit the optimisers of the option file ({error}). Give "
-            f"train: optim_*, scheduler, freeze and lr_factors as in the run that saved it, or start a new run from "
-            f"its network with path: pretrain_network_g."
+            f"{file} does not fit the optimisers of the option file ({error}). Give train: optim_*, scheduler, freeze "
+            f"and lr_factors as in the run that saved it, or start a new run from its network with path: "
+            f"pretrain_network_g."
         ) from error
     try:
-        _apply_rest(model, state)
-    except (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError) as error:
+        if state.get("best_metric_results"):
+            model.best_metric_results = state["best_metric_results"]
+        if state.get("model") and hasattr(model, "load_extra_state"):
+            model.load_extra_state(state["model"])
+        run = current_run()
+        if run is not None and state.get("samples") is not None:
+            run.resume(state["epoch"], state["samples"])
+        states, rank = state.get("random") or [], model.opt["rank"]
+        if rank < len(states):
+            _restore_random_state(states[rank])
+    except _MISFIT as error:
         raise UserError(
-            f"{model.opt['path'].get('resume_state')} is damaged, or of another program ({type(error).__name__}: "
-            f"{error}). Remove it, and go on from an earlier state with --auto_resume."
+            f"{file} is damaged, or of another program ({type(error).__name__}: {error}). Remove it, and go on from an "
+            f"earlier state with --auto_resume."
         ) from error
 
 
@@ -82,7 +120,7 @@ def _refuse_other_schedules(model: Any, state: Mapping[str, Any]) -> None:
     """A schedule of one type that goes on with the numbers of another follows neither, or fails in its first step.
 
     Raises:
-        ValueError: what a state keeps is not what the schedule has.
+        ValueError: a state's numbers are not those of the schedule.
     """
     for scheduler, saved in zip(model.schedulers, state["schedulers"], strict=False):
         if (name := type(scheduler).__name__) not in SCHEDULERS:
@@ -99,47 +137,29 @@ def _refuse_other_schedules(model: Any, state: Mapping[str, Any]) -> None:
             )
 
 
-def _apply_rest(model: Any, state: Mapping[str, Any]) -> None:
-    """What BasicSR's states do not have."""
-    if state.get("best_metric_results"):
-        model.best_metric_results = state["best_metric_results"]
-    if state.get("model") and hasattr(model, "load_extra_state"):
-        model.load_extra_state(state["model"])
-    run = current_run()
-    if run is not None and state.get("samples") is not None:
-        run.resume(state["epoch"], state["samples"])
-    random, rank = state.get("random") or [], model.opt["rank"]
-    if rank < len(random):
-        restore(random[rank])
-
-
 def _ignored_changes(model: Any, state: Mapping[str, Any]) -> Iterator[str]:
-    """What the option file says otherwise than the state, which is what counts (fault 28)."""
-    advice = "To change it, start a new run from the network with path: pretrain_network_g"
+    """Differences of the option file from the state, which is what counts (fault 28)."""
+    changes: list[tuple[str, Any, Any]] = []
     for optimizer, saved in zip(model.optimizers, state["optimizers"], strict=False):
-        asked = {group.get("initial_lr", group["lr"]) for group in optimizer.param_groups}
-        going_on = {group.get("initial_lr", group["lr"]) for group in saved["param_groups"]}
-        if asked != going_on:
-            yield (
-                f"The learning rate of the option file ({_listed(asked)}) is ignored: a resumed run goes on with "
-                f"{_listed(going_on)}. {advice}."
-            )
+        now, before = (
+            ", ".join(f"{rate:g}" for rate in sorted({group.get("initial_lr", group["lr"]) for group in groups}))
+            for groups in (optimizer.param_groups, saved["param_groups"])
+        )
+        changes.append(("The learning rate", now, before))
     for scheduler, saved in zip(model.schedulers, state["schedulers"], strict=False):
         for key in _SCHEDULE:
-            now, before = getattr(scheduler, key, None), saved.get(key)
-            if key in saved and _plain(now) != _plain(before):
-                yield (
-                    f"train:scheduler:{key} of the option file ({_plain(now)}) is ignored: a resumed run goes on with "
-                    f"{_plain(before)}. {advice}."
-                )
-
-
-def _listed(numbers: set[float]) -> str:
-    return ", ".join(f"{number:g}" for number in sorted(numbers))
+            if key in saved:
+                changes.append((f"train:scheduler:{key}", _plain(getattr(scheduler, key, None)), _plain(saved[key])))
+    for what, now, before in changes:
+        if now != before:
+            yield (
+                f"{what} of the option file ({now}) is ignored: a resumed run goes on with {before}. To change it, "
+                f"start a new run from the network with path: pretrain_network_g."
+            )
 
 
 def _plain(value: Any) -> Any:
-    """Tuples, lists and BasicSR's counter of milestones as one kind of thing."""
+    """Tuples, lists and BasicSR's counter of milestones as lists."""
     if isinstance(value, Mapping):
         return sorted(value)
     return list(value) if isinstance(value, list | tuple) else value
@@ -154,19 +174,19 @@ def prune(model: Any) -> None:
     if not keep:
         return
     models, states = (Path(model.opt["path"][key]) for key in ("models", "training_states"))
-    numbers = {int(path.stem) for path in states.glob("*.state") if path.stem.isdigit()}
-    newest = sorted(numbers)[-keep:]
+    numbered = {path: int(path.stem) for path in states.glob("*.state") if path.stem.isdigit()}
+    newest = sorted(numbered.values())[-keep:]
     if not newest:
         return
     results = getattr(model, "best_metric_results", None) or {}
     best = {record["iter"] for of_set in results.values() for record in of_set.values()}
-    old = [path for path in states.glob("*.state") if path.stem.isdigit() and int(path.stem) < newest[0]]
     for path in models.glob("net_*_*.pth"):
         number = path.stem.rpartition("_")[2]
-        if number.isdigit() and int(number) < newest[0] and int(number) not in best:
-            old.append(path)
+        if number.isdigit() and int(number) not in best:
+            numbered[path] = int(number)
     try:
-        for path in old:
-            path.unlink(missing_ok=True)
+        for path, iteration in numbered.items():
+            if iteration < newest[0]:
+                path.unlink(missing_ok=True)
     except OSError as error:  # no reason to end a training
-        logging.getLogger("basicsr").warning("%s cannot be removed: %s.", error.filename, error.strerror)
+        logger.warning("%s cannot be removed: %s.", error.filename, error.strerror)

@@ -12,8 +12,6 @@ from contextlib import contextmanager
 from types import FrameType
 from typing import Any
 
-from esc_arch.training.distributed import progress
-
 __all__ = ["StopRequest", "Stopped", "shield_worker"]
 
 #: A second Ctrl-C within this time (seconds) is the first one again: a terminal and torchrun both send it.
@@ -43,7 +41,7 @@ class StopRequest:
 
     @contextmanager
     def listening(self) -> Iterator[None]:
-        """Take the signals over; elsewhere than in the main thread, where that is impossible, leave them."""
+        """Handle the signals; elsewhere than in the main thread, where that is impossible, leave them."""
         if threading.current_thread() is not threading.main_thread():
             yield
             return
@@ -55,7 +53,6 @@ class StopRequest:
                 signal.signal(number, handler)
 
     def _note(self, signum: int, _: FrameType | None) -> None:
-        progress()  # a process whose handlers run is not stuck
         if self.signum is None:
             self.signum, self._since = signum, time.monotonic()
             again = " (Ctrl-C again: at once, without saving)" if signum == signal.SIGINT else ""
@@ -69,21 +66,20 @@ class StopRequest:
 
 
 def _has_agent() -> bool:
-    """Whether torchrun started this process, which sends on each signal more than once."""
+    """True if torchrun started this process, which sends on each signal more than once."""
     return "TORCHELASTIC_RUN_ID" in os.environ
 
 
 def shield_worker() -> None:
     """In a process that loads data: leave signals, which schedulers and terminals send to all, to the training.
 
-    A worker that died of one would take the step with it that is to be finished. The second SIGTERM is torch's, when
+    A worker that died of one would end the step that is to be finished. The second SIGTERM is torch's, when
     a worker does not end by itself, and is obeyed.
     """
-    if threading.current_thread() is not threading.main_thread():
-        return
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
+        signal.signal(signal.SIGTERM, _obey_the_next)
 
-    def only_the_second(_: int, __: Any) -> None:
-        signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, only_the_second)
+def _obey_the_next(*_: Any) -> None:
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)

@@ -18,7 +18,6 @@ from skimage.metrics import structural_similarity
 from torch import Tensor
 
 from esc_arch import FFTLoss, LPIPSLoss, SSIMLoss, UserError
-from esc_arch.losses import build_losses
 from esc_arch.options import check_options
 
 FFT = {"type": "FFTLoss", "loss_weight": 0.05}
@@ -153,16 +152,15 @@ def test_lpips_whose_backbone_cannot_be_downloaded(
 # --- option files -----------------------------------------------------------------------------------------------------
 
 
-def test_losses_of_a_training(train_options: Any) -> None:
+def test_losses_of_a_training(train_options: Any, make_model: Any) -> None:
     section = {"freq": {"type": "FFTLoss", "loss_weight": 0.05}, "edges": {"type": "CharbonnierLoss"}}
-    losses = build_losses({"losses": section}, torch.device("cpu"))
-    assert {name: type(loss).__name__ for name, loss in losses.items()} == {
-        "freq": "FFTLoss",
-        "edges": "CharbonnierLoss",
-    }
+    losses = make_model(train=train_options["train"] | {"losses": section}).losses
+    assert [(name, type(loss).__name__) for name, loss in losses.items()] == [
+        ("freq", "FFTLoss"), ("edges", "CharbonnierLoss")
+    ]  # fmt: skip
     assert losses["freq"].loss_weight == 0.05
     assert section["freq"]["type"] == "FFTLoss"
-    assert build_losses(train_options["train"], torch.device("cpu")) == {}
+    assert make_model().losses == {}
     assert type(build_loss({"type": "SSIMLoss"})) is SSIMLoss
 
 

@@ -1,4 +1,4 @@
-"""ESCModel: the evaluation of the paper, and pictures that set its result beside bicubic enlargement."""
+"""ESCModel: the evaluation of the paper, and pictures that compare its result with bicubic enlargement."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ from skimage.metrics import peak_signal_noise_ratio
 
 from esc_arch import ESC, ESCModel
 from esc_arch.models import comparison
-from esc_arch.models.comparison import CAPTION, PANEL, Comparison, side_by_side
-from esc_arch.models.self_ensemble import self_ensemble
+from esc_arch.models.comparison import CAPTION, PANEL, side_by_side, write_comparison
+from esc_arch.models.esc_model import self_ensemble
 
 WINDOW = 4
 SIZES = [(8, 12), (9, 12), (8, 10), (7, 5), (3, 2), (1, 6), (1, 1)]
@@ -231,18 +231,6 @@ def test_images_without_ground_truth_are_left_out(run_basicsr: Any, train_option
     assert not (run.experiment() / "visualization" / "comparison").exists()
 
 
-def test_a_second_validation_replaces_the_pictures(tmp_path: Path) -> None:
-    gt = torch.rand(1, 3, 32, 24)
-    pictures = []
-    for result in (gt, torch.zeros_like(gt)):
-        compared = Comparison(str(tmp_path), "Set", "ESC")
-        compared.add("folder/a.png", {"lq": torch.rand(1, 3, 16, 12), "result": result, "gt": gt})
-        (path,) = (tmp_path / "comparison" / "Set").iterdir()
-        pictures.append(path.read_bytes())
-    assert path.name == "a.png"
-    assert pictures[0] != pictures[1]
-
-
 @pytest.mark.parametrize("size", [(PANEL + 40, 100), (100, PANEL + 40), (5, 9), (1, 1)])
 def test_pictures_are_of_bounded_size(size: tuple[int, int]) -> None:
     images = {name: np.full((*size, 3), value, np.uint8) for name, value in (("a", 10), ("b", 20), ("c", 30))}
@@ -261,7 +249,9 @@ def test_what_is_cropped_is_the_middle() -> None:
     assert (picture[CAPTION : CAPTION + PANEL, :8] == 200).all()
 
 
-def test_the_scale_of_the_comparison_is_the_network_s(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_comparison_has_the_scale_of_the_network_and_replaces_an_earlier_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     borders = []
 
     def note(image: Any, gt: Any, crop_border: int, test_y_channel: bool) -> float:
@@ -269,10 +259,13 @@ def test_the_scale_of_the_comparison_is_the_network_s(tmp_path: Path, monkeypatc
         return 30.0
 
     monkeypatch.setattr(comparison, "calculate_psnr", note)
-    Comparison(str(tmp_path), "Set", "ESC").add(
-        "a.png", {"lq": torch.rand(1, 3, 9, 8), "result": torch.rand(1, 3, 27, 24), "gt": torch.rand(1, 3, 27, 24)}
-    )
-    assert borders == [(3, True, (27, 24, 3))] * 2
+    gt, pictures = torch.rand(1, 3, 27, 24), []
+    for result in (gt, torch.zeros_like(gt)):
+        visuals = {"lq": torch.rand(1, 3, 9, 8), "result": result, "gt": gt}
+        assert write_comparison(tmp_path / "a.png", "ESC", visuals) == (30.0, 30.0)
+        pictures.append((tmp_path / "a.png").read_bytes())
+    assert borders == [(3, True, (27, 24, 3))] * 4
+    assert pictures[0] != pictures[1]
 
 
 # --- protocols ----------------------------------------------------------------------------------------------------

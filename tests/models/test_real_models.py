@@ -202,7 +202,7 @@ def test_one_image_a_batch(make_real_model: Callable[..., Any], batch: dict[str,
     for _ in range(7):  # beyond the queue of 5
         model.feed_data({key: value[:1] for key, value in batch.items()})
         assert model.lq.shape == (1, 3, 8, 8) and model.gt.shape == model.gt_usm.shape == (1, 3, 32, 32)
-    assert len(model.pool) == 5
+    assert model.pool.filled == 5
 
 
 def test_pairs_as_they_are(make_real_model: Callable[..., Any]) -> None:
@@ -388,10 +388,10 @@ def test_option_problems(stage: str, real_options: Callable[[str], Options], run
     assert result.status == 2 and not result.experiment().exists()
     for message in (
         "5 problem(s)",
-        "resize_prob: [0.5, 0.5] given; must be a list of 3 numbers.",
-        "jpeg_range2: 30 given; must be a list of 2 numbers.",
-        f"noise_range: None given; must be a list of 2 numbers. {MODEL_TYPES[stage]} makes LQ images with it",
-        "queue_size: -1 given; must be a number of pairs",
+        "resize_prob: [0.5, 0.5] given; must be a list of 3 numbers",
+        "jpeg_range2: 30 given; must be a list of 2 numbers",
+        f"noise_range: missing; {MODEL_TYPES[stage]} makes LQ images with it",
+        "queue_size: -1 given; must be a whole number",
         f"{usm}: 'yes' given; must be true or false",
     ):
         assert message in result.err
@@ -401,8 +401,8 @@ def test_option_problems(stage: str, real_options: Callable[[str], Options], run
     ("size", "message"),
     [
         (30, "gt_size: 30 given; must be a multiple of scale 4"),
-        (404, "gt_size: 404 given; RealESRGANDataset cuts its images to 400 pixels: give no more"),
-        (None, "gt_size: None given; must be a number."),
+        (404, "gt_size: 404 given; RealESRGANDataset cuts images to 400 pixels: give no more"),
+        (None, "gt_size: missing; ESCRealMSEModel makes LQ images with it"),
     ],
 )
 def test_gt_size_problems(

@@ -162,9 +162,10 @@ def test_32_the_last_validation_is_of_the_last_iteration(run_basicsr: Any, optio
     assert f"@ {TOTAL} iter" in run.log() and f"@ {TOTAL + 1} iter" not in run.log()
 
 
-@pytest.mark.parametrize("val_freq", [3, 1000])
-@pytest.mark.parametrize("model", ["ESCModel", "SRModel"])
-@pytest.mark.parametrize("save_freq", [2, 3])
+@pytest.mark.parametrize(
+    ("val_freq", "model", "save_freq"),
+    [(3, "ESCModel", 2), (1000, "ESCModel", 3), (3, "SRModel", 3), (1000, "SRModel", 2)],
+)
 def test_a_finished_run_is_called_so_and_repeats_nothing(
     val_freq: int, model: str, save_freq: int, run_basicsr: Any, train_options: Any
 ) -> None:

@@ -4,7 +4,8 @@ They have a process group of their own, of gloo, beside the one that carries gra
 and a wait may last. NCCL would end a run in which one process validates for longer than its timeout (fault 18), while
 gloo notices at once when a process dies.
 
-Without a process group all of this is trivial: a process agrees with itself.
+Without a process group all of this is trivial: a process agrees with itself. All functions raise RuntimeError when
+another process is gone.
 """
 
 from __future__ import annotations
@@ -17,24 +18,20 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from .failure_monitor import progress
-
 __all__ = ["Agreement", "close_control_group", "gather_objects", "open_control_group", "wait_for_all"]
 
-#: Longer than any validation, and not for ever.
+#: Longer than any validation, but finite.
 _TIMEOUT = timedelta(days=1)
-#: Seconds between two looks at whether the others are there.
+#: Seconds between two checks for the other processes.
 _POLL = 0.02
 
-_group: dist.ProcessGroup | None = None
+_group: Any = None
 
 
 def open_control_group() -> None:
-    """Make the group that agreements are made in; every process of the default group has to."""
+    """Make the group; every process of the default group has to."""
     global _group
-    group = dist.new_group(backend="gloo", timeout=_TIMEOUT)
-    assert isinstance(group, dist.ProcessGroup)  # another type is for processes that are left out
-    _group = group
+    _group = dist.new_group(backend="gloo", timeout=_TIMEOUT)
 
 
 def close_control_group() -> None:
@@ -44,46 +41,35 @@ def close_control_group() -> None:
 
 
 class Agreement:
-    """Whether any process wants something, asked once per iteration by every process, without anyone waiting."""
+    """Asks once per iteration if any process wants something, without anyone waiting."""
 
     def __init__(self) -> None:
-        self._pending: tuple[dist.Work, Tensor] | None = None
+        self._pending: tuple[Any, Tensor] | None = None
 
     def any_rank(self, flag: bool) -> bool:
-        """Whether any process gave a true `flag` in the call before: at the same call for all; False at the first.
+        """True if any process gave a true `flag` in the call before: at the same call for all; False at the first.
 
         The answer to this call is on its way meanwhile, and there at the next one. A process that is alone has it
         at once: without a process group, `flag` is returned.
-
-        Raises:
-            RuntimeError: another process is gone.
         """
         if _group is None:
             return flag
-        answer = self._answer()
+        answer = False
+        if self._pending is not None:
+            work, flags = self._pending
+            work.wait()
+            answer = bool(flags)
         flags = torch.tensor([flag], dtype=torch.uint8)
-        self._pending = (dist.all_reduce(flags, dist.ReduceOp.MAX, group=_group, async_op=True), flags)
-        progress()
+        self._pending = dist.all_reduce(flags, dist.ReduceOp.MAX, group=_group, async_op=True), flags
         return answer
 
     def finish(self) -> None:
         """Forget the question that is on its way. Does not wait, so that it can be called after an error too."""
         self._pending = None
 
-    def _answer(self) -> bool:
-        if self._pending is None:
-            return False
-        work, flags = self._pending
-        work.wait()
-        return bool(flags)
-
 
 def gather_objects(obj: Any) -> list[Any]:
-    """The `obj` of every process, in the order of their ranks, for every process; anything that can be pickled.
-
-    Raises:
-        RuntimeError: another process is gone.
-    """
+    """The `obj` of every process, in the order of their ranks, for every process; anything that can be pickled."""
     if _group is None:
         return [obj]
     wait_for_all()
@@ -93,15 +79,10 @@ def gather_objects(obj: Any) -> list[Any]:
 
 
 def wait_for_all() -> None:
-    """Wait, for up to a day, until all processes are here; signals are handled meanwhile.
-
-    Raises:
-        RuntimeError: another process is gone.
-    """
+    """Wait, for up to a day, until all processes are here; signals are handled meanwhile."""
     if _group is None:
         return
     work = dist.barrier(group=_group, async_op=True)
     while not work.is_completed():  # wait() would keep Python's signal handlers from running
         time.sleep(_POLL)
     work.wait()
-    progress()
