@@ -134,7 +134,7 @@ def _tried(
                 yield subject, Verdict(**worker.call(EXAMINE, subject, shapes, str(device), plan.rounds))
             except JobFailed as failure:
                 # (After an error in a kernel a process computes nothing more on that GPU)
-                worker.stop(patience=0)
+                worker.stop()
                 if failure.late:
                     late.add(backend)
                 yield subject, Verdict(failure=str(failure))

@@ -1,165 +1,138 @@
-"""Each backend of each operation against the reference in float64, on small inputs; in the child process."""
+"""Each backend of each operation compared with the reference in float64, on small inputs; in the child process."""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import replace
 from types import ModuleType
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from esc_arch.ops.autotune.comparison import largest_difference, results
+from esc_arch.ops.autotune.networks import Network, Size
+from esc_arch.ops.autotune.operations import OPERATIONS as TRIED
+from esc_arch.ops.autotune.operations import Operation, Where
 from esc_arch.ops.backends import Survey, explain_dispatch
-from esc_arch.ops.conv3x3 import api as conv3x3_api
-from esc_arch.ops.conv_attn import api as conv_attn_api
-from esc_arch.ops.conv_attn import symmetrise
-from esc_arch.ops.conv_ffn import api as conv_ffn_api
-from esc_arch.ops.layer_norm import api as layer_norm_api
-from esc_arch.ops.window_attention import api as window_attention_api
+from esc_arch.ops.conv3x3 import api as conv3x3
+from esc_arch.ops.conv_ffn import api as conv_ffn
+from esc_arch.ops.layer_norm import api as layer_norm
+from esc_arch.ops.window_attention import api as window_attention
 
-__all__ = ["OPERATIONS", "TOLERANCES", "compare", "examine"]
+from .report import Finding
 
-#: The largest difference from the reference allowed, in parts of the reference's largest number: some ten roundings
-#: of the type.
-TOLERANCES = {torch.float32: 2e-5, torch.bfloat16: 5e-2, torch.float16: 6e-3}
+__all__ = ["OPERATIONS", "TOLERANCES", "compare", "dispatch", "examine"]
 
-_BATCH, _HEIGHT, _WIDTH = 2, 21, 18
-_CHANNELS, _PARTIAL, _HIDDEN = 32, 16, 40
-_WINDOW, _HEADS, _RANK = 8, 2, 8
+#: The largest difference from the reference, relative to the reference's largest number: some ten roundings.
+TOLERANCES = {"float32": 2e-5, "bfloat16": 5e-2}
+_SIZE = (2, 21, 18)
+_NETWORK = Network(32, heads=2, window=8, pdim=16, kernel_size=13, small=_SIZE, image=_SIZE, patches=_SIZE)
 _EPS = 1e-6
 
 
-@dataclass(frozen=True)
-class Operation:
-    """What is computed by several backends.
+def _operation(api: ModuleType, channels: int, *shapes: tuple[int, ...]) -> Operation:
+    """One whose arguments are a map with so many channels, and parameters of these shapes."""
 
-    Attributes:
-        api: its module with `BACKENDS`, the reference first, and `AUTO_ORDER`.
-        shapes: of the tensors it is computed from.
-        prepare: makes the arguments from these tensors.
-        questions: makes those of `unsupported_reasons` from the arguments.
-    """
-
-    api: ModuleType
-    shapes: tuple[tuple[int, ...], ...]
-    prepare: Callable[..., Sequence[Any]]
-    questions: Callable[[Sequence[Any]], Sequence[Any]] = tuple
-
-    def tensors(self, device: str, dtype: torch.dtype) -> list[Tensor]:
-        """The same random numbers each time; maps have their channels innermost."""
+    def tensors(network: Network, size: Size, where: Where) -> list[Tensor]:
         generator = torch.Generator().manual_seed(0)
-        made = [torch.randn(shape, generator=generator).to(device, dtype) for shape in self.shapes]
-        return [made[0].contiguous(memory_format=torch.channels_last), *made[1:]]
+        x = torch.randn(size[0], channels, *size[1:], generator=generator)
+        parameters = (torch.randn(shape, generator=generator) for shape in shapes)
+        return [where.put(x), *(parameter.to(where.device, where.dtype) for parameter in parameters)]
+
+    return Operation(api, (), 0, tensors, arguments=lambda _, given: tuple(given), questions=tuple)
 
 
-def _attention(qkv: Tensor, *bias: Tensor) -> Sequence[Any]:
-    return qkv, bias if len(bias) > 1 else bias[0], _WINDOW, _HEADS
-
-
-_MAP = (_BATCH, _CHANNELS, _HEIGHT, _WIDTH)
-_PROJECTION = (_BATCH, 3 * _CHANNELS, _HEIGHT, _WIDTH)
-_FACTORS = (_HEADS, _WINDOW**2, _RANK)
-
+#: Those that autotune tries, and the others that have several backends.
 OPERATIONS = {
-    "window attention": Operation(
-        window_attention_api, (_PROJECTION, (_HEADS, (2 * _WINDOW - 1) ** 2)), _attention
+    "window attention": TRIED["window attention"],
+    "window attention, factors": replace(
+        _operation(window_attention, 96, (2, 64, 8), (2, 64, 8)),
+        arguments=lambda network, given: (given[0], tuple(given[1:]), network.window, network.heads),
     ),
-    "window attention, factors": Operation(window_attention_api, (_PROJECTION, _FACTORS, _FACTORS), _attention),
-    "ConvAttn": Operation(
-        conv_attn_api,
-        ((_BATCH, _PARTIAL, _HEIGHT, _WIDTH), (_PARTIAL, _PARTIAL, 13, 13), (_BATCH, _PARTIAL, 3, 3)),
-        lambda x, large, dynamic: (x, symmetrise(large), dynamic),
-        lambda arguments: (*arguments, True),
+    "ConvAttn": TRIED["ConvAttn"],
+    "ConvFFN": _operation(conv_ffn, 32, (40, 32, 1, 1), (40,), (40, 1, 3, 3), (40,), (32, 40, 1, 1), (32,)),
+    "LayerNorm": replace(
+        _operation(layer_norm, 32, (32,), (32,)),
+        arguments=lambda _, given: (*given, _EPS),
+        questions=lambda arguments: arguments[:-1],
     ),
-    "ConvFFN": Operation(
-        conv_ffn_api,
-        (
-            _MAP,
-            (_HIDDEN, _CHANNELS, 1, 1),
-            (_HIDDEN,),
-            (_HIDDEN, 1, 3, 3),
-            (_HIDDEN,),
-            (_CHANNELS, _HIDDEN, 1, 1),
-            (_CHANNELS,),
-        ),
-        lambda *tensors: tensors,
-    ),
-    "LayerNorm": Operation(
-        layer_norm_api,
-        (_MAP, (_CHANNELS,), (_CHANNELS,)),
-        lambda *tensors: (*tensors, _EPS),
-        lambda arguments: arguments[:-1],
-    ),
-    "3x3 convolution": Operation(
-        conv3x3_api, (_MAP, (_CHANNELS, _CHANNELS, 3, 3), (_CHANNELS,)), lambda *tensors: tensors
-    ),
-}  # fmt: skip
+    "3x3 convolution": _operation(conv3x3, 32, (32, 32, 3, 3), (32,)),
+}
 
 
-def examine(operation: str, device: str, dtype: str) -> dict[str, Any]:
-    """Which backends can run, why the others cannot, which one auto takes, and why it leaves some that can run.
-
-    Returns:
-        `auto` and `left_by_auto` for inference and training; `reasons` and `reasons_in_training` for all backends.
-    """
-    described, kind = OPERATIONS[operation], getattr(torch, dtype)
-    surveys = {}
-    for name, training in (("inference", False), ("training", True)):
-        with torch.set_grad_enabled(training):
-            tensors = [tensor.requires_grad_(training) for tensor in described.tensors(device, kind)]
-            surveys[name] = _survey(described, tensors)
-    return {
-        "auto": {name: found.chosen for name, found in surveys.items()},
-        "reasons": surveys["inference"].reasons,
-        "reasons_in_training": surveys["training"].reasons,
-        "left_by_auto": {name: found.auto_skip_reasons for name, found in surveys.items()},
-    }
+def dispatch(device: str) -> list[tuple[tuple[str, str, str], dict[str, str | None], list[str]]]:
+    """For each operation and type of numbers: what auto takes in inference and in training, and all backends."""
+    if device == "cuda" and not torch.cuda.is_available():
+        return []
+    found = []
+    for dtype in TOLERANCES if device == "cuda" else ["float32"]:
+        for name, operation in OPERATIONS.items():
+            surveys = _surveys(name, device, dtype)
+            auto = {mode: survey.chosen for mode, survey in surveys.items()}
+            found.append(((name, device, dtype), auto, list(operation.api.BACKENDS)))
+    return found
 
 
-def _survey(operation: Operation, tensors: Sequence[Tensor]) -> Survey:
-    questions = operation.questions(operation.prepare(*tensors))
-    return explain_dispatch(operation.api.BACKENDS, operation.api.AUTO_ORDER, *questions)
-
-
-def compare(operation: str, backend: str, device: str, dtype: str, gradients: bool) -> dict[str, Any]:
-    """How far a backend is from the reference.
-
-    Args:
-        operation: a key of `OPERATIONS`.
-        backend: one that has no reasons against it.
-        gradients: compare them as well.
-
-    Returns:
-        The largest differences, `forward` and, if asked for, `gradients`, in parts of the largest number of what is
-        compared; the `tolerance`; and the `seconds` of the backend's calls.
-    """
-    described, kind = OPERATIONS[operation], getattr(torch, dtype)
-    torch.backends.cudnn.allow_tf32 = False
-    tensors = described.tensors(device, kind)
-    reference = next(iter(described.api.BACKENDS.values()))
-    exact = [tensor.double().cpu() for tensor in tensors]
-    expected = _compute(described, reference, exact, kind, gradients)
+def examine(key: str, backend: str, target: tuple[str, str, str], test: bool, bad: str, advice: str) -> list[Finding]:
+    """Whether a backend can run, and if asked for, whether its results are right: otherwise `bad`, with `advice`."""
+    surveys = _surveys(*target)
+    reasons, in_training = (survey.reasons[backend] for survey in surveys.values())
+    if reasons:
+        return [Finding(key, f"cannot run: {'; '.join(reasons)}")]
+    skipped = {f" in {mode}": survey.auto_skip_reasons.get(backend, []) for mode, survey in surveys.items()}
+    if skipped[" in inference"] == skipped[" in training"]:
+        skipped = {"": skipped[" in inference"]}
+    left = "".join(f"; auto does not take it{mode}: {'; '.join(why)}" for mode, why in skipped.items() if why)
+    if not test:
+        return [Finding(key, f"can run{left}")]
     start = time.perf_counter()
-    found = _compute(described, described.api.BACKENDS[backend], tensors, kind, gradients)
-    if device == "cuda":
-        torch.cuda.synchronize()
-    seconds = time.perf_counter() - start
-    errors = [_error(a, b) for a, b in zip(found, expected, strict=True)]
-    result = {"forward": errors[0], "tolerance": TOLERANCES[kind], "seconds": seconds}
-    return result | ({"gradients": max(errors[1:])} if gradients else {})
+    errors = compare(*target, backend, gradients=not in_training)
+    seconds, tolerance = time.perf_counter() - start, TOLERANCES[target[2]]
+    data = {name: f"{error:.1e}" for name, error in errors.items()}  # text: JSON has no infinity
+    told = ", ".join(f"{name} {error}" for name, error in data.items())
+    told += f", no gradients: {'; '.join(in_training)}" if in_training else ""
+    text = f"self-test: error {told} (at most {tolerance:.0e}), {seconds:.2f} s{left}"
+    if max(errors.values()) > tolerance:
+        return [Finding(key, f"WRONG, {text}", bad, advice, data)]
+    return [Finding(key, text, data=data)]
 
 
-def _compute(
-    operation: Operation, backend: ModuleType, tensors: Sequence[Tensor], kind: torch.dtype, gradients: bool
-) -> list[Tensor]:
-    """The result, and the gradients of its sum with fixed weights that are numbers of `kind`."""
-    return results(
-        lambda *leaves: backend.forward(*operation.prepare(*leaves)), tensors, gradients=gradients, kind=kind
-    )
+def _surveys(operation: str, device: str, dtype: str) -> dict[str, Survey]:
+    described, surveys = OPERATIONS[operation], {}
+    for mode in ("inference", "training"):
+        tensors = [tensor.requires_grad_(mode == "training") for tensor in _tensors(described, device, dtype)]
+        with torch.set_grad_enabled(mode == "training"):
+            questions = described.questions(described.arguments(_NETWORK, tensors))
+            surveys[mode] = explain_dispatch(described.api.BACKENDS, described.api.AUTO_ORDER, *questions)
+    return surveys
 
 
-def _error(found: Tensor, expected: Tensor) -> float:
-    return largest_difference(found, expected) / expected.detach().abs().max().item()
+def _tensors(operation: Operation, device: str, dtype: str) -> list[Tensor]:
+    where = Where(torch.device(device), getattr(torch, dtype), torch.channels_last)
+    return operation.tensors(_NETWORK, _SIZE, where)
+
+
+def compare(operation: str, device: str, dtype: str, backend: str, *, gradients: bool) -> dict[str, float]:
+    """The largest differences of a backend from the reference, relative to the reference's largest number.
+
+    Returns:
+        `forward`, and `gradients` if asked for.
+    """
+    torch.backends.cudnn.allow_tf32 = False
+    described, kind = OPERATIONS[operation], getattr(torch, dtype)
+    tensors = _tensors(described, device, dtype)
+
+    def run(module: ModuleType, tensors: Sequence[Tensor]) -> list[Tensor]:
+        found = results(
+            lambda *leaves: module.forward(*described.arguments(_NETWORK, leaves)),
+            tensors,
+            gradients=gradients,
+            kind=kind,
+        )
+        return [described.matter(number, tensor) for number, tensor in enumerate(found)]
+
+    exact = run(described.reference, [tensor.double().cpu() for tensor in tensors])
+    found = run(described.api.BACKENDS[backend], tensors)
+    errors = [largest_difference(a, b) / b.abs().max().item() for a, b in zip(found, exact, strict=True)]
+    return {"forward": errors[0]} | ({"gradients": max(errors[1:])} if gradients else {})
