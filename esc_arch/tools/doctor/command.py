@@ -7,12 +7,12 @@ import io
 import math
 import sys
 import traceback
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
 from esc_arch.project import add_import_argument
 
-from . import backends, installation, machine, option_file
+from . import installation, machine, option_file
 from .report import PROBLEM, WARNING, Context, Finding, as_json, as_text
 from .subprocess_worker import Worker, describe, skip_package_imports
 
@@ -26,8 +26,8 @@ SECTIONS: dict[str, Callable[[Context], Iterable[Finding]]] = {
     "registered names": installation.registered_names,
     "machine": machine.examine,
     "GPUs": machine.gpus,
-    "operators": backends.operators,
-    "backends": backends.examine,
+    "operators": machine.operators,
+    "backends": machine.backends,
     "environment": machine.environment,
     "option file": option_file.examine,
 }
@@ -65,21 +65,18 @@ def run(args: argparse.Namespace, import_failure: str = "") -> int:
         show = (lambda _: None) if args.json else print
         for name, section in SECTIONS.items():
             show(f"[{name}]")
-            found[name] = list(_guarded(section, context))
+            found[name] = []
+            try:
+                found[name].extend(section(context))
+            except Exception as error:
+                text = f"could not be examined further: {describe(error)}"
+                found[name].append(Finding("section", text, PROBLEM, "Report this."))
             show(f"{as_text(found[name], colours=sys.stdout.isatty())}\n")
     statuses = [finding.status for findings in found.values() for finding in findings]
     counts = [(statuses.count(status), status) for status in (PROBLEM, WARNING) if status in statuses]
     told = ", ".join(f"{count} {status}{'s' * (count > 1)}" for count, status in counts) or "Nothing is wrong"
     print(as_json(found) if args.json else f"{told}.")
     return int(PROBLEM in statuses)
-
-
-def _guarded(section: Callable[[Context], Iterable[Finding]], context: Context) -> Iterator[Finding]:
-    """The findings of a section, up to a problem if it fails."""
-    try:
-        yield from section(context)
-    except Exception as error:
-        yield Finding("section", f"could not be examined further: {describe(error)}", PROBLEM, "Report this.")
 
 
 def main(argv: Sequence[str], import_failure: str = "") -> int:

@@ -6,15 +6,16 @@ import base64
 import hashlib
 import importlib.metadata
 import platform
+import re
+import subprocess
 import sys
 from collections.abc import Iterator
 from contextlib import suppress
 from importlib.metadata import Distribution
 from pathlib import Path
 
-from packaging.requirements import Requirement
-
 from esc_arch.errors import UserError
+from esc_arch.project import import_modules
 from esc_arch.version import __version__
 
 from .report import PROBLEM, WARNING, Context, Finding, warn_if
@@ -41,45 +42,53 @@ _LISTED = 6
 
 
 def versions(context: Context) -> Iterator[Finding]:
-    """Of Python, required libraries and extras; what cannot be imported, and requirements that are not met."""
+    """Of Python, required libraries and extras; what cannot be imported, and what pip finds at odds."""
     text = f"{platform.python_version()} ({platform.python_implementation()})"
     advice = "esc_arch was not tested with it: use Python 3.10 to 3.13."
     yield warn_if(sys.version_info[:2] > _NEWEST_PYTHON, "python", text, advice)
     yield Finding("system", f"{platform.platform()}, {platform.machine()}")
     yield Finding("esc-arch", _version("esc-arch") or f"{__version__}, a folder on the path, not installed")
-    required = [(name, each) for name in ("esc-arch", "basicsr", "torchvision") for each in _requirements(name)]
-    for requirement in {each.name: each for name, each in required if name == "esc-arch"}.values():
-        yield _library(context, requirement, required)
-    yield from context.in_child("torch build", "machine:torch_build", advice="Reinstall torch.")
+    requirements = _requirements()
+    for name, extra in requirements.items():
+        yield _library(context, name, extra)
     yield Finding("triton", _version("triton") or "not installed")
+    yield from context.in_child("torch build", "machine:torch_build", advice="Reinstall torch.")
     several = [name for name in _OPENCV if _version(name)]
     if len(several) > 1:
         advice = f"They overwrite each other's files: pip uninstall {' '.join(several)}, then install one of them."
         yield Finding("opencv", f"installed more than once: {', '.join(several)}", WARNING, advice)
+    done = subprocess.run([sys.executable, "-m", "pip", "check"], capture_output=True, text=True)
+    for line in done.stdout.splitlines() if done.returncode else []:
+        if not requirements.keys().isdisjoint(re.split(r"[^\w-]+", line.lower())):
+            yield Finding(f"pip check, {line.partition(',')[0]}", line, PROBLEM, "Install versions that fit together.")
 
 
-def _library(context: Context, requirement: Requirement, required: list[tuple[str, Requirement]]) -> Finding:
-    name = requirement.name
+def _requirements() -> dict[str, str]:
+    """The names of what esc_arch requires, and the extra for which; as a clone or pip's notes say."""
+    lines = (_ROOT / "requirements.txt").read_text().splitlines() if (_ROOT / "requirements.txt").is_file() else []
+    with suppress(importlib.metadata.PackageNotFoundError):
+        lines += importlib.metadata.requires("esc-arch") or []
+    found = [re.findall(r'^[\w-]+|(?<=extra == ").*(?=")', line) for line in lines]
+    return {name: "".join(extra) for name, *extra in found if extra != ["test"]}
+
+
+def _library(context: Context, name: str, extra: str) -> Finding:
     version = next(filter(None, map(_version, _OPENCV if name == "opencv-python" else [name])), None)
-    if version is None and requirement.marker:
-        return Finding(name, f"not installed ({requirement.marker})")
-    failure = context.import_failure if name == "basicsr" else ""  # esc_arch makes it importable, see `copies`
-    if name != "basicsr" and not requirement.marker:
+    if extra:
+        return Finding(name, version or f"not installed (extra {extra})")
+    failure = context.import_failure
+    if name != "basicsr":  # which esc_arch makes importable, see `copies`
+        failure = ""
         try:
             context.worker.call("importlib:import_module", _MODULES.get(name, name))
         except JobFailed as error:
             failure = str(error)
-    if version is None and failure:
-        return Finding(name, "not installed", PROBLEM, f"pip install {name}")
+    if version is None:
+        there = Finding(name, "not installed under this name, but can be imported")
+        return Finding(name, "not installed", PROBLEM, f"pip install {name}") if failure else there
     if failure and name != "basicsr":
         return Finding(name, f"{version}, cannot be imported: {failure}", PROBLEM, _hint(failure))
-    for other, needed in required:
-        # Markers of others are about systems and Pythons; ours name extras, which may be installed anyway
-        applies = needed.name.lower() == name and (needed.marker is None or other == "esc-arch")
-        if applies and version and not needed.specifier.contains(version, prereleases=True):
-            text, bad = f"{version}, but {other} needs {needed.specifier}", WARNING if requirement.marker else PROBLEM
-            return Finding(name, text, bad, f'pip install "{name}{needed.specifier}"')
-    return Finding(name, version or "not installed under this name, but can be imported")
+    return Finding(name, version)
 
 
 def _hint(failure: str) -> str:
@@ -93,31 +102,24 @@ def _version(name: str) -> str | None:
         return None
 
 
-def _requirements(name: str) -> list[Requirement]:
-    """What a distribution requires, without the extra `test`; of a clone of esc_arch what it says now, too."""
-    lines: list[str] = []
-    if name == "esc-arch" and (_ROOT / "requirements.txt").is_file():
-        lines = (_ROOT / "requirements.txt").read_text(encoding="utf-8").splitlines()
-    with suppress(importlib.metadata.PackageNotFoundError):
-        lines += importlib.metadata.requires(name) or []
-    return [Requirement(line) for line in lines if not line.endswith('extra == "test"')]
-
-
 def copies(context: Context) -> Iterator[Finding]:
-    """The import, copies of both packages, and what esc_arch fixes in BasicSR."""
+    """The import, where both packages are imported from, and what esc_arch fixes in BasicSR."""
     if failure := context.import_failure:
         yield Finding("import", f"esc_arch cannot be imported: {failure}", PROBLEM, _hint(failure))
     else:
         yield Finding("import", "esc_arch and BasicSR can be imported")
+    yield Finding("esc_arch", f"{_ROOT / 'esc_arch'}, {__version__}")
     yield from _copies_of_basicsr()
-    used = _ROOT / "esc_arch"
-    yield Finding("esc_arch", f"{used}, {__version__}", data={"folder": str(used)})
-    others = {(Path(entry) / "esc_arch").resolve() for entry in [*sys.path, "."]} - {used}
-    if others := {folder for folder in others if (folder / "__init__.py").is_file()}:
-        text = f"not used: {', '.join(map(str, sorted(others)))}"
-        yield Finding("copies of esc_arch", text, WARNING, "Uninstall or remove what is not meant.")
-    if not context.import_failure:
-        yield from _fixes()
+    if failure:
+        return
+    from esc_arch.compat import PATCHES, aliases
+    from esc_arch.compat.patches import SUPPORTED_VERSION, reason_against_patches
+
+    yield Finding("missing modules", f"stand-ins for {', '.join(aliases.stand_ins_in_use()) or 'none'}")
+    reason, names = reason_against_patches(), [f"{module}.{name}" for module, name, *_ in PATCHES]
+    text = f"none of this BasicSR: {reason}" if reason else f"{len(names)} of BasicSR {SUPPORTED_VERSION}"
+    advice = f"esc_arch patches BasicSR {SUPPORTED_VERSION} only: pip install basicsr=={SUPPORTED_VERSION}."
+    yield warn_if(reason, "patched functions", text, advice, names)
 
 
 def _copies_of_basicsr() -> Iterator[Finding]:
@@ -138,49 +140,34 @@ def _copies_of_basicsr() -> Iterator[Finding]:
 
 
 def _used_basicsr(folder: Path, installed: list[Distribution]) -> Finding:
-    """Compare the files of a BasicSR with those that pip noted: of it, or else of another one."""
-    noted = {each: digests for each in installed if (digests := _digests(each))}
-    if not noted:
-        return Finding("basicsr", f"{folder}, nothing to compare its files with", data={"folder": str(folder)})
-    of_folder = [each for each in noted if Path(str(each.locate_file("basicsr"))).resolve() == folder]
-    published = next(iter([*of_folder, *noted]))
-    there, digests = {path.relative_to(folder.parent): _digest(path) for path in folder.rglob("*.py")}, noted[published]
-    differing = sorted(path for path in there.keys() | digests.keys() if there.get(path) != digests.get(path))
+    """Compare the files of a BasicSR with what pip noted of it, or else of another one."""
+    installed.sort(key=lambda each: Path(str(each.locate_file("basicsr"))).resolve() != folder)
+    published = next((each for each in installed if _digests(each)), None)
+    if published is None:
+        return Finding("basicsr", f"{folder}, nothing to compare its files with")
+    noted = _digests(published)
+    there = {path.relative_to(folder): _digest(path) for path in folder.rglob("*.py")}
     changes = [
-        f"{'/'.join(path.parts[1:])} ({'added' if path not in digests else 'changed' if path in there else 'missing'})"
-        for path in differing
-        if path.name != "version.py"  # which differs from build to build
+        f"{path} ({'added' if path not in noted else 'changed' if path in there else 'missing'})"
+        for path in sorted(there.keys() | noted.keys())
+        if there.get(path) != noted.get(path) and path.name != "version.py"  # which differs from build to build
     ]
     name = f"{published.metadata['Name']} {published.version}"
     more = f" and {len(changes) - _LISTED} more" if len(changes) > _LISTED else ""
     told = f"{len(changes)} files differ from {name}: {', '.join(changes[:_LISTED])}{more}"
     advice = "esc_arch is made for BasicSR 1.4.2 as it was published: check the report with it."
-    data = {"folder": str(folder), "changes": changes}
-    return warn_if(changes, "basicsr", f"{folder}, {told if changes else f'files as of {name}'}", advice, data)
+    return warn_if(changes, "basicsr", f"{folder}, {told if changes else f'files as of {name}'}", advice, changes)
 
 
 def _digests(distribution: Distribution) -> dict[Path, str]:
-    """What pip noted of its Python files; of an editable installation nothing."""
+    """What pip noted of the Python files in `basicsr/`; of an editable installation nothing."""
     files = [file for file in distribution.files or [] if file.parts[0] == "basicsr" and file.suffix == ".py"]
-    return {Path(file): file.hash.value for file in files if file.hash}
+    return {Path(*file.parts[1:]): file.hash.value for file in files if file.hash}
 
 
 def _digest(path: Path) -> str:
     """As pip notes it: SHA-256 in URL-safe base64, without padding."""
     return base64.urlsafe_b64encode(hashlib.sha256(path.read_bytes()).digest()).rstrip(b"=").decode()
-
-
-def _fixes() -> Iterator[Finding]:
-    from esc_arch.compat import PATCHES, aliases
-    from esc_arch.compat.patches import SUPPORTED_VERSION, reason_against_patches
-
-    stand_ins = aliases.stand_ins_in_use()
-    text = f"stand-ins for {', '.join(stand_ins)}" if stand_ins else "nothing is missing"
-    yield Finding("missing modules", text, data=stand_ins)
-    reason, names = reason_against_patches(), [f"{module}.{name}" for module, name, *_ in PATCHES]
-    text = f"none of this BasicSR: {reason}" if reason else f"{len(names)} of BasicSR {SUPPORTED_VERSION}"
-    advice = f"esc_arch patches BasicSR {SUPPORTED_VERSION} only: pip install basicsr=={SUPPORTED_VERSION}."
-    yield warn_if(reason, "patched functions", text, advice, names)
 
 
 def registered_names(context: Context) -> Iterator[Finding]:
@@ -192,7 +179,15 @@ def registered_names(context: Context) -> Iterator[Finding]:
 
     from esc_arch.register import OWN, others_of_our_names, without_own
 
-    yield from _import_project(context)
+    named = {"--import": context.args.imports}
+    if context.args.opt is not None:
+        with suppress(JobFailed):  # the section of the option file says why
+            named["import"] = context.worker.call("esc_arch.options.files:load_yaml", context.args.opt).get("import")
+    for where, modules in named.items():
+        try:
+            import_modules(modules, where)
+        except UserError as error:
+            yield Finding(where, str(error).removeprefix(f"{where}: "), PROBLEM, "Its classes are not registered.")
     for kind in ("arch", "model", "dataset", "loss", "metric"):
         of_kind = getattr(registry, f"{kind.upper()}_REGISTRY")
         groups: dict[str, dict[str, str | None]] = {}
@@ -205,18 +200,3 @@ def registered_names(context: Context) -> Iterator[Finding]:
         for name, entry in others_of_our_names(of_kind).items():
             advice = f"Write {OWN}{name} in option files where esc_arch's is meant."
             yield Finding(f"{kind} {name}", f"is {entry.__module__}'s", WARNING, advice)
-
-
-def _import_project(context: Context) -> Iterator[Finding]:
-    """Import what --import and the option file name."""
-    from esc_arch.project import import_modules
-
-    named = {"--import": context.args.imports}
-    if context.args.opt is not None:
-        with suppress(JobFailed):  # the section of the option file says why
-            named["import"] = context.worker.call("esc_arch.options.files:load_yaml", context.args.opt).get("import")
-    for where, modules in named.items():
-        try:
-            import_modules(modules, where)
-        except UserError as error:
-            yield Finding(where, str(error).removeprefix(f"{where}: "), PROBLEM, "Its classes are not registered.")

@@ -1,4 +1,4 @@
-"""Processor, memory and limits, GPUs, and variables of the environment."""
+"""What can run here: processor, memory and limits, GPUs, C++ operators, backends; variables that change it."""
 
 from __future__ import annotations
 
@@ -12,15 +12,19 @@ from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
 
-from .report import PROBLEM, WARNING, Context, Finding, size_text, warn_if
+from .report import OK, PROBLEM, WARNING, Context, Finding, size_text, warn_if
+from .subprocess_worker import JobFailed
 
-__all__ = ["environment", "examine", "gpus"]
+__all__ = ["backends", "environment", "examine", "gpus", "operators"]
 
 #: Below this, workers of a data loader fail with "bus error": a container's default is 64 MiB.
 _SMALL_SHARED_MEMORY = 2**30
 _LITTLE_MEMORY = 2 * 2**30
 _FEW_FILES = 1024
 _GET_PYTORCH = "Install a PyTorch for this GPU and its driver: https://pytorch.org/get-started."
+_WITHOUT_CPP = "ESC_ARCH_NATIVE=0 in the environment switches the C++ operators off."
+_WITHOUT_TRITON = "ESC_ARCH_TRITON=0 in the environment keeps auto from it."
+_INSTEAD = {"cpp": _WITHOUT_CPP, "triton": _WITHOUT_TRITON, "triton_folded": _WITHOUT_TRITON}
 
 #: Variables that are shown begin so.
 _SHOWN = (
@@ -33,7 +37,6 @@ _SECRET = re.compile(r"KEY|TOKEN|SECRET|PASSW|CREDENTIAL")
 _TRAPS = {
     "CUDA_LAUNCH_BLOCKING": ("1", "GPUs wait after every kernel: for debugging only."),
     "ESC_ARCH_NATIVE_SOURCES": (".+", "Only some C++ operators are built: for development only."),
-    "PYTORCH_JIT": ("0", "Scripted functions are slow without it."),
     "PYTORCH_NO_CUDA_MEMORY_CACHING": ("1", "Every tensor on a GPU is allocated again: slow."),
     "TORCH_COMPILE_DISABLE": ("1", "train: compile and attn_type flex do nothing with it."),
     "TORCHDYNAMO_DISABLE": ("1", "train: compile and attn_type flex do nothing with it."),
@@ -55,8 +58,9 @@ def examine(context: Context) -> Iterator[Finding]:
         advice = "Workers hand data over there: start the container with --shm-size=8g, or set num_worker_per_gpu: 0."
         yield warn_if(usage.free < _SMALL_SHARED_MEMORY, "/dev/shm", text, advice, usage._asdict())
     soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
-    text, advice = str(soft if soft > 0 else "unlimited"), "Workers that load data may need more: ulimit -n 65536."
-    yield warn_if(0 <= soft < _FEW_FILES, "open files", text, advice)
+    text = "unlimited" if soft == resource.RLIM_INFINITY else str(soft)
+    few = text != "unlimited" and soft < _FEW_FILES
+    yield warn_if(few, "open files", text, "Workers that load data may need more: ulimit -n 65536.")
 
 
 def _cpu_name() -> str:
@@ -121,15 +125,12 @@ def torch_gpus(driver: str) -> list[Finding]:
 
     if torch.cuda.is_available():
         return [_gpu(index) for index in range(torch.cuda.device_count())]
-    hidden = os.environ.get("CUDA_VISIBLE_DEVICES")
-    if hidden in ("", "-1"):
-        return [warn_if(driver, "gpus", f"hidden by CUDA_VISIBLE_DEVICES={hidden!r}", "Unset it to use them.")]
+    text = "none"
     try:
         torch.cuda.init()
-        reason = "PyTorch finds none"
     except (AssertionError, RuntimeError) as error:
-        reason = _first_sentence(error)
-    return [warn_if(driver, "gpus", f"none: {reason}", _GET_PYTORCH)]
+        text += f": {_first_line(error)}"
+    return [warn_if(driver, "gpus", text, f"Unset CUDA_VISIBLE_DEVICES if it hides them. {_GET_PYTORCH}")]
 
 
 def _gpu(index: int) -> Finding:
@@ -141,15 +142,59 @@ def _gpu(index: int) -> Finding:
         torch.ones(8, device=f"cuda:{index}").sum().item()
         free, total = torch.cuda.mem_get_info(index)
     except RuntimeError as error:
-        text += f"; PyTorch, built for {' '.join(torch.cuda.get_arch_list())}, cannot use it: {_first_sentence(error)}"
+        text += f"; PyTorch, built for {' '.join(torch.cuda.get_arch_list())}, cannot use it: {_first_line(error)}"
         return Finding(key, text, PROBLEM, f"Look at nvidia-smi. {_GET_PYTORCH}")
     text += f", {size_text(free)} of {size_text(total)} free"
     advice = "Another program uses it: see nvidia-smi."
     return warn_if(free < total // 2, key, text, advice, {"memory": total, "free": free})
 
 
-def _first_sentence(error: Exception) -> str:
-    return " ".join(str(error).split()).partition(". ")[0]
+def _first_line(error: Exception) -> str:
+    return str(error).partition("\n")[0]
+
+
+def operators(context: Context) -> Iterator[Finding]:
+    """The C++ compiler and operators."""
+    yield from context.in_child("C++ operators", "machine:cpp_operators", advice=_WITHOUT_CPP)
+
+
+def cpp_operators() -> list[Finding]:
+    """In the child process."""
+    from esc_arch.ops import cpu
+    from esc_arch.ops.cpu import building
+
+    compiler = "no g++ or clang++ found"
+    if command := building.find_compiler():
+        done = subprocess.run([*command, "--version"], capture_output=True, text=True, timeout=10)
+        compiler = f"{' '.join(command)}, {(done.stdout or done.stderr).splitlines()[0]}"
+    cache, reasons = building.cache_folder(), cpu.unsupported_reasons()
+    text = f"not used: {'; '.join(reasons)}; their cache is {cache}" if reasons else f"built, in {cache}"
+    status, advice = OK, "CPUs use PyTorch's own operators in their place: slower, with the same results."
+    if any("failed" in reason for reason in reasons):
+        status, advice = PROBLEM, f"`basicsr warmup` rebuilds them. {_WITHOUT_CPP}"
+    elif cpu.NOT_BUILT in reasons:
+        status, advice = WARNING, f"`basicsr warmup` builds them. {advice}"
+    return [Finding("C++ compiler", compiler), Finding("C++ operators", text, status, advice if reasons else "")]
+
+
+def backends(context: Context) -> Iterator[Finding]:
+    """A line for each operation and each of its backends, on the CPU and on the first GPU."""
+    for device in ("cpu", "cuda"):
+        try:
+            found = context.worker.call(f"{__package__}.self_tests:dispatch", device)
+        except JobFailed as failure:
+            yield Finding(device, f"not known which backends can run: {failure}", PROBLEM, "Report this.")
+            continue
+        for target, auto, names in found:
+            key, text = "{}, {} {}".format(*target), f"auto takes {auto['inference']}"
+            text += "" if auto["training"] == auto["inference"] else f", in training {auto['training']}"
+            yield Finding(key, text, data={"auto": auto})
+            for name in names:
+                # A wrong backend is a problem if auto takes it; nobody meets another one without asking for it
+                bad = PROBLEM if name in auto.values() else WARNING
+                advice = f"{_INSTEAD.get(name, 'Name another backend.')} Report this."
+                arguments = (f"{key}: {name}", name, target, not context.args.no_test, bad, advice)
+                yield from context.in_child(arguments[0], "self_tests:examine", *arguments, status=bad, advice=advice)
 
 
 def environment(context: Context) -> Iterator[Finding]:

@@ -37,27 +37,34 @@ def examine(context: Context) -> Iterator[Finding]:
         return
     yield Finding("file", f"{file}; `basicsr check -opt {file}` looks at its keys and values")
     yield from _outputs(opt)
-    datasets = _mapping(opt, "datasets")
-    for phase in datasets:
-        yield from _dataset(context, f"datasets:{phase}", _mapping(datasets, phase))
-    paths = _mapping(opt, "path")
-    for key, path in paths.items():
-        if path and (key.startswith(_WEIGHTS) or key == "resume_state"):
-            param_key = paths.get(f"param_key_{key.removeprefix(_WEIGHTS)}")
-            yield from context.in_child(f"path:{key}", "option_file:weights_health", key, str(path), param_key)
-
-
-def _mapping(opt: dict[str, Any], key: str) -> dict[str, Any]:
-    value = opt.get(key)
-    return value if isinstance(value, dict) else {}
+    for key, kind, path, *arguments in _inputs(opt):
+        if kind not in ("disk", "lmdb", "weights"):
+            yield Finding(key, f"not looked at: io_backend type {kind}")
+        elif kind != "weights" and not Path(path).is_dir():
+            text = f"{path} {'is no folder' if Path(path).exists() else 'does not exist'}"
+            yield Finding(key, text, PROBLEM, "Relative paths start in the folder where the command is run.")
+        else:
+            advice = f"Reading {path} failed: create it again, or copy it again."
+            yield from context.in_child(key, f"option_file:{kind}", key, path, *arguments, advice=advice)
 
 
 def _outputs(opt: dict[str, Any]) -> Iterator[Finding]:
-    """Where a run writes."""
+    """Whether the folder that a run writes to, which may not exist yet, can be written, and how much."""
     verb, kind = ("train", "experiments") if opt.get("train") else ("test", "results")
-    root = Path(str(_mapping(opt, "path").get(f"{kind}_root") or kind)).expanduser().absolute()
-    yield _room(f"{kind}_root", root)
-    run = root / str(opt.get("name"))
+    folder = Path(str((opt.get("path") or {}).get(f"{kind}_root") or kind)).expanduser().absolute()
+    there = next(path for path in (folder, *folder.parents) if path.exists())
+    usage, system = shutil.disk_usage(there), os.statvfs(there)
+    text = f"{folder}, {size_text(usage.free)} of {size_text(usage.total)} free"
+    advice = "Checkpoints, states and images take room: logger: keep_last removes old checkpoints."
+    found = warn_if(usage.free < _LITTLE_SPACE, f"{kind}_root", text, advice, usage._asdict())
+    if not there.is_dir() or not os.access(there, os.W_OK | os.X_OK):
+        text += f"; {there} cannot be written"
+        found = found._replace(text=text, status=PROBLEM, advice="Change its rights, or start elsewhere.")
+    elif usage.free < _NO_SPACE or (system.f_files and system.f_favail < _FEW_FILES_LEFT):
+        text += ": too little, or too few files"
+        found = found._replace(text=text, status=PROBLEM, advice="Make room before a run.")
+    yield found
+    run = folder / str(opt.get("name"))
     if run.exists():
         text = f"{run} exists: `basicsr {verb}` will rename it to {run.name}_archived_TIME"
         if verb == "train" and any((run / "training_states").glob("*.state")):
@@ -65,121 +72,88 @@ def _outputs(opt: dict[str, Any]) -> Iterator[Finding]:
         yield Finding("same name", text, WARNING, "Change name: in the option file to leave it where it is.")
 
 
-def _room(key: str, folder: Path) -> Finding:
-    """Whether a folder that may not exist yet can be written, and how much."""
-    there = next(path for path in (folder, *folder.parents) if path.exists())
-    usage, system = shutil.disk_usage(there), os.statvfs(there)
-    text = f"{folder}, {size_text(usage.free)} of {size_text(usage.total)} free"
-    data = {"folder": str(folder), "free": usage.free, "total": usage.total}
-    if not there.is_dir() or not os.access(there, os.W_OK | os.X_OK):
-        text += f"; {there} cannot be written"
-        return Finding(key, text, PROBLEM, "Change its rights, or start elsewhere.", data)
-    if usage.free < _NO_SPACE or (system.f_files and system.f_favail < _FEW_FILES_LEFT):
-        return Finding(key, f"{text}: too little, or too few files", PROBLEM, "Make room before a run.", data)
-    advice = "Checkpoints, states and images take room: logger: keep_last removes old checkpoints."
-    return warn_if(usage.free < _LITTLE_SPACE, key, text, advice, data)
+def _inputs(opt: dict[str, Any]) -> Iterator[tuple[Any, ...]]:
+    """The key of each file and folder that a run reads, the function below for it, and further arguments of that."""
+    for phase, dataset in (opt.get("datasets") or {}).items():
+        kind = (dataset.get("io_backend") or {}).get("type", "disk")
+        for key, roots in dataset.items():
+            if key.startswith("dataroot"):
+                for index, root in enumerate(roots if isinstance(roots, list) else [roots]):
+                    label = f"datasets:{phase}:{key}{f'[{index}]' if isinstance(roots, list) else ''}"
+                    yield label, kind, str(Path(str(root)).expanduser().absolute())
+    paths = opt.get("path") or {}
+    for key, path in paths.items():
+        if path and (key.startswith(_WEIGHTS) or key == "resume_state"):
+            yield f"path:{key}", "weights", str(path), paths.get(f"param_key_{key.removeprefix(_WEIGHTS)}")
 
 
-def _dataset(context: Context, name: str, dataset: dict[str, Any]) -> Iterator[Finding]:
-    kind = _mapping(dataset, "io_backend").get("type", "disk")
-    if kind not in ("disk", "lmdb"):
-        yield Finding(name, f"not looked at: io_backend type {kind}")
-        return
-    for key, value in dataset.items():
-        if key.startswith("dataroot"):
-            for index, root in enumerate(value if isinstance(value, list) else [value]):
-                label = f"{name}:{key}{f'[{index}]' if isinstance(value, list) else ''}"
-                folder = str(Path(str(root)).expanduser().absolute())
-                advice = f"{folder}: reading it failed; create it again, or copy it again."
-                yield from context.in_child(label, "option_file:data_health", label, kind, folder, advice=advice)
-
-
-def data_health(label: str, kind: str, root: str) -> list[Finding]:
-    """What is wrong with a folder of images (`kind` disk) or an LMDB."""
-    folder = Path(root)
-    if not folder.is_dir():
-        what = "is no folder" if folder.exists() else "does not exist"
-        advice = "Relative paths start in the folder where the command is run."
-        return [Finding(label, f"{folder} {what}", PROBLEM, advice)]
-    found = list(_lmdb(label, folder) if kind == "lmdb" else _images(label, folder))
-    return [each._replace(key=f"{label} ({number})" if number > 1 else label) for number, each in enumerate(found, 1)]
-
-
-def _images(label: str, folder: Path) -> Iterator[Finding]:
-    """Images in a folder, or in folders below it if it has none itself."""
+def disk(key: str, root: str) -> list[Finding]:
+    """Images in a folder, or in folders below it if it has none itself; as the next two in the child process."""
     from esc_arch.data.decoding import image_problem
 
-    files = _files(folder.iterdir()) or _files(folder.rglob("*"))
+    folder = Path(root)
+    below = sorted(path for path in folder.rglob("*") if path.is_file() and not path.name.startswith("."))
+    files = [path for path in below if path.parent == folder] or below
     if not files:
-        yield Finding(label, f"{folder} has no files", PROBLEM, "Put the images there, or name their folder.")
-        return
+        return [Finding(key, f"{root} has no files", PROBLEM, "Put the images there, or name their folder.")]
     sample = files[:: -(-len(files) // _SAMPLE)]
     bad = [f"{file.name} {problem}" for file in sample if (problem := image_problem(file.read_bytes()))]
-    yield Finding(
-        label, f"{folder}: {len(files)} files, {len(sample) - len(bad)} of {len(sample)} tried can be decoded"
-    )
-    if empty := [str(file) for file in files if not file.stat().st_size]:
-        yield Finding(label, f"{len(empty)} files are empty: {_some(empty)}", PROBLEM, "Get or create them again.")
-    if bad:
-        yield Finding(label, _some(bad), PROBLEM, "Get or create these files again, or remove them.")
+    empty = [str(file) for file in files if not file.stat().st_size]
+    text = f"{root}: {len(files)} files, {len(sample) - len(bad)} of {len(sample)} tried can be decoded"
+    wrong = [(empty, "files are empty", PROBLEM), (bad, "of those tried are damaged", PROBLEM)]
+    return _listed(key, text, wrong, "Get or create these files again, or remove them.")
 
 
-def _files(paths: Iterable[Path]) -> list[Path]:
-    """All but hidden ones, as BasicSR takes them."""
-    return sorted(path for path in paths if path.is_file() and not path.name.startswith("."))
-
-
-def _lmdb(label: str, folder: Path) -> Iterator[Finding]:
-    """Whether an LMDB is whole, has the keys of its list, and images that can be decoded."""
+def lmdb(key: str, root: str) -> list[Finding]:
+    """An LMDB: whether it is whole, has the keys of its list, and images that can be decoded."""
     from esc_arch.data.lmdb_check import contents_of, listed_sizes, lmdb_problem
 
+    folder = Path(root)
     sizes = listed_sizes(folder) if (folder / "meta_info.txt").is_file() else {}
     damage = lmdb_problem(folder) if sizes else "meta_info.txt is missing or empty"
     if damage is not None:
-        yield Finding(label, f"{folder}: {damage}", PROBLEM, _AGAIN)
-        return
+        return [Finding(key, f"{root}: {damage}", PROBLEM, _AGAIN)]
     found = contents_of(folder, sizes, _SAMPLE)
     size = size_text((folder / "data.mdb").stat().st_size)
-    good = found.tried - len(found.bad)
-    yield Finding(label, f"{folder}: {found.keys} images, {size}, {good} of {found.tried} tried can be decoded")
-    bad = [f"{key} {problem}" for key, problem in found.bad.items()]
-    for names, what, status in (
+    text = f"{root}: {found.keys} images, {size}, {found.tried - len(found.bad)} of {found.tried} tried can be decoded"
+    partial = folder.with_name(f".{folder.name}.partial")
+    wrong = [
         (found.missing, "keys of meta_info.txt are not in the database", PROBLEM),
         (found.unlisted, "images are not in meta_info.txt and never read", WARNING),
-        (bad, "images are damaged, or not as listed", PROBLEM),
-    ):
-        if names:
-            yield Finding(label, f"{len(names)} {what}: {_some(names)}", status, _AGAIN)
-    partial = folder.with_name(f".{folder.name}.partial")
-    if partial.exists():
-        advice = "Run the same `basicsr prepare` again to finish it, or remove it."
-        yield Finding(label, f"{partial} is left from a `basicsr prepare` that was interrupted", WARNING, advice)
+        ([f"{name} {problem}" for name, problem in found.bad.items()], "of those tried are damaged", PROBLEM),
+        ([str(partial)] * partial.exists(), "folder is left from a `basicsr prepare` that was interrupted", WARNING),
+    ]
+    return _listed(key, text, wrong, _AGAIN)
 
 
-def weights_health(key: str, path: str, param_key: str | None) -> list[Finding]:
-    """What a checkpoint, or a training state (`key` resume_state), holds."""
+def weights(key: str, path: str, param_key: str | None) -> list[Finding]:
+    """A checkpoint, or a training state."""
     from esc_arch.checkpoints.reading import find_weights, read_checkpoint
     from esc_arch.errors import UserError
 
-    label, file = f"path:{key}", os.path.expanduser(path)
+    file = os.path.expanduser(path)
     try:
         checkpoint = read_checkpoint(file)
-        if key == "resume_state":
-            return [Finding(label, f"{path}: epoch {checkpoint.get('epoch')}, iteration {checkpoint.get('iter')}")]
-        found, weights = find_weights(checkpoint, param_key, file)
+        if key == "path:resume_state":
+            return [Finding(key, f"{path}: epoch {checkpoint.get('epoch')}, iteration {checkpoint.get('iter')}")]
+        found, tensors = find_weights(checkpoint, param_key, file)
     except UserError as error:
-        return [Finding(label, str(error), PROBLEM, "A run that needs it ends with this message.")]
-    parameters = sum(tensor.numel() for tensor in weights.values())
-    text = f"{path}: {len(weights)} tensors {f'under {found}' if found else 'without a key'}, {parameters:,} numbers"
-    nonfinite = [name for name, tensor in weights.items() if not bool(tensor.isfinite().all())]
-    text += f", not all of them finite: {_some(nonfinite)}" if nonfinite else ""
+        return [Finding(key, str(error), PROBLEM, "A run that needs it ends with this message.")]
+    parameters = sum(tensor.numel() for tensor in tensors.values())
+    text = f"{path}: {len(tensors)} tensors {f'under {found}' if found else 'without a key'}, {parameters:,} numbers"
+    nonfinite = [name for name, tensor in tensors.items() if not bool(tensor.isfinite().all())]
     advice = "The training that made it went wrong: take an earlier checkpoint."
-    return [warn_if(nonfinite, label, text, advice)]
+    return _listed(key, text, [(nonfinite, "tensors have numbers that are not finite", WARNING)], advice)
 
 
-def _some(names: Iterable[str]) -> str:
+def _listed(key: str, text: str, wrong: Iterable[tuple[list[str], str, str]], advice: str) -> list[Finding]:
+    """What was found, and then what is wrong: names, what is wrong with them, and the status."""
     from esc_arch.data.names import shown
 
-    listed = [shown(name) for name in names]
-    more = f" and {len(listed) - _LISTED} more" if len(listed) > _LISTED else ""
-    return ", ".join(listed[:_LISTED]) + more
+    found = [Finding(key, text)]
+    for names, what, status in wrong:
+        if names:
+            more = f" and {len(names) - _LISTED} more" if len(names) > _LISTED else ""
+            listed = ", ".join(shown(name) for name in names[:_LISTED]) + more
+            found.append(Finding(f"{key} ({len(found) + 1})", f"{len(names)} {what}: {listed}", status, advice))
+    return found

@@ -6,6 +6,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import replace
 from types import ModuleType
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -99,10 +100,11 @@ def examine(key: str, backend: str, target: tuple[str, str, str], test: bool, ba
 
 
 def _surveys(operation: str, device: str, dtype: str) -> dict[str, Survey]:
+    """Of all backends, in inference and in training."""
     described, surveys = OPERATIONS[operation], {}
     for mode in ("inference", "training"):
-        tensors = [tensor.requires_grad_(mode == "training") for tensor in _tensors(described, device, dtype)]
         with torch.set_grad_enabled(mode == "training"):
+            tensors = [tensor.requires_grad_(mode == "training") for tensor in _tensors(described, device, dtype)]
             questions = described.questions(described.arguments(_NETWORK, tensors))
             surveys[mode] = explain_dispatch(described.api.BACKENDS, described.api.AUTO_ORDER, *questions)
     return surveys
@@ -114,22 +116,16 @@ def _tensors(operation: Operation, device: str, dtype: str) -> list[Tensor]:
 
 
 def compare(operation: str, device: str, dtype: str, backend: str, *, gradients: bool) -> dict[str, float]:
-    """The largest differences of a backend from the reference, relative to the reference's largest number.
-
-    Returns:
-        `forward`, and `gradients` if asked for.
-    """
+    """The largest differences from the reference, relative to its largest number: `forward`, and maybe `gradients`."""
     torch.backends.cudnn.allow_tf32 = False
     described, kind = OPERATIONS[operation], getattr(torch, dtype)
     tensors = _tensors(described, device, dtype)
 
     def run(module: ModuleType, tensors: Sequence[Tensor]) -> list[Tensor]:
-        found = results(
-            lambda *leaves: module.forward(*described.arguments(_NETWORK, leaves)),
-            tensors,
-            gradients=gradients,
-            kind=kind,
-        )
+        def forward(*leaves: Tensor) -> Any:
+            return module.forward(*described.arguments(_NETWORK, leaves))
+
+        found = results(forward, tensors, gradients=gradients, kind=kind)
         return [described.matter(number, tensor) for number, tensor in enumerate(found)]
 
     exact = run(described.reference, [tensor.double().cpu() for tensor in tensors])

@@ -12,7 +12,7 @@ from doctor_context import by_key, context
 from torch import Tensor
 
 from esc_arch.ops.backends import Survey
-from esc_arch.tools.doctor import backends, self_tests
+from esc_arch.tools.doctor import machine, self_tests
 from esc_arch.tools.doctor.report import Finding
 from esc_arch.tools.doctor.self_tests import OPERATIONS, TOLERANCES, compare, dispatch
 from esc_arch.tools.doctor.subprocess_worker import JobFailed
@@ -51,7 +51,7 @@ KEY = "LayerNorm, cpu float32"
 
 
 def section(no_test: bool = False, **answers: Any) -> dict[str, Finding]:
-    return by_key(backends.examine(context(no_test=no_test, **answers)))
+    return by_key(machine.backends(context(no_test=no_test, **answers)))
 
 
 def test_no_test_only_asks() -> None:
@@ -197,8 +197,8 @@ def test_operators(
     monkeypatch.setattr(building, "find_compiler", lambda: compiler and ("g++",))
     monkeypatch.setattr(building, "cache_folder", lambda: "/cache/esc_arch")
     done = SimpleNamespace(stdout="g++ 12\nmore", stderr="")
-    monkeypatch.setattr(backends.subprocess, "run", lambda *_, **__: done)
-    found = by_key(backends.operators(context()))
+    monkeypatch.setattr(machine.subprocess, "run", lambda *_, **__: done)
+    found = by_key(machine.operators(context()))
     assert found["C++ operators"].status == status
     assert text in found["C++ operators"].text and advice in found["C++ operators"].advice
     assert found["C++ compiler"].text == ("g++, g++ 12" if compiler else "no g++ or clang++ found")
@@ -206,5 +206,5 @@ def test_operators(
 
 def test_operators_that_crash() -> None:
     crash = JobFailed("the process ended with signal SIGILL")
-    (found,) = backends.operators(context(cpp_operators=crash))
+    (found,) = machine.operators(context(cpp_operators=crash))
     assert (found.status, found.text) == ("problem", str(crash)) and "ESC_ARCH_NATIVE=0" in found.advice

@@ -98,7 +98,7 @@ def test_a_gpu(gpu: Any) -> None:
 
 
 def test_a_gpu_that_this_pytorch_is_not_built_for(gpu: Any) -> None:
-    found = gpu(error=RuntimeError("CUDA error: no kernel image is available. For debugging\nset"))
+    found = gpu(error=RuntimeError("CUDA error: no kernel image is available\nFor debugging"))
     assert found.status == PROBLEM and "pytorch.org" in found.advice
     assert found.text.endswith(
         "PyTorch, built for sm_80 compute_80, cannot use it: CUDA error: no kernel image is available"
@@ -106,25 +106,23 @@ def test_a_gpu_that_this_pytorch_is_not_built_for(gpu: Any) -> None:
 
 
 @pytest.mark.parametrize(
-    ("driver", "hidden", "status", "text"),
+    ("driver", "status"),
     [
-        ("570.1", None, WARNING, "none: it is too old"),
-        ("570.1", "-1", WARNING, "hidden by CUDA_VISIBLE_DEVICES='-1'"),
-        ("", "", "ok", "hidden by CUDA_VISIBLE_DEVICES=''"),
-        ("", None, "ok", "none: it is too old"),
+        ("570.1", WARNING),
+        ("", "ok"),
     ],
 )
-def test_no_gpu(monkeypatch: pytest.MonkeyPatch, driver: str, hidden: str | None, status: str, text: str) -> None:
+def test_no_gpu(monkeypatch: pytest.MonkeyPatch, driver: str, status: str) -> None:
+    """Which is a fault only where there is a driver for one."""
+
     def init() -> None:
-        raise RuntimeError("it is too old. Update it")
+        raise RuntimeError("it is too old\nand more")
 
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr(torch.cuda, "init", init)
-    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
-    if hidden is not None:
-        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", hidden)
     (found,) = machine.torch_gpus(driver)
-    assert (found.text, found.status) == (text, status)
+    assert (found.text, found.status) == ("none: it is too old", status)
+    assert ("Unset CUDA_VISIBLE_DEVICES" in found.advice) == (status == WARNING)
 
 
 def test_a_driver_that_crashes(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -16,7 +16,6 @@ import yaml
 from doctor_context import by_key, context
 
 from esc_arch.tools.doctor import option_file
-from esc_arch.tools.doctor.option_file import data_health, weights_health
 from esc_arch.tools.doctor.report import PROBLEM, WARNING, Finding
 from esc_arch.tools.doctor.subprocess_worker import JobFailed
 
@@ -46,7 +45,7 @@ def keys(database: Path) -> list[str]:
 
 def examine(folder: Path, kind: str = "lmdb") -> list[tuple[str, str, str]]:
     """Texts with their status and advice."""
-    found = data_health("data", kind, str(folder))
+    found = getattr(option_file, kind)("data", str(folder))
     assert [finding.key for finding in found] == ["data", *(f"data ({number})" for number in range(2, len(found) + 1))]
     return [(finding.text, finding.status, finding.advice) for finding in found]
 
@@ -69,7 +68,7 @@ def test_a_healthy_lmdb(database: Path) -> None:
 def test_left_over_files_are_told(database: Path) -> None:
     database.with_name(f".{database.name}.partial").mkdir()
     _, partial = examine(database)
-    assert "left from a `basicsr prepare` that was interrupted" in partial[0] and partial[1] == WARNING
+    assert "left from a `basicsr prepare` that was interrupted: " in partial[0] and partial[1] == WARNING
 
 
 @pytest.mark.parametrize("name", ["data.mdb", "meta_info.txt"])
@@ -112,7 +111,7 @@ def test_images_that_are_not_what_the_list_says(database: Path, value: bytes, pr
     first = keys(database)[0]
     change(database, put={first.encode(): value})
     lines = examine(database)
-    assert (f"1 images are damaged, or not as listed: {first} {problem}", PROBLEM) in [line[:2] for line in lines]
+    assert (f"1 of those tried are damaged: {first} {problem}", PROBLEM) in [line[:2] for line in lines]
     assert "5 of 6 tried can be decoded" in lines[0][0]
 
 
@@ -125,13 +124,16 @@ def test_a_healthy_folder(folder: Path) -> None:
     assert "6 files" in only(examine(folder.parent, "disk"))[0]
 
 
-def test_folders_without_images(tmp_path: Path) -> None:
-    text, status, advice = only(examine(tmp_path / "none", "disk"))
-    assert text.endswith("none does not exist") and status == PROBLEM and "Relative paths" in advice
-    (tmp_path / "file").touch()
-    assert only(examine(tmp_path / "file", "disk"))[0].endswith("file is no folder")
-    (tmp_path / "empty").mkdir()
-    assert only(examine(tmp_path / "empty", "disk"))[:2] == (f"{tmp_path / 'empty'} has no files", PROBLEM)
+@pytest.mark.usefixtures("work_folder")
+@pytest.mark.parametrize(
+    ("root", "what"), [("none", "does not exist"), ("file", "is no folder"), ("empty", "has no files")]
+)
+def test_folders_without_images(root: str, what: str) -> None:
+    Path("file").touch()
+    Path("empty").mkdir()
+    found = examined({"datasets": {"val": {"dataroot_gt": root}}})["datasets:val:dataroot_gt"]
+    assert found.text == f"{Path(root).absolute()} {what}" and found.status == PROBLEM
+    assert ("Relative paths" in found.advice) == (root != "empty")
 
 
 def test_files_that_are_empty_or_no_images(folder: Path) -> None:
@@ -141,16 +143,15 @@ def test_files_that_are_empty_or_no_images(folder: Path) -> None:
     counted, empty, bad = examine(folder, "disk")
     assert "6 files, 4 of 6 tried can be decoded" in counted[0]
     assert empty[:2] == (f"1 files are empty: {first}", PROBLEM)
-    assert bad[:2] == (f"{first.name} is empty, {second.name} is not an image that can be decoded (6 bytes)", PROBLEM)
+    problems = f"{first.name} is empty, {second.name} is not an image that can be decoded (6 bytes)"
+    assert bad[:2] == (f"2 of those tried are damaged: {problems}", PROBLEM)
 
 
 # --- weights ------------------------------------------------------------------------------------------------------
 
 
 def weights(path: Path, key: str = "pretrain_network_g", param_key: str | None = None) -> Finding:
-    (found,) = weights_health(key, str(path), param_key)
-    assert found.key == f"path:{key}"
-    return found
+    return option_file.weights(f"path:{key}", str(path), param_key)[-1]
 
 
 def test_weights(tmp_path: Path) -> None:
@@ -159,7 +160,7 @@ def test_weights(tmp_path: Path) -> None:
     assert weights(path, param_key="params")[1:4] == (f"{path}: 2 tensors under params, 10 numbers", "ok", "")
     torch.save({"a": torch.tensor([1.0, torch.nan])}, path)
     found = weights(path)
-    assert found.text == f"{path}: 1 tensors without a key, 2 numbers, not all of them finite: a"
+    assert found.text == "1 tensors have numbers that are not finite: a"
     assert found.status == WARNING
     path.write_text("<!doctype html>")
     assert "is a web page" in weights(path).text and weights(path).status == PROBLEM
@@ -229,8 +230,8 @@ def test_weights_are_read_where_they_are_named(train_options: Any) -> None:
 @pytest.mark.usefixtures("work_folder")
 def test_reading_data_crashes(train_options: Any) -> None:
     failure = JobFailed("the process ended with signal SIGBUS")
-    gt = examined(train_options, data_health=failure)["datasets:train:dataroot_gt"]
-    assert gt.text == str(failure) and "reading it failed" in gt.advice and gt.status == PROBLEM
+    gt = examined(train_options, disk=failure)["datasets:train:dataroot_gt"]
+    assert gt.text == str(failure) and "copy it again" in gt.advice and gt.status == PROBLEM
 
 
 @pytest.mark.usefixtures("work_folder")
