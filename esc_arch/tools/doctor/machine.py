@@ -199,10 +199,18 @@ def backends(context: Context) -> Iterator[Finding]:
 
 def environment(context: Context) -> Iterator[Finding]:
     """Variables that change what runs, or how fast."""
-    shown = sorted(name for name in os.environ if name.startswith(_SHOWN))
+    variables = _given()
+    shown = sorted(name for name in variables if name.startswith(_SHOWN))
     for name in shown:
-        value, (pattern, why) = os.environ[name], _TRAPS.get(name, ("", ""))
+        value, (pattern, why) = variables[name], _TRAPS.get(name, ("", ""))
         text = "(not shown)" if _SECRET.search(name.upper()) else value[:_LONGEST] or "(empty)"
         yield warn_if(why and re.fullmatch(pattern, value, re.IGNORECASE), name, text, why)
     if not shown:
         yield Finding("variables", "none that matter is set")
+
+
+def _given() -> dict[str, str]:
+    """What the process was started with, if the system tells: libraries add variables."""
+    file = Path("/proc/self/environ")
+    entries = file.read_bytes().split(b"\0") if file.exists() else map(b"=".join, os.environb.items())
+    return dict(os.fsdecode(entry).split("=", 1) for entry in entries if b"=" in entry)

@@ -17,6 +17,8 @@ from typing import IO, Any
 __all__ = ["JobFailed", "Worker", "describe", "import_failure", "serve", "skip_package_imports"]
 
 _LONGEST = 500
+#: Seconds for the import of a call's module: torch alone takes a minute from a slow network disk.
+_IMPORT_LIMIT = 180.0
 #: Packages whose `__init__` needs BasicSR, though some of their modules do not.
 _PACKAGES = ("", ".checkpoints", ".compat", ".data", ".options", ".tools.upscale")
 
@@ -100,8 +102,9 @@ def serve() -> None:
         function, arguments, seconds = json.loads(line)
         module, _, name = function.partition(":")
         try:
+            signal.setitimer(signal.ITIMER_REAL, _IMPORT_LIMIT)  # SIGALRM ends the process, whatever it is doing
             call = getattr(importlib.import_module(module), name)
-            signal.setitimer(signal.ITIMER_REAL, seconds)  # SIGALRM ends the process, whatever it is doing
+            signal.setitimer(signal.ITIMER_REAL, seconds)
             answer = {"result": call(*arguments)}
         except BaseException as error:  # also SystemExit and an extension's panic
             answer = {"error": describe(error)}

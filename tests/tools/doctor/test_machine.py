@@ -140,7 +140,7 @@ def test_a_driver_that_crashes(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) 
 
 
 def variables(monkeypatch: pytest.MonkeyPatch, **given: str) -> Any:
-    monkeypatch.setattr(machine.os, "environ", given)
+    monkeypatch.setattr(machine, "_given", lambda: given)
     return by_key(machine.environment(context()))
 
 
@@ -169,3 +169,11 @@ def test_variables_that_matter_are_shown(monkeypatch: pytest.MonkeyPatch) -> Non
 def test_traps(monkeypatch: pytest.MonkeyPatch, name: str, value: str, advice: str) -> None:
     found = variables(monkeypatch, **{name: value})[name]
     assert found.status == WARNING and advice in found.advice
+
+
+def test_what_libraries_set_is_not_what_the_user_set(monkeypatch: pytest.MonkeyPatch) -> None:
+    if not Path("/proc/self/environ").exists():
+        pytest.skip("this system does not tell")
+    monkeypatch.setenv("TORCH_SET_LATER", "1")
+    assert "TORCH_SET_LATER" not in machine._given()
+    assert machine._given()["PATH"]
