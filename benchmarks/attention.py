@@ -30,7 +30,7 @@ from common import Call, Trial
 from costs import Costs, window_attention_costs
 from torch import Tensor
 
-from esc_arch.ops.window_attention import BACKENDS, Bias, window_attention
+from esc_arch.ops.window_attention import WINDOW_ATTENTION, Bias, window_attention
 
 NAIVE, FLEX = "naive", "flex"
 #: What the others are compared with.
@@ -96,7 +96,7 @@ def settings_for(device: str) -> list[Setting]:
     """Every backend and precision; other layouts for those that do not copy the windows out; factors for flash."""
     settings = []
     for precision in common.precisions_of(device):
-        for backend in BACKENDS:
+        for backend in WINDOW_ATTENTION.backends:
             setting = Setting(f"{backend}, {precision}", backend, precision)
             settings.append(setting)
             if backend not in (NAIVE, FLEX):

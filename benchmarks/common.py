@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import argparse
 import gc
-import importlib
 import json
 import os
-import pkgutil
 import platform
 import statistics
 import subprocess
@@ -20,7 +18,6 @@ from contextlib import AbstractContextManager, ExitStack, contextmanager, suppre
 from dataclasses import dataclass, field
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 from unittest import mock
 
@@ -28,9 +25,9 @@ import esc_arch  # isort: skip  makes basicsr importable
 import torch
 from torch import nn
 
-import esc_arch.ops
 from esc_arch.modules.window_attention import WindowAttention
 from esc_arch.ops import cpu
+from esc_arch.ops.dispatch import OPERATIONS
 from esc_arch.ops.float32 import float32_products
 
 MIB = 2**20
@@ -47,23 +44,14 @@ Context = Callable[[], AbstractContextManager[Call]]
 # --- what is compared -----------------------------------------------------------------------------------------------
 
 
-def operations() -> dict[str, ModuleType]:
-    """Every operation of esc_arch.ops that has a choice of backends: its `BACKENDS` and `AUTO_ORDER`."""
-    found = {}
-    for package in pkgutil.iter_modules(esc_arch.ops.__path__):
-        if package.ispkg and importlib.util.find_spec(f"esc_arch.ops.{package.name}.api"):
-            found[package.name] = importlib.import_module(f"esc_arch.ops.{package.name}.api")
-    return found
-
-
 @contextmanager
 def choosing(orders: Mapping[str, Sequence[str]]) -> Iterator[None]:
     """Let `auto` try only these backends, by operation, whatever their trials say; the others are left as they are."""
     with ExitStack() as stack:
         for name, order in orders.items():
-            api = operations()[name]
-            stack.enter_context(mock.patch.object(api, "AUTO_ORDER", tuple(order)))
-            for backend in (api.BACKENDS[each] for each in order):
+            operation = OPERATIONS[name]
+            stack.enter_context(mock.patch.object(operation, "order", tuple(order)))
+            for backend in (operation.backends[each] for each in order):
                 if hasattr(backend, "auto_skip_reasons"):
                     stack.enter_context(mock.patch.object(backend, "auto_skip_reasons", lambda *_: []))
         yield
@@ -78,7 +66,7 @@ def layout_as_given() -> Iterator[None]:
 
 def plain_orders() -> dict[str, tuple[str, ...]]:
     """The readable reference of every operation, which is the first in its table."""
-    return {name: (next(iter(api.BACKENDS)),) for name, api in operations().items()}
+    return {name: (next(iter(operation.backends)),) for name, operation in OPERATIONS.items()}
 
 
 def set_attention(net: nn.Module, backend: str) -> None:

@@ -17,7 +17,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from esc_arch.ops.conv_attn import BACKENDS, conv_attention, symmetrise
+from esc_arch.ops.conv_attn import conv_attention, symmetrise
+from esc_arch.ops.conv_attn.api import CONV_ATTN
 from esc_arch.ops.conv_attn.reference import per_image_depthwise
 
 from common import machine, markdown, prepare_operators, timed  # isort: skip
@@ -61,7 +62,7 @@ def formulations(example: tuple[Tensor, Tensor, Tensor]) -> dict[str, Convolutio
     def of(backend: str) -> Convolutions:
         return lambda *inputs: conv_attention(*inputs, symmetric=True, backend=backend)
 
-    able = [name for name, module in BACKENDS.items() if not module.unsupported_reasons(*example, True)]
+    able = [name for name, module in CONV_ATTN.backends.items() if not module.unsupported_reasons(*example, True)]
     return {name: of(name) for name in able} | {"28 taps": folded_to_28_taps, "torch.fft": by_torch_fft}
 
 

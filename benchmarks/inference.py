@@ -38,6 +38,7 @@ from costs import Costs, costs_of
 from torch import Tensor, nn
 
 from esc_arch.graphs import graphed
+from esc_arch.ops.dispatch import OPERATIONS
 from esc_arch.ops.padding import reflect_pad_to_multiple
 from esc_arch.options.files import apply_force_yml, load_yaml
 
@@ -116,16 +117,16 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
 
 def settings_for(device: str, compiled: bool) -> list[Setting]:
     """The baselines; then attention, layout, the other operations and precisions one at a time; then all of them."""
-    plain, operations = common.plain_orders(), common.operations()
-    others = [name for name in operations if name != "window_attention"]
-    backends = [name for name in operations["window_attention"].BACKENDS if name not in (NAIVE, FLEX)]
+    plain = common.plain_orders()
+    others = [name for name in OPERATIONS if name != "window attention"]
+    backends = [name for name in OPERATIONS["window attention"].backends if name not in (NAIVE, FLEX)]
     settings = [Setting(NAIVE, NAIVE, plain), Setting(FLEX, FLEX, plain), Setting(SWINIR, None)]
     if device == "cuda":
         settings.append(Setting("flex, PyTorch's default (convolutions in TF32)", FLEX, plain, precision="default"))
     settings += [Setting(name, name, plain) for name in backends]
     settings.append(Setting("sdpa, channels_last", "sdpa", plain, channels_last=True))
     for name in others:
-        for backend in list(operations[name].BACKENDS)[1:]:
+        for backend in list(OPERATIONS[name].backends)[1:]:
             label = f"sdpa, channels_last, {name} {backend}"
             settings.append(Setting(label, "sdpa", plain | {name: (backend,)}, channels_last=True))
     for precision in common.precisions_of(device):

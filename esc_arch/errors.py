@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-__all__ = ["FAULT", "INTERRUPTED", "UNREAD", "USER_ERROR", "UserError", "describe", "message_of"]
+__all__ = ["FAULT", "INTERRUPTED", "NO_BASICSR", "UNREAD", "USER_ERROR", "UserError", "describe", "message_of"]
 
 
 class UserError(Exception):
@@ -23,6 +23,9 @@ def message_of(error: UserError) -> str:
     marker = f"{UserError.__module__}.{UserError.__qualname__}: "
     return text.rpartition(marker)[2].strip() if marker in text else text
 
+
+#: What a program that trains or reads data sets says without BasicSR.
+NO_BASICSR = "It needs BasicSR, which is not installed: pip install --no-build-isolation basicsr==1.4.2"
 
 #: Exit codes.
 FAULT, USER_ERROR, INTERRUPTED, UNREAD = 1, 2, 130, 141

@@ -1,4 +1,4 @@
-"""Registration in BasicSR's registries: once, in whatever order things are imported, and beside other packages."""
+"""Registration in BasicSR's registries: once, in any order of imports, and next to other packages."""
 
 from __future__ import annotations
 
@@ -6,21 +6,23 @@ import multiprocessing
 import os
 import warnings
 from collections.abc import Mapping
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
-from basicsr.utils import registry
-from basicsr.utils.registry import Registry
+if TYPE_CHECKING:
+    from basicsr.utils.registry import Registry
 
 __all__ = ["OWN", "others_of_our_names", "register", "register_all", "without_own"]
 
 Entry = TypeVar("Entry")
 
-#: What every class of ours is also registered under, with its name behind it: nobody else can have `esc_arch.ESC`.
+#: Prefix of the second name of every class of ours, which no other package can take: `esc_arch.ESC`.
 OWN = "esc_arch."
 
 
 def register_all() -> None:
     """Register every class of esc_arch that option files can name: the only list of them."""
+    from basicsr.utils import registry
+
     from . import archs, data, losses, models
 
     register(

@@ -14,8 +14,9 @@ from torch import Tensor, nn
 from esc_arch import ESC, graphs
 from esc_arch.errors import UserError
 from esc_arch.graphs import WARM_UP_CALLS, GraphedNetwork, graphed
-from esc_arch.ops.conv_attn import api as conv_attn
-from esc_arch.ops.window_attention import BACKENDS as window_attention
+from esc_arch.ops.conv_attn import triton
+from esc_arch.ops.conv_attn.api import CONV_ATTN
+from esc_arch.ops.window_attention import WINDOW_ATTENTION
 
 
 class Doubling(nn.Module):
@@ -151,9 +152,9 @@ def test_a_network_with_triton_operators_is_one_graph_for_all_sizes(
     torch.compiler.reset()
     monkeypatch.setattr(torch, "is_autocast_enabled", lambda *_: False)
     monkeypatch.setenv("ESC_ARCH_TRITON", "1")
-    monkeypatch.setattr(conv_attn, "AUTO_ORDER", ("triton_folded",))
-    monkeypatch.setattr(conv_attn.BACKENDS["triton"], "missing", lambda *_: "")
-    monkeypatch.setattr(window_attention["triton"], "missing", lambda *_: "")
+    monkeypatch.setattr(CONV_ATTN, "order", ("triton_folded",))
+    monkeypatch.setattr(triton, "missing", lambda *_: "")
+    monkeypatch.setattr(WINDOW_ATTENTION.backends["triton"], "missing", lambda *_: "")
     net = small_esc(attn_type="auto").to("meta")
     traced = []
 

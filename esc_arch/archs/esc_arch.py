@@ -7,7 +7,8 @@ from typing import ClassVar
 from torch import Tensor
 
 from esc_arch.archs.base import Body, SharedKernelNetwork
-from esc_arch.modules.conv3x3 import Conv3x3, conv3x3
+from esc_arch.modules.conv3x3 import Conv3x3
+from esc_arch.modules.fused import conv3x3
 from esc_arch.modules.upsample import pixel_shuffle_with_skip
 
 __all__ = ["ESC"]

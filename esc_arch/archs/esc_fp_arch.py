@@ -9,8 +9,9 @@ from torch import Tensor
 
 from esc_arch.archs.base import Body, ESCFamily
 from esc_arch.modules import DecomposedConvAttn, LayerNorm
-from esc_arch.modules.conv3x3 import Conv3x3, conv3x3
+from esc_arch.modules.conv3x3 import Conv3x3
 from esc_arch.modules.conv_attn import new_decomposed_kernel
+from esc_arch.modules.fused import conv3x3
 
 __all__ = ["ESCFP"]
 

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from esc_arch.archs.base import Body, SharedKernelNetwork
-from esc_arch.modules.conv3x3 import Conv3x3, conv3x3
+from esc_arch.modules.conv3x3 import Conv3x3
+from esc_arch.modules.fused import conv3x3
 from esc_arch.modules.lte import LTE, query_grid
 from esc_arch.ops.resize import scaled_size
 

@@ -8,7 +8,8 @@ from typing import ClassVar
 from torch import Tensor, nn
 
 from esc_arch.archs.base import Body, SharedKernelNetwork
-from esc_arch.modules.conv3x3 import Conv3x3, conv3x3
+from esc_arch.modules.conv3x3 import Conv3x3
+from esc_arch.modules.fused import conv3x3
 from esc_arch.modules.upsample import UPSAMPLERS, DySample, ReflectDepthwiseConv, UniversalUpsampler
 from esc_arch.ops.padding import reflect_pad_to_multiple
 

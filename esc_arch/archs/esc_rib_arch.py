@@ -8,7 +8,8 @@ from torch import Tensor, nn
 
 from esc_arch.archs.base import Body, SharedKernelNetwork
 from esc_arch.modules import FactorBiasWindowAttention, LayerNorm, RIBWindowAttention
-from esc_arch.modules.conv3x3 import Conv3x3, conv3x3
+from esc_arch.modules.conv3x3 import Conv3x3
+from esc_arch.modules.fused import conv3x3
 from esc_arch.modules.upsample import pixel_shuffle_with_skip
 from esc_arch.modules.window_attention import WindowAttention
 

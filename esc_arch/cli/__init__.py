@@ -1,38 +1,46 @@
 """The console command `basicsr`: a verb each, a file each.
 
-A verb's module has `HELP`, `add_arguments(parser)` and `run(args)`, which returns the exit status.
+A verb's module has `add_arguments(parser)` and `run(args)`, which returns the exit status.
 """
 
 from __future__ import annotations
 
 import argparse
 import contextlib
+import importlib
 import os
 import select
 import sys
 import traceback
 from collections.abc import Sequence
+from types import ModuleType
 
 from esc_arch import __version__
-from esc_arch.errors import UNREAD, UserError, describe
+from esc_arch.errors import NO_BASICSR, UNREAD, UserError, describe
 from esc_arch.project import import_modules
 
-from . import benchmark, check, convert, doctor, export, prepare, publish, test, train, upscale, warmup
+__all__ = ["VERBS", "main"]
 
-__all__ = ["main"]
-
+#: What each verb does; its module is imported when it is called.
 VERBS = {
-    "train": train,
-    "test": test,
-    "prepare": prepare,
-    "convert": convert,
-    "export": export,
-    "publish": publish,
-    "upscale": upscale,
-    "benchmark": benchmark,
-    "warmup": warmup,
-    "check": check,
-    "doctor": doctor,
+    "train": "Train a network from an option file, with BasicSR's pipeline.",
+    "test": "Test a network on data sets from an option file, with BasicSR's pipeline.",
+    "prepare": "Make LMDBs of sub-images for training, benchmark folders for testing, or a small demo of both.",
+    "convert": (
+        "Print the network_g section of a checkpoint, and convert it: .pth, .safetensors, folded, factors for tables."
+    ),
+    "export": "Write a checkpoint for other runtimes: ONNX, a torch.export program, an AOTInductor package.",
+    "publish": (
+        "Make a folder to share a network by: weights, ONNX, option files, model card, and the entry for OpenModelDB."
+    ),
+    "upscale": "Enlarge pictures and videos by the network of a checkpoint.",
+    "benchmark": "Reproduce the paper's tables, and compare its numbers with ours.",
+    "warmup": (
+        "Prepare this machine: compile the C++ operators and the kernels of a network once, try the Triton kernels on "
+        "this GPU, and say what can be used here."
+    ),
+    "check": "Check option files and the data and weights they name, without running or writing anything.",
+    "doctor": "Find what is wrong with this installation.",
 }
 
 
@@ -45,16 +53,21 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--version", action="version", version=f"esc_arch {__version__}")
     # torch.distributed.launch puts it before the verb, where it is of no use to anyone (fault 19)
     parser.add_argument("--local_rank", "--local-rank", dest="_", help=argparse.SUPPRESS)
-    verbs = parser.add_subparsers(dest="verb", metavar="VERB", required=True)
-    for name, verb in VERBS.items():
-        verb.add_arguments(verbs.add_parser(name, help=verb.HELP, description=verb.HELP))
-    args = parser.parse_args(argv)
+    parsers = parser.add_subparsers(dest="verb", metavar="VERB", required=True)
+    argv = sys.argv[1:] if argv is None else argv
+    called = next((word for word in argv if word in VERBS), None)
     try:
+        for name, what in VERBS.items():
+            of_verb = parsers.add_parser(name, help=what, description=what)
+            if name == called:
+                verb = _module(name)
+                verb.add_arguments(of_verb)
+        args = parser.parse_args(argv)
         if args.verb != "doctor":  # where a failure is a line of the report
             # What modules print must not be in the midst of what `check --json` prints
             with contextlib.redirect_stdout(sys.stderr) if args.verb == "check" else contextlib.nullcontext():
                 import_modules(getattr(args, "imports", None), "--import")
-        status = VERBS[args.verb].run(args)
+        status = verb.run(args)
         sys.stdout.flush()
         return status
     except BrokenPipeError:
@@ -64,14 +77,23 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (UserError, KeyboardInterrupt) as error:
         status, message = describe(error)
         rank = os.environ.get("RANK", "0")
-        print(f"basicsr {args.verb}{f' (rank {rank})' * (rank != '0')}: {message}", file=sys.stderr)
+        print(f"basicsr {called}{f' (rank {rank})' * (rank != '0')}: {message}", file=sys.stderr)
         # Drop a data loader that the traceback holds: as cyclic garbage, it would keep its workers waiting for seconds
         traceback.clear_frames(error.__traceback__)
         return status
 
 
+def _module(verb: str) -> ModuleType:
+    try:
+        return importlib.import_module(f"{__name__}.{verb}")
+    except ModuleNotFoundError as error:
+        if error.name != "basicsr":
+            raise
+        raise UserError(NO_BASICSR) from None
+
+
 def _is_unread() -> bool:
-    """Whether the reader of standard output has gone, as that of `basicsr doctor | head`; then the rest is dropped."""
+    """True if the reader of standard output has gone, as that of `basicsr doctor | head`; then the rest is dropped."""
     try:
         output = sys.stdout.fileno()
     except (OSError, ValueError):  # not a file

@@ -9,9 +9,7 @@ import basicsr.test
 from esc_arch.options import add_arguments
 from esc_arch.training.pipeline import run_pipeline
 
-__all__ = ["HELP", "add_arguments", "run"]
-
-HELP = "Test a network on data sets from an option file, with BasicSR's pipeline."
+__all__ = ["add_arguments", "run"]
 
 
 def run(args: argparse.Namespace) -> int:

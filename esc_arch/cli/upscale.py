@@ -1,10 +1,11 @@
-"""`basicsr upscale`: pictures and videos enlarged by the network of a checkpoint."""
+"""`basicsr upscale`: images and videos enlarged by the network of a checkpoint."""
 
 from __future__ import annotations
 
 import argparse
 import logging
 import sys
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -12,94 +13,102 @@ from tqdm import tqdm
 
 from esc_arch.errors import FAULT, UserError
 from esc_arch.tools.upscale.batch import EXTENSIONS, Options, Summary, Task, find_tasks, upscale_files
-from esc_arch.tools.upscale.image_writer import Form
+from esc_arch.tools.upscale.image_writer import EncodeSpec
 from esc_arch.tools.upscale.memory import parse_memory
-from esc_arch.tools.upscale.network import load
+from esc_arch.tools.upscale.network import PRECISIONS, Upscaler, load
 from esc_arch.tools.upscale.upscaling import ALPHAS, Settings
+from esc_arch.tools.video import upscaling as video
 
 __all__ = ["HELP", "add_arguments", "run"]
 
-HELP = "Enlarge pictures and videos by the network of a checkpoint."
+HELP = "Enlarge images and videos with the network of a checkpoint."
 
 #: Names of failed files that the last line has room for.
 NAMED = 20
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add what to enlarge, by what, how, and where to."""
-    parser.add_argument(
-        "-i", "--input", nargs="+", required=True, metavar="INPUT",
-        help="files, and folders with all folders in them; - reads a list of them, a line each",
-    )  # fmt: skip
-    parser.add_argument("-o", "--output", type=Path, required=True, help="a folder, or a file when the input is one")
-    parser.add_argument("-m", "--model", type=Path, required=True, metavar="WEIGHTS", help=".pth or .safetensors")
-    parser.add_argument("-s", "--outscale", type=float, metavar="S", help="enlarge by S; default: as the network does")
-    parser.add_argument(
-        "-t", "--tile", type=int, default=0, metavar="N", help="fast tiles of N pixels; default: 0, none"
+    """Add the command's arguments."""
+    add = parser.add_argument
+    add(
+        "-i",
+        "--input",
+        nargs="+",
+        required=True,
+        help="files, and folders with all in them; - reads a list, one a line",
     )
-    parser.add_argument("--tile_pad", type=int, metavar="N", help="pixels by which tiles overlap")
-    parser.add_argument("--pre_pad", type=int, default=0, metavar="N", help="pixels added at each side, then cropped")
-    parser.add_argument("--max-memory", metavar="SIZE", help="such as 2G: in parts that fit, with the same result")
-    parser.add_argument("--fp32", action="store_true", help="full precision on GPUs, too; CPUs always have it")
-    parser.add_argument("-g", "--gpu-id", type=int, metavar="N", help="this GPU; -1 is the CPU; default: the first GPU")
-    parser.add_argument("--batch", type=int, metavar="N", help="pictures of one size that run together")
-    parser.add_argument("--alpha_upsampler", choices=ALPHAS, default="network", help="for alpha; default: network")
-    parser.add_argument("--suffix", default="out", help="results are NAME_SUFFIX; default: out; '' for none")
-    parser.add_argument("--ext", choices=EXTENSIONS, default="auto", help="format of results; auto: the input's")
-    parser.add_argument("--quality", type=int, default=95, metavar="Q", help="of JPEG and WebP, 1 to 100; default: 95")
-    parser.add_argument("--lossless", action="store_true", help="WebP without loss")
-    parser.add_argument("--codec", metavar="NAME", help="of videos, an encoder of FFmpeg's; default: x264, VP9 in webm")
-    parser.add_argument("--crf", type=float, metavar="Q", help="quality of videos, from 0, the best; default: high")
-    parser.add_argument("--pixel-format", metavar="NAME", help="of videos, by FFmpeg's name; default: as the source's")
-    parser.add_argument("--overwrite", action="store_true", help="overwrite existing results (default: skip)")
-    parser.add_argument("--window", type=int, metavar="W", help="window_size, which weights of ESCRIB do not say")
+    add("-o", "--output", type=Path, required=True, help="a folder, or a file when the input is one file")
+    add("-m", "--model", type=Path, required=True, metavar="WEIGHTS", help=".pth or .safetensors")
+    add("-s", "--outscale", type=float, metavar="S", help="enlarge by S; default: as the network does")
+    add("-t", "--tile", type=int, default=0, metavar="N", help="fast tiles of N pixels; default: 0, none")
+    add("--tile_pad", type=int, metavar="N", help="pixels by which tiles overlap")
+    add("--pre_pad", type=int, default=0, metavar="N", help="pixels added at each side, then cropped")
+    add("--max-memory", metavar="SIZE", help="such as 2G: in parts that fit, with the same result")
+    add("--fp32", action="store_true", help="full precision on GPUs, too; CPUs always have it")
+    add("-g", "--gpu-id", type=int, metavar="N", help="this GPU; -1 is the CPU; default: the first GPU")
+    add("--batch", type=int, metavar="N", help="images of one size that run together")
+    add("--alpha_upsampler", choices=ALPHAS, default="network", help="for alpha; default: network")
+    add("--suffix", default="out", help="results are NAME_SUFFIX; default: out; '' for none")
+    add("--ext", choices=EXTENSIONS, default="auto", help="format of results; auto: the input's")
+    add("--quality", type=int, default=95, metavar="Q", help="of JPEG and WebP, 1 to 100; default: 95")
+    add("--lossless", action="store_true", help="WebP without loss")
+    add("--codec", default="auto", metavar="NAME", help="encoder of videos; default: libx264, or libvpx-vp9 in .webm")
+    add("--crf", type=float, metavar="Q", help="CRF of videos, 0 is best; default: 17 for x264")
+    add("--pixel-format", default="auto", metavar="NAME", help="of videos, FFmpeg's name; default: the source's")
+    add("--overwrite", action="store_true", help="overwrite existing results (default: skip)")
+    add("--window", type=int, metavar="W", help="window_size, which weights of ESCRIB do not say")
 
 
 def run(args: argparse.Namespace) -> int:
     """Enlarge; returns the exit status: 0, or 1 when some files failed.
 
     Raises:
-        UserError: nothing was enlarged, because an option or the checkpoint cannot be used, there is no input, or
-            the output cannot be written to.
+        UserError: nothing was enlarged, because of an invalid option or checkpoint, or because there is no input or
+            no output that can be written to.
     """
     options = _options(args)
-    device = _device(args.gpu_id)
-    upscaler = load(args.model, device=device, precision="fp32" if args.fp32 else "auto", window_size=args.window)
-    options.settings.asked(upscaler)
-    tasks = find_tasks(args.input, sys.stdin, args.output, suffix=args.suffix, ext=args.ext)
-    print(upscaler)
-    for assumption in upscaler.assumptions:
-        print(f"  {assumption}")
-    report = _Progress(len(tasks))
-    logger, handler = logging.getLogger("esc_arch"), _Warnings(report)
-    logger.addHandler(handler)
+    settings = options.settings
+    precision = "fp32" if args.fp32 else "auto"
+    upscaler = load(args.model, device=_device(args.gpu_id), precision=precision, window_size=args.window)
+    settings.asked(upscaler)
+    tasks = find_tasks(
+        args.input, sys.stdin, args.output, suffix=args.suffix, ext=args.ext, videos=video.RESULT_SUFFIXES
+    )
+    print(_described(upscaler), *upscaler.assumptions, sep="\n  ")
+    progress = _Progress(len(tasks))
+    upscale_video = partial(
+        video.upscale_video,
+        upscaler,
+        scale=settings.scale,
+        batch=options.batch,
+        overwrite=options.overwrite,
+        codec=args.codec,
+        crf=args.crf,
+        pixel_format=args.pixel_format,
+        progress=progress.progress,
+        max_memory=settings.max_memory,
+    )
+    logger = logging.getLogger("esc_arch")
+    logger.addHandler(progress)
     try:
-        summary = upscale_files(upscaler, tasks, options, report)
+        summary = upscale_files(upscaler, tasks, options, progress, upscale_video)
     finally:
-        logger.removeHandler(handler)
-        report.close()
+        logger.removeHandler(progress)
+        progress.bar.close()
     print(_last_line(summary))
     return FAULT if summary.failed else 0
 
 
 def _options(args: argparse.Namespace) -> Options:
     if args.batch is not None and args.batch < 1:
-        raise UserError(f"--batch {args.batch}: give a number of pictures, 1 or more.")
+        raise UserError(f"--batch {args.batch}: give a number of images, 1 or more.")
     if not 1 <= args.quality <= 100:
         raise UserError(f"--quality {args.quality}: give a number from 1 to 100.")
     if "/" in args.suffix or "\\" in args.suffix:
         raise UserError(f"--suffix {args.suffix}: a suffix is a part of a name, not of a path.")
-    settings = Settings(
-        scale=args.outscale,
-        tile=args.tile,
-        tile_pad=args.tile_pad,
-        pre_pad=args.pre_pad,
-        max_memory=None if args.max_memory is None else parse_memory(args.max_memory),
-        alpha=args.alpha_upsampler,
-    )
-    video = {"codec": args.codec, "crf": args.crf, "pixel_format": args.pixel_format}
-    chosen = {name: value for name, value in video.items() if value is not None}
-    return Options(settings, args.quality, args.lossless, args.batch, args.overwrite, chosen)
+    memory = None if args.max_memory is None else parse_memory(args.max_memory)
+    settings = Settings(args.outscale, args.tile, args.tile_pad, args.pre_pad, memory, args.alpha_upsampler)
+    return Options(settings, args.quality, args.lossless, args.batch, args.overwrite)
 
 
 def _device(gpu: int | None) -> str:
@@ -109,10 +118,15 @@ def _device(gpu: int | None) -> str:
         return "cpu"
     count = torch.cuda.device_count() if torch.cuda.is_available() else 0
     if gpu >= count:
-        raise UserError(
-            f"-g {gpu}: PyTorch finds {count} GPUs here, numbered from 0. Leave -g away, or -g -1: the CPU."
-        )
+        raise UserError(f"-g {gpu}: PyTorch finds {count} GPUs here, numbered from 0. Omit -g, or use the CPU: -g -1.")
     return f"cuda:{gpu}"
+
+
+def _described(upscaler: Upscaler) -> str:
+    number = sum(parameter.numel() for parameter in upscaler.net.parameters())
+    device = str(upscaler.device).replace("cpu", "CPU")
+    precision = next(name for name, dtype in PRECISIONS.items() if dtype == upscaler.precision)
+    return f"{upscaler.network_g['type']} x{upscaler.scale:g}, {number:,} parameters, {device}, {precision}"
 
 
 def _last_line(summary: Summary) -> str:
@@ -123,62 +137,45 @@ def _last_line(summary: Summary) -> str:
 
 
 def _shown(text: str) -> str:
-    """What names of files contain must neither end a line nor steer the terminal."""
+    """File names must neither end a line nor steer the terminal."""
     return "".join(character if character.isprintable() else "?" for character in text)
 
 
-class _Progress:
-    """A bar with the time that is left on a terminal, a line for each file elsewhere."""
+class _Progress(logging.Handler):
+    """A bar with the time that is left on a terminal, a line for each file elsewhere; warnings of the package."""
 
     def __init__(self, total: int) -> None:
+        super().__init__(logging.WARNING)
         self.finished, self.at_terminal = 0, sys.stderr.isatty()
         layout = "{percentage:3.0f}% |{bar}| {n:.0f}/{total} {elapsed} < {remaining}"
         self.bar = tqdm(total=total, bar_format=layout, disable=not self.at_terminal)
 
-    def done(self, task: Task, form: Form | None) -> None:
-        size = f" ({form.width} x {form.height})" if form else ""
-        self._next(f"{task.source} -> {task.target}{size}")
+    def done(self, task: Task, spec: EncodeSpec | None) -> None:
+        self._next(f"{task.source} -> {task.target}" + (f" ({spec.width} x {spec.height})" if spec else ""))
 
     def skipped(self, task: Task) -> None:
         self._next(f"{task.source}: skipped, {task.target} is there")
 
-    def failed(self, task: Task, message: str) -> None:
+    def failed(self, message: str) -> None:
         self._next()
-        self.warn(message)
+        self.note(message)
 
-    def remark(self, task: Task, message: str) -> None:
-        self.warn(message)
-
-    def warn(self, message: str) -> None:
+    def note(self, message: str) -> None:
         self._say(f"basicsr upscale: {message}", error=True)
 
-    def progress(self, part: float) -> None:
-        self._show(self.finished + min(part, 1.0))
+    def emit(self, record: logging.LogRecord) -> None:
+        self.note(record.getMessage())
 
-    def close(self) -> None:
-        self.bar.close()
+    def progress(self, part: float) -> None:
+        # A file may end while the next is half done
+        self.bar.update(max(self.finished + min(part, 1.0) - self.bar.n, 0))
 
     def _next(self, line: str | None = None) -> None:
         self.finished += 1
-        self._show(self.finished)
+        self.progress(0)
         if line is not None and not self.at_terminal:
             self._say(line)
-
-    def _show(self, number: float) -> None:
-        # A file may end while the next is half done
-        self.bar.update(max(number - self.bar.n, 0))
 
     def _say(self, line: str, *, error: bool = False) -> None:
         with self.bar.external_write_mode(sys.stderr if error else sys.stdout, nolock=False):
             print(_shown(line), file=sys.stderr if error else sys.stdout, flush=True)
-
-
-class _Warnings(logging.Handler):
-    """Shows warnings of the package, such as of memory that ran out, without disturbing the bar."""
-
-    def __init__(self, report: _Progress) -> None:
-        super().__init__(logging.WARNING)
-        self.report = report
-
-    def emit(self, record: logging.LogRecord) -> None:
-        self.report.warn(record.getMessage())

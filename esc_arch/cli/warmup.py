@@ -18,21 +18,15 @@ from esc_arch.errors import FAULT, UserError
 from esc_arch.models.performance import PerformanceOptions, performance_problems
 from esc_arch.modules.window_attention import WindowAttention
 from esc_arch.ops import cpu
-from esc_arch.ops.backends import UnusableBackend, explain_dispatch
+from esc_arch.ops.autotune.runner import autotune_gpus
 from esc_arch.ops.cpu import building
-from esc_arch.ops.window_attention.api import AUTO_ORDER, BACKENDS
+from esc_arch.ops.operation import UnusableBackend
+from esc_arch.ops.window_attention import WINDOW_ATTENTION
 from esc_arch.options import load_options
 from esc_arch.options.section_checks import check_call, entries
 from esc_arch.project import add_import_argument
 
-from .kernel_trials import try_gpus
-
-__all__ = ["HELP", "add_arguments", "run"]
-
-HELP = (
-    "Do once what takes long: compile the C++ operators and the kernels of a network, try the Triton kernels on this "
-    "GPU; say what can be used here."
-)
+__all__ = ["add_arguments", "run"]
 
 #: What is run without an option file.
 SCALES = (2, 3, 4)
@@ -63,7 +57,7 @@ def run(args: argparse.Namespace) -> int:
     networks = list(_networks(args.opt))
     status = _build_operators()
     if device.type == "cuda":
-        try_gpus(again=args.again)
+        autotune_gpus(again=args.again)
     for name, net, speed in networks:
         _warm_up(name, net.to(device), speed, torch.rand(1, 3, *size, device=device))
     return status
@@ -93,7 +87,7 @@ def _networks(file: str | None) -> Iterator[tuple[str, nn.Module, PerformanceOpt
     net = _named_network(file, opt.get("network_g"))
     problems = list(performance_problems(opt, type(net)))
     if problems:
-        raise UserError(f"{file}: {'; '.join(problems)}")
+        raise UserError(f"{file}: {'; '.join(map(str, problems))}")
     yield Path(file).name, net, PerformanceOptions.of(opt) if opt.get("train") else None
 
 
@@ -105,7 +99,7 @@ def _named_network(file: str, section: Any) -> nn.Module:
     """
     types = entries(ARCH_REGISTRY)
     if problems := list(check_call("network_g", section, types)):
-        raise UserError(f"{file}: {'; '.join(problems)}")
+        raise UserError(f"{file}: {'; '.join(map(str, problems))}")
     try:
         net: nn.Module = types[section["type"]](**{key: value for key, value in section.items() if key != "type"})
     except (TypeError, ValueError) as error:
@@ -114,9 +108,9 @@ def _named_network(file: str, section: Any) -> nn.Module:
 
 
 def _build_operators() -> int:
-    """Whether they should be ready and are not: `FAULT` or 0."""
+    """Build them; returns `FAULT` if they should be ready and are not, else 0."""
     if not cpu.ready():
-        print("C++ operators: building them if that can be; it takes half a minute or more ...", flush=True)
+        print("Building the C++ operators (1 to 3 minutes, once) ...", flush=True)
     try:
         seconds = cpu.build()
     except RuntimeError as error:
@@ -172,7 +166,7 @@ def _attention(net: nn.Module, image: Tensor, speed: PerformanceOptions | None) 
     with torch.set_grad_enabled(speed is not None):
         qkv = image.new_empty((1, module.to_qkv.out_channels, *image.shape[-2:]), dtype=dtype)
         bias = module.position_bias()
-        found = explain_dispatch(BACKENDS, AUTO_ORDER, qkv, bias, module.window_size, module.num_heads)
+        found = WINDOW_ATTENTION.explain(qkv, bias, module.window_size, module.num_heads)
     chosen = found.chosen if module.attn_type == "auto" else module.attn_type
     yield f"window attention ({str(dtype).removeprefix('torch.')}): {chosen}, by attn_type: {module.attn_type}"
     for name, why in found.reasons.items():

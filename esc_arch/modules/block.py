@@ -6,7 +6,8 @@ from collections.abc import Sequence
 
 from torch import Tensor, nn
 
-from .conv3x3 import Conv3x3, conv3x3
+from . import fused
+from .conv3x3 import Conv3x3
 from .conv_attn import ConvAttn, DecomposedConvAttn
 from .conv_ffn import ConvFFN
 from .norm import LayerNorm
@@ -50,39 +51,10 @@ class ESCBlock(nn.Module):
         self.conv_out = Conv3x3(dim, dim)
 
     def forward(self, x: Tensor, *large_kernels: Tensor) -> Tensor:
-        skip = x
-        x = self.attend(x)
-        for pair in range(len(self.pconvs)):
-            mixed, means = self.mix(pair, x)
-            x = self.convolve(pair, x, mixed, means, *large_kernels)
-        return self.finish(x, skip)
-
-    # The steps of a block. Only `convolve` depends on the whole image, through the means that `mix` is asked for;
-    # `attend` depends on a pixel's window and one pixel around it, `mix` and `finish` on 3 x 3 pixels.
-
-    def attend(self, x: Tensor) -> Tensor:
-        """The first ConvFFN and the window attention."""
-        return self.attn.added_to(self.proj.of_normed(x, self.ln_proj)[0], self.ln_attn)
-
-    def mix(self, pair: int, x: Tensor) -> tuple[Tensor, Tensor | None]:
-        """The ConvFFN of a pair; see `ConvFFN.of_normed`."""
-        convffn: ConvFFN = self.convffns[pair]  # type: ignore[assignment]  # a list of them
-        return convffn.of_normed(x, self.lns[pair], means_of=self.channels_pooled(pair))
-
-    def convolve(self, pair: int, x: Tensor, mixed: Tensor, means: Tensor | None, *large_kernels: Tensor) -> Tensor:
-        """The convolutional attention of a pair, added to x.
-
-        Args:
-            means: of the first channels of `mixed` over the whole image, (B, pdim); None to have them computed.
-        """
-        pconv: ConvAttn | DecomposedConvAttn = self.pconvs[pair]  # type: ignore[assignment]
-        return pconv.added_to(x, mixed, *large_kernels, means=means)
-
-    def channels_pooled(self, pair: int) -> int:
-        """How many of the first channels of `mix` the kernel of `convolve` is made from."""
-        pdim: int = self.pconvs[pair].pdim  # type: ignore[assignment]
-        return pdim
-
-    def finish(self, x: Tensor, skip: Tensor) -> Tensor:
-        """The last convolution, and the skip around the block."""
-        return conv3x3(self.conv_out, x, norm=self.ln_out, residual=skip)
+        if fused.usable(self, x):
+            return fused.block(self, x, *large_kernels)
+        skip, x = x, self.proj(self.ln_proj(x))
+        x = x + self.attn(self.ln_attn(x))
+        for ln, ffn, pconv in zip(self.lns, self.convffns, self.pconvs, strict=True):
+            x = x + pconv(ffn(ln(x)), *large_kernels)
+        return self.conv_out(self.ln_out(x)) + skip

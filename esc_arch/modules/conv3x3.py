@@ -1,14 +1,12 @@
-"""3 x 3 convolutions, with the normalisation before and the addition behind them."""
+"""3 x 3 convolutions."""
 
 from __future__ import annotations
 
 from torch import Tensor, nn
 
-from esc_arch.ops import conv3x3 as operators
+from esc_arch.ops.conv3x3 import conv3x3
 
-from .fused import can_fuse, norm_params
-
-__all__ = ["Conv3x3", "conv3x3"]
+__all__ = ["Conv3x3"]
 
 
 class Conv3x3(nn.Conv2d):
@@ -21,24 +19,4 @@ class Conv3x3(nn.Conv2d):
         super().__init__(dim, out_dim, 3, padding=1)
 
     def forward(self, x: Tensor) -> Tensor:
-        return operators.conv3x3(x, self.weight, self.bias)
-
-
-def conv3x3(conv: nn.Module, x: Tensor, *, norm: nn.Module | None = None, residual: Tensor | None = None) -> Tensor:
-    """residual + conv(norm(x)), in one pass over the map when the fused kernel is available.
-
-    Args:
-        conv: `Conv3x3`, or what was put in its place.
-        x: (B, C, H, W).
-        norm: a LayerNorm before it; none for x as it is.
-        residual: (B, D, H, W), added to the result.
-
-    Returns:
-        (B, D, H, W).
-    """
-    if isinstance(conv, Conv3x3) and can_fuse(conv, norm):
-        done = operators.conv3x3_step(x, *norm_params(norm), conv.weight, conv.bias, residual)
-        if done is not None:
-            return done
-    out: Tensor = conv(x if norm is None else norm(x))
-    return out if residual is None else out + residual
+        return conv3x3(x, self.weight, self.bias)

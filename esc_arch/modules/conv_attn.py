@@ -5,14 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from esc_arch.ops.conv_attn import (
-    conv_attention_of_first,
-    conv_attention_step,
-    decomposed_conv_attention,
-    symmetrise,
-)
+from esc_arch.ops.conv_attn import conv_attention_of_first, decomposed_conv_attention, symmetrise
 
-from .fused import can_fuse
 from .precision import in_float32
 
 __all__ = ["ConvAttn", "DecomposedConvAttn", "new_decomposed_kernel", "new_large_kernel"]
@@ -136,34 +130,8 @@ class ConvAttn(nn.Module):
             lk = symmetrise(self.plk_filter)
             symmetric = True
         _check_kernel("large kernel", lk, (self.pdim, self.pdim, self.kernel_size, self.kernel_size))
-        done = self._in_one_step(x, None, lk, means, symmetric)
-        if done is not None:
-            return done
         dynamic = self.plk(_to_pool(x, self.pdim, means))
         return self.aggr(conv_attention_of_first(x, lk, dynamic, symmetric=symmetric))
-
-    def added_to(self, x: Tensor, mixed: Tensor, lk: Tensor, *, means: Tensor | None = None) -> Tensor:
-        """x + self(mixed, lk), in one pass over the map when the fused kernel is available.
-
-        Args:
-            x: (B, dim, H, W).
-            mixed, lk: as of a call.
-            means: of the first pdim channels of `mixed` over the whole image, (B, pdim), where they are known.
-        """
-        done = self._in_one_step(mixed, x, lk, means, self.symmetric) if can_fuse(self) else None
-        return x + self(mixed, lk, means) if done is None else done
-
-    def _in_one_step(
-        self, x: Tensor, residual: Tensor | None, lk: Tensor, means: Tensor | None, symmetric: bool
-    ) -> Tensor | None:
-        """All of this layer by one operator, where there is one for it and nobody would miss the layers within."""
-        _, first, _, second = self.plk.dwc_proj
-        if not can_fuse(self.aggr, *self.plk.modules()):
-            return None
-        assert isinstance(first, nn.Conv2d)
-        assert isinstance(second, nn.Conv2d)
-        weights = (first.weight, first.bias, second.weight, second.bias, self.aggr.weight, self.aggr.bias)
-        return conv_attention_step(x, residual, lk, means, *weights, symmetric=symmetric)
 
 
 class DecomposedConvAttn(nn.Module):
@@ -216,12 +184,6 @@ class DecomposedConvAttn(nn.Module):
         dynamic = self.plk(_to_pool(x, self.pdim, means))
         convolved = decomposed_conv_attention(convolved, lk_channel, lk_spatial, dynamic)
         return self.aggr(torch.cat([convolved, passed], dim=1))
-
-    def added_to(
-        self, x: Tensor, mixed: Tensor, lk_channel: Tensor, lk_spatial: Tensor, *, means: Tensor | None = None
-    ) -> Tensor:
-        """x + self(mixed, lk_channel, lk_spatial, means); see `ConvAttn.added_to`."""
-        return x + self(mixed, lk_channel, lk_spatial, means)
 
 
 def _to_pool(x: Tensor, pdim: int, means: Tensor | None) -> Tensor:

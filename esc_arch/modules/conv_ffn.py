@@ -4,9 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
-from esc_arch.ops.conv_ffn import conv_ffn, conv_ffn_step
-
-from .fused import can_fuse, norm_params
+from esc_arch.ops.conv_ffn import conv_ffn
 
 __all__ = ["ConvFFN"]
 
@@ -34,27 +32,10 @@ class ConvFFN(nn.Module):
         self.aggr = nn.Conv2d(hidden, dim, 1)
 
     def forward(self, x: Tensor) -> Tensor:
-        return conv_ffn(x, *self._weights())
+        return conv_ffn(x, *self.weights())
 
-    def of_normed(self, x: Tensor, norm: nn.Module, means_of: int = 0) -> tuple[Tensor, Tensor | None]:
-        """This network of norm(x), in one pass over the map when the fused kernel is available.
-
-        Args:
-            x: (B, C, H, W).
-            norm: a LayerNorm, or the identity.
-            means_of: how many channels of the result are wanted as means over all pixels too.
-
-        Returns:
-            (B, C, H, W), and (B, means_of) where they come without a pass of their own, else None.
-        """
-        layer_norm = None if isinstance(norm, nn.Identity) else norm
-        if can_fuse(self, self.proj, self.dwc, self.aggr, layer_norm):
-            done = conv_ffn_step(x, *norm_params(layer_norm), *self._weights(), pooled=means_of)
-            if done is not None:
-                return done
-        return self(norm(x)), None
-
-    def _weights(self) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    def weights(self) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+        """As `esc_arch.ops.conv_ffn.conv_ffn` takes them."""
         proj, dwc, aggr = self.proj, self.dwc, self.aggr
         assert proj.bias is not None
         assert dwc.bias is not None

@@ -18,7 +18,7 @@ def in_float32(method: Method) -> Method:
     """A method of a module that autocast is not to touch: under it, tensors it gets are made float32 first.
 
     For sums over many numbers (LayerNorm, global pools) and for coordinates, which 8 or 11 bits would spoil, and
-    which cost little beside the convolutions. Without autocast nothing changes, whatever the type.
+    which cost little compared with the convolutions. Without autocast nothing changes, whatever the type.
     """
 
     @functools.wraps(method)

@@ -6,15 +6,12 @@ import math
 from collections.abc import Callable, Mapping
 from typing import ClassVar
 
-import scipy.sparse.linalg
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from esc_arch.ops.window_attention import Bias, attention_layer, dense_bias, resolve_backend, window_attention
+from esc_arch.ops.window_attention import WINDOW_ATTENTION, Bias, dense_bias, window_attention
 
-from .fused import can_fuse
-from .norm import LayerNorm
 from .precision import in_float32
 
 __all__ = [
@@ -107,6 +104,8 @@ def _largest_eigenpairs(matrix: Tensor, count: int) -> tuple[Tensor, Tensor]:
     """Of a symmetric matrix (N, N), eigenvalues (count,), largest in magnitude first, and eigenvectors (N, count)."""
     size = len(matrix)
     if count <= size // 4 and matrix.any():  # Lanczos' method takes a third of the time, and less for larger windows
+        import scipy.sparse.linalg  # only FlashBias needs SciPy
+
         start = torch.randn(size, generator=torch.Generator().manual_seed(0), dtype=matrix.dtype)
         found = scipy.sparse.linalg.eigsh(matrix.numpy(), count, which="LM", v0=start.numpy())
         values, vectors = (torch.from_numpy(part) for part in found)
@@ -147,7 +146,7 @@ class WindowAttention(nn.Module):
             raise ValueError(f"num_heads is {num_heads}; it must divide dim = {dim}.")
         self.window_size = window_size
         self.num_heads = num_heads
-        self.attn_type = resolve_backend(attn_type)
+        self.attn_type = WINDOW_ATTENTION.resolve(attn_type)
         self.to_qkv = nn.Conv2d(dim, 3 * dim, 1)
         self.to_out = nn.Conv2d(dim, dim, 1)
         self.gate = (
@@ -157,24 +156,6 @@ class WindowAttention(nn.Module):
     def position_bias(self) -> Bias:
         """What is added to the scores; see `esc_arch.ops.window_attention.Bias`."""
         raise TypeError(f"{type(self).__name__} has no position bias: use one of its subclasses.")
-
-    def added_to(self, x: Tensor, norm: LayerNorm) -> Tensor:
-        """x + self(norm(x)), in one pass over the map when the fused kernel is available."""
-        if self.gate is None and can_fuse(self, self.to_qkv, self.to_out, norm):
-            done = attention_layer(
-                x,
-                (self.to_qkv.weight, self.to_qkv.bias),
-                self.position_bias(),
-                (self.to_out.weight, self.to_out.bias),
-                window=self.window_size,
-                heads=self.num_heads,
-                norm=(norm.weight, norm.bias, norm.eps),
-                residual=True,
-                backend=self.attn_type,
-            )
-            if done is not None:
-                return done
-        return x + self(norm(x))
 
     def forward(self, x: Tensor) -> Tensor:
         attended = window_attention(

@@ -7,7 +7,7 @@ from contextlib import contextmanager
 
 import torch
 
-__all__ = ["float32_products"]
+__all__ = ["float32_products", "tf32_flags", "tf32_in_convolutions", "tf32_in_products"]
 
 
 @contextmanager
@@ -21,3 +21,22 @@ def float32_products(*, tf32: bool) -> Iterator[None]:
     finally:
         torch.set_float32_matmul_precision(products)
         torch.backends.cudnn.allow_tf32 = convolutions
+
+
+def tf32_in_products() -> bool:
+    """True if PyTorch has been told to multiply float32 in matrix products as TF32."""
+    matmul = torch.backends.cuda.matmul
+    return (getattr(matmul, "fp32_precision", None) or ("tf32" if matmul.allow_tf32 else "ieee")) == "tf32"
+
+
+def tf32_in_convolutions() -> bool:
+    """True if PyTorch has been told to multiply float32 in convolutions as TF32."""
+    convolutions = torch.backends.cudnn
+    if hasattr(convolutions, "conv"):  # from 2.9 on; asking the older flag may raise there
+        return convolutions.conv.fp32_precision == "tf32"
+    return convolutions.allow_tf32
+
+
+def tf32_flags() -> tuple[bool, bool]:
+    """Both."""
+    return tf32_in_products(), tf32_in_convolutions()

@@ -1,4 +1,4 @@
-"""Whether what is computed will have to be differentiated."""
+"""Is a gradient wanted?"""
 
 from __future__ import annotations
 
@@ -9,5 +9,5 @@ __all__ = ["wants_gradients"]
 
 
 def wants_gradients(*tensors: Tensor | None) -> bool:
-    """Whether gradients are recorded, and one of the tensors needs its own; None stands for what is left out."""
+    """True if gradients are recorded and one of the tensors requires one; None stands for an omitted tensor."""
     return torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in tensors)

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import importlib.util
+import os
 from functools import cache
 
 import torch
 from torch import Tensor
 
-__all__ = ["DTYPES", "missing", "precision", "setting"]
+__all__ = ["DTYPES", "INTERPRETED", "missing", "precision", "setting"]
 
+#: True if Triton runs kernels in its interpreter, on the CPU: slow, to check their arithmetic.
+INTERPRETED = os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "yes", "on")
 #: What tensor cores multiply.
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -47,5 +50,5 @@ def precision(x: Tensor, tf32: bool) -> str:
 
 
 def setting(dtype: torch.dtype, tf32: bool) -> str:
-    """The name of a type and a way to multiply, a key of `trials.verdicts.PRECISIONS`; arguments as of `precision`."""
+    """The name of a type and a way to multiply, a key of `autotune.results.PRECISIONS`; arguments as of `precision`."""
     return "tf32" if tf32 and dtype is torch.float32 else str(dtype).removeprefix("torch.")

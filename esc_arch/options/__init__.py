@@ -16,17 +16,14 @@ from esc_arch.training.distributed import gather_objects, init_dist, print_note,
 
 from .checks import check_options
 from .data_checks import CheckScope
-from .files import Options, apply_force_yml, load_options, load_with_positions, load_yaml
-from .inspection import Finding, Inspection, inspect_options
-from .positions import Place, Positions
+from .files import Options, apply_force_yml, load_options, load_yaml
+from .inspection import inspect_options
+from .problems import Problem
 
 __all__ = [
     "CheckScope",
-    "Finding",
-    "Inspection",
     "Options",
-    "Place",
-    "Positions",
+    "Problem",
     "add_arguments",
     "apply_force_yml",
     "check_options",
@@ -34,7 +31,6 @@ __all__ = [
     "init_dist",
     "inspect_options",
     "load_options",
-    "load_with_positions",
     "load_yaml",
     "parse_options",
     "print_note",

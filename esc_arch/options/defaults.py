@@ -9,20 +9,21 @@ import os
 from typing import Any
 
 import torch
-from basicsr.utils.registry import DATASET_REGISTRY
+from basicsr.utils.registry import DATASET_REGISTRY, MODEL_REGISTRY
 
 from esc_arch.data import ArbitraryScaleDataset
 from esc_arch.training.distributed import print_note
 
 from .files import Options
-from .key_checks import keys_that_model_reads
-from .keys import PATH, PATTERNS
-from .section_checks import entries, is_basicsr_s_or_ours, is_esc_model, sr_model
+from .keys import KEYS, find_key
+from .section_checks import entries, is_esc_model, is_known_code, sr_model
 
 __all__ = ["set_debug", "set_defaults", "set_paths"]
 
-_LOGGER_DEFAULTS = {"print_freq": 100, "save_checkpoint_freq": 5000, "use_tb_logger": False}
-_VAL_DEFAULTS = {"val_freq": 5000, "save_img": False, "suffix": None}
+_LOGGER_DEFAULTS = {
+    name: KEYS["logger"][name].default for name in ("print_freq", "save_checkpoint_freq", "use_tb_logger")
+}
+_VAL_DEFAULTS = {name: KEYS["val"][name].default for name in ("val_freq", "save_img", "suffix")}
 
 
 def set_defaults(opt: Options, is_train: bool) -> None:
@@ -52,7 +53,7 @@ def _set_tested_weights(opt: Options) -> None:
     paths, model = opt["path"], sr_model(opt)
     if not paths.get("pretrain_network_g") or "param_key_g" in paths:
         return
-    if model is not None and is_basicsr_s_or_ours(model.load_network):
+    if model is not None and is_known_code(model.load_network):
         train = opt.get("train")
         use_ema = train.get("use_ema") if isinstance(train, dict) else None
         paths["param_key_g"] = "params" if use_ema is False else "params_ema"
@@ -72,11 +73,15 @@ def set_paths(opt: Options, root_path: str, is_train: bool) -> None:
     """Expand `~` in `opt['path']` and set the folders that the run writes to.
 
     `experiments_root` and `results_root` of the file are folders to which the name is added, as in
-    BasicSR after 1.4.2 (fault 27). Keys that nothing reads, of which `key_checks` warns, are dropped: BasicSR
-    would make folders of their values (fault 33).
+    BasicSR after 1.4.2 (fault 27). Unknown keys, of which `key_checks` warns, are dropped: BasicSR would make folders
+    of their values (fault 33). A model of another package may read them, and they stay.
     """
-    read = keys_that_model_reads(opt, "path")
-    paths = {key: _expand_user(value) for key, value in opt["path"].items() if _is_path_key(key) or key in read}
+    read_by_others = not is_known_code(entries(MODEL_REGISTRY).get(str(opt.get("model_type"))))
+    paths = {
+        key: _expand_user(value)
+        for key, value in opt["path"].items()
+        if find_key(KEYS["path"], key) or (read_by_others and isinstance(value, str))
+    }
     bases = {
         "experiments_root": paths.pop("experiments_root", None) or "experiments",
         "results_root": paths.pop("results_root", None) or "results",
@@ -142,7 +147,3 @@ def _expand_user(value: Any) -> Any:
     if isinstance(value, list):
         return [_expand_user(entry) for entry in value]
     return os.path.expanduser(value) if isinstance(value, str) else value
-
-
-def _is_path_key(key: str) -> bool:
-    return key in PATH or key.startswith(tuple(PATTERNS["path"]))

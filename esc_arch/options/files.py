@@ -9,7 +9,8 @@ from __future__ import annotations
 import logging
 import os
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,8 @@ import yaml
 from esc_arch.errors import UserError
 from esc_arch.project import import_modules
 
-from .positions import Place, Positions, Repeated, repeated_keys
+from .positions import Positions
+from .problems import Place
 
 __all__ = ["Options", "YAMLError", "apply_force_yml", "load_options", "load_with_positions", "load_yaml"]
 
@@ -26,15 +28,12 @@ Options = dict[str, Any]
 
 #: Far more than any option file has; files that expand to more (aliases of aliases) would take for ever to check.
 _MAX_VALUES = 100_000
-#: The C parser calls itself for each level, and crashes when there are too many.
 _MAX_DEPTH = 100
+_TOO_DEEP = f"more than {_MAX_DEPTH} levels of lists and mappings in each other; take some out"
 
 _FLOAT_TAG = "tag:yaml.org,2002:float"
 _FORCE_FORM = "--force_yml takes KEY[:KEY...]=VALUE, such as train:ema_decay=0.999"
 _FILE = "option file "
-
-# The C loader is many times faster; PyYAML built without libyaml has only the Python one.
-_SafeLoader: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 
 
 class YAMLError(UserError):
@@ -45,7 +44,7 @@ class YAMLError(UserError):
         self.place = place
 
 
-class _OptionLoader(_SafeLoader):
+class _OptionLoader(yaml.SafeLoader):
     """YAML's plain data types only, with `5e-4` read as a number."""
 
     def construct_object(self, node: yaml.Node, deep: bool = False) -> Any:
@@ -94,9 +93,10 @@ def load_yaml(text_or_path: str | os.PathLike[str]) -> Options:
         source, text = "the option text", text_or_path
     else:
         source, text = f"{_FILE}{os.fspath(text_or_path)}", _read_text(Path(text_or_path))
-    options, _, repeated = _options(source, text)
-    for line, _, key, message in repeated:
-        logging.getLogger("basicsr").warning("%s, line %d: %s %s.", source, line, key, message)
+    options, positions = _options(source, text)
+    for problem in positions.repeated.values():
+        line = problem.place.line if problem.place else None
+        logging.getLogger("basicsr").warning("%s, line %s: %s %s.", source, line, problem.path, problem.message)
     return options
 
 
@@ -113,18 +113,17 @@ def load_options(path: str | os.PathLike[str], force_yml: Iterable[str] = ()) ->
 
 
 def load_with_positions(path: str | os.PathLike[str]) -> tuple[Options, Positions]:
-    """The mapping in an option file, and where its keys stand; otherwise as `load_yaml`."""
-    options, root, repeated = _options(f"{_FILE}{os.fspath(path)}", _read_text(Path(path)))
-    return options, Positions(os.fspath(path), root, repeated)
+    """The mapping in an option file, and where its keys are; otherwise as `load_yaml`."""
+    return _options(f"{_FILE}{os.fspath(path)}", _read_text(Path(path)))
 
 
-def _options(source: str, text: str) -> tuple[Options, yaml.Node | None, list[Repeated]]:
-    options, root, repeated = _parse(text, source)
+def _options(source: str, text: str) -> tuple[Options, Positions]:
+    options, positions = _parse(text, source)
     if options is None:
         raise UserError(f"{source} is empty. Write the options into it as 'key: value' lines.")
     if not isinstance(options, dict):
         raise UserError(f"{source} holds {type(options).__name__} at its top level; it must be 'key: value' lines.")
-    return options, root, repeated
+    return options, positions
 
 
 def apply_force_yml(opt: Options, entries: Iterable[str], positions: Positions | None = None) -> None:
@@ -189,23 +188,24 @@ def _read_text(path: Path) -> str:
         raise UserError(f"option file {path} cannot be read: {error.strerror}. Give the path of a .yml file.") from None
 
 
-def _parse(text: str, source: str) -> tuple[Any, yaml.Node | None, list[Repeated]]:
+def _parse(text: str, source: str) -> tuple[Any, Positions]:
+    file = source.removeprefix(_FILE)
     try:
-        _refuse_depth(text)
         loader = _OptionLoader(text)
         try:
             root = loader.get_single_node()
             if root is None:
-                return None, None, []
-            _refuse_size(root)
-            repeated = list(repeated_keys(root))  # before the loader puts merged keys into the nodes
-            return loader.construct_document(root), root, repeated
+                return None, Positions(file, None)
+            _check_aliases(root, (), count(1))
+            positions = Positions(file, root)  # before the loader puts merged keys into the nodes
+            return loader.construct_document(root), positions
         finally:
             loader.dispose()
     except yaml.MarkedYAMLError as error:
         raise _error_at(error.problem_mark or error.context_mark, source, str(error.problem)) from None
-    # Characters YAML forbids; !!float of a word; 2024-13-45, which looks like a date; a list as a key
-    except (yaml.YAMLError, ValueError, TypeError, OverflowError, RecursionError) as error:
+    except RecursionError:
+        raise YAMLError(f"{source}: {_TOO_DEEP}") from None
+    except (yaml.YAMLError, ValueError, TypeError, OverflowError) as error:  # such as characters that YAML forbids
         raise YAMLError(f"{source}: {error}") from None
 
 
@@ -218,43 +218,18 @@ def _error_at(mark: Any, source: str, problem: str) -> YAMLError:
     return YAMLError(f"{source}, line {line}, column {column}: {problem}")
 
 
-def _refuse_depth(text: str) -> None:
-    depth = 0
-    problem = f"more than {_MAX_DEPTH} levels of lists and mappings in each other; take some out"
-    try:
-        for event in yaml.parse(text, Loader=_SafeLoader):
-            depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
-            if depth > _MAX_DEPTH:
-                mark: Any = event.start_mark
-                raise yaml.MarkedYAMLError(problem=problem, problem_mark=mark)
-    except yaml.MarkedYAMLError as error:
-        # PyYAML 6.0.4 looks so far ahead that its own limit, of 1000 levels, may come first
-        if "nesting" in str(error.problem):
-            error.problem = problem
-        raise
-
-
-def _refuse_size(root: yaml.Node) -> None:
-    """Refuse aliases (*NAME) that lead to themselves, or to so much that it could never be gone through."""
-    if _extent(root, {})[0] > _MAX_VALUES:
-        raise yaml.YAMLError(f"its aliases (*NAME) expand to more than {_MAX_VALUES} values; write fewer of them")
-
-
-def _extent(node: yaml.Node, known: dict[int, tuple[int, int]]) -> tuple[int, int]:
-    """How many values a node has, one with aliases as often as they lead there, and on how many levels."""
-    if isinstance(node, yaml.ScalarNode):
-        return 1, 1
-    if id(node) not in known:
-        known[id(node)] = 0, 0
-        parts = [part for pair in node.value for part in pair] if isinstance(node, yaml.MappingNode) else node.value
-        extents = [_extent(part, known) for part in parts]
-        known[id(node)] = 1 + sum(size for size, _ in extents), 1 + max((levels for _, levels in extents), default=0)
-    size, levels = known[id(node)]
-    if size == 0:
-        raise yaml.MarkedYAMLError(
-            problem="an alias leads back to this; write the values", problem_mark=node.start_mark
-        )
-    if levels > _MAX_DEPTH:
-        problem = f"aliases (*NAME) make more than {_MAX_DEPTH} levels; write the values"
+def _check_aliases(node: yaml.Node, above: tuple[yaml.Node, ...], values: Iterator[int]) -> None:
+    """Refuse too many levels, and aliases (*NAME) that lead to themselves, or to more values than could be checked."""
+    problem = None
+    if any(node is other for other in above):
+        problem = "an alias leads back to this; write the values"
+    elif len(above) > _MAX_DEPTH:
+        problem = _TOO_DEEP
+    if problem:
         raise yaml.MarkedYAMLError(problem=problem, problem_mark=node.start_mark)
-    return size, levels
+    if next(values) > _MAX_VALUES:
+        raise yaml.YAMLError(f"its aliases (*NAME) expand to more than {_MAX_VALUES} values; write fewer of them")
+    if not isinstance(node, yaml.ScalarNode):
+        for part in node.value:
+            for child in part if isinstance(node, yaml.MappingNode) else [part]:
+                _check_aliases(child, (*above, node), values)

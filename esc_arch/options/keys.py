@@ -1,427 +1,318 @@
-"""The keys of option files: what each means, and which values it takes.
+"""The keys of option files: what each means, who reads it, and which values it takes.
 
-One list serves the checks, the suggestions for mistyped keys and the JSON schema. It has what BasicSR's pipelines and
-all models share, and what its models and datasets and ours read by name; arguments of networks, losses, metrics,
+The checks, the suggestions for mistyped keys, the defaults and the JSON schema follow from this one table. It has what
+BasicSR's pipelines and BasicSR's and our models and data sets read by name; arguments of networks, losses, metrics,
 optimisers and schedulers come from their constructors.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field
-from typing import Any
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 from esc_arch.models.esc_model import PROTOCOLS
 from esc_arch.models.performance import COMPILE_MODES
 
-__all__ = [
-    "DATASET",
-    "DATASET_TYPES",
-    "GENERAL",
-    "GENERAL_OF_MODELS",
-    "LOGGER",
-    "LOSS",
-    "METRIC",
-    "OLD_NAMES",
-    "PATH",
-    "PATTERNS",
-    "TRAIN",
-    "TRAIN_OF_MODELS",
-    "UNUSED",
-    "VAL",
-    "VAL_OF_MODELS",
-    "WANDB",
-    "Key",
-    "fits",
-]
-
-Schema = Mapping[str, Any]
+__all__ = ["DATASET", "IGNORED", "KEYS", "KINDS", "LOSS", "METRIC", "OLD_NAMES", "REQUIRED", "Key", "find_key"]
 
 
-@dataclass(frozen=True)
-class Key:
-    """What an option means, in words, and its values, in words and as JSON schema; null too, unless it is `needed`."""
+class Kind(NamedTuple):
+    """A kind of values, in words, as a test and as JSON schema."""
 
-    description: str
-    wanted: str = ""
-    schema: Schema = field(default_factory=dict)
-    needed: bool = False
-
-    def takes(self, value: Any) -> bool:
-        return (value is None and not self.needed) or fits(value, self.schema)
-
-
-def fits(value: Any, schema: Schema) -> bool:
-    """Whether a value is as a schema says, of the words of JSON schema that are used here."""
-    if "anyOf" in schema:
-        return any(fits(value, part) for part in schema["anyOf"])
-    if "enum" in schema:  # 1 == True, and 0 == False
-        return any(value == entry and isinstance(value, bool) == isinstance(entry, bool) for entry in schema["enum"])
-    kind = schema.get("type")
-    if kind is not None and not _IS[kind](value):
-        return False
-    if kind == "array":
-        least, most = schema.get("minItems", 0), schema.get("maxItems", len(value))
-        return least <= len(value) <= most and all(fits(entry, schema.get("items", {})) for entry in value)
-    if kind in ("integer", "number"):
-        above = "exclusiveMinimum" not in schema or value > schema["exclusiveMinimum"]
-        return above and value >= schema.get("minimum", value) and value <= schema.get("maximum", value)
-    return True
+    wanted: str
+    accepts: Callable[[Any], bool]
+    schema: dict[str, Any]
 
 
 def _is_number(value: Any) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool)
 
 
-_IS = {
-    "string": lambda value: isinstance(value, str),
-    "boolean": lambda value: isinstance(value, bool),
-    "number": _is_number,
-    # 5e5 is a float that is whole
-    "integer": lambda value: _is_number(value) and (isinstance(value, int) or value.is_integer()),
-    "array": lambda value: isinstance(value, list),
-    "object": lambda value: isinstance(value, dict),
-}
+def _is_list(value: Any, is_part: Callable[[Any], bool]) -> bool:
+    return isinstance(value, list) and all(map(is_part, value))
 
 
-def _text(description: str) -> Key:
-    return Key(description, "text, in quotes if it looks like a number", {"type": "string"})
+def _is_text(value: Any) -> bool:
+    return isinstance(value, str | None)  # lists for several folders may have null for one
 
 
-def _texts(description: str) -> Key:
-    text = {"type": "string"}
-    wanted = "text, or a list of texts"
-    return Key(description, wanted, {"anyOf": [text, {"type": "array", "items": text}]})
-
-
-def _flag(description: str) -> Key:
+KINDS = {
+    "any": Kind("", lambda value: True, {}),
+    "text": Kind("text, in quotes if it looks like a number", _is_text, {"type": "string"}),
+    "texts": Kind("a list of texts", lambda value: _is_list(value, _is_text), {"type": "array"}),
     # 0 and 1 do the same in Python; quoted words would all be true
-    return Key(description, "true or false, without quotes", {"anyOf": [{"type": "boolean"}, {"enum": [0, 1]}]})
-
-
-def _choice(description: str, *values: Any) -> Key:
-    return Key(description, f"one of {', '.join(map(str, values))}", {"enum": list(values)})
-
-
-def _whole(description: str, least: int, example: int) -> Key:
-    wanted = f"a whole number of at least {least}, such as {example}"
-    return Key(description, wanted, {"type": "integer", "minimum": least})
-
-
-def _number(description: str, wanted: str = "a number", **bounds: float) -> Key:
-    return Key(description, wanted, {"type": "number", **bounds})
-
-
-def _share(description: str) -> Key:
-    return _number(description, "a number from 0 to 1", minimum=0, maximum=1)
-
-
-def _numbers(description: str, count: int | None = None) -> Key:
-    schema: dict[str, Any] = {"type": "array", "items": {"type": "number"}}
-    if count is not None:
-        schema |= {"minItems": count, "maxItems": count}
-    return Key(description, f"a list of {count} numbers" if count else "a list of numbers", schema)
-
-
-def _section(description: str) -> Key:
-    return Key(description, "a mapping of 'key: value' lines", {"type": "object"})
-
-
-_RATES = {"type": "number", "exclusiveMinimum": 0}
-
-GENERAL: dict[str, Key] = {
-    "name": _text("The run's name, and that of its folder below experiments/ or results/."),
-    "import": _texts("Modules of your own package to import first, which register its classes, such as hat.archs."),
-    "model_type": _text("What trains and tests the network."),
-    "scale": _number("How many times larger the output is.", "a number of at least 1, such as 4", minimum=1),
-    "num_gpu": Key(
-        "GPUs to use: auto, or a number; 0 is the CPU.",
-        "auto, 0 (CPU) or a number of GPUs",
-        {"anyOf": [{"enum": ["auto"]}, {"type": "integer", "minimum": 0}]},
-    ),
-    "manual_seed": _whole("Seed of all random numbers; a random one when left out.", 0, 0),
-    "datasets": _section("The data sets: train, and val, val_1, val_NAME, ... (testing: test, test_1, ... too)."),
-    "path": _section("Weights to start from, and folders."),
-    "train": _section("Losses, optimisers, schedule and length of a training."),
-    "val": _section("How often and by what to validate. Left out when training, there is no validation."),
-    "logger": _section("What is logged and saved how often."),
-    "dist_params": _section("Of --launcher slurm: backend and port."),
-    "find_unused_parameters": _flag("Distributed training of networks that do not use all parameters in each step."),
+    "flag": Kind("true or false, without quotes", lambda value: value in (0, 1), {"enum": [True, False, 0, 1]}),
+    # 5e5 is a float that is whole
+    "int": Kind("a whole number", lambda value: _is_number(value) and value % 1 == 0, {"type": "integer"}),
+    "number": Kind("a number", _is_number, {"type": "number"}),
+    "numbers": Kind("a list of numbers", lambda value: _is_list(value, _is_number), {"type": "array"}),
+    "mapping": Kind("a mapping of 'key: value' lines", lambda value: isinstance(value, dict), {"type": "object"}),
 }
 
-#: Read by single model types at the top level.
-GENERAL_OF_MODELS: dict[str, Key] = {
-    "gt_size": _whole("Real-ESRGAN: side of the HR patches in pixels; divisible by scale.", 1, 256),
-    "queue_size": _whole("Real-ESRGAN: pairs in the training-pair pool.", 0, 180),
-    "high_order_degradation": _flag("Real-ESRGAN: false trains with the data set's pairs as they are."),
-    "gt_usm": _flag("RealESRNet: whether the target is sharpened."),
-    "l1_gt_usm": _flag("Real-ESRGAN: whether the target of the L1 loss is sharpened."),
-    "percep_gt_usm": _flag("Real-ESRGAN: whether the target of the perceptual loss is sharpened."),
-    "gan_gt_usm": _flag("Real-ESRGAN: whether what the discriminator takes for real is sharpened."),
-    "second_blur_prob": _share("Real-ESRGAN: probability of the second blur."),
-    **{
-        f"{name}{stage}": key
-        for stage in ("", "2")
-        for name, key in {
-            "resize_prob": _numbers("Real-ESRGAN: probabilities of resizing up, down and keeping the size.", 3),
-            "resize_range": _numbers("Real-ESRGAN: smallest and largest factor of resizing.", 2),
-            "gaussian_noise_prob": _share("Real-ESRGAN: probability of Gaussian noise; Poisson noise otherwise."),
-            "noise_range": _numbers("Real-ESRGAN: standard deviation of the noise, of 255.", 2),
-            "poisson_scale_range": _numbers("Real-ESRGAN: scale of the Poisson noise.", 2),
-            "gray_noise_prob": _share("Real-ESRGAN: probability of noise that is grey."),
-            "jpeg_range": _numbers("Real-ESRGAN: JPEG quality.", 2),
-        }.items()
-    },
-}
 
-PATH: dict[str, Key] = {
-    "resume_state": _text("The training state (.state) to resume from; --auto_resume finds the newest itself."),
-    "ignore_resume_networks": _texts("Networks whose pretrain_network_* is kept when resuming, such as [network_d]."),
-    "experiments_root": _text("Folder that trainings are put in (experiments)."),
-    "results_root": _text("Folder that tests are put in (results)."),
-    "pretrain_network_g": _text("Weights to start from: .pth or .safetensors."),
-    "param_key_g": _text("What of the weights to take. Default: training params, testing params_ema if there."),
-    "strict_load_g": _flag("Whether every name and shape must fit; with false only what fits is loaded, and said so."),
-}
+@dataclass(frozen=True)
+class Key:
+    """An option.
 
-#: Keys that are made from the names of networks, optimisers and the like: the section, the beginning, an example.
-PATTERNS: dict[str, dict[str, Key]] = {
-    "": {"network_": _section("A network: its type, and the arguments of its constructor.")},
-    "path": {
-        "pretrain_network_": PATH["pretrain_network_g"],
-        "param_key_": PATH["param_key_g"],
-        "strict_load_": PATH["strict_load_g"],
-    },
-    "train": {"optim_": _section("An optimiser: its type, its lr, and further arguments of its constructor.")},
-}
+    Attributes:
+        kinds: the names of the `KINDS` of values it takes, with blanks between; none if it takes `choices` alone.
+        doc: what it means, in one line.
+        reader: the models or data sets that read it; empty: BasicSR's pipelines, or all data sets.
+        least, most, above: bounds of a number, or of those in a list; `above` is not included.
+        length: of a list.
+        choices: values that it takes beside those of `kinds`.
+        default: the value if it is left out.
+        example: a value to suggest where there is no default.
+        nullable: whether null is the same as leaving it out.
+    """
 
-TRAIN: dict[str, Key] = {
-    "total_iter": _whole("Iterations of the training.", 1, 500000),
-    "warmup_iter": Key(
-        "Iterations in which the learning rate rises from 0; -1: none.",
-        "a whole number of iterations, or -1 for none",
-        {"type": "integer", "minimum": -1},
-    ),
-    "ema_decay": _number(
-        "Decay of the moving average of the weights; 0: none.",
-        "a number from 0 (no average) to 1, such as 0.999",
-        minimum=0,
-        maximum=1,
-    ),
-    "optim_g": _section("The optimiser: its type, its lr, and further arguments of its constructor."),
-    "scheduler": _section("How the learning rate changes: type and arguments."),
-    "pixel_opt": _section("The loss by pixels, such as {type: L1Loss, loss_weight: 1.0, reduction: mean}."),
-    "perceptual_opt": _section("The loss by features of VGG: {type: PerceptualLoss, layer_weights: ...}."),
-}
+    kinds: str
+    doc: str
+    reader: str = ""
+    least: float | None = None
+    most: float | None = None
+    above: float | None = None
+    length: int | None = None
+    choices: tuple[Any, ...] = ()
+    default: Any = None
+    example: Any = None
+    nullable: bool = True
 
-#: Read by single model types in `train:`; those of ESCModel as well.
-TRAIN_OF_MODELS: dict[str, Key] = {
-    "gan_opt": _section("The adversarial loss, such as {type: GANLoss, gan_type: vanilla, loss_weight: 0.1}."),
-    "ldl_opt": _section("SRGAN: the loss by local discrimination (LDL)."),
-    "feature_matching_opt": _section("HiFaceGAN: the loss by the discriminator's features."),
-    "net_d_iters": _whole("GANs: the generator is trained each so many iterations.", 1, 1),
-    "net_d_init_iters": _whole("GANs: iterations in which the discriminator alone is trained.", 0, 0),
-    "tsa_iter": _whole("EDVR: iterations in which the TSA module alone is trained.", 0, 50000),
-    "dcn_lr_mul": _number("EDVR: factor of the learning rate of deformable convolutions."),
-    "fix_flow": Key(
-        "Recurrent video models: iterations in which the optical flow is kept as it is.",
-        "a whole number of iterations, or true or false",
-        {"anyOf": [{"type": "integer", "minimum": -1}, {"type": "boolean"}]},
-    ),
-    "flow_lr_mul": _number("Recurrent video models: factor of the learning rate of the optical flow."),
-    "lr_flow": _number("Recurrent video GANs: learning rate of the optical flow."),
-    "r1_reg_weight": _number("StyleGAN2: weight of the R1 regularisation."),
-    "path_reg_weight": _number("StyleGAN2: weight of the path length regularisation."),
-    "path_batch_shrink": _number("StyleGAN2: the path length is computed from a batch smaller by this."),
-    "net_g_reg_every": _whole("StyleGAN2: iterations between the generator's regularisations.", 1, 4),
-    "net_d_reg_every": _whole("StyleGAN2: iterations between the discriminator's regularisations.", 1, 16),
-    "mixing_prob": _share("StyleGAN2: probability of mixing styles."),
-    "amp": _choice("ESCModel: mixed precision.", "bf16", "fp16"),
-    "channels_last": _flag("ESCModel: memory layout for tensor cores and CPUs."),
-    "compile": Key(
-        "ESCModel: training steps by torch.compile; true or its mode.",
-        f"true, false or one of {', '.join(COMPILE_MODES)}",
-        {"anyOf": [{"type": "boolean"}, {"enum": list(COMPILE_MODES)}]},
-    ),
-    "accumulate_grad": _whole("ESCModel: parts that a batch is computed in, to save memory.", 1, 2),
-    "activation_checkpointing": _flag("ESCModel: less memory for about a third more time."),
-    "gradient_clip": Key(
-        "ESCModel: the largest norm of all gradients. ESRModel: halved after 50,000 iterations.",
-        "a positive number",
-        _RATES,
-    ),
-    "use_amp": _flag("ESRModel: amp: fp16, by its published name."),
-    "use_ema": _flag("ESCModel: as published. Testing: whether params_ema is tested when param_key_g is left out."),
-    "wave_opt": _section("Of the published ESRModel: not known here."),
-    "mesa_opt": _section("Of the published ESRModel: not known here."),
-    "reset_momentum_iter": _whole("Of the published ESRModel: not known here.", 0, 0),
-    "tf32": _flag("ESCModel: float32 products in TF32 on GPUs."),
-    "nonfinite": _choice(
-        "ESCModel: what a loss that is no number does: end the run, or skip the step.", "stop", "skip"
-    ),
-    "losses": _section("ESCModel: further losses by name, such as fft: {type: FFTLoss, loss_weight: 0.05}."),
-    "freeze": Key(
-        "ESCModel: patterns of parameters that stay as they are, such as ['blocks.0.*'].",
-        "a list of patterns of parameter names",
-        {"type": "array", "items": {"type": "string"}},
-    ),
-    "lr_factors": _section("ESCModel: patterns of parameters with a factor of their learning rate."),
-}
+    def accepts(self, value: Any) -> bool:
+        if value is None:
+            return self.nullable
+        fits = any(KINDS[kind].accepts(value) for kind in self.kinds.split()) and self._in_range(value)
+        return fits or any(value == choice and type(value) is type(choice) for choice in self.choices)
 
-VAL: dict[str, Key] = {
-    "val_freq": _whole("Iterations between validations.", 1, 5000),
-    "save_img": _flag("Whether results are saved as images."),
-    "suffix": _text("What is put behind the names of saved images; the run's name when left out."),
-    "metrics": _section("Metrics by name, such as psnr: {type: calculate_psnr, crop_border: 4, test_y_channel: true}."),
-    "pbar": _flag("Whether a progress bar is shown."),
-}
+    def _in_range(self, value: Any) -> bool:
+        parts = value if isinstance(value, list) else [value]
+        return (
+            (self.length is None or not isinstance(value, list) or len(value) == self.length)
+            and (self.least is None or all(part >= self.least for part in parts))
+            and (self.most is None or all(part <= self.most for part in parts))
+            and (self.above is None or all(part > self.above for part in parts))
+        )
 
-#: Read by single model types in `val:`.
-VAL_OF_MODELS: dict[str, Key] = {
-    "comparison": _flag("ESCModel: pictures of bicubic, result and ground truth, with their PSNR."),
-    "protocol": _choice("ESCModel: how to test.", *PROTOCOLS),
-    "per_image": _flag("ESCModel: metrics of each image in visualization/per_image/."),
-    "tb_images": _whole("ESCModel: images of each set to show in TensorBoard.", 0, 3),
-    "flip_seq": _flag("Recurrent video models: the mean of the sequence and the flipped one."),
-    "center_frame_only": _flag("Recurrent video models: metrics of the centre frame alone."),
-    "num_val_samples": _whole("StyleGAN2: images that are made.", 1, 16),
-}
+    @property
+    def wanted(self) -> str:
+        """The values that it takes, in words."""
+        *parts, last = [*(KINDS[kind].wanted for kind in self.kinds.split()), *map(str, self.choices)]
+        text = f"{', '.join(parts)} or {last}" if parts else last
+        if self.length is not None:
+            text = text.replace("list of", f"list of {self.length}")
+        if self.least is not None:
+            text += f" of at least {self.least}" if self.most is None else f" from {self.least} to {self.most}"
+        if self.above is not None:
+            text += f" above {self.above}"
+        return text if self.example is None else f"{text}, such as {self.example}"
 
-#: Of the entries of `val: metrics:`, where BasicSR's and our metrics have them.
-METRIC: dict[str, Key] = {
-    "crop_border": Key(
-        "Pixels at each edge that are not counted; the scale, by custom. ESCLTEModel: scale, for that of the data set.",
-        "a whole number from 0 to 1000, such as 4 (with ESCLTEModel also: scale)",
-        {"anyOf": [{"type": "integer", "minimum": 0, "maximum": 1000}, {"enum": ["scale"]}]},
-        needed=True,
-    ),
-    "input_order": _choice("How images are laid out; BasicSR hands them over as HWC.", "HWC", "CHW"),
-    "test_y_channel": _flag("Whether the luma channel alone is counted."),
-}
 
-#: Of losses, where BasicSR's and ours have them.
-LOSS: dict[str, Key] = {
-    "loss_weight": Key("What the loss is multiplied by.", "a number, such as 1.0", {"type": "number"}, needed=True),
-    "reduction": Key(
-        "How the differences of all pixels become one number.", "mean or sum", {"enum": ["mean", "sum"]}, needed=True
+def find_key(table: Mapping[str, Key], name: str) -> Key | None:
+    """The key of that name; names that end with * in the table stand for all that begin so."""
+    patterns = (key for start, key in table.items() if start.endswith("*") and name.startswith(start[:-1]))
+    return table.get(name) or next((key for key in patterns if f"{name}*" not in table), None)
+
+
+def _for_both_stages(**keys: Key) -> dict[str, Key]:
+    """Keys of a degradation that is applied twice; those of the second stage end with 2."""
+    return {name + suffix: key for suffix in ("", "2") for name, key in keys.items()}
+
+
+def _unchecked(reader: str, names: str) -> dict[str, Key]:
+    """Keys of BasicSR's other models and data sets: known, but not what they take."""
+    return {name: Key("any", "See its documentation.", reader) for name in names.split()}
+
+
+_ESC, _REAL, _REAL_DATA, _SOME = "ESCModel", "Real-ESRGAN", "RealESRGANDataset", "some types"
+
+_GENERAL = {
+    "name": Key("text", "The run's name, and that of its folder in experiments/ or results/."),
+    "import": Key("text texts", "Modules of your own package to import first, such as hat.archs."),
+    "model_type": Key("text", "The class that trains and tests the network."),
+    "scale": Key("number", "How many times larger the output is.", least=1, example=4),
+    "num_gpu": Key("int", "GPUs to use: auto, or a number; 0 is the CPU.", least=0, choices=("auto",), default="auto"),
+    "manual_seed": Key("int", "Seed of all random numbers; random if left out.", least=0, most=2**32 - 1),
+    "datasets": Key("mapping", "Data sets: train, and val, val_1, val_NAME, ... (testing: test, test_1, ... too)."),
+    "path": Key("mapping", "Weights to start from, and folders."),
+    "train": Key("mapping", "Losses, optimisers, schedule and length of a training."),
+    "val": Key("mapping", "How often and by what to validate. Without it, a training does not validate."),
+    "logger": Key("mapping", "What to log and save, and how often."),
+    "dist_params": Key("mapping", "Of --launcher slurm: backend and port."),
+    "find_unused_parameters": Key("flag", "Distributed training of networks with parameters that a step may not use."),
+    "network_*": Key("mapping", "A network: its type, and the arguments of its constructor."),
+    "gt_size": Key("int", "Side of the HR patches in pixels; divisible by scale.", _REAL, least=1, example=256),
+    "queue_size": Key("int", "Pairs in the training-pair pool.", _REAL, least=0, default=180),
+    "high_order_degradation": Key("flag", "False trains with the data set's pairs as they are.", _REAL),
+    "gt_usm": Key("flag", "RealESRNet: sharpen the target.", _REAL),
+    "l1_gt_usm": Key("flag", "Sharpen the target of the L1 loss.", _REAL),
+    "percep_gt_usm": Key("flag", "Sharpen the target of the perceptual loss.", _REAL),
+    "gan_gt_usm": Key("flag", "Sharpen what the discriminator takes for real.", _REAL),
+    "second_blur_prob": Key("number", "Probability of the second blur.", _REAL, least=0, most=1),
+    **_for_both_stages(
+        resize_prob=Key("numbers", "Probabilities of enlarging, reducing, keeping.", _REAL, length=3),
+        resize_range=Key("numbers", "Smallest and largest factor of resizing.", _REAL, length=2),
+        gaussian_noise_prob=Key("number", "Probability of Gaussian, else Poisson noise.", _REAL, least=0, most=1),
+        noise_range=Key("numbers", "Standard deviation of the noise, of 255.", _REAL, length=2),
+        poisson_scale_range=Key("numbers", "Scale of the Poisson noise.", _REAL, length=2),
+        gray_noise_prob=Key("number", "Probability of grey noise.", _REAL, least=0, most=1),
+        jpeg_range=Key("numbers", "JPEG quality.", _REAL, length=2),
     ),
 }
 
-LOGGER: dict[str, Key] = {
-    "print_freq": _whole("Iterations between log lines.", 1, 100),
-    "save_checkpoint_freq": _whole("Iterations between checkpoints.", 1, 5000),
-    "use_tb_logger": _flag("Whether figures are written for TensorBoard."),
-    "keep_last": _whole("So many checkpoints are kept, and the best; all when left out.", 1, 3),
-    "wandb": _section("Weights & Biases."),
+_PATH = {
+    "resume_state": Key("text", "The training state (.state) to resume from; --auto_resume finds the newest itself."),
+    "ignore_resume_networks": Key("text texts", "Networks that keep pretrain_network_*, such as [network_d]."),
+    "experiments_root": Key("text", "Folder of trainings.", default="experiments"),
+    "results_root": Key("text", "Folder of tests.", default="results"),
+    "pretrain_network_*": Key("text", "Weights to start from: .pth or .safetensors."),
+    "param_key_*": Key("text", "Entry of the weights file. Default: params; to test, params_ema if the file has it."),
+    "strict_load_*": Key("flag", "Every name and shape must fit; if false, only what fits is loaded, with a message."),
 }
 
-WANDB: dict[str, Key] = {
-    "project": _text("The project; nothing is sent when left out."),
-    "resume_id": _text("The id of the run to go on with."),
+_TRAIN = {
+    "total_iter": Key("int", "Iterations of the training.", least=1, example=500000, nullable=False),
+    "warmup_iter": Key("int", "Iterations in which the learning rate rises from 0; -1: none.", least=-1, default=-1),
+    "ema_decay": Key("number", "Decay of the moving average of the weights; 0: none.", least=0, most=1, example=0.999),
+    "optim_*": Key("mapping", "An optimiser: its type, its lr, and further arguments of its constructor."),
+    "scheduler": Key("mapping", "How the learning rate changes: type and arguments."),
+    "pixel_opt": Key("mapping", "Pixel loss, such as {type: L1Loss, loss_weight: 1.0, reduction: mean}."),
+    "perceptual_opt": Key("mapping", "Loss of VGG features: {type: PerceptualLoss, layer_weights: ...}."),
+    "amp": Key("", "Mixed precision.", _ESC, choices=("bf16", "fp16")),
+    "channels_last": Key("flag", "Memory layout for tensor cores and CPUs.", _ESC),
+    "compile": Key("flag", "Training steps by torch.compile: true, or its mode.", _ESC, choices=tuple(COMPILE_MODES)),
+    "accumulate_grad": Key("int", "Parts that a batch is computed in, to save memory.", _ESC, least=1, default=1),
+    "activation_checkpointing": Key("flag", "Less memory for about a third more time.", _ESC),
+    "gradient_clip": Key("number", "Largest norm of all gradients.", _ESC, above=0),
+    "use_amp": Key("flag", "ESRModel: amp: fp16, by its published name.", _ESC),
+    "use_ema": Key("flag", "As published. Testing: true takes params_ema if param_key_g is left out.", _ESC),
+    "tf32": Key("flag", "Float32 products in TF32 on GPUs.", _ESC),
+    "nonfinite": Key("", "At a non-finite loss: end the run, or skip the step.", _ESC, choices=("stop", "skip")),
+    "losses": Key("mapping", "Further losses by name, such as fft: {type: FFTLoss, loss_weight: 0.05}.", _ESC),
+    "freeze": Key("text texts", "Patterns of parameters that are not trained, such as ['blocks.0.*'].", _ESC),
+    "lr_factors": Key("mapping", "Patterns of parameters with a factor of their learning rate.", _ESC),
+    "gan_opt": Key("mapping", "Adversarial loss, such as {type: GANLoss, gan_type: vanilla, ...}.", "GANs"),
+    "net_d_iters": Key("int", "Train the generator every so many iterations.", "GANs", least=1, default=1),
+    "net_d_init_iters": Key("int", "Iterations of the discriminator alone.", "GANs", least=0, default=0),
+    **_unchecked("SRGAN, HiFaceGAN", "ldl_opt feature_matching_opt"),
+    **_unchecked("video models", "tsa_iter dcn_lr_mul fix_flow flow_lr_mul lr_flow"),
+    **_unchecked(
+        "StyleGAN2", "r1_reg_weight path_reg_weight path_batch_shrink net_g_reg_every net_d_reg_every mixing_prob"
+    ),
+    **_unchecked("published ESRModel", "wave_opt mesa_opt reset_momentum_iter"),
 }
 
-#: Of every data set.
+_VAL = {
+    "val_freq": Key("int", "Iterations between validations.", least=1, default=5000, nullable=False),
+    "save_img": Key("flag", "Save results as images.", default=False),
+    "suffix": Key("text", "Added to the names of saved images; the run's name if left out."),
+    "metrics": Key("mapping", "Metrics by name, such as psnr: {type: calculate_psnr, crop_border: 4, ...}."),
+    "pbar": Key("flag", "Show a progress bar.", default=True),
+    "comparison": Key("flag", "Pictures of bicubic, result and ground truth, with their PSNR.", _ESC),
+    "protocol": Key("", "How to test.", _ESC, choices=tuple(PROTOCOLS), default=PROTOCOLS[0]),
+    "per_image": Key("flag", "Metrics of each image in visualization/per_image/.", _ESC),
+    "tb_images": Key("int", "Images of each set to show in TensorBoard.", _ESC, least=0, nullable=False),
+    **_unchecked("video models", "flip_seq center_frame_only"),
+    **_unchecked("StyleGAN2", "num_val_samples"),
+}
+
+_LOGGER = {
+    "print_freq": Key("int", "Iterations between log lines.", least=1, default=100, nullable=False),
+    "save_checkpoint_freq": Key("int", "Iterations between checkpoints.", least=1, default=5000, nullable=False),
+    "use_tb_logger": Key("flag", "Log to TensorBoard.", default=False),
+    "keep_last": Key("int", "Keep only so many checkpoints, and the best; all if left out.", least=1, example=3),
+    "wandb": Key("mapping", "Weights & Biases: project and resume_id."),
+}
+
+_WANDB = {
+    "project": Key("text", "The project; nothing is sent if left out."),
+    "resume_id": Key("text", "The id of the run to go on with."),
+}
+
+#: The keys by section. Names that end with * stand for all that begin so.
+KEYS: dict[str, dict[str, Key]] = {
+    "": _GENERAL,
+    "path": _PATH,
+    "train": _TRAIN,
+    "val": _VAL,
+    "logger": _LOGGER,
+    "logger:wandb": _WANDB,
+}
+
+#: Of the entries of `val: metrics:`, and of losses: arguments that most have.
+METRIC = {
+    "crop_border": Key("int", "Pixels at each edge to ignore.", least=0, most=1000, choices=("scale",), nullable=False),
+    "input_order": Key("", "Layout of the images; BasicSR's is HWC.", choices=("HWC", "CHW")),
+    "test_y_channel": Key("flag", "Compare the luma channel alone."),
+}
+LOSS = {
+    "loss_weight": Key("number", "What the loss is multiplied by.", example=1.0, nullable=False),
+    "reduction": Key("", "How all differences become one number.", choices=("mean", "sum"), nullable=False),
+}
+
+#: Of the sections of `datasets:`.
 DATASET: dict[str, Key] = {
-    "name": _text("The data set's name, in logs and result folders."),
-    "type": _text("The class that reads it."),
-    "io_backend": _section("How files are read: {type: disk}, or {type: lmdb}."),
-    "scale": Key(
-        "The scale, where it is not that of the whole file; two numbers (height, width) for ESCLTE.",
-        "a number of at least 1, or two",
-        {
-            "anyOf": [
-                {"type": "number", "minimum": 1},
-                {"type": "array", "items": {"type": "number", "minimum": 1}, "minItems": 2, "maxItems": 2},
-            ]
-        },
+    "name": Key("text", "The data set's name, in logs and result folders."),
+    "type": Key("text", "The class that reads it."),
+    "io_backend": Key("mapping", "How files are read: {type: disk}, or {type: lmdb}."),
+    "scale": Key("number numbers", "Of this data set alone; ESCLTE: also [height, width].", least=1, length=2),
+    "batch_size_per_gpu": Key("int", "Training: samples in a batch of each GPU.", least=1, example=16),
+    "num_worker_per_gpu": Key("int", "Training: processes that load the data of each GPU.", least=0, default=4),
+    "dataset_enlarge_ratio": Key("number", "Training: passes through the data set in an epoch.", above=0, example=100),
+    "prefetch_mode": Key("", "Training: how batches are fetched ahead.", choices=("cpu", "cuda")),
+    "num_prefetch_queue": Key("int", "Training: batches fetched ahead by prefetch_mode cpu.", least=1, default=1),
+    "pin_memory": Key("flag", "Load batches into memory that GPUs can read."),
+    "persistent_workers": Key("flag", "Keep the loading processes after an epoch."),
+    "dataroot_gt": Key("text texts", "Folder or LMDB of the HR images; several for some types.", _SOME),
+    "dataroot_lq": Key("text texts", "Folder or LMDB of the LR images.", _SOME),
+    "meta_info_file": Key("text texts", "Text file with the names of the images to use, or one for each root.", _SOME),
+    "meta_info": Key("text texts", "RealESRGANDataset: text file with the paths of the images.", _SOME),
+    "filename_tmpl": Key("text", "Name of an LR file by that of its HR file.", _SOME, example="'{}x4'"),
+    "gt_size": Key("int", "Side of the HR patches in pixels; divisible by scale.", _SOME, least=1, example=256),
+    "lq_size": Key("int", "ArbitraryScaleDataset: side of the LR patches in pixels.", _SOME, least=1, example=64),
+    "scale_min": Key("number", "ArbitraryScaleDataset: the smallest scale.", _SOME, least=1),
+    "scale_max": Key("number", "ArbitraryScaleDataset: the largest scale.", _SOME, least=1),
+    "sample_q": Key("int", "ArbitraryScaleDataset: pixels of each patch that are predicted.", _SOME, least=1),
+    "round_lq": Key("flag", "DownsampleImageDataset: round LR images to 8 bits, as files are.", _SOME),
+    "use_hflip": Key("flag", "Flip patches at random.", _SOME),
+    "use_rot": Key("flag", "Rotate patches at random.", _SOME),
+    "mean": Key("numbers", "Subtracted from the channels.", _SOME),
+    "std": Key("numbers", "What the channels are divided by.", _SOME),
+    "color": Key("text", "y for the luma channel alone.", _SOME),
+    **_unchecked(
+        "video data sets",
+        "dataroot_flow num_frame val_partition test_mode interval_list random_reverse flip_sequence cache_data padding "
+        "use_duf_downsampling",
     ),
-    "batch_size_per_gpu": _whole("Training: samples in a batch of each GPU.", 1, 16),
-    "num_worker_per_gpu": _whole("Training: processes that load the data of each GPU.", 0, 8),
-    "dataset_enlarge_ratio": Key(
-        "Training: times that the data set is gone through in an epoch.", "a positive number, such as 100", _RATES
+    **_for_both_stages(
+        blur_kernel_size=Key("int", "Side of the blur kernels, odd.", _REAL_DATA, least=1, example=21),
+        kernel_list=Key("text texts", "Kinds of blur kernels.", _REAL_DATA),
+        kernel_prob=Key("numbers", "Probabilities of the kinds.", _REAL_DATA),
+        sinc_prob=Key("number", "Probability of a sinc kernel.", _REAL_DATA, least=0, most=1),
+        blur_sigma=Key("numbers", "Standard deviations of the kernels.", _REAL_DATA, length=2),
+        betag_range=Key("numbers", "Exponents of generalised Gaussian kernels.", _REAL_DATA, length=2),
+        betap_range=Key("numbers", "Exponents of plateau kernels.", _REAL_DATA, length=2),
     ),
-    "prefetch_mode": _choice("Training: how batches are fetched ahead.", "cpu", "cuda"),
-    "num_prefetch_queue": _whole("Training: batches fetched ahead by prefetch_mode cpu.", 1, 1),
-    "pin_memory": _flag("Whether batches are in memory that GPUs can read."),
-    "persistent_workers": _flag("Whether the loading processes live on after an epoch."),
+    "final_sinc_prob": Key("number", "Probability of a sinc filter at the end.", _REAL_DATA, least=0, most=1),
 }
 
-#: Read by single types of BasicSR's datasets and ours.
-DATASET_TYPES: dict[str, Key] = {
-    "dataroot_gt": _texts("Folder or LMDB of the HR images; several for some types."),
-    "dataroot_lq": _texts("Folder or LMDB of the LR images."),
-    "dataroot_flow": _text("Folder or LMDB of optical flow."),
-    "meta_info_file": Key(
-        "Text file with the names of the images to use, one in each line.",
-        "a text file, or a list with one for each root",
-        {"anyOf": [{"type": "string"}, {"type": "array"}]},
-    ),
-    "meta_info": _texts("RealESRGANDataset: text file with the paths of the images, one in each line."),
-    "filename_tmpl": _text("Name of an LR file by that of its HR file, such as '{}x4'."),
-    "gt_size": _whole("Side of the patches cut from HR images, in pixels; divisible by scale.", 1, 256),
-    "lq_size": _whole("ArbitraryScaleDataset: side of the LR patches in pixels.", 1, 64),
-    "scale_min": _number("ArbitraryScaleDataset: the smallest scale.", "a number of at least 1", minimum=1),
-    "scale_max": _number("ArbitraryScaleDataset: the largest scale.", "a number of at least 1", minimum=1),
-    "sample_q": _whole("ArbitraryScaleDataset: pixels of each patch that are asked for.", 1, 4096),
-    "round_lq": _flag("DownsampleImageDataset: whether LR images are rounded to 8 bits, as files are."),
-    "use_hflip": _flag("Whether patches are mirrored at random."),
-    "use_rot": _flag("Whether patches are turned at random."),
-    "mean": _numbers("Subtracted from the channels."),
-    "std": _numbers("What the channels are divided by."),
-    "color": _text("y for the luma channel alone."),
-    "num_frame": _whole("Frames of a sequence; -1: all, of recurrent test sets.", -1, 15),
-    "val_partition": _choice("Which clips of REDS are left out for validation.", "REDS4", "official"),
-    "test_mode": _flag("Whether the clips of the validation are taken."),
-    "interval_list": Key(
-        "Distances of frames to be drawn from.", "a list of numbers", {"type": "array", "items": {"type": "integer"}}
-    ),
-    "random_reverse": _flag("Whether sequences are reversed at random."),
-    "flip_sequence": _flag("Whether the reversed sequence is put behind a sequence."),
-    "cache_data": _flag("Whether all images are read into memory."),
-    "padding": _choice(
-        "How sequences go on beyond their ends.", "replicate", "reflection", "reflection_circle", "circle"
-    ),
-    "use_duf_downsampling": _flag("VideoTestDUFDataset: whether LR images are made by DUF's filter."),
-    "final_sinc_prob": _share("RealESRGANDataset: probability of a sinc filter at the end."),
-    **{
-        f"{name}{stage}": key
-        for stage in ("", "2")
-        for name, key in {
-            "blur_kernel_size": _whole("RealESRGANDataset: side of the blur kernels, odd.", 1, 21),
-            "kernel_list": Key(
-                "RealESRGANDataset: kinds of blur kernels.",
-                "a list of names",
-                {"type": "array", "items": {"type": "string"}},
-            ),
-            "kernel_prob": _numbers("RealESRGANDataset: probabilities of the kinds."),
-            "sinc_prob": _share("RealESRGANDataset: probability of a sinc kernel."),
-            "blur_sigma": _numbers("RealESRGANDataset: standard deviations of the kernels.", 2),
-            "betag_range": _numbers("RealESRGANDataset: exponents of generalised Gaussian kernels.", 2),
-            "betap_range": _numbers("RealESRGANDataset: exponents of plateau kernels.", 2),
-        }.items()
-    },
+#: What data sets of BasicSR's cannot do without, beyond what `data_checks` asks of all.
+REQUIRED = {
+    "FFHQDataset": ["dataroot_gt", "mean", "std", "use_hflip"],
+    "RealESRGANDataset": ["use_hflip", "use_rot", *(name for name, key in DATASET.items() if key.reader == _REAL_DATA)],
+    "RealESRGANPairedDataset": ["dataroot_gt", "dataroot_lq", "gt_size", "use_hflip", "use_rot"],
 }
 
-#: By section (`datasets` for a data set): keys that published option files of BasicSR have though it does not read
-#: them, and keys that it puts there itself.
-UNUSED: dict[str, set[str]] = {
-    "": {"gpu_ids", "set_CUDA_VISIBLE_DEVICES", *(
-        "rank", "world_size", "dist", "auto_resume", "is_train", "root_path", "use_tb_logger"
-    )},
-    "path": {"root", "models", "training_states", "log", "visualization"},
-    "train": set(),
-    "val": set(),
-    "logger": set(),
-    "datasets": {"use_shuffle", "use_flip", "phase"},
-}  # fmt: skip
-
+#: Keys that published option files of BasicSR have though it does not read them, and keys that it puts there itself.
+IGNORED = {
+    *("gpu_ids", "set_CUDA_VISIBLE_DEVICES", "use_tb_logger", "dist", "auto_resume", "is_train", "root_path"),
+    *("root", "models", "training_states", "log", "visualization", "use_shuffle", "use_flip", "phase"),
+}
 #: Keys of older versions of BasicSR, without effect in 1.4.2, with the names that they have now.
-OLD_NAMES: dict[str, dict[str, str]] = {
-    "path": {
-        "strict_load": "strict_load_g",
-        "pretrain_model_g": "pretrain_network_g",
-        "pretrain_model_d": "pretrain_network_d",
-        "strict_load_model_g": "strict_load_g",
-    },
-    "train": {"fix_iter": "fix_flow"},
+OLD_NAMES = {
+    "strict_load": "strict_load_g",
+    "strict_load_model_g": "strict_load_g",
+    "pretrain_model_g": "pretrain_network_g",
+    "pretrain_model_d": "pretrain_network_d",
+    "fix_iter": "fix_flow",
 }

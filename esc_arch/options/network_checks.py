@@ -1,4 +1,4 @@
-"""Whether the networks of an option file can be built and run, and the weights and parameters it names fit them.
+"""Checks of the networks of an option file: they can be built and run, and the weights and parameters named fit them.
 
 BasicSR finds out after it has put the old experiment's folder aside; here nothing on disk has been touched yet.
 Networks are built without memory for their weights (on PyTorch's meta device), so this takes milliseconds.
@@ -22,94 +22,90 @@ from esc_arch.errors import UserError
 from esc_arch.modules.window_attention import FactorBiasWindowAttention, WindowAttention
 from esc_arch.ops.cpu import NOT_BUILT
 from esc_arch.ops.gradients import wants_gradients
-from esc_arch.ops.window_attention import BACKENDS
+from esc_arch.ops.window_attention import WINDOW_ATTENTION
 from esc_arch.ops.window_attention.bias import parameters_of
 from esc_arch.training.parameter_groups import freeze, pattern_problems
 
 from .data_checks import CheckScope
 from .files import Options
-from .section_checks import entries, is_basicsr_s_or_ours, is_esc_model
+from .problems import Problem
+from .section_checks import entries, is_esc_model, is_known_code
 
 __all__ = ["check_networks"]
 
 
-def check_networks(opt: Options, is_train: bool, extent: CheckScope | None = None) -> Iterator[str]:
-    """All that is wrong with the values of `network_*`, the files of `path: pretrain_network_*`, and name patterns.
+def check_networks(opt: Options, is_train: bool, scope: CheckScope | None = None) -> Iterator[Problem]:
+    """What is wrong with the values of `network_*`, the files of `path: pretrain_network_*`, and name patterns.
 
-    An attention backend asked for by name that cannot train (or test) on this machine is wrong, too.
+    So is an attention backend asked for by name that cannot train (or test) on this machine.
 
     To be called when `checks.check_options` finds nothing wrong. A network that cannot be built without memory is
-    left to BasicSR; or, when `extent` is thorough, built with memory.
+    left to BasicSR; or, when `scope` is thorough, built with memory.
     """
-    extent = extent or CheckScope()
+    scope = scope or CheckScope()
     keys = [key for key in opt if key.startswith("network_") and (is_train or key == "network_g")]
     for key in [key for key in keys if isinstance(opt[key], dict)]:
-        net = _build(opt[key], extent)
+        net = _build(opt[key], scope)
         if isinstance(net, str):
-            yield f"{key}: {net}"
+            yield Problem(key, net)
         if not isinstance(net, nn.Module):
             continue
-        count = sum(parameter.numel() for parameter in net.parameters())
-        whose = "" if is_basicsr_s_or_ours(type(net)) else f" of {type(net).__module__}"
-        extent.facts.append(f"{key}: {opt[key]['type']}{whose} can be built, {count:,} parameters")
-        if extent.with_files:
-            yield from _check_pretrained(opt, key, net, extent)
-        extent.warnings += _published_defaults(key, opt[key])
+        if scope.thorough:
+            count = sum(parameter.numel() for parameter in net.parameters())
+            whose = "" if is_known_code(type(net)) else f" of {type(net).__module__}"
+            yield Problem(key, f"{opt[key]['type']}{whose} can be built, {count:,} parameters", "note")
+        if scope.with_files:
+            yield from _check_pretrained(opt, key, net, scope)
+        yield from _published_defaults(key, opt[key])
         if is_train and key == "network_g" and is_esc_model(opt):
-            yield from pattern_problems(net, opt["train"])
+            yield from map(Problem.parse, pattern_problems(net, opt["train"]))
             freeze(net, opt["train"])
-        if extent.with_files:
+        if scope.with_files:
             yield from _check_backends(opt, key, net, is_train)
         from_scratch = is_train and _pretrained(opt, key) is None and not _is_resumed(opt)
-        if from_scratch and _has_zero_factors(net):
-            extent.warnings.append(
-                f"{key}:attn_type: FlashBias's factors start at zero, where their gradients are zero, too, so "
+        factors = (module for module in net.modules() if isinstance(module, FactorBiasWindowAttention))
+        if from_scratch and not all(module.scaled for module in factors):
+            message = (
+                "FlashBias's factors start at zero, where their gradients are zero, too, so "
                 "positions would never be learned: name weights with bias tables as path:pretrain_network_g"
             )
+            yield Problem(f"{key}:attn_type", message, "warning")
 
 
-def _published_defaults(key: str, section: Options) -> Iterator[str]:
-    """What is said where an option is left out whose default is another one in the published code."""
+def _published_defaults(key: str, section: Options) -> Iterator[Problem]:
+    """Warn where an option is left out whose default is another one in the published code."""
     kind = entries(ARCH_REGISTRY)[section["type"]]
     parameters = inspect.signature(kind).parameters
     factors = str(section.get("attn_type")).lower() == "flashbias"
     for name, published in getattr(kind, "published_defaults", {}).items():
         if name not in section and not (factors and name.startswith("rib_")):
-            yield (
-                f"{key}:{name}: not given, so {parameters[name].default!r} is taken; the published code takes "
-                f"{published}. Give it to build the same network everywhere"
+            message = (
+                f"not given, so {parameters[name].default!r} is taken; the published code takes {published}. "
+                "Give it to build the same network everywhere"
             )
+            yield Problem(f"{key}:{name}", message, "warning")
 
 
-def _has_zero_factors(net: nn.Module) -> bool:
-    return any(isinstance(module, FactorBiasWindowAttention) and not module.scaled for module in net.modules())
-
-
-def _build(section: Options, extent: CheckScope) -> nn.Module | str | None:
-    """A network, what its constructor has against the arguments, or None when that cannot be told from here."""
+def _build(section: Options, scope: CheckScope) -> nn.Module | str | None:
+    """A network, its constructor's objection to the arguments, or None if that cannot be told from here."""
     kind = entries(ARCH_REGISTRY)[section["type"]]
-    is_ours = kind.__module__.startswith("esc_arch.")
+    arguments = {name: value for name, value in section.items() if name != "type"}
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         try:
             with torch.device("meta"):
-                return kind(**_arguments(section))
+                return kind(**copy.deepcopy(arguments))  # some change what they are given
         except Exception as error:
-            if is_ours:  # which check their arguments; another package's constructor may only dislike the meta device
+            if kind.__module__.startswith("esc_arch."):  # which check their arguments; others may dislike the device
                 return str(error) if isinstance(error, ValueError | TypeError) else None
-        if not extent.thorough:
+        if not scope.thorough:
             return None
         try:
-            return kind(**_arguments(section))
+            return kind(**copy.deepcopy(arguments))
         except Exception as error:
-            if isinstance(error, OSError) and not extent.with_files:
+            if isinstance(error, OSError) and not scope.with_files:
                 return None
             return f"{section['type']} cannot be built: {type(error).__name__}: {error}".rstrip(".: ")
-
-
-def _arguments(section: Options) -> Options:
-    """As many as the constructor gets; some change what they are given."""
-    return copy.deepcopy({name: value for name, value in section.items() if name != "type"})
 
 
 class _Described(Tensor):
@@ -120,7 +116,7 @@ class _Described(Tensor):
         raise TypeError("There are no values to compute with.")
 
 
-def _check_backends(opt: Options, key: str, net: nn.Module, is_train: bool) -> Iterator[str]:
+def _check_backends(opt: Options, key: str, net: nn.Module, is_train: bool) -> Iterator[Problem]:
     device = "cuda" if opt.get("num_gpu", "auto") != 0 and torch.cuda.is_available() else "cpu"
     halves = {"bf16": torch.bfloat16, "fp16": torch.float16}
     dtype = halves.get(str(opt["train"].get("amp")), torch.float32) if is_train else torch.float32
@@ -136,13 +132,15 @@ def _check_backends(opt: Options, key: str, net: nn.Module, is_train: bool) -> I
             requires_grad=is_train and wants_gradients(*layer.to_qkv.parameters(), *parameters_of(bias)),
         )
         with torch.set_grad_enabled(is_train):
-            reasons = BACKENDS[layer.attn_type].unsupported_reasons(qkv, bias, layer.window_size, layer.num_heads)
+            backend = WINDOW_ATTENTION.backends[layer.attn_type]
+            reasons = backend.unsupported_reasons(qkv, bias, layer.window_size, layer.num_heads)
         if reasons := [reason for reason in reasons if reason != NOT_BUILT]:
             option = "backend" if str(opt[key].get("backend")).lower() == layer.attn_type else "attn_type"
-            yield (
-                f"{key}:{option}: {layer.attn_type} given, which cannot {'train' if is_train else 'test'} here: "
-                f"{'; '.join(reasons)}. Give auto to have one chosen"
+            message = (
+                f"{layer.attn_type} given, which cannot {'train' if is_train else 'test'} here: {'; '.join(reasons)}. "
+                "Give auto to have one chosen"
             )
+            yield Problem(f"{key}:{option}", message)
             return
 
 
@@ -152,23 +150,23 @@ def _pretrained(opt: Options, key: str) -> str | None:
 
 
 def _is_resumed(opt: Options) -> bool:
-    """Whether the run loads its own weights."""
+    """True if the run loads its own weights."""
     return bool(opt.get("auto_resume") or opt["path"].get("resume_state"))
 
 
-def _check_pretrained(opt: Options, key: str, net: nn.Module, extent: CheckScope) -> Iterator[str]:
+def _check_pretrained(opt: Options, key: str, net: nn.Module, scope: CheckScope) -> Iterator[Problem]:
     paths, label, source = opt["path"], key.removeprefix("network_"), _pretrained(opt, key)
     if source is None:
         return
     try:
         found, weights = find_weights(read_checkpoint(source), paths.get(f"param_key_{label}", "params"), source)
     except UserError as error:
-        yield f"path:pretrain_{key}: {error}"
+        yield Problem(f"path:pretrain_{key}", str(error))
         return
     weights = {name: tensor.to("meta") for name, tensor in weights.items()}  # their shapes say all
     adapt_weights(net, weights)
     message = mismatch_message(net, weights, strict=paths.get(f"strict_load_{label}", True), source=source)
     if message is not None:
-        yield f"path:pretrain_{key}: {message}"
-    else:
-        extent.facts.append(f"path:pretrain_{key}: {source}{f' ({found})' if found else ''} fits {key}")
+        yield Problem(f"path:pretrain_{key}", message)
+    elif scope.thorough:
+        yield Problem(f"path:pretrain_{key}", f"{source}{f' ({found})' if found else ''} fits {key}", "note")

@@ -1,168 +1,131 @@
-"""Where the keys of an option file stand, for messages: kept beside the options, which stay plain data."""
+"""Where the keys of an option file are, for messages: kept beside the options, which stay plain data."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import replace
 
 import yaml
 
-__all__ = ["Place", "Positions", "Repeated", "repeated_keys"]
+from .problems import Place, Problem
 
-#: Line and column of a key that its mapping had before, it and those above it, and what to say of it.
-Repeated = tuple[int, int, str, str]
+__all__ = ["Positions"]
 
-_BOOL, _INT, _FLOAT, _TIME = (f"tag:yaml.org,2002:{name}" for name in ("bool", "int", "float", "timestamp"))
-_MERGE = "tag:yaml.org,2002:merge"
+Keys = tuple[str, ...]
+
+_BOOL, _INT, _FLOAT, _TIME, _MERGE = (
+    f"tag:yaml.org,2002:{name}" for name in ("bool", "int", "float", "timestamp", "merge")
+)
 _OCTAL = re.compile(r"[-+]?0[0-7_]+")
-_WORDS_FOR_BOOLEANS = ("yes", "no", "on", "off")
-
-
-@dataclass(frozen=True)
-class Place:
-    """A place in an option file, counted from 1; or the `--force_yml` entry that set a value."""
-
-    file: str
-    line: int | None = None
-    column: int | None = None
-    entry: str | None = None
-
-    def __str__(self) -> str:
-        if self.entry is not None:
-            return f"--force_yml {self.entry}"
-        return self.file if self.line is None else f"{self.file}:{self.line}:{self.column}"
+_BOOLEANS = {"yes": "true", "on": "true", "no": "false", "off": "false"}
 
 
 class Positions:
-    """Finds places by keys, in the nodes of a YAML file and among the entries that were set over it.
+    """Finds the places of keys, in the file and among the entries of `--force_yml` that were set over it.
 
     Args:
         file: its name, for messages.
-        root: the node of its top level, as it is after the options were made of it.
-        repeated: its `repeated_keys`, as it was before.
+        root: the node of its top level, as the parser returns it: merge keys (`<<`) not yet resolved.
+
+    Attributes:
+        repeated: a warning for each key that its mapping has before, by its place.
     """
 
-    def __init__(self, file: str, root: yaml.Node | None, repeated: Sequence[Repeated] = ()) -> None:
+    def __init__(self, file: str, root: yaml.Node | None) -> None:
         self.file = file
-        self._root = root
-        self._repeated = repeated
-        self._forced: list[tuple[list[str], str]] = []
+        self._nodes: dict[Keys, tuple[yaml.Node, yaml.Node]] = {}
+        self.repeated: dict[tuple[int, int], Problem] = {}
+        self._forced: list[tuple[Keys, str]] = []
+        if root is not None:
+            self._add((), root, root)
 
-    def add_forced(self, keys: Sequence[str], entry: str) -> None:
+    def _add(self, path: Keys, key: yaml.Node, value: yaml.Node) -> None:
+        self._nodes[path] = key, value
+        if isinstance(value, yaml.MappingNode):
+            for name, pair in self._pairs(value, path).items():
+                self._add((*path, name), *pair)
+        elif isinstance(value, yaml.SequenceNode):
+            for index, part in enumerate(value.value):
+                self._add((*path, str(index)), part, part)
+
+    def _pairs(self, mapping: yaml.MappingNode, path: Keys) -> dict[str, tuple[yaml.Node, yaml.Node]]:
+        """The entries that count: the last of repeated keys, and those merged by `<<` where there is no own one."""
+        own: dict[str, tuple[yaml.Node, yaml.Node]] = {}
+        merged: dict[str, tuple[yaml.Node, yaml.Node]] = {}
+        for key, value in mapping.value:
+            if key.tag == _MERGE:
+                bases = value.value if isinstance(value, yaml.SequenceNode) else [value]
+                for base in reversed(bases):
+                    merged |= self._pairs(base, path) if isinstance(base, yaml.MappingNode) else {}
+            elif isinstance(key, yaml.ScalarNode):
+                if key.value in own:
+                    message = f"is also given in line {_place(own[key.value][0])[0]}; the last one counts"
+                    place = Place(self.file, *_place(key))
+                    problem = Problem(":".join((*path, key.value)), message, "warning", place)
+                    self.repeated.setdefault(_place(key), problem)  # once, though aliases may lead here again
+                own[key.value] = key, value
+        return merged | own
+
+    def add_forced(self, keys: list[str], entry: str) -> None:
         """Note that `entry` set the value at `keys`, whatever the file says there."""
-        self._forced.append((list(keys), entry))
+        self._forced.append((tuple(keys), entry))
 
-    def of(self, keys: Sequence[str]) -> Place:
-        """The place of the last of `keys` that is given: a missing key is in the section that lacks it."""
-        keys = list(keys)
-        for forced, entry in reversed(self._forced):
-            if keys[: len(forced)] == forced:
-                return Place(self.file, entry=entry)
-        node, _, depth = self._find(keys)
-        if depth < len(keys):  # it is not in the file, but may be the beginning of an entry's keys
+    def place(self, path: str) -> Place:
+        """The place of a key `KEY[:KEY...]`; if it is missing, of the innermost section around it that is given."""
+        keys = tuple(path.split(":"))
+        if (entry := self._entry(keys)) is not None:
+            return Place(self.file, entry=entry)
+        found = next((keys[:depth] for depth in range(len(keys), -1, -1) if keys[:depth] in self._nodes), None)
+        if found != keys:  # a section that the file lacks may have been made by an entry
             for forced, entry in self._forced:
                 if forced[: len(keys)] == keys:
                     return Place(self.file, entry=entry)
-        if node is None:
-            return Place(self.file)
-        return Place(self.file, node.start_mark.line + 1, node.start_mark.column + 1)
+        return Place(self.file) if found is None else Place(self.file, *_place(self._nodes[found][0]))
 
-    def of_problem(self, problem: str) -> tuple[str, Place]:
-        """The key that a problem `KEY[:KEY...]: text` names, and its place.
+    def locate(self, problem: Problem) -> Problem:
+        """The same problem with its place, and with how YAML reads the value where that is not what it looks like.
 
-        When the text begins with a key of the section that is named, as a constructor's message about an argument
-        does, the place is that key's.
+        If the message begins with a key of the section at `path`, as constructors' messages do, that key is the place.
         """
-        path, _, text = problem.partition(": ")
-        keys = path.split(":")
-        word = text.split(" ", 1)[0].rstrip(":")
-        depth = self._find([*keys, word])[2]
-        return path, self.of([*keys, word] if depth > len(keys) else keys)
+        if problem.place is not None:
+            return problem
+        inner = f"{problem.path}:{problem.message.split(' ', 1)[0].rstrip(':')}"
+        path = inner if tuple(inner.split(":")) in self._nodes else problem.path
+        message = ". ".join(filter(None, [problem.message, self.reading(problem.path)]))
+        return replace(problem, message=message, place=self.place(path))
 
-    def reading(self, keys: Sequence[str]) -> str | None:
-        """How YAML 1.1 reads the value at `keys`, where that is not what it looks like."""
-        if any(list(keys)[: len(forced)] == forced for forced, _ in self._forced):
-            return None
-        _, value, depth = self._find(keys)
-        return _surprise(value) if depth == len(keys) else None
+    def reading(self, path: str) -> str | None:
+        """How YAML 1.1 reads the value at `path`, where that is not what it looks like."""
+        keys = tuple(path.split(":"))
+        return _surprise(self._nodes[keys][1]) if keys in self._nodes and self._entry(keys) is None else None
 
-    def remarks(self) -> Iterator[tuple[Place, str, str]]:
-        """What is read unexpectedly: its place, the key and those above it, and how it is read.
-
-        Keys that are given twice, and numbers written in octal or to base 60, which hardly anybody means.
-        """
-        for line, column, key, message in self._repeated:
-            yield Place(self.file, line, column), key, message
+    def odd_numbers(self) -> Iterator[Problem]:
+        """A warning for each number written in octal or to base 60, which is rarely meant."""
         told = set()  # merged values are in several mappings
-        for path, mapping in _mappings(self._root):
-            last = {key.value: value for key, value in mapping.value if isinstance(key, yaml.ScalarNode)}
-            for name, value in last.items():
-                keys = [*path, name]
-                for number in _scalars(value):
-                    odd = number.tag in (_INT, _FLOAT) and (":" in number.value or _OCTAL.fullmatch(number.value))
-                    surprise = _surprise(number) if odd and id(number) not in told else None
-                    told.add(id(number))
-                    if surprise is not None and self.of(keys).entry is None:
-                        yield self.of(keys), ":".join(keys), surprise
+        for keys, (_, value) in self._nodes.items():
+            odd = value.tag in (_INT, _FLOAT) and (":" in value.value or _OCTAL.fullmatch(value.value))
+            surprise = _surprise(value) if odd and id(value) not in told and self._entry(keys) is None else None
+            if surprise is not None:
+                told.add(id(value))
+                path = ":".join(keys)
+                yield Problem(path, surprise, "warning", self.place(path))
 
-    def _find(self, keys: Sequence[str]) -> tuple[yaml.Node | None, yaml.Node | None, int]:
-        """The nodes of the key and the value that `keys` lead to, as far as they go, and how far."""
-        place = value = self._root
-        for depth, key in enumerate(keys):
-            pairs = value.value if isinstance(value, yaml.MappingNode) else []
-            # Of keys that are given twice the last counts; merged ones come first
-            found = next((pair for pair in reversed(pairs) if pair[0].value == key), None)
-            if found is None:
-                return place, value, depth
-            place, value = found
-        return place, value, len(keys)
+    def _entry(self, keys: Keys) -> str | None:
+        """The entry of `--force_yml` that set the value at `keys`, or a section above it."""
+        return next((entry for forced, entry in reversed(self._forced) if keys[: len(forced)] == forced), None)
 
 
-def repeated_keys(root: yaml.Node) -> Iterator[Repeated]:
-    """The keys of a tree of nodes that their mappings had before."""
-    for path, mapping in _mappings(root):
-        first_line: dict[str, int] = {}
-        for key, _ in mapping.value:
-            if not isinstance(key, yaml.ScalarNode) or key.tag == _MERGE:
-                continue
-            line = key.start_mark.line + 1
-            if key.value in first_line:
-                message = f"is also given in line {first_line[key.value]}; the last one counts"
-                yield line, key.start_mark.column + 1, ":".join([*path, key.value]), message
-            first_line[key.value] = line
+def _place(node: yaml.Node) -> tuple[int, int]:
+    return node.start_mark.line + 1, node.start_mark.column + 1
 
 
-def _mappings(root: yaml.Node | None) -> Iterator[tuple[list[str], yaml.MappingNode]]:
-    """Every mapping with the keys above it, each once though aliases may lead to it again (or in a circle)."""
-    waiting: list[tuple[list[str], yaml.Node | None]] = [([], root)]
-    seen = set()
-    while waiting:
-        path, node = waiting.pop(0)
-        if id(node) in seen:
-            continue
-        seen.add(id(node))
-        if isinstance(node, yaml.MappingNode):
-            yield path, node
-            waiting += [([*path, str(key.value)], value) for key, value in node.value]
-        elif isinstance(node, yaml.SequenceNode):
-            waiting += [(path, part) for part in node.value]
-
-
-def _scalars(node: yaml.Node) -> Iterator[yaml.ScalarNode]:
-    """A value, or those of a list in the order of the file."""
-    if isinstance(node, yaml.ScalarNode):
-        yield node
-    elif isinstance(node, yaml.SequenceNode):
-        yield from (part for part in node.value if isinstance(part, yaml.ScalarNode))
-
-
-def _surprise(node: yaml.Node | None) -> str | None:
+def _surprise(node: yaml.Node) -> str | None:
     if not isinstance(node, yaml.ScalarNode) or node.style:  # in quotes
         return None
     text, value = node.value, None
-    if node.tag == _BOOL and text.lower() in _WORDS_FOR_BOOLEANS:
-        value = "true" if text.lower() in ("yes", "on") else "false"
+    if node.tag == _BOOL:
+        value = _BOOLEANS.get(text.lower())
     elif node.tag in (_INT, _FLOAT) and (":" in text or "_" in text or _OCTAL.fullmatch(text)):
         value = str(yaml.safe_load(text))
     elif node.tag == _TIME:

@@ -1,4 +1,4 @@
-"""What checks of an option file share: names that are known, arguments that fit a constructor, kinds of numbers."""
+"""What the checks of an option file share: registered names, arguments that fit a constructor, kinds of numbers."""
 
 from __future__ import annotations
 
@@ -14,28 +14,29 @@ from esc_arch.register import without_own
 from esc_arch.suggestions import did_you_mean
 
 from .files import Options
+from .problems import Problem
 
 __all__ = [
     "check_call",
     "check_type",
     "entries",
-    "is_basicsr_s_or_ours",
     "is_esc_model",
     "is_integer",
+    "is_known_code",
     "is_whole",
     "shown_names",
     "sr_model",
 ]
 
 
-def check_type(path: str, name: Any, known: Mapping[str, Any], *, registered: bool = True) -> Iterator[str]:
-    """Whether a name is one of those known; `registered`: in one of BasicSR's registries."""
+def check_type(path: str, name: Any, known: Mapping[str, Any], *, registered: bool = True) -> Iterator[Problem]:
+    """Check that a name is one of those known; `registered`: in one of BasicSR's registries."""
     names = shown_names(known)
     if name is None:
-        yield f"{path}: missing. Allowed: {', '.join(names)}"
+        yield Problem(path, f"missing. Allowed: {', '.join(names)}")
     elif not isinstance(name, str) or name not in known:
         hint = ". If it is of your own package, name the module: --import MODULE, or import: in the option file"
-        yield f"{path}: {name!r} is not known. {did_you_mean(name, names)}{hint * registered}"
+        yield Problem(path, f"{name!r} is not known. {did_you_mean(name, names)}{hint * registered}")
 
 
 def check_call(
@@ -47,33 +48,33 @@ def check_call(
     needed: Iterable[str] = (),
     extra: Iterable[str] = (),
     registered: bool = True,
-) -> Iterator[str]:
-    """Whether `known[section['type']]` can be called with the rest of `section`.
+) -> Iterator[Problem]:
+    """Check that `known[section['type']]` can be called with the rest of `section`.
 
     BasicSR supplies the arguments `supplied` itself and takes the keys `extra` out; keys `needed` must
     be given though the callable has defaults for them. `registered` is as of `check_type`.
     """
     if not isinstance(section, dict):
-        yield f"{path}: {section!r} given; must be a mapping with type and its arguments"
+        yield Problem(path, f"{section!r} given; must be a mapping with type and its arguments")
         return
     problems = list(check_type(f"{path}:type", section.get("type"), known, registered=registered))
     yield from problems
     if problems:
         return
-    parameters = inspect.signature(known[section["type"]]).parameters.values()
+    kind = known[section["type"]]
+    parameters = inspect.signature(kind).parameters.values()
     named = {
         entry.name: entry
         for entry in parameters
         if entry.kind in (entry.POSITIONAL_OR_KEYWORD, entry.KEYWORD_ONLY) and entry.name not in supplied
     }
     if not any(entry.kind is entry.VAR_KEYWORD for entry in parameters):
+        whose = f" of {kind.__module__}" if registered and not is_known_code(kind) else ""
         for key in sorted(section.keys() - named.keys() - {"type", *extra}):
-            kind = known[section["type"]]
-            whose = f" of {kind.__module__}" if registered and not is_basicsr_s_or_ours(kind) else ""
-            yield f"{path}:{key}: {section['type']}{whose} has no such argument. {did_you_mean(key, named)}"
+            yield Problem(f"{path}:{key}", f"{section['type']}{whose} has no such argument. {did_you_mean(key, named)}")
     required = {name for name, entry in named.items() if entry.default is entry.empty}
     for key in sorted(required.union(needed) - section.keys()):
-        yield f"{path}:{key}: missing; {section['type']} needs it"
+        yield Problem(f"{path}:{key}", f"missing; {section['type']} needs it")
 
 
 def entries(registry: Any) -> dict[str, Any]:
@@ -95,14 +96,14 @@ def sr_model(opt: Options) -> type[SRModel] | None:
 
 
 def is_esc_model(opt: Options) -> bool:
-    """Whether `model_type` is an `ESCModel`, which has options of its own."""
+    """True if `model_type` is an `ESCModel`, which has options of its own."""
     model = sr_model(opt)
     return model is not None and issubclass(model, ESCModel)
 
 
-def is_basicsr_s_or_ours(thing: Any) -> bool:
-    """Whether what a class, or a method, does with options is known, because it is not of another package."""
-    return thing.__module__.split(".")[0] in ("basicsr", "esc_arch")
+def is_known_code(thing: Any) -> bool:
+    """True if a class, or a method, is BasicSR's or ours, so that what it does with options is known."""
+    return str(getattr(thing, "__module__", "")).partition(".")[0] in ("basicsr", "esc_arch")
 
 
 def is_integer(value: Any, least: int | None = None) -> bool:

@@ -41,8 +41,8 @@ def test_a_sound_training(check: Any, train_options: Any, take_snapshot: Any, wo
     status, out, err = check(train_options)
     assert (status, err) == (0, "")
     assert out.splitlines() == [
-        "OK  a.yml: datasets:train: 6 pairs, the sizes of all compared with scale 2 and gt_size 16",
-        "OK  a.yml: datasets:val: 2 pairs, the sizes of all compared with scale 2",
+        "OK  a.yml: datasets:train: 6 pairs, all sizes match scale 2 and gt_size 16",
+        "OK  a.yml: datasets:val: 2 pairs, all sizes match scale 2",
         f"OK  a.yml: network_g: ESC can be built, {parameters(train_options):,} parameters",
         "OK  a.yml: ready for basicsr train",
     ]
@@ -53,7 +53,7 @@ def test_a_sound_test(check: Any, test_options: Any) -> None:
     test_options["val"] |= {"my_own": 1}
     status, out, err = check(test_options)
     assert (status, err) == (0, "")
-    assert re.search(r"^a\.yml:\d+:3: val:my_own: BasicSR and ESCModel do not read it \(warning\)$", out, re.MULTILINE)
+    assert re.search(r"^a\.yml:\d+:3: val:my_own: unknown key; it will be ignored \(warning\)$", out, re.MULTILINE)
     assert out.endswith("OK  a.yml: ready for basicsr test\n")
 
 
@@ -87,7 +87,7 @@ RIB = {"type": "ESCRIB", "attn_type": "RIB", "rank": 4, "rib_hidden_dim": 8, "ri
         ({"attn_type": "Flex"}, "attn_type: flex", NO_BACKWARD),
         ({"attn_type": "flex_flash"}, "attn_type: flex_flash", f"{NO_BACKWARD}.*runs on cuda, not on cpu"),
         ({"attn_type": "flash"}, "attn_type: flash", "take biases that are a product of two factors"),
-        ({"attn_type": "cpp"}, "attn_type: cpp", r"needs g\+\+ or clang\+\+"),
+        ({"attn_type": "cpu"}, "attn_type: cpu", r"needs g\+\+ or clang\+\+"),
         ({"attn_type": "FlashBias", "rank": 4, "backend": "flex"}, "backend: flex", NO_BACKWARD),
         ({**RIB, "backend": "Flex"}, "backend: flex", NO_BACKWARD),
         ({**RIB, "backend": "triton"}, "backend: triton", "its kernels read a table of biases, not factors"),
@@ -113,7 +113,7 @@ def test_a_backend_that_cannot_train(
 
 def test_a_backend_that_can(check: Any, train_options: Any, test_options: Any, native: Any) -> None:
     """Flex attention has no gradients on the CPU, and none are wanted in a test or of frozen layers."""
-    for backend in ("naive", "SDPA", "cpp"):
+    for backend in ("naive", "SDPA", "cpu"):
         train_options["network_g"]["attn_type"] = backend
         assert check(train_options)[0] == 0, backend
     test_options["network_g"]["attn_type"] = "Flex"
@@ -135,7 +135,7 @@ def test_a_backend_on_a_gpu(check: Any, train_options: Any, monkeypatch: pytest.
     status, _, err = check(train_options)
     assert status == 2
     assert "flash kernels need a GPU of compute capability 8.0 or newer, not 7.5" in err
-    train_options["network_g"]["backend"] = "cpp"
+    train_options["network_g"]["backend"] = "cpu"
     assert "it runs on cpu, not on cuda" in check(train_options)[2]
 
 
@@ -199,7 +199,7 @@ def test_all_mistakes_with_their_places(check: Any) -> None:
 def test_words_that_yaml_takes_for_something_else(check: Any) -> None:
     _, _, err = check(TEXT)
     assert err.splitlines()[0] == (
-        "a.yml:1:1: name: False given; must be text, in quotes if it looks like a number. It names the run's folder. "
+        "a.yml:1:1: name: False given; must be text, in quotes if it looks like a number. "
         "YAML reads no as false: write 'no', in quotes, if it is text"
     )
 
@@ -246,7 +246,7 @@ def test_json(check: Any, train_options: Any) -> None:
         "column": 3,
         "force_yml": None,
         "key": "train:total_iter",
-        "message": "0 given; must be a positive whole number, such as 500000",
+        "message": "0 given; must be a whole number of at least 1, such as 500000",
     }
     assert (forced["line"], forced["force_yml"], forced["key"]) == (None, "val:save_img=maybe", "val:save_img")
     (warning,) = result["warnings"]
@@ -311,7 +311,7 @@ def test_networks_that_only_memory_tells(check: Any, train_options: Any) -> None
 def test_unknown_sections_that_are_forced(check: Any, train_options: Any) -> None:
     status, _, err = check(train_options, "--force_yml", "trian:ema_decay=0.9", "datasets:vall:type=PairedImageDataset")
     assert status == 2
-    assert "--force_yml trian:ema_decay=0.9: trian: not known, BasicSR and ESCModel do not read it. Did you mean" in err
+    assert "--force_yml trian:ema_decay=0.9: trian: unknown key. Did you mean" in err
     assert "--force_yml datasets:vall:type=PairedImageDataset: datasets:vall: not known when training" in err
 
 
@@ -322,12 +322,12 @@ def test_train_and_test_say_the_same(run_basicsr: Any, train_options: Any, test_
     line = (run.folder / "trial.yml").read_text().splitlines().index("  save_imgs: true") + 1
     assert run.err == (
         "basicsr train: trial.yml: 1 problem(s):\n"
-        f"trial.yml:{line}:3: val:save_imgs: not known, BasicSR and ESCModel do not read it. Did you mean 'save_img'?\n"
+        f"trial.yml:{line}:3: val:save_imgs: unknown key. Did you mean 'save_img'?\n"
     )
     run = run_basicsr("test", test_options, "--force_yml", "scael=2", "my_own=1")
     assert run.status == 2
-    assert "Note: --force_yml my_own=1: my_own: BasicSR and ESCModel do not read it.\n" in run.err
-    assert "\n--force_yml scael=2: scael: not known, " in run.err
+    assert "Note: --force_yml my_own=1: my_own: unknown key; it will be ignored.\n" in run.err
+    assert "\n--force_yml scael=2: scael: unknown key. Did you mean 'scale'?" in run.err
 
 
 def test_schema(capsys: pytest.CaptureFixture[str]) -> None:

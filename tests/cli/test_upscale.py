@@ -9,8 +9,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -76,7 +75,7 @@ def test_a_file_to_a_file(run: Upscale, weights: Path) -> None:
     status, out, err = run("-i", put("a.png"), "-o", "new/b.png")
     assert (status, err) == (0, "")
     np.testing.assert_array_equal(np.asarray(Image.open("new/b.png")), expected(weights, PHOTOGRAPH))
-    assert "Upscaler(x2.pth: ESC x2" in out
+    assert re.match(r"ESC x2, [\d,]+ parameters, CPU, fp32\n", out)
     assert "a.png -> new/b.png (70 x 60)\n" in out
     assert out.endswith("1 done, 0 skipped (there already), 0 failed\n")
 
@@ -194,12 +193,10 @@ def test_a_fault_of_the_network_is_a_line(run: Upscale, monkeypatch: pytest.Monk
 
 
 def test_a_disk_that_is_full_is_a_line(run: Upscale, monkeypatch: pytest.MonkeyPatch) -> None:
-    from esc_arch.tools.upscale import image_writer
-
     def full(*_: Any) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(image_writer._PNG, "finish", full)
+    monkeypatch.setitem(image_writer.ENCODERS, "png", full)
     status, _, err = run("-i", put("a.png"), put("b.jpg"), "-o", "out")
     assert status == 1
     assert "a.png: out/a_out.png: cannot be written: No space left on device. Nothing of it is left." in err
@@ -278,13 +275,16 @@ def test_results_beside_inputs_are_no_inputs(run: Upscale) -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["-i", "empty", "-o", "out"], "empty: no picture found (.png .jpg .jpeg .webp .tif .tiff .bmp; hidden files"),
-        (["-i", "no.png", "-o", "out"], "no.png: not there. Give pictures or folders."),
-        (["-i", "a.png", "-o", "out.bmp"], "out.bmp: no format that is written; allowed: .png .jpg .jpeg .webp .tif"),
-        (["-i", "a.png", "a.png", "-o", "b.png"], "b.png: a folder is needed, since the input is not one file. Give"),
-        (["-i", ".", "-o", "b.png"], "b.png: a folder is needed"),
+        (["-i", "empty", "-o", "out"], "empty: no image found (.png .jpg .jpeg .webp .tif .tiff .bmp; hidden files"),
+        (["-i", "no.png", "-o", "out"], "no.png: no such file or folder."),
+        (
+            ["-i", "a.png", "-o", "out.bmp"],
+            "out.bmp: not a format that can be written; allowed: .png .jpg .jpeg .webp .tif",
+        ),
+        (["-i", "a.png", "a.png", "-o", "b.png"], "Several inputs need a folder: -o FOLDER, not b.png."),
+        (["-i", ".", "-o", "b.png"], "Several inputs need a folder: -o FOLDER, not b.png."),
         (["-i", "a.png", "-o", "a.png/out"], "a.png/out: cannot be written to: Not a directory. Choose another -o."),
-        (["-i", "a.png", "-o", "out", "--batch", "0"], "--batch 0: give a number of pictures, 1 or more."),
+        (["-i", "a.png", "-o", "out", "--batch", "0"], "--batch 0: give a number of images, 1 or more."),
         (["-i", "a.png", "-o", "out", "--quality", "0"], "--quality 0: give a number from 1 to 100."),
         (["-i", "a.png", "-o", "out", "--suffix", "a/b"], "--suffix a/b: a suffix is a part of a name"),
         (["-i", "a.png", "-o", "out", "-s", "-1"], "The scale is -1; it must be a number above 0."),
@@ -360,22 +360,23 @@ def test_videos_among_the_inputs(run: Upscale, monkeypatch: pytest.MonkeyPatch) 
     seen: list[tuple[Path, Path, Any]] = []
 
     def upscale_video(upscaler: Upscaler, source: Path, target: Path, *, scale: Any, **options: Any) -> None:
-        assert sorted(options) == ["batch", "max_memory", "overwrite", "progress"]
+        assert sorted(options) == ["batch", "codec", "crf", "max_memory", "overwrite", "pixel_format", "progress"]
         seen.append((source, target, scale))
         if source.stem == "bad":
             raise esc_arch.UserError(f"{source}: no video.")
 
     monkeypatch.setattr(video, "upscale_video", upscale_video)
     put("in/a.png")
-    for name in ("in/b/film.mp4", "in/bad.mkv"):
+    for name in ("in/b/film.mp4", "in/bad.MKV", "in/old.avi"):
         Path(name).parent.mkdir(exist_ok=True)
         Path(name).write_bytes(b"")
     status, out, err = run("-i", "in", "-o", "out", "--ext", "jpg", "-s", "3")
     assert status == 1
-    assert err == "basicsr upscale: in/bad.mkv: no video.\n"
+    assert err == "basicsr upscale: in/bad.MKV: no video.\n"
     assert sorted(seen) == [
         (Path("in/b/film.mp4"), Path("out/b/film_out.mp4"), 3.0),
-        (Path("in/bad.mkv"), Path("out/bad_out.mkv"), 3.0),
+        (Path("in/bad.MKV"), Path("out/bad_out.MKV"), 3.0),
+        (Path("in/old.avi"), Path("out/old_out.mkv"), 3.0),
     ]
     assert "in/b/film.mp4 -> out/b/film_out.mp4\n" in out
     assert run("-i", "in/b/film.mp4", "-o", "new.mp4")[0] == 0
@@ -402,13 +403,11 @@ def test_ctrl_c_keeps_what_is_finished(run: Upscale, monkeypatch: pytest.MonkeyP
 
 
 def test_ctrl_c_while_the_last_file_is_waited_for(run: Upscale, monkeypatch: pytest.MonkeyPatch) -> None:
-    write, wait, waits = image_writer.write_picture, image_writer.PictureFile.result, []
+    write, wait, waits = image_writer.ENCODERS["png"], image_writer.BackgroundWriter.result, []
 
-    @contextmanager
-    def write_slowly(*arguments: Any) -> Iterator[Any]:
-        with write(*arguments) as encoder:
-            yield encoder
-            time.sleep(0.3)
+    def write_slowly(*arguments: Any) -> None:
+        write(*arguments)
+        time.sleep(0.3)
 
     def result(file: Any) -> None:
         waits.append(file)
@@ -416,8 +415,8 @@ def test_ctrl_c_while_the_last_file_is_waited_for(run: Upscale, monkeypatch: pyt
             raise KeyboardInterrupt
         wait(file)
 
-    monkeypatch.setattr(image_writer, "write_picture", write_slowly)
-    monkeypatch.setattr(image_writer.PictureFile, "result", result)
+    monkeypatch.setitem(image_writer.ENCODERS, "png", write_slowly)
+    monkeypatch.setattr(image_writer.BackgroundWriter, "result", result)
     for name in "abcd":
         put(f"in/{name}.png")
     status, out, err = run("-i", "in", "-o", "out")
@@ -429,16 +428,15 @@ def test_ctrl_c_while_the_last_file_is_waited_for(run: Upscale, monkeypatch: pyt
 ABANDONED = """
 import numpy as np
 from pathlib import Path
-from esc_arch.tools.upscale.image_writer import PictureFile, form_of
+from esc_arch.tools.upscale.image_writer import BackgroundWriter, encode_spec
 from esc_arch.tools.upscale.image_reader import read_picture
 
 picture = read_picture(Path("in.png"))
 for name, rows in (("whole.png", 30), ("half.png", 15)):
-    form = form_of(Path(name), picture, (30, 35), quality=95, lossless=False, max_memory=None)
-    file = PictureFile(Path(name), form)
+    file = BackgroundWriter(Path(name), encode_spec(Path(name), picture, (30, 35)))
     file.write(picture.pixels[:rows])
     if rows == 30:
-        file.finish()
+        file.write(None)
 raise KeyboardInterrupt
 """
 
@@ -479,8 +477,8 @@ def test_a_bar_on_a_terminal(monkeypatch: pytest.MonkeyPatch, capsys: pytest.Cap
     task = Task(Path("a.png"), Path("b.png"))
     report.progress(0.5)
     report.done(task, None)
-    report.failed(task, "a.png: bad")
-    report.close()
+    report.failed("a.png: bad")
+    report.bar.close()
     out, err = capsys.readouterr()
     assert "-> b.png" not in out
     assert "100%" in err and "2/2" in err

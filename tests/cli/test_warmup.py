@@ -81,7 +81,7 @@ def test_kernels_are_tried_on_gpus_alone(
 ) -> None:
     """Before the networks that use them are made ready."""
     done: list[Any] = []
-    monkeypatch.setattr(warmup, "try_gpus", lambda **asked: done.append(asked))
+    monkeypatch.setattr(warmup, "autotune_gpus", lambda **asked: done.append(asked))
     assert run_basicsr("warmup", test_options, "--size", "8x8", "--device", "cpu", *again).status == 0
     assert done == []
     monkeypatch.setattr(warmup, "_device", lambda name: torch.device("cuda"))
@@ -96,7 +96,9 @@ def test_kernels_are_tried_on_gpus_alone(
 def test_a_backend_that_auto_leaves_is_told(
     run_basicsr: Any, test_options: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(warmup.BACKENDS["sdpa"], "auto_skip_reasons", lambda *_: ["it is slower"], raising=False)
+    monkeypatch.setattr(
+        warmup.WINDOW_ATTENTION.backends["sdpa"], "auto_skip_reasons", lambda *_: ["it is slower"], raising=False
+    )
     run = run_basicsr("warmup", test_options, "--size", "8x8", "--device", "cpu")
     assert "  sdpa can run, but auto does not take it: it is slower\n" in run.out
 

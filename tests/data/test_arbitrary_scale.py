@@ -157,14 +157,14 @@ def checked(train_options: Options, photographs: Any, train: Options, val: Optio
         "val": options(photographs.val_gt, "val", **val),
     }
     set_defaults(opt, is_train=True)
-    return check_options(opt, is_train=True)
+    return list(map(str, check_options(opt, is_train=True)))
 
 
 def test_checks_of_option_files(train_options: Options, photographs: Any) -> None:
     assert checked(train_options, photographs, {"lq_size": 12}, {"scale": 2.5}) == []
     assert checked(train_options, photographs, {"lq_size": 12}, {"scale": [2, 3.5]}) == []
     problems = checked(train_options, photographs, {"lq_size": 12.5, "scale_min": 0}, {"scale": "2"})
-    assert len(problems) == 2
+    assert len(problems) == 3  # the list of all keys says so of scale_min, too
     assert "datasets:train:lq_size: 12.5 given" in problems[0] and "scale_min: 0 given" in problems[0]
     assert "datasets:val:scale: '2' given" in problems[1]
     (problem,) = checked(train_options, photographs, {"lq_size": 16}, {"scale": 2})

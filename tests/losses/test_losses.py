@@ -176,7 +176,7 @@ def test_a_training_with_losses_alone(train_options: Any, run_basicsr: Any) -> N
 
 def problems(opt: Any, model_type: str = "ESCModel", **changes: Any) -> list[str]:
     train = {key: value for key, value in (opt["train"] | changes).items() if value is not ...}
-    return check_options(opt | {"model_type": model_type, "train": train}, True)
+    return list(map(str, check_options(opt | {"model_type": model_type, "train": train}, True)))
 
 
 @pytest.mark.parametrize(

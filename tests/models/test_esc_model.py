@@ -346,7 +346,7 @@ def test_a_border_that_leaves_nothing(run_basicsr: Any, test_options: Any) -> No
 @pytest.mark.parametrize(
     ("model", "val", "message"),
     [
-        ("ESCModel", {"protocol": "ensembel"}, "val:protocol: 'ensembel' is not known. Did you mean 'ensemble'?"),
+        ("ESCModel", {"protocol": "ensembel"}, "'ensembel' given; must be published, srmodel or ensemble"),
         ("SRModel", {"protocol": "ensemble"}, "val:protocol: SRModel does not use it; ESCModel does"),
         ("SRModel", {"per_image": True}, "val:per_image: SRModel does not use it; ESCModel does"),
     ],

@@ -7,7 +7,8 @@ import torch
 from networks import DEVICES, average_of_symmetries, loop_conv_attention, max_error, normal
 from torch import Tensor
 
-from esc_arch.ops.conv_attn import BACKENDS, conv_attention, symmetrise
+from esc_arch.ops.conv_attn import conv_attention, symmetrise
+from esc_arch.ops.conv_attn.api import CONV_ATTN
 
 FLOAT64 = {"dtype": torch.float64}
 
@@ -54,12 +55,10 @@ def test_gradient_of_symmetrise_is_symmetric() -> None:
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("shape", [(1, 4, 1, 1), (1, 4, 9, 14), (3, 4, 1, 7), (3, 4, 20, 13)])
 @pytest.mark.parametrize("sides", [(13, 3), (5, 1), (1, 3)])
-@pytest.mark.parametrize("backend", ["auto", "reference", "folded"])
+@pytest.mark.parametrize("backend", ["auto", "reference"])
 def test_conv_attention_is_a_convolution_per_image(
     backend: str, shape: tuple[int, int, int, int], sides: tuple[int, int], device: str
 ) -> None:
-    if backend == "folded" and sides[0] < sides[1]:
-        backend = "auto"
     batch, channels = shape[:2]
     x = normal(*shape, **FLOAT64)
     large = normal(channels, channels, sides[0], sides[0], seed=3, **FLOAT64)
@@ -78,7 +77,7 @@ def test_conv_attention_of_a_view_and_of_channels_last() -> None:
     assert torch.equal(x, before)
 
 
-@pytest.mark.parametrize("backend", ["reference", "folded"])
+@pytest.mark.parametrize("backend", ["reference"])
 def test_gradients_of_conv_attention(backend: str) -> None:
     inputs = (normal(2, 2, 3, 4, **FLOAT64), normal(2, 2, 5, 5, seed=3, **FLOAT64), normal(2, 2, 3, 3, **FLOAT64))
     torch.autograd.gradcheck(
@@ -87,23 +86,13 @@ def test_gradients_of_conv_attention(backend: str) -> None:
 
 
 def test_every_backend_is_tested_here_or_by_itself() -> None:
-    assert {"reference", "folded", "cpp"} <= set(BACKENDS)
+    assert {"reference", "cpu", "triton"} <= set(CONV_ATTN.backends)
 
 
 def test_an_unknown_backend() -> None:
     x, large, dynamic = normal(1, 2, 3, 4), normal(2, 2, 5, 5), normal(1, 2, 3, 3)
-    with pytest.raises(ValueError, match="ConvAttn backend 'fft' is not known; allowed: auto, reference, folded, cpp"):
+    with pytest.raises(ValueError, match="ConvAttn backend 'fft' is not known; allowed: auto, reference, cpu"):
         conv_attention(x, large, dynamic, backend="fft")
-
-
-def test_a_dynamic_kernel_that_cannot_be_folded() -> None:
-    x, large, dynamic = normal(1, 2, 3, 4), normal(2, 2, 1, 1), normal(1, 2, 3, 3)
-    message = (
-        r"ConvAttn backend folded cannot run here\. folded: a dynamic kernel of side 3 has no place in a large one of "
-        r"side 1\. Use ConvAttn backend: auto to have one chosen\."
-    )
-    with pytest.raises(RuntimeError, match=message):
-        conv_attention(x, large, dynamic, backend="folded")
 
 
 @pytest.mark.parametrize(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -11,8 +10,8 @@ from networks import max_error, normal
 from torch import Tensor
 
 from esc_arch.modules import ConvFFN
-from esc_arch.ops import backends
-from esc_arch.ops.conv_ffn import api, conv_ffn
+from esc_arch.ops import operation
+from esc_arch.ops.conv_ffn import conv_ffn
 
 
 def arguments(*size: int, hidden: int = 6, dtype: torch.dtype = torch.float32) -> tuple[Tensor, ...]:
@@ -70,21 +69,8 @@ def test_the_layer_hands_over_its_parameters() -> None:
     assert max_error(layer(values[0]), by_pixels(*values)) < 1e-13
 
 
-def test_auto_takes_the_first_backend_that_can(monkeypatch: pytest.MonkeyPatch) -> None:
-    def backend(answer: float, *reasons: str) -> SimpleNamespace:
-        return SimpleNamespace(unsupported_reasons=lambda *_: list(reasons), forward=lambda *_: torch.tensor(answer))
-
-    monkeypatch.setattr(api, "BACKENDS", {"cpp": backend(1), "reference": backend(2)})
-    assert conv_ffn(*arguments(1, 4, 2, 2)) == 1
-    monkeypatch.setitem(api.BACKENDS, "cpp", backend(1, "too new"))
-    assert conv_ffn(*arguments(1, 4, 2, 2)) == 2
-    monkeypatch.setitem(api.BACKENDS, "reference", backend(2, "too old", "too slow"))
-    with pytest.raises(RuntimeError, match=r"cpp: too new\. reference: too old; too slow\. Use"):
-        conv_ffn(*arguments(1, 4, 2, 2))
-
-
 def test_unknown_backend() -> None:
-    with pytest.raises(ValueError, match=r"'fast' is not known; allowed: auto, reference, cpp\."):
+    with pytest.raises(ValueError, match=r"'fast' is not known; allowed: auto, reference, cpu \(in any case\)"):
         conv_ffn(*arguments(1, 4, 2, 2), backend="fast")
 
 
@@ -105,15 +91,15 @@ def test_shapes_that_do_not_fit_are_listed() -> None:
         conv_ffn(*values)
 
 
-def test_cpp_by_name_says_why_not(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(backends, "build_by_name", lambda: None)
+def test_cpu_by_name_says_why_not(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(operation.cpu, "build_by_name", lambda: None)
     with pytest.raises(RuntimeError, match=r"it runs on cpu, not on meta; it takes float32, not torch\.float64\."):
-        conv_ffn(*(value.double().to("meta") for value in arguments(1, 4, 2, 2)), backend="cpp")
+        conv_ffn(*(value.double().to("meta") for value in arguments(1, 4, 2, 2)), backend="cpu")
     with (
         torch.autocast("cpu", dtype=torch.bfloat16),
         pytest.raises(RuntimeError, match="autocast asks for half precision, and it computes in float32"),
     ):
-        conv_ffn(*arguments(1, 4, 2, 2), backend="cpp")
+        conv_ffn(*arguments(1, 4, 2, 2), backend="cpu")
     monkeypatch.setattr(torch.compiler, "is_exporting", lambda: True)
     with pytest.raises(RuntimeError, match="an exported network keeps the plain formula"):
-        conv_ffn(*arguments(1, 4, 2, 2), backend="cpp")
+        conv_ffn(*arguments(1, 4, 2, 2), backend="cpu")

@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from esc_arch.ops import cpu as operators
+from esc_arch.ops.operation import forget
 from esc_arch.ops.window_attention import Bias, window_attention
 
 #: Window, heads, head dimension, batch, height, width: maps smaller and larger than the window, exact and odd.
@@ -69,7 +70,7 @@ def test_output_and_gradients(
     bias = make_bias(window, heads)
     exact = results(qkv.double(), in_double(bias), window, heads, "naive")
     plain = results(qkv, bias, window, heads, "naive")
-    ours = results(qkv, bias, window, heads, "cpp")
+    ours = results(qkv, bias, window, heads, "cpu")
     roundings = [0.0, *attention_rounding(qkv, bias, cotangent_of(exact[0]), window, heads)]
     names = ["out", "qkv", "bias", "keys"]
     for name, expected, reference, value, rounding in zip(names, exact, plain, ours, roundings, strict=False):
@@ -81,7 +82,7 @@ def test_output_and_gradients(
 def test_a_map_of_one_pixel(native: ModuleType) -> None:
     """All tokens are alike: the output is v, and gradients of scores are differences of equal numbers."""
     qkv, bias = normal(1, 24, 1, 1), table_bias(4, 2)
-    out, _, of_bias = results(qkv, bias, 4, 2, "cpp")
+    out, _, of_bias = results(qkv, bias, 4, 2, "cpu")
     assert max_error(out, qkv[:, 16:]) <= sum_rounding(out, 4**2)
     assert 0 < of_bias.abs().max() <= attention_rounding(qkv, bias, cotangent_of(out), 4, 2)[1]
 
@@ -89,7 +90,7 @@ def test_a_map_of_one_pixel(native: ModuleType) -> None:
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_output_and_gradient_keep_the_layout(native: ModuleType, layout: torch.memory_format) -> None:
     qkv = normal(2, 48, 9, 10).contiguous(memory_format=layout)
-    out, gradient, _ = results(qkv, table_bias(4, 2), 4, 2, "cpp")
+    out, gradient, _ = results(qkv, table_bias(4, 2), 4, 2, "cpu")
     assert out.is_contiguous(memory_format=layout)
     assert gradient.is_contiguous(memory_format=layout)
 
@@ -99,7 +100,7 @@ def test_scores_of_any_size(native: ModuleType, make_bias: type[Bias]) -> None:
     """Scores in the hundreds: all weight on one token, and sums of powers that would overflow without the maximum."""
     qkv, bias = 30 * normal(1, 2 * 3 * 4, 9, 17), make_bias(8, 2)
     exact = results(qkv.double(), in_double(bias), 8, 2, "naive")
-    ours = results(qkv, bias, 8, 2, "cpp")
+    ours = results(qkv, bias, 8, 2, "cpu")
     plain = results(qkv, bias, 8, 2, "naive")
     for expected, reference, value in zip(exact, plain, ours, strict=True):
         assert value.isfinite().all()
@@ -112,9 +113,9 @@ def test_scores_of_any_size(native: ModuleType, make_bias: type[Bias]) -> None:
 def test_no_number_reaches_all_that_attend_to_it(native: ModuleType, scale: int, make_bias: type[Bias]) -> None:
     """Whether the softmax needs its maximum or the scores are small; and no other window."""
     qkv, bias = scale * normal(1, 2 * 3 * 4, 8, 16), make_bias(8, 2)
-    clean = window_attention(qkv, bias, window=8, heads=2, backend="cpp")
+    clean = window_attention(qkv, bias, window=8, heads=2, backend="cpu")
     qkv[0, 8, 3, 4] = float("nan")  # of a key
-    out = window_attention(qkv, bias, window=8, heads=2, backend="cpp")
+    out = window_attention(qkv, bias, window=8, heads=2, backend="cpu")
     assert out[:, :4, :, :8].isnan().all()
     assert torch.equal(out[:, 4:], clean[:, 4:])
     assert torch.equal(out[..., 8:], clean[..., 8:])
@@ -126,7 +127,7 @@ def test_bounded_scores_beside_others(native: ModuleType) -> None:
     qkv[:, :16, 4:] *= 40
     exact = results(qkv.double(), in_double(bias), 8, 1, "naive")
     plain = results(qkv, bias, 8, 1, "naive")
-    for expected, reference, value in zip(exact, plain, results(qkv, bias, 8, 1, "cpp"), strict=True):
+    for expected, reference, value in zip(exact, plain, results(qkv, bias, 8, 1, "cpu"), strict=True):
         ulp = torch.finfo(torch.float32).eps * expected.abs().max().item()
         assert max_error(value, expected) <= 2 * max_error(reference, expected) + 8 * ulp
 
@@ -134,7 +135,7 @@ def test_bounded_scores_beside_others(native: ModuleType) -> None:
 def test_large_biases_of_either_sign(native: ModuleType) -> None:
     """Lanes of a vector without a query read any part of the table: they must not reach the gradients."""
     qkv, bias = normal(1, 3 * 4, 7, 5), 300 * normal(1, 13**2, seed=1)
-    for value in results(qkv, bias, 7, 1, "cpp"):
+    for value in results(qkv, bias, 7, 1, "cpu"):
         assert value.isfinite().all()
 
 
@@ -145,7 +146,7 @@ def test_gradients_do_not_depend_on_the_threads(native: ModuleType) -> None:
         of_threads = []
         for threads in (1, 2, 3):
             torch.set_num_threads(threads)
-            of_threads.append(results(qkv, bias, 4, 2, "cpp"))
+            of_threads.append(results(qkv, bias, 4, 2, "cpu"))
     finally:
         torch.set_num_threads(before)
     for others in of_threads[1:]:
@@ -172,7 +173,7 @@ def test_compiled_and_checkpointed(native: ModuleType, make_bias: type[Bias]) ->
 
     def attend(qkv: Tensor, *parts: Tensor) -> Tensor:
         given: Bias = parts[0] if len(parts) == 1 else (parts[0], parts[1])
-        return 2 * window_attention(2 * qkv, given, window=4, heads=2, backend="cpp")
+        return 2 * window_attention(2 * qkv, given, window=4, heads=2, backend="cpu")
 
     def gradients(function: object) -> list[Tensor]:
         parts = (bias,) if isinstance(bias, Tensor) else bias
@@ -191,7 +192,7 @@ def test_half_precision_maps(native: ModuleType, dtype: torch.dtype) -> None:
     """Computed in float32, so the only errors are those of rounding the results."""
     qkv, bias = normal(1, 24, 5, 9).to(dtype), table_bias(4, 2)
     exact = results(qkv.double(), in_double(bias), 4, 2, "naive")
-    ours = results(qkv, bias, 4, 2, "cpp")
+    ours = results(qkv, bias, 4, 2, "cpu")
     assert [value.dtype for value in ours] == [dtype, dtype, torch.float32]
     for expected, value in zip(exact, ours, strict=True):
         assert max_error(value, expected) <= 2 * torch.finfo(dtype).eps * expected.abs().max().item()
@@ -199,18 +200,19 @@ def test_half_precision_maps(native: ModuleType, dtype: torch.dtype) -> None:
 
 def test_only_the_gradients_wanted(native: ModuleType) -> None:
     qkv, bias = normal(1, 24, 5, 9), table_bias(4, 2)
-    assert not window_attention(qkv, bias, window=4, heads=2, backend="cpp").requires_grad
+    assert not window_attention(qkv, bias, window=4, heads=2, backend="cpu").requires_grad
     table = torch.nn.Parameter(bias)
-    out = window_attention(qkv, table, window=4, heads=2, backend="cpp")
+    out = window_attention(qkv, table, window=4, heads=2, backend="cpu")
     (gradient,) = torch.autograd.grad(out, table, normal(*out.shape, seed=5))
-    assert torch.equal(gradient, results(qkv, bias, 4, 2, "cpp")[2])
+    assert torch.equal(gradient, results(qkv, bias, 4, 2, "cpu")[2])
 
 
 def test_auto_takes_it_when_it_is_built(native: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
     qkv, bias = normal(1, 24, 5, 9), table_bias(4, 2)
-    ours, auto = (window_attention(qkv, bias, window=4, heads=2, backend=name) for name in ("cpp", "auto"))
+    ours, auto = (window_attention(qkv, bias, window=4, heads=2, backend=name) for name in ("cpu", "auto"))
     assert torch.equal(ours, auto)
     monkeypatch.setattr(operators._State, "ready", False)
+    forget()
     without = window_attention(qkv, bias, window=4, heads=2)
     assert torch.equal(without, window_attention(qkv, bias, window=4, heads=2, backend="sdpa"))
 
@@ -218,11 +220,11 @@ def test_auto_takes_it_when_it_is_built(native: ModuleType, monkeypatch: pytest.
 def test_what_it_refuses(native: ModuleType) -> None:
     table = torch.zeros(2, 49)
     with pytest.raises(RuntimeError, match=r"it takes float32, bfloat16 and float16, not torch\.float64"):
-        window_attention(torch.zeros(1, 24, 4, 4).double(), table, window=4, heads=2, backend="cpp")
+        window_attention(torch.zeros(1, 24, 4, 4).double(), table, window=4, heads=2, backend="cpu")
     with pytest.raises(RuntimeError, match="it runs on cpu, not on meta"):
-        window_attention(torch.zeros(1, 24, 4, 4, device="meta"), table, window=4, heads=2, backend="cpp")
+        window_attention(torch.zeros(1, 24, 4, 4, device="meta"), table, window=4, heads=2, backend="cpu")
     with pytest.raises(RuntimeError, match="it takes windows up to 96, not 97"):
-        window_attention(torch.zeros(1, 3, 4, 4), torch.zeros(1, 193**2), window=97, heads=1, backend="cpp")
+        window_attention(torch.zeros(1, 3, 4, 4), torch.zeros(1, 193**2), window=97, heads=1, backend="cpu")
 
 
 def test_export_does_without_it(native: ModuleType) -> None:

@@ -159,8 +159,8 @@ def test_by_name_it_is_built_and_said(caplog: pytest.LogCaptureFixture) -> None:
     cpu.build_by_name()
     assert cpu.ready()
     text = [record.getMessage() for record in caplog.records]
-    assert text[0] == "Compiling the C++ operators for this machine: about a minute, once."
-    assert text[1].startswith("The C++ operators are compiled; it took ")
+    assert text[0] == "Building the C++ operators (1 to 3 minutes, once) ..."
+    assert text[1].startswith("The C++ operators are ready after ")
     cpu.build_by_name()
     assert len(caplog.records) == 2
 

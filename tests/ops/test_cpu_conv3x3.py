@@ -294,8 +294,8 @@ def test_where_the_plain_one_is_left_to_pytorch(monkeypatch: pytest.MonkeyPatch)
     assert len(taken) == 2
     for other in (x.contiguous(), x[..., :15]):
         assert torch.equal(conv3x3(other, weight, None), F.conv2d(other, weight, padding=1))
-        with pytest.raises(RuntimeError, match=r"cpp: it takes maps with the channels innermost|so few pixels"):
-            conv3x3(other, weight, None, backend="cpp")
+        with pytest.raises(RuntimeError, match=r"cpu: it takes maps with the channels innermost|so few pixels"):
+            conv3x3(other, weight, None, backend="cpu")
     with torch.autocast("cpu", dtype=torch.bfloat16):
         assert conv3x3(x, weight, None).dtype == torch.bfloat16
     assert len(taken) == 2

@@ -51,7 +51,7 @@ def assert_within_budget(*tensors: Tensor) -> None:
     """
     exact = results("reference", torch.float64, *tensors)
     plain = results("reference", torch.float32, *tensors)
-    ours = results("cpp", torch.float32, *tensors)
+    ours = results("cpu", torch.float32, *tensors)
     for name, truth, formula, fast in zip(NAMES, exact, plain, ours, strict=True):
         rounding = 4 * torch.finfo(torch.float32).eps * truth.abs().max().item()
         assert max_error(fast, truth) <= max(2 * max_error(formula, truth), rounding), name
@@ -74,9 +74,9 @@ def test_each_image_of_a_batch(size: tuple[int, int], batch: int, channels_last:
 @pytest.mark.parametrize("spoiled", [float("nan"), 1e12])
 def test_an_image_does_not_see_the_others_of_its_batch(spoiled: float) -> None:
     x, large, dynamic = inputs(4, 5, (40, 30), 3)
-    alone = conv_attention(x, symmetrise(large), dynamic, symmetric=True, backend="cpp")
+    alone = conv_attention(x, symmetrise(large), dynamic, symmetric=True, backend="cpu")
     x[1] *= spoiled
-    beside = conv_attention(x, symmetrise(large), dynamic, symmetric=True, backend="cpp")
+    beside = conv_attention(x, symmetrise(large), dynamic, symmetric=True, backend="cpu")
     assert torch.equal(beside[::2], alone[::2])
 
 
@@ -90,7 +90,7 @@ def test_the_same_to_the_bit_at_every_call(threads: int) -> None:
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
     try:
-        first, second = (results("cpp", torch.float32, *inputs(16, 13, (50, 90), 2)) for _ in range(2))
+        first, second = (results("cpu", torch.float32, *inputs(16, 13, (50, 90), 2)) for _ in range(2))
     finally:
         torch.set_num_threads(before)
     assert all(torch.equal(one, other) for one, other in zip(first, second, strict=True))
@@ -102,7 +102,7 @@ def test_any_strides_and_no_input_modified() -> None:
     view = x.expand(2, -1, -1, -1)[:, ::2, :, 1::2].transpose(2, 3)
     expected = conv_attention(view, large, dynamic, backend="reference")
     turned = dynamic.transpose(2, 3).contiguous().transpose(2, 3)
-    assert max_error(conv_attention(view, large, turned, symmetric=True, backend="cpp"), expected) < 1e-4
+    assert max_error(conv_attention(view, large, turned, symmetric=True, backend="cpu"), expected) < 1e-4
     assert torch.equal(x, before)
 
 
@@ -110,7 +110,7 @@ def test_layout_of_the_input_is_kept() -> None:
     for channels_last in (True, False):
         tensors = inputs(4, 5, (6, 7), 2, channels_last)
         layout = torch.channels_last if channels_last else torch.contiguous_format
-        for part in results("cpp", torch.float32, *tensors)[:2]:
+        for part in results("cpu", torch.float32, *tensors)[:2]:
             assert part.is_contiguous(memory_format=layout)
 
 
@@ -123,7 +123,7 @@ def test_only_the_gradients_asked_for() -> None:
             torch.autograd.grad(
                 conv_attention(*leaves, symmetric=True, backend=backend).square().sum(), leaves[chosen]
             )[0]
-            for backend in ("cpp", "reference")
+            for backend in ("cpu", "reference")
         )
         if chosen == 1:  # only the part that an even kernel can follow is promised
             out, expected = symmetrise(out), symmetrise(expected)
@@ -131,7 +131,7 @@ def test_only_the_gradients_asked_for() -> None:
 
 
 def test_an_empty_batch() -> None:
-    out, *gradients = results("cpp", torch.float32, *inputs(4, 5, (6, 7), batch=0))
+    out, *gradients = results("cpu", torch.float32, *inputs(4, 5, (6, 7), batch=0))
     assert out.shape == (0, 4, 6, 7)
     assert [part.shape for part in gradients] == [(0, 4, 6, 7), (4, 4, 5, 5), (0, 4, 3, 3)]
     assert not gradients[1].any()
@@ -140,7 +140,7 @@ def test_an_empty_batch() -> None:
 def test_a_kernel_that_is_not_symmetric_is_not_taken_for_one() -> None:
     x, large, dynamic = inputs(4, 5, (9, 8))
     with pytest.raises(ValueError, match=r"large_kernel is not symmetric.*Pass it through symmetrise, or call with"):
-        conv_attention(x, large, dynamic, symmetric=True, backend="cpp")
+        conv_attention(x, large, dynamic, symmetric=True, backend="cpu")
     with pytest.raises(ValueError, match="large_kernel is not symmetric"):
         conv_attention(x, symmetrise(large).index_fill(3, torch.tensor([0]), float("nan")), dynamic, symmetric=True)
 
@@ -155,8 +155,8 @@ def test_a_kernel_that_is_not_symmetric_is_not_taken_for_one() -> None:
     ],
 )
 def test_what_the_operators_cannot_do(tensors: list[Tensor], symmetric: bool, reason: str) -> None:
-    with pytest.raises(RuntimeError, match=f"ConvAttn backend cpp cannot run here. cpp: .*{reason}"):
-        conv_attention(*tensors, symmetric=symmetric, backend="cpp")
+    with pytest.raises(RuntimeError, match=f"ConvAttn backend cpu cannot run here. cpu: .*{reason}"):
+        conv_attention(*tensors, symmetric=symmetric, backend="cpu")
     out = conv_attention(*tensors, symmetric=symmetric)
     assert out.shape == tensors[0].shape
 
@@ -170,7 +170,7 @@ def test_the_first_channels_of_a_map(dim: int, pdim: int, channels_last: bool) -
     large = symmetrise(normal(pdim, pdim, 13, 13, seed=3)).requires_grad_()
     dynamic = normal(2, pdim, 3, 3, seed=4).requires_grad_()
     out = conv_attention_of_first(x, large, dynamic, symmetric=True)
-    apart = conv_attention(x[:, :pdim], large, dynamic, symmetric=True, backend="cpp")
+    apart = conv_attention(x[:, :pdim], large, dynamic, symmetric=True, backend="cpu")
     assert torch.equal(out, torch.cat([apart, x[:, pdim:]], dim=1))
     assert out.is_contiguous(memory_format=layout)
     gradient = normal(*out.shape, seed=6).contiguous(memory_format=layout)
@@ -539,4 +539,4 @@ def test_an_exported_layer_keeps_the_plain_formula() -> None:
 def test_a_kernel_that_is_no_number_any_more_is_no_mistake_of_the_caller(value: float) -> None:
     """A training whose weights are spoiled has to get as far as the loss, which says so."""
     x, large, dynamic = torch.ones(1, 16, 8, 8), torch.full((16, 16, 13, 13), value), torch.zeros(1, 16, 3, 3)
-    assert not conv_attention(x, large, dynamic, symmetric=True, backend="cpp").isfinite().any()
+    assert not conv_attention(x, large, dynamic, symmetric=True, backend="cpu").isfinite().any()

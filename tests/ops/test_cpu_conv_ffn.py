@@ -30,7 +30,7 @@ def results(values: Sequence[Tensor], backend: str, dtype: torch.dtype = torch.f
 
 def check_results(values: Sequence[Tensor]) -> None:
     exact = results(values, "reference", torch.float64)
-    plain, fast = results(values, "reference"), results(values, "cpp")
+    plain, fast = results(values, "reference"), results(values, "cpu")
     for index, (wanted, usual, got) in enumerate(zip(exact, plain, fast, strict=True)):
         ulp = torch.finfo(torch.float32).eps * wanted.abs().max().item()
         # (Few numbers may be exact by chance in one order of summing: the units allowed for that are of the largest)
@@ -68,7 +68,7 @@ def test_any_number_of_threads(threads: int) -> None:
     torch.set_num_threads(threads)
     try:
         check_results(arguments(2, 8, 23, 11, hidden=10))
-        first, second = (results(arguments(2, 8, 23, 11, hidden=10), "cpp") for _ in range(2))
+        first, second = (results(arguments(2, 8, 23, 11, hidden=10), "cpu") for _ in range(2))
         assert all(torch.equal(one, other) for one, other in zip(first, second, strict=True))
     finally:
         torch.set_num_threads(before)
@@ -87,7 +87,7 @@ def test_every_strange_layout() -> None:
 
 @pytest.mark.parametrize("size", [(0, 8, 4, 4), (1, 8, 0, 4), (1, 8, 4, 0)])
 def test_nothing_of_nothing(size: tuple[int, ...]) -> None:
-    out, *gradients = results(arguments(*size, hidden=10), "cpp")
+    out, *gradients = results(arguments(*size, hidden=10), "cpu")
     assert out.shape == size
     assert all((gradient == 0).all() for gradient in gradients)
 
@@ -96,17 +96,17 @@ def test_nothing_of_nothing(size: tuple[int, ...]) -> None:
 def test_nan_and_infinity_are_not_hidden(place: int) -> None:
     values = list(arguments(1, 8, 4, 4, hidden=10))
     values[place].view(-1)[0] = torch.nan
-    assert conv_ffn(*values, backend="cpp").isnan().any()
+    assert conv_ffn(*values, backend="cpu").isnan().any()
     values[place].view(-1)[0] = torch.inf
-    assert not conv_ffn(*values, backend="cpp").isfinite().all()
+    assert not conv_ffn(*values, backend="cpu").isfinite().all()
 
 
 @pytest.mark.parametrize("wanted", [(0,), (1, 2), (3,), (4, 6), ()])
 def test_frozen_parameters(wanted: tuple[int, ...]) -> None:
     values = arguments(1, 8, 5, 4, hidden=10)
-    expected = results(values, "cpp")[1:]
+    expected = results(values, "cpu")[1:]
     leaves = [value.detach().requires_grad_(index in wanted) for index, value in enumerate(values)]
-    out = conv_ffn(*leaves, backend="cpp")
+    out = conv_ffn(*leaves, backend="cpu")
     assert out.requires_grad == bool(wanted)
     if wanted:
         out.backward(normal(*out.shape, seed=8))
@@ -118,10 +118,10 @@ def test_frozen_parameters(wanted: tuple[int, ...]) -> None:
 def test_compiled() -> None:
     values = arguments(1, 8, 5, 4, hidden=10)
     leaves = [value.detach().requires_grad_() for value in values]
-    compiled = torch.compile(lambda *args: conv_ffn(*args, backend="cpp") * 2, backend="aot_eager", fullgraph=True)
+    compiled = torch.compile(lambda *args: conv_ffn(*args, backend="cpu") * 2, backend="aot_eager", fullgraph=True)
     out = compiled(*leaves)
     gradients = torch.autograd.grad(out, leaves, normal(*out.shape, seed=8))
-    expected, *of_expected = results(values, "cpp")
+    expected, *of_expected = results(values, "cpu")
     assert torch.equal(out, 2 * expected)
     assert max(max_error(a, 2 * b) for a, b in zip(gradients, of_expected, strict=True)) < 1e-4
 
@@ -139,7 +139,7 @@ def test_second_derivatives_are_refused() -> None:
     leaves = [value.requires_grad_() for value in arguments(1, 8, 2, 2, hidden=10)]
     values, norm = step_arguments(1, 8, 2, 2)
     of_step = [value.requires_grad_() for value in values]
-    for out, of in ((conv_ffn(*leaves, backend="cpp"), leaves), (step(of_step, norm, 0)[0], of_step)):
+    for out, of in ((conv_ffn(*leaves, backend="cpu"), leaves), (step(of_step, norm, 0)[0], of_step)):
         with pytest.raises(RuntimeError, match="no second derivatives: set ESC_ARCH_NATIVE=0 for create_graph=True"):
             torch.autograd.grad(out.sum(), of, create_graph=True)
 

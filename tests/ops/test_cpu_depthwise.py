@@ -88,8 +88,8 @@ def test_the_number_of_threads_does_not_matter() -> None:
 
 def test_what_the_operator_does_not_take() -> None:
     x, kernel = inputs(1, 4, (6, 7), 3)
-    assert depthwise.unsupported_reasons(x.double(), kernel) == ["it takes float32"]
-    assert depthwise.unsupported_reasons(x, kernel.to("meta")) == ["it runs on cpu"]
+    assert depthwise.unsupported_reasons(x.double(), kernel) == ["it takes float32, not torch.float64"]
+    assert depthwise.unsupported_reasons(x, kernel.to("meta")) == ["it runs on cpu, not on meta"]
     with pytest.raises(RuntimeError, match=r"a kernel of shape \[1, 4, 3, 3\] does not fit x of shape \[1, 3, 6, 7\]"):
         depthwise.per_image_depthwise(x[:, :3], kernel)
 

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from networks import DEVICES, SIZES, attention_rounding, max_error, needs_cuda, normal
 from torch import Tensor
 
-from esc_arch.ops.window_attention import BACKENDS, flash, window_attention
+from esc_arch.ops.window_attention import WINDOW_ATTENTION, flash, window_attention
 
 HEADS = 2
 Factors = tuple[Tensor, Tensor]
@@ -95,7 +95,7 @@ def test_compiled_without_a_graph_break(device: str) -> None:
 
 def test_auto_takes_flash_for_factors_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     """Where the C++ operator is not available, which takes both."""
-    monkeypatch.setattr(BACKENDS["cpp"], "unsupported_reasons", lambda *_: ["not built"])
+    monkeypatch.setattr(WINDOW_ATTENTION.backends["cpu"], "unsupported_reasons", lambda *_: ["not built"])
     called = []
     monkeypatch.setattr(flash, "forward", lambda *_: called.append("flash") or torch.zeros(1))
     qkv, factors = inputs(1, 8, 8)

@@ -25,12 +25,11 @@ from triton_testing import (
 
 from esc_arch.ops.autotune import comparison
 from esc_arch.ops.autotune.comparison import allowed_error
-from esc_arch.ops.autotune.operations import OPERATIONS
-from esc_arch.ops.backends import explain_dispatch
-from esc_arch.ops.window_attention import BACKENDS, api, window_attention
+from esc_arch.ops.dispatch import OPERATIONS
+from esc_arch.ops.window_attention import WINDOW_ATTENTION, triton, window_attention
 
 OPERATION = OPERATIONS["window attention"]
-backend = BACKENDS["triton"]
+backend = triton
 FLOAT, BRAIN, HALF = torch.float32, torch.bfloat16, torch.float16
 LAYOUTS = {"NCHW": torch.contiguous_format, "channels last": torch.channels_last}
 
@@ -367,16 +366,16 @@ def ask(qkv: Tensor, bias: Any) -> Tensor:
 def test_auto_asks_what_it_is_to_compute(anywhere: None, monkeypatch: pytest.MonkeyPatch) -> None:
     """Its trial is asked of the shapes, the precision and the mode; by name it is taken in any case."""
     asked, called, reasons = [], [], ["not tried"]
-    monkeypatch.setattr(backend, "reasons_of_trial", lambda *subject: asked.append(subject) or reasons)
+    monkeypatch.setattr(backend, "autotune_reasons", lambda *subject: asked.append(subject) or reasons)
     monkeypatch.setattr(backend, "forward", lambda *_: called.append("triton") or torch.zeros(1))
-    monkeypatch.setattr(api, "AUTO_ORDER", ("triton", "naive"))
+    monkeypatch.setattr(WINDOW_ATTENTION, "order", ("triton", "naive"))
     qkv, table = normal(1, 48, 4, 4), normal(1, 49)
     window_attention(qkv, table, window=4, heads=1)
     assert (asked, called) == ([(("window attention", "triton", "ESC", "float32", "inference"), "cpu", None)], [])
     ask(qkv, table)
     assert (len(asked), called) == (1, ["triton"])
     reasons.clear()
-    monkeypatch.setattr(backend, "_uses_tf32", lambda: True)
+    monkeypatch.setattr(backend, "tf32_in_products", lambda: True)
     window_attention(qkv.requires_grad_(), table, window=4, heads=1)
     assert asked[-1][0][3:] == ("tf32", "training")
     with torch.no_grad():
@@ -389,7 +388,7 @@ def test_auto_asks_what_it_is_to_compute(anywhere: None, monkeypatch: pytest.Mon
 def test_auto_never_interprets(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("ESC_ARCH_TRITON", "1")
     qkv, table, shape = inputs((4, 1, 16, (1, 4, 4), FLOAT, "NCHW"), device)
-    found = explain_dispatch(BACKENDS, api.AUTO_ORDER, qkv, table, *shape.values())
+    found = WINDOW_ATTENTION.explain(qkv, table, *shape.values())
     assert found.reasons["triton"] == []
     assert (found.chosen == "triton") == (device == "cuda")
 

@@ -22,11 +22,12 @@ from triton_testing import (
 from esc_arch.modules import ConvAttn
 from esc_arch.ops.autotune import comparison
 from esc_arch.ops.autotune.comparison import allowed_error
-from esc_arch.ops.autotune.operations import OPERATIONS
-from esc_arch.ops.conv_attn import BACKENDS, api, conv_attention, symmetrise
+from esc_arch.ops.conv_attn import conv_attention, symmetrise, triton
+from esc_arch.ops.conv_attn.api import CONV_ATTN
+from esc_arch.ops.dispatch import OPERATIONS
 
 OPERATION = OPERATIONS["ConvAttn"]
-backend = BACKENDS["triton"]
+backend = triton
 FLOAT, BRAIN, HALF = torch.float32, torch.bfloat16, torch.float16
 LAYOUTS = {"NCHW": torch.contiguous_format, "channels last": torch.channels_last}
 
@@ -66,7 +67,7 @@ def interpret_quickly(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture(autouse=True)
 def all_bits_of_float32(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(backend, "_uses_tf32", lambda: False)
+    monkeypatch.setattr(backend, "tf32_in_convolutions", lambda: False)
     monkeypatch.setattr(torch.backends.cudnn, "enabled", False)  # of the reference too
 
 
@@ -82,9 +83,9 @@ def results(tensors: list[Tensor], name: str, fold: str = "none") -> list[Tensor
     """The output and the gradients, that of the large kernel through its symmetrisation, as in the networks."""
 
     def compute(*leaves: Tensor) -> Tensor:
-        return backend.forward(*leaves, fold=fold) if name == "triton" else conv_attention(*leaves, backend=name)
+        return backend.forward(*leaves, True, fold=fold) if name == "triton" else conv_attention(*leaves, backend=name)
 
-    return [OPERATION.matter(number, part) for number, part in enumerate(comparison.results(compute, tensors))]
+    return [OPERATION.canonicalise(number, part) for number, part in enumerate(comparison.results(compute, tensors))]
 
 
 def check_against_the_reference(case: tuple[Any, ...], device: str) -> None:
@@ -196,8 +197,8 @@ def test_a_layer_under_autocast(device: str) -> None:
 def test_one_graph_for_a_compiler(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """torch.compile takes forward and backward of a layer in as they are, and other sizes of maps in the same graph."""
     torch.compiler.reset()
-    monkeypatch.setattr(api, "AUTO_ORDER", ("triton_folded",))
-    monkeypatch.setattr(backend, "reasons_of_trial", lambda *_: [])
+    monkeypatch.setattr(CONV_ATTN, "order", ("triton_folded",))
+    monkeypatch.setattr(backend, "autotune_reasons", lambda *_: [])
     layer = ConvAttn(dim=6, pdim=4, kernel_size=3, own_kernel=True).to(device)
     for parameter in layer.parameters():
         torch.nn.init.normal_(parameter)
@@ -248,8 +249,8 @@ def test_tf32_where_pytorch_is_told_so(monkeypatch: pytest.MonkeyPatch) -> None:
     size = expected.abs().max().item()
     errors = {}
     for allowed in (False, True):
-        monkeypatch.setattr(backend, "_uses_tf32", lambda allowed=allowed: allowed)
-        errors[allowed] = max_error(backend.forward(*tensors), expected) / size
+        monkeypatch.setattr(backend, "tf32_in_convolutions", lambda allowed=allowed: allowed)
+        errors[allowed] = max_error(backend.forward(*tensors, True), expected) / size
     assert errors[False] < 1e-6 < 1e-5 < errors[True] < 1e-3
 
 
@@ -378,11 +379,11 @@ def test_auto_asks_what_it_is_to_compute(anywhere: None, monkeypatch: pytest.Mon
         asked.append((*subject[1:], *more))
         return ["not tried"] if subject[1] in refused else []
 
-    monkeypatch.setattr(backend, "reasons_of_trial", reasons)
-    monkeypatch.setattr(backend, "_uses_tf32", lambda: True)
+    monkeypatch.setattr(backend, "autotune_reasons", reasons)
+    monkeypatch.setattr(backend, "tf32_in_convolutions", lambda: True)
     for name in ("triton_folded", "triton", "reference"):
-        monkeypatch.setattr(BACKENDS[name], "forward", lambda *_, name=name: called.append(name))
-    monkeypatch.setattr(api, "AUTO_ORDER", tuple(name for name in api.AUTO_ORDER if name != "cpp"))
+        monkeypatch.setattr(CONV_ATTN.backends[name], "forward", lambda *_, name=name: called.append(name))
+    monkeypatch.setattr(CONV_ATTN, "order", tuple(name for name in CONV_ATTN.order if name != "cpu"))
     x = torch.zeros(1, 4, 4, 4)
     for symmetric in (True, False):
         ask(x, name="auto", symmetric=symmetric)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import shutil
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -24,9 +23,9 @@ from networks import (
 from torch import Tensor
 
 from esc_arch.errors import UserError
-from esc_arch.ops.backends import UnusableBackend
+from esc_arch.ops.operation import UnusableBackend
 from esc_arch.ops.padding import reflect_pad_to_multiple
-from esc_arch.ops.window_attention import api, dense_bias, resolve_backend, window_attention
+from esc_arch.ops.window_attention import WINDOW_ATTENTION, dense_bias, window_attention
 from esc_arch.ops.window_attention.bias import relative_index
 from esc_arch.ops.window_attention.windows import merge_windows, split_windows
 
@@ -223,7 +222,7 @@ def test_input_of_any_layout_is_left_as_it_was(backend: str) -> None:
     [("Naive", "naive"), ("SDPA", "sdpa"), ("Flex", "flex"), ("AUTO", "auto"), ("sdpa", "sdpa")],
 )
 def test_spellings(spelling: str, backend: str) -> None:
-    assert resolve_backend(spelling) == backend
+    assert WINDOW_ATTENTION.resolve(spelling) == backend
 
 
 def test_unknown_backend() -> None:
@@ -289,28 +288,6 @@ def test_flex_refuses_gradients_only_where_they_are_recorded() -> None:
         attend(qkv, table, 8, "flex")
     with torch.no_grad():
         assert attend(qkv, table, 8, "flex").shape == (1, 16, 20, 27)
-
-
-def test_auto_takes_the_first_backend_that_can(monkeypatch: pytest.MonkeyPatch) -> None:
-    qkv, table = inputs(1, 8, 8, window=8)
-    calls = []
-
-    def backend(name: str, *reasons: str) -> SimpleNamespace:
-        return SimpleNamespace(
-            unsupported_reasons=lambda *_: list(reasons), forward=lambda *_: calls.append(name) or torch.zeros(1)
-        )
-
-    monkeypatch.setattr(api, "AUTO_ORDER", ("first", "second", "third"))
-    monkeypatch.setattr(api, "BACKENDS", {"first": backend("first", "too old"), "second": backend("second")})
-    attend(qkv, table, 8, "auto")
-    assert calls == ["second"]
-    monkeypatch.setitem(api.BACKENDS, "second", backend("second", "too small", "too slow"))
-    monkeypatch.setitem(api.BACKENDS, "third", backend("third", "too new"))
-    with pytest.raises(RuntimeError, match=r"first: too old\. second: too small; too slow\. third: too new"):
-        attend(qkv, table, 8, "auto")
-    with pytest.raises(RuntimeError, match=r"attn_type second cannot run here\. second: too small; too slow\. Use"):
-        attend(qkv, table, 8, "second")
-    assert calls == ["second"]
 
 
 @pytest.mark.parametrize(("window", "heads"), [(0, 2), (4, 0), (-1, 2)])

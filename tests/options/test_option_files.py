@@ -151,14 +151,14 @@ def chain(levels: int) -> str:
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("a: " + "[" * 100_000, r"a\.yml:1:10\d+: more than 100 levels of lists and mappings"),
-        ("a: " + "{a: " * 101, r"a\.yml:1:\d+: more than 100 levels"),
+        ("a: " + "[" * 10_000, r"a\.yml(:1:\d+)?: more than 100 levels of lists and mappings"),
+        ("a: " + "{a: " * 101 + "}" * 101, r"a\.yml:1:\d+: more than 100 levels"),
         ("a: &a {b: {c: *a}}", r"a\.yml:1:4: an alias leads back to this; write the values"),
         ("a: &a [*a]", r"a\.yml:1:4: an alias leads back"),
         (chain(40), r"a\.yml: its aliases \(\*NAME\) expand to more than 100000 values; write fewer"),
         (
             "a0: &a0 [1]\n" + "".join(f"a{n}: &a{n} [*a{n - 1}]\n" for n in range(1, 200)),
-            r"a\.yml:\d+:\d+: aliases \(\*NAME\) make more than 100 levels; write the values",
+            r"a\.yml:\d+:\d+: more than 100 levels",
         ),
         ("a: 2024-13-45", r"a\.yml:1:4: '2024-13-45' cannot be read as !!timestamp: month must be in 1..12"),
         ("a: !!bool z", r"a\.yml:1:4: 'z' cannot be read as !!bool$"),
@@ -459,7 +459,7 @@ def test_unknown_path_keys_are_dropped(folder: Path, capsys: pytest.CaptureFixtu
     assert "zzz" not in opt["path"]
     assert opt["path"]["param_key_g"] == "params_ema"
     line = TRAIN_FILE.count("\n") + 1
-    assert capsys.readouterr().err == f"Note: options.yml:{line}:8: path:zzz: BasicSR and SRModel do not read it.\n"
+    assert capsys.readouterr().err == f"Note: options.yml:{line}:8: path:zzz: unknown key; it will be ignored.\n"
 
 
 def test_path_keys_that_a_model_reads_stay(folder: Path, capsys: pytest.CaptureFixture) -> None:

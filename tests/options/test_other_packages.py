@@ -37,7 +37,7 @@ def hat(work_folder: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 def messages(opt: Any, run_basicsr: Any, is_train: bool = True) -> list[str]:
     inspection = inspect_options(run_basicsr.option_file(opt), root_path=".", is_train=is_train)
-    return [f"{finding.key}: {finding.message}" for finding in [*inspection.errors, *inspection.warnings]]
+    return [f"{problem.path}: {problem.message}" for problem in [*inspection.errors, *inspection.warnings]]
 
 
 @pytest.mark.usefixtures("hat")

@@ -6,7 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from esc_arch.options import Positions, apply_force_yml, load_with_positions
+from esc_arch.options.files import apply_force_yml, load_with_positions
+from esc_arch.options.positions import Positions
+from esc_arch.options.problems import Problem
 
 TEXT = """\
 # a comment
@@ -34,7 +36,7 @@ def positions(tmp_path: Path) -> Positions:
 
 
 def line_and_column(positions: Positions, *keys: str) -> tuple[int | None, int | None]:
-    place = positions.of(keys)
+    place = positions.place(":".join(keys))
     return place.line, place.column
 
 
@@ -60,17 +62,19 @@ def test_places(positions: Positions, keys: list[str], place: tuple[int, int]) -
 
 
 @pytest.mark.parametrize(
-    ("problem", "key", "place"),
+    ("path", "message", "place"),
     [
-        ("train:optim_g:lr: 3 given; must be small", "train:optim_g:lr", (9, 24)),
-        ("network_g: num_heads is 3 and must divide dim", "network_g", (13, 24)),
-        ("train: has no loss", "train", (8, 1)),
-        ("val: flag: is odd", "val", (14, TEXT.splitlines()[13].index("flag") + 1)),
+        ("train:optim_g:betas", "3 given; must be small", (9, 35)),
+        ("network_g", "num_heads is 3 and must divide dim", (13, 24)),
+        ("train", "has no loss", (8, 1)),
+        ("val", "flag: is odd", (14, TEXT.splitlines()[13].index("flag") + 1)),
     ],
 )
-def test_places_of_problems(positions: Positions, problem: str, key: str, place: tuple[int, int]) -> None:
-    path, where = positions.of_problem(problem)
-    assert path == key and (where.line, where.column) == place
+def test_places_of_problems(positions: Positions, path: str, message: str, place: tuple[int, int]) -> None:
+    located = positions.locate(Problem(path, message))
+    assert located.place is not None and (located.place.line, located.place.column) == place
+    assert str(located) == f"{positions.file}:{place[0]}:{place[1]}: {path}: {message}"
+    assert str(Problem(path, message)) == f"{path}: {message}" and Problem.parse(f"{path}: {message}").path == path
 
 
 def test_entries_of_force_yml(tmp_path: Path) -> None:
@@ -78,11 +82,11 @@ def test_entries_of_force_yml(tmp_path: Path) -> None:
     file.write_text(TEXT)
     opt, positions = load_with_positions(file)
     apply_force_yml(opt, ["train:optim_g:lr=1", "train:optim_g:lr=2", "new:a:b=3", "val={name: x}"], positions)
-    assert str(positions.of(["train", "optim_g", "lr"])) == "--force_yml train:optim_g:lr=2"
-    assert str(positions.of(["new", "a"])) == "--force_yml new:a:b=3"
-    assert str(positions.of(["val", "name"])) == "--force_yml val={name: x}"
-    assert str(positions.of(["train", "optim_g", "betas"])) == f"{file}:9:35"
-    assert str(positions.of(["train", "optim_g"])) == f"{file}:9:3"
+    assert str(positions.place("train:optim_g:lr")) == "--force_yml train:optim_g:lr=2"
+    assert str(positions.place("new:a")) == "--force_yml new:a:b=3"
+    assert str(positions.place("val:name")) == "--force_yml val={name: x}"
+    assert str(positions.place("train:optim_g:betas")) == f"{file}:9:35"
+    assert str(positions.place("train:optim_g")) == f"{file}:9:3"
 
 
 @pytest.mark.parametrize(
@@ -101,8 +105,8 @@ def test_entries_of_force_yml(tmp_path: Path) -> None:
     ],
 )
 def test_readings_that_surprise(positions: Positions, key: str, reading: str | None) -> None:
-    assert positions.reading(key.split(":")) == reading
+    assert positions.reading(key) == reading
 
 
 def test_odd_numbers(positions: Positions) -> None:
-    assert [key for _, key, _ in positions.remarks()] == ["scale", "base:lr"]
+    assert [problem.path for problem in positions.odd_numbers()] == ["scale", "base:lr"]

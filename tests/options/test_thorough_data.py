@@ -13,7 +13,7 @@ import pytest
 from PIL import Image
 
 from esc_arch.options import CheckScope
-from esc_arch.options.checks import check_options
+from esc_arch.options.checks import check_sections
 
 
 def png(side: int) -> bytes:
@@ -38,9 +38,10 @@ def options(train_options: Any, work_folder: Path) -> Any:
     return train_options
 
 
-def check(options: Any) -> tuple[list[str], list[str]]:
-    extent = CheckScope(thorough=True)
-    return check_options(options, True, extent), extent.facts
+def check(options: Any, thorough: bool = True) -> tuple[list[str], list[str]]:
+    """Errors and notes."""
+    found = list(check_sections(options, True, CheckScope(thorough)))
+    return [str(p) for p in found if p.severity == "error"], [str(p) for p in found if p.severity == "note"]
 
 
 def again(entries: dict[str, bytes], listed: dict[str, int]) -> None:
@@ -52,8 +53,8 @@ def test_sound_lmdbs(options: Any) -> None:
     assert check(options) == (
         [],
         [
-            "datasets:train: 3 pairs, the sizes of all compared with scale 2 and gt_size 16",
-            "datasets:val: 2 pairs, the sizes of all compared with scale 2",
+            "datasets:train: 3 pairs, all sizes match scale 2 and gt_size 16",
+            "datasets:val: 2 pairs, all sizes match scale 2",
         ],
     )
 
@@ -87,7 +88,7 @@ def test_lmdbs_that_are_not_as_listed(
     options: Any, entries: dict[str, bytes], listed: dict[str, int], message: str
 ) -> None:
     again(entries, listed)
-    assert check_options(options, True) == []  # before a run only the lists are looked at
+    assert check(options, thorough=False)[0] == []  # before a run only the lists are looked at
     problems, _ = check(options)
     assert problems[0].startswith(f"datasets:train:dataroot_lq: {message}")
     assert len(problems) == 1 + (entries.get("c") == b"")
@@ -121,25 +122,25 @@ def test_all_pairs_of_folders_are_measured(options: Any) -> None:
         Path(folder).mkdir()
         for number in range(100):
             Image.new("RGB", (side, side)).save(f"{folder}/{number:03}.png")
-    Image.new("RGB", (18, 16)).save("lq/090.png")
-    assert check_options(options, True) == []
+    Image.new("RGB", (18, 16)).save("lq/091.png")
+    assert check(options, thorough=False)[0] == []
     problems, facts = check(options)
     assert problems == [
-        "datasets:train: 1 of 100 images checked have a wrong size, the first is gt/090.png: LQ is 18x16 and GT 32x32; "
+        "datasets:train: 1 of 100 images checked have a wrong size, the first is gt/091.png: LQ is 18x16 and GT 32x32; "
         "with scale 2 GT must be 36x32"
     ]
-    assert facts[0].startswith("datasets:train: 100 pairs, the sizes of all compared")
+    assert facts == ["datasets:val: 2 pairs, all sizes match scale 2"]
 
 
 def test_a_sample_of_very_many(options: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("esc_arch.options.data_checks._IMAGES_MEASURED_AT_MOST", 2)
+    monkeypatch.setattr("esc_arch.options.image_checks._IMAGES_MEASURED_AT_MOST", 2)
     train = options["datasets"]["train"]
     train |= {"dataroot_gt": "gt", "dataroot_lq": "lq", "io_backend": {"type": "disk"}}
     for folder, side in (("gt", 32), ("lq", 16)):
         Path(folder).mkdir()
         for number in range(5):
             Image.new("RGB", (side, side)).save(f"{folder}/{number}.png")
-    assert check(options)[1][0].startswith("datasets:train: 5 pairs, the sizes of 2 of them compared with scale 2")
+    assert check(options)[1][0].startswith("datasets:train: 5 pairs, 2 sizes checked, all match scale 2")
     Path("lq/7.png").touch()
     assert check(options)[0][0] == (
         "datasets:train: 6 files in 'lq', but 5 in 'gt'. There must be one LQ image for each GT image; "

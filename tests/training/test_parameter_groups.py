@@ -107,7 +107,7 @@ def test_patterns_that_do_not_go_with_the_network(changes: Any, message: str) ->
 def test_patterns_are_checked_before_the_run(changes: Any, message: str, train_options: Any) -> None:
     train_options["train"] |= changes
     (problem,) = check_networks(train_options, True)
-    assert re.search(message, problem)
+    assert re.search(message, str(problem))
     assert list(check_networks(train_options, False)) == []
 
 
@@ -124,7 +124,7 @@ def test_patterns_are_checked_before_the_run(changes: Any, message: str, train_o
 def test_forms_that_are_wrong(changes: Any, message: str, train_options: Any) -> None:
     train_options["train"] |= changes
     (problem,) = check_options(train_options, True)
-    assert re.search(message, problem)
+    assert re.search(message, str(problem))
 
 
 def test_a_training_with_them(train_options: Any, run_basicsr: Any) -> None:

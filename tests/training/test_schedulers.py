@@ -147,4 +147,4 @@ def test_options_that_are_right(kind: str, train_options: Any) -> None:
 def test_options_that_are_wrong(section: Any, message: str, train_options: Any) -> None:
     train_options["train"]["scheduler"] = section
     (problem,) = check_options(train_options, True)
-    assert re.search(message, problem)
+    assert re.search(message, str(problem))

@@ -1,5 +1,5 @@
-"""Trials of the Triton kernels on the user's own GPU: whether they are exact there, and faster than what there is.
+"""Try the Triton kernels on the user's own GPU: are they exact there, and faster than what there is?
 
-`auto` takes them where their trial says so, see `choice`. `trial` runs one of them; it is called in a process of its
-own, because a kernel that fails may end its process or hang. `verdicts` is what it finds, `files` keeps that.
+`auto` takes them where they were, see `choice`. `trial` tries one of them, `runner` all of them in a child process, and
+`results` keeps what was found.
 """

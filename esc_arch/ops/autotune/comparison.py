@@ -10,7 +10,7 @@ from torch import Tensor
 
 __all__ = ["allowed_error", "largest_difference", "results"]
 
-#: Sums over all pixels of a map, in float32, differ by so many roundings with their order, and PyTorch's may be lucky.
+#: Roundings by which float32 sums over all pixels of a map differ with their order.
 SUM_ROUNDINGS = 8
 
 
@@ -53,7 +53,7 @@ def allowed_error(expected: Tensor, plain_error: float, eps: float, *, roundings
         expected: the exact result.
         plain_error: how far the readable reference is from it, computing in the same precision.
         eps: of the precision, see `torch.finfo`.
-        roundings: so many of the largest number, or of 1: where all pixels are equal, gradients are differences that
+        roundings: of the largest number, or of 1: where all pixels are equal, gradients are differences that
             are exactly 0, and plain PyTorch may hit them. Those of sums in float32 are added.
         factor: in place of twice.
     """

@@ -1,89 +1,96 @@
-"""A trial of a backend: is it exact, is it the same each time, and how fast is it beside what auto would take?"""
+"""Try a backend: is it exact, the same each time, and faster than what auto would take otherwise?"""
 
 from __future__ import annotations
 
 import math
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
-from dataclasses import asdict, replace
+from dataclasses import replace
+from itertools import product
 from types import ModuleType
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from esc_arch.ops.dispatch import OPERATIONS
 from esc_arch.ops.float32 import float32_products
+from esc_arch.ops.operation import Operation, Size
 
 from .comparison import allowed_error, largest_difference, results
-from .networks import Network, Size
-from .operations import LAYOUTS, OPERATIONS, Where
-from .verdicts import PRECISIONS, Subject, Verdict
+from .networks import NETWORKS, Network
+from .results import MODES, PRECISIONS, Case, Result
 
-__all__ = ["ROUNDS", "examine"]
+__all__ = ["LAYOUTS", "ROUNDS", "cases", "run"]
+
+LAYOUTS = {"NCHW": torch.contiguous_format, "channels_last": torch.channels_last}
 
 #: Of TF32's ten bits.
 TF32_EPS = 2.0**-10
-#: Of each backend, in turns; calls of a round last at least so many seconds together.
+#: Rounds of each backend, in turns, and the least seconds that the calls of a round last together.
 ROUNDS, LEAST_ROUND = 9, 0.02
 
 
-def examine(subject: Sequence[str], shapes: dict[str, Any], device: str, rounds: int = ROUNDS) -> dict[str, Any]:
-    """Try a backend.
+def cases(networks: Sequence[str] = tuple(NETWORKS), precisions: Sequence[str] = tuple(PRECISIONS)) -> Iterator[Case]:
+    """All there is to try; cases that differ only in the mode follow each other."""
+    for name, operation in OPERATIONS.items():
+        for backend, network, precision, mode in product(autotuned(operation), networks, precisions, MODES):
+            yield Case(name, backend, network, precision, mode)
 
-    Args:
-        subject: a `Subject`.
-        shapes: a `Network` as a dictionary.
-        device: such as cuda:0.
-        rounds: of timing.
 
-    Returns:
-        A `Verdict` as a dictionary.
-    """
-    trial = _Trial(Subject(*subject), Network(**shapes), torch.device(device), rounds)
-    float32 = trial.subject.precision in ("float32", "tf32")
-    with float32_products(tf32=trial.subject.precision == "tf32") if float32 else nullcontext():
-        return asdict(trial.verdict())
+def autotuned(operation: Operation) -> list[str]:
+    """The backends that auto takes only where they were found exact and faster."""
+    return [name for name, module in operation.backends.items() if hasattr(module, "auto_skip_reasons")]
+
+
+def run(case: Case, network: Network, device: torch.device, rounds: int = ROUNDS) -> Result:
+    """Try a backend with the shapes of a network, timed in several rounds."""
+    trial = _Trial(case, network, device, rounds)
+    float32 = case.precision in ("float32", "tf32")
+    with float32_products(tf32=case.precision == "tf32") if float32 else nullcontext():
+        return trial.result()
 
 
 class _Trial:
-    def __init__(self, subject: Subject, network: Network, device: torch.device, rounds: int) -> None:
-        self.subject, self.network, self.device, self.rounds = subject, network, device, rounds
-        self.operation = OPERATIONS[subject.operation]
-        self.backend = self.operation.api.BACKENDS[subject.backend]
-        self.training = subject.mode == "training"
+    def __init__(self, case: Case, network: Network, device: torch.device, rounds: int) -> None:
+        self.case, self.network, self.device, self.rounds = case, network, device, rounds
+        self.operation = OPERATIONS[case.operation]
+        self.backend = self.operation.backends[case.backend]
+        self.training = case.mode == "training"
 
-    def verdict(self) -> Verdict:
+    def result(self) -> Result:
         size = self.network.patches if self.training else self.network.image
         tensors = self._tensors(size, LAYOUTS["NCHW"])
-        questions = self.operation.questions(self.operation.arguments(self.network, tensors))
-        reasons = self.backend.unsupported_reasons(*questions)
+        arguments = self.operation.arguments(self.network, tensors)
+        reasons = self.backend.unsupported_reasons(*arguments)
         if reasons:
-            return Verdict(failure=f"it cannot run here: {'; '.join(reasons)}")
+            return Result(failure=f"it cannot run here: {'; '.join(reasons)}")
         compared = self._compare()
         if compared.failure:
             return compared
-        other = self.operation.otherwise(questions)
-        modules = (self.backend, self.operation.api.BACKENDS[other])
+        order = (name for name in self.operation.order if name not in autotuned(self.operation))
+        baseline = next(name for name in order if not self.operation.backends[name].unsupported_reasons(*arguments))
+        modules = (self.backend, self.operation.backends[baseline])
         milliseconds = {name: self._times(modules, self._tensors(size, layout)) for name, layout in LAYOUTS.items()}
-        return replace(compared, other=other, milliseconds=milliseconds)
+        return replace(compared, baseline=baseline, milliseconds=milliseconds)
 
     def _tensors(self, size: Size, layout: torch.memory_format) -> list[Tensor]:
-        where = Where(self.device, PRECISIONS[self.subject.precision], layout)
-        return self.operation.tensors(self.network, size, where)
+        dtype = PRECISIONS[self.case.precision]
+        return self.operation.sample(self.network, size, device=self.device, dtype=dtype, layout=layout)
 
     def _run(self, backend: ModuleType, tensors: Sequence[Tensor], weights: Tensor | None = None) -> list[Tensor]:
         def compute(*leaves: Tensor) -> Tensor:
             out: Tensor = backend.forward(*self.operation.arguments(self.network, leaves))
             return out
 
-        kind = PRECISIONS[self.subject.precision]
+        kind = PRECISIONS[self.case.precision]
         return results(compute, tensors, gradients=self.training, weights=weights, kind=kind)
 
-    def _compare(self) -> Verdict:
+    def _compare(self) -> Result:
         """Against the reference in float64, and against itself, in every layout; without times."""
-        nearest, verdict = -1.0, Verdict(failure="nothing was compared")
+        nearest, result = -1.0, Result(failure="nothing was compared")
         # On the CPU, which has the memory for it, and shares no fault with the GPU
         numbers = [tensor.double().cpu() for tensor in self._tensors(self.network.small, LAYOUTS["NCHW"])]
         exact = self._run(self.operation.reference, numbers)
@@ -98,22 +105,22 @@ class _Trial:
                 if not torch.equal(found[number], again[number]):
                     return replace(compared, failure=f"{compared.part} differs from one run to the next")
                 if share > nearest:
-                    nearest, verdict = share, compared
-        return verdict
+                    nearest, result = share, compared
+        return result
 
-    def _errors(self, number: int, exact: Tensor, plain: Tensor, found: Tensor) -> tuple[float, Verdict]:
+    def _errors(self, number: int, exact: Tensor, plain: Tensor, found: Tensor) -> tuple[float, Result]:
         """The part of the allowed error that there is, and what to say of it."""
         part = self.operation.parts[number]
         if found.dtype != plain.dtype:
-            return math.inf, Verdict(failure=f"{part} is {found.dtype}, not {plain.dtype}", part=part)
-        exact, plain, found = (self.operation.matter(number, x) for x in (exact, plain, found))
+            return math.inf, Result(failure=f"{part} is {found.dtype}, not {plain.dtype}", part=part)
+        exact, plain, found = (self.operation.canonicalise(number, x) for x in (exact, plain, found))
         plain_error, error = (largest_difference(x, exact) for x in (plain, found))
         if not math.isfinite(error):
-            return math.inf, Verdict(failure=f"{part} is not finite", part=part)
-        eps = TF32_EPS if self.subject.precision == "tf32" else torch.finfo(PRECISIONS[self.subject.precision]).eps
+            return math.inf, Result(failure=f"{part} is not finite", part=part)
+        eps = TF32_EPS if self.case.precision == "tf32" else torch.finfo(PRECISIONS[self.case.precision]).eps
         allowed = allowed_error(exact, plain_error, eps, roundings=self.operation.roundings)
         wrong = f"{part} is off by {error:.1e}, plain PyTorch by {plain_error:.1e}"
-        return error / allowed, Verdict(wrong if error > allowed else "", part, error, plain_error)
+        return error / allowed, Result(wrong if error > allowed else "", part, error, plain_error)
 
     def _times(self, modules: Sequence[ModuleType], tensors: Sequence[Tensor]) -> tuple[float, ...]:
         """Medians of milliseconds, of backends that are timed side by side once they have compiled and chosen."""

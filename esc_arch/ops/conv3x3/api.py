@@ -2,21 +2,25 @@
 
 from __future__ import annotations
 
-from types import ModuleType
-
 from torch import Tensor
 
-from esc_arch.ops.backends import choose
+from esc_arch.ops.operation import Operation, normal
 
 from . import cpu, reference
 
-__all__ = ["BACKENDS", "conv3x3", "conv3x3_step"]
+__all__ = ["CONV3X3", "conv3x3", "conv3x3_step"]
 
-#: Every backend by name: a module with `unsupported_reasons` (why not, empty when it can) and `forward`.
-BACKENDS: dict[str, ModuleType] = {"reference": reference, "cpp": cpu}
-
-#: What `auto` tries, in this order; the first one with no reason against it is taken.
-AUTO_ORDER = ("cpp", "reference")
+CONV3X3 = Operation(
+    name="3x3 convolution",
+    option="3x3 convolution backend",
+    backends={"reference": reference, "cpu": cpu},
+    order=("cpu", "reference"),
+    inputs=lambda shapes, size: normal(
+        (size[0], shapes.channels, *size[1:]), (shapes.channels, shapes.channels, 3, 3), (shapes.channels,)
+    ),
+    arguments=lambda shapes, tensors: tuple(tensors),
+    parts=("the result", "the gradient of the map", "the gradient of the weight", "the gradient of the bias"),
+)
 
 
 def conv3x3(x: Tensor, weight: Tensor, bias: Tensor | None, *, backend: str = "auto") -> Tensor:
@@ -29,18 +33,17 @@ def conv3x3(x: Tensor, weight: Tensor, bias: Tensor | None, *, backend: str = "a
         x: (B, C, H, W).
         weight: (D, C, 3, 3).
         bias: (D,), or None.
-        backend: a key of `BACKENDS`, or auto.
+        backend: reference, cpu or auto.
 
     Returns:
         (B, D, H, W).
 
     Raises:
         ValueError: shapes that do not fit each other, or an unknown backend.
-        RuntimeError: the backend asked for by name cannot take these inputs; the message lists every reason.
+        RuntimeError: the backend requested by name cannot take these inputs; the message lists every reason.
     """
     _check_shapes(x, None, None, weight, bias, None)
-    chosen = choose("3x3 convolution", BACKENDS, AUTO_ORDER, backend, x, weight, bias, option="3x3 convolution backend")
-    out: Tensor = chosen.forward(x, weight, bias)
+    out: Tensor = CONV3X3.choose(backend, x, weight, bias).forward(x, weight, bias)
     return out
 
 
@@ -74,7 +77,7 @@ def conv3x3_step(
         ValueError: shapes that do not fit each other.
     """
     _check_shapes(x, norm_weight, norm_bias, weight, bias, residual)
-    if "cpp" not in AUTO_ORDER or cpu.unsupported_reasons(x, norm_weight, norm_bias, weight, bias, residual):
+    if "cpu" not in CONV3X3.order or cpu.unsupported_reasons(x, norm_weight, norm_bias, weight, bias, residual):
         return None
     return cpu.step_forward(x, norm_weight, norm_bias, eps, weight, bias, residual)
 

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from esc_arch.ops import cpu
+from esc_arch.ops.cpu.wrapping import empty_map, input_reasons, only_wanted, refuse_second_derivatives
 from esc_arch.ops.layer_norm import cpu as layer_norm
 
 #: Below these PyTorch's convolution is faster: a small map does not pay for the kernel's transform, nor few channels
@@ -18,19 +19,9 @@ FEWEST_CHANNELS = 16
 
 def unsupported_reasons(x: Tensor, *others: Tensor | None) -> list[str]:
     """Why the C++ operators cannot take these inputs, or had better not; `others` are parameters and the residual."""
-    if torch.compiler.is_exporting() or torch.jit.is_tracing():
-        return ["an exported network keeps the plain formula"]
-    reasons = []
-    tensors = [x, *(tensor for tensor in others if tensor is not None)]
-    if any(tensor.device.type != "cpu" for tensor in tensors):
-        reasons.append(f"it runs on cpu, not on {x.device.type}")
-    if torch.is_autocast_enabled("cpu") or any(tensor.dtype != torch.float32 for tensor in tensors):
-        reasons.append("it takes float32")
-    if x.stride(1) != 1:
-        reasons.append("it takes maps with the channels innermost")
     if x.shape[0] * x.shape[2] * x.shape[3] < FEWEST_PIXELS or x.shape[1] < FEWEST_CHANNELS:
-        reasons.append("it is slower than PyTorch's convolution for so few pixels or channels")
-    return reasons or cpu.unsupported_reasons()
+        return ["it is slower than PyTorch's convolution for so few pixels or channels"]
+    return input_reasons(*others, maps=[x])
 
 
 def forward(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -51,23 +42,6 @@ def step_forward(
     """`torch.ops.esc_arch.conv3x3_step`; see `conv3x3_step`."""
     out: Tensor = torch.ops.esc_arch.conv3x3_step(x, norm_weight, norm_bias, eps, weight, bias, residual)
     return out
-
-
-def _fake(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    shape = (x.shape[0], weight.shape[0], *x.shape[2:])
-    return torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
-
-
-def _fake_step(
-    x: Tensor,
-    norm_weight: Tensor | None,
-    norm_bias: Tensor | None,
-    eps: float,
-    weight: Tensor,
-    bias: Tensor | None,
-    residual: Tensor | None,
-) -> Tensor:
-    return _fake(x, weight, bias)
 
 
 def _keep_inputs(ctx: Any, inputs: tuple[Tensor, Tensor, Tensor | None], output: Tensor) -> None:
@@ -98,11 +72,7 @@ def _keep_step(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 
 
 def _step_backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
-    if torch.is_grad_enabled():
-        raise RuntimeError(
-            "the C++ 3 x 3 convolution with its norm has no second derivatives: set ESC_ARCH_NATIVE=0 for "
-            "create_graph=True."
-        )
+    refuse_second_derivatives("3 x 3 convolution with its norm")
     x, norm_weight, norm_bias, weight = ctx.saved_tensors
     of_x, of_norm_weight, of_norm_bias, _, of_weight, of_bias, _ = ctx.needs_input_grad
     of_any_input = any((of_x, of_norm_weight, of_norm_bias))
@@ -112,12 +82,15 @@ def _step_backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
     if of_normal is not None:
         of_input = layer_norm.gradients_through(of_normal, x, norm_weight, ctx.eps)
     found = (*of_input, None, *of_parameters, gradient)
-    return tuple(value if wanted else None for value, wanted in zip(found, ctx.needs_input_grad, strict=True))
+    return only_wanted(found, ctx.needs_input_grad)
 
 
 @cpu.when_loaded
 def _register() -> None:
-    torch.library.register_fake("esc_arch::conv3x3", _fake)
-    torch.library.register_fake("esc_arch::conv3x3_step", _fake_step)
+    torch.library.register_fake("esc_arch::conv3x3", lambda x, weight, bias: empty_map(x, weight.shape[0]))
+    torch.library.register_fake(
+        "esc_arch::conv3x3_step",
+        lambda x, norm_weight, norm_bias, eps, weight, bias, residual: empty_map(x, weight.shape[0]),
+    )
     torch.library.register_autograd("esc_arch::conv3x3", _backward, setup_context=_keep_inputs)
     torch.library.register_autograd("esc_arch::conv3x3_step", _step_backward, setup_context=_keep_step)

@@ -1,7 +1,6 @@
 """Convolutional attention without parameters: the large kernel's symmetry, and the two convolutions."""
 
 from .api import (
-    BACKENDS,
     conv_attention,
     conv_attention_of_first,
     conv_attention_step,
@@ -10,7 +9,6 @@ from .api import (
 from .symmetry import symmetrise
 
 __all__ = [
-    "BACKENDS",
     "conv_attention",
     "conv_attention_of_first",
     "conv_attention_step",

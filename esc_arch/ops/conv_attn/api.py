@@ -2,38 +2,53 @@
 
 from __future__ import annotations
 
-from types import ModuleType
+from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from esc_arch.ops.backends import choose
+from esc_arch.ops.operation import Operation, Shapes, Size, normal
 
-from . import cpu, folded, reference, triton, triton_folded
+from . import cpu, reference, triton, triton_folded
 from .depthwise import per_image_depthwise
+from .symmetry import symmetrise
 
 __all__ = [
-    "BACKENDS",
+    "CONV_ATTN",
     "conv_attention",
     "conv_attention_of_first",
     "conv_attention_step",
     "decomposed_conv_attention",
 ]
 
-#: Every backend by name: a module with `unsupported_reasons` (why not, empty when it can) and `forward`.
-BACKENDS: dict[str, ModuleType] = {
-    "reference": reference,
-    "folded": folded,
-    "cpp": cpu,
-    "triton": triton,
-    "triton_folded": triton_folded,
-}
 
-#: What `auto` tries, in this order; the first one with no reason against it is taken. `triton_folded` and
-#: `triton` are where they have passed their trials. `folded` is left to those who ask for it by name: it gains a few
-#: percent on NCHW maps and loses more on channels_last ones (benchmarks/RESULTS.md).
-AUTO_ORDER = ("cpp", "triton_folded", "triton", "reference")
+def _inputs(shapes: Shapes, size: Size) -> list[Tensor]:
+    """A map of which the first channels are convolved, a symmetric large kernel, and the dynamic one."""
+    (batch, height, width), pdim, side = size, shapes.pdim, shapes.kernel_size
+    x, large, dynamic = normal((batch, shapes.channels, height, width), (pdim, pdim, side, side), (batch, pdim, 3, 3))
+    return [x, symmetrise(large), dynamic]
+
+
+def _arguments(shapes: Shapes, tensors: Sequence[Tensor]) -> tuple[Any, ...]:
+    x, large, dynamic = tensors
+    return x[:, : shapes.pdim], large, dynamic, True
+
+
+CONV_ATTN = Operation(
+    name="ConvAttn",
+    option="ConvAttn backend",
+    backends={"reference": reference, "cpu": cpu, "triton": triton, "triton_folded": triton_folded},
+    # The kernels in Triton are taken where they have passed autotuning
+    order=("cpu", "triton_folded", "triton", "reference"),
+    inputs=_inputs,
+    arguments=_arguments,
+    parts=("the result", "the gradient of the map", "the gradient of the large kernel", "that of the dynamic kernel"),
+    roundings=1,
+    # Backends may give the symmetric part of the large kernel's alone, which is all that networks use
+    canonicalise=lambda number, gradient: symmetrise(gradient.double()) if number == 2 else gradient,
+)
 
 
 def conv_attention(
@@ -48,7 +63,7 @@ def conv_attention(
         symmetric: `large_kernel` equals its mirror images in both directions and its transpose (in space), as
             `symmetrise` makes it; fast backends need this. The gradient of `large_kernel` may then have only its
             symmetric part, which is all that passes through `symmetrise`.
-        backend: a key of `BACKENDS`, or auto.
+        backend: reference, cpu, triton, triton_folded or auto.
 
     Returns:
         (B, C, H, W).
@@ -56,12 +71,11 @@ def conv_attention(
     Raises:
         ValueError: shapes that do not fit each other, an unknown backend, or a kernel said to be symmetric is not
             (where the backend looks).
-        RuntimeError: the backend asked for by name cannot take these inputs; the message lists every reason.
+        RuntimeError: the backend requested by name cannot take these inputs; the message lists every reason.
     """
     _check_shapes(x, large_kernel, dynamic_kernel)
     inputs = (x, large_kernel, dynamic_kernel, symmetric)
-    chosen = choose("ConvAttn", BACKENDS, AUTO_ORDER, backend, *inputs, option="ConvAttn backend")
-    out: Tensor = chosen.forward(x, large_kernel, dynamic_kernel)
+    out: Tensor = CONV_ATTN.choose(backend, *inputs).forward(*inputs)
     return out
 
 
@@ -84,10 +98,10 @@ def conv_attention_of_first(
     convolved = x[:, :channels]
     _check_shapes(convolved, large_kernel, dynamic_kernel)
     inputs = (convolved, large_kernel, dynamic_kernel, symmetric)
-    chosen = choose("ConvAttn", BACKENDS, AUTO_ORDER, "auto", *inputs, option="ConvAttn backend")
+    chosen = CONV_ATTN.choose("auto", *inputs)
     if chosen is cpu:
-        return cpu.forward(x, large_kernel, dynamic_kernel)
-    out: Tensor = chosen.forward(convolved, large_kernel, dynamic_kernel)
+        return cpu.forward(x, large_kernel, dynamic_kernel, symmetric)
+    out: Tensor = chosen.forward(*inputs)
     return torch.cat([out, x[:, channels:]], dim=1)
 
 
@@ -130,7 +144,7 @@ def conv_attention_step(
     _check_kernel("large kernel", large_kernel, (large_kernel.shape[0],) * 2)
     parameters = (proj1_weight, proj1_bias, proj2_weight, proj2_bias, weight, bias)
     inputs = (x, residual, large_kernel, means, parameters)
-    if "cpp" not in AUTO_ORDER or cpu.step_unsupported_reasons(*inputs, symmetric):
+    if "cpu" not in CONV_ATTN.order or cpu.step_unsupported_reasons(*inputs, symmetric):
         return None
     return cpu.step_forward(*inputs)
 

@@ -12,9 +12,10 @@ import torch
 from torch import Tensor
 
 from esc_arch.ops import cpu
+from esc_arch.ops.cpu.wrapping import empty_map, input_reasons, only_wanted, refuse_second_derivatives
 from esc_arch.ops.gradients import wants_gradients
 
-#: Beyond this no tile has room for outputs beside its margins.
+#: Beyond this no tile has room for outputs between its margins.
 LARGEST_KERNEL = 33
 
 #: Of the kernel that `conv_attention_step` computes from the image.
@@ -23,27 +24,18 @@ DYNAMIC_SIDE = 3
 
 def unsupported_reasons(x: Tensor, large_kernel: Tensor, dynamic_kernel: Tensor, symmetric: bool) -> list[str]:
     """Why the C++ operators cannot take these inputs."""
-    return _unsupported_reasons(large_kernel, dynamic_kernel.shape[-1], symmetric, (x, large_kernel, dynamic_kernel))
+    sides = (large_kernel.shape[-1], dynamic_kernel.shape[-1])
+    return _kernel_reasons(symmetric, *sides) or input_reasons(x, large_kernel, dynamic_kernel)
 
 
-def _unsupported_reasons(
-    large_kernel: Tensor, dynamic_side: int, symmetric: bool, tensors: tuple[Tensor, ...]
-) -> list[str]:
-    if torch.compiler.is_exporting() or torch.jit.is_tracing():
-        return ["an exported network keeps the plain formula"]
-    reasons = []
-    if any(tensor.device.type != "cpu" for tensor in tensors):
-        reasons.append(f"it runs on cpu, not on {tensors[0].device.type}")
-    if any(tensor.dtype != torch.float32 for tensor in tensors):
-        reasons.append(f"it takes float32, not {', '.join(sorted({str(tensor.dtype) for tensor in tensors}))}")
+def _kernel_reasons(symmetric: bool, *sides: int) -> list[str]:
     if not symmetric:
-        reasons.append("it needs a large kernel that is symmetric, as `symmetrise` makes it")
-    if max(large_kernel.shape[-1], dynamic_side) > LARGEST_KERNEL:
-        reasons.append(f"it takes kernels of at most {LARGEST_KERNEL} x {LARGEST_KERNEL}")
-    return reasons or cpu.unsupported_reasons()
+        return ["it needs a large kernel that is symmetric, as `symmetrise` makes it"]
+    too_large = max(sides) > LARGEST_KERNEL
+    return [f"it takes kernels of at most {LARGEST_KERNEL} x {LARGEST_KERNEL}"] if too_large else []
 
 
-def forward(x: Tensor, large_kernel: Tensor, dynamic_kernel: Tensor) -> Tensor:
+def forward(x: Tensor, large_kernel: Tensor, dynamic_kernel: Tensor, symmetric: bool) -> Tensor:
     """`torch.ops.esc_arch.conv_attention`; see `conv_attention`. Further channels of x stay as they are."""
     out: Tensor = torch.ops.esc_arch.conv_attention(x, large_kernel, dynamic_kernel)
     return out
@@ -58,18 +50,10 @@ def step_unsupported_reasons(
     symmetric: bool,
 ) -> list[str]:
     """Why one operator cannot do all of ConvAttn; `parameters` are the others of `conv_attention_step`."""
-    maps = (x,) if residual is None else (x, residual)
-    others = [large_kernel, *(tensor for tensor in (means, *parameters) if tensor is not None)]
-    reasons = _unsupported_reasons(large_kernel, DYNAMIC_SIDE, symmetric, (*maps, *others))
-    if reasons:
-        return reasons
-    if torch.is_autocast_enabled("cpu"):
-        reasons.append("it takes float32")
-    if means is not None and wants_gradients(*maps, *others):
-        reasons.append("it has no gradient of means that are given")
-    if any(tensor.stride(1) != 1 for tensor in maps):
-        reasons.append("it takes maps with the channels innermost")
-    return reasons
+    if means is not None and wants_gradients(x, residual, large_kernel, means, *parameters):
+        return ["it has no gradient of means that are given"]
+    reasons = _kernel_reasons(symmetric, large_kernel.shape[-1], DYNAMIC_SIDE)
+    return reasons or input_reasons(large_kernel, means, *parameters, maps=[x, residual])
 
 
 def step_forward(
@@ -98,14 +82,14 @@ def _empty_like(x: Tensor) -> Tensor:
 def _fake_step(x: Tensor, residual: Tensor | None, large_kernel: Tensor, *parameters: Tensor | None) -> Tensor:
     *_, weight, _bias = parameters
     assert weight is not None  # only biases may be left out
-    return _empty_output(x, weight)
+    return empty_map(x, weight.shape[0])
 
 
 def _fake_layer(
     x: Tensor, residual: Tensor | None, large_kernel: Tensor, *parameters: Tensor | None
 ) -> tuple[Tensor, ...]:
     channels = large_kernel.shape[0]
-    convolved = _empty_output(x, large_kernel)
+    convolved = empty_map(x, channels)
     dynamic = x.new_empty(x.shape[0], channels, DYNAMIC_SIDE, DYNAMIC_SIDE)
     return _fake_step(x, residual, large_kernel, *parameters), convolved, dynamic, x.new_empty(x.shape[0], channels)
 
@@ -128,13 +112,7 @@ def _fake_layer_backward(
         for part in (proj1_weight, proj2_weight, weight)
         for of_part in (part.new_empty(part.shape), part.new_empty(part.shape[0]))
     )
-    return _empty_output(x, x[0]), large_kernel.new_empty(large_kernel.shape), *of_weights
-
-
-def _empty_output(x: Tensor, weight: Tensor) -> Tensor:
-    """A map of as many channels as `weight` has outputs."""
-    shape = (x.shape[0], weight.shape[0], *x.shape[2:])
-    return torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
+    return empty_map(x), large_kernel.new_empty(large_kernel.shape), *of_weights
 
 
 def _fake_backward(
@@ -156,7 +134,7 @@ def _backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
     gradients = torch.ops.esc_arch.conv_attention_backward(
         gradient, *ctx.saved_tensors, needed[0], needed[1] or needed[2]
     )
-    return tuple(value if wanted else None for value, wanted in zip(gradients, needed, strict=True))
+    return only_wanted(gradients, needed)
 
 
 def _keep_layer(ctx: Any, inputs: tuple[Tensor | None, ...], output: tuple[Tensor, ...]) -> None:
@@ -165,13 +143,12 @@ def _keep_layer(ctx: Any, inputs: tuple[Tensor | None, ...], output: tuple[Tenso
 
 
 def _layer_backward(ctx: Any, gradient: Tensor, *_: Tensor | None) -> tuple[Tensor | None, ...]:
-    if torch.is_grad_enabled():
-        raise RuntimeError("the C++ ConvAttn has no second derivatives: set ESC_ARCH_NATIVE=0 for create_graph=True.")
+    refuse_second_derivatives("ConvAttn")
     of_x, *of_parameters = torch.ops.esc_arch.conv_attention_layer_backward(
         gradient, *ctx.saved_tensors, any(ctx.needs_input_grad[2:])
     )
     gradients = (of_x, gradient, *of_parameters)
-    return tuple(value if wanted else None for value, wanted in zip(gradients, ctx.needs_input_grad, strict=True))
+    return only_wanted(gradients, ctx.needs_input_grad)
 
 
 @cpu.when_loaded

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from esc_arch.ops import cpu
+from esc_arch.ops.cpu.wrapping import empty_map, input_reasons, only_wanted
 
 from . import reference
 
@@ -24,24 +25,12 @@ def per_image_depthwise(x: Tensor, kernel: Tensor) -> Tensor:
 
 def unsupported_reasons(x: Tensor, kernel: Tensor) -> list[str]:
     """Why the C++ operator cannot take these inputs."""
-    if torch.compiler.is_exporting() or torch.jit.is_tracing():
-        return ["an exported network keeps the plain formula"]
-    reasons = []
-    if x.device.type != "cpu" or kernel.device.type != "cpu":
-        reasons.append("it runs on cpu")
-    if x.dtype != torch.float32 or kernel.dtype != torch.float32:
-        reasons.append("it takes float32")
-    return reasons or cpu.unsupported_reasons()
-
-
-def _fake(x: Tensor, kernel: Tensor) -> Tensor:
-    # (As the operator makes it; empty_like would keep the strides of a map that is dense in another order)
-    return torch.empty(x.shape, dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
+    return input_reasons(x, kernel)
 
 
 def _fake_backward(gradient: Tensor, x: Tensor, kernel: Tensor, of_x: bool, of_kernel: bool) -> tuple[Tensor, Tensor]:
     of_kernels = torch.empty_like(kernel, memory_format=torch.contiguous_format) if of_kernel else x.new_empty(0)
-    return _fake(x, kernel) if of_x else x.new_empty(0), of_kernels
+    return empty_map(x) if of_x else x.new_empty(0), of_kernels
 
 
 def _keep_inputs(ctx: Any, inputs: tuple[Tensor, ...], output: Tensor) -> None:
@@ -51,11 +40,11 @@ def _keep_inputs(ctx: Any, inputs: tuple[Tensor, ...], output: Tensor) -> None:
 def _backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
     needed = ctx.needs_input_grad
     gradients = torch.ops.esc_arch.depthwise_per_image_backward(gradient, *ctx.saved_tensors, *needed)
-    return tuple(value if wanted else None for value, wanted in zip(gradients, needed, strict=True))
+    return only_wanted(gradients, needed)
 
 
 @cpu.when_loaded
 def _register() -> None:
-    torch.library.register_fake("esc_arch::depthwise_per_image", _fake)
+    torch.library.register_fake("esc_arch::depthwise_per_image", lambda x, kernel: empty_map(x))
     torch.library.register_fake("esc_arch::depthwise_per_image_backward", _fake_backward)
     torch.library.register_autograd("esc_arch::depthwise_per_image", _backward, setup_context=_keep_inputs)

@@ -13,7 +13,7 @@ def unsupported_reasons(x: Tensor, large_kernel: Tensor, dynamic_kernel: Tensor,
     return []
 
 
-def forward(x: Tensor, large_kernel: Tensor, dynamic_kernel: Tensor) -> Tensor:
+def forward(x: Tensor, large_kernel: Tensor, dynamic_kernel: Tensor, symmetric: bool) -> Tensor:
     """Two convolutions, added; see `conv_attention`."""
     static = F.conv2d(x, large_kernel, padding=large_kernel.shape[-1] // 2)
     return static + per_image_depthwise(x, dynamic_kernel)

@@ -21,18 +21,19 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from esc_arch.ops.autotune.choice import auto_skip_reasons as reasons_of_trial
+from esc_arch.ops.autotune.choice import auto_skip_reasons as autotune_reasons
 from esc_arch.ops.autotune.networks import nearest
-from esc_arch.ops.autotune.verdicts import MODES, Subject
+from esc_arch.ops.autotune.results import MODES, Case
+from esc_arch.ops.float32 import tf32_in_convolutions
 from esc_arch.ops.gradients import wants_gradients
 from esc_arch.ops.triton_support import DTYPES, missing, precision, setting
 
 #: What is added up before it is multiplied: nothing; rows as far above as below; also columns and diagonals; or what
 #: suits the type, see `triton_folded`.
 FOLDS = ("none", "rows", "all", "auto")
-#: A group of outputs of so many channels is as wide as the registers of a multiprocessor allow.
+#: Channels of a group of outputs: as wide as the registers of a multiprocessor allow.
 MAX_CHANNELS = 64
-#: Programs that keep every GPU busy: the map is shared out to so many when the kernels' gradients are summed.
+#: Programs that share a map when the kernels' gradients are summed: enough to keep every GPU busy.
 PROGRAMS = 256
 #: Pixels of a picture for each program of the dynamic kernel's gradient.
 DYNAMIC_SHARE = 4096
@@ -64,15 +65,15 @@ def auto_skip_reasons(
     training = wants_gradients(x, large_kernel, dynamic_kernel)
     # (Of the kernel, whose sizes no compiler at work takes for symbols)
     network = nearest(pdim=large_kernel.shape[0])
-    return _reasons_of_trial(backend, network, _computed_in(x), training, x.device.type, x.device.index)
+    return _autotune_reasons(backend, network, _computed_in(x), training, x.device.type, x.device.index)
 
 
 @torch.compiler.assume_constant_result
-def _reasons_of_trial(
+def _autotune_reasons(
     backend: str, network: str, dtype: torch.dtype, training: bool, device: str, index: int | None
 ) -> list[str]:
-    subject = Subject("ConvAttn", backend, network, setting(dtype, _uses_tf32()), MODES[training])
-    return reasons_of_trial(subject, device, index, ("triton",) if backend == "triton_folded" else ())
+    case = Case("ConvAttn", backend, network, setting(dtype, tf32_in_convolutions()), MODES[training])
+    return autotune_reasons(case, device, index, ("triton",) if backend == "triton_folded" else ())
 
 
 def _computed_in(x: Tensor) -> torch.dtype:
@@ -81,7 +82,7 @@ def _computed_in(x: Tensor) -> torch.dtype:
     return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
 
 
-def forward(x: Tensor, large_kernel: Tensor, dynamic_kernel: Tensor, fold: str = "none") -> Tensor:
+def forward(x: Tensor, large_kernel: Tensor, dynamic_kernel: Tensor, symmetric: bool, fold: str = "none") -> Tensor:
     """Both convolutions; see `conv_attention`.
 
     Args:
@@ -255,7 +256,7 @@ def _constants(x: Tensor, taps: Tensor) -> dict[str, Any]:
         "C": channels,
         "BLOCK_C": _block_of_channels(channels),
         "SIDE": taps.shape[0],
-        "PRECISION": precision(x, _uses_tf32()),
+        "PRECISION": precision(x, tf32_in_convolutions()),
     }
 
 
@@ -265,16 +266,8 @@ def _block_of_channels(channels: int) -> int:
 
 def _level(fold: str, x: Tensor) -> int:
     if fold == "auto":
-        fold = "all" if precision(x, _uses_tf32()) == "ieee" else "rows"
+        fold = "all" if precision(x, tf32_in_convolutions()) == "ieee" else "rows"
     return FOLDS.index(fold)
-
-
-def _uses_tf32() -> bool:
-    """Whether PyTorch has been told to multiply float32 in convolutions as TF32."""
-    convolutions = torch.backends.cudnn
-    if hasattr(convolutions, "conv"):  # from 2.9 on; asking the older flag may raise there
-        return convolutions.conv.fp32_precision == "tf32"
-    return convolutions.allow_tf32
 
 
 def _is_channels_last(x: Tensor) -> bool:

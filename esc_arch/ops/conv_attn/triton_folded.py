@@ -28,6 +28,6 @@ def auto_skip_reasons(x: Tensor, large_kernel: Tensor, dynamic_kernel: Tensor, s
     return triton.auto_skip_reasons(x, large_kernel, dynamic_kernel, symmetric, backend="triton_folded")
 
 
-def forward(x: Tensor, large_kernel: Tensor, dynamic_kernel: Tensor) -> Tensor:
+def forward(x: Tensor, large_kernel: Tensor, dynamic_kernel: Tensor, symmetric: bool) -> Tensor:
     """Both convolutions; see `conv_attention`."""
-    return triton.forward(x, large_kernel, dynamic_kernel, fold="auto")
+    return triton.forward(x, large_kernel, dynamic_kernel, symmetric, fold="auto")

@@ -33,12 +33,12 @@ import triton
 import triton.language as tl
 from triton import Config
 
-INTERPRETED = bool(triton.knobs.runtime.interpret) if hasattr(triton, "knobs") else False
+from esc_arch.ops.triton_support import INTERPRETED
 
 #: The arguments that decide which configuration is the fastest; sizes of maps are not among them.
 _KEY = ["C", "PIXEL", "SIDE", "FOLD", "PRECISION"]
 _SIZES = ["batch", "height", "width"]
-#: Where Triton can (from 3.4 on), the choice is kept on disk beside the compiled kernels.
+#: Where Triton can (from 3.4 on), the choice is kept on disk with the compiled kernels.
 _CACHED = {"cache_results": True} if "cache_results" in inspect.signature(triton.autotune).parameters else {}
 
 FOLD_ALL = tl.constexpr(2)

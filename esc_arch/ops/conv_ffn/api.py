@@ -2,21 +2,42 @@
 
 from __future__ import annotations
 
-from types import ModuleType
-
 from torch import Tensor
 
-from esc_arch.ops.backends import choose
+from esc_arch.ops.operation import Operation, Shapes, Size, normal
 
 from . import cpu, reference
 
-__all__ = ["BACKENDS", "conv_ffn", "conv_ffn_step"]
+__all__ = ["CONV_FFN", "conv_ffn", "conv_ffn_step"]
 
-#: Every backend by name: a module with `unsupported_reasons` (why not, empty when it can) and `forward`.
-BACKENDS: dict[str, ModuleType] = {"reference": reference, "cpp": cpu}
+PARAMETERS = ("proj_weight", "proj_bias", "dwc_weight", "dwc_bias", "aggr_weight", "aggr_bias")
 
-#: What `auto` tries, in this order; the first one with no reason against it is taken.
-AUTO_ORDER = ("cpp", "reference")
+
+def _parameter_shapes(channels: int, hidden: int) -> tuple[tuple[int, ...], ...]:
+    return (
+        (hidden, channels, 1, 1),
+        (hidden,),
+        (hidden, 1, 3, 3),
+        (hidden,),
+        (channels, hidden, 1, 1),
+        (channels,),
+    )
+
+
+def _inputs(shapes: Shapes, size: Size) -> list[Tensor]:
+    batch, height, width = size
+    return normal((batch, shapes.channels, height, width), *_parameter_shapes(shapes.channels, shapes.hidden))
+
+
+CONV_FFN = Operation(
+    name="ConvFFN",
+    option="ConvFFN backend",
+    backends={"reference": reference, "cpu": cpu},
+    order=("cpu", "reference"),
+    inputs=_inputs,
+    arguments=lambda shapes, tensors: tuple(tensors),
+    parts=("the result", "the gradient of the map", *(f"the gradient of {name}" for name in PARAMETERS)),
+)
 
 
 def conv_ffn(
@@ -39,19 +60,18 @@ def conv_ffn(
         proj_weight, proj_bias: (M, C, 1, 1) and (M,).
         dwc_weight, dwc_bias: (M, 1, 3, 3) and (M,); zero padding.
         aggr_weight, aggr_bias: (C, M, 1, 1) and (C,).
-        backend: a key of `BACKENDS`, or auto.
+        backend: reference, cpu or auto.
 
     Returns:
         (B, C, H, W).
 
     Raises:
         ValueError: shapes that do not fit each other, or an unknown backend.
-        RuntimeError: the backend asked for by name cannot take these inputs; the message lists every reason.
+        RuntimeError: the backend requested by name cannot take these inputs; the message lists every reason.
     """
     parameters = (proj_weight, proj_bias, dwc_weight, dwc_bias, aggr_weight, aggr_bias)
     _check_shapes(x, *parameters)
-    chosen = choose("ConvFFN", BACKENDS, AUTO_ORDER, backend, x, *parameters, option="ConvFFN backend")
-    out: Tensor = chosen.forward(x, *parameters)
+    out: Tensor = CONV_FFN.choose(backend, x, *parameters).forward(x, *parameters)
     return out
 
 
@@ -94,7 +114,7 @@ def conv_ffn_step(
         raise ValueError(f"the norm has weight {given[0]} and bias {given[1]}; both must be ({channels},), or None.")
     if not 0 <= pooled <= channels:
         raise ValueError(f"pooled is {pooled}; of {channels} channels 0 to {channels} can be averaged.")
-    if "cpp" not in AUTO_ORDER or cpu.step_unsupported_reasons(x, norm_weight, norm_bias, *parameters):
+    if "cpu" not in CONV_FFN.order or cpu.step_unsupported_reasons(x, norm_weight, norm_bias, *parameters):
         return None
     return cpu.step_forward(x, norm_weight, norm_bias, eps, *parameters, pooled=pooled)
 
@@ -103,18 +123,9 @@ def _check_shapes(x: Tensor, *parameters: Tensor) -> None:
     if x.dim() != 4:
         raise ValueError(f"x has shape {tuple(x.shape)}; it must be (B, C, H, W).")
     channels, hidden = x.shape[1], parameters[0].shape[0]
-    names = ("proj_weight", "proj_bias", "dwc_weight", "dwc_bias", "aggr_weight", "aggr_bias")
-    shapes = (
-        (hidden, channels, 1, 1),
-        (hidden,),
-        (hidden, 1, 3, 3),
-        (hidden,),
-        (channels, hidden, 1, 1),
-        (channels,),
-    )
     wrong = [
         f"{name} {tuple(parameter.shape)}, which must be {shape}"
-        for name, parameter, shape in zip(names, parameters, shapes, strict=True)
+        for name, parameter, shape in zip(PARAMETERS, parameters, _parameter_shapes(channels, hidden), strict=True)
         if tuple(parameter.shape) != shape
     ]
     if wrong:

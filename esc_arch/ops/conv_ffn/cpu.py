@@ -11,23 +11,14 @@ import torch
 from torch import Tensor
 
 from esc_arch.ops import cpu
+from esc_arch.ops.cpu.wrapping import empty_map, input_reasons, only_wanted, refuse_second_derivatives
 from esc_arch.ops.gradients import wants_gradients
 from esc_arch.ops.layer_norm import cpu as layer_norm
 
 
 def unsupported_reasons(x: Tensor, *parameters: Tensor) -> list[str]:
     """Why the C++ operators cannot take these inputs."""
-    reasons = []
-    tensors = (x, *parameters)
-    if any(tensor.device.type != "cpu" for tensor in tensors):
-        reasons.append(f"it runs on cpu, not on {x.device.type}")
-    if any(tensor.dtype != torch.float32 for tensor in tensors):
-        reasons.append(f"it takes float32, not {', '.join(sorted({str(tensor.dtype) for tensor in tensors}))}")
-    if torch.is_autocast_enabled("cpu"):
-        reasons.append("autocast asks for half precision, and it computes in float32")
-    if torch.compiler.is_exporting() or torch.jit.is_tracing():
-        reasons.append("an exported network keeps the plain formula")
-    return reasons or cpu.unsupported_reasons()
+    return input_reasons(x, *parameters)
 
 
 def forward(x: Tensor, *parameters: Tensor) -> Tensor:
@@ -40,11 +31,7 @@ def step_unsupported_reasons(
     x: Tensor, norm_weight: Tensor | None, norm_bias: Tensor | None, *parameters: Tensor
 ) -> list[str]:
     """Why the normalisation and the means cannot be taken into the same operator; see `conv_ffn_step`."""
-    norm = [tensor for tensor in (norm_weight, norm_bias) if tensor is not None]
-    reasons = unsupported_reasons(x, *norm, *parameters)
-    if not reasons and x.stride(1) != 1:
-        reasons.append("it takes maps with the channels innermost")
-    return reasons
+    return input_reasons(norm_weight, norm_bias, *parameters, maps=[x])
 
 
 def step_forward(
@@ -58,17 +45,13 @@ def step_forward(
     return out, means
 
 
-def _like(x: Tensor) -> Tensor:
-    return torch.empty(x.shape, dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
-
-
 def _fake(x: Tensor, *parameters: Tensor) -> Tensor:
-    return _like(x)
+    return empty_map(x)
 
 
 def _fake_step(x: Tensor, *others: Any) -> tuple[Tensor, Tensor]:
     pooled: int = others[-1]
-    return _like(x), x.new_empty(x.shape[0], pooled)
+    return empty_map(x), x.new_empty(x.shape[0], pooled)
 
 
 def _fake_backward(
@@ -84,7 +67,7 @@ def _fake_backward(
 ) -> tuple[Tensor, ...]:
     parameters = (proj_weight, proj_bias, dwc_weight, dwc_bias, aggr_weight)
     of_all = [torch.empty_like(parameter, memory_format=torch.contiguous_format) for parameter in parameters]
-    return _like(x), *of_all, x.new_empty(x.shape[1])
+    return empty_map(x), *of_all, x.new_empty(x.shape[1])
 
 
 def _keep_inputs(ctx: Any, inputs: tuple[Tensor, ...], output: Tensor) -> None:
@@ -97,7 +80,7 @@ def _keep_step(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor])
 
 
 def _step_backward(ctx: Any, gradient: Tensor, _: Tensor | None) -> tuple[Tensor | None, ...]:
-    _refuse_second_derivatives()
+    refuse_second_derivatives("ConvFFN")
     x, norm_weight, norm_bias, *parameters = ctx.saved_tensors
     of_norm, of_parameters = ctx.needs_input_grad[:3], ctx.needs_input_grad[4:-1]
     normal = layer_norm.normalised(x, norm_weight, norm_bias, ctx.eps)
@@ -108,19 +91,14 @@ def _step_backward(ctx: Any, gradient: Tensor, _: Tensor | None) -> tuple[Tensor
     if any(of_norm):
         of_input = layer_norm.gradients_through(of_normal, x, norm_weight, ctx.eps)
     found = (*of_input, None, *of_all, None)
-    return tuple(value if wanted else None for value, wanted in zip(found, ctx.needs_input_grad, strict=True))
-
-
-def _refuse_second_derivatives() -> None:
-    if torch.is_grad_enabled():
-        raise RuntimeError("the C++ ConvFFN has no second derivatives: set ESC_ARCH_NATIVE=0 for create_graph=True.")
+    return only_wanted(found, ctx.needs_input_grad)
 
 
 def _backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
-    _refuse_second_derivatives()
+    refuse_second_derivatives("ConvFFN")
     needed = ctx.needs_input_grad
     gradients = torch.ops.esc_arch.conv_ffn_backward(gradient, *ctx.saved_tensors, needed[0], any(needed[1:]))
-    return tuple(value if wanted else None for value, wanted in zip(gradients, needed, strict=True))
+    return only_wanted(gradients, needed)
 
 
 @cpu.when_loaded

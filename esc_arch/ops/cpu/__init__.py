@@ -1,7 +1,7 @@
 """Operators in C++ for the CPU, float32: compiled once by the machine's own compiler, never required.
 
-`auto` uses them where they are built already, and never waits for a compiler; asked for by name, or by `build`, they
-are compiled on demand (about a minute) and kept in the user's cache. ESC_ARCH_NATIVE=0 switches them off.
+`auto` uses them if they are built already, and never waits for a compiler. Requested by name, or by `build`, they are
+compiled on demand (about a minute) and kept in the user's cache. ESC_ARCH_NATIVE=0 switches them off.
 
 A file that offers operators to Python registers what PyTorch needs besides the kernels, for tracing and for
 gradients, in a function under `when_loaded`.
@@ -26,7 +26,7 @@ __all__ = ["NOT_BUILT", "build", "build_by_name", "ready", "reusing_memory", "un
 
 logger = logging.getLogger(__name__)
 
-#: The reason against the operators that goes away when they are asked for by name.
+#: The one reason that goes away when the operators are requested by name.
 NOT_BUILT = "the C++ operators are not built yet"
 
 
@@ -48,7 +48,7 @@ def when_loaded(register: Callable[[], None]) -> Callable[[], None]:
 
 @torch.compiler.assume_constant_result
 def ready() -> bool:
-    """Whether the operators are loaded, or were built before and could be loaded now."""
+    """True if the operators are loaded, or were built before and can be loaded now."""
     if _State.ready is None:
         _State.ready = False
         if not _obstacles():
@@ -122,12 +122,12 @@ def reusing_memory(x: Tensor) -> Iterator[None]:
 
 @torch.compiler.assume_constant_result
 def build_by_name() -> None:
-    """Build what was asked for by name, and say so; where that fails, `unsupported_reasons` has the reason."""
+    """Build the operators that were requested by name; on failure `unsupported_reasons` says why."""
     if ready() or _obstacles() or _State.failure is not None:
         return
-    logger.warning("Compiling the C++ operators for this machine: about a minute, once.")
+    logger.warning("Building the C++ operators (1 to 3 minutes, once) ...")
     try:
-        logger.warning("The C++ operators are compiled; it took %.0f s.", build())
+        logger.warning("The C++ operators are ready after %.0f s.", build())
     except RuntimeError as error:
         logger.warning("%s", error)
 

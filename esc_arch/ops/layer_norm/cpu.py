@@ -8,19 +8,12 @@ import torch
 from torch import Tensor
 
 from esc_arch.ops import cpu
+from esc_arch.ops.cpu.wrapping import input_reasons, only_wanted, refuse_second_derivatives
 
 
-def unsupported_reasons(x: Tensor, weight: Tensor, bias: Tensor) -> list[str]:
+def unsupported_reasons(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> list[str]:
     """Why the C++ operators cannot take these inputs."""
-    reasons = []
-    tensors = (x, weight, bias)
-    if any(tensor.device.type != "cpu" for tensor in tensors):
-        reasons.append(f"it runs on cpu, not on {x.device.type}")
-    if any(tensor.dtype != torch.float32 for tensor in tensors):
-        reasons.append(f"it takes float32, not {', '.join(sorted({str(tensor.dtype) for tensor in tensors}))}")
-    if torch.compiler.is_exporting() or torch.jit.is_tracing():
-        reasons.append("an exported network keeps the plain formula")
-    return reasons or cpu.unsupported_reasons()
+    return input_reasons(x, weight, bias)
 
 
 def forward(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
@@ -67,13 +60,9 @@ def _keep_inputs(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 
 
 def _backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
-    if torch.is_grad_enabled():
-        raise RuntimeError(
-            "the C++ LayerNorm has no second derivatives: use backend='reference' for create_graph=True."
-        )
+    refuse_second_derivatives("LayerNorm")
     gradients = torch.ops.esc_arch.layer_norm_backward(gradient, *ctx.saved_tensors, ctx.eps)
-    needed = ctx.needs_input_grad
-    return *(value if wanted else None for value, wanted in zip(gradients, needed, strict=False)), None
+    return only_wanted((*gradients, None), ctx.needs_input_grad)
 
 
 @cpu.when_loaded

@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 
-def unsupported_reasons(x: Tensor, weight: Tensor, bias: Tensor) -> list[str]:
+def unsupported_reasons(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> list[str]:
     """Works everywhere."""
     return []
 

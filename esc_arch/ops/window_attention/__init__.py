@@ -1,17 +1,16 @@
 """Self-attention inside non-overlapping windows, with a position bias (arXiv 2503.06671)."""
 
-from .api import BACKENDS, attention_layer, resolve_backend, window_attention
+from .api import WINDOW_ATTENTION, attention_layer, window_attention
 from .bias import Bias, dense_bias
 from .windows import merge_windows, pad_to_windows, split_windows
 
 __all__ = [
-    "BACKENDS",
+    "WINDOW_ATTENTION",
     "Bias",
     "attention_layer",
     "dense_bias",
     "merge_windows",
     "pad_to_windows",
-    "resolve_backend",
     "split_windows",
     "window_attention",
 ]

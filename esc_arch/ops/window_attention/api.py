@@ -2,45 +2,53 @@
 
 from __future__ import annotations
 
-from types import ModuleType
+from collections.abc import Sequence
+from typing import Any
 
 from torch import Tensor
 
-from esc_arch.ops.backends import choose
+from esc_arch.ops.operation import Operation, Shapes, Size, normal
 
-from . import cpu, flash, flex, flex_flash, naive, sdpa, triton
+from . import cpu, flash, flex, flex_flash, reference, sdpa, triton
 from .bias import Bias
 from .cpu import Norm, Projection
 
-__all__ = ["BACKENDS", "attention_layer", "resolve_backend", "window_attention"]
-
-#: Every backend by name: a module with `unsupported_reasons` (why not, empty when it can) and `forward`.
-BACKENDS: dict[str, ModuleType] = {
-    "naive": naive,
-    "sdpa": sdpa,
-    "flex": flex,
-    "flex_flash": flex_flash,
-    "flash": flash,
-    "triton": triton,
-    "cpp": cpu,
-}
-
-#: What `auto` tries, in this order; the first one with no reason against it is taken. `cpp` is taken once it is built,
-#: `triton` where it has passed its trial. Flex attention is left to those who ask for it by name: its first call
-#: compiles for a minute or more.
-AUTO_ORDER = ("cpp", "triton", "flash", "sdpa", "naive")
+__all__ = ["WINDOW_ATTENTION", "attention_layer", "window_attention"]
 
 
-def resolve_backend(name: str) -> str:
-    """The backend that a spelling from an option file means: case does not matter (`Naive`, `SDPA`, `Flex`).
+def _inputs(shapes: Shapes, size: Size) -> list[Tensor]:
+    """The projection, and biases with which the weights are neither flat nor all on one token."""
+    batch, height, width = size
+    table, factors = (shapes.heads, (2 * shapes.window - 1) ** 2), (shapes.heads, shapes.window**2, shapes.rank)
+    qkv, *bias = normal((batch, 3 * shapes.channels, height, width), *([factors] * 2 if shapes.rank else [table]))
+    return [qkv, *bias] if shapes.rank else [qkv, 2 * bias[0]]
 
-    Raises:
-        ValueError: there is none of this name; the message lists those there are.
-    """
-    key = str(name).lower()
-    if key != "auto" and key not in BACKENDS:
-        raise ValueError(f"attn_type {name!r} is not known; allowed: auto, {', '.join(BACKENDS)} (in any case).")
-    return key
+
+def _arguments(shapes: Shapes, tensors: Sequence[Tensor]) -> tuple[Any, ...]:
+    qkv, *bias = tensors
+    return qkv, tuple(bias) if shapes.rank else bias[0], shapes.window, shapes.heads
+
+
+WINDOW_ATTENTION = Operation(
+    name="window attention",
+    option="attn_type",
+    backends={
+        "naive": reference,
+        "sdpa": sdpa,
+        "flex": flex,
+        "flex_flash": flex_flash,
+        "flash": flash,
+        "triton": triton,
+        "cpu": cpu,
+    },
+    # `cpu` is taken once it is built, `triton` where it has passed autotuning. Flex attention is taken by name alone:
+    # its first call compiles for a minute or more.
+    order=("cpu", "triton", "flash", "sdpa", "naive"),
+    inputs=_inputs,
+    arguments=_arguments,
+    parts=("the result", "the gradient of the projection", "the gradient of the biases", "that of the keys' factors"),
+    parameters_stay_float32=True,
+)
 
 
 def window_attention(qkv: Tensor, bias: Bias, *, window: int, heads: int, backend: str = "auto") -> Tensor:
@@ -55,19 +63,17 @@ def window_attention(qkv: Tensor, bias: Bias, *, window: int, heads: int, backen
         bias: a table by relative position, (h, (2w - 1)^2), or two factors, (h, N, r) each; see `Bias`.
         window: w, the side of a window in pixels.
         heads: h.
-        backend: a key of `BACKENDS`, or auto.
+        backend: one of `WINDOW_ATTENTION.backends`, or auto.
 
     Returns:
         (B, C, H, W).
 
     Raises:
         ValueError: shapes that do not fit each other, or an unknown backend.
-        RuntimeError: the backend asked for by name cannot take these inputs; the message lists every reason.
+        RuntimeError: the backend requested by name cannot take these inputs; the message lists every reason.
     """
     _check_shapes(qkv, bias, window, heads)
-    backend = resolve_backend(backend)
-    chosen = choose("attention", BACKENDS, AUTO_ORDER, backend, qkv, bias, window, heads, option="attn_type")
-    out: Tensor = chosen.forward(qkv, bias, window, heads)
+    out: Tensor = WINDOW_ATTENTION.choose(backend, qkv, bias, window, heads).forward(qkv, bias, window, heads)
     return out
 
 
@@ -94,7 +100,7 @@ def attention_layer(
         to_out: of the last one, (C, C, 1, 1) and (C) or None.
         norm: weight (C), bias (C) and eps of a layer normalisation over the channels; None for none.
         residual: add x to the result.
-        backend: as of `window_attention`; only `auto` and `cpp` can be this operator.
+        backend: as of `window_attention`; only `auto` and `cpu` can be this operator.
         others: see `window_attention`.
 
     Returns:
@@ -106,8 +112,8 @@ def attention_layer(
     _check_sizes(window, heads)
     _check_layer(x, to_qkv, to_out, norm, heads)
     _check_bias(bias, window, heads)
-    name = resolve_backend(backend)
-    if name not in ("auto", "cpp") or (name == "auto" and "cpp" not in AUTO_ORDER):
+    name = WINDOW_ATTENTION.resolve(backend)
+    if name not in ("auto", "cpu") or (name == "auto" and "cpu" not in WINDOW_ATTENTION.order):
         return None
     inputs = (x, to_qkv, bias, to_out, window, heads, norm)
     return None if cpu.layer_unsupported_reasons(*inputs) else cpu.layer_forward(*inputs, residual)

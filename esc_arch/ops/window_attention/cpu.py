@@ -12,9 +12,10 @@ import torch
 from torch import Tensor
 
 from esc_arch.ops import cpu
+from esc_arch.ops.cpu.wrapping import empty_map, input_reasons
 from esc_arch.ops.gradients import wants_gradients
 
-from .bias import Bias
+from .bias import Bias, parameters_of
 
 #: Weight and bias of a 1 x 1 convolution.
 Projection = tuple[Tensor, Tensor | None]
@@ -50,22 +51,10 @@ def layer_unsupported_reasons(
     x: Tensor, to_qkv: Projection, bias: Bias, to_out: Projection, window: int, heads: int, norm: Norm | None
 ) -> list[str]:
     """Why the projections and the norm cannot be taken into the same operator; see `attention_layer`."""
-    reasons = unsupported_reasons(x, bias, window, heads)
-    if reasons:
-        return reasons
-    scales = () if norm is None else norm[:2]
-    tensors = [t for t in (x, *to_qkv, *_factors(bias), *to_out, *scales) if t is not None]
-    if torch.jit.is_tracing():
-        reasons.append("an operator that this machine compiled cannot be exported")
-    if torch.is_autocast_enabled("cpu") or any(t.dtype != torch.float32 for t in tensors):
-        reasons.append("it takes float32")
-    if any(t.device.type != "cpu" for t in tensors):
-        reasons.append("it runs on cpu")
-    if wants_gradients(*tensors):
-        reasons.append("it has no backward pass")
-    if x.stride(1) != 1:
-        reasons.append("it takes maps with the channels innermost")
-    return reasons
+    tensors = [*to_qkv, *parameters_of(bias), *to_out, *(() if norm is None else norm[:2])]
+    if wants_gradients(x, *tensors):
+        return ["it has no backward pass"]
+    return unsupported_reasons(x, bias, window, heads) or input_reasons(*tensors, maps=[x])
 
 
 def layer_forward(
@@ -85,13 +74,9 @@ def layer_forward(
     return out
 
 
-def _factors(bias: Bias) -> tuple[Tensor, ...]:
-    return (bias,) if isinstance(bias, Tensor) else bias
-
-
 def _parts(bias: Bias) -> tuple[Tensor, Tensor | None]:
     """The table and None, or the factors of queries and keys, as the operators take them."""
-    first, *others = (part.float().contiguous() for part in _factors(bias))
+    first, *others = (part.float().contiguous() for part in parameters_of(bias))
     return first, others[0] if others else None
 
 
@@ -101,10 +86,6 @@ def _fake_forward(
     batch, channels, height, width = qkv.shape
     windows = batch * -(-height // window) * -(-width // window)
     return _empty_map(qkv, channels // 3), qkv.new_empty((2, heads, windows, window**2))
-
-
-def _fake_layer(x: Tensor, *others: Any) -> Tensor:
-    return torch.empty(x.shape, dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
 
 
 def _fake_backward(
@@ -142,7 +123,7 @@ def _backward(ctx: Any, grad: Tensor, _: Tensor | None) -> tuple[Tensor | None, 
 
 @cpu.when_loaded
 def _register() -> None:
-    torch.library.register_fake("esc_arch::cpu_attention_layer", _fake_layer)
+    torch.library.register_fake("esc_arch::cpu_attention_layer", lambda x, *others: empty_map(x))
     torch.library.register_fake("esc_arch::cpu_window_attention", _fake_forward)
     torch.library.register_fake("esc_arch::cpu_window_attention_backward", _fake_backward)
     torch.library.register_autograd("esc_arch::cpu_window_attention", _backward, setup_context=_save)

@@ -82,7 +82,7 @@ def _widened(v: Tensor, q: Tensor) -> Tensor:
 
 
 def _on_flash(x: Tensor) -> bool:
-    """Whether there are flash kernels that have to be asked for."""
+    """True if flash kernels must be selected explicitly."""
     return x.is_cuda and x.dtype in HALVES
 
 
@@ -93,7 +93,7 @@ def _capability(device: int | None) -> tuple[int, int]:
 
 @torch.compiler.assume_constant_result
 def flash_attn_4_suits(device: int | None) -> bool:
-    """Whether flash-attn 4 is installed and its kernels are for this GPU."""
+    """True if flash-attn 4 is installed and supports this GPU."""
     return 9 <= _capability(device)[0] <= 11 and _installed("flash_attn.cute")
 
 

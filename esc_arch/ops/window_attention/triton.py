@@ -1,7 +1,7 @@
 """Window attention in Triton kernels: from the projection to the merged map without a copy or a score in memory.
 
 q, k and v are read where the projection left them, the padding by computing which pixel it repeats, and the bias from
-its table, so that beside the result only one number per token and head is written, and that only for a later gradient.
+its table, so that besides the result only one number per token and head is written, and only for a later gradient.
 Every gradient is a sum in a fixed order: repeated runs are equal to the last bit, whatever
 `torch.use_deterministic_algorithms` says. A map that is dense in channels-last layout is the fastest to read; NCHW
 works too, and any other layout is copied to NCHW first.
@@ -16,26 +16,24 @@ Inside a CUDA graph that choice cannot be made: call once before capturing.
 from __future__ import annotations
 
 import math
-import os
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from esc_arch.ops.autotune.choice import auto_skip_reasons as reasons_of_trial
+from esc_arch.ops.autotune.choice import auto_skip_reasons as autotune_reasons
 from esc_arch.ops.autotune.networks import nearest
-from esc_arch.ops.autotune.verdicts import MODES, Subject
+from esc_arch.ops.autotune.results import MODES, Case
+from esc_arch.ops.float32 import tf32_in_products
 from esc_arch.ops.gradients import wants_gradients
 from esc_arch.ops.triton_support import DTYPES, missing, precision, setting
 
 from .bias import Bias
 
-#: Whether Triton runs kernels in its interpreter, on the CPU: a slow way to see that their arithmetic is right.
-INTERPRETED = os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "yes", "on")
 #: Of a head: what the registers of a multiprocessor hold.
 MAX_HEAD_DIM = 128
-#: Programs that keep every GPU busy to the end: so many share the windows when the table's gradient is summed.
+#: Programs that share the windows when the table's gradient is summed: enough to keep every GPU busy to the end.
 PROGRAMS = 4096
 
 
@@ -62,13 +60,13 @@ def auto_skip_reasons(qkv: Tensor, bias: Bias, window: int, heads: int) -> list[
     assert isinstance(bias, Tensor)  # others are refused above
     training = wants_gradients(qkv, bias)
     network = nearest(channels=qkv.shape[1] // 3)
-    return _reasons_of_trial(network, qkv.dtype, training, qkv.device.type, qkv.device.index)
+    return _autotune_reasons(network, qkv.dtype, training, qkv.device.type, qkv.device.index)
 
 
 @torch.compiler.assume_constant_result
-def _reasons_of_trial(network: str, dtype: torch.dtype, training: bool, device: str, index: int | None) -> list[str]:
-    subject = Subject("window attention", "triton", network, setting(dtype, _uses_tf32()), MODES[training])
-    return reasons_of_trial(subject, device, index)
+def _autotune_reasons(network: str, dtype: torch.dtype, training: bool, device: str, index: int | None) -> list[str]:
+    case = Case("window attention", "triton", network, setting(dtype, tf32_in_products()), MODES[training])
+    return autotune_reasons(case, device, index)
 
 
 def forward(qkv: Tensor, bias: Bias, window: int, heads: int) -> Tensor:
@@ -252,14 +250,8 @@ def _constants(qkv: Tensor, window: int, heads: int) -> dict[str, Any]:
         "HEAD_DIM": head_dim,
         "BLOCK_D": max(16, 1 << (head_dim - 1).bit_length()),
         "CHANNELS_LAST": _layout(qkv) is torch.channels_last,
-        "PRECISION": precision(qkv, _uses_tf32()),
+        "PRECISION": precision(qkv, tf32_in_products()),
         "DIRECT": qkv.is_cuda,
         # Explicit: Triton's default is changing
         "enable_fp_fusion": True,
     }
-
-
-def _uses_tf32() -> bool:
-    """Whether PyTorch has been told to multiply float32 in matrix products as TF32."""
-    matmul = torch.backends.cuda.matmul
-    return (getattr(matmul, "fp32_precision", None) or ("tf32" if matmul.allow_tf32 else "ieee")) == "tf32"

@@ -26,14 +26,14 @@ import triton
 import triton.language as tl
 from triton import Config
 
-from .triton import INTERPRETED
+from esc_arch.ops.triton_support import INTERPRETED
 
 LOG2E = tl.constexpr(1.4426950408889634)
 
 #: The arguments that decide which configuration is the fastest; sizes of maps are not among them.
 _KEY = ["WINDOW", "HEADS", "HEAD_DIM", "CHANNELS_LAST", "PRECISION"]
 _SIZES = ["height", "width"]
-#: Where Triton can (from 3.4 on), the choice is kept on disk beside the compiled kernels.
+#: Where Triton can (from 3.4 on), the choice is kept on disk with the compiled kernels.
 _CACHED = {"cache_results": True} if "cache_results" in inspect.signature(triton.autotune).parameters else {}
 
 

@@ -13,9 +13,9 @@ from torch import Tensor, nn
 
 from esc_arch.errors import UserError
 from esc_arch.modules.window_attention import WindowAttention
-from esc_arch.ops.backends import UnusableBackend
 from esc_arch.ops.float32 import float32_products
-from esc_arch.ops.window_attention import BACKENDS, resolve_backend
+from esc_arch.ops.operation import UnusableBackend
+from esc_arch.ops.window_attention import WINDOW_ATTENTION
 
 __all__ = ["PRECISIONS", "Latency", "Protocol", "measure"]
 
@@ -66,9 +66,10 @@ class Protocol:
         if self.runs < 1 or self.warmup < 0:
             raise UserError(f"--runs {self.runs} --warmup {self.warmup}: at least 1 run, and 0 or more for warm-up.")
         try:
-            resolve_backend(self.backend)
+            WINDOW_ATTENTION.resolve(self.backend)
         except ValueError:
-            raise UserError(f"--backend {self.backend}: not known. Allowed: auto, {', '.join(BACKENDS)}.") from None
+            known = ", ".join(WINDOW_ATTENTION.backends)
+            raise UserError(f"--backend {self.backend}: not known. Allowed: auto, {known}.") from None
 
     @property
     def device_name(self) -> str:
@@ -110,7 +111,7 @@ def measure(net: nn.Module, height: int, width: int, protocol: Protocol) -> Late
     device = torch.device(protocol.device)
     attentions = [module for module in net.modules() if isinstance(module, WindowAttention)]
     for attention in attentions:
-        attention.attn_type = resolve_backend(protocol.backend)
+        attention.attn_type = WINDOW_ATTENTION.resolve(protocol.backend)
     image = torch.rand(1, 3, height, width, device=device)
     taken: set[str] = set()
     try:
@@ -177,7 +178,7 @@ def _observed_backends(taken: set[str]) -> Iterator[None]:
         return forward
 
     with ExitStack() as stack:
-        for name, module in BACKENDS.items():
+        for name, module in WINDOW_ATTENTION.backends.items():
             for function in ("forward", "layer_forward"):  # the attention alone, and with its projections
                 if (original := getattr(module, function, None)) is not None:
                     stack.callback(setattr, module, function, original)

@@ -169,7 +169,7 @@ def _parse_options(text: str) -> Mapping[str, Any]:
 
 def _checked(where: str, section: Any) -> Mapping[str, Any]:
     """A section whose type is registered and takes the options."""
-    problems = "; ".join(check_call(where, section, entries(ARCH_REGISTRY)))
+    problems = "; ".join(map(str, check_call(where, section, entries(ARCH_REGISTRY))))
     if problems:
         raise UserError(f"{problems}. Options are given as in --networks 'SwinIR: {{upscale: 2, window_size: 8}}'.")
     options: Mapping[str, Any] = section

@@ -22,9 +22,9 @@ _SMALL_SHARED_MEMORY = 2**30
 _LITTLE_MEMORY = 2 * 2**30
 _FEW_FILES = 1024
 _GET_PYTORCH = "Install a PyTorch for this GPU and its driver: https://pytorch.org/get-started."
-_WITHOUT_CPP = "ESC_ARCH_NATIVE=0 in the environment switches the C++ operators off."
+_WITHOUT_CPU = "ESC_ARCH_NATIVE=0 in the environment switches the C++ operators off."
 _WITHOUT_TRITON = "ESC_ARCH_TRITON=0 in the environment keeps auto from it."
-_INSTEAD = {"cpp": _WITHOUT_CPP, "triton": _WITHOUT_TRITON, "triton_folded": _WITHOUT_TRITON}
+_INSTEAD = {"cpu": _WITHOUT_CPU, "triton": _WITHOUT_TRITON, "triton_folded": _WITHOUT_TRITON}
 
 #: Variables that are shown begin so.
 _SHOWN = (
@@ -155,7 +155,7 @@ def _first_line(error: Exception) -> str:
 
 def operators(context: Context) -> Iterator[Finding]:
     """The C++ compiler and operators."""
-    yield from context.in_child("C++ operators", "machine:cpp_operators", advice=_WITHOUT_CPP)
+    yield from context.in_child("C++ operators", "machine:cpp_operators", advice=_WITHOUT_CPU)
 
 
 def cpp_operators() -> list[Finding]:
@@ -171,7 +171,7 @@ def cpp_operators() -> list[Finding]:
     text = f"not used: {'; '.join(reasons)}; their cache is {cache}" if reasons else f"built, in {cache}"
     status, advice = OK, "CPUs use PyTorch's own operators in their place: slower, with the same results."
     if any("failed" in reason for reason in reasons):
-        status, advice = PROBLEM, f"`basicsr warmup` rebuilds them. {_WITHOUT_CPP}"
+        status, advice = PROBLEM, f"`basicsr warmup` rebuilds them. {_WITHOUT_CPU}"
     elif cpu.NOT_BUILT in reasons:
         status, advice = WARNING, f"`basicsr warmup` builds them. {advice}"
     return [Finding("C++ compiler", compiler), Finding("C++ operators", text, status, advice if reasons else "")]

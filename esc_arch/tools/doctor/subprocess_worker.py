@@ -36,12 +36,10 @@ class Worker:
 
     Args:
         timeout: seconds for each call, without the import of its module.
-        environment: variables set in addition to those of this process.
     """
 
-    def __init__(self, timeout: float, **environment: str) -> None:
+    def __init__(self, timeout: float) -> None:
         self.timeout = timeout
-        self._environment = {"TORCHINDUCTOR_COMPILE_THREADS": "1"} | environment
         self._process: subprocess.Popen[str] | None = None
 
     def __enter__(self) -> Worker:
@@ -80,7 +78,7 @@ class Worker:
             stdout=subprocess.PIPE,
             stderr=self._errors,
             encoding="utf-8",
-            env=os.environ | self._environment,
+            env=os.environ | {"TORCHINDUCTOR_COMPILE_THREADS": "1"},
             start_new_session=True,
         )
 

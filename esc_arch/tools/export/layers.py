@@ -86,10 +86,6 @@ class ExportedAttention(nn.Module):
             for name, factors in zip(("q_factors", "k_factors"), bias, strict=True):
                 self.register_buffer(name, factors.detach().clone())
 
-    def added_to(self, x: Tensor, norm: nn.Module) -> Tensor:
-        """As of `WindowAttention`."""
-        return x + self(norm(x))
-
     def forward(self, x: Tensor) -> Tensor:
         height, width = x.shape[-2:]
         qkv = self.to_qkv(x)
@@ -167,12 +163,11 @@ class ExportedConvAttn(nn.Module):
         super().__init__()
         self.pdim, self.plk, self.aggr = layer.pdim, InFloat32(layer.plk), layer.aggr
 
-    def added_to(self, x: Tensor, mixed: Tensor, lk: Tensor, *, means: None = None) -> Tensor:
-        """As of `ConvAttn`."""
-        convolved, passed = mixed[:, : self.pdim], mixed[:, self.pdim :]
+    def forward(self, x: Tensor, lk: Tensor, means: None = None) -> Tensor:
+        convolved, passed = x[:, : self.pdim], x[:, self.pdim :]
         static = F.conv2d(convolved, lk, padding=lk.shape[-1] // 2)
         convolved = static + depthwise(convolved, self.plk(convolved))
-        return x + self.aggr(torch.cat([convolved, passed], dim=1))
+        return self.aggr(torch.cat([convolved, passed], dim=1))
 
 
 class ExportedDecomposedConvAttn(nn.Module):
@@ -182,15 +177,12 @@ class ExportedDecomposedConvAttn(nn.Module):
         super().__init__()
         self.pdim, self.plk, self.aggr = layer.pdim, InFloat32(layer.plk), layer.aggr
 
-    def added_to(
-        self, x: Tensor, mixed: Tensor, lk_channel: Tensor, lk_spatial: Tensor, *, means: None = None
-    ) -> Tensor:
-        """As of `DecomposedConvAttn`."""
-        convolved, passed = mixed[:, : self.pdim], mixed[:, self.pdim :]
+    def forward(self, x: Tensor, lk_channel: Tensor, lk_spatial: Tensor, means: None = None) -> Tensor:
+        convolved, passed = x[:, : self.pdim], x[:, self.pdim :]
         dynamic = self.plk(convolved)
         convolved = F.conv2d(convolved, lk_channel)
         static = F.conv2d(convolved, lk_spatial, padding=lk_spatial.shape[-1] // 2, groups=self.pdim)
-        return x + self.aggr(torch.cat([static + depthwise(convolved, dynamic), passed], dim=1))
+        return self.aggr(torch.cat([static + depthwise(convolved, dynamic), passed], dim=1))
 
 
 def depthwise(x: Tensor, kernel: Tensor) -> Tensor:

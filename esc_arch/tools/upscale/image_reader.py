@@ -1,4 +1,4 @@
-"""Picture files as arrays, with what has to go with them: colour profile and camera data.
+"""Image files as arrays, with the metadata that go with them.
 
 Pillow reads what it can hold. It holds no colours of 16 bits, so those are read by OpenCV (PNG, compressed TIFF) and
 tifffile. What cannot be enlarged as it is meant is refused rather than changed in silence.
@@ -8,14 +8,13 @@ from __future__ import annotations
 
 import io
 import logging
-import mmap
 import struct
 import threading
 import warnings
 import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import IO, Any, cast
 
@@ -26,50 +25,43 @@ from PIL import Image, ImageCms, UnidentifiedImageError
 
 from esc_arch.errors import UserError
 
-from .exif import Exif, parse
+from .metadata import Metadata, first_line, image_metadata, png_colour, tiff_metadata
 
-__all__ = ["LARGEST_INPUT", "PICTURE_SUFFIXES", "Picture", "Pixels", "pixels_of", "read_picture", "to_srgb"]
+__all__ = ["LARGEST_INPUT", "READABLE_SUFFIXES", "DecodedImage", "Pixels", "pixels_of", "read_picture", "to_srgb"]
 
 Pixels = npt.NDArray[Any]
 
 #: Files that folders are searched for.
-PICTURE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".tif", ".tiff", ".bmp")
+READABLE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".tif", ".tiff", ".bmp")
 #: Formats that are read, by Pillow's names.
-FORMATS = ("PNG", "JPEG", "WEBP", "TIFF", "BMP")
+READABLE_FORMATS = ("PNG", "JPEG", "WEBP", "TIFF", "BMP")
 #: In pixels. A file of some kilobytes can claim more than any memory holds.
 LARGEST_INPUT = 2**29
 
-PNG_START, TIFF_STARTS = b"\x89PNG\r\n\x1a\n", (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
-#: Chunks of a PNG file that say how its numbers are colours, where no profile does.
-PNG_COLOUR = (b"cICP", b"sRGB", b"gAMA", b"cHRM")
-#: Of Pillow's modes, those that are kept, and what others become.
-KEPT = ("L", "LA", "RGB", "RGBA")
-CONVERTED = {"1": "L", "La": "LA", "PA": "RGBA", "RGBa": "RGBA", "RGBX": "RGB", "YCbCr": "RGB"}
+TIFF_STARTS = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
+#: Of Pillow's modes, those that are kept, and those that become one of these.
+KEPT, CONVERTED = ("L", "LA", "RGB", "RGBA"), ("1", "La", "P", "PA", "RGBa", "RGBX", "YCbCr")
 
 _pillow_limit = threading.Lock()
 
 
 @dataclass(frozen=True)
-class Picture:
-    """A picture as it is to be seen: turned as its camera says.
+class DecodedImage:
+    """An image as it is to be seen: turned as its camera says.
 
     Attributes:
         pixels: (H, W, C), uint8 or uint16; C: 1 grey, 2 grey and alpha, 3 RGB, 4 RGBA.
-        icc: its colour profile, byte for byte.
-        exif: what its camera says, made to fit the turned pixels.
-        png_colour: chunks of `PNG_COLOUR`, name and content.
-        remarks: what could not be kept, a sentence each.
+        metadata: what goes to the result as well.
+        notes: what could not be kept, a sentence each.
     """
 
     pixels: Pixels
-    icc: bytes | None = None
-    exif: Exif | None = None
-    png_colour: tuple[tuple[bytes, bytes], ...] = ()
-    remarks: tuple[str, ...] = ()
+    metadata: Metadata = field(default_factory=Metadata)
+    notes: tuple[str, ...] = ()
 
 
-def read_picture(path: Path) -> Picture:
-    """The picture in a file.
+def read_picture(path: Path) -> DecodedImage:
+    """Decode an image file.
 
     Palettes become RGB or RGBA, one bit grey. CMYK and Lab become sRGB, by the file's profile if it has one.
 
@@ -79,12 +71,16 @@ def read_picture(path: Path) -> Picture:
     """
     try:
         with path.open("rb") as file:
-            return _read(path, file)
+            start = file.read(4)
+            if not start:
+                raise UserError("empty. Replace it.")
+            file.seek(0)
+            return _read_tiff(path, file) if start in TIFF_STARTS else _read_other(path, file)
     except UserError as error:
         raise UserError(f"{path}: {error}") from error
     except UnidentifiedImageError as error:
         raise UserError(
-            f"{path}: not a PNG, JPEG, WebP, TIFF or BMP picture, whatever its name says, or damaged at its start. "
+            f"{path}: not a PNG, JPEG, WebP, TIFF or BMP image, whatever its name says, or damaged at its start. "
             "Replace it or take it out."
         ) from error
     except MemoryError as error:
@@ -92,36 +88,41 @@ def read_picture(path: Path) -> Picture:
     except OSError as error:
         if error.errno is not None:
             raise UserError(f"{path}: cannot be read: {error.strerror}.") from error
-        raise UserError(f"{path}: damaged ({_one_line(error)}). Replace it.") from error
+        raise _damaged(path, error) from error
     except (
         *(ValueError, LookupError, ArithmeticError, TypeError, RuntimeError, EOFError, SyntaxError),
         *(struct.error, zlib.error, cv2.error),
     ) as error:  # what decoders raise for content that makes no sense
-        raise UserError(f"{path}: damaged ({_one_line(error)}). Replace it.") from error
+        raise _damaged(path, error) from error
 
 
-def _one_line(error: BaseException) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0].strip().rstrip(".")
+def _damaged(path: Path, error: Exception) -> UserError:
+    return UserError(f"{path}: damaged ({first_line(error)}). Replace it.")
 
 
-def _read(path: Path, file: IO[bytes]) -> Picture:
-    start = file.read(32)
-    if not start:
-        raise UserError("empty. Replace it.")
-    file.seek(0)
-    if start[:4] in TIFF_STARTS:
-        picture = _read_tiff(path, file)
-    else:
-        with _open(file) as image:
-            _check_frames(image)
-            picture = _described(image)
-            if start.startswith(PNG_START):
-                picture = replace(picture, png_colour=_png_colour(path))
-            if start.startswith(PNG_START) and start[24] == 16:
-                picture = replace(picture, pixels=_deep_png(path, image, grey=start[25] in (0, 4)))
-            else:
-                picture = _with_pixels_of(picture, image)
-    return _upright(picture)
+def _read_other(path: Path, file: IO[bytes]) -> DecodedImage:
+    with _open(file) as image:
+        frames = getattr(image, "n_frames", 1)
+        # MPO: what telephones call .jpg, with a depth map or another view behind the picture
+        if frames > 1 and image.format != "MPO":
+            raise UserError(f"animated ({frames} frames). Save the frames as images, or make a video of them.")
+        metadata, notes = image_metadata(image)
+        if image.format == "PNG":
+            place = file.tell()
+            metadata = replace(metadata, png_colour=png_colour(file))
+            file.seek(24)
+            depth, colour_type = file.read(2)
+            file.seek(place)
+            if depth == 16:
+                pixels = _deep_png(path, image, grey=colour_type in (0, 4))
+                return DecodedImage(_upright(pixels, metadata), metadata, notes)
+        found = _shallow(image, metadata, notes)
+        return replace(found, pixels=_upright(found.pixels, metadata))
+
+
+def _shallow(image: Image.Image, metadata: Metadata, notes: tuple[str, ...]) -> DecodedImage:
+    pixels, icc, more = pixels_of(image, metadata.icc)
+    return DecodedImage(pixels, replace(metadata, icc=icc), (*notes, *more))
 
 
 @contextmanager
@@ -130,7 +131,7 @@ def _open(file: IO[bytes]) -> Iterator[Image.Image]:
     with _pillow_limit:  # Pillow's own limit is below what is enlarged here, and can only be set for all
         limit, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, None
         try:
-            with Image.open(file, formats=FORMATS) as image:
+            with Image.open(file, formats=READABLE_FORMATS) as image:
                 _check_size(image.height, image.width)
                 yield image
         finally:
@@ -145,57 +146,30 @@ def _check_size(height: int, width: int) -> None:
         )
 
 
-def _check_frames(image: Image.Image) -> None:
-    frames = getattr(image, "n_frames", 1)
-    # MPO: what telephones call .jpg, with a depth map or another view behind the picture
-    if frames > 1 and image.format != "MPO":
-        raise UserError(f"animated ({frames} frames). Save the frames as pictures, or make a video of them.")
-
-
-def _described(image: Image.Image) -> Picture:
-    """What goes with the pixels, without the pixels."""
-    exif = None
-    remarks: tuple[str, ...] = ()
-    if image.info.get("exif"):
-        try:
-            exif = parse(image.info["exif"])
-        except ValueError as error:
-            remarks = (f"its EXIF data are damaged ({error}) and left out",)
-    return Picture(np.empty((0, 0, 0)), image.info.get("icc_profile") or None, exif, (), remarks)
-
-
-def _with_pixels_of(picture: Picture, image: Image.Image) -> Picture:
-    pixels, icc, remarks = pixels_of(image, picture.icc)
-    return replace(picture, pixels=pixels, icc=icc, remarks=(*picture.remarks, *remarks))
-
-
 def pixels_of(image: Image.Image, icc: bytes | None = None) -> tuple[Pixels, bytes | None, tuple[str, ...]]:
-    """The pixels of a Pillow image as `Picture` has them, the profile that they have then, and remarks.
+    """The pixels of a Pillow image as `DecodedImage` has them, the profile that they have then, and notes.
 
     Raises:
         UserError: its numbers are of more than 16 bits, or no colours.
     """
-    remarks: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()
     if image.mode.startswith("I;16"):
         return np.asarray(image).astype(np.uint16)[..., None], icc, ()
     if image.mode in ("CMYK", "LAB"):
         name = "CMYK" if image.mode == "CMYK" else "Lab"
         image, exact = to_srgb(image, icc)
         how = "" if exact else " by a plain formula, for lack of a profile that can be used: colours are not exact"
-        icc, remarks = None, (f"{name} was converted to sRGB{how}",)
-    elif image.mode == "P" or (image.mode in ("1", "L", "RGB") and "transparency" in image.info):
-        grey = image.mode in ("1", "L")
-        see_through = "transparency" in image.info or (image.palette is not None and image.palette.mode == "RGBA")
-        image = image.convert(("LA" if grey else "RGBA") if see_through else "RGB")
-    elif image.mode in CONVERTED:
-        image = image.convert(CONVERTED[image.mode])
+        icc, notes = None, (f"{name} was converted to sRGB{how}",)
+    elif image.mode in CONVERTED or (image.mode in ("L", "RGB") and "transparency" in image.info):
+        grey, alpha = image.mode in ("1", "L", "La"), "A" if image.has_transparency_data else ""
+        image = image.convert(f"L{alpha}" if grey else f"RGB{alpha}")
     if image.mode not in KEPT:
         raise UserError(
             f"its pixels are of a kind that is not enlarged (Pillow's mode {image.mode}). Save it with 8 or 16 bits a "
             "channel, as grey or RGB."
         )
     pixels = np.asarray(image)
-    return pixels.reshape(*pixels.shape[:2], -1), icc, remarks
+    return pixels.reshape(*pixels.shape[:2], -1), icc, notes
 
 
 def to_srgb(image: Image.Image, icc: bytes | None) -> tuple[Image.Image, bool]:
@@ -217,21 +191,6 @@ def to_srgb(image: Image.Image, icc: bytes | None) -> tuple[Image.Image, bool]:
         return image.convert("RGB"), False
     assert converted is not None  # None is returned for conversion in place alone
     return converted, True
-
-
-def _png_colour(path: Path) -> tuple[tuple[bytes, bytes], ...]:
-    chunks = []
-    with path.open("rb") as file:
-        file.seek(len(PNG_START))
-        while len(head := file.read(8)) == 8:
-            length, name = struct.unpack(">I4s", head)
-            if name == b"IDAT":
-                break
-            if name in PNG_COLOUR and length <= 32:
-                chunks.append((name, file.read(length)))
-                length = 0
-            file.seek(length + 4, io.SEEK_CUR)
-    return tuple(chunks)
 
 
 def _deep_png(path: Path, image: Image.Image, *, grey: bool) -> Pixels:
@@ -260,7 +219,7 @@ def _by_opencv(path: Path, *, grey: bool) -> Pixels:
     return pixels[..., [2, 1, 0, 3][: pixels.shape[2]]] if pixels.shape[2] > 1 else pixels
 
 
-def _read_tiff(path: Path, file: IO[bytes]) -> Picture:
+def _read_tiff(path: Path, file: IO[bytes]) -> DecodedImage:
     import tifffile
 
     # What it logs of damage is told by the error that follows, or has no effect
@@ -270,41 +229,19 @@ def _read_tiff(path: Path, file: IO[bytes]) -> Picture:
         _check_size(page.imagelength, page.imagewidth)
         pages = sum(1 for other in tiff.pages if not cast(Any, other).is_reduced) if len(tiff.pages) > 1 else 1
         if pages > 1:
-            raise UserError(f"{pages} pages. Save each as a picture of its own.")
-        bits = np.atleast_1d(page.bitspersample)
-        if page.sampleformat != 1 or max(bits) > 16:
-            kind = {1: "whole numbers", 2: "numbers with a sign", 3: "floating-point numbers"}.get(page.sampleformat)
-            raise UserError(
-                f"its channels are {kind or 'numbers'} of {max(bits)} bits. Save it with 8 or 16 bits a channel."
-            )
-        deep = max(bits) == 16 and page.photometric in (0, 1, 2)
-        pixels = _deep_tiff(path, page) if deep else None
-        profile = page.tags.get(34675)
-        picture = Picture(np.empty((0, 0, 0)), bytes(profile.value) if profile is not None else None)
-    with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as mapped:
-        try:
-            picture = replace(picture, exif=_without_notes(parse(cast(bytes, mapped)).descriptive()))
-        except ValueError as error:
-            picture = replace(picture, remarks=(f"its EXIF data are damaged ({error}) and left out",))
-    if pixels is not None:
-        return replace(picture, pixels=pixels)
+            raise UserError(f"{pages} pages. Save each as an image of its own.")
+        bits = max(np.atleast_1d(page.bitspersample))
+        if page.sampleformat != 1 or bits > 16:
+            kind = {1: "whole", 2: "signed", 3: "floating-point"}.get(page.sampleformat, "other")
+            raise UserError(f"its channels are {kind} numbers of {bits} bits. Save it with 8 or 16 bits a channel.")
+        metadata, notes = tiff_metadata(file, page)
+        if bits == 16 and page.photometric in (0, 1, 2):
+            return DecodedImage(_upright(_deep_tiff(path, page), metadata), metadata, notes)
     file.seek(0)
-    with _open(file) as image:
-        # The pixels of TIFF files are turned when Pillow loads them, and by what it finds here
-        orientation = picture.exif.orientation if picture.exif else 1
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # about tags, which are not taken from Pillow
-            image.load()
-        if orientation != 1 and picture.exif is not None and image.getexif().get(0x0112, 1) == 1:
-            picture = replace(picture, exif=picture.exif.upright(image.height, image.width))
-        return _with_pixels_of(picture, image)
-
-
-def _without_notes(exif: Exif) -> Exif:
-    """Without what programs wrote of the shape of the array in place of a description of the scene."""
-    text = exif.tags.get(0x010E)
-    shape = isinstance(text, tuple) and text.data.startswith((b'{"shape"', b"ImageJ="))
-    return Exif(exif.order, {tag: found for tag, found in exif.tags.items() if tag != 0x010E or not shape})
+    with _open(file) as image, warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # about tags, which are not taken from Pillow
+        image.load()  # which turns the pixels as EXIF says, of TIFF files alone
+        return _shallow(image, metadata, notes)
 
 
 def _deep_tiff(path: Path, page: Any) -> Pixels:
@@ -336,16 +273,13 @@ def _deep_tiff(path: Path, page: Any) -> Pixels:
     return np.concatenate([colour, alpha], axis=2)
 
 
-def _upright(picture: Picture) -> Picture:
-    """Turned as the camera says, and saying so no more."""
-    if picture.exif is None:
-        return picture
-    pixels, orientation = picture.pixels, picture.exif.orientation
+def _upright(pixels: Pixels, metadata: Metadata) -> Pixels:
+    """Turned as the camera says."""
+    orientation = metadata.exif.orientation if metadata.exif else 1
     if orientation >= 5:
         pixels = pixels.swapaxes(0, 1)
     if orientation in (3, 4, 7, 8):
         pixels = pixels[::-1]
     if orientation in (2, 3, 6, 7):
         pixels = pixels[:, ::-1]
-    height, width = pixels.shape[:2]
-    return replace(picture, pixels=np.ascontiguousarray(pixels), exif=picture.exif.upright(height, width))
+    return np.ascontiguousarray(pixels)

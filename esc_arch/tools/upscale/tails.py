@@ -23,7 +23,7 @@ from esc_arch.archs.esc_lte_arch import ESCLTE
 from esc_arch.archs.esc_real_arch import ESCReal, ESCRealM
 from esc_arch.archs.esc_rib_arch import ESCRIB
 from esc_arch.modules import ESCBlock
-from esc_arch.modules.conv3x3 import conv3x3
+from esc_arch.modules.fused import conv3x3
 from esc_arch.modules.upsample import DySample
 
 from .feature_maps import FeatureMap

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from esc_arch.errors import UserError
-from esc_arch.modules import ESCBlock
+from esc_arch.modules import ESCBlock, fused
 from esc_arch.ops.window_attention import window_attention
 
 from .feature_maps import FeatureMap, MapInFile, MapInMemory, check_space
@@ -191,9 +191,9 @@ class TiledExecutor:
 
         def compute(tile: Region) -> None:
             region = tile.grown(margin, self.height, self.width)
-            x = block.proj.of_normed(source.read(region, self.device), block.ln_proj)[0]
+            x = fused.first_ffn(block, source.read(region, self.device))
             if block.attn.gate is None:
-                out = block.attn.added_to(_part(tile, region, x), block.ln_attn)
+                out = fused.window_attention(block.attn, block.ln_attn, _part(tile, region, x))
             else:
                 out = _gated(block, x, tile, region)
             target.write(tile, out)
@@ -244,7 +244,7 @@ class TiledExecutor:
 
         def compute(tile: Region) -> None:
             x, inner = self._pair(block, len(block.pconvs) - 1, source, tile, means, kernels)
-            x = block.finish(x, skip.read(inner, self.device))
+            x = fused.finish(block, x, skip.read(inner, self.device))
             skip.write(tile, tile.of(inner, x))
 
         self.each(compute)
@@ -265,8 +265,8 @@ class TiledExecutor:
         margin = 1 + reach_of(block, pair)
         region = inner.grown(margin, self.height, self.width)
         x = source.read(region, self.device)
-        mixed, _ = block.mix(pair, x)
-        return _part(inner, region, block.convolve(pair, x, mixed, means, *kernels)), inner
+        mixed, _ = fused.mix(block, pair, x)
+        return _part(inner, region, fused.convolve(block, pair, x, mixed, means, *kernels)), inner
 
     def write_blocks(self, tail: Tail, features: FeatureMap, write: Write) -> None:
         """The last pass: from features to blocks of the result."""
@@ -309,12 +309,12 @@ def _part(inner: Region, outer: Region, x: Tensor) -> Tensor:
 
 def _pooled(block: ESCBlock, pair: int, x: Tensor, tile: Region, region: Region) -> Tensor:
     """Sums (1, pdim) over a tile of what a pair's kernel is made from; x shows `region`."""
-    mixed, _ = block.mix(pair, x)
-    return tile.of(region, mixed[:, : block.channels_pooled(pair)]).sum((2, 3), dtype=torch.float64)
+    mixed, _ = fused.mix(block, pair, x)
+    return tile.of(region, mixed[:, : fused.channels_pooled(block, pair)]).sum((2, 3), dtype=torch.float64)
 
 
 def _gated(block: ESCBlock, x: Tensor, tile: Region, region: Region) -> Tensor:
-    """`WindowAttention.added_to` of a tile, where the gate sees what is around it."""
+    """`fused.window_attention` of a tile, where the gate sees what is around it."""
     attn = block.attn
     assert attn.gate is not None
     normed = block.ln_attn(x)

@@ -19,7 +19,8 @@ from torch import Tensor
 from esc_arch.archs.base import ESCFamily
 from esc_arch.archs.esc_lte_arch import ESCLTE
 from esc_arch.errors import UserError
-from esc_arch.modules.conv3x3 import conv3x3
+from esc_arch.modules import fused
+from esc_arch.modules.fused import conv3x3
 from esc_arch.ops.resize import matlab_resize
 
 from .network import Upscaler
@@ -190,12 +191,12 @@ def through_blocks(net: ESCFamily, x: Tensor, means: Means) -> Tensor:
     kernels = net.large_kernels()
     for number, block in enumerate(blocks_of(net)):
         skip = x
-        x = block.attend(x)
+        x = fused.attend(block, x)
         for pair in range(len(block.pconvs)):
-            mixed, own = block.mix(pair, x)
-            given = means(number, pair, mixed[:, : block.channels_pooled(pair)])
-            x = block.convolve(pair, x, mixed, own if given is None else given, *kernels)
-        x = block.finish(x, skip)
+            mixed, own = fused.mix(block, pair, x)
+            given = means(number, pair, mixed[:, : fused.channels_pooled(block, pair)])
+            x = fused.convolve(block, pair, x, mixed, own if given is None else given, *kernels)
+        x = fused.finish(block, x, skip)
     return x
 
 

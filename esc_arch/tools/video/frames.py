@@ -20,23 +20,12 @@ from torch import Tensor
 
 from esc_arch.errors import UserError
 
-__all__ = [
-    "BT709",
-    "FULL",
-    "LIMITED",
-    "RGB",
-    "SMPTE170M",
-    "Coding",
-    "exact",
-    "frame_of",
-    "import_av",
-    "open_to_read",
-    "planes_of",
-    "side_data_of",
-]
+__all__ = ["Coding", "Planes", "exact", "frame_of", "import_av", "open_to_read", "planes_of", "side_data_of"]
 
 Planes = npt.NDArray[Any]
 
+#: AV_TIME_BASE: the unit of a container's times, in a second.
+MICROSECONDS = 1_000_000
 #: Of FFmpeg's AVColorSpace, which are the numbers of ITU-T H.273, table 4.
 RGB, BT709, FCC, BT470BG, SMPTE170M, SMPTE240M, YCGCO, BT2020 = 0, 1, 4, 5, 6, 7, 8, 9
 UNKNOWN = (2, 3)
@@ -99,7 +88,7 @@ class Coding:
 
     Attributes:
         matrix: of AVColorSpace: `RGB`, `YCGCO` or a key of `LUMA_WEIGHTS`.
-        full: whether they use all numbers; otherwise those of 8 bits are 16 .. 235, of chroma 16 .. 240.
+        full: True if they use all numbers; otherwise those of 8 bits are 16 .. 235, of chroma 16 .. 240.
         depth: bits, of `DEPTHS`.
     """
 
@@ -129,9 +118,11 @@ class Coding:
         return cls(matrix, full, depth)
 
     @property
-    def layout(self) -> str:
-        """The pixel format, with full chroma, that frames have here."""
-        return _named("gbrp" if self.matrix == RGB else "yuv444p", self.depth)
+    def layout(self) -> tuple[str, tuple[int, int, int]]:
+        """The pixel format, with full chroma, that frames have here, and which planes its own are."""
+        if self.matrix == RGB:
+            return _named("gbrp", self.depth), (1, 2, 0)
+        return _named("yuv444p", self.depth), (0, 1, 2)
 
     @property
     def dtype(self) -> np.dtype[Any]:
@@ -159,26 +150,18 @@ def _arithmetic(coding: Coding) -> tuple[Tensor, Tensor, Tensor]:
     ITU-T H.273, equations 20 to 34 for limited and full range, 38 to 40 and 47 to 49 for matrices.
     """
     if coding.matrix == RGB:
-        rows = [[1.0, 0.0, 0.0], [0.0, 1.0, 0.0], [0.0, 0.0, 1.0]]
+        matrix = np.eye(3)
     elif coding.matrix == YCGCO:
-        rows = [[0.25, 0.5, 0.25], [-0.25, 0.5, -0.25], [0.5, 0.0, -0.5]]
+        matrix = np.array([[0.25, 0.5, 0.25], [-0.25, 0.5, -0.25], [0.5, 0.0, -0.5]])
     else:
         red, blue = LUMA_WEIGHTS[coding.matrix]
-        luma = np.array([red, 1 - red - blue, blue])
-        differences = ((np.array([0.0, 0.0, 1.0]) - luma) / (1 - blue), (np.array([1.0, 0.0, 0.0]) - luma) / (1 - red))
-        rows = [list(luma), *(list(difference / 2) for difference in differences)]
-    step = 2 ** (coding.depth - 8)
-    largest = 2**coding.depth - 1
-    chroma = coding.matrix != RGB
-    zero = [0 if coding.full else 16 * step] + [128 * step if chroma else 0 if coding.full else 16 * step] * 2
-    gain = [largest if coding.full else 219 * step]
-    gain += [largest if coding.full else (224 if chroma else 219) * step] * 2
-    column = (-1, 1, 1)
-    return (
-        torch.from_numpy(np.array(rows, np.float32)),
-        torch.tensor(zero, dtype=torch.float32).view(column),
-        torch.tensor(gain, dtype=torch.float32).view(column),
-    )
+        y = np.array([red, 1 - red - blue, blue])
+        matrix = np.stack([y, ([0, 0, 1] - y) / (2 - 2 * blue), ([1, 0, 0] - y) / (2 - 2 * red)])
+    step, largest = 2 ** (coding.depth - 8), 2**coding.depth - 1
+    luma = (0, largest) if coding.full else (16 * step, 219 * step)
+    chroma = luma if coding.matrix == RGB else (128 * step, largest if coding.full else 224 * step)
+    zero, gain = torch.tensor([luma, chroma, chroma], dtype=torch.float32).T[..., None, None]
+    return torch.from_numpy(matrix.astype(np.float32)), zero, gain
 
 
 def guessed_matrix(height: int, width: int) -> int:
@@ -187,7 +170,7 @@ def guessed_matrix(height: int, width: int) -> int:
 
 
 def is_rgb(pixel_format: Any) -> bool:
-    """Whether its samples are RGB, or such that FFmpeg makes RGB of them: palettes, CIE XYZ and sensors' patterns."""
+    """True if its samples are RGB, or become RGB in FFmpeg: palettes, CIE XYZ and sensors' patterns."""
     others = pixel_format.has_palette or pixel_format.is_bayer
     return bool(pixel_format.is_rgb or others or pixel_format.name.startswith("xyz"))
 
@@ -203,14 +186,11 @@ def planes_of(frame: Any, coding: Coding, height: int, width: int) -> Planes:
 
     A frame of another size than this one, which some streams have, is resized.
     """
-    grey = len([part for part in frame.format.components if not part.is_alpha]) == 1 and coding.matrix != RGB
-    found = _relaid(frame, _named("gray", coding.depth) if grey else coding.layout, coding, height, width)
-    planes = np.empty((3, height, width), coding.dtype)
-    if grey:
-        planes[0] = _samples(found.planes[0], coding)
-        planes[1:] = 128 * 2 ** (coding.depth - 8)
-        return planes
-    for index, plane in zip((1, 2, 0) if coding.matrix == RGB else (0, 1, 2), found.planes, strict=True):
+    layout, order = coding.layout
+    planes = np.full((3, height, width), 128 * 2 ** (coding.depth - 8), coding.dtype)
+    if len([part for part in frame.format.components if not part.is_alpha]) == 1 and coding.matrix != RGB:
+        layout, order = _named("gray", coding.depth), (0, 1, 2)
+    for index, plane in zip(order, _relaid(frame, layout, coding, height, width).planes, strict=False):
         planes[index] = _samples(plane, coding)
     return planes
 
@@ -223,8 +203,9 @@ def frame_of(planes: Planes, coding: Coding, pixel_format: str, height: int, wid
     rows, columns = height - planes.shape[1], width - planes.shape[2]
     if (rows, columns) in ((0, 1), (1, 0), (1, 1)):
         planes = np.pad(planes, ((0, 0), (0, rows), (0, columns)), mode="edge")
-    frame = import_av().VideoFrame(planes.shape[2], planes.shape[1], coding.layout)
-    for index, plane in zip((1, 2, 0) if coding.matrix == RGB else (0, 1, 2), frame.planes, strict=True):
+    layout, order = coding.layout
+    frame = import_av().VideoFrame(planes.shape[2], planes.shape[1], layout)
+    for index, plane in zip(order, frame.planes, strict=True):
         _samples(plane, coding)[...] = planes[index]
     return _relaid(frame, pixel_format, coding, height, width)
 
@@ -236,20 +217,11 @@ def _samples(plane: Any, coding: Coding) -> Planes:
 
 
 def _relaid(frame: Any, pixel_format: str, coding: Coding, height: int, width: int) -> Any:
-    from av.video.reformatter import Colorspace
-
     # One and the same matrix and range on both sides, whichever it is: no colour is to be changed
-    same = FULL if coding.full else LIMITED
-    return frame.reformat(
-        width=width,
-        height=height,
-        format=pixel_format,
-        src_colorspace=Colorspace.ITU601,
-        dst_colorspace=Colorspace.ITU601,
-        src_color_range=same,
-        dst_color_range=same,
-        interpolation=SCALER,
-    )
+    space, full = 5, FULL if coding.full else LIMITED  # SWS_CS_ITU601
+    ranges = {"src_color_range": full, "dst_color_range": full}
+    spaces = {"src_colorspace": space, "dst_colorspace": space}
+    return frame.reformat(width, height, pixel_format, interpolation=SCALER, **spaces, **ranges)
 
 
 def _named(layout: str, depth: int) -> str:

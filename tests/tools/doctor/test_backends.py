@@ -11,17 +11,17 @@ import torch
 from doctor_context import by_key, context
 from torch import Tensor
 
-from esc_arch.ops.backends import Survey
+from esc_arch.ops.operation import Explanation
 from esc_arch.tools.doctor import machine, self_tests
 from esc_arch.tools.doctor.report import Finding
 from esc_arch.tools.doctor.self_tests import OPERATIONS, TOLERANCES, compare, dispatch
 from esc_arch.tools.doctor.subprocess_worker import JobFailed
 
-SLOW = ("flex", "flex_flash", "triton", "triton_folded", "cpp")
+SLOW = ("flex", "flex_flash", "triton", "triton_folded", "cpu")
 QUICK = [
     (operation, name)
-    for operation, described in OPERATIONS.items()
-    for name in described.api.BACKENDS
+    for operation, (described, _) in OPERATIONS.items()
+    for name in described.backends
     if name not in SLOW and (name, operation) != ("flash", "window attention")
 ]
 
@@ -40,9 +40,9 @@ def test_the_cpp_operators_are_chosen_and_agree() -> None:
     found = dispatch("cpu")
     assert [target for target, *_ in found] == [(operation, "cpu", "float32") for operation in OPERATIONS]
     for (operation, *kind), auto, names in found:
-        assert auto == {"inference": "cpp", "training": "cpp"}
-        assert names == list(OPERATIONS[operation].api.BACKENDS)
-        assert max(compare(operation, *kind, "cpp", gradients=True).values()) < TOLERANCES["float32"]
+        assert auto == {"inference": "cpu", "training": "cpu"}
+        assert names == list(OPERATIONS[operation][0].backends)
+        assert max(compare(operation, *kind, "cpu", gradients=True).values()) < TOLERANCES["float32"]
 
 
 # --- what is said -------------------------------------------------------------------------------------------------
@@ -66,14 +66,14 @@ def replace(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
     """Replaces the backends of LayerNorm, the only operation then; the reference stays."""
 
     def replace(order: tuple[str, ...], *, in_training: tuple[str, ...] = (), **others: Callable[..., Tensor]) -> None:
-        api = OPERATIONS["LayerNorm"].api
+        described, _ = OPERATIONS["LayerNorm"]
 
         def reasons(*_: Any) -> list[str]:
             return list(in_training) if torch.is_grad_enabled() else []
 
         made = {name: SimpleNamespace(unsupported_reasons=reasons, forward=each) for name, each in others.items()}
-        monkeypatch.setattr(api, "BACKENDS", {"reference": api.BACKENDS["reference"]} | made)
-        monkeypatch.setattr(api, "AUTO_ORDER", (*order, "reference"))
+        monkeypatch.setattr(described, "backends", {"reference": described.reference} | made)
+        monkeypatch.setattr(described, "order", (*order, "reference"))
         monkeypatch.setattr(self_tests, "OPERATIONS", {"LayerNorm": OPERATIONS["LayerNorm"]})
 
     return replace
@@ -151,11 +151,11 @@ def test_a_backend_that_auto_leaves(
 ) -> None:
     replace((), other=reference)
 
-    def explain(*_: Any) -> Survey:
+    def explain(*_: Any) -> Explanation:
         skipped = in_training if torch.is_grad_enabled() else in_inference
-        return Survey("reference", {"reference": [], "other": []}, {"other": skipped} if skipped else {})
+        return Explanation("reference", {"reference": [], "other": []}, {"other": skipped} if skipped else {})
 
-    monkeypatch.setattr(self_tests, "explain_dispatch", explain)
+    monkeypatch.setattr(OPERATIONS["LayerNorm"][0], "explain", explain)
     other = section(no_test)[f"{KEY}: other"]
     assert other.text.startswith("can run" if no_test else "self-test: error ")
     assert other.text.endswith(said) and ("auto" in other.text) == bool(said)
@@ -170,7 +170,7 @@ def test_operations_that_cannot_be_asked() -> None:
 def test_a_gpu_is_looked_at_in_two_types(monkeypatch: pytest.MonkeyPatch) -> None:
     assert dispatch("cuda") == [] or torch.cuda.is_available()
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(self_tests, "_surveys", lambda *target: {})
+    monkeypatch.setattr(self_tests, "_explain", lambda *target: {})
     found = [target for target, *_ in dispatch("cuda")]
     assert found == [(operation, "cuda", dtype) for dtype in ("float32", "bfloat16") for operation in OPERATIONS]
 

@@ -27,7 +27,7 @@ from esc_arch.errors import UserError
 from esc_arch.tools.upscale import Upscaler
 from esc_arch.tools.video import upscaling as video
 from esc_arch.tools.video.frames import side_data_of
-from esc_arch.tools.video.upscaling import is_video, upscale_video
+from esc_arch.tools.video.upscaling import upscale_video
 
 av = pytest.importorskip("av", reason="PyAV is not installed")
 
@@ -634,10 +634,10 @@ def test_an_interrupted_run_goes_on_to_the_same_file(
     assert not target.exists()
     work = tmp_path / f".out{suffix}.partial"
     assert sorted(path.name for path in work.iterdir()) == ["000000.segment", "000001.segment", "lock", "manifest.json"]
-    assert f"{target}: 6 frames are kept in {work}; the same command goes on there." in log.messages
+    assert f"{target}: 6 frames are kept in {work}; the same command resumes." in log.messages
     network.shapes.clear()
     upscale_video(network, source, target, batch=2, codec=codec)
-    assert f"{target}: 6 frames are there from an earlier run, which goes on." in log.messages
+    assert f"{target}: resuming an earlier run, of which 6 frames are there." in log.messages
     assert [shape[0] for shape in network.shapes] == [2, 1, 2]
     assert not work.exists()
     assert times_of(target) == times_of(whole)
@@ -657,7 +657,7 @@ def test_other_settings_start_anew(upscaler: Upscaler, tmp_path: Path, log: pyte
     network.shapes.clear()
     upscale_video(network, source, target, crf=30)
     assert len(network.shapes) == 9
-    assert f"{target}: what an earlier run left was made with another video settings; it starts over." in log.messages
+    assert f"{target}: an earlier run had another video settings; starting over." in log.messages
     other = write_clip(tmp_path / "other.mp4", count=9, options={"crf": "9"})
     object.__setattr__(network, "at", 7)
     network.shapes.clear()
@@ -665,7 +665,7 @@ def test_other_settings_start_anew(upscaler: Upscaler, tmp_path: Path, log: pyte
         upscale_video(network, other, target, overwrite=True)
     shutil.copy(source, other)
     upscale_video(network, other, target, overwrite=True)
-    assert f"{target}: what an earlier run left was made with another source; it starts over." in log.messages
+    assert f"{target}: an earlier run had another source; starting over." in log.messages
 
 
 @pytest.mark.usefixtures("short_segments")
@@ -678,7 +678,7 @@ def test_other_weights_start_anew(upscaler: Upscaler, tmp_path: Path, log: pytes
     other = counting(replace(upscaler, net=net.eval()))
     upscale_video(other, source, target)
     assert len(other.shapes) == 9
-    assert "made with another network; it starts over." in log.text
+    assert "an earlier run had another network; starting over." in log.text
 
 
 @pytest.mark.usefixtures("short_segments")
@@ -784,9 +784,9 @@ def test_no_video(upscaler: Upscaler, tmp_path: Path) -> None:
     [
         ({"target": "out.avi"}, r"out\.avi: videos are written as \.mp4"),
         ({"target": "in.mp4"}, r"in\.mp4 is the video to be enlarged"),
-        ({"target": "there.mp4"}, r"there\.mp4 is there already. Choose another name"),
-        ({"target": "nowhere/out.mp4"}, r"nowhere is not there. Make this folder first"),
-        ({"source": "none.mp4"}, r"none\.mp4: not there"),
+        ({"target": "there.mp4"}, r"there\.mp4 exists. Choose another name"),
+        ({"target": "nowhere/out.mp4"}, r"nowhere: no such folder. Create it first"),
+        ({"source": "none.mp4"}, r"none\.mp4: no such file"),
         ({"scale": -1}, r"scale: -1 given; it must be a number above 0"),
         ({"batch": 0}, r"batch: 0 given; it must be a number of frames, 1 or more"),
         ({"codec": "h265"}, r"codec: 'h265' is no video encoder .*libx265"),
@@ -841,15 +841,6 @@ def test_with_an_old_pyav(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("av.video.stream.VideoStream", VideoStream)
     with pytest.raises(UserError, match=r"Video needs PyAV 17\.1 or newer \(PyAV .* is too old\)"):
         video_frames.import_av()
-
-
-@pytest.mark.parametrize(
-    ("name", "expected"),
-    [("a.mp4", True), ("a.MKV", True), ("b/a.webm", True), ("a.png", False), ("a.gif", False), ("mp4", False)],
-)
-def test_videos_are_known_by_their_names(name: str, expected: bool) -> None:
-    assert is_video(name) is expected
-    assert is_video(Path(name)) is expected
 
 
 @needs_cuda

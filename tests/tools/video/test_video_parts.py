@@ -12,16 +12,16 @@ import pytest
 import torch
 
 from esc_arch.errors import UserError
-from esc_arch.tools.video import output as video_output
-from esc_arch.tools.video.frames import Coding, frame_of, planes_of
-from esc_arch.tools.video.output import (
+from esc_arch.tools.video import encoding
+from esc_arch.tools.video.encoding import (
     choose_codec,
     choose_pixel_format,
-    container_of,
+    container_format,
     padded_size,
-    quality_of,
+    quality_options,
 )
-from esc_arch.tools.video.segments import Packet, Segment, WorkFolder, decoding_times
+from esc_arch.tools.video.frames import Coding, frame_of, planes_of
+from esc_arch.tools.video.segments import Packet, WorkFolder, decoding_times, read_segment, write_segment
 from esc_arch.tools.video.stages import WAITING, overlapped
 
 av = pytest.importorskip("av", reason="PyAV is not installed")
@@ -180,19 +180,19 @@ def test_choices_that_cannot_be_had() -> None:
     with pytest.raises(UserError, match=r"'aac' is no video encoder"):
         choose_codec("aac", Path("a.mp4"))
     with pytest.raises(UserError, match=r"a\.avi: videos are written as \.mp4, \.m4v, \.mov, \.mkv, \.webm"):
-        container_of(Path("a.avi"))
-    with pytest.raises(UserError, match=r"crf: 52 given; for libx264 it must be from 0, the best, to 51"):
-        quality_of("libx264", 52)
+        container_format(Path("a.avi"))
+    with pytest.raises(UserError, match=r"crf: 52 given; for libx264 it must be from 0 \(best\) to 51"):
+        quality_options("libx264", 52)
     with pytest.raises(UserError, match=r"crf: 20 given, but the encoder ffv1 takes none"):
-        quality_of("ffv1", 20)
-    assert quality_of("libx264", 18.5) == {"crf": "18.5"}
-    assert quality_of("ffv1", None) == {}
+        quality_options("ffv1", 20)
+    assert quality_options("libx264", 18.5) == {"crf": "18.5"}
+    assert quality_options("ffv1", None) == {}
 
 
 def test_without_any_of_the_encoders(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(video_output, "_is_encoder", lambda name: name == "libsvtav1")
+    monkeypatch.setattr(encoding, "_is_encoder", lambda name: name == "libsvtav1")
     assert choose_codec("auto", Path("a.mp4")) == "libsvtav1"
-    monkeypatch.setattr(video_output, "_is_encoder", lambda name: False)
+    monkeypatch.setattr(encoding, "_is_encoder", lambda name: False)
     with pytest.raises(UserError, match=r"a\.webm: this FFmpeg has none of the encoders libvpx-vp9, libsvtav1"):
         choose_codec("auto", Path("a.webm"))
 
@@ -219,46 +219,46 @@ def test_decoding_times_of_one_frame() -> None:
     assert decoding_times([]) == []
 
 
-def a_segment(*times: int) -> Segment:
-    return Segment(list(times), [Packet(time, time == times[0], bytes([time] * 5)) for time in times], 3)
+def packets(*times: int) -> list[Packet]:
+    return [Packet(time, 3, time == times[0], bytes([time] * 5)) for time in times]
 
 
 def test_a_segment_survives_the_disk_or_is_known_as_damaged(tmp_path: Path) -> None:
     path = tmp_path / "a.segment"
-    a_segment(1, 2, 10).write(path)
-    assert Segment.read(path) == a_segment(1, 2, 10)
+    write_segment(path, packets(1, 2, 10))
+    assert read_segment(path) == packets(1, 2, 10)
     whole = path.read_bytes()
-    for damaged in (whole[:-1], whole[:40], b"", whole[:100] + b"x" + whole[101:]):
+    for damaged in (whole[:-1], whole[:40], b"", whole[:70] + b"x" + whole[71:]):
         path.write_bytes(damaged)
-        assert Segment.read(path) is None
+        assert read_segment(path) is None
 
 
 def test_a_work_folder_keeps_whole_segments(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    target, settings = tmp_path / "a.mp4", {"codec": "one", "numbers": (1, 2)}
+    target, settings = tmp_path / "a.mp4", {"codec": "one", "numbers": "1, 2"}
     with WorkFolder.opened(target, settings, 2) as folder:
         for times in ((1, 2), (3, 4), (5, 6)):
-            folder.add(a_segment(*times))
+            folder.add(packets(*times))
     with WorkFolder.opened(target, settings, 99) as folder:
-        assert (folder.frames, folder.length) == (6, 2)
-        assert [packet.pts for packet in folder.packets()] == [1, 2, 3, 4, 5, 6]
+        assert (folder.shown, folder.length) == ([1, 2, 3, 4, 5, 6], 2)
+        assert list(folder.packets()) == [*packets(1, 2), *packets(3, 4), *packets(5, 6)]
     assert not caplog.messages
     second = folder.path / "000001.segment"
     second.write_bytes(second.read_bytes()[:-3])
     with WorkFolder.opened(target, settings, 2) as folder:
-        assert folder.frames == 2
+        assert folder.shown == [1, 2]
     assert "000001.segment is damaged: its frames, and those behind, are made again." in caplog.text
     assert sorted(path.name for path in folder.path.iterdir()) == ["000000.segment", "lock", "manifest.json"]
-    with WorkFolder.opened(target, {"codec": "two", "numbers": (1, 2)}, 7) as folder:
-        assert (folder.frames, folder.length) == (0, 7)
-    assert f"{target}: what an earlier run left was made with another codec; it starts over." in caplog.text
+    with WorkFolder.opened(target, settings | {"codec": "two"}, 7) as folder:
+        assert (folder.shown, folder.length) == ([], 7)
+    assert f"{target}: an earlier run had another codec; starting over." in caplog.text
     (folder.path / "manifest.json").write_text("{")
     with WorkFolder.opened(target, settings, 2) as folder:
-        assert folder.frames == 0
+        assert (folder.shown, folder.length) == ([], 2)
 
 
 def test_a_segment_that_is_damaged_later_is_named(tmp_path: Path) -> None:
-    with WorkFolder.opened(tmp_path / "a.mp4", {}, 2) as folder:
-        folder.add(a_segment(1, 2))
+    with WorkFolder.opened(tmp_path / "a.mp4", {"codec": "one"}, 2) as folder:
+        folder.add(packets(1, 2))
         (folder.path / "000000.segment").write_bytes(b"")
         with pytest.raises(UserError, match=r"000000\.segment is damaged: the disk may be"):
             list(folder.packets())
@@ -279,6 +279,7 @@ def test_stages_run_at_the_same_time() -> None:
     """The first result is not written before the third item has been read, and the second not computed before both."""
     third_read, first_written = threading.Event(), threading.Event()
     waited: list[bool] = []
+    written: list[int] = []
 
     def items() -> Iterable[int]:
         for index in range(4):
@@ -291,50 +292,46 @@ def test_stages_run_at_the_same_time() -> None:
             waited.append(first_written.wait(20))
         return item * 10
 
-    def write(results: Iterable[int]) -> None:
-        for result in results:
-            if result == 0:
-                waited.append(third_read.wait(20))
-                first_written.set()
-            written.append(result)
+    def write(result: int) -> None:
+        if result == 0:
+            waited.append(third_read.wait(20))
+            first_written.set()
+        written.append(result)
 
-    written: list[int] = []
     overlapped(items(), compute, write)
     assert written == [0, 10, 20, 30]
     assert waited == [True, True]
 
 
-@pytest.mark.parametrize("stage", ["read", "compute", "write", "write at the end", "interrupt"])
+@pytest.mark.parametrize("stage", ["read", "compute", "write", "the last write", "interrupt"])
 def test_a_failure_of_any_stage_ends_all(stage: str) -> None:
+    failing = 999 if stage == "the last write" else 5
+
+    def fail(here: str, item: int) -> None:
+        if item == failing and here in stage:
+            raise ValueError(stage)
+
     def items() -> Iterable[int]:
         for index in range(1000):
-            if stage == "read" and index == 5:
-                raise ValueError(stage)
+            fail("read", index)
             yield index
 
     def compute(item: int) -> int:
-        if item == 5 and stage in ("compute", "interrupt"):
-            raise KeyboardInterrupt if stage == "interrupt" else ValueError(stage)
+        fail("compute", item)
+        if item == failing and stage == "interrupt":
+            raise KeyboardInterrupt(stage)
         return item
 
-    def write(results: Iterable[int]) -> None:
-        for result in results:
-            if result == 5 and stage == "write":
-                raise ValueError(stage)
-        if stage == "write at the end":
-            raise ValueError(stage)
-
     before = threading.active_count()
-    with pytest.raises(
-        KeyboardInterrupt if stage == "interrupt" else ValueError, match=None if stage == "interrupt" else stage
-    ):
-        overlapped(items(), compute, write)
+    with pytest.raises((ValueError, KeyboardInterrupt), match=stage):
+        overlapped(items(), compute, lambda result: fail("write", result))
     assert threading.active_count() == before
 
 
 def test_few_items_wait() -> None:
     """A slow stage holds the others up, or memory would fill."""
     read: list[int] = []
+    written: list[int] = []
     most = 0
 
     def items() -> Iterable[int]:
@@ -342,12 +339,12 @@ def test_few_items_wait() -> None:
             read.append(index)
             yield index
 
-    def write(results: Iterable[int]) -> None:
+    def write(result: int) -> None:
         nonlocal most
-        for done, _ in enumerate(results):
-            most = max(most, len(read) - done)
-            threading.Event().wait(0.002)
+        most = max(most, len(read) - len(written))
+        written.append(result)
+        threading.Event().wait(0.002)
 
     overlapped(items(), lambda item: item, write)
-    assert len(read) == 50
+    assert written == read == list(range(50))
     assert most <= 2 * (WAITING + 2)

@@ -1,0 +1,185 @@
+"""Autotune on this machine's GPUs, in a child process, and keep what was found for `auto`."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import signal
+from collections.abc import Iterator, Mapping
+from contextlib import suppress
+from dataclasses import dataclass
+from multiprocessing.connection import Connection
+
+import torch
+
+from esc_arch.atomic_io import write_atomically
+from esc_arch.ops.triton_support import INTERPRETED, missing
+
+from . import trial
+from .choice import forget
+from .networks import NETWORKS, Network
+from .results import MODES, PRECISIONS, Case, Result, encode, file_of, load
+
+__all__ = ["Settings", "autotune", "autotune_gpus"]
+
+_LATE = "an earlier trial of it was not finished in time"
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What is tried.
+
+    Attributes:
+        networks: by name; names other than those of `NETWORKS` are of no use to `auto`.
+        precisions: keys of `PRECISIONS`.
+        timeout: seconds for each backend, network, precision and mode; most of it is compiling.
+        rounds: of timing.
+    """
+
+    networks: Mapping[str, Network]
+    precisions: tuple[str, ...]
+    timeout: float = 300.0
+    rounds: int = trial.ROUNDS
+
+
+EVERYTHING = Settings(NETWORKS, tuple(PRECISIONS))
+
+
+def autotune_gpus(*, again: bool) -> None:
+    """`autotune` on a GPU of each kind, unless the environment keeps auto from Triton or has it interpreted."""
+    if os.environ.get("ESC_ARCH_TRITON") == "0":
+        print("Triton kernels: ESC_ARCH_TRITON=0 keeps auto from them; they are not tried.")
+        return
+    if INTERPRETED:  # a result of that would stay
+        print("Triton kernels: TRITON_INTERPRET is set; they are not tried.")
+        return
+    files = set()
+    for index in range(torch.cuda.device_count()):
+        name, device = torch.cuda.get_device_name(index), torch.device("cuda", index)
+        lacking = missing("cuda", index)
+        try:
+            file = None if lacking else file_of(device)
+        except ImportError as error:
+            file, lacking = None, str(error)
+        if lacking:
+            print(f"Triton kernels on {name}: not tried, {lacking}")
+        elif file not in files:
+            files.add(file)
+            autotune(device, name, again=again)
+
+
+def autotune(device: torch.device, name: str, settings: Settings = EVERYTHING, *, again: bool = False) -> None:
+    """Try what has not been tried on a device, say what was found, and keep it, each result at once.
+
+    Whatever goes wrong is said and ends nothing.
+
+    Args:
+        device, name: where to, and its name for messages.
+        again: try everything again.
+    """
+    file, (known, problem) = file_of(device), load(device.type, device.index)
+    wanted = list(trial.cases(tuple(settings.networks), settings.precisions))
+    results = {} if again else dict(known)
+    if problem:
+        print(f"Triton kernels on {name}: {problem}; they are tried again.")
+    left = [case for case in wanted if case not in results]
+    if not left:
+        better = sum(not results[case].failure and not results[case].slower for case in wanted)
+        print(
+            f"Triton kernels on {name}: tried before, exact and faster in {better} of {len(wanted)} cases ({file}). "
+            "`basicsr warmup --again` repeats it."
+        )
+        return
+    print(f"Triton kernels on {name}: comparing them with PyTorch's; it takes some minutes, once ...", flush=True)
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        for case, result in _tried(left, device, settings):
+            results[case] = result
+            write_atomically(file, encode(device, results))
+            if case.mode == MODES[-1]:
+                print(f"  {_line(case, results)}", flush=True)
+    except OSError as error:
+        print(f"Triton kernels on {name}: the results cannot be saved, so auto does not use them: {error}")
+        return
+    finally:
+        forget()
+    print(f"Triton kernels on {name}: done. The results are in {file}")
+
+
+def _tried(wanted: list[Case], device: torch.device, settings: Settings) -> Iterator[tuple[Case, Result]]:
+    late: set[tuple[str, str]] = set()
+    child = _Child()
+    try:
+        for case in wanted:
+            if case[:2] in late:
+                yield case, Result(failure=_LATE)
+                continue
+            result = child.run(case, settings.networks[case.network], device, settings.rounds, settings.timeout)
+            if result is None:
+                late.add(case[:2])
+                result = Result(failure=f"not finished after {settings.timeout:g} s")
+            yield case, result
+    finally:
+        child.stop()
+
+
+class _Child:
+    """A process that tries backends, started when needed: a kernel that fails may end its process or hang."""
+
+    def __init__(self) -> None:
+        self.process: multiprocessing.process.BaseProcess | None = None
+        self.connection: Connection | None = None
+
+    def run(self, case: Case, network: Network, device: torch.device, rounds: int, timeout: float) -> Result | None:
+        """What the trial found, or how it ended the process; None when it was not finished in time."""
+        if self.process is None:
+            context = multiprocessing.get_context("spawn")
+            self.connection, theirs = context.Pipe()
+            self.process = context.Process(target=_serve, args=(theirs,), daemon=True)
+            self.process.start()
+            theirs.close()
+            with suppress(EOFError):
+                self.connection.recv()  # once its imports, which a slow disk makes long, are done
+        assert self.connection is not None
+        result, broken = None, True
+        try:
+            self.connection.send((case, network, device, rounds))
+            if self.connection.poll(timeout):
+                result, broken = self.connection.recv()
+        except (EOFError, OSError):
+            self.process.join()
+            result = Result(failure=f"the process ended with {_status(self.process.exitcode or 0)}")
+        if broken:
+            self.stop()
+        return result
+
+    def stop(self) -> None:
+        if self.process is not None:
+            self.process.kill()
+            self.process.join()
+            self.process = self.connection = None
+
+
+def _serve(connection: Connection) -> None:
+    connection.send(None)
+    while True:
+        try:
+            case, network, device, rounds = connection.recv()
+        except EOFError:
+            return
+        broken = False
+        try:
+            result = trial.run(case, network, device, rounds)
+        except Exception as error:  # of whatever kind: after an error in a kernel nothing more is computed on that GPU
+            result, broken = Result(failure=f"{type(error).__name__}: {error}"), True
+        connection.send((result, broken))
+
+
+def _status(exitcode: int) -> str:
+    return f"signal {signal.Signals(-exitcode).name}" if exitcode < 0 else f"status {exitcode}"
+
+
+def _line(case: Case, results: Mapping[Case, Result]) -> str:
+    """What was found in all modes."""
+    found = ((mode, results.get(case._replace(mode=mode))) for mode in MODES)
+    return f"{', '.join(case[:-1])}: {'; '.join(f'{mode} {result}' for mode, result in found if result is not None)}"

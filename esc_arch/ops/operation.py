@@ -1,0 +1,202 @@
+"""An operation that several backends compute, and the choice among them; `dispatch` has the table of all."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable, Sequence
+from dataclasses import dataclass, field
+from types import ModuleType
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from esc_arch.errors import UserError
+from esc_arch.ops import cpu
+from esc_arch.ops.float32 import tf32_flags
+
+__all__ = ["Explanation", "Operation", "Shapes", "UnusableBackend", "forget", "normal"]
+
+#: Other spellings of backends.
+ALIASES = {"cpp": "cpu"}
+#: Decisions kept by an operation; image sizes beyond that are decided again.
+MOST_DECISIONS = 4096
+
+#: Batch, height and width of a map.
+Size = tuple[int, int, int]
+
+
+class UnusableBackend(UserError, RuntimeError):
+    """The backend requested by name cannot take the inputs, or none can; the message lists every reason."""
+
+
+class Explanation(NamedTuple):
+    """What can compute an operation of given inputs.
+
+    Attributes:
+        chosen: the backend that auto takes; None where none can.
+        reasons: why each cannot, by name; empty lists for those that can.
+        auto_skip_reasons: why auto does not take those that can, by name; without those that it may take.
+    """
+
+    chosen: str | None
+    reasons: dict[str, list[str]]
+    auto_skip_reasons: dict[str, list[str]]
+
+
+@dataclass(frozen=True)
+class Shapes:
+    """Sizes that a network computes with: attention's, ConvAttn's and ConvFFN's; rank 0 stands for a bias table."""
+
+    channels: int = 64
+    heads: int = 4
+    window: int = 32
+    pdim: int = 16
+    kernel_size: int = 13
+    hidden: int = 80
+    rank: int = 0
+
+
+@dataclass(eq=False)
+class Operation:
+    """An operation with its backends, and sample inputs to try them on.
+
+    Attributes:
+        name: for messages.
+        option: what the user sets to a backend's name.
+        backends: by name, the readable reference first: modules with `forward`, `unsupported_reasons` of the same
+            arguments (empty when it can) and maybe `auto_skip_reasons` of them: why auto skips a usable backend.
+        order: what auto tries; the first one without any reasons is taken.
+        inputs: random float32 tensors of a network's shapes, for a map of a size; the map first.
+        arguments: those of `forward`, of such tensors.
+        parts: the result and the gradients of the tensors, for messages.
+        parameters_stay_float32: in half precision, all tensors but the map do.
+        roundings: of the largest number that a result may be off, on top of twice plain PyTorch's error.
+        canonicalise: what of a gradient counts, by the number of its tensor.
+    """
+
+    name: str
+    option: str
+    backends: dict[str, ModuleType]
+    order: tuple[str, ...]
+    inputs: Callable[[Shapes, Size], list[Tensor]]
+    arguments: Callable[[Shapes, Sequence[Tensor]], tuple[Any, ...]]
+    parts: tuple[str, ...]
+    parameters_stay_float32: bool = False
+    roundings: int = 4
+    canonicalise: Callable[[int, Tensor], Tensor] = lambda number, gradient: gradient
+    _decisions: dict[Hashable, str] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        _memories.append(self._decisions)
+
+    @property
+    def reference(self) -> ModuleType:
+        return next(iter(self.backends.values()))
+
+    def resolve(self, backend: str) -> str:
+        """The backend that a spelling means; case does not matter.
+
+        Raises:
+            ValueError: there is no such backend; the message lists those there are.
+        """
+        name = str(backend).lower()
+        name = ALIASES.get(name, name)
+        if name != "auto" and name not in self.backends:
+            raise ValueError(
+                f"{self.option} {backend!r} is not known; allowed: auto, {', '.join(self.backends)} (in any case)."
+            )
+        return name
+
+    def choose(self, backend: str, *inputs: Any) -> ModuleType:
+        """The backend to compute with; decided once for each device, type, mode and shape.
+
+        Args:
+            backend: a name, or auto. The C++ operators are built when requested by name.
+            inputs: the arguments of `forward`.
+
+        Raises:
+            ValueError: there is no such backend.
+            UnusableBackend: the backend requested by name cannot take these inputs.
+        """
+        if torch.compiler.is_compiling() or torch.jit.is_tracing():
+            return self.backends[self._decide(backend, inputs)]
+        key = (backend, self.order, _mode(), *map(_facts, inputs))
+        name = self._decisions.get(key)
+        if name is None:
+            if len(self._decisions) >= MOST_DECISIONS:
+                self._decisions.clear()
+            name = self._decisions[key] = self._decide(backend, inputs)
+        return self.backends[name]
+
+    def _decide(self, backend: str, inputs: tuple[Any, ...]) -> str:
+        wanted = self.resolve(backend)
+        if wanted == "cpu":
+            cpu.build_by_name()
+        refusals = {}
+        for name in self.order if wanted == "auto" else (wanted,):
+            reasons = self.backends[name].unsupported_reasons(*inputs)
+            if not reasons and wanted == "auto":
+                reasons = self._skip_reasons(name, inputs)
+            if not reasons:
+                return name
+            refusals[name] = "; ".join(reasons)
+        details = ". ".join(f"{name}: {reasons}" for name, reasons in refusals.items())
+        raise UnusableBackend(
+            f"{self.option} {wanted} cannot run here. {details}. Use {self.option}: auto to have one chosen."
+        )
+
+    def _skip_reasons(self, name: str, inputs: tuple[Any, ...]) -> list[str]:
+        ask = getattr(self.backends[name], "auto_skip_reasons", None)
+        return [] if ask is None else ask(*inputs)
+
+    def explain(self, *inputs: Any) -> Explanation:
+        """Ask all backends. Nothing is built or computed."""
+        reasons = {name: backend.unsupported_reasons(*inputs) for name, backend in self.backends.items()}
+        left = {name: self._skip_reasons(name, inputs) for name, why in reasons.items() if not why}
+        left = {name: why for name, why in left.items() if why}
+        return Explanation(
+            next((name for name in self.order if not reasons[name] and name not in left), None), reasons, left
+        )
+
+    def sample(
+        self,
+        shapes: Shapes,
+        size: Size,
+        *,
+        device: torch.device | str = "cpu",
+        dtype: torch.dtype = torch.float32,
+        layout: torch.memory_format = torch.channels_last,
+    ) -> list[Tensor]:
+        """`inputs` on a device, in a type and the map in a layout; the same numbers each time."""
+        x, *others = self.inputs(shapes, size)
+        low = torch.float32 if self.parameters_stay_float32 else dtype
+        return [x.to(device, dtype, memory_format=layout), *(other.to(device, low) for other in others)]
+
+
+_memories: list[dict[Hashable, str]] = []
+
+
+@cpu.when_loaded
+def forget() -> None:
+    """Decide again: what decisions depend on has changed."""
+    for memory in _memories:
+        memory.clear()
+
+
+def _facts(value: Any) -> Hashable:
+    """What a decision may depend on."""
+    if isinstance(value, Tensor):
+        return value.device, value.dtype, value.shape, value.stride(), value.requires_grad
+    return tuple(map(_facts, value)) if isinstance(value, tuple) else value
+
+
+def _mode() -> Hashable:
+    devices = ("cpu", "cuda") if torch.cuda.is_available() else ("cpu",)
+    autocast = tuple(torch.is_autocast_enabled(device) and torch.get_autocast_dtype(device) for device in devices)
+    return torch.is_grad_enabled(), autocast, tf32_flags() if len(devices) > 1 else None
+
+
+def normal(*shapes: tuple[int, ...]) -> list[Tensor]:
+    """Tensors of random numbers, the same each time."""
+    generator = torch.Generator().manual_seed(0)
+    return [torch.randn(shape, generator=generator) for shape in shapes]

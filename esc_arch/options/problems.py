@@ -1,0 +1,50 @@
+"""What is wrong, or worth knowing, in an option file: a value to collect, to locate and to print."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+__all__ = ["Place", "Problem"]
+
+
+@dataclass(frozen=True)
+class Place:
+    """A place in an option file, counted from 1; or the `--force_yml` entry that set a value."""
+
+    file: str
+    line: int | None = None
+    column: int | None = None
+    entry: str | None = None
+
+    def __str__(self) -> str:
+        if self.entry is not None:
+            return f"--force_yml {self.entry}"
+        return self.file if self.line is None else f"{self.file}:{self.line}:{self.column}"
+
+
+@dataclass(frozen=True)
+class Problem:
+    """One finding about an option file.
+
+    Attributes:
+        path: the key and those of the sections above it, joined by colons; empty for the file as a whole.
+        message: what was given, what is allowed, what to do.
+        severity: an error must be fixed before a run; a warning is allowed but may not be meant; a note says what was
+            checked and found right.
+        place: where the key is, or the section that lacks it; None until the file is known.
+    """
+
+    path: str
+    message: str
+    severity: Literal["error", "warning", "note"] = "error"
+    place: Place | None = None
+
+    def __str__(self) -> str:
+        return ": ".join(part for part in (str(self.place or ""), self.path, self.message) if part)
+
+    @classmethod
+    def parse(cls, text: str) -> Problem:
+        """Make an error of `KEY[:KEY...]: text`, the form in which models and data sets state what is wrong."""
+        path, _, message = text.partition(": ")
+        return cls(path, message)

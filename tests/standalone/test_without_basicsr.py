@@ -1,0 +1,80 @@
+"""Networks and tools where BasicSR is not installed, or is hidden. Needs none of the other tests' files.
+
+In an environment without BasicSR: `pytest --confcutdir tests/standalone tests/standalone`.
+"""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).parents[2]
+#: What only training needs.
+HIDDEN = ("basicsr", "lmdb", "cv2")
+HIDE = f"""
+import sys
+
+class Hide:
+    def __init__(self, finder):
+        self.finder = finder
+
+    def find_spec(self, name, path=None, target=None):
+        hidden = name.partition(".")[0] in {HIDDEN}
+        return None if hidden else self.finder.find_spec(name, path, target)
+
+assert not set(sys.modules) & set({HIDDEN})
+sys.meta_path[:] = map(Hide, sys.meta_path)
+sys.path.insert(0, {str(ROOT)!r})
+import torch
+import esc_arch
+"""
+SMALL = "dim=8, pdim=4, kernel_size=5, n_blocks=1, conv_blocks=1, window_size=4, num_heads=2, upscaling_factor=2"
+
+
+def run(code: str, folder: Path) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-c", HIDE + code], cwd=folder, capture_output=True, text=True, timeout=120, check=False
+    )
+
+
+def test_networks_and_pictures(tmp_path: Path) -> None:
+    done = run(
+        f"""
+from esc_arch import ESC, ConvAttn, UserError
+from esc_arch.cli import main
+
+net = ESC({SMALL})
+assert net(torch.rand(1, 3, 9, 7)).shape == (1, 3, 18, 14)
+torch.save({{"params": net.state_dict()}}, "net.pth")
+model = esc_arch.load("net.pth")
+assert esc_arch.upscale(torch.rand(3, 5, 6), model).shape == (3, 10, 12)
+
+from PIL import Image
+Image.new("RGB", (7, 5), "red").save("small.png")
+assert main(["upscale", "-i", "small.png", "-o", "large.png", "-m", "net.pth"]) == 0
+assert Image.open("large.png").size == (14, 10)
+assert main(["convert", "net.pth"]) == 0
+try:
+    from esc_arch import ESCModel
+except ImportError as error:
+    print(error)
+assert main(["train", "-opt", "options.yml"]) == 2
+assert "basicsr" not in sys.modules
+""",
+        tmp_path,
+    )
+    assert done.returncode == 0, done.stderr
+    assert "ESCModel is for training. It needs BasicSR, which is not installed: pip install" in done.stdout
+    assert "basicsr train: It needs BasicSR, which is not installed: pip install" in done.stderr
+
+
+def test_parts_that_know_nothing_of_basicsr(tmp_path: Path) -> None:
+    parts = ("ops.dispatch", "modules", "archs", "checkpoints", "tools.upscale", "tools.export")
+    done = run("\n".join(f"import esc_arch.{part}" for part in parts), tmp_path)
+    assert done.returncode == 0, done.stderr
+
+
+def test_the_doctor(tmp_path: Path) -> None:
+    done = run('from esc_arch.cli import main\nmain(["doctor"])', tmp_path)
+    assert "basicsr" in done.stdout and "Traceback" not in done.stderr
