@@ -47,12 +47,6 @@ def test_a_whole_report(run_basicsr: Any, train_options: Any) -> None:
     assert by_key(report, "installation")["import"]["status"] == "ok"
     assert by_key(report, "option file")["datasets:val:dataroot_gt"]["status"] == "ok"
     assert by_key(report, "backends")["window attention, cpu float32: naive"]["text"] == "can run"
-    text = run_basicsr("doctor", train_options, "--no-test").out
-    shown = [line for line in text.splitlines() if line.startswith("[")]
-    assert shown == [f"[{name}]" for name in SECTIONS]
-    assert "\033" not in text
-    for findings in report["sections"].values():
-        assert all(finding["key"].rpartition(": ")[2] in text for finding in findings)
 
 
 def one_section(monkeypatch: pytest.MonkeyPatch, *findings: Finding | Exception) -> None:
@@ -62,14 +56,16 @@ def one_section(monkeypatch: pytest.MonkeyPatch, *findings: Finding | Exception)
                 raise finding
             yield finding
 
-    monkeypatch.setattr(command, "SECTIONS", {"only": "json"})
-    monkeypatch.setattr(command, "_examine", lambda module, context: examine(context))
+    monkeypatch.setattr(command, "SECTIONS", {"only": examine})
 
 
 @pytest.mark.parametrize(("status", "expected"), [("ok", 0), (WARNING, 0), (PROBLEM, 1)])
-def test_exit_status(monkeypatch: pytest.MonkeyPatch, status: str, expected: int) -> None:
-    one_section(monkeypatch, Finding("a", "b", status))
+def test_exit_status(
+    status: str, expected: int, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    one_section(monkeypatch, Finding("a", "b", status), Finding("c", "d", status))
     assert main(["doctor"]) == expected
+    assert capsys.readouterr().out.splitlines()[-1] == (f"2 {status}s." if status != "ok" else "Nothing is wrong.")
 
 
 def test_a_fault_in_a_section_is_its_last_line(
@@ -77,13 +73,14 @@ def test_a_fault_in_a_section_is_its_last_line(
 ) -> None:
     one_section(monkeypatch, Finding("a", "b"), KeyError("c"))
     assert main(["doctor"]) == 1
-    assert "- a        b\nPROBLEM section  could not be examined further: KeyError: 'c'" in capsys.readouterr().out
-
-
-def test_a_section_that_cannot_be_imported(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    monkeypatch.setattr(command, "SECTIONS", {"only": "there_is_none"})
-    assert main(["doctor"]) == 1
-    assert "No module named 'esc_arch.tools.doctor.there_is_none'" in capsys.readouterr().out
+    assert capsys.readouterr().out.splitlines() == [
+        "[only]",
+        "- a        b",
+        "PROBLEM section  could not be examined further: KeyError: 'c'",
+        "    -> Report this.",
+        "",
+        "1 problem.",
+    ]
 
 
 @pytest.mark.parametrize("given", ["0", "-1", "x", "nan", "inf"])

@@ -1,37 +1,35 @@
-"""The command: its arguments, and its sections one after the other, each guarded."""
+"""The command: its arguments, and its sections one after the other; a section that fails is a line of the report."""
 
 from __future__ import annotations
 
 import argparse
-import importlib
+import io
 import math
 import sys
 import traceback
 from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
 
 from esc_arch.project import add_import_argument
 
-from .context import Context
-from .report import PROBLEM, Finding, Report
-from .subprocess_worker import Worker
-from .worker_main import describe
+from . import installation, machine, option_file
+from .report import PROBLEM, WARNING, Context, Finding, as_json, as_text
+from .subprocess_worker import Worker, describe, skip_package_imports
 
 __all__ = ["HELP", "add_arguments", "main", "run", "run_where_the_import_failed"]
 
 HELP = "Say what is installed, what can run here, and what is wrong with it: to be pasted into a bug report."
 
-#: Sections by name, and what makes each: a function of this package that takes a `Context`. They are imported when
-#: it is their turn, so that a fault in one is a line of the report.
-SECTIONS = {
-    "versions": "versions",
-    "installation": "installation",
-    "registered names": "registered",
-    "machine": "machine",
-    "GPUs": "gpus",
-    "operators": "operators",
-    "backends": "backends",
-    "environment": "environment",
-    "option file": "option_file",
+SECTIONS: dict[str, Callable[[Context], Iterable[Finding]]] = {
+    "versions": installation.versions,
+    "installation": installation.copies,
+    "registered names": installation.registered_names,
+    "machine": machine.examine,
+    "GPUs": machine.gpus,
+    "operators": machine.operators,
+    "backends": machine.backends,
+    "environment": machine.environment,
+    "option file": option_file.examine,
 }
 
 
@@ -58,16 +56,27 @@ def _seconds(text: str) -> float:
 
 
 def run(args: argparse.Namespace, import_failure: str = "") -> int:
-    """Print the report; returns the exit status: 0 when nothing is a problem, 1 otherwise."""
-    report = Report()
+    """Print the report, a section as soon as it is known; returns the exit status: 1 if there is a problem, else 0."""
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # for a terminal or a pipe that takes ASCII alone
+    found: dict[str, list[Finding]] = {}
     with Worker(args.timeout) as worker:
-        context = Context(args, import_failure, worker, _teller())
-        for name, module in SECTIONS.items():
-            context.tell(f"{name} ...")
-            report.add(name, _guarded(lambda module=module: _examine(module, context)))  # type: ignore[misc]
-        context.tell("")
-    _print(report.as_json() if args.json else report.as_text(colours=sys.stdout.isatty()))
-    return int(report.status == PROBLEM)
+        context = Context(args, import_failure, worker)
+        show = (lambda _: None) if args.json else print
+        for name, section in SECTIONS.items():
+            show(f"[{name}]")
+            found[name] = []
+            try:
+                found[name].extend(section(context))
+            except Exception as error:
+                text = f"could not be examined further: {describe(error)}"
+                found[name].append(Finding("section", text, PROBLEM, "Report this."))
+            show(f"{as_text(found[name], colours=sys.stdout.isatty())}\n")
+    statuses = [finding.status for findings in found.values() for finding in findings]
+    counts = [(statuses.count(status), status) for status in (PROBLEM, WARNING) if status in statuses]
+    told = ", ".join(f"{count} {status}{'s' * (count > 1)}" for count, status in counts) or "Nothing is wrong"
+    print(as_json(found) if args.json else f"{told}.")
+    return int(PROBLEM in statuses)
 
 
 def main(argv: Sequence[str], import_failure: str = "") -> int:
@@ -78,48 +87,15 @@ def main(argv: Sequence[str], import_failure: str = "") -> int:
 
 
 def run_where_the_import_failed(error: Exception) -> None:
-    """End a process that is `basicsr doctor` with the report, because `import esc_arch` failed with `error`.
-
-    Does nothing in any other process.
-    """
+    """If this process is `basicsr doctor`, end it with the report: `import esc_arch` failed with `error`."""
     arguments = _arguments_of_doctor(sys.argv, sys.orig_argv)
     if arguments is not None:
-        from .bootstrap import replace_failed_packages
-
-        replace_failed_packages()
+        skip_package_imports()
         place = traceback.extract_tb(error.__traceback__)[-1]
         sys.exit(main(arguments, f"{describe(error)} ({place.filename}, line {place.lineno})"))
 
 
 def _arguments_of_doctor(argv: Sequence[str], original: Sequence[str]) -> Sequence[str] | None:
     """What follows `basicsr doctor` or `python -m esc_arch doctor`; None for other commands."""
-    program = argv[0].replace("\\", "/").rpartition("/")[2] if argv else ""
-    starts_package = program == "-m" and "esc_arch" in original
-    is_command = program in ("basicsr", "basicsr.exe", "basicsr-script.py")
-    return argv[2:] if argv[1:2] == ["doctor"] and (is_command or starts_package) else None
-
-
-def _examine(module: str, context: Context) -> Iterable[Finding]:
-    findings: Iterable[Finding] = importlib.import_module(f"{__package__}.{module}").examine(context)
-    return findings
-
-
-def _guarded(work: Callable[[], Iterable[Finding]]) -> Iterable[Finding]:
-    """The findings of a section as far as it comes, and a problem where it fails."""
-    try:
-        yield from work()
-    except Exception as error:
-        yield Finding("section", f"could not be examined further: {describe(error)}", PROBLEM, "Report this.")
-
-
-def _teller() -> Callable[[str], None]:
-    if not sys.stderr.isatty():
-        return lambda _: None
-    return lambda text: print(f"\r\033[K{text}", end="", file=sys.stderr, flush=True)
-
-
-def _print(text: str) -> None:
-    try:
-        print(text)
-    except UnicodeEncodeError:  # a terminal or a pipe that takes ASCII alone
-        print(text.encode("ascii", "backslashreplace").decode())
+    is_ours = (argv[:1] == ["-m"] and "esc_arch" in original) or Path(*argv[:1]).name == "basicsr"
+    return argv[2:] if is_ours and argv[1:2] == ["doctor"] else None

@@ -4,21 +4,22 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-from .context import Context
-from .report import PROBLEM, WARNING, Finding
-from .sizes import GIB, MIB, size_text
+from .report import PROBLEM, WARNING, Context, Finding, size_text, warn_if
 from .subprocess_worker import JobFailed
 
 __all__ = ["examine"]
 
 #: Less room than this ends a training soon.
-_LITTLE_SPACE, _NO_SPACE = 10 * GIB, 500 * MIB
+_LITTLE_SPACE, _NO_SPACE = 10 * 2**30, 500 * 2**20
 _FEW_FILES_LEFT = 1000
 _WEIGHTS = "pretrain_network_"
+#: Images that are decoded, evenly spread over the data, and names that are listed.
+_SAMPLE, _LISTED = 8, 3
+_AGAIN = "Create it again: basicsr prepare makes LMDBs."
 
 
 def examine(context: Context) -> Iterator[Finding]:
@@ -28,110 +29,131 @@ def examine(context: Context) -> Iterator[Finding]:
         yield Finding("file", "none given: -opt FILE looks at its data, weights and folders")
         return
     try:
-        opt = context.worker.call("esc_arch.tools.doctor.data_health:read_options", file)
+        opt = context.worker.call("esc_arch.options.files:load_yaml", file)
     except JobFailed as failure:
-        message = str(failure).removeprefix("UserError: ")
-        yield Finding("file", message, PROBLEM, "Give an option file that can be read.")
+        yield Finding(
+            "file", str(failure).removeprefix("UserError: "), PROBLEM, "Give an option file that can be read."
+        )
         return
     yield Finding("file", f"{file}; `basicsr check -opt {file}` looks at its keys and values")
     yield from _outputs(opt)
-    for phase, dataset in _mapping(opt, "datasets").items():
-        if isinstance(dataset, dict):
-            context.tell(f"datasets:{phase} ...")
-            yield from _dataset(context, f"datasets:{phase}", dataset)
-    yield from _weights(context, _mapping(opt, "path"))
-
-
-def _mapping(opt: dict[str, Any], key: str) -> dict[str, Any]:
-    value = opt.get(key)
-    return value if isinstance(value, dict) else {}
-
-
-# --- where a run writes -------------------------------------------------------------------------------------------
+    for key, kind, path, *arguments in _inputs(opt):
+        if kind not in ("disk", "lmdb", "weights"):
+            yield Finding(key, f"not looked at: io_backend type {kind}")
+        elif kind != "weights" and not Path(path).is_dir():
+            text = f"{path} {'is no folder' if Path(path).exists() else 'does not exist'}"
+            yield Finding(key, text, PROBLEM, "Relative paths start in the folder where the command is run.")
+        else:
+            advice = f"Reading {path} failed: create it again, or copy it again."
+            yield from context.in_child(key, f"option_file:{kind}", key, path, *arguments, advice=advice)
 
 
 def _outputs(opt: dict[str, Any]) -> Iterator[Finding]:
-    trains = bool(opt.get("train"))
-    key = "experiments_root" if trains else "results_root"
-    root = Path(os.path.expanduser(str(_mapping(opt, "path").get(key) or key.removesuffix("_root")))).absolute()
-    yield _room(key, root)
-    run = root / str(opt.get("name"))
-    if not run.exists():
-        return
-    verb = "train" if trains else "test"
-    text = f"{run} is there: `basicsr {verb}` will rename it to {run.name}_archived_TIME"
-    if trains and any((run / "training_states").glob("*.state")):
-        text += "; with --auto_resume it goes on there instead"
-    yield Finding("same name", text, WARNING, "Change name: in the option file to leave it where it is.")
-
-
-def _room(key: str, folder: Path) -> Finding:
-    """Whether a folder that may not be there yet can be written, and how much."""
+    """Whether the folder that a run writes to, which may not exist yet, can be written, and how much."""
+    verb, kind = ("train", "experiments") if opt.get("train") else ("test", "results")
+    folder = Path(str((opt.get("path") or {}).get(f"{kind}_root") or kind)).expanduser().absolute()
     there = next(path for path in (folder, *folder.parents) if path.exists())
-    try:
-        usage = shutil.disk_usage(there)
-    except OSError as error:
-        return Finding(key, f"{folder}: {error.strerror}", PROBLEM, "Name a folder that can be read.")
+    usage, system = shutil.disk_usage(there), os.statvfs(there)
     text = f"{folder}, {size_text(usage.free)} of {size_text(usage.total)} free"
-    data = {"folder": str(folder), "free": usage.free, "total": usage.total}
+    advice = "Checkpoints, states and images take room: logger: keep_last removes old checkpoints."
+    found = warn_if(usage.free < _LITTLE_SPACE, f"{kind}_root", text, advice, usage._asdict())
     if not there.is_dir() or not os.access(there, os.W_OK | os.X_OK):
         text += f"; {there} cannot be written"
-        return Finding(key, text, PROBLEM, "Change its rights, or start elsewhere.", data)
-    if usage.free < _NO_SPACE or _files_left(there) < _FEW_FILES_LEFT:
-        return Finding(key, f"{text}: too little, or too few files", PROBLEM, "Make room before a run.", data)
-    if usage.free < _LITTLE_SPACE:
-        advice = "Checkpoints, states and pictures take room: logger: keep_last removes old checkpoints."
-        return Finding(key, text, WARNING, advice, data)
-    return Finding(key, text, data=data)
+        found = found._replace(text=text, status=PROBLEM, advice="Change its rights, or start elsewhere.")
+    elif usage.free < _NO_SPACE or (system.f_files and system.f_favail < _FEW_FILES_LEFT):
+        text += ": too little, or too few files"
+        found = found._replace(text=text, status=PROBLEM, advice="Make room before a run.")
+    yield found
+    run = folder / str(opt.get("name"))
+    if run.exists():
+        text = f"{run} exists: `basicsr {verb}` will rename it to {run.name}_archived_TIME"
+        if verb == "train" and any((run / "training_states").glob("*.state")):
+            text += "; with --auto_resume it continues there instead"
+        yield Finding("same name", text, WARNING, "Change name: in the option file to leave it where it is.")
 
 
-def _files_left(folder: Path) -> float:
-    """How many files more a file system takes; infinite where it has no such limit."""
-    if not hasattr(os, "statvfs"):
-        return float("inf")
-    system = os.statvfs(folder)
-    return system.f_favail if system.f_files else float("inf")
+def _inputs(opt: dict[str, Any]) -> Iterator[tuple[Any, ...]]:
+    """The key of each file and folder that a run reads, the function below for it, and further arguments of that."""
+    for phase, dataset in (opt.get("datasets") or {}).items():
+        kind = (dataset.get("io_backend") or {}).get("type", "disk")
+        for key, roots in dataset.items():
+            if key.startswith("dataroot"):
+                for index, root in enumerate(roots if isinstance(roots, list) else [roots]):
+                    label = f"datasets:{phase}:{key}{f'[{index}]' if isinstance(roots, list) else ''}"
+                    yield label, kind, str(Path(str(root)).expanduser().absolute())
+    paths = opt.get("path") or {}
+    for key, path in paths.items():
+        if path and (key.startswith(_WEIGHTS) or key == "resume_state"):
+            yield f"path:{key}", "weights", str(path), paths.get(f"param_key_{key.removeprefix(_WEIGHTS)}")
 
 
-# --- what a run reads ---------------------------------------------------------------------------------------------
+def disk(key: str, root: str) -> list[Finding]:
+    """Images in a folder, or in folders below it if it has none itself; as the next two in the child process."""
+    from esc_arch.data.decoding import image_problem
+
+    folder = Path(root)
+    below = sorted(path for path in folder.rglob("*") if path.is_file() and not path.name.startswith("."))
+    files = [path for path in below if path.parent == folder] or below
+    if not files:
+        return [Finding(key, f"{root} has no files", PROBLEM, "Put the images there, or name their folder.")]
+    sample = files[:: -(-len(files) // _SAMPLE)]
+    bad = [f"{file.name} {problem}" for file in sample if (problem := image_problem(file.read_bytes()))]
+    empty = [str(file) for file in files if not file.stat().st_size]
+    text = f"{root}: {len(files)} files, {len(sample) - len(bad)} of {len(sample)} tried can be decoded"
+    wrong = [(empty, "files are empty", PROBLEM), (bad, "of those tried are damaged", PROBLEM)]
+    return _listed(key, text, wrong, "Get or create these files again, or remove them.")
 
 
-def _dataset(context: Context, name: str, dataset: dict[str, Any]) -> Iterator[Finding]:
-    backend = dataset.get("io_backend")
-    kind = backend.get("type") if isinstance(backend, dict) else "disk"
-    if kind not in ("disk", "lmdb"):
-        yield Finding(name, f"not looked at: io_backend type {kind}")
-        return
-    for key, value in dataset.items():
-        if not key.startswith("dataroot"):
-            continue
-        for index, root in enumerate(value if isinstance(value, list) else [value]):
-            label = f"{name}:{key}{f'[{index}]' if isinstance(value, list) else ''}"
-            yield from _data(context, label, str(kind), str(root))
+def lmdb(key: str, root: str) -> list[Finding]:
+    """An LMDB: whether it is whole, has the keys of its list, and images that can be decoded."""
+    from esc_arch.data.lmdb_check import contents_of, listed_sizes, lmdb_problem
+
+    folder = Path(root)
+    sizes = listed_sizes(folder) if (folder / "meta_info.txt").is_file() else {}
+    damage = lmdb_problem(folder) if sizes else "meta_info.txt is missing or empty"
+    if damage is not None:
+        return [Finding(key, f"{root}: {damage}", PROBLEM, _AGAIN)]
+    found = contents_of(folder, sizes, _SAMPLE)
+    size = size_text((folder / "data.mdb").stat().st_size)
+    text = f"{root}: {found.keys} images, {size}, {found.tried - len(found.bad)} of {found.tried} tried can be decoded"
+    partial = folder.with_name(f".{folder.name}.partial")
+    wrong = [
+        (found.missing, "keys of meta_info.txt are not in the database", PROBLEM),
+        (found.unlisted, "images are not in meta_info.txt and never read", WARNING),
+        ([f"{name} {problem}" for name, problem in found.bad.items()], "of those tried are damaged", PROBLEM),
+        ([str(partial)] * partial.exists(), "folder is left from a `basicsr prepare` that was interrupted", WARNING),
+    ]
+    return _listed(key, text, wrong, _AGAIN)
 
 
-def _data(context: Context, label: str, kind: str, root: str) -> Iterator[Finding]:
-    folder = Path(os.path.expanduser(root)).absolute()
+def weights(key: str, path: str, param_key: str | None) -> list[Finding]:
+    """A checkpoint, or a training state."""
+    from esc_arch.checkpoints.reading import find_weights, read_checkpoint
+    from esc_arch.errors import UserError
+
+    file = os.path.expanduser(path)
     try:
-        found = context.worker.call(f"esc_arch.tools.doctor.data_health:{kind}_health", str(folder))
-    except JobFailed as failure:
-        yield Finding(label, f"{folder}: reading it failed: {failure}", PROBLEM, "Create it again, or copy it again.")
-        return
-    for index, (text, status, advice) in enumerate(found):
-        yield Finding(label if not index else f"{label} ({index + 1})", text, status, advice)
+        checkpoint = read_checkpoint(file)
+        if key == "path:resume_state":
+            return [Finding(key, f"{path}: epoch {checkpoint.get('epoch')}, iteration {checkpoint.get('iter')}")]
+        found, tensors = find_weights(checkpoint, param_key, file)
+    except UserError as error:
+        return [Finding(key, str(error), PROBLEM, "A run that needs it ends with this message.")]
+    parameters = sum(tensor.numel() for tensor in tensors.values())
+    text = f"{path}: {len(tensors)} tensors {f'under {found}' if found else 'without a key'}, {parameters:,} numbers"
+    nonfinite = [name for name, tensor in tensors.items() if not bool(tensor.isfinite().all())]
+    advice = "The training that made it went wrong: take an earlier checkpoint."
+    return _listed(key, text, [(nonfinite, "tensors have numbers that are not finite", WARNING)], advice)
 
 
-def _weights(context: Context, paths: dict[str, Any]) -> Iterator[Finding]:
-    for key, file in paths.items():
-        if not file or not (key.startswith(_WEIGHTS) or key == "resume_state"):
-            continue
-        param_key = paths.get(f"param_key_{key.removeprefix(_WEIGHTS)}")
-        path = os.path.expanduser(str(file))
-        function = "state_health" if key == "resume_state" else "weights_health"
-        try:
-            text, *rest = context.worker.call(f"esc_arch.tools.doctor.data_health:{function}", path, param_key)
-        except JobFailed as failure:
-            message = str(failure).removeprefix("UserError: ")
-            yield Finding(f"path:{key}", message, PROBLEM, "A run that needs it ends with this message.")
-        else:
-            yield Finding(f"path:{key}", f"{file}: {text}", *rest)
+def _listed(key: str, text: str, wrong: Iterable[tuple[list[str], str, str]], advice: str) -> list[Finding]:
+    """What was found, and then what is wrong: names, what is wrong with them, and the status."""
+    from esc_arch.data.names import shown
+
+    found = [Finding(key, text)]
+    for names, what, status in wrong:
+        if names:
+            more = f" and {len(names) - _LISTED} more" if len(names) > _LISTED else ""
+            listed = ", ".join(shown(name) for name in names[:_LISTED]) + more
+            found.append(Finding(f"{key} ({len(found) + 1})", f"{len(names)} {what}: {listed}", status, advice))
+    return found

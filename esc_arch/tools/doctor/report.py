@@ -1,37 +1,27 @@
-"""What the doctor found, as text and as JSON."""
+"""What the doctor's checks take and give, and the report as text and as JSON."""
 
 from __future__ import annotations
 
+import argparse
 import json
-import math
-import os
 import re
-from collections.abc import Iterable
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-__all__ = ["FORMAT", "OK", "PROBLEM", "WARNING", "Finding", "Report"]
+from .subprocess_worker import JobFailed, Worker
+
+__all__ = ["OK", "PROBLEM", "WARNING", "Context", "Finding", "as_json", "as_text", "size_text", "warn_if"]
 
 OK, WARNING, PROBLEM = "ok", "warning", "problem"
-_SEVERITY = (OK, WARNING, PROBLEM)
-_COLOURS = {WARNING: "33", PROBLEM: "31"}
+_COLOURS = {OK: "", WARNING: "\033[33m", PROBLEM: "\033[31m"}
 #: Of the JSON; raised when a key changes its meaning.
-FORMAT = 1
+_FORMAT = 1
 _WIDEST_KEY = 30
 
 
-@dataclass(frozen=True)
-class Finding:
-    """A line of the report.
-
-    Attributes:
-        key: what it is about; stable, and unique within its section.
-        text: what was found.
-        status: `OK`, `WARNING` or `PROBLEM`.
-        advice: what to do, where there is something to do.
-        data: more for programs, in JSON only.
-    """
+class Finding(NamedTuple):
+    """A line of the report; `key` is unique within its section, `data` is for JSON only."""
 
     key: str
     text: str
@@ -39,100 +29,86 @@ class Finding:
     advice: str = ""
     data: Any = None
 
-    def as_dict(self) -> dict[str, Any]:
-        """For JSON: without what it does not have."""
-        found = {"key": self.key, "status": self.status, "text": self.text, "advice": self.advice, "data": self.data}
-        return {name: value for name, value in found.items() if value not in ("", None)}
+
+def warn_if(condition: object, key: str, text: str, advice: str, data: Any = None) -> Finding:
+    """A warning with advice under a condition, otherwise neither."""
+    return Finding(key, text, WARNING, advice, data) if condition else Finding(key, text, data=data)
 
 
-@dataclass
-class Report:
-    """Sections with their findings, in the order in which they are shown."""
+class Context(NamedTuple):
+    """What sections share: the command's arguments, why `import esc_arch` failed ("": it did not), and a worker."""
 
-    sections: dict[str, list[Finding]] = field(default_factory=dict)
+    args: argparse.Namespace
+    import_failure: str
+    worker: Worker
 
-    def add(self, section: str, findings: Iterable[Finding]) -> None:
-        """Append findings to a section, which is made where it is new."""
-        self.sections.setdefault(section, []).extend(findings)
+    def in_child(
+        self, key: str, function: str, *arguments: Any, status: str = PROBLEM, advice: str = "Report this."
+    ) -> Iterator[Finding]:
+        """The findings of a function of this package, called in the child process as ``module:name``.
 
-    def count(self, status: str) -> int:
-        """How many findings have this status."""
-        return sum(finding.status == status for findings in self.sections.values() for finding in findings)
-
-    @property
-    def status(self) -> str:
-        """The worst of all."""
-        found = [finding.status for findings in self.sections.values() for finding in findings]
-        return max(found, key=_SEVERITY.index, default=OK)
-
-    def as_json(self) -> str:
-        """Keys and their meaning are described in docs/doctor.md."""
-        content = {
-            "format": FORMAT,
-            "status": self.status,
-            "problems": self.count(PROBLEM),
-            "warnings": self.count(WARNING),
-            "sections": {name: [finding.as_dict() for finding in findings] for name, findings in self.sections.items()},
-        }
-        return json.dumps(_showable(content), indent=1, ensure_ascii=False, default=str, allow_nan=False)
-
-    def as_text(self, *, colours: bool) -> str:
-        """A line for each finding, with what to do below it, once where it is the same for several."""
-        lines = []
-        for name, findings in self.sections.items():
-            lines.append(f"[{name}]")
-            keys = _nested([finding.key for finding in findings])
-            width = min(max(map(len, keys), default=0), _WIDEST_KEY)
-            advice = ""
-            for key, finding in zip(keys, findings, strict=True):
-                mark = "-" if finding.status == OK else finding.status.upper()
-                line = f"{mark} {key:<{width}}  {finding.text}".rstrip()
-                lines.append(_coloured(line, finding.status) if colours else line)
-                if finding.advice not in ("", advice):
-                    lines.append(f"    -> {finding.advice}")
-                advice = finding.advice
-            lines.append("")
-        lines.append(self._summary())
-        return str(_showable("\n".join(lines)))
-
-    def _summary(self) -> str:
-        counts = {"problem": self.count(PROBLEM), "warning": self.count(WARNING)}
-        told = ", ".join(f"{number} {what}{'s' * (number != 1)}" for what, number in counts.items() if number)
-        return f"{told}." if told else "Nothing is wrong."
+        If it fails, a finding about that with this key, status and advice.
+        """
+        try:
+            found = self.worker.call(f"{__package__}.{function}", *arguments)
+        except JobFailed as failure:
+            advice = "It may still be at work: try a longer --timeout." if failure.late else advice
+            found = [(key, str(failure), status, advice)]
+        yield from (Finding(*each) for each in found)
 
 
-def _nested(keys: list[str]) -> list[str]:
-    """Keys that begin with an earlier one and a colon, without it and indented."""
-    shown, parent = [], ""
-    for key in keys:
-        if parent and key.startswith(f"{parent}: "):
-            shown.append(f"  {key.removeprefix(f'{parent}: ')}")
+def as_json(sections: Mapping[str, Sequence[Finding]]) -> str:
+    """The report for programs; docs/doctor.md describes the keys."""
+    statuses = [finding.status for findings in sections.values() for finding in findings]
+    content: dict[str, Any] = {
+        "format": _FORMAT,
+        "status": next((status for status in (PROBLEM, WARNING) if status in statuses), OK),
+        "problems": statuses.count(PROBLEM),
+        "warnings": statuses.count(WARNING),
+        "sections": {},
+    }
+    for name, findings in sections.items():
+        given = [
+            [(key, value) for key, value in each._asdict().items() if value not in ("", None)] for each in findings
+        ]
+        content["sections"][name] = [dict(each) for each in given]
+    return _hide_home(json.dumps(content, indent=1, ensure_ascii=False, allow_nan=False))
+
+
+def as_text(findings: Sequence[Finding], *, colours: bool = False) -> str:
+    """A line for each finding, followed by its advice unless the line before has the same.
+
+    A key that begins with that of a line before and a colon is indented, without it.
+    """
+    keys, parent = [], ""
+    for finding in findings:
+        if parent and finding.key.startswith(f"{parent}: "):
+            keys.append(f"  {finding.key.removeprefix(f'{parent}: ')}")
         else:
-            shown.append(key)
-            parent = key
-    return shown
+            keys.append(parent := finding.key)
+    width = min(max(map(len, keys), default=0), _WIDEST_KEY)
+    lines, advice = [], ""
+    for key, finding in zip(keys, findings, strict=True):
+        mark = "-" if finding.status == OK else finding.status.upper()
+        line = f"{mark} {key:<{width}}  {finding.text}".rstrip()
+        lines.append(f"{_COLOURS[finding.status]}{line}\033[0m" if colours and finding.status != OK else line)
+        if finding.advice not in ("", advice):
+            lines.append(f"    -> {finding.advice}")
+        advice = finding.advice
+    return _hide_home("\n".join(lines))
 
 
-def _coloured(line: str, status: str) -> str:
-    return f"\033[{_COLOURS[status]}m{line}\033[0m" if status in _COLOURS else line
+def _hide_home(text: str) -> str:
+    """`text` with ~ in place of the home folder, as it is written and as links lead to it; not if it is the root."""
+    home = Path("~").expanduser()
+    for path in sorted({str(home), str(home.resolve())} - {"/"}, key=len, reverse=True):
+        text = re.sub(rf"{re.escape(path)}(?![\w.-])", "~", text)
+    return text
 
 
-def _showable(value: Any) -> Any:
-    """`value` with ~ in place of the home folder in every text in it, and what JSON has no number for as text."""
-    if isinstance(value, float) and not math.isfinite(value):
-        return str(value)
-    if isinstance(value, str):
-        for home in _homes():
-            value = re.sub(rf"{re.escape(home)}(?![\w.-])", "~", value)
-        return value
-    if isinstance(value, dict):
-        return {_showable(name): _showable(entry) for name, entry in value.items()}
-    if isinstance(value, list | tuple):
-        return [_showable(entry) for entry in value]
-    return value
-
-
-def _homes() -> list[str]:
-    """The home folder as it is written and as links lead to it, the longer one first; none where it is the root."""
-    home = Path(os.path.expanduser("~"))
-    return sorted({str(path) for path in (home, home.resolve()) if len(path.parts) > 1}, key=len, reverse=True)
+def size_text(size: float) -> str:
+    """Bytes as text, such as 1.5 GiB."""
+    for unit, of in (("TiB", 2**40), ("GiB", 2**30), ("MiB", 2**20), ("KiB", 2**10)):
+        if size >= of:
+            return f"{size / of:.1f} {unit}"
+    return f"{size:.0f} bytes"

@@ -1,4 +1,4 @@
-"""Each backend of each operation against the reference in float64, on small inputs; in the child process."""
+"""Each backend of each operation compared with the reference in float64, on small inputs; in the child process."""
 
 from __future__ import annotations
 
@@ -11,94 +11,84 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from esc_arch.ops import dispatch
 from esc_arch.ops.autotune.comparison import largest_difference, results
-from esc_arch.ops.operation import Operation, Shapes
-from esc_arch.ops.window_attention import WINDOW_ATTENTION
+from esc_arch.ops.dispatch import OPERATIONS as TABLE
+from esc_arch.ops.operation import Explanation, Shapes
 
-__all__ = ["OPERATIONS", "TOLERANCES", "compare", "examine"]
+from .report import Finding
 
-#: The largest difference from the reference allowed, in parts of the reference's largest number: some ten roundings
-#: of the type.
-TOLERANCES = {torch.float32: 2e-5, torch.bfloat16: 5e-2, torch.float16: 6e-3}
+__all__ = ["OPERATIONS", "TOLERANCES", "compare", "dispatch", "examine"]
 
-_BATCH, _HEIGHT, _WIDTH = 2, 21, 18
-_CHANNELS, _PARTIAL, _HIDDEN = 32, 16, 40
-_WINDOW, _HEADS, _RANK = 8, 2, 8
-_EPS = 1e-6
-
-
-#: Small, to be quick.
-_SHAPES, _SIZE = Shapes(channels=32, heads=2, window=8, pdim=16, hidden=40), (2, 21, 18)
-#: The operations, with the shapes that they are computed with; attention with both kinds of bias.
-OPERATIONS = {name: (operation, _SHAPES) for name, operation in dispatch.OPERATIONS.items()}
-OPERATIONS["window attention, factors"] = (WINDOW_ATTENTION, replace(_SHAPES, rank=8))
+#: The largest difference from the reference, relative to the reference's largest number: some ten roundings.
+TOLERANCES = {"float32": 2e-5, "bfloat16": 5e-2}
+_SIZE, _SHAPES = (2, 21, 18), Shapes(channels=32, heads=2, window=8, pdim=16, hidden=40)
+#: The operations with the shapes that they are computed with; attention with both kinds of bias.
+OPERATIONS = {name: (operation, _SHAPES) for name, operation in TABLE.items()}
+OPERATIONS["window attention, factors"] = (TABLE["window attention"], replace(_SHAPES, rank=8))
 
 
-def examine(operation: str, device: str, dtype: str) -> dict[str, Any]:
-    """Which backends can run, why the others cannot, which one auto takes, and why it leaves some that can run.
-
-    Returns:
-        `auto` and `left_by_auto` for inference and training; `reasons` and `reasons_in_training` for all backends.
-    """
-    (described, shapes), kind = OPERATIONS[operation], getattr(torch, dtype)
-    surveys = {}
-    for name, training in (("inference", False), ("training", True)):
-        with torch.set_grad_enabled(training):
-            tensors = described.sample(shapes, _SIZE, device=device, dtype=kind)
-            tensors = [tensor.requires_grad_(training) for tensor in tensors]
-            surveys[name] = described.explain(*described.arguments(shapes, tensors))
-    return {
-        "auto": {name: found.chosen for name, found in surveys.items()},
-        "reasons": surveys["inference"].reasons,
-        "reasons_in_training": surveys["training"].reasons,
-        "left_by_auto": {name: found.auto_skip_reasons for name, found in surveys.items()},
-    }
+def dispatch(device: str) -> list[tuple[tuple[str, str, str], dict[str, str | None], list[str]]]:
+    """For each operation and type of numbers: what auto takes in inference and in training, and all backends."""
+    if device == "cuda" and not torch.cuda.is_available():
+        return []
+    lines = []
+    for dtype in TOLERANCES if device == "cuda" else ["float32"]:
+        for name, (operation, _) in OPERATIONS.items():
+            auto = {mode: found.chosen for mode, found in _explain(name, device, dtype).items()}
+            lines.append(((name, device, dtype), auto, list(operation.backends)))
+    return lines
 
 
-def compare(operation: str, backend: str, device: str, dtype: str, gradients: bool) -> dict[str, Any]:
-    """How far a backend is from the reference.
-
-    Args:
-        operation: a key of `OPERATIONS`.
-        backend: one that has no reasons against it.
-        gradients: compare them as well.
-
-    Returns:
-        The largest differences, `forward` and, if asked for, `gradients`, in parts of the largest number of what is
-        compared; the `tolerance`; and the `seconds` of the backend's calls.
-    """
-    (described, shapes), kind = OPERATIONS[operation], getattr(torch, dtype)
-    torch.backends.cudnn.allow_tf32 = False
-    tensors = described.sample(shapes, _SIZE, device=device, dtype=kind)
-    exact = [tensor.double().cpu() for tensor in tensors]
-    expected = _compute(described, shapes, described.reference, exact, kind, gradients)
+def examine(key: str, backend: str, target: tuple[str, str, str], test: bool, bad: str, advice: str) -> list[Finding]:
+    """Whether a backend can run, and if asked for, whether its results are right: otherwise `bad`, with `advice`."""
+    explanations = _explain(*target)
+    reasons, in_training = (found.reasons[backend] for found in explanations.values())
+    if reasons:
+        return [Finding(key, f"cannot run: {'; '.join(reasons)}")]
+    skipped = {f" in {mode}": found.auto_skip_reasons.get(backend, []) for mode, found in explanations.items()}
+    if skipped[" in inference"] == skipped[" in training"]:
+        skipped = {"": skipped[" in inference"]}
+    left = "".join(f"; auto does not take it{mode}: {'; '.join(why)}" for mode, why in skipped.items() if why)
+    if not test:
+        return [Finding(key, f"can run{left}")]
     start = time.perf_counter()
-    found = _compute(described, shapes, described.backends[backend], tensors, kind, gradients)
-    if device == "cuda":
-        torch.cuda.synchronize()
-    seconds = time.perf_counter() - start
-    errors = [
-        _error(*(described.canonicalise(number, part) for part in pair))
-        for number, pair in enumerate(zip(found, expected, strict=True))
-    ]
-    result = {"forward": errors[0], "tolerance": TOLERANCES[kind], "seconds": seconds}
-    return result | ({"gradients": max(errors[1:])} if gradients else {})
+    errors = compare(*target, backend, gradients=not in_training)
+    seconds, tolerance = time.perf_counter() - start, TOLERANCES[target[2]]
+    data = {name: f"{error:.1e}" for name, error in errors.items()}  # text: JSON has no infinity
+    told = ", ".join(f"{name} {error}" for name, error in data.items())
+    told += f", no gradients: {'; '.join(in_training)}" if in_training else ""
+    text = f"self-test: error {told} (at most {tolerance:.0e}), {seconds:.2f} s{left}"
+    if max(errors.values()) > tolerance:
+        return [Finding(key, f"WRONG, {text}", bad, advice, data)]
+    return [Finding(key, text, data=data)]
 
 
-def _compute(
-    operation: Operation,
-    shapes: Shapes,
-    backend: ModuleType,
-    tensors: Sequence[Tensor],
-    kind: torch.dtype,
-    gradients: bool,
-) -> list[Tensor]:
-    """The result, and the gradients of its sum with fixed weights that are numbers of `kind`."""
-    return results(
-        lambda *leaves: backend.forward(*operation.arguments(shapes, leaves)), tensors, gradients=gradients, kind=kind
-    )
+def _explain(name: str, device: str, dtype: str) -> dict[str, Explanation]:
+    """What can compute an operation, in inference and in training."""
+    operation, shapes = OPERATIONS[name]
+    found = {}
+    for mode in ("inference", "training"):
+        with torch.set_grad_enabled(mode == "training"):
+            tensors = operation.sample(shapes, _SIZE, device=device, dtype=getattr(torch, dtype))
+            tensors = [tensor.requires_grad_(mode == "training") for tensor in tensors]
+            found[mode] = operation.explain(*operation.arguments(shapes, tensors))
+    return found
 
 
-def _error(found: Tensor, expected: Tensor) -> float:
-    return largest_difference(found, expected) / expected.detach().abs().max().item()
+def compare(operation: str, device: str, dtype: str, backend: str, *, gradients: bool) -> dict[str, float]:
+    """The largest differences from the reference, relative to its largest number: `forward`, and maybe `gradients`."""
+    torch.backends.cudnn.allow_tf32 = False
+    (described, shapes), kind = OPERATIONS[operation], getattr(torch, dtype)
+    tensors = described.sample(shapes, _SIZE, device=device, dtype=kind)
+
+    def run(module: ModuleType, tensors: Sequence[Tensor]) -> list[Tensor]:
+        def forward(*leaves: Tensor) -> Any:
+            return module.forward(*described.arguments(shapes, leaves))
+
+        found = results(forward, tensors, gradients=gradients, kind=kind)
+        return [described.canonicalise(number, tensor) for number, tensor in enumerate(found)]
+
+    exact = run(described.reference, [tensor.double().cpu() for tensor in tensors])
+    found = run(described.backends[backend], tensors)
+    errors = [largest_difference(a, b) / b.abs().max().item() for a, b in zip(found, exact, strict=True)]
+    return {"forward": errors[0]} | ({"gradients": max(errors[1:])} if gradients else {})

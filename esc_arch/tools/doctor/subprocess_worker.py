@@ -1,53 +1,46 @@
-"""Work that may crash or hang, done in a child process."""
+"""Calls of functions that may crash or hang, in a child process; needs the standard library alone."""
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
-import queue
 import signal
 import subprocess
 import sys
 import tempfile
-import threading
 from contextlib import suppress
 from pathlib import Path
+from types import ModuleType
 from typing import IO, Any
 
-__all__ = ["JobFailed", "Worker", "import_failure"]
+__all__ = ["JobFailed", "Worker", "describe", "import_failure", "serve", "skip_package_imports"]
 
-#: Seconds for a job's imports: torch alone takes a minute from a slow network disk.
+_LONGEST = 500
+#: Seconds for the import of a call's module: torch alone takes a minute from a slow network disk.
 _IMPORT_LIMIT = 180.0
-_LONGEST_TAIL = 300
+#: Packages whose `__init__` needs BasicSR, though some of their modules do not.
+_PACKAGES = ("", ".checkpoints", ".compat", ".data", ".options", ".tools.upscale")
 
 
 class JobFailed(Exception):
-    """What a job did instead of returning; the message goes into the report.
+    """A call raised, or its process crashed or took too long (`late`)."""
 
-    Attributes:
-        crashed: the process ended.
-        late: it was still at work when the time was over.
-    """
-
-    def __init__(self, message: str, *, crashed: bool = False, late: bool = False) -> None:
+    def __init__(self, message: str, *, late: bool = False) -> None:
         super().__init__(message)
-        self.crashed, self.late = crashed, late
+        self.late = late
 
 
 class Worker:
-    """A child process that calls functions of `esc_arch.tools.doctor`, started when needed and after a crash.
+    """A child process for one call after another, started when it is needed and again after a crash.
 
     Args:
-        timeout: seconds that a call may take, without its imports.
-        environment: what is set beside this process's environment.
+        timeout: seconds for each call, without the import of its module.
     """
 
-    def __init__(self, timeout: float, **environment: str) -> None:
+    def __init__(self, timeout: float) -> None:
         self.timeout = timeout
-        self._environment = environment
         self._process: subprocess.Popen[str] | None = None
-        self._answers: queue.Queue[str] = queue.Queue()
-        self._errors: IO[bytes] | None = None
 
     def __enter__(self) -> Worker:
         return self
@@ -56,99 +49,89 @@ class Worker:
         self.stop()
 
     def call(self, function: str, *arguments: Any) -> Any:
-        """The result of ``module:name`` for arguments that JSON has.
+        """Return the result of ``module:name``; arguments and result are what JSON can hold.
 
         Raises:
             JobFailed: it raised, crashed, or took too long.
         """
-        if self._process is None:
-            self._start()
-        self._send({"function": function, "arguments": arguments})
-        answer = self._receive(_IMPORT_LIMIT, "importing")
-        if not answer:
-            answer = self._receive(self.timeout, "running")
+        process = self._process = self._process or self._start()
+        assert process.stdin is not None and process.stdout is not None
+        with suppress(BrokenPipeError):
+            print(json.dumps([function, arguments, self.timeout]), file=process.stdin, flush=True)
+        line = process.stdout.readline()
+        if not line:
+            self.stop()
+            if process.returncode == -signal.SIGALRM:
+                raise JobFailed(f"not finished after {self.timeout:g} s of running", late=True)
+            self._errors.seek(0)
+            raise JobFailed(_how_it_ended(process.returncode, self._errors.read()))
+        answer = json.loads(line)
         if "error" in answer:
             raise JobFailed(answer["error"])
         return answer["result"]
 
-    def _start(self) -> None:
-        self._errors = tempfile.TemporaryFile()  # noqa: SIM115  closed by stop
-        self._answers = queue.Queue()
-        self._process = subprocess.Popen(
-            [sys.executable, str(Path(__file__).parent), "jobs"],
+    def _start(self) -> subprocess.Popen[str]:
+        self._errors: IO[bytes] = tempfile.TemporaryFile()  # noqa: SIM115  (closed with the worker)
+        return subprocess.Popen(
+            [sys.executable, str(Path(__file__).parent), "--child", json.dumps(sys.path)],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=self._errors,
-            text=True,
             encoding="utf-8",
-            env=os.environ | {"TORCHINDUCTOR_COMPILE_THREADS": "1"} | self._environment,
+            env=os.environ | {"TORCHINDUCTOR_COMPILE_THREADS": "1"},
             start_new_session=True,
         )
-        threading.Thread(target=_read, args=(self._process.stdout, self._answers), daemon=True).start()
-        self._send(sys.path)
 
-    def _send(self, content: Any) -> None:
-        assert self._process is not None and self._process.stdin is not None
-        with suppress(BrokenPipeError):  # that it has ended is seen when it does not answer
-            self._process.stdin.write(json.dumps(content) + "\n")
-            self._process.stdin.flush()
-
-    def _receive(self, limit: float, doing: str) -> dict[str, Any]:
-        try:
-            line = self._answers.get(timeout=limit)
-        except queue.Empty:
-            self.stop(patience=0)
-            raise JobFailed(f"not finished after {limit:g} s of {doing}", late=True) from None
-        if not line:
-            raise JobFailed(self.stop(), crashed=True)
-        answer: dict[str, Any] = json.loads(line)
-        return answer
-
-    def stop(self, patience: float = 5) -> str:
-        """End the process and what it started, until the next call; returns how it had ended."""
+    def stop(self) -> None:
+        """Kill the process, and compilers that it started."""
         process, self._process = self._process, None
-        if process is None or self._errors is None:
-            return ""
-        with suppress(subprocess.TimeoutExpired, OSError):
-            assert process.stdin is not None
-            process.stdin.close()
-            process.wait(timeout=patience)
-        _kill(process)
-        process.wait()
-        with self._errors as file:
-            file.seek(0)
-            return _how_it_ended(process.returncode, file.read().decode("utf-8", "replace"))
+        if process is None:
+            return
+        with suppress(OSError):  # all have ended
+            os.killpg(process.pid, signal.SIGKILL)
+        process.communicate()
 
 
-def _read(stream: IO[str], answers: queue.Queue[str]) -> None:
-    for line in stream:
-        answers.put(line)
-    answers.put("")
+def serve() -> None:
+    """Answer each line of standard input, ``["module:name", arguments, seconds]``, with a line of JSON."""
+    answers = os.fdopen(os.dup(1), "w", encoding="utf-8")
+    os.dup2(2, 1)  # what libraries print is no answer
+    for line in sys.stdin:
+        function, arguments, seconds = json.loads(line)
+        module, _, name = function.partition(":")
+        try:
+            signal.setitimer(signal.ITIMER_REAL, _IMPORT_LIMIT)  # SIGALRM ends the process, whatever it is doing
+            call = getattr(importlib.import_module(module), name)
+            signal.setitimer(signal.ITIMER_REAL, seconds)
+            answer = {"result": call(*arguments)}
+        except BaseException as error:  # also SystemExit and an extension's panic
+            answer = {"error": describe(error)}
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        print(json.dumps(answer, default=str), file=answers, flush=True)
 
 
-def _kill(process: subprocess.Popen[str]) -> None:
-    with suppress(OSError):
-        if hasattr(os, "killpg"):
-            os.killpg(process.pid, signal.SIGKILL)  # compilers that it started, too
-        else:
-            process.kill()
+def skip_package_imports() -> None:
+    """Put an empty package in place of each of `_PACKAGES` that is not imported yet, or failed to be."""
+    root = Path(__file__).parents[2]
+    for name in _PACKAGES:
+        package = ModuleType(f"esc_arch{name}")
+        package.__path__ = [str(root.joinpath(*name.split(".")))]
+        sys.modules.setdefault(package.__name__, package)
 
 
 def import_failure(module: str) -> str:
-    """Why a process of its own cannot import a module, in one line; empty when it can."""
+    """Why a process of its own cannot import a module, in one line; empty if it can."""
     code = f"import sys; sys.path[:] = {sys.path!r}; import {module}"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, encoding="utf-8", errors="replace")
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True)
     return _how_it_ended(done.returncode, done.stderr) if done.returncode else ""
 
 
-def _how_it_ended(status: int, said: str) -> str:
-    lines = said.strip().splitlines()
-    tail = f" ({lines[-1].strip()[:_LONGEST_TAIL]})" if lines else ""
-    return f"the process ended with {_cause(status)}{tail}"
+def describe(error: BaseException) -> str:
+    """An exception in one line."""
+    return " ".join(f"{type(error).__name__}: {error}".split()).removesuffix(":")[:_LONGEST]
 
 
-def _cause(status: int) -> str:
-    with suppress(ValueError):
-        if status < 0:
-            return f"signal {signal.Signals(-status).name}"
-    return f"status {status}"
+def _how_it_ended(status: int, said: bytes) -> str:
+    last = said.decode(errors="replace").strip().rpartition("\n")[2]
+    cause = f"signal {signal.Signals(-status).name}" if status < 0 else f"status {status}"
+    return f"the process ended with {cause}{f' ({last[:_LONGEST]})' if last else ''}"

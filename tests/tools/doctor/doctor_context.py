@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import argparse
 import importlib
-from collections.abc import Mapping
+import json
+from collections.abc import Iterable, Mapping
 from typing import Any
 
-from esc_arch.tools.doctor.context import Context
-from esc_arch.tools.doctor.report import Finding
+from esc_arch.tools.doctor.report import Context, Finding
 from esc_arch.tools.doctor.subprocess_worker import JobFailed
 
 __all__ = ["InProcess", "by_key", "context"]
@@ -22,21 +22,20 @@ class InProcess:
 
     def call(self, function: str, *arguments: Any) -> Any:
         name, _, attribute = function.rpartition(":")
-        if attribute in self.answers:
-            answer = self.answers[attribute]
-            if isinstance(answer, JobFailed):
-                raise answer
-            return answer(*arguments) if callable(answer) else answer
-        return getattr(importlib.import_module(name), attribute)(*arguments)
+        answer = self.answers.get(attribute)
+        if isinstance(answer, JobFailed):
+            raise answer
+        result = (answer or getattr(importlib.import_module(name), attribute))(*arguments)
+        return json.loads(json.dumps(result, default=str))
 
 
 def context(import_failure: str = "", opt: str | None = None, no_test: bool = False, **answers: Any) -> Context:
     args = argparse.Namespace(opt=opt, imports=None, no_test=no_test, json=False, timeout=60.0)
     worker: Any = InProcess(answers)
-    return Context(args, import_failure, worker, lambda _: None)
+    return Context(args, import_failure, worker)
 
 
-def by_key(findings: Any) -> dict[str, Finding]:
+def by_key(findings: Iterable[Finding]) -> dict[str, Finding]:
     listed = list(findings)
     found = {finding.key: finding for finding in listed}
     assert len(found) == len(listed), "a key is there twice"

@@ -9,9 +9,10 @@ import pytest
 from esc_arch.tools.doctor.subprocess_worker import JobFailed, Worker, import_failure
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def worker() -> Iterator[Worker]:
-    with Worker(timeout=0.5) as started:
+    """One for all tests, each of which sets its time."""
+    with Worker(timeout=60) as started:
         yield started
 
 
@@ -19,9 +20,14 @@ def test_results_and_errors(worker: Worker) -> None:
     assert worker.call("builtins:sorted", [3, 1, 2]) == [1, 2, 3]
     with pytest.raises(JobFailed, match=r"^ValueError: invalid literal for int") as failed:
         worker.call("builtins:int", "x")
-    assert not failed.value.crashed and not failed.value.late
+    assert not failed.value.late
     with pytest.raises(JobFailed, match="ModuleNotFoundError: No module named 'there_is_none'"):
         worker.call("there_is_none:f")
+    with pytest.raises(JobFailed, match="SystemExit: 3"):
+        worker.call("sys:exit", 3)
+    with pytest.raises(JobFailed, match=r"^Exception$"):
+        worker.call("builtins:exec", "raise Exception")
+    assert worker.call("builtins:abs", -3) == 3
 
 
 def test_what_is_printed_is_no_answer(worker: Worker) -> None:
@@ -30,17 +36,11 @@ def test_what_is_printed_is_no_answer(worker: Worker) -> None:
     assert worker.call("builtins:abs", -3) == 3
 
 
-def test_an_exit_is_an_error(worker: Worker) -> None:
-    with pytest.raises(JobFailed, match="SystemExit: 3"):
-        worker.call("sys:exit", 3)
-    assert worker.call("builtins:abs", -3) == 3
-
-
 def test_a_crash_is_told_with_its_signal_and_the_next_call_works(worker: Worker) -> None:
     first = worker.call("os:getpid")
     with pytest.raises(JobFailed, match="the process ended with signal SIGABRT") as failed:
         worker.call("os:abort")
-    assert failed.value.crashed
+    assert not failed.value.late
     assert worker.call("os:getpid") != first
 
 
@@ -48,29 +48,30 @@ def test_the_last_line_of_a_crash_is_told(worker: Worker) -> None:
     worker.call("os:system", "echo the driver is gone >&2")
     with pytest.raises(JobFailed, match=r"status 7 \(the driver is gone\)"):
         worker.call("os:_exit", 7)
+    with pytest.raises(JobFailed, match=r"status 8$"):
+        worker.call("os:_exit", 8)
 
 
-def test_a_hang_ends_with_the_time(worker: Worker) -> None:
-    with pytest.raises(JobFailed, match=r"not finished after 0.5 s of running") as failed:
-        worker.call("time:sleep", 60)
-    assert failed.value.late
-    assert worker.call("builtins:abs", -3) == 3
-
-
-def test_esc_arch_is_there_without_what_its_start_imports(worker: Worker) -> None:
-    worker.timeout = 60
-    result = worker.call("esc_arch.tools.doctor.self_tests:compare", "window attention", "sdpa", "cpu", "float32", True)
-    assert max(result["forward"], result["gradients"]) < result["tolerance"]
-    code = "import sys; assert 'basicsr' not in sys.modules, 'it is there'"
-    assert worker.call("builtins:exec", code) is None
+def test_a_hang_ends_with_the_time() -> None:
+    with Worker(timeout=0.2) as worker:
+        with pytest.raises(JobFailed, match=r"not finished after 0.2 s of running") as failed:
+            worker.call("time:sleep", 60)
+        assert failed.value.late
+        assert worker.call("builtins:abs", -3) == 3
 
 
 @pytest.mark.usefixtures("native")
-def test_operators_may_be_loaded_before_what_calls_them(worker: Worker) -> None:
-    worker.timeout = 60
-    assert worker.call("esc_arch.tools.doctor.probes:native_operators")["ready"]
-    result = worker.call("esc_arch.tools.doctor.self_tests:compare", "window attention", "cpu", "cpu", "float32", True)
-    assert max(result["forward"], result["gradients"]) < result["tolerance"]
+def test_esc_arch_is_there_without_what_its_start_imports(worker: Worker) -> None:
+    """The C++ operators may be loaded before what calls them."""
+    compiler, operators = worker.call("esc_arch.tools.doctor.machine:cpp_operators")
+    assert operators[2] == "ok" and operators[1].startswith("built, in "), (compiler, operators)
+    for backend in ("sdpa", "cpu"):
+        target = ("window attention", "cpu", "float32")
+        arguments = ("key", backend, target, True, "problem", "advice")
+        ((_, text, status, *_),) = worker.call("esc_arch.tools.doctor.self_tests:examine", *arguments)
+        assert status == "ok" and text.startswith("self-test: error forward ")
+    code = "import sys; assert 'basicsr' not in sys.modules, 'it is there'"
+    assert worker.call("builtins:exec", code) is None
 
 
 def test_why_a_process_cannot_import() -> None:

@@ -15,10 +15,8 @@ import torch
 import yaml
 from doctor_context import by_key, context
 
-from esc_arch.errors import UserError
 from esc_arch.tools.doctor import option_file
-from esc_arch.tools.doctor.data_health import disk_health, lmdb_health, read_options, state_health, weights_health
-from esc_arch.tools.doctor.report import PROBLEM, WARNING
+from esc_arch.tools.doctor.report import PROBLEM, WARNING, Finding
 from esc_arch.tools.doctor.subprocess_worker import JobFailed
 
 
@@ -45,6 +43,13 @@ def keys(database: Path) -> list[str]:
     return [line.split(".")[0] for line in (database / "meta_info.txt").read_text().splitlines()]
 
 
+def examine(folder: Path, kind: str = "lmdb") -> list[tuple[str, str, str]]:
+    """Texts with their status and advice."""
+    found = getattr(option_file, kind)("data", str(folder))
+    assert [finding.key for finding in found] == ["data", *(f"data ({number})" for number in range(2, len(found) + 1))]
+    return [(finding.text, finding.status, finding.advice) for finding in found]
+
+
 def only(lines: list[tuple[str, str, str]]) -> tuple[str, str, str]:
     (line,) = lines
     return line
@@ -54,32 +59,30 @@ def only(lines: list[tuple[str, str, str]]) -> tuple[str, str, str]:
 
 
 def test_a_healthy_lmdb(database: Path) -> None:
-    text, status, _ = only(lmdb_health(str(database)))
+    text, status, _ = only(examine(database))
     assert status == "ok"
     assert f"{database}: {len(keys(database))} images" in text
     assert "of 6 tried can be decoded" in text and "6 of 6" in text
 
 
 def test_left_over_files_are_told(database: Path) -> None:
-    change(database)
     database.with_name(f".{database.name}.partial").mkdir()
-    _, lock, partial = lmdb_health(str(database))
-    assert lock[:2] == ("lock.mdb is left from a program that wrote there; reading does not need it", "ok")
-    assert "left from a `basicsr prepare` that was interrupted" in partial[0] and partial[1] == WARNING
+    _, partial = examine(database)
+    assert "left from a `basicsr prepare` that was interrupted: " in partial[0] and partial[1] == WARNING
 
 
 @pytest.mark.parametrize("name", ["data.mdb", "meta_info.txt"])
 def test_parts_that_are_missing_or_empty(database: Path, name: str) -> None:
-    (database / name).write_bytes(b"")
-    assert only(lmdb_health(str(database)))[:2] == (f"{database}: {name} is empty", PROBLEM)
-    (database / name).unlink()
-    assert only(lmdb_health(str(database)))[:2] == (f"{database} has no {name}", PROBLEM)
+    for damage in ((database / name).write_bytes, lambda _: (database / name).unlink()):
+        damage(b"")
+        text, status, advice = only(examine(database))
+        assert name in text and status == PROBLEM and "basicsr prepare" in advice
 
 
 def test_a_truncated_lmdb_is_not_read(database: Path) -> None:
     data = (database / "data.mdb").read_bytes()
     (database / "data.mdb").write_bytes(data[: len(data) // 2])
-    text, status, advice = only(lmdb_health(str(database)))
+    text, status, advice = only(examine(database))
     assert "cut short" in text and status == PROBLEM and "basicsr prepare" in advice
 
 
@@ -88,9 +91,9 @@ def test_keys_that_only_one_of_database_and_list_has(database: Path) -> None:
     with lmdb.open(str(database), readonly=True, lock=False) as environment, environment.begin() as transaction:
         image = bytes(transaction.get(first.encode()))
     change(database, put={b"further": image}, drop=first.encode())
-    lines = {status: text for text, status, _ in lmdb_health(str(database))}
-    assert f"1 of 6 keys of meta_info.txt are not in the database: {first}" in lines[PROBLEM]
-    assert "1 of 6 images are not in meta_info.txt and never read: further" in lines[WARNING]
+    lines = {status: text for text, status, _ in examine(database)}
+    assert f"1 keys of meta_info.txt are not in the database: {first}" in lines[PROBLEM]
+    assert "1 images are not in meta_info.txt and never read: further" in lines[WARNING]
 
 
 @pytest.mark.parametrize(
@@ -107,8 +110,8 @@ def test_keys_that_only_one_of_database_and_list_has(database: Path) -> None:
 def test_images_that_are_not_what_the_list_says(database: Path, value: bytes, problem: str) -> None:
     first = keys(database)[0]
     change(database, put={first.encode(): value})
-    lines = lmdb_health(str(database))
-    assert (f"{first} {problem}", PROBLEM) in [line[:2] for line in lines]
+    lines = examine(database)
+    assert (f"1 of those tried are damaged: {first} {problem}", PROBLEM) in [line[:2] for line in lines]
     assert "5 of 6 tried can be decoded" in lines[0][0]
 
 
@@ -117,48 +120,56 @@ def test_images_that_are_not_what_the_list_says(database: Path, value: bytes, pr
 
 def test_a_healthy_folder(folder: Path) -> None:
     (folder / ".hidden").touch()
-    assert only(disk_health(str(folder))) == (f"{folder}: 6 files, 6 of 6 tried can be decoded", "ok", "")
-    assert "6 files" in only(disk_health(str(folder.parent)))[0]
+    assert only(examine(folder, "disk")) == (f"{folder}: 6 files, 6 of 6 tried can be decoded", "ok", "")
+    assert "6 files" in only(examine(folder.parent, "disk"))[0]
 
 
-def test_folders_without_images(tmp_path: Path) -> None:
-    text, status, advice = only(disk_health(str(tmp_path / "none")))
-    assert text.endswith("none does not exist") and status == PROBLEM and "Relative paths" in advice
-    (tmp_path / "file").touch()
-    assert only(disk_health(str(tmp_path / "file")))[0].endswith("file is no folder")
-    (tmp_path / "empty").mkdir()
-    assert only(disk_health(str(tmp_path / "empty")))[:2] == (f"{tmp_path / 'empty'} has no files", PROBLEM)
+@pytest.mark.usefixtures("work_folder")
+@pytest.mark.parametrize(
+    ("root", "what"), [("none", "does not exist"), ("file", "is no folder"), ("empty", "has no files")]
+)
+def test_folders_without_images(root: str, what: str) -> None:
+    Path("file").touch()
+    Path("empty").mkdir()
+    found = examined({"datasets": {"val": {"dataroot_gt": root}}})["datasets:val:dataroot_gt"]
+    assert found.text == f"{Path(root).absolute()} {what}" and found.status == PROBLEM
+    assert ("Relative paths" in found.advice) == (root != "empty")
 
 
 def test_files_that_are_empty_or_no_images(folder: Path) -> None:
     first, second, *_ = sorted(folder.iterdir())
     first.write_bytes(b"")
     second.write_text("<html>")
-    counted, empty, bad = disk_health(str(folder))
+    counted, empty, bad = examine(folder, "disk")
     assert "6 files, 4 of 6 tried can be decoded" in counted[0]
     assert empty[:2] == (f"1 files are empty: {first}", PROBLEM)
-    assert bad[:2] == (f"{first.name} is empty, {second.name} is not an image that can be decoded (6 bytes)", PROBLEM)
+    problems = f"{first.name} is empty, {second.name} is not an image that can be decoded (6 bytes)"
+    assert bad[:2] == (f"2 of those tried are damaged: {problems}", PROBLEM)
 
 
 # --- weights ------------------------------------------------------------------------------------------------------
 
 
+def weights(path: Path, key: str = "pretrain_network_g", param_key: str | None = None) -> Finding:
+    return option_file.weights(f"path:{key}", str(path), param_key)[-1]
+
+
 def test_weights(tmp_path: Path) -> None:
     path = tmp_path / "net.pth"
     torch.save({"params": {"a": torch.ones(2, 3), "b": torch.ones(4)}}, path)
-    assert weights_health(str(path), "params") == ("2 tensors under params, 10 numbers", "ok", "")
+    assert weights(path, param_key="params")[1:4] == (f"{path}: 2 tensors under params, 10 numbers", "ok", "")
     torch.save({"a": torch.tensor([1.0, torch.nan])}, path)
-    text, status, _ = weights_health(str(path), None)
-    assert (text, status) == ("1 tensors without a key, 2 numbers, not all of them finite: a", WARNING)
+    found = weights(path)
+    assert found.text == "1 tensors have numbers that are not finite: a"
+    assert found.status == WARNING
     path.write_text("<!doctype html>")
-    with pytest.raises(UserError, match="is a web page"):
-        weights_health(str(path), None)
+    assert "is a web page" in weights(path).text and weights(path).status == PROBLEM
 
 
 def test_a_training_state(tmp_path: Path) -> None:
     path = tmp_path / "4.state"
     torch.save({"epoch": 1, "iter": 4, "optimizers": []}, path)
-    assert state_health(str(path), None) == ("epoch 1, iteration 4", "ok", "")
+    assert weights(path, "resume_state")[1:3] == (f"{path}: epoch 1, iteration 4", "ok")
 
 
 # --- the section --------------------------------------------------------------------------------------------------
@@ -190,10 +201,8 @@ def test_everything_in_order(train_options: Any, photographs: Any) -> None:
 def test_an_option_file_that_cannot_be_read() -> None:
     Path("trial.yml").write_text("a: [\n")
     failure = JobFailed("UserError: option file trial.yml, line 2: it is wrong")
-    (finding,) = option_file.examine(context(opt="trial.yml", read_options=failure))
+    (finding,) = option_file.examine(context(opt="trial.yml", load_yaml=failure))
     assert finding.text == "option file trial.yml, line 2: it is wrong" and finding.status == PROBLEM
-    with pytest.raises(UserError, match=r"option file trial\.yml"):
-        read_options("trial.yml")
 
 
 @pytest.mark.usefixtures("work_folder")
@@ -204,7 +213,7 @@ def test_an_experiment_that_would_be_put_aside(train_options: Any, test_options:
     assert "`basicsr train` will rename it to trial_archived_TIME" in told.text and told.status == WARNING
     assert "--auto_resume" not in told.text
     Path("experiments/trial/training_states/4.state").touch()
-    assert "with --auto_resume it goes on there instead" in examined(train_options)["same name"].text
+    assert "with --auto_resume it continues there instead" in examined(train_options)["same name"].text
     assert "`basicsr test` will rename it" in examined(test_options)["same name"].text
 
 
@@ -212,18 +221,17 @@ def test_an_experiment_that_would_be_put_aside(train_options: Any, test_options:
 def test_weights_are_read_where_they_are_named(train_options: Any) -> None:
     torch.save({"params": {"a": torch.ones(3)}}, "net.pth")
     train_options["path"] |= {"pretrain_network_g": "net.pth", "resume_state": "none.state"}
-    failure = JobFailed("UserError: The checkpoint none.state does not exist")
-    found = examined(train_options, state_health=failure)
+    found = examined(train_options)
     assert found["path:pretrain_network_g"].text == "net.pth: 1 tensors under params, 3 numbers"
-    assert found["path:resume_state"].text == "The checkpoint none.state does not exist"
+    assert found["path:resume_state"].text.startswith("The checkpoint none.state ")
     assert found["path:resume_state"].status == PROBLEM
 
 
 @pytest.mark.usefixtures("work_folder")
 def test_reading_data_crashes(train_options: Any) -> None:
-    failure = JobFailed("the process ended with signal SIGBUS", crashed=True)
-    gt = examined(train_options, disk_health=failure)["datasets:train:dataroot_gt"]
-    assert "reading it failed: the process ended with signal SIGBUS" in gt.text and gt.status == PROBLEM
+    failure = JobFailed("the process ended with signal SIGBUS")
+    gt = examined(train_options, disk=failure)["datasets:train:dataroot_gt"]
+    assert gt.text == str(failure) and "copy it again" in gt.advice and gt.status == PROBLEM
 
 
 @pytest.mark.usefixtures("work_folder")
