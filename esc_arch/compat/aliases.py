@@ -7,12 +7,9 @@ spawning import the main module again, and with it esc_arch, so they have the st
 from __future__ import annotations
 
 import importlib
-import importlib.util
 import logging
-import re
 import sys
 from collections.abc import Callable
-from functools import total_ordering
 from types import ModuleType
 
 __all__ = ["add_missing_modules", "stand_ins_in_use"]
@@ -36,12 +33,7 @@ def stand_ins_in_use() -> list[str]:
 
 
 def _importable(name: str) -> bool:
-    if name in sys.modules:
-        return True
     try:
-        if name.startswith("distutils") and sys.version_info < (3, 12):
-            # Part of the standard library; importing it only to look would print a deprecation warning
-            return importlib.util.find_spec("distutils") is not None
         importlib.import_module(name)
     except ImportError:
         return False
@@ -51,7 +43,7 @@ def _importable(name: str) -> bool:
 def _install(name: str, module: ModuleType) -> None:
     """Put `module` at `name`, and make it an attribute of its parent package (`from parent import child`)."""
     parent_name, _, child = name.rpartition(".")
-    if parent_name not in sys.modules and not _importable(parent_name):
+    if not _importable(parent_name):
         sys.modules[parent_name] = ModuleType(parent_name)
     setattr(sys.modules[parent_name], child, module)
     sys.modules[name] = module
@@ -68,33 +60,16 @@ def _functional_tensor() -> ModuleType:
 
 def _distutils_version() -> ModuleType:
     """Python 3.12 has no distutils, and setuptools, which brings one, need not be installed."""
+    from packaging.version import Version  # scikit-image, which basicsr requires, brings it
+
     module = ModuleType("distutils.version")
-    module.LooseVersion = LooseVersion  # type: ignore[attr-defined]
+    module.LooseVersion = Version  # type: ignore[attr-defined]
     return module
 
 
 def _ndimage_filters() -> ModuleType:
     """SciPy 2 has these functions only in scipy.ndimage itself."""
     return importlib.import_module("scipy.ndimage")
-
-
-@total_ordering
-class LooseVersion:
-    """What basicsr uses of distutils' class of this name: comparing the numbers of two releases."""
-
-    def __init__(self, text: str) -> None:
-        self.text = text
-        # "2.6.0+cu124" and "2.7.0a0" count as releases 2.6.0 and 2.7.0
-        self.version = [int(part) for part in re.findall(r"\d+", re.split(r"[+a-z]", text)[0])]
-
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, LooseVersion) and self.version == other.version
-
-    def __lt__(self, other: LooseVersion) -> bool:
-        return self.version < other.version
-
-    def __hash__(self) -> int:
-        return hash(tuple(self.version))
 
 
 _STAND_INS: dict[str, Callable[[], ModuleType]] = {

@@ -18,7 +18,6 @@ from typing import cast
 import cv2
 import numpy as np
 import numpy.typing as npt
-from basicsr.utils.matlab_functions import imresize
 
 from ..errors import UserError
 from .decoding import reason_against
@@ -51,8 +50,8 @@ class Source:
     """One image to prepare, not read yet.
 
     Attributes:
-        name: file name, or a name that can stand for one; messages and journals use it.
-        read: gives the image (H, W, 3); can be pickled, raises UserError.
+        name: file name, or a name that can stand for one; messages use it.
+        read: returns the image (H, W, 3); can be pickled, raises UserError.
         identity: what changes when the image may have changed; values that JSON can hold.
     """
 
@@ -67,7 +66,7 @@ class Source:
 
 
 def folder_sources(folder: Path) -> list[Source]:
-    """The images directly in `folder`, sorted by name. Hidden files do not count.
+    """The images directly in `folder`, sorted by name, without hidden files.
 
     Raises:
         UserError: it is no folder, has no image, or two of its images differ only in their suffix.
@@ -82,12 +81,8 @@ def folder_sources(folder: Path) -> list[Source]:
     if not files:
         raise UserError(f"{folder} holds no image ({' '.join(IMAGE_SUFFIXES)}). Folders inside it are not searched.")
     _refuse_equal((path.stem, path.name) for path in files)
-    return [_file_source(path) for path in files]
-
-
-def _file_source(path: Path) -> Source:
-    stat = path.stat()
-    return Source(path.name, partial(read_image, path), (path.name, stat.st_size, stat.st_mtime_ns))
+    stats = ((path, path.stat()) for path in files)
+    return [Source(path.name, partial(read_image, path), (path.name, s.st_size, s.st_mtime_ns)) for path, s in stats]
 
 
 def keys_of(sources: Iterable[Source]) -> dict[str, str]:
@@ -107,9 +102,8 @@ def _refuse_equal(named: Iterable[tuple[str, str]]) -> None:
     """Raise UserError when two of the (key, file name) have the same key."""
     seen: dict[str, str] = {}
     for key, name in named:
-        if key in seen:
+        if seen.setdefault(key, name) != name:
             raise UserError(f"{seen[key]} and {name} would both be stored as {key!r}. Rename or remove one of them.")
-        seen[key] = name
 
 
 def digest_of(sources: Iterable[Source]) -> str:
@@ -144,9 +138,10 @@ def encode_png(image: Image) -> bytes:
 def downscale(image: Image, scale: int) -> Image:
     """`image` (H, W, 3) by MATLAB's bicubic with antialiasing: (H / scale, W / scale, 3), by BasicSR's function.
 
-    `scale` divides H and W. Each has to be at least 2 * scale: imresize mirrors the borders by more than
-    it has otherwise, and fails.
+    `scale` divides H and W, each of which is at least 2 * scale: imresize mirrors the borders, and fails otherwise.
     """
+    from basicsr.utils.matlab_functions import imresize
+
     resized = imresize(image.astype(np.float32) / 255, 1 / scale)
     return cast(Image, (np.clip(resized, 0, 1) * 255).round().astype(np.uint8))
 
@@ -157,12 +152,8 @@ def sub_image_starts(length: int, size: int, step: int) -> list[int]:
     They start every `step` pixels, and a last one ends with the image, as in BasicSR's extract_subimages.
     A `length` below `size` makes one sub-image, of the whole length.
     """
-    if length <= size:
-        return [0]
-    starts = list(range(0, length - size + 1, step))
-    if starts[-1] + size < length:
-        starts.append(length - size)
-    return starts
+    last = max(length - size, 0)
+    return [*range(0, last, step), last]
 
 
 def checked_scales(scales: Iterable[int]) -> tuple[int, ...]:
@@ -173,7 +164,7 @@ def checked_scales(scales: Iterable[int]) -> tuple[int, ...]:
     """
     checked = tuple(sorted(set(scales)))
     if not checked or checked[0] < 2:
-        raise UserError(f"The scales are {list(checked)}, but have to be whole numbers from 2 on.")
+        raise UserError(f"The scales are {list(checked)}, but must be integers of at least 2.")
     return checked
 
 

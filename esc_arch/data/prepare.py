@@ -13,8 +13,6 @@ from contextlib import ExitStack, closing
 from dataclasses import dataclass
 from pathlib import Path
 
-import basicsr
-
 from esc_arch.atomic_io import locked
 
 from ..errors import UserError
@@ -37,11 +35,9 @@ from .worker_pool import map_in_order, progress_bar
 __all__ = ["match_lr", "prepare_train", "train_lmdbs"]
 
 FORMAT = 1
-"""To be raised when the same images and settings come to give other data; older data are then not taken as equal."""
-COMMIT_BYTES = 2**25
-"""How much may be lost by a kill: a commit waits for the disk, which for every small image would take longest."""
-
-Piece = tuple[str, bytes, tuple[int, int, int]]
+"""Increase it when the same images and settings come to give other data; older data are then not taken as equal."""
+WRITE_BYTES = 2**25
+"""How much may be lost by a kill: LMDB waits for the disk, which for every small image would take longest."""
 
 
 def train_lmdbs(out: Path, name: str, scales: Iterable[int]) -> dict[int, Path]:
@@ -65,7 +61,7 @@ def prepare_train(
 
     Each image is cropped at the bottom and right to a multiple of all scales, reduced as a whole (MATLAB's
     bicubic) and cut at corresponding places. See :class:`.lmdb_writer.LmdbWriter` for what an interruption leaves.
-    LMDBs that are there, made with the same settings, are kept.
+    Existing LMDBs that were made with the same settings are kept.
 
     Args:
         sources: the HR images.
@@ -73,16 +69,16 @@ def prepare_train(
         name: how their names begin.
         scales: of the LR images.
         crop_size: side of an HR sub-image in pixels; a multiple of all scales. Smaller images are one sub-image.
-        overlap: of neighbouring sub-images in pixels; what is left of `crop_size` is a multiple of all scales too.
+        overlap: of neighbouring sub-images in pixels; `crop_size` less this is a multiple of all scales too.
         lr_folders: for some scales a folder of LR images to use, instead of reducing the HR images.
         jobs: how many processes work.
-        overwrite: replace LMDBs that were made otherwise, each when its new one is complete.
+        overwrite: replace LMDBs that were made with other settings, each when its new one is complete.
 
     Returns:
         The LMDBs by scale.
 
     Raises:
-        UserError: a setting, an image or `out` cannot be used, or an LMDB is there and `overwrite` is not given.
+        UserError: a setting, an image or `out` cannot be used, or an LMDB exists and `overwrite` is not given.
     """
     scales = checked_scales(scales)
     cutting = _Cutting(scales, crop_size, overlap)
@@ -94,15 +90,13 @@ def prepare_train(
         raise UserError(f"LR folders are given for the scales {sorted(lr_sources)}, but the scales are {list(scales)}.")
 
     lmdbs = train_lmdbs(out, name, scales)
-    settings = {scale: _train_settings(sources, scale, cutting, lr_sources.get(scale)) for scale in lmdbs}
+    settings = {scale: _settings(sources, scale, cutting, lr_sources.get(scale)) for scale in lmdbs}
     with locked(out):
         wanted = _lmdbs_to_make(lmdbs, settings, overwrite)
-        tasks = [
-            _TrainTask(
-                source, keys[source.name], wanted, cutting, {s: found[source.name] for s, found in lr_sources.items()}
-            )
-            for source in sources
-        ]
+        tasks = []
+        for source in sources:
+            given = {scale: found[source.name] for scale, found in lr_sources.items()}
+            tasks.append(_Task(source, keys[source.name], wanted, cutting, given))
         if wanted:
             _write_lmdbs({scale: lmdbs[scale] for scale in wanted}, settings, tasks, jobs)
     return lmdbs
@@ -120,7 +114,7 @@ def match_lr(sources: Iterable[Source], folder: Path, scale: int) -> dict[str, S
         lr = by_stem.get(f"{source.stem}x{scale}") or by_stem.get(source.stem)
         if lr is None:
             raise UserError(
-                f"{folder} has no LR image of scale {scale} for {source.name}. Its name has to be "
+                f"{folder} has no LR image of scale {scale} for {source.name}. Its name must be "
                 f"{source.stem}x{scale} or {source.stem}, with one of {' '.join(IMAGE_SUFFIXES)}."
             )
         matches[source.name] = lr
@@ -139,12 +133,12 @@ class _Cutting:
         if not 0 <= self.overlap < self.crop_size:
             raise UserError(
                 f"An overlap of {self.overlap} does not go with a crop size of {self.crop_size}: "
-                "it has to be at least 0 and less than the crop size."
+                "it must be at least 0 and less than the crop size."
             )
         for what, length in (("crop size", self.crop_size), ("step (crop size less overlap)", self.step)):
             if length % self.multiple:
                 raise UserError(
-                    f"The {what} is {length}, but has to be a multiple of {self.multiple} for LR and HR to correspond "
+                    f"The {what} is {length}, but must be a multiple of {self.multiple} for LR and HR to correspond "
                     f"at the scales {', '.join(map(str, self.scales))}."
                 )
 
@@ -165,7 +159,7 @@ class _Cutting:
 
 
 @dataclass(frozen=True)
-class _TrainTask:
+class _Task:
     """What to make of one HR image: the sub-images for the scales `wanted`."""
 
     source: Source
@@ -174,42 +168,40 @@ class _TrainTask:
     cutting: _Cutting
     lr_sources: Mapping[int, Source]
 
-    def images(self) -> dict[int, Image]:
-        """The whole images by scale."""
-        hr = read_hr(self.source, self.cutting.scales)
-        return {scale: self._image(hr, scale) for scale in self.wanted}
 
-    def _image(self, hr: Image, scale: int) -> Image:
-        if scale == 1:
-            return hr
-        if scale not in self.lr_sources:
-            return downscale(hr, scale)
-        lr = self.lr_sources[scale].read()
-        height, width = hr.shape[0] // scale, hr.shape[1] // scale
-        spare = self.cutting.multiple // scale
-        if not (0 <= lr.shape[0] - height <= spare and 0 <= lr.shape[1] - width <= spare):
-            raise UserError(
-                f"The LR image {self.lr_sources[scale].name} has {lr.shape[0]} x {lr.shape[1]} pixels (height x width) "
-                f"and does not fit {self.source.name} at scale {scale}: {height} x {width} pixels are needed, and "
-                f"no more than {spare} can be cut off. Replace or remove both."
-            )
-        return lr[:height, :width]
-
-
-def _sub_images(task: _TrainTask) -> dict[int, list[Piece]]:
-    """All sub-images of one HR image by scale, ready to be put into LMDBs."""
+def _sub_images(task: _Task) -> dict[int, dict[str, bytes]]:
+    """All sub-images of one HR image, as PNG by key and scale."""
+    hr = read_hr(task.source, task.cutting.scales)
+    pieces = ((scale, task.cutting.cut(_image(task, hr, scale), scale)) for scale in task.wanted)
     return {
-        scale: [
-            (f"{task.key}_s{index:03d}", encode_png(piece), (piece.shape[0], piece.shape[1], piece.shape[2]))
-            for index, piece in enumerate(task.cutting.cut(image, scale), start=1)
-        ]
-        for scale, image in task.images().items()
+        scale: {f"{task.key}_s{index:03d}": encode_png(piece) for index, piece in enumerate(of_scale, start=1)}
+        for scale, of_scale in pieces
     }
 
 
-def _train_settings(
+def _image(task: _Task, hr: Image, scale: int) -> Image:
+    """The whole image at a scale."""
+    if scale == 1:
+        return hr
+    if scale not in task.lr_sources:
+        return downscale(hr, scale)
+    lr = task.lr_sources[scale].read()
+    height, width = hr.shape[0] // scale, hr.shape[1] // scale
+    spare = task.cutting.multiple // scale
+    if not (0 <= lr.shape[0] - height <= spare and 0 <= lr.shape[1] - width <= spare):
+        raise UserError(
+            f"The LR image {task.lr_sources[scale].name} has {lr.shape[0]} x {lr.shape[1]} pixels (height x width) "
+            f"and does not fit {task.source.name} at scale {scale}: {height} x {width} pixels are needed, and "
+            f"no more than {spare} can be cut off. Replace or remove both."
+        )
+    return lr[:height, :width]
+
+
+def _settings(
     sources: Sequence[Source], scale: int, cutting: _Cutting, lr_sources: Mapping[str, Source] | None
 ) -> Settings:
+    import basicsr
+
     return {
         "format": FORMAT,
         "basicsr": basicsr.__version__,
@@ -224,7 +216,7 @@ def _train_settings(
 
 
 def _lmdbs_to_make(lmdbs: Mapping[int, Path], settings: Mapping[int, Settings], overwrite: bool) -> tuple[int, ...]:
-    """The scales whose LMDB is not there already."""
+    """The scales whose LMDB does not exist yet."""
     wanted, in_the_way = [], []
     for scale, path in lmdbs.items():
         if not os.path.lexists(path):  # a link whose target is away for now is in the way, too
@@ -240,26 +232,24 @@ def _lmdbs_to_make(lmdbs: Mapping[int, Path], settings: Mapping[int, Settings], 
 
 
 def _write_lmdbs(
-    lmdbs: Mapping[int, Path], settings: Mapping[int, Settings], tasks: Sequence[_TrainTask], jobs: int
+    lmdbs: Mapping[int, Path], settings: Mapping[int, Settings], tasks: Sequence[_Task], jobs: int
 ) -> None:
     with ExitStack() as stack:
         writers = {s: stack.enter_context(LmdbWriter(path, settings[s])) for s, path in lmdbs.items()}
-        finished = set.intersection(*(writer.finished for writer in writers.values()))
-        remaining = [task for task in tasks if task.source.name not in finished]
-        progress = stack.enter_context(progress_bar(len(tasks), len(finished)))
+        # All sub-images of an image are written together
+        finished = set.intersection(*({key.rpartition("_s")[0] for key in writer.sizes} for writer in writers.values()))
+        remaining = [task for task in tasks if task.key not in finished]
+        progress = stack.enter_context(progress_bar(len(tasks), len(tasks) - len(remaining)))
         results = stack.enter_context(closing(map_in_order(_sub_images, remaining, jobs)))
-        uncommitted = []
-        for task, pieces in zip(remaining, results, strict=True):
-            for scale, writer in writers.items():
-                for piece in pieces[scale]:
-                    writer.put(*piece)
-            uncommitted.append(task.source.name)
-            if sum(writer.pending_bytes for writer in writers.values()) >= COMMIT_BYTES:
-                for writer in writers.values():
-                    writer.commit(uncommitted)
-                uncommitted = []
+        pending: dict[int, dict[str, bytes]] = {scale: {} for scale in writers}
+        for number, images in enumerate(results, start=1):
+            for scale in writers:
+                pending[scale] |= images[scale]
+            size = sum(len(png) for of_scale in pending.values() for png in of_scale.values())
+            if size >= WRITE_BYTES or number == len(remaining):
+                for scale, writer in writers.items():
+                    writer.write(pending[scale])
+                    pending[scale].clear()
             progress.update()
-        for writer in writers.values():
-            writer.commit(uncommitted)
         for writer in writers.values():
             writer.finish()
