@@ -71,7 +71,7 @@ def _free_space(folder: Path) -> str:
 
 
 def write_atomically(path: Path, data: bytes) -> None:
-    """Write `path` so that it is always the old file or the whole new one, on disk when this returns."""
+    """Write `path`: it is always the old file or the whole new one, which is on disk when this returns."""
     with replacing(path) as file:
         file.write(data)
 

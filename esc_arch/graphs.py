@@ -6,9 +6,6 @@ the result is that of the network itself, to the last bit where its kernels are 
 
 from __future__ import annotations
 
-from collections import OrderedDict
-from typing import NamedTuple
-
 import torch
 from torch import Tensor, nn
 
@@ -20,10 +17,8 @@ __all__ = ["GraphedNetwork"]
 WARM_UP_CALLS = 3
 
 
-class _Recording(NamedTuple):
-    graph: torch.cuda.CUDAGraph
-    image: Tensor
-    output: Tensor
+#: A graph, its input and its output.
+_Recording = tuple[torch.cuda.CUDAGraph, Tensor, Tensor]
 
 
 class GraphedNetwork:
@@ -46,7 +41,7 @@ class GraphedNetwork:
 
     def forget(self) -> None:
         """Drop all graphs and their memory."""
-        self._recordings: OrderedDict[tuple[object, ...], _Recording] = OrderedDict()
+        self._recordings: dict[tuple[object, ...], _Recording] = {}  # the least recently used first
         self._weights: list[Tensor] = []
         self._versions: list[tuple[int, int]] = []
 
@@ -64,13 +59,13 @@ class GraphedNetwork:
         device = image.device.type
         autocast = torch.is_autocast_enabled(device), torch.get_autocast_dtype(device)
         key = (image.shape, image.stride(), image.dtype, image.device, *autocast)
-        recording = self._recordings.pop(key, None) or self._record(image)
-        self._recordings[key] = recording
+        recording = self._recordings.pop(key) if key in self._recordings else None
+        graph, static, output = self._recordings[key] = recording or self._record(image)
         while len(self._recordings) > self.keep:
-            self._recordings.popitem(last=False)
-        recording.image.copy_(image)
-        recording.graph.replay()
-        return recording.output.clone(memory_format=torch.preserve_format)
+            del self._recordings[next(iter(self._recordings))]
+        static.copy_(image)
+        graph.replay()
+        return output.clone(memory_format=torch.preserve_format)
 
     def _record(self, image: Tensor) -> _Recording:
         self._weights = [*self.net.parameters(), *self.net.buffers()]
@@ -91,7 +86,7 @@ class GraphedNetwork:
             with torch.cuda.graph(graph):
                 output = self.net(static)
             torch.clear_autocast_cache()
-        return _Recording(graph, static, output)
+        return graph, static, output
 
 
 def _versions(tensors: list[Tensor]) -> list[tuple[int, int]]:

@@ -15,7 +15,7 @@ import lmdb
 import numpy as np
 
 from esc_arch.atomic_io import replacing
-from esc_arch.data.decoding import reason_against
+from esc_arch.data.decoding import decode
 from esc_arch.data.lmdb_check import lmdb_problem
 from esc_arch.data.names import shown
 from esc_arch.errors import UserError
@@ -27,6 +27,9 @@ __all__ = ["require_sound", "unused"]
 
 #: Bytes; OpenCV decodes no longer files.
 _LONGEST_FILE = 2**31 - 1
+
+#: As BasicSR's function names them.
+_FLAGS = {"color": cv2.IMREAD_COLOR, "grayscale": cv2.IMREAD_GRAYSCALE, "unchanged": cv2.IMREAD_UNCHANGED}
 
 #: path -> environment. lmdb refuses a second environment of one file in one process, and counts those that a forked
 #: worker inherited; without locks, as BasicSR opens them, a worker can read on through its parent's.
@@ -113,19 +116,8 @@ def require_sound(path: str) -> None:
 
 
 @patch("basicsr.utils.img_util", "imfrombytes", "an image that cannot be decoded is named")
-def imfrombytes(original: Original, content: bytes, flag: str = "color", float32: bool = False) -> Any:
-    source = getattr(content, "source", "An image")
-    if isinstance(content, bytes) and (reason := reason_against(content)) is not None:
-        raise UserError(f"{source} {reason}")
-    try:
-        image = original(content, flag, float32=False)
-    except cv2.error:
-        image = None
-    if image is None:
-        raise UserError(
-            f"{source} is not an image that OpenCV can read ({len(content):,} bytes): damaged, cut short or of "
-            f"another format. Replace it or take it out of the data set."
-        )
+def imfrombytes(_: Original, content: bytes, flag: str = "color", float32: bool = False) -> Any:
+    image = decode(content, getattr(content, "source", "An image"), _FLAGS[flag])
     return image.astype(np.float32) / 255.0 if float32 else image
 
 

@@ -3,11 +3,8 @@
 The patches are in modules named after the parts of basicsr that they are for, which are imported when the patches are
 applied, so after basicsr. A replacement that only adds a check or a message calls the original. What a run that works
 computes stays the same, but for two faults: a run ended before `total_iter`, and its workers drew the same random crops
-in every epoch.
-
-No patch is needed for another version of basicsr, as far as is known, and none is applied to it. Of a package with this
-version and other contents, all functions must be there, with the arguments that the patches expect; otherwise nothing
-is replaced.
+in every epoch. All patches are for this version, and none is applied to another, or to one that lacks a function of
+them or has other arguments there.
 """
 
 from __future__ import annotations
@@ -19,7 +16,7 @@ import logging
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 __all__ = ["PATCHES", "SUPPORTED_VERSION", "Original", "apply_patches", "patch", "reason_against_patches", "replace"]
 
@@ -31,26 +28,18 @@ logger = logging.getLogger("esc_arch")
 Original = Callable[..., Any]
 
 
-class Patch(NamedTuple):
-    """Attributes: the module and the dotted name in it, what makes the replacement of the original, what it fixes."""
-
-    module: str
-    name: str
-    make: Callable[[Any], Any]
-    fixes: str
-
-
-PATCHES: list[Patch] = []
+#: (module, dotted name in it, what makes the replacement of the original, what it fixes)
+PATCHES: list[tuple[str, str, Callable[[Any], Any], str]] = []
 
 
 def patch(module: str, name: str, fixes: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
-    """Register the decorated function as a patch: it is called with the original, then with the call's arguments.
+    """Register the decorated function as a patch: it gets the original, and then the arguments of the call.
 
-    Its parameters, unless it has `*args`, are those that the original must have.
+    Its own parameters, unless it has `*args`, are those that the original must have.
     """
 
     def register(function: Callable[..., Any]) -> Callable[..., Any]:
-        PATCHES.append(Patch(module, name, functools.partial(_with_original, function), fixes))
+        PATCHES.append((module, name, functools.partial(_with_original, function), fixes))
         return function
 
     return register
@@ -60,7 +49,7 @@ def replace(module: str, name: str, fixes: str) -> Callable[[Callable[[Any], Any
     """Register a class's replacement: the decorated function gets the original class and returns another."""
 
     def register(make: Callable[[Any], Any]) -> Callable[[Any], Any]:
-        PATCHES.append(Patch(module, name, make, fixes))
+        PATCHES.append((module, name, make, fixes))
         return make
 
     return register

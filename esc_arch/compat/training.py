@@ -109,9 +109,9 @@ def load_resume_state(_: Original, opt: dict[str, Any]) -> dict[str, Any] | None
 def _newest_state(opt: dict[str, Any]) -> tuple[Path, dict[str, Any]] | None:
     """The newest training state of a run that can be used, with its content; None if the run saved none."""
     folder = Path(opt["path"]["training_states"])
-    paths = [path for path in folder.glob("*.state") if path.stem.isdigit()]
     problems = []
-    for path in sorted(paths, key=lambda path: int(path.stem), reverse=True):
+    saved = (path for path in folder.glob("*.state") if path.stem.isdigit())
+    for path in sorted(saved, key=lambda path: int(path.stem), reverse=True):
         try:
             state = _read_state(path)
             _require_networks(opt, path, state["iter"])
@@ -136,10 +136,12 @@ def _read_state(path: Path) -> dict[str, Any]:
     state = read_checkpoint(path)
     if missing := {"epoch", "iter", "optimizers", "schedulers"} - state.keys():
         raise UserError(f"{path} is not a training state: it has no {', '.join(sorted(missing))}.")
-    for key in ("epoch", "iter"):  # of which names of files are made
-        if type(state[key]) is not int or state[key] < 0:
-            raise UserError(f"{path} is not a training state: its {key} is {state[key]!s:.80}.")
-    for key in ("optimizers", "schedulers"):
-        if not isinstance(state[key], list) or not all(isinstance(entry, dict) for entry in state[key]):
-            raise UserError(f"{path} is not a training state: its {key} is {state[key]!s:.80}.")
+    for key in ("epoch", "iter", "optimizers", "schedulers"):
+        value = state[key]
+        if key in ("epoch", "iter"):  # of which names of files are made
+            is_right = type(value) is int and value >= 0
+        else:
+            is_right = isinstance(value, list) and all(isinstance(entry, dict) for entry in value)
+        if not is_right:
+            raise UserError(f"{path} is not a training state: its {key} is {value!s:.80}.")
     return state

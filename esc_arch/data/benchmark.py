@@ -65,7 +65,11 @@ def prepare_benchmark(
     """
     scales = checked_scales(scales)
     folders = benchmark_folders(out, scales)
-    tasks = [_Task(source, _names(source.stem, out, folders), scales, per_scale) for source in sources]
+    patterns = {1: "HR/{}.png"} | {s: f"LR_bicubic/X{s}/{{}}x{s}.png" for s in scales}
+    tasks = []
+    for source in sources:
+        names = {scale: pattern.format(source.stem) for scale, pattern in patterns.items()}
+        tasks.append(_Task(source, names, scales, per_scale))
     recipes = {name: recipe for task in tasks for name, recipe in task.recipes().items()}
     _refuse_other_images(folders.values(), {out / name for name in recipes})
     with locked(out), writing_to(out):
@@ -96,16 +100,10 @@ def prepare_benchmark(
     return folders
 
 
-def _names(stem: str, out: Path, folders: Mapping[int, Path]) -> dict[int, str]:
-    """The files of an image, relative to `out`, by scale."""
-    suffixes = {scale: ".png" if scale == 1 else f"x{scale}.png" for scale in folders}
-    return {
-        scale: (folder / f"{stem}{suffixes[scale]}").relative_to(out).as_posix() for scale, folder in folders.items()
-    }
-
-
 @dataclass(frozen=True)
 class _Task:
+    """An HR image, and the files to make of it by scale: their names, relative to the output folder."""
+
     source: Source
     names: Mapping[int, str]
     scales: tuple[int, ...]
@@ -117,10 +115,8 @@ class _Task:
 
         crop = "per-scale" if self.per_scale else math.lcm(*self.scales)
         common = [FORMAT, basicsr.__version__, self.source.identity, crop]
-        return {
-            name: hashlib.sha256(json.dumps([*common, scale]).encode()).hexdigest()
-            for scale, name in self.names.items()
-        }
+        digests = ((name, hashlib.sha256(json.dumps([*common, scale]).encode())) for scale, name in self.names.items())
+        return {name: digest.hexdigest() for name, digest in digests}
 
 
 def _encoded(task: _Task) -> dict[str, bytes]:

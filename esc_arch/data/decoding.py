@@ -1,14 +1,20 @@
-"""What is wrong with an encoded image: before it is decoded, so that no file fills the memory, and after."""
+"""Decoding images, and what is wrong with those that cannot be: no file may fill the memory."""
 
 from __future__ import annotations
 
 import io
 import os
 import struct
+from typing import Any
 
+import cv2
+import numpy as np
+import numpy.typing as npt
 from PIL import Image
 
-__all__ = ["image_problem", "most_pixels", "reason_against"]
+from ..errors import UserError
+
+__all__ = ["decode", "image_problem", "most_pixels", "reason_against"]
 
 #: OpenCV's own variable for the limit; its own default, 2**30, would need 12 GiB as a float32 image.
 LIMIT_VARIABLE = "OPENCV_IO_MAX_IMAGE_PIXELS"
@@ -25,6 +31,34 @@ def most_pixels() -> int:
     return int(given) if given.isdigit() else MOST_PIXELS
 
 
+def decode(content: bytes, source: object, flag: int = cv2.IMREAD_COLOR) -> npt.NDArray[Any]:
+    """The image in a file's `content`; by default (H, W, 3) of uint8, BGR: grey as three equal channels, without alpha.
+
+    Args:
+        content: of the file.
+        source: what error messages call it.
+        flag: OpenCV's.
+
+    Raises:
+        UserError: it is no image, is cut short or too large.
+    """
+    if (reason := reason_against(content)) is not None:
+        raise UserError(f"{source} {reason}")
+    if (image := _decode(content, flag)) is None:
+        raise UserError(
+            f"{source} is not an image that OpenCV can read ({len(content):,} bytes): damaged, cut short or of "
+            f"another format. Replace it or take it out of the data set."
+        )
+    return image
+
+
+def _decode(content: bytes, flag: int) -> npt.NDArray[Any] | None:
+    try:
+        return cv2.imdecode(np.frombuffer(content, np.uint8), flag) if content else None
+    except cv2.error:
+        return None
+
+
 def image_problem(content: bytes, listed: tuple[int, int] | None = None) -> str | None:
     """What is wrong with an image file's `content`, which is decoded: the end of a sentence about it, or None.
 
@@ -32,18 +66,11 @@ def image_problem(content: bytes, listed: tuple[int, int] | None = None) -> str 
         content: of the file.
         listed: the height and width that it has in an LMDB's meta_info.txt.
     """
-    import cv2
-    import numpy as np
-
     if not content:
         return "is empty"
     if (reason := reason_against(content)) is not None:
         return reason.removesuffix(".")
-    try:
-        image = cv2.imdecode(np.frombuffer(content, np.uint8), cv2.IMREAD_UNCHANGED)
-    except cv2.error:
-        image = None
-    if image is None:
+    if (image := _decode(content, cv2.IMREAD_UNCHANGED)) is None:
         return f"is not an image that can be decoded ({len(content):,} bytes)"
     height, width = image.shape[:2]
     if listed is not None and listed != (height, width):

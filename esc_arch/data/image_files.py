@@ -20,7 +20,7 @@ import numpy as np
 import numpy.typing as npt
 
 from ..errors import UserError
-from .decoding import reason_against
+from .decoding import decode
 
 __all__ = [
     "IMAGE_SUFFIXES",
@@ -112,21 +112,12 @@ def digest_of(sources: Iterable[Source]) -> str:
 
 
 def read_image(path: Path) -> Image:
-    """The image file `path` as (H, W, 3); grey becomes three equal channels, 16 bit 8, and alpha is dropped.
-
-    Raises:
-        UserError: the file cannot be read, is no image or is cut short.
-    """
+    """The image file `path`, as `decode` returns it; UserError if it cannot be read or decoded."""
     try:
         content = path.read_bytes()  # unlike cv2.imread, takes any path on any system
-        if (reason := reason_against(content)) is not None:
-            raise UserError(f"{path} {reason}")
-        image = cv2.imdecode(np.frombuffer(content, np.uint8), cv2.IMREAD_COLOR) if content else None
-    except (OSError, cv2.error) as error:
+    except OSError as error:
         raise UserError(f"Cannot read {path}: {error}") from error
-    if image is None:
-        raise UserError(f"{path} is not an image that OpenCV can read, or is damaged. Replace or remove it.")
-    return cast(Image, image)
+    return decode(content, path)
 
 
 def encode_png(image: Image) -> bytes:

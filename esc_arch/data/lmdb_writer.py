@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -139,12 +140,8 @@ def why_not_reusable(path: Path, settings: Settings) -> str | None:
 
 def read_shapes(path: Path) -> dict[str, tuple[int, int, int]]:
     """The (H, W, C) of every image of the LMDB `path`, by key, as its meta_info.txt has them."""
-    shapes = {}
-    for line in (path / META_FILE).read_text(encoding="ascii").splitlines():
-        key, rest = line.split(".png (")
-        height, width, channels = rest.split(")")[0].split(",")
-        shapes[key] = int(height), int(width), int(channels)
-    return shapes
+    lines = re.findall(r"^(.+)\.png \((\d+),(\d+),(\d+)\)", (path / META_FILE).read_text("ascii"), re.MULTILINE)
+    return {key: (int(height), int(width), int(channels)) for key, height, width, channels in lines}
 
 
 def _read_settings(folder: Path) -> dict[str, Any] | None:

@@ -80,23 +80,49 @@ def prepare_train(
     Raises:
         UserError: a setting, an image or `out` cannot be used, or an LMDB exists and `overwrite` is not given.
     """
+    import basicsr
+
     scales = checked_scales(scales)
-    cutting = _Cutting(scales, crop_size, overlap)
+    multiple = math.lcm(*scales)
+    if not 0 <= overlap < crop_size:
+        raise UserError(
+            f"An overlap of {overlap} does not go with a crop size of {crop_size}: "
+            "it must be at least 0 and less than the crop size."
+        )
+    for what, length in (("crop size", crop_size), ("step (crop size less overlap)", crop_size - overlap)):
+        if length % multiple:
+            raise UserError(
+                f"The {what} is {length}, but must be a multiple of {multiple} for LR and HR to correspond "
+                f"at the scales {', '.join(map(str, scales))}."
+            )
     if not name or Path(name).name != name:
         raise UserError(f"The name {name!r} cannot begin a file name. Give --name without any folder.")
     keys = keys_of(sources)
-    lr_sources = {scale: match_lr(sources, folder, scale) for scale, folder in (lr_folders or {}).items()}
-    if not lr_sources.keys() <= set(scales):
-        raise UserError(f"LR folders are given for the scales {sorted(lr_sources)}, but the scales are {list(scales)}.")
+    given = {scale: match_lr(sources, folder, scale) for scale, folder in (lr_folders or {}).items()}
+    if not given.keys() <= set(scales):
+        raise UserError(f"LR folders are given for the scales {sorted(given)}, but the scales are {list(scales)}.")
 
     lmdbs = train_lmdbs(out, name, scales)
-    settings = {scale: _settings(sources, scale, cutting, lr_sources.get(scale)) for scale in lmdbs}
+    settings = {
+        scale: {
+            "format": FORMAT,
+            "basicsr": basicsr.__version__,
+            "scale": scale,
+            "images": len(sources),
+            "digest of the images' names, sizes and times": digest_of(sources),
+            "digest of the given LR images": digest_of(given[scale].values()) if scale in given else None,
+            "HR size multiple": multiple,
+            "crop size": crop_size,
+            "overlap": overlap,
+        }
+        for scale in lmdbs
+    }
     with locked(out):
         wanted = _lmdbs_to_make(lmdbs, settings, overwrite)
         tasks = []
         for source in sources:
-            given = {scale: found[source.name] for scale, found in lr_sources.items()}
-            tasks.append(_Task(source, keys[source.name], wanted, cutting, given))
+            lr_sources = {scale: found[source.name] for scale, found in given.items()}
+            tasks.append(_Task(source, keys[source.name], scales, wanted, crop_size, overlap, lr_sources))
         if wanted:
             _write_lmdbs({scale: lmdbs[scale] for scale in wanted}, settings, tasks, jobs)
     return lmdbs
@@ -122,61 +148,33 @@ def match_lr(sources: Iterable[Source], folder: Path, scale: int) -> dict[str, S
 
 
 @dataclass(frozen=True)
-class _Cutting:
-    """How images are cropped and cut, in HR pixels."""
-
-    scales: tuple[int, ...]
-    crop_size: int
-    overlap: int
-
-    def __post_init__(self) -> None:
-        if not 0 <= self.overlap < self.crop_size:
-            raise UserError(
-                f"An overlap of {self.overlap} does not go with a crop size of {self.crop_size}: "
-                "it must be at least 0 and less than the crop size."
-            )
-        for what, length in (("crop size", self.crop_size), ("step (crop size less overlap)", self.step)):
-            if length % self.multiple:
-                raise UserError(
-                    f"The {what} is {length}, but must be a multiple of {self.multiple} for LR and HR to correspond "
-                    f"at the scales {', '.join(map(str, self.scales))}."
-                )
-
-    @property
-    def step(self) -> int:
-        return self.crop_size - self.overlap
-
-    @property
-    def multiple(self) -> int:
-        return math.lcm(*self.scales)
-
-    def cut(self, image: Image, scale: int) -> Iterator[Image]:
-        """Sub-images of `image`, whose pixels are `scale` HR pixels long, row by row."""
-        size, step = self.crop_size // scale, self.step // scale
-        for top in sub_image_starts(image.shape[0], size, step):
-            for left in sub_image_starts(image.shape[1], size, step):
-                yield image[top : top + size, left : left + size]
-
-
-@dataclass(frozen=True)
 class _Task:
-    """What to make of one HR image: the sub-images for the scales `wanted`."""
+    """What to make of one HR image: the sub-images for the scales `wanted`; lengths are in HR pixels."""
 
     source: Source
     key: str
+    scales: tuple[int, ...]
     wanted: tuple[int, ...]
-    cutting: _Cutting
+    crop_size: int
+    overlap: int
     lr_sources: Mapping[int, Source]
 
 
 def _sub_images(task: _Task) -> dict[int, dict[str, bytes]]:
     """All sub-images of one HR image, as PNG by key and scale."""
-    hr = read_hr(task.source, task.cutting.scales)
-    pieces = ((scale, task.cutting.cut(_image(task, hr, scale), scale)) for scale in task.wanted)
-    return {
-        scale: {f"{task.key}_s{index:03d}": encode_png(piece) for index, piece in enumerate(of_scale, start=1)}
-        for scale, of_scale in pieces
-    }
+    hr = read_hr(task.source, task.scales)
+    made = {}
+    for scale in task.wanted:
+        pieces = _cut(_image(task, hr, scale), task.crop_size // scale, task.overlap // scale)
+        made[scale] = {f"{task.key}_s{index:03d}": encode_png(piece) for index, piece in enumerate(pieces, start=1)}
+    return made
+
+
+def _cut(image: Image, size: int, overlap: int) -> Iterator[Image]:
+    """Sub-images of `image`, row by row."""
+    for top in sub_image_starts(image.shape[0], size, size - overlap):
+        for left in sub_image_starts(image.shape[1], size, size - overlap):
+            yield image[top : top + size, left : left + size]
 
 
 def _image(task: _Task, hr: Image, scale: int) -> Image:
@@ -187,7 +185,7 @@ def _image(task: _Task, hr: Image, scale: int) -> Image:
         return downscale(hr, scale)
     lr = task.lr_sources[scale].read()
     height, width = hr.shape[0] // scale, hr.shape[1] // scale
-    spare = task.cutting.multiple // scale
+    spare = math.lcm(*task.scales) // scale
     if not (0 <= lr.shape[0] - height <= spare and 0 <= lr.shape[1] - width <= spare):
         raise UserError(
             f"The LR image {task.lr_sources[scale].name} has {lr.shape[0]} x {lr.shape[1]} pixels (height x width) "
@@ -195,24 +193,6 @@ def _image(task: _Task, hr: Image, scale: int) -> Image:
             f"no more than {spare} can be cut off. Replace or remove both."
         )
     return lr[:height, :width]
-
-
-def _settings(
-    sources: Sequence[Source], scale: int, cutting: _Cutting, lr_sources: Mapping[str, Source] | None
-) -> Settings:
-    import basicsr
-
-    return {
-        "format": FORMAT,
-        "basicsr": basicsr.__version__,
-        "scale": scale,
-        "images": len(sources),
-        "digest of the images' names, sizes and times": digest_of(sources),
-        "digest of the given LR images": digest_of(lr_sources.values()) if lr_sources else None,
-        "HR size multiple": cutting.multiple,
-        "crop size": cutting.crop_size,
-        "overlap": cutting.overlap,
-    }
 
 
 def _lmdbs_to_make(lmdbs: Mapping[int, Path], settings: Mapping[int, Settings], overwrite: bool) -> tuple[int, ...]:

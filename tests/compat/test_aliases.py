@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import logging
 import sys
@@ -112,26 +113,28 @@ def test_a_stand_in_is_used_only_where_the_original_is_missing(monkeypatch: pyte
     present, parent = ModuleType("present_here.part"), ModuleType("present_here")
     monkeypatch.setitem(sys.modules, "present_here", parent)
     monkeypatch.setitem(sys.modules, "present_here.part", present)
-    stand_in = ModuleType("stand_in")
     for name in ("missing_here", "missing_here.part"):
         monkeypatch.setitem(sys.modules, name, ModuleType(name))
         del sys.modules[name]  # to be removed again afterwards
     names = ("present_here.part", "present_here.other", "missing_here.part", "json.tool")
-    monkeypatch.setattr(aliases, "_STAND_INS", {name: lambda: stand_in for name in names})
+    monkeypatch.setattr(aliases, "_STAND_INS", dict.fromkeys(names, ("function", "json", "dumps")))
     monkeypatch.setitem(sys.modules, "present_here.other", ModuleType("x"))
     del sys.modules["present_here.other"]
     aliases.add_missing_modules()
     assert sys.modules["present_here.part"] is present
-    assert sys.modules["present_here.other"] is parent.other is stand_in  # type: ignore[attr-defined]
-    assert sys.modules["missing_here.part"] is sys.modules["missing_here"].part is stand_in  # type: ignore[attr-defined]
-    assert sys.modules["json.tool"] is not stand_in
+    assert sys.modules["present_here.other"].function is json.dumps
+    assert parent.other is sys.modules["present_here.other"]  # type: ignore[attr-defined]
+    assert sys.modules["missing_here"].part.function is json.dumps  # type: ignore[attr-defined]
+    assert not hasattr(sys.modules["json.tool"], "function")
+    assert aliases.stand_ins_in_use() == ["present_here.part", "present_here.other", "missing_here.part"]
 
 
 @pytest.mark.parametrize(
     ("older", "newer"), [("0.9.1", "0.29.2+cpu"), ("1.13.1+cu117", "2.0"), ("2.6.0", "2.7.0a0+git1")]
 )
 def test_the_stand_in_of_distutils_compares_releases(older: str, newer: str) -> None:
-    loose_version = aliases._distutils_version().LooseVersion
+    _, module, name = aliases._STAND_INS["distutils.version"]
+    loose_version = getattr(importlib.import_module(module), name)
     assert loose_version(older) < loose_version(newer) and loose_version(newer) >= loose_version(older)
 
 

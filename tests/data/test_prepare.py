@@ -177,9 +177,7 @@ def test_given_lr_images(hr_folder: Path, tmp_path: Path, suffix: str) -> None:
     )
     # other LR images are other settings
     save(lr / f"im0{suffix}.png", photograph(52, 65, 8))
-    with pytest.raises(
-        UserError, match=r"X2_sub.lmdb exists, and it was made with other settings: digest of the given LR"
-    ):
+    with pytest.raises(UserError, match=r"X2_sub.lmdb exists, .* made with other settings: digest of the given LR"):
         basicsr_prepare("train", "-i", hr_folder, "-o", out, "--lr", f"2={lr}", *CUT)
 
 
@@ -211,8 +209,8 @@ def test_given_lr_image_is_missing(hr_folder: Path, tmp_path: Path) -> None:
         (["--scales", "1", "2"], r"The scales are \[1, 2\], but must be integers of at least 2"),
         (["--name", "a/b"], r"The name 'a/b' cannot begin a file name\. Give --name without any folder"),
         (["--name", ""], r"The name '' cannot begin a file name"),
-        (["--lr", "2"], r"--lr 2 is not understood\. Give a scale and its folder, as in --lr 2=LR_bicubic/X2"),
-        (["--lr", "x=a"], r"--lr x=a is not understood"),
+        (["--lr", "2"], r"--lr 2 is invalid\. Give a scale and its folder, as in --lr 2=LR_bicubic/X2"),
+        (["--lr", "x=a"], r"--lr x=a is invalid"),
         (["--lr", "2=missing"], r"missing is not a folder\. Give the folder that holds the images"),
         (["-j", "0"], r"-j 0 is no number of processes\. Give 1 or more"),
     ],
@@ -251,7 +249,7 @@ def test_unreadable_image(tmp_path: Path, kind: str, damage: str) -> None:
     save(path, photograph(48, 48))
     whole = path.read_bytes()
     path.write_bytes({"empty": b"", "text": b"<html>"}.get(damage, whole[: len(whole) * 9 // 10]))
-    message = "is cut short" if damage == "cut jpg" else "is not an image that OpenCV can read, or is damaged"
+    message = "is cut short" if damage == "cut jpg" else "is not an image that OpenCV can read"
     with pytest.raises(UserError, match=f"{path} {message}"):
         basicsr_prepare(kind, "-i", path.parent, "-o", tmp_path / "out", *(CUT if kind == "train" else ["-j", "1"]))
     assert not list((tmp_path / "out").glob("*.lmdb"))
@@ -481,10 +479,7 @@ def test_lmdbs_in_the_way(hr_folder: Path, tmp_path: Path, monkeypatch: pytest.M
     with pytest.raises(UserError) as error:
         basicsr_prepare(*other)
     message = str(error.value)
-    assert (
-        "HR_sub.lmdb exists, and it was made with other settings: HR size multiple was 2, is now 4; crop size was"
-        in message
-    )
+    assert "HR_sub.lmdb exists, and it was made with other settings: HR size multiple was 2, is now 4; crop" in message
     assert f"{foreign} exists, and it was not made by this command." in message
     assert message.endswith("Give --overwrite to replace it, or another folder or name.")
     assert not list(out.glob(".*.partial"))
