@@ -57,12 +57,9 @@ def setup_schedulers(original: Original, self: Any) -> None:
 
 @patch(_BASE_MODEL, "BaseModel.get_bare_model", "a network wrapped by torch.compile can be saved")
 def get_bare_model(original: Original, self: Any, net: nn.Module) -> nn.Module:
-    while True:  # either wrapper may be the outer one
-        inner: Any = original(self, net)
-        inner = getattr(inner, "_orig_mod", inner)
-        if inner is net:
-            return net
-        net = inner
+    inner: Any = original(self, net)
+    inner = getattr(inner, "_orig_mod", inner)
+    return net if inner is net else self.get_bare_model(inner)  # either wrapper may be the outer one
 
 
 @patch(_BASE_MODEL, "BaseModel.model_to_device", "distributed training on CPUs")

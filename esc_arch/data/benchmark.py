@@ -44,18 +44,10 @@ def prepare_benchmark(
     """Write HR images and their LR images as the PNG files that validation and testing read.
 
     ``HR/NAME.png`` is cropped at the bottom and right to a multiple of all scales, ``LR_bicubic/Xs/NAMExs.png`` made
-    from that (MATLAB's bicubic). With `per_scale` HR is not cropped, and what the LR of a scale is made from is cropped
-    to a multiple of that scale alone, as published LR are; BasicSR's paired data set, where it does not train, crops HR
-    to what belongs to the LR. ``prepare.json`` in `out` notes what was made from what: files with the same
-    settings are kept, others are never touched without `overwrite`. Each file is there in full or not at all.
-
-    Args:
-        sources: the HR images.
-        out: folder for all of it.
-        scales: of the LR images.
-        per_scale: crop for each scale by itself.
-        jobs: how many processes work.
-        overwrite: replace existing files that this function did not make with these settings.
+    from that (MATLAB's bicubic). With `per_scale` HR is not cropped, and the LR of each scale is made from as much of
+    it as that scale divides, as published LR are; BasicSR's paired data set crops HR to fit, unless it trains.
+    ``prepare.json`` in `out` notes what was made from what: files with the same settings are kept, others are never
+    touched without `overwrite`. Each file is written in full or not at all, by `jobs` processes.
 
     Returns:
         The folders by scale, see :func:`benchmark_folders`.

@@ -34,13 +34,7 @@ def most_pixels() -> int:
 def decode(content: bytes, source: object, flag: int = cv2.IMREAD_COLOR) -> npt.NDArray[Any]:
     """The image in a file's `content`; by default (H, W, 3) of uint8, BGR: grey as three equal channels, without alpha.
 
-    Args:
-        content: of the file.
-        source: what error messages call it.
-        flag: OpenCV's.
-
-    Raises:
-        UserError: it is no image, is cut short or too large.
+    UserError if it is no image, cut short or too large; the message calls it `source`.
     """
     if (reason := reason_against(content)) is not None:
         raise UserError(f"{source} {reason}")
@@ -62,9 +56,7 @@ def _decode(content: bytes, flag: int) -> npt.NDArray[Any] | None:
 def image_problem(content: bytes, listed: tuple[int, int] | None = None) -> str | None:
     """What is wrong with an image file's `content`, which is decoded: the end of a sentence about it, or None.
 
-    Args:
-        content: of the file.
-        listed: the height and width that it has in an LMDB's meta_info.txt.
+    `listed` are the height and width that it has in an LMDB's meta_info.txt.
     """
     if not content:
         return "is empty"

@@ -22,21 +22,7 @@ import numpy.typing as npt
 from ..errors import UserError
 from .decoding import decode
 
-__all__ = [
-    "IMAGE_SUFFIXES",
-    "Image",
-    "Source",
-    "checked_scales",
-    "crop_to_multiple",
-    "digest_of",
-    "downscale",
-    "encode_png",
-    "folder_sources",
-    "keys_of",
-    "read_hr",
-    "read_image",
-    "sub_image_starts",
-]
+__all__ = ["IMAGE_SUFFIXES", "Image", "Source", "encode_png", "folder_sources", "read_image"]
 
 Image = npt.NDArray[np.uint8]
 
@@ -68,8 +54,7 @@ class Source:
 def folder_sources(folder: Path) -> list[Source]:
     """The images directly in `folder`, sorted by name, without hidden files.
 
-    Raises:
-        UserError: it is no folder, has no image, or two of its images differ only in their suffix.
+    UserError if it is no folder, has no image, or if two of its images differ only in their suffix.
     """
     if not folder.is_dir():
         raise UserError(f"{folder} is not a folder. Give the folder that holds the images.")
@@ -88,10 +73,7 @@ def folder_sources(folder: Path) -> list[Source]:
 def keys_of(sources: Iterable[Source]) -> dict[str, str]:
     """The LMDB key of every source, by its name: the stem, with '_' for what BasicSR cannot read back.
 
-    BasicSR cuts a key at its first dot, encodes it as ASCII and lists keys in lines.
-
-    Raises:
-        UserError: two sources would have the same key.
+    BasicSR cuts a key at its first dot, encodes it as ASCII and lists keys in lines. UserError if two would be equal.
     """
     keys = {source.name: re.sub(r"[^ -~]|\.", "_", source.stem) for source in sources}
     _refuse_equal((key, name) for name, key in keys.items())
@@ -138,21 +120,16 @@ def downscale(image: Image, scale: int) -> Image:
 
 
 def sub_image_starts(length: int, size: int, step: int) -> list[int]:
-    """Where sub-images of `size` pixels start along `length` pixels.
+    """Where sub-images of `size` pixels start along `length` pixels: every `step`, and a last one ends with the image.
 
-    They start every `step` pixels, and a last one ends with the image, as in BasicSR's extract_subimages.
-    A `length` below `size` makes one sub-image, of the whole length.
+    As in BasicSR's extract_subimages. A `length` below `size` makes one sub-image, of the whole length.
     """
     last = max(length - size, 0)
     return [*range(0, last, step), last]
 
 
 def checked_scales(scales: Iterable[int]) -> tuple[int, ...]:
-    """`scales` sorted, each once.
-
-    Raises:
-        UserError: there is none, or one below 2.
-    """
+    """`scales` sorted, each once; UserError if there is none, or one below 2."""
     checked = tuple(sorted(set(scales)))
     if not checked or checked[0] < 2:
         raise UserError(f"The scales are {list(checked)}, but must be integers of at least 2.")
@@ -162,8 +139,7 @@ def checked_scales(scales: Iterable[int]) -> tuple[int, ...]:
 def read_hr(source: Source, scales: Sequence[int], *, crop: bool = True) -> Image:
     """The HR image of `source`, cropped at the bottom and right to a multiple of all `scales` (or not at all).
 
-    Raises:
-        UserError: it cannot be read, or is too small to be reduced by all `scales`.
+    UserError if it cannot be read, or is too small to be reduced by all `scales`.
     """
     multiple = math.lcm(*scales) if crop else 1
     smallest = max(multiple, 2 * max(scales))

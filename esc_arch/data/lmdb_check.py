@@ -25,11 +25,7 @@ _LONGEST_ENTRY = 2**32
 
 
 def lmdb_problem(path: str | Path) -> str | None:
-    """What is wrong with the file of an LMDB, without a full stop; None when it is sound.
-
-    Args:
-        path: the folder of the LMDB.
-    """
+    """What is wrong with the file of the LMDB `path` (a folder), without a full stop; None when it is sound."""
     file = Path(path, "data.mdb")
     try:
         status = file.stat()
@@ -56,10 +52,7 @@ def _walk_in_child(folder: Path, _size: int, _time: int) -> str | None:
 def listed_sizes(path: str | Path) -> dict[str, tuple[int, int] | None]:
     """The keys that an LMDB's meta_info.txt lists, by BasicSR's rule, with height and width where they are told.
 
-    Its lines are like `0001.png (480,480,3) 1`.
-
-    Raises:
-        OSError: it cannot be read.
+    Its lines are like `0001.png (480,480,3) 1`. An OSError, if it cannot be read.
     """
     sizes: dict[str, tuple[int, int] | None] = {}
     with open(Path(path, "meta_info.txt"), encoding="utf-8", errors="surrogateescape") as lines:
@@ -89,13 +82,7 @@ class Contents(NamedTuple):
 def contents_of(path: str | Path, listed: Mapping[str, tuple[int, int] | None], most: int) -> Contents:
     """Compare an LMDB in which `lmdb_problem` finds nothing with its list, as of `listed_sizes`.
 
-    Args:
-        path: the folder of the LMDB.
-        listed: its list.
-        most: so many images, from all over the list, are decoded.
-
-    Raises:
-        lmdb.Error: it cannot be opened.
+    Up to `most` images, from all over the list, are decoded. An lmdb.Error, if it cannot be opened.
     """
     import lmdb
 

@@ -25,27 +25,15 @@ Settings = Mapping[str, str | int | None]
 
 SETTINGS_FILE = "prepare.json"
 META_FILE = "meta_info.txt"
-FIRST_MAP_SIZE = 2**26
-"""Bytes. Doubled whenever it proves too small."""
+FREE_MAP_SIZE = 2**26
 
 
 class LmdbWriter:
-    """A new LMDB `path` of PNG images (H, W, 3) with BasicSR's meta_info.txt, which a later run can continue.
+    """A new LMDB of PNG images (H, W, 3) with BasicSR's meta_info.txt, which a later run can continue.
 
-    What is guaranteed:
-
-     - Nothing is at `path` before :meth:`finish`, or the former LMDB in full; after it, all of the new one.
-       Until then everything is in the folder ``.NAME.partial`` beside it.
-     - What :meth:`write` took is safe from a kill of the process and from a power cut.
-     - A writer with the same `settings` continues with what was written. One with others starts over. Leaving the
-       ``with`` block early keeps the partial folder.
-     - The size is bounded by the disk only: the memory map grows as needed.
-
-    One process at a time may write an LMDB; see `esc_arch.atomic_io.locked`.
-
-    Args:
-        path: the LMDB; ends in ``.lmdb``, as BasicSR demands.
-        settings: see :data:`Settings`.
+    Until :meth:`finish`, nothing or the former LMDB is at `path`, and the new one beside it in ``.NAME.partial``, a
+    folder. There, a writer with the same `settings` continues with what was written, and one with others starts over. One
+    process at a time may write an LMDB; see `esc_arch.atomic_io.locked`.
 
     Attributes:
         sizes: (H, W) of every image written so far, by its key.
@@ -62,7 +50,7 @@ class LmdbWriter:
                 remove(self.partial)
                 self.partial.mkdir(parents=True)
                 write_atomically(self.partial / SETTINGS_FILE, json.dumps(dict(settings), indent=1).encode())
-            self._env = lmdb.open(str(self.partial), map_size=FIRST_MAP_SIZE, lock=False)
+            self._env = lmdb.open(str(self.partial), map_size=FREE_MAP_SIZE, lock=False)
             with self._env.begin(buffers=True) as transaction:
                 self.sizes = {bytes(key).decode(): _size(bytes(png[:24])) for key, png in transaction.cursor()}
 
@@ -73,24 +61,18 @@ class LmdbWriter:
         self._env.close()
 
     def write(self, images: Mapping[str, bytes]) -> None:
-        """Add images, all or none, which are on disk when this returns.
-
-        Args:
-            images: PNG files by key: printable ASCII without dots, as BasicSR reads it back.
-        """
+        """Add PNG files by key, all or none; they are on disk when this returns. Keys are ASCII without dots."""
         with _writing_to(self.path.parent):
-            while not self._put(images):
-                self._env.set_mapsize(2 * self._env.info()["map_size"])
+            self._put(images)
         self.sizes |= {key: _size(png) for key, png in images.items()}
 
-    def _put(self, images: Mapping[str, bytes]) -> bool:
-        try:
-            with self._env.begin(write=True) as transaction:
-                for key, png in images.items():
-                    transaction.put(key.encode("ascii"), png)
-        except lmdb.MapFullError:
-            return False
-        return True
+    def _put(self, images: Mapping[str, bytes]) -> None:
+        # Room for what is there, for the images in whole pages, and for the pages of keys
+        there = (self._env.info()["last_pgno"] + 1) * self._env.stat()["psize"]
+        self._env.set_mapsize(there + 2 * sum(map(len, images.values())) + FREE_MAP_SIZE)
+        with self._env.begin(write=True) as transaction:
+            for key, png in images.items():
+                transaction.put(key.encode("ascii"), png)
 
     def finish(self) -> None:
         """Write meta_info.txt, and move the LMDB to its final name, replacing a former one."""

@@ -57,7 +57,7 @@ def prepare_train(
     jobs: int = 1,
     overwrite: bool = False,
 ) -> dict[int, Path]:
-    """Cut HR images and their LR images into the sub-images that training reads, one LMDB for each scale.
+    """Cut HR images and their LR images into the sub-images that training reads; returns the LMDBs by scale.
 
     Each image is cropped at the bottom and right to a multiple of all scales, reduced as a whole (MATLAB's
     bicubic) and cut at corresponding places. See :class:`.lmdb_writer.LmdbWriter` for what an interruption leaves.
@@ -65,17 +65,13 @@ def prepare_train(
 
     Args:
         sources: the HR images.
-        out: folder for the LMDBs, see :func:`train_lmdbs`.
-        name: how their names begin.
+        out, name: where the LMDBs are written, see :func:`train_lmdbs`.
         scales: of the LR images.
         crop_size: side of an HR sub-image in pixels; a multiple of all scales. Smaller images are one sub-image.
         overlap: of neighbouring sub-images in pixels; `crop_size` less this is a multiple of all scales too.
         lr_folders: for some scales a folder of LR images to use, instead of reducing the HR images.
-        jobs: how many processes work.
+        jobs: number of processes.
         overwrite: replace LMDBs that were made with other settings, each when its new one is complete.
-
-    Returns:
-        The LMDBs by scale.
 
     Raises:
         UserError: a setting, an image or `out` cannot be used, or an LMDB exists and `overwrite` is not given.
@@ -129,11 +125,7 @@ def prepare_train(
 
 
 def match_lr(sources: Iterable[Source], folder: Path, scale: int) -> dict[str, Source]:
-    """The LR image in `folder` of every HR image, by the HR image's name: ``0001x2`` or ``0001`` for ``0001``.
-
-    Raises:
-        UserError: there is none.
-    """
+    """The LR image in `folder` of every HR image, by the HR image's name: ``0001x2`` or ``0001`` for ``0001``."""
     by_stem = {lr.stem: lr for lr in folder_sources(folder)}
     matches = {}
     for source in sources:

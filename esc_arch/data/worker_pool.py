@@ -35,9 +35,8 @@ def default_jobs() -> int:
 def map_in_order(function: Callable[[Task], Result], tasks: Sequence[Task], jobs: int) -> Generator[Result]:
     """The results of `function` for all `tasks`, in their order, computed by `jobs` processes.
 
-    With one job, or too few tasks to be worth more, everything happens in this process. Otherwise at most
-    ``jobs + 2`` results wait in memory.
-    Close the iterator (``contextlib.closing``) when it may be left early, for the processes to end then.
+    With one job, or too few tasks to be worth more, everything happens in this process; otherwise at most ``jobs + 2``
+    results wait in memory. Close the iterator (``contextlib.closing``) to end the processes when it is left early.
 
     Raises:
         UserError: a process was killed; also what `function` raises.

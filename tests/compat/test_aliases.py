@@ -220,17 +220,24 @@ def test_another_version_is_not_patched(monkeypatch: pytest.MonkeyPatch, caplog:
     assert "is left as it is: this is 1.3.5." in caplog.text
 
 
+@pytest.mark.parametrize(
+    ("name", "reason"),
+    [
+        ("later", "it has no basicsr.train.later"),
+        ("copy_opt_file", "its basicsr.train.copy_opt_file takes other arguments"),
+    ],
+)
 def test_other_contents_of_the_same_version_are_not_patched(
-    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    name: str, reason: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     """Not even in part."""
-    wanted = [("basicsr.train", "load_resume_state", lambda original: None, ""), ("basicsr.train", "later", None, "")]
-    monkeypatch.setattr(patches, "PATCHES", wanted)
+    monkeypatch.setattr(patches, "PATCHES", [("basicsr.train", "load_resume_state", lambda original: None, "")])
+    patches.patch("basicsr.train", name, "")(lambda original, opt_file: None)
     before = basicsr.train.load_resume_state
     with caplog.at_level(logging.WARNING, logger="esc_arch"):
         esc_arch.compat.apply_patches()
     assert basicsr.train.load_resume_state is before
-    assert "is left as it is: it has no basicsr.train.later." in caplog.text
+    assert f"is left as it is: {reason}." in caplog.text
 
 
 # --- distributions of other names ---------------------------------------------------------------------------------

@@ -60,7 +60,7 @@ def test_meta_info_is_sorted_by_key(path: Path) -> None:
 
 
 def test_map_grows(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(lmdb_writer, "FIRST_MAP_SIZE", 2**16)
+    monkeypatch.setattr(lmdb_writer, "FREE_MAP_SIZE", 2**16)
     images = {f"k{seed}": png(seed, (100, 100, 3)) for seed in range(8)}
     with LmdbWriter(path, SETTINGS) as writer:
         writer.write({key: images[key] for key in list(images)[:6]})  # several times the map
@@ -112,7 +112,7 @@ def test_former_lmdb_stays_until_the_new_one_is_complete(path: Path) -> None:
     "error", [lmdb.DiskError("No space left"), lmdb.MapFullError("limit"), OSError(errno.ENOSPC, "No space left")]
 )
 def test_full_disk_is_the_users_error(path: Path, monkeypatch: pytest.MonkeyPatch, error: Exception) -> None:
-    def fail(writer: LmdbWriter, images: object) -> bool:
+    def fail(writer: LmdbWriter, images: object) -> None:
         raise error
 
     with LmdbWriter(path, SETTINGS) as writer:
