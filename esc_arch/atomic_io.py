@@ -48,9 +48,12 @@ def system_fault(error: OSError) -> str | None:
     """One message for an error of the system, with the file and the cure; None for other errors."""
     if error.errno not in _CURES:
         return None
-    place = f"{error.filename2 or error.filename}: " if error.filename else ""
-    room = f" (free space there: {_free_space(Path(str(error.filename)))})" if place and error.errno in _NO_ROOM else ""
-    return f"{place}{error.strerror or error}{room}. {_CURES[error.errno]}."
+    what = str(error.strerror or error)
+    if error.filename:
+        what = f"{error.filename2 or error.filename}: {what}"
+        if error.errno in _NO_ROOM:
+            what += f" (free space there: {_free_space(Path(str(error.filename)))})"
+    return f"{what}. {_CURES[error.errno]}."
 
 
 @contextmanager
@@ -121,12 +124,9 @@ def remove(path: Path) -> None:
 
 @contextmanager
 def locked(folder: Path) -> Iterator[None]:
-    """Make `folder` and lock it against other processes that ask the same, until the end or death of this one.
+    """Make `folder` and lock it against other processes that do the same, which get a UserError.
 
     The lock file stays behind, empty: removing it would let two processes lock different files of one name.
-
-    Raises:
-        UserError: another process holds the lock, or the folder cannot be written.
     """
     with writing_to(folder):
         folder.mkdir(parents=True, exist_ok=True)

@@ -56,7 +56,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     text = "write HR images and their bicubic LR images as PNG files"
     benchmark = kinds.add_parser("benchmark", parents=[folders, common], help=text, description=_BENCHMARK)
     benchmark.add_argument("--crop", choices=["per-scale", "common"], default="per-scale", help=_CROP)
-    text = "both from a few photographs that come with scikit-image"
+    text = "LMDBs for training and a benchmark folder from a few photographs that come with scikit-image"
     demo = kinds.add_parser("demo", parents=[common], help=text, description=f"Make {text}.")
     demo.add_argument("-o", "--output", type=Path, default=Path("datasets/demo"), metavar="OUT", help="(%(default)s)")
 

@@ -30,11 +30,7 @@ _FURTHER = "further weights are read safely"
 def tensors_only(what: str) -> Iterator[None]:
     """Within this, every `torch.load` takes tensors and plain values alone, whatever its caller or environment says.
 
-    Args:
-        what: the weights, for messages, with the places they are looked for.
-
-    Raises:
-        UserError: a file holds anything else, or is damaged.
+    UserError if a file holds anything else, or is damaged; it names `what`: the weights, and where they are looked for.
     """
     before = {name: os.environ.pop(name, None) for name in (_ON, _OFF)}
     os.environ[_ON] = "1"

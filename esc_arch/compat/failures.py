@@ -18,11 +18,7 @@ __all__ = ["rescuing", "system_faults_named"]
 
 @contextmanager
 def system_faults_named() -> Iterator[None]:
-    """Turn what a full disk, a folder without permission or a killed worker makes of a run into one clear message.
-
-    Raises:
-        UserError: with the file and the cure. Other errors pass.
-    """
+    """Turn what a full disk, a folder without permission or a killed worker makes of a run into one UserError."""
     before = threading.excepthook
     threading.excepthook = functools.partial(_thread_failed, before)
     try:
@@ -42,11 +38,7 @@ def system_faults_named() -> Iterator[None]:
 
 @contextmanager
 def rescuing() -> Iterator[None]:
-    """Around what happens between two iterations: if it fails, save what was trained.
-
-    Raises:
-        UserError: what the user can fix, and where to go on from then.
-    """
+    """Around what happens between two iterations: if it fails, save what was trained, and say where to go on from."""
     try:
         yield
     except Exception as error:

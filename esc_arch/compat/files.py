@@ -66,12 +66,7 @@ def get(original: Original, self: Any, filepath: str, client_key: str = "default
 
 
 def _require_regular_file(path: str) -> None:
-    """Refuse what opening would wait for (a pipe), what never ends (/dev/zero) and what is too long.
-
-    Raises:
-        OSError: it does not exist, or its folder cannot be read.
-        ValueError: it is no such file, with the reason.
-    """
+    """Refuse what opening would wait for (a pipe), what never ends (/dev/zero) and what is too long: a ValueError."""
     status = os.stat(path)
     if not stat.S_ISREG(status.st_mode):
         raise ValueError("it is a folder, a pipe or a device, not a file")
@@ -106,11 +101,7 @@ def lmdb_backend_init(
 
 
 def require_sound(path: str) -> None:
-    """Check the LMDB at `path` before LMDB opens it here, which a damaged file could make crash.
-
-    Raises:
-        UserError: it is damaged, or there is none.
-    """
+    """Check the LMDB at `path` before LMDB opens it here, which a damaged file could make crash: UserError if it is."""
     if (problem := lmdb_problem(path)) is not None:
         raise UserError(f"Cannot open the LMDB {path}: {problem}. Create it again: `basicsr prepare`.")
 

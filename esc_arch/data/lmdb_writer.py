@@ -31,8 +31,8 @@ FREE_MAP_SIZE = 2**26
 class LmdbWriter:
     """A new LMDB of PNG images (H, W, 3) with BasicSR's meta_info.txt, which a later run can continue.
 
-    Until :meth:`finish`, nothing or the former LMDB is at `path`, and the new one beside it in ``.NAME.partial``, a
-    folder. There, a writer with the same `settings` continues with what was written, and one with others starts over. One
+    Until :meth:`finish`, nothing or the former LMDB is at `path`, and the new one beside it in ``.NAME.partial``.
+    There, a writer with the same `settings` continues with what was written, and one with others starts over. One
     process at a time may write an LMDB; see `esc_arch.atomic_io.locked`.
 
     Attributes:
