@@ -14,7 +14,6 @@ from typing import Any
 
 import basicsr
 import pytest
-from conftest import run_command
 
 import esc_arch.compat
 from esc_arch.compat import aliases, duplicate_installs, patches
@@ -283,18 +282,18 @@ def test_two_distributions_are_never_used_in_silence(install: Any, recwarn: pyte
 
 
 @pytest.mark.parametrize("script", ["train", "test"])
-def test_a_script_of_a_clone_says_how_to_start_instead(script: str, tmp_path: Path) -> None:
-    (tmp_path / "basicsr").mkdir()
+def test_a_script_of_a_clone_says_how_to_start_instead(
+    script: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     path = tmp_path / "basicsr" / f"{script}.py"
-    path.write_text("import esc_arch\n")
-    run = run_command([sys.executable, str(path)], tmp_path)
-    assert run.status == 0, run.err
-    assert f"UserWarning: {path} is run as a script" in run.err
-    assert f"Start `basicsr {script} -opt FILE` instead." in run.err
+    monkeypatch.setattr(sys.modules["__main__"], "__file__", str(path))
+    with pytest.warns(UserWarning, match=f"{path} is run as a script.* Start `basicsr {script} -opt FILE` instead"):
+        duplicate_installs.warn_about_script()
 
 
-def test_other_scripts_do_not(tmp_path: Path) -> None:
-    path = tmp_path / "train.py"
-    path.write_text("import esc_arch\n")
-    run = run_command([sys.executable, str(path)], tmp_path)
-    assert (run.status, run.err) == (0, "")
+@pytest.mark.parametrize("path", [None, "train.py", "basicsr/other.py"])
+def test_other_scripts_do_not(path: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys.modules["__main__"], "__file__", path)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        duplicate_installs.warn_about_script()
