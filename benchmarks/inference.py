@@ -37,7 +37,7 @@ from common import Call, Trial
 from costs import Costs, costs_of
 from torch import Tensor, nn
 
-from esc_arch.graphs import graphed
+from esc_arch.graphs import GraphedNetwork
 from esc_arch.ops.dispatch import OPERATIONS
 from esc_arch.ops.padding import reflect_pad_to_multiple
 from esc_arch.options.files import apply_force_yml, load_yaml
@@ -239,7 +239,7 @@ class Runner:
             net = net.to(self.dtype)
         if "compiled" in setting.mode:
             net.compile(dynamic=False)
-        self.run = graphed(net) if "graph" in setting.mode else net
+        self.run = GraphedNetwork(net) if "graph" in setting.mode else net
 
     @contextmanager
     def on(self, image: Tensor) -> Iterator[Call]:

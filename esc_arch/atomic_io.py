@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import errno
+import fcntl
 import os
 import shutil
-import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO
-
-import lmdb
 
 from .errors import UserError
 
@@ -26,7 +24,7 @@ __all__ = [
     "writing_to",
 ]
 
-#: What names of files end in that are being written.
+#: The suffix of files that are being written.
 PARTIAL = ".partial"
 
 _NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
@@ -47,20 +45,23 @@ _CURES = {
 
 
 def system_fault(error: OSError) -> str | None:
-    """One message for an error that the system is to blame for, with the file and the cure; None for others."""
+    """One message for an error of the system, with the file and the cure; None for other errors."""
     if error.errno not in _CURES:
         return None
-    place = f"{error.filename2 or error.filename}: " if error.filename else ""
-    room = f" (free space there: {_free_space(Path(str(error.filename)))})" if place and error.errno in _NO_ROOM else ""
-    return f"{place}{error.strerror or error}{room}. {_CURES[error.errno]}."
+    what = str(error.strerror or error)
+    if error.filename:
+        what = f"{error.filename2 or error.filename}: {what}"
+        if error.errno in _NO_ROOM:
+            what += f" (free space there: {_free_space(Path(str(error.filename)))})"
+    return f"{what}. {_CURES[error.errno]}."
 
 
 @contextmanager
 def writing_to(folder: Path) -> Iterator[None]:
-    """Turn what the system or LMDB says while writing to `folder` (disk full, no permission) into a UserError."""
+    """Turn what the system says while writing to `folder` (disk full, no permission) into a UserError."""
     try:
         yield
-    except (OSError, lmdb.Error) as error:
+    except OSError as error:
         raise UserError(
             f"Cannot write to {folder}: {error}. Free space there: {_free_space(folder)}. What is finished is kept: "
             "once there is room, or the cause is fixed, the same command continues."
@@ -73,17 +74,14 @@ def _free_space(folder: Path) -> str:
 
 
 def write_atomically(path: Path, data: bytes) -> None:
-    """Write `path` so that it is always the old file or the whole new one, on disk when this returns."""
+    """Write `path`: it is always the old file or the whole new one, which is on disk when this returns."""
     with replacing(path) as file:
         file.write(data)
 
 
 @contextmanager
 def replacing(path: Path, *, durable: bool = True) -> Iterator[IO[bytes]]:
-    """A file to write to, which takes the place of `path` when the block ends, whole, or not at all.
-
-    What is `durable` is on the disk then, safe from a power cut as well.
-    """
+    """A file to write to, which replaces `path` when the block ends, whole or not at all; `durable`: also on disk."""
     temporary = path.with_name(f".{path.name}{PARTIAL}")
     try:
         with open(temporary, "wb") as file:
@@ -95,7 +93,7 @@ def replacing(path: Path, *, durable: bool = True) -> Iterator[IO[bytes]]:
         if durable:
             fsync_folder(path.parent)
     except BaseException:
-        with suppress(OSError):  # what went wrong first is what counts
+        with suppress(OSError):  # the first error is the one that counts
             temporary.unlink(missing_ok=True)
         raise
 
@@ -108,13 +106,12 @@ def remove_partial(folder: Path) -> None:
 
 
 def fsync_folder(folder: Path) -> None:
-    """Have the names in `folder` on disk, where the system can (Windows cannot, and need not)."""
-    if os.name == "posix":
-        descriptor = os.open(folder, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
+    """Have the names in `folder` on disk."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def remove(path: Path) -> None:
@@ -127,35 +124,19 @@ def remove(path: Path) -> None:
 
 @contextmanager
 def locked(folder: Path) -> Iterator[None]:
-    """Make `folder` and keep every other process out that asks the same, until the end or death of this one.
+    """Make `folder` and lock it against other processes that do the same, which get a UserError.
 
     The lock file stays behind, empty: removing it would let two processes lock different files of one name.
-
-    Raises:
-        UserError: another process holds the lock, or the folder cannot be written.
     """
-    path = folder / ".prepare.lock"
     with writing_to(folder):
         folder.mkdir(parents=True, exist_ok=True)
-        file = open(path, "ab")  # noqa: SIM115  closed below, when the lock is to end
+        file = open(folder / ".prepare.lock", "ab")  # noqa: SIM115  closed below, when the lock is to end
     with file:
-        if not _lock(file):
-            raise UserError(f"Another 'basicsr prepare' is writing to {folder}. Wait for it, or choose another -o.")
-        yield
-
-
-def _lock(file: IO[bytes]) -> bool:
-    try:
-        if sys.platform == "win32":
-            import msvcrt
-
-            msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)
-        else:
-            import fcntl
-
+        try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except (BlockingIOError, PermissionError):
-        return False
-    except OSError:
-        pass  # a network file system without locks
-    return True
+        except BlockingIOError:
+            busy = f"Another 'basicsr prepare' is writing to {folder}. Wait for it, or choose another -o."
+            raise UserError(busy) from None
+        except OSError:
+            pass  # a network file system without locks
+        yield

@@ -1,4 +1,4 @@
-"""A whole network as CUDA graphs: for inference at sizes that come again, without the cost of launching each kernel.
+"""A whole network as CUDA graphs: for inference at recurring sizes, without the cost of launching each kernel.
 
 A graph is recorded for each shape, type and layout of input. Replaying it runs the same kernels on the same numbers, so
 the result is that of the network itself, to the last bit where its kernels are deterministic.
@@ -6,52 +6,48 @@ the result is that of the network itself, to the last bit where its kernels are 
 
 from __future__ import annotations
 
-from collections import OrderedDict
-from typing import NamedTuple
-
 import torch
 from torch import Tensor, nn
 
 from esc_arch.errors import UserError
 
-__all__ = ["GraphedNetwork", "graphed"]
+__all__ = ["GraphedNetwork"]
 
 #: Calls before recording: libraries and kernels choose their algorithms in the first ones.
 WARM_UP_CALLS = 3
 
 
-class _Recording(NamedTuple):
-    graph: torch.cuda.CUDAGraph
-    image: Tensor
-    output: Tensor
+#: A graph, its input and its output.
+_Recording = tuple[torch.cuda.CUDAGraph, Tensor, Tensor]
 
 
 class GraphedNetwork:
-    """Calls a network by replaying CUDA graphs. Make one with `graphed`.
+    """Calls a network by replaying CUDA graphs.
 
-    Every kept shape holds the memory that the network needs for it. Weights that changed since (`load_state_dict`, an
-    optimiser's step, `to`) are noticed, and everything is recorded again. After putting other Parameters in the place
-    of some, call `forget`.
+    The first call with a shape takes several times as long as the network itself. The precision of float32 is the one
+    set then; each setting of autocast has graphs of its own. Weights that changed (`load_state_dict`, an optimiser's
+    step, `to`) are noticed, and everything is recorded again. After replacing Parameters by others, call `forget`.
+
+    Args:
+        net: in evaluation mode, on a CUDA device; also one that torch.compile made.
+        keep: shapes to keep, each with the memory that the network needs for it; beyond, the least recently used one
+            is dropped.
     """
 
-    def __init__(self, net: nn.Module, *, keep: int) -> None:
-        if keep < 1:
-            raise UserError(f"keep is {keep}; at least 1 shape must be kept.")
+    def __init__(self, net: nn.Module, *, keep: int = 4) -> None:
         self.net = net
         self.keep = keep
-        self._recordings: OrderedDict[tuple[object, ...], _Recording] = OrderedDict()
+        self.forget()
+
+    def forget(self) -> None:
+        """Drop all graphs and their memory."""
+        self._recordings: dict[tuple[object, ...], _Recording] = {}  # the least recently used first
         self._weights: list[Tensor] = []
         self._versions: list[tuple[int, int]] = []
 
     @torch.no_grad()
     def __call__(self, image: Tensor) -> Tensor:
-        """The network's output for this input, in memory of its own.
-
-        Args:
-            image: (B, 3, H, W), on a CUDA device.
-
-        Returns:
-            (B, 3, H * s, W * s) for a network of scale s.
+        """The network's output (B, 3, H * s, W * s) at scale s for `image` (B, 3, H, W), in memory of its own.
 
         Raises:
             UserError: the input is not on a CUDA device, or the network is in training mode.
@@ -60,20 +56,16 @@ class GraphedNetwork:
             self.forget()
         if self.net.training:
             raise UserError("CUDA graphs are for inference; this network is in training mode: call net.eval() first.")
-        key = (image.shape, image.stride(), image.dtype, image.device, *_modes(image.device.type))
-        recording = self._recordings.pop(key, None) or self._record(image)
-        self._recordings[key] = recording
+        device = image.device.type
+        autocast = torch.is_autocast_enabled(device), torch.get_autocast_dtype(device)
+        key = (image.shape, image.stride(), image.dtype, image.device, *autocast)
+        recording = self._recordings.pop(key) if key in self._recordings else None
+        graph, static, output = self._recordings[key] = recording or self._record(image)
         while len(self._recordings) > self.keep:
-            self._recordings.popitem(last=False)
-        recording.image.copy_(image)
-        recording.graph.replay()
-        return recording.output.clone(memory_format=torch.preserve_format)
-
-    def forget(self) -> None:
-        """Drop all graphs and their memory."""
-        self._recordings.clear()
-        self._weights = []
-        self._versions = []
+            del self._recordings[next(iter(self._recordings))]
+        static.copy_(image)
+        graph.replay()
+        return output.clone(memory_format=torch.preserve_format)
 
     def _record(self, image: Tensor) -> _Recording:
         self._weights = [*self.net.parameters(), *self.net.buffers()]
@@ -94,27 +86,7 @@ class GraphedNetwork:
             with torch.cuda.graph(graph):
                 output = self.net(static)
             torch.clear_autocast_cache()
-        return _Recording(graph, static, output)
-
-
-def graphed(net: nn.Module, example: Tensor | None = None, *, keep: int = 4) -> GraphedNetwork:
-    """The same network for inference, replayed as a CUDA graph for each shape of input.
-
-    The first call with a shape takes several times as long as the network itself, later ones no launches. The
-    precision of float32 counts as it is when a shape is first seen; each setting of autocast has graphs of its own.
-
-    Args:
-        net: in evaluation mode, on a CUDA device; also one that torch.compile made.
-        example: an input to record at once, (B, 3, H, W).
-        keep: shapes to keep; beyond, the one not used for longest is dropped.
-
-    Raises:
-        UserError: `keep` is below 1, or, given an example, as of a call.
-    """
-    network = GraphedNetwork(net, keep=keep)
-    if example is not None:
-        network(example)
-    return network
+        return graph, static, output
 
 
 def _versions(tensors: list[Tensor]) -> list[tuple[int, int]]:
@@ -129,8 +101,3 @@ def _check_devices(tensors: list[Tensor]) -> None:
             "CUDA graphs need the network and its input on one CUDA device; here they are on "
             f"{' and '.join(sorted(map(str, devices)))}. Call the network itself instead."
         )
-
-
-def _modes(device: str) -> tuple[object, ...]:
-    """What else decides which kernels run."""
-    return torch.is_autocast_enabled(device), torch.get_autocast_dtype(device)

@@ -13,9 +13,7 @@ import json
 import os
 import sys
 import traceback
-from collections.abc import Sequence
 from importlib.machinery import ModuleSpec, PathFinder
-from types import ModuleType
 from typing import Any
 
 from .errors import UserError
@@ -37,42 +35,38 @@ def add_import_argument(parser: argparse.ArgumentParser) -> None:
 
 
 def import_modules(names: object, where: str) -> None:
-    """Import modules of the user's own package, in this order; says so for each that was not imported before.
+    """Import modules of the user's own package, in this order; prints a note for each that was not imported before.
 
     Args:
         names: a module's name, a list of them, or None.
         where: what named them; messages begin with it.
 
     Raises:
-        UserError: they are no names, or a module cannot be imported.
+        UserError: a name is invalid, or a module cannot be imported.
     """
-    given: list[Any] = [] if names is None else names if isinstance(names, list) else [names]
-    listed = [name for name in given if isinstance(name, str) and all(map(str.isidentifier, name.split(".")))]
-    if listed != given:
+    listed: list[Any] = [] if names is None else names if isinstance(names, list) else [names]
+    if not all(isinstance(name, str) and all(map(str.isidentifier, name.split("."))) for name in listed):
         raise UserError(f"{where}: {names!r} given; must be a module, such as hat.archs, or a list of modules")
-    if not listed:
-        return
+    if listed:
+        os.environ[_VARIABLE] = json.dumps({name.partition(".")[0]: os.getcwd() for name in listed} | _FOLDERS)
+        find_as_parent_process()
     for name in listed:
-        _FOLDERS.setdefault(name.partition(".")[0], os.getcwd())
-    os.environ[_VARIABLE] = json.dumps(_FOLDERS)
-    _install_finder()
-    for name in listed:
-        _import(name, where)
+        if name not in sys.modules:
+            _import(name, where)
 
 
 def find_as_parent_process() -> None:
     """Find the modules that the parent process finds: what it sends, such as a data set, may be of them."""
     _FOLDERS.update(json.loads(os.environ.get(_VARIABLE, "{}")))
-    _install_finder()
+    if _FOLDERS and _Finder not in sys.meta_path:
+        sys.meta_path.insert(0, _Finder)
 
 
 class _Finder(importlib.abc.MetaPathFinder):
     """Looks for top-level modules in the folders of `_FOLDERS`."""
 
     @classmethod
-    def find_spec(
-        cls, name: str, path: Sequence[str] | None = None, target: ModuleType | None = None
-    ) -> ModuleSpec | None:
+    def find_spec(cls, name: str, path: Any = None, target: Any = None) -> ModuleSpec | None:
         if name not in _FOLDERS:
             return None
         spec = PathFinder.find_spec(name, [_FOLDERS[name]])
@@ -80,14 +74,7 @@ class _Finder(importlib.abc.MetaPathFinder):
         return PathFinder.find_spec(name) or spec if spec is not None and spec.loader is None else spec
 
 
-def _install_finder() -> None:
-    if _FOLDERS and _Finder not in sys.meta_path:
-        sys.meta_path.insert(0, _Finder)
-
-
 def _import(name: str, where: str) -> None:
-    if name in sys.modules:
-        return
     from esc_arch.training.distributed import print_note
 
     try:

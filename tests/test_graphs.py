@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from esc_arch import ESC, graphs
 from esc_arch.errors import UserError
-from esc_arch.graphs import WARM_UP_CALLS, GraphedNetwork, graphed
+from esc_arch.graphs import WARM_UP_CALLS, GraphedNetwork
 from esc_arch.ops.conv_attn import triton
 from esc_arch.ops.conv_attn.api import CONV_ATTN
 from esc_arch.ops.window_attention import WINDOW_ATTENTION
@@ -56,7 +56,8 @@ def cuda(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
 def test_a_shape_is_recorded_once_after_a_warm_up(cuda: list[str]) -> None:
     net = Doubling().eval()
-    call = graphed(net, torch.ones(1, 3, 2, 2))
+    call = GraphedNetwork(net)
+    call(torch.ones(1, 3, 2, 2))
     expected = ["wait", "enter stream", "leave stream", "wait", "enter graph", "leave graph", "replay"]
     assert cuda == expected
     assert net.calls == WARM_UP_CALLS + 1
@@ -66,7 +67,7 @@ def test_a_shape_is_recorded_once_after_a_warm_up(cuda: list[str]) -> None:
 
 
 def test_results_have_memory_of_their_own(cuda: list[str]) -> None:
-    call = graphed(Doubling().eval())
+    call = GraphedNetwork(Doubling().eval())
     first = call(torch.ones(1, 3, 2, 2))
     assert not first.requires_grad
     first.zero_()
@@ -75,7 +76,7 @@ def test_results_have_memory_of_their_own(cuda: list[str]) -> None:
 
 def test_the_shape_not_used_for_longest_is_dropped(cuda: list[str]) -> None:
     net = Doubling().eval()
-    call = graphed(net, keep=2)
+    call = GraphedNetwork(net, keep=2)
     recorded = []
     for width in (1, 2, 1, 3, 1, 2):
         before = net.calls
@@ -86,7 +87,7 @@ def test_the_shape_not_used_for_longest_is_dropped(cuda: list[str]) -> None:
 
 def test_types_layouts_and_autocast_have_graphs_of_their_own(cuda: list[str]) -> None:
     net = Doubling().eval()
-    call = graphed(net, keep=9)
+    call = GraphedNetwork(net, keep=9)
     x = torch.ones(2, 3, 4, 5)
     for number, variant in enumerate((x, x.double(), x.contiguous(memory_format=torch.channels_last)), 1):
         call(variant)
@@ -107,38 +108,35 @@ def test_types_layouts_and_autocast_have_graphs_of_their_own(cuda: list[str]) ->
 )
 def test_changed_weights_are_noticed(change: Any, cuda: list[str]) -> None:
     net = Doubling().eval()
-    call = graphed(net, torch.ones(1, 3, 2, 2))
+    call = GraphedNetwork(net)
+    call(torch.ones(1, 3, 2, 2))
     change(net)
     assert torch.equal(call(torch.ones(1, 3, 2, 2)), torch.full((1, 3, 2, 2), 3.0))
 
 
 def test_forget(cuda: list[str]) -> None:
     net = Doubling().eval()
-    call = graphed(net, torch.ones(1, 3, 2, 2))
+    call = GraphedNetwork(net)
+    call(torch.ones(1, 3, 2, 2))
     net.weight = nn.Parameter(torch.tensor(3.0))
     call.forget()
     assert torch.equal(call(torch.ones(1, 3, 2, 2)), torch.full((1, 3, 2, 2), 3.0))
 
 
 def test_training_mode_is_refused() -> None:
-    call = GraphedNetwork(Doubling(), keep=1)
+    call = GraphedNetwork(Doubling())
     with pytest.raises(UserError, match=r"this network is in training mode: call net.eval\(\) first"):
         call(torch.ones(1, 3, 2, 2))
 
 
 def test_the_cpu_is_refused() -> None:
     with pytest.raises(UserError, match="need the network and its input on one CUDA device; here they are on cpu"):
-        graphed(small_esc(), image(1, 3, 8, 8))
+        GraphedNetwork(small_esc().eval())(image(1, 3, 8, 8))
 
 
 def test_two_devices_are_refused() -> None:
     with pytest.raises(UserError, match=r"here they are on cpu and meta\. Call the network itself instead"):
-        graphed(small_esc().to("meta"), image(1, 3, 8, 8))
-
-
-def test_keeping_no_shape_is_refused() -> None:
-    with pytest.raises(UserError, match="keep is 0; at least 1 shape must be kept"):
-        graphed(small_esc(), keep=0)
+        GraphedNetwork(small_esc().eval().to("meta"))(image(1, 3, 8, 8))
 
 
 # --- in a compiler -------------------------------------------------------------------------------------------------
@@ -190,7 +188,7 @@ def network() -> nn.Module:
 def test_results_are_those_of_the_network(layout: torch.memory_format, autocast: bool) -> None:
     """Of several shapes in turn, and after the weights changed."""
     net = network().to(memory_format=layout)
-    call = graphed(net)
+    call = GraphedNetwork(net)
     images = [image(1, 3, *size, seed=seed).cuda() for seed, size in enumerate([(33, 40), (64, 64), (33, 40)])]
     with torch.no_grad(), torch.autocast("cuda", dtype=torch.bfloat16, enabled=autocast):
         for seed in range(2):
@@ -207,7 +205,7 @@ def test_a_compiled_network_is_one_graph_and_can_be_recorded(dynamic: bool) -> N
     torch.compiler.reset()
     net = network()
     compiled = torch.compile(net, fullgraph=True, dynamic=dynamic)
-    call = graphed(compiled)
+    call = GraphedNetwork(compiled)
     sizes = [(64, 96), (96, 64), (65, 70)] if dynamic else [(64, 96)]
     with torch.no_grad():
         compiled(image(1, 3, *sizes[0]).cuda())

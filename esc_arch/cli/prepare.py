@@ -14,18 +14,32 @@ from ..data.lmdb_writer import read_shapes
 from ..data.photographs import prepare_demo
 from ..data.prepare import prepare_train
 from ..data.worker_pool import default_jobs
-from ..errors import UserError
+from ..errors import INTERRUPTED, UserError
 
 __all__ = ["HELP", "add_arguments", "run"]
 
 HELP = "make LMDBs of sub-images for training, benchmark folders for testing, or a small demo of both"
+
+_TRAIN = (
+    "Cut HR images and their bicubic LR images into sub-images, in OUT/NAME_HR_sub.lmdb and "
+    "OUT/NAME_LR_bicubic_Xs_sub.lmdb. If it is interrupted, the same command continues."
+)
+_BENCHMARK = (
+    "Write HR images to OUT/HR and their bicubic LR images to OUT/LR_bicubic/Xs. If it is interrupted, the same "
+    "command continues."
+)
+_CROP = (
+    "per-scale: HR stays whole, and the LR of each scale is made from as much of it as that scale divides, as "
+    "published benchmark data are; common: HR is cropped to a multiple of all scales (%(default)s)"
+)
+_LR = "LR images of scale S, named like 0001x2.png or 0001.png, to be used instead of making them"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the three kinds of data as sub-commands."""
     common = argparse.ArgumentParser(add_help=False)
     common.add_argument("-j", "--jobs", type=int, default=default_jobs(), metavar="N", help="processes (%(default)s)")
-    common.add_argument("--overwrite", action="store_true", help="replace data that were made otherwise")
+    common.add_argument("--overwrite", action="store_true", help="replace data that were made with other settings")
 
     folders = argparse.ArgumentParser(add_help=False)
     folders.add_argument("-i", "--input", type=Path, required=True, metavar="FOLDER", help="the HR images")
@@ -33,44 +47,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     folders.add_argument("--scales", type=int, nargs="+", default=[2, 3, 4], metavar="S", help="(2 3 4)")
 
     kinds = parser.add_subparsers(dest="kind", required=True)
-    train = kinds.add_parser(
-        "train",
-        parents=[folders, common],
-        help="cut HR images and their bicubic LR images into sub-images in LMDBs",
-        description="Cut HR images and their bicubic LR images into sub-images, in OUT/NAME_HR_sub.lmdb and "
-        "OUT/NAME_LR_bicubic_Xs_sub.lmdb. If it is interrupted, the same command continues.",
-    )
+    text = "cut HR images and their bicubic LR images into sub-images in LMDBs"
+    train = kinds.add_parser("train", parents=[folders, common], help=text, description=_TRAIN)
     train.add_argument("--name", help="how the LMDBs' names begin (the input folder's name without HR)")
     train.add_argument("--crop-size", type=int, default=480, metavar="N", help="HR pixels (%(default)s)")
     train.add_argument("--overlap", type=int, default=240, metavar="N", help="HR pixels (%(default)s)")
-    train.add_argument(
-        "--lr",
-        nargs="+",
-        action="extend",
-        default=[],
-        metavar="S=FOLDER",
-        help="LR images of scale S, named like 0001x2.png or 0001.png, to be used instead of making them",
-    )
-    benchmark = kinds.add_parser(
-        "benchmark",
-        parents=[folders, common],
-        help="write HR images and their bicubic LR images as PNG files",
-        description="Write HR images to OUT/HR and their bicubic LR images to OUT/LR_bicubic/Xs. If it is interrupted, "
-        "the same command continues.",
-    )
-    benchmark.add_argument(
-        "--crop",
-        choices=["per-scale", "common"],
-        default="per-scale",
-        help="per-scale: HR stays whole, and the LR of each scale is made from as much of it as that scale divides, as "
-        "published benchmark data are; common: HR is cropped to a multiple of all scales (%(default)s)",
-    )
-    demo = kinds.add_parser(
-        "demo",
-        parents=[common],
-        help="both from a few photographs that are installed already",
-        description="Make LMDBs for training and a benchmark folder from the photographs that come with scikit-image.",
-    )
+    train.add_argument("--lr", nargs="+", action="extend", default=[], metavar="S=FOLDER", help=_LR)
+    text = "write HR images and their bicubic LR images as PNG files"
+    benchmark = kinds.add_parser("benchmark", parents=[folders, common], help=text, description=_BENCHMARK)
+    benchmark.add_argument("--crop", choices=["per-scale", "common"], default="per-scale", help=_CROP)
+    text = "LMDBs for training and a benchmark folder from a few photographs that come with scikit-image"
+    demo = kinds.add_parser("demo", parents=[common], help=text, description=f"Make {text}.")
     demo.add_argument("-o", "--output", type=Path, default=Path("datasets/demo"), metavar="OUT", help="(%(default)s)")
 
 
@@ -82,53 +69,37 @@ def run(args: argparse.Namespace) -> int:
     """
     if args.jobs < 1:
         raise UserError(f"-j {args.jobs} is no number of processes. Give 1 or more.")
+    more = {"jobs": args.jobs, "overwrite": args.overwrite}
     try:
-        {"train": _train, "benchmark": _benchmark, "demo": _demo}[args.kind](args)
+        if args.kind == "train":
+            name = re.sub(r"_?HR$", "", args.input.resolve().name) or args.input.resolve().parent.name
+            _print_train(
+                prepare_train(
+                    folder_sources(args.input),
+                    args.output,
+                    name if args.name is None else args.name,
+                    scales=args.scales,
+                    crop_size=args.crop_size,
+                    overlap=args.overlap,
+                    lr_folders=_lr_folders(args.lr),
+                    **more,
+                )
+            )
+        elif args.kind == "benchmark":
+            folders = benchmark_folders(args.output, args.scales).values()
+            if args.input.resolve() in (folder.resolve() for folder in folders):
+                raise UserError(f"{args.input} would be written to, but sources are never changed. Choose another -o.")
+            per_scale = args.crop == "per-scale"
+            sources = folder_sources(args.input)
+            _print_benchmark(prepare_benchmark(sources, args.output, scales=args.scales, per_scale=per_scale, **more))
+        else:
+            lmdbs, made = prepare_demo(args.output, **more)
+            _print_train(lmdbs)
+            _print_benchmark(made)
     except KeyboardInterrupt:
         print("\nStopped. The same command continues from here.", file=sys.stderr)
-        return 130
+        return INTERRUPTED
     return 0
-
-
-def _train(args: argparse.Namespace) -> None:
-    lmdbs = prepare_train(
-        folder_sources(args.input),
-        args.output,
-        args.name if args.name is not None else _default_name(args.input),
-        scales=args.scales,
-        crop_size=args.crop_size,
-        overlap=args.overlap,
-        lr_folders=_lr_folders(args.lr),
-        jobs=args.jobs,
-        overwrite=args.overwrite,
-    )
-    _print_train(lmdbs)
-
-
-def _benchmark(args: argparse.Namespace) -> None:
-    if args.input.resolve() in (folder.resolve() for folder in benchmark_folders(args.output, args.scales).values()):
-        raise UserError(f"{args.input} would be written to, but sources are never changed. Choose another -o.")
-    folders = prepare_benchmark(
-        folder_sources(args.input),
-        args.output,
-        scales=args.scales,
-        per_scale=args.crop == "per-scale",
-        jobs=args.jobs,
-        overwrite=args.overwrite,
-    )
-    _print_benchmark(folders)
-
-
-def _demo(args: argparse.Namespace) -> None:
-    lmdbs, folders = prepare_demo(args.output, jobs=args.jobs, overwrite=args.overwrite)
-    _print_train(lmdbs)
-    _print_benchmark(folders)
-
-
-def _default_name(folder: Path) -> str:
-    """``DIV2K_train`` for ``.../DIV2K_train_HR``, ``Flickr2K`` for ``.../Flickr2K/HR``."""
-    folder = folder.resolve()
-    return re.sub(r"_?HR$", "", folder.name) or folder.parent.name
 
 
 def _lr_folders(given: Sequence[str]) -> dict[int, Path]:
@@ -136,17 +107,15 @@ def _lr_folders(given: Sequence[str]) -> dict[int, Path]:
     for text in given:
         scale, _, folder = text.partition("=")
         if not scale.isdecimal() or not folder:
-            raise UserError(f"--lr {text} is not understood. Give a scale and its folder, as in --lr 2=LR_bicubic/X2.")
+            raise UserError(f"--lr {text} is invalid. Give a scale and its folder, as in --lr 2=LR_bicubic/X2.")
         folders[int(scale)] = Path(folder)
     return folders
 
 
 def _print_train(lmdbs: Mapping[int, Path]) -> None:
     shapes = read_shapes(lmdbs[1]).values()
-    print(
-        f"Training data: {len(shapes)} sub-images of each scale. "
-        f"gt_size can be up to {min(min(height, width) for height, width, _ in shapes)}."
-    )
+    count = f"{len(shapes)} sub-image{'s' if len(shapes) != 1 else ''} per scale"
+    print(f"Training data: {count}. gt_size can be up to {min(min(shape[:2]) for shape in shapes)}.")
     for scale in sorted(lmdbs.keys() - {1}):
         _print_option_lines(scale, lmdbs, "lmdb")
 

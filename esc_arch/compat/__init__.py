@@ -2,7 +2,7 @@
 
 Importing esc_arch calls, in this order,
 
- - :func:`prepare_import`, before basicsr is imported: aliases for modules that newer libraries dropped, and
+ - :func:`prepare_import`, before basicsr is imported: stand-ins for modules that newer libraries dropped, and
    warnings when it is unclear which of several copies of BasicSR runs, or when BasicSR's own script does;
  - :func:`apply_patches`, after it: replacements for functions of basicsr 1.4.2 that fail.
 
@@ -11,7 +11,6 @@ Nothing in site-packages is edited, and nothing changes what a working BasicSR e
 
 from __future__ import annotations
 
-from . import safe_data, safe_output, safe_training, safe_weights, training_loop  # noqa: F401  note further patches
 from .aliases import add_missing_modules
 from .duplicate_installs import forget_failed_import, warn_about_copies, warn_about_script
 from .patches import PATCHES, apply_patches

@@ -19,25 +19,21 @@ __all__ = ["find_copies", "find_distributions", "forget_failed_import", "warn_ab
 
 def find_copies() -> list[Path]:
     """The folders of all the `basicsr` packages that can be imported, the one that `import` takes first."""
-    found: list[Path] = []
-    spec = importlib.util.find_spec("basicsr") if "basicsr" not in sys.modules else sys.modules["basicsr"].__spec__
-    if spec is not None and spec.origin:
-        found.append(Path(spec.origin).resolve().parent)
-    for entry in sys.path:
-        package = Path(entry or ".") / "basicsr"
-        if (package / "__init__.py").is_file() and package.resolve() not in found:
-            found.append(package.resolve())
-    return found
+    spec = sys.modules["basicsr"].__spec__ if "basicsr" in sys.modules else importlib.util.find_spec("basicsr")
+    found = [Path(spec.origin).resolve().parent] if spec is not None and spec.origin else []
+    on_path = ((Path(entry or ".") / "basicsr").resolve() for entry in sys.path)
+    return list(dict.fromkeys([*found, *(folder for folder in on_path if (folder / "__init__.py").is_file())]))
 
 
 def find_distributions() -> dict[str, Distribution]:
     """What pip installed that brings a package `basicsr`, by name, each once."""
     found: dict[str, Distribution] = {}
     for distribution in distributions():
-        names, files = distribution.read_text("top_level.txt"), ""
-        if names is None:  # it was not built by setuptools
+        packages = distribution.read_text("top_level.txt")
+        if packages is None:  # it was not built by setuptools
             files = distribution.read_text("RECORD") or ""
-        if "basicsr" in (names or "").split() or re.search("^basicsr/__init__.py,", files, re.MULTILINE):
+            packages = "basicsr" if re.search("^basicsr/__init__.py,", files, re.MULTILINE) else ""
+        if "basicsr" in packages.split():
             found.setdefault(distribution.metadata["Name"], distribution)
     return found
 
@@ -46,11 +42,10 @@ def warn_about_copies() -> None:
     """Say clearly which copy is used when there are several (a `UserWarning`)."""
     copies, installed = find_copies(), find_distributions()
     if len(copies) > 1:
-        used, *others = copies
         reason = "imported before esc_arch" if "basicsr" in sys.modules else "first on the path"
         warnings.warn(
-            f"There are {1 + len(others)} copies of BasicSR on the path. Used: {used} ({reason}). "
-            f"Not used: {', '.join(map(str, others))}. Uninstall one of them, or start `basicsr` from another folder.",
+            f"There are {len(copies)} copies of BasicSR on the path. Used: {copies[0]} ({reason}). Not used: "
+            f"{', '.join(map(str, copies[1:]))}. Uninstall one of them, or start `basicsr` from another folder.",
             stacklevel=4,
         )
     if len(installed) > 1:
@@ -64,10 +59,8 @@ def mixed(installed: dict[str, Distribution]) -> str:
 
 
 def how_to_separate(installed: dict[str, Distribution]) -> str:
-    return (
-        f"Keep one: pip uninstall {' '.join(installed)}, then pip install --no-build-isolation basicsr==1.4.2 (or the "
-        "other)."
-    )
+    names = " ".join(installed)
+    return f"Keep one: pip uninstall {names}, then pip install --no-build-isolation basicsr==1.4.2 (or the other)."
 
 
 def warn_about_script() -> None:
@@ -75,8 +68,7 @@ def warn_about_script() -> None:
 
     What is defined in the main module is not what `import basicsr.train` gives, and is made after esc_arch is imported.
     """
-    file = getattr(sys.modules["__main__"], "__file__", None)
-    script = Path(file).resolve() if file else Path()
+    script = Path(getattr(sys.modules["__main__"], "__file__", None) or ".").resolve()
     if script.parent.name == "basicsr" and script.name in ("train.py", "test.py"):
         warnings.warn(
             f"{script} is run as a script, so esc_arch cannot fix what is defined in it: resuming without a GPU, for "

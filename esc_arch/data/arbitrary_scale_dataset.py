@@ -23,12 +23,12 @@ __all__ = ["ArbitraryScaleDataset", "ScaleRange"]
 
 @dataclass(frozen=True)
 class ScaleRange:
-    """How training at many scales draws them: the options of these names of the training set.
+    """The scales of a training, from the training set's options of these names.
 
     Attributes:
         lq_size: side of the LQ patches (pixels), the same at every scale, so that batches of all scales cost the same.
-        scale_min, scale_max: scales are drawn uniformly between them; from 1 on.
-        sample_q: how many pixels of an HR patch are asked for; by default as many as an LQ patch has.
+        scale_min, scale_max: scales are drawn uniformly between them; at least 1.
+        sample_q: how many pixels of an HR patch are queried; by default as many as an LQ patch has.
     """
 
     lq_size: int = 64
@@ -44,27 +44,23 @@ class ScaleRange:
             UserError: with everything that is wrong with them.
         """
         given = cls(**{name: opt[name] for name in cls.__dataclass_fields__ if opt.get(name) is not None})
-        if problems := list(given.problems()):
+        if problems := list(given._problems()):
             raise UserError("; ".join(problems) + ".")
         return given
 
-    def problems(self) -> Iterator[str]:
-        """What is wrong with the values, a sentence each without its full stop."""
-        lq_size_is_right = _is_whole(self.lq_size)
-        if not lq_size_is_right:
+    def _problems(self) -> Iterator[str]:
+        if not _is_number(self.lq_size, int):
             yield f"lq_size: {self.lq_size!r} given; must be a positive integer: the side of the LQ patches"
         for name in ("scale_min", "scale_max"):
-            value = getattr(self, name)
-            if not _is_number(value) or not 1 <= value < math.inf:
-                yield f"{name}: {value!r} given; must be a number of at least 1"
+            if not _is_number(getattr(self, name), int | float):
+                yield f"{name}: {getattr(self, name)!r} given; must be a number of at least 1"
                 return
         if self.scale_min > self.scale_max:
             yield f"scale_min: {self.scale_min} is larger than scale_max {self.scale_max}. Swap them"
-        if self.sample_q is None or not lq_size_is_right:
-            return
-        fewest = round(self.lq_size * self.scale_min) ** 2
-        if not _is_whole(self.sample_q) or self.sample_q > fewest:
-            yield f"sample_q: {self.sample_q!r} given; must be an integer from 1 to {fewest}, the pixels at scale_min"
+        if self.sample_q is not None and _is_number(self.lq_size, int):
+            fewest = round(self.lq_size * self.scale_min) ** 2
+            if not _is_number(self.sample_q, int) or self.sample_q > fewest:
+                yield f"sample_q: {self.sample_q!r} given; must be an integer from 1 to {fewest}: pixels at scale_min"
 
     @property
     def hr_size(self) -> int:
@@ -73,15 +69,15 @@ class ScaleRange:
 
     @property
     def points(self) -> int:
-        """How many pixels of every patch are asked for."""
+        """How many pixels of every patch are queried."""
         return self.lq_size**2 if self.sample_q is None else self.sample_q
 
 
 class ArbitraryScaleDataset(Dataset[dict[str, Any]]):
     """HR images for training at scales drawn per batch, and for testing at any real scale.
 
-    For training the items are HR patches large enough for the largest scale. The scale has to be one for a whole batch,
-    which no item knows of, so `ESCLTEModel` draws it and makes the LQ patches, on its device.
+    For training the items are HR patches large enough for the largest scale. A whole batch has one scale, which no
+    item knows of, so `ESCLTEModel` draws it and makes the LQ patches, on its device.
 
     For validation and testing LQ is made from the whole image, by MATLAB's bicubic with antialiasing, rounded to 8
     bit. It has floor(H / scale) rows; GT is cropped to as many as this times the scale makes, rounded.
@@ -92,7 +88,7 @@ class ArbitraryScaleDataset(Dataset[dict[str, Any]]):
             - ``dataroot_gt``, ``io_backend``, ``meta_info_file``: see `HRImages`.
             - ``phase``: train, or anything else for whole images; set by BasicSR.
             - ``lq_size``, ``scale_min``, ``scale_max``, ``sample_q``: see `ScaleRange`; for training only.
-            - ``use_hflip``, ``use_rot``: whether patches are flipped and turned at random (true); for training only.
+            - ``use_hflip``, ``use_rot``: flip and turn patches at random (true); for training only.
             - ``scale``: a number of at least 1, or two: of height and width; not for training.
 
     Raises:
@@ -109,18 +105,15 @@ class ArbitraryScaleDataset(Dataset[dict[str, Any]]):
 
     @staticmethod
     def option_problems(opt: Mapping[str, Any]) -> list[str]:
-        """What is wrong with a data set's options, but for those of `HRImages`; a sentence each without full stop."""
-        if opt["phase"] == "train":
-            try:
-                ScaleRange.of(opt)
-            except UserError as error:
-                return [str(error).removesuffix(".")]
-            return []
+        """What is wrong with a data set's options, except those of `HRImages`; a sentence each without full stop."""
         try:
-            scales = scale_pair(opt.get("scale"))  # type: ignore[arg-type]  # which is what it looks at
+            if opt["phase"] == "train":
+                ScaleRange.of(opt)
+            elif min(scale_pair(opt.get("scale"))) < 1:  # type: ignore[arg-type]  # which is what it looks at
+                raise ValueError
+        except UserError as error:
+            return [str(error).removesuffix(".")]
         except ValueError:
-            scales = (0, 0)
-        if min(scales) < 1:
             return [f"scale: {opt.get('scale')!r} given; must be a number of at least 1, or two: [height, width]"]
         return []
 
@@ -161,9 +154,5 @@ def _tensor(image: Any) -> Tensor:
     return tensor
 
 
-def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool)
-
-
-def _is_whole(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value >= 1
+def _is_number(value: Any, kind: Any) -> bool:
+    return isinstance(value, kind) and not isinstance(value, bool) and 1 <= value < math.inf

@@ -1,14 +1,20 @@
-"""What is wrong with an encoded image: before it is decoded, so that no file fills the memory, and after."""
+"""Decoding images, and what is wrong with those that cannot be: no file may fill the memory."""
 
 from __future__ import annotations
 
 import io
 import os
 import struct
+from typing import Any
 
+import cv2
+import numpy as np
+import numpy.typing as npt
 from PIL import Image
 
-__all__ = ["image_problem", "most_pixels", "reason_against"]
+from ..errors import UserError
+
+__all__ = ["decode", "image_problem", "most_pixels", "reason_against"]
 
 #: OpenCV's own variable for the limit; its own default, 2**30, would need 12 GiB as a float32 image.
 LIMIT_VARIABLE = "OPENCV_IO_MAX_IMAGE_PIXELS"
@@ -17,8 +23,6 @@ MOST_PIXELS = 2**28
 _PNG = b"\x89PNG\r\n\x1a\n"
 #: Of the formats that OpenCV reads, those whose header Pillow reads without decoding.
 _FORMATS = ("JPEG", "TIFF", "WEBP", "BMP", "GIF", "PPM", "AVIF", "JPEG2000", "SUN")
-#: So many bytes tell the format.
-_PREFIX = 16
 
 
 def most_pixels() -> int:
@@ -27,26 +31,38 @@ def most_pixels() -> int:
     return int(given) if given.isdigit() else MOST_PIXELS
 
 
-def image_problem(content: bytes, listed: tuple[int, int] | None = None) -> str | None:
-    """What is wrong with an image file's `content`, as the end of a sentence that begins with it; or None.
+def decode(content: bytes, source: object, flag: int = cv2.IMREAD_COLOR) -> npt.NDArray[Any]:
+    """The image in a file's `content`; by default (H, W, 3) of uint8, BGR: grey as three equal channels, without alpha.
 
-    It is decoded as a whole.
-
-    Args:
-        listed: the height and width that it has in an LMDB's meta_info.txt.
+    UserError if it is no image, cut short or too large; the message calls it `source`.
     """
-    import cv2
-    import numpy as np
+    if (reason := reason_against(content)) is not None:
+        raise UserError(f"{source} {reason}")
+    if (image := _decode(content, flag)) is None:
+        raise UserError(
+            f"{source} is not an image that OpenCV can read ({len(content):,} bytes): damaged, cut short or of "
+            f"another format. Replace it or take it out of the data set."
+        )
+    return image
 
+
+def _decode(content: bytes, flag: int) -> npt.NDArray[Any] | None:
+    try:
+        return cv2.imdecode(np.frombuffer(content, np.uint8), flag) if content else None
+    except cv2.error:
+        return None
+
+
+def image_problem(content: bytes, listed: tuple[int, int] | None = None) -> str | None:
+    """What is wrong with an image file's `content`, which is decoded: the end of a sentence about it, or None.
+
+    `listed` are the height and width that it has in an LMDB's meta_info.txt.
+    """
     if not content:
         return "is empty"
     if (reason := reason_against(content)) is not None:
         return reason.removesuffix(".")
-    try:
-        image = cv2.imdecode(np.frombuffer(content, np.uint8), cv2.IMREAD_UNCHANGED)
-    except cv2.error:
-        image = None
-    if image is None:
+    if (image := _decode(content, cv2.IMREAD_UNCHANGED)) is None:
         return f"is not an image that can be decoded ({len(content):,} bytes)"
     height, width = image.shape[:2]
     if listed is not None and listed != (height, width):
@@ -55,7 +71,7 @@ def image_problem(content: bytes, listed: tuple[int, int] | None = None) -> str 
 
 
 def reason_against(content: bytes) -> str | None:
-    """Why an image file's `content` is not to be decoded, as the end of a sentence that begins with it; or None.
+    """Why an image file's `content` must not be decoded: the end of a sentence about it, or None.
 
     Only what OpenCV would not refuse by itself, or not before it has filled the memory.
     """
@@ -65,40 +81,27 @@ def reason_against(content: bytes) -> str | None:
             f"has {width:,} x {height:,} pixels by its header, more than the {most_pixels():,} that are read: it is "
             f"damaged, or made to fill the memory. Cut it into parts, or set {LIMIT_VARIABLE} in the environment."
         )
-    if is_cut_short(content):
+    # OpenCV fills the rest of a JPEG without its end with grey. An embedded thumbnail has an end of its own.
+    if content.startswith(b"\xff\xd8") and content.find(b"\xff\xd9", len(content) // 2) < 0:
         return f"is cut short ({len(content):,} bytes): its end is missing. Replace it or take it out of the data set."
     return None
 
 
 def size_in_header(content: bytes) -> tuple[int, int] | None:
-    """Height and width that the header of an image file claims; None where it cannot be told."""
-    if content.startswith(_PNG):
-        if len(content) < 24:
-            return None
-        width, height = struct.unpack(">II", content[16:24])
+    """Height and width that the header of an image file claims; None if unknown."""
+    if content.startswith(_PNG):  # of which Pillow would read more than the header, and refuse what OpenCV takes
+        width, height = struct.unpack(">II", content[16:24]) if len(content) >= 24 else (0, 0)
         return height, width
     Image.init()
-    for name in _FORMATS:
-        factory, accept = Image.OPEN.get(name, (None, None))
-        if factory is None or (accept is not None and not _accepted(accept(content[:_PREFIX]))):
+    for factory, accept in (Image.OPEN[name] for name in _FORMATS if name in Image.OPEN):
+        # Plugins answer by a truth value, or by a text that says why they cannot
+        accepted = accept is None or accept(content[:16])
+        if not accepted or isinstance(accepted, str):
             continue
         try:
-            # Not Image.open, whose own limit is another, and who says it without the size
+            # Not Image.open, which has a limit of its own, and does not tell the size beyond it
             width, height = factory(io.BytesIO(content), "").size
         except Exception:  # of a damaged header, about anything; OpenCV is asked then
             return None
         return height, width
     return None
-
-
-def _accepted(answer: object) -> bool:
-    """Pillow's plugins answer whether a file is theirs by a truth value, or by a text that says why they cannot."""
-    return bool(answer) and not isinstance(answer, str)
-
-
-def is_cut_short(content: bytes) -> bool:
-    """Whether a JPEG has lost its end: OpenCV fills the rest with grey and says nothing.
-
-    Other formats it refuses. The first half is not searched, where an embedded thumbnail has an end of its own.
-    """
-    return content.startswith(b"\xff\xd8") and content.find(b"\xff\xd9", len(content) // 2) < 0

@@ -34,11 +34,11 @@ class DownsampleImageDataset(Dataset[dict[str, Any]]):
         opt: the data set's options:
 
             - ``dataroot_gt``, ``io_backend``, ``meta_info_file``: see `HRImages`.
-            - ``scale``: whole number, set by BasicSR to the option file's. Images are cropped to a multiple of it.
+            - ``scale``: integer, set by BasicSR to the option file's. Images are cropped to a multiple of it.
             - ``phase``: train for random patches, anything else for whole images; set by BasicSR.
             - ``gt_size``: side of HR patches, a multiple of scale; for training only.
-            - ``use_hflip``, ``use_rot``: whether patches are flipped and turned at random (true).
-            - ``round_lq``: whether LQ is rounded to 8 bit, as files are (true).
+            - ``use_hflip``, ``use_rot``: flip and turn patches at random (true).
+            - ``round_lq``: round LQ to 8 bit, as files are (true).
 
     Raises:
         UserError: images are missing; when read, one cannot be decoded or is smaller than ``gt_size``.

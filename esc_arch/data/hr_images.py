@@ -4,15 +4,12 @@ from __future__ import annotations
 
 import os
 import random
-from collections.abc import Iterator, Mapping
-from itertools import repeat
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from basicsr.data.data_util import paths_from_lmdb
-from basicsr.utils import FileClient, imfrombytes
 
 from ..errors import UserError
 from .image_files import IMAGE_SUFFIXES, Image
@@ -51,8 +48,15 @@ class HRImages:
         if not self._roots:
             raise UserError("dataroot_gt is missing. Give the folder or the LMDB of the images, or a list of them.")
         self._backend = dict(opt.get("io_backend") or {"type": "disk"})
-        self._client: FileClient | None = None
-        lists = self._lists_of_roots(opt.get("meta_info_file"))
+        self._client: Any = None
+        lists = as_list(opt.get("meta_info_file"))
+        if not lists or self._backend["type"] == "lmdb":  # which has a list of its own
+            lists = [None] * len(self._roots)
+        if len(lists) != len(self._roots) or not all(isinstance(entry, str | None) for entry in lists):
+            raise UserError(
+                f"meta_info_file is {opt['meta_info_file']!r}, for {len(self._roots)} entries of dataroot_gt. Give a "
+                f"text file for each, or ~ for a folder whose images are all to be used."
+            )
         #: (number of the root, path in it) of every image.
         self._places = [
             (number, path)
@@ -73,8 +77,13 @@ class HRImages:
         Raises:
             UserError: it is missing or cannot be decoded.
         """
+        from basicsr.utils import FileClient, imfrombytes
+
         if self._client is None:
-            self._client = self._open()
+            options = {key: value for key, value in self._backend.items() if key != "type"}
+            if self._backend["type"] == "lmdb":
+                options |= {"db_paths": self._roots, "client_keys": list(map(str, range(len(self._roots))))}
+            self._client = FileClient(self._backend["type"], **options)
         number, path = self._places[index]
         image: Image = imfrombytes(self._client.get(path, str(number)))
         return image
@@ -83,31 +92,13 @@ class HRImages:
         """The image `index`: (H, W, 3), BGR in 0 .. 1; errors as of `read_uint8`."""
         return self.read_uint8(index).astype(np.float32) / np.float32(255)
 
-    def _open(self) -> FileClient:
-        options = {key: value for key, value in self._backend.items() if key != "type"}
-        if self._backend["type"] == "lmdb":
-            options |= {"db_paths": self._roots, "client_keys": [str(number) for number in range(len(self._roots))]}
-        return FileClient(self._backend["type"], **options)
-
-    def _lists_of_roots(self, given: Any) -> list[str | None]:
-        """The list file of each root, or None."""
-        lists = as_list(given)
-        if not lists or self._backend["type"] == "lmdb":  # which has a list of its own
-            return list(repeat(None, len(self._roots)))
-        if len(lists) != len(self._roots) or not all(isinstance(entry, str | None) for entry in lists):
-            raise UserError(
-                f"meta_info_file is {given!r}, for {len(self._roots)} entries of dataroot_gt. Give a text file for "
-                f"each, or ~ for a folder whose images are all to be used."
-            )
-        return lists
-
     def _paths_of(self, root: str, list_file: str | None) -> list[str]:
         if self._backend["type"] == "lmdb":
             paths = _images_of_lmdb(root)
         elif list_file is not None:
             paths = [os.path.join(root, name) for name in read_names(list_file)]
         else:
-            paths = sorted(_images_below(root))
+            paths = _images_below(root)
         if not paths:
             raise UserError(f"{root} holds no image ({' '.join(IMAGE_SUFFIXES)}). Give a folder or an LMDB that does.")
         return paths
@@ -138,18 +129,21 @@ def random_start(image: Image, size: int, step: int, path: str) -> tuple[int, in
 
 
 def _images_of_lmdb(root: str) -> list[str]:
+    from basicsr.data.data_util import paths_from_lmdb
+
     if not root.endswith(".lmdb") or not Path(root, "meta_info.txt").is_file():
         raise UserError(f"{root} is not an LMDB that BasicSR can read: a folder NAME.lmdb with a meta_info.txt in it.")
     keys: list[str] = paths_from_lmdb(root)
     return keys
 
 
-def _images_below(root: str) -> Iterator[str]:
-    """The image files in a folder and in the folders in it; nothing that is hidden."""
+def _images_below(root: str) -> list[str]:
+    """The image files in a folder and in the folders in it, sorted; nothing that is hidden."""
     if not os.path.isdir(root):
         raise UserError(f"{root} is not a folder. Relative paths start in the current folder.")
+    found = []
     for folder, subfolders, files in os.walk(root, followlinks=True):
         subfolders[:] = [name for name in subfolders if not name.startswith(".")]
-        for name in files:
-            if name.lower().endswith(IMAGE_SUFFIXES) and not name.startswith("."):
-                yield os.path.join(folder, name)
+        images = (name for name in files if name.lower().endswith(IMAGE_SUFFIXES) and not name.startswith("."))
+        found += [os.path.join(folder, name) for name in images]
+    return sorted(found)

@@ -18,26 +18,11 @@ from typing import cast
 import cv2
 import numpy as np
 import numpy.typing as npt
-from basicsr.utils.matlab_functions import imresize
 
 from ..errors import UserError
-from .decoding import reason_against
+from .decoding import decode
 
-__all__ = [
-    "IMAGE_SUFFIXES",
-    "Image",
-    "Source",
-    "checked_scales",
-    "crop_to_multiple",
-    "digest_of",
-    "downscale",
-    "encode_png",
-    "folder_sources",
-    "keys_of",
-    "read_hr",
-    "read_image",
-    "sub_image_starts",
-]
+__all__ = ["IMAGE_SUFFIXES", "Image", "Source", "encode_png", "folder_sources", "read_image"]
 
 Image = npt.NDArray[np.uint8]
 
@@ -51,8 +36,8 @@ class Source:
     """One image to prepare, not read yet.
 
     Attributes:
-        name: file name, or a name that can stand for one; messages and journals use it.
-        read: gives the image (H, W, 3); can be pickled, raises UserError.
+        name: file name, or a name that can stand for one; messages use it.
+        read: returns the image (H, W, 3); can be pickled, raises UserError.
         identity: what changes when the image may have changed; values that JSON can hold.
     """
 
@@ -67,10 +52,9 @@ class Source:
 
 
 def folder_sources(folder: Path) -> list[Source]:
-    """The images directly in `folder`, sorted by name. Hidden files do not count.
+    """The images directly in `folder`, sorted by name, without hidden files.
 
-    Raises:
-        UserError: it is no folder, has no image, or two of its images differ only in their suffix.
+    UserError if it is no folder, has no image, or if two of its images differ only in their suffix.
     """
     if not folder.is_dir():
         raise UserError(f"{folder} is not a folder. Give the folder that holds the images.")
@@ -82,21 +66,14 @@ def folder_sources(folder: Path) -> list[Source]:
     if not files:
         raise UserError(f"{folder} holds no image ({' '.join(IMAGE_SUFFIXES)}). Folders inside it are not searched.")
     _refuse_equal((path.stem, path.name) for path in files)
-    return [_file_source(path) for path in files]
-
-
-def _file_source(path: Path) -> Source:
-    stat = path.stat()
-    return Source(path.name, partial(read_image, path), (path.name, stat.st_size, stat.st_mtime_ns))
+    stats = ((path, path.stat()) for path in files)
+    return [Source(path.name, partial(read_image, path), (path.name, s.st_size, s.st_mtime_ns)) for path, s in stats]
 
 
 def keys_of(sources: Iterable[Source]) -> dict[str, str]:
     """The LMDB key of every source, by its name: the stem, with '_' for what BasicSR cannot read back.
 
-    BasicSR cuts a key at its first dot, encodes it as ASCII and lists keys in lines.
-
-    Raises:
-        UserError: two sources would have the same key.
+    BasicSR cuts a key at its first dot, encodes it as ASCII and lists keys in lines. UserError if two would be equal.
     """
     keys = {source.name: re.sub(r"[^ -~]|\.", "_", source.stem) for source in sources}
     _refuse_equal((key, name) for name, key in keys.items())
@@ -107,9 +84,8 @@ def _refuse_equal(named: Iterable[tuple[str, str]]) -> None:
     """Raise UserError when two of the (key, file name) have the same key."""
     seen: dict[str, str] = {}
     for key, name in named:
-        if key in seen:
+        if seen.setdefault(key, name) != name:
             raise UserError(f"{seen[key]} and {name} would both be stored as {key!r}. Rename or remove one of them.")
-        seen[key] = name
 
 
 def digest_of(sources: Iterable[Source]) -> str:
@@ -118,21 +94,12 @@ def digest_of(sources: Iterable[Source]) -> str:
 
 
 def read_image(path: Path) -> Image:
-    """The image file `path` as (H, W, 3); grey becomes three equal channels, 16 bit 8, and alpha is dropped.
-
-    Raises:
-        UserError: the file cannot be read, is no image or is cut short.
-    """
+    """The image file `path`, as `decode` returns it; UserError if it cannot be read or decoded."""
     try:
         content = path.read_bytes()  # unlike cv2.imread, takes any path on any system
-        if (reason := reason_against(content)) is not None:
-            raise UserError(f"{path} {reason}")
-        image = cv2.imdecode(np.frombuffer(content, np.uint8), cv2.IMREAD_COLOR) if content else None
-    except (OSError, cv2.error) as error:
+    except OSError as error:
         raise UserError(f"Cannot read {path}: {error}") from error
-    if image is None:
-        raise UserError(f"{path} is not an image that OpenCV can read, or is damaged. Replace or remove it.")
-    return cast(Image, image)
+    return decode(content, path)
 
 
 def encode_png(image: Image) -> bytes:
@@ -144,44 +111,35 @@ def encode_png(image: Image) -> bytes:
 def downscale(image: Image, scale: int) -> Image:
     """`image` (H, W, 3) by MATLAB's bicubic with antialiasing: (H / scale, W / scale, 3), by BasicSR's function.
 
-    `scale` divides H and W. Each has to be at least 2 * scale: imresize mirrors the borders by more than
-    it has otherwise, and fails.
+    `scale` divides H and W, each of which is at least 2 * scale: imresize mirrors the borders, and fails otherwise.
     """
+    from basicsr.utils.matlab_functions import imresize
+
     resized = imresize(image.astype(np.float32) / 255, 1 / scale)
     return cast(Image, (np.clip(resized, 0, 1) * 255).round().astype(np.uint8))
 
 
 def sub_image_starts(length: int, size: int, step: int) -> list[int]:
-    """Where sub-images of `size` pixels start along `length` pixels.
+    """Where sub-images of `size` pixels start along `length` pixels: every `step`, and a last one ends with the image.
 
-    They start every `step` pixels, and a last one ends with the image, as in BasicSR's extract_subimages.
-    A `length` below `size` makes one sub-image, of the whole length.
+    As in BasicSR's extract_subimages. A `length` below `size` makes one sub-image, of the whole length.
     """
-    if length <= size:
-        return [0]
-    starts = list(range(0, length - size + 1, step))
-    if starts[-1] + size < length:
-        starts.append(length - size)
-    return starts
+    last = max(length - size, 0)
+    return [*range(0, last, step), last]
 
 
 def checked_scales(scales: Iterable[int]) -> tuple[int, ...]:
-    """`scales` sorted, each once.
-
-    Raises:
-        UserError: there is none, or one below 2.
-    """
+    """`scales` sorted, each once; UserError if there is none, or one below 2."""
     checked = tuple(sorted(set(scales)))
     if not checked or checked[0] < 2:
-        raise UserError(f"The scales are {list(checked)}, but have to be whole numbers from 2 on.")
+        raise UserError(f"The scales are {list(checked)}, but must be integers of at least 2.")
     return checked
 
 
 def read_hr(source: Source, scales: Sequence[int], *, crop: bool = True) -> Image:
     """The HR image of `source`, cropped at the bottom and right to a multiple of all `scales` (or not at all).
 
-    Raises:
-        UserError: it cannot be read, or is too small to be reduced by all `scales`.
+    UserError if it cannot be read, or is too small to be reduced by all `scales`.
     """
     multiple = math.lcm(*scales) if crop else 1
     smallest = max(multiple, 2 * max(scales))

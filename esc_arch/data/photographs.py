@@ -45,11 +45,8 @@ OVERLAP = 120
 def prepare_demo(out: Path, *, jobs: int = 1, overwrite: bool = False) -> tuple[dict[int, Path], dict[int, Path]]:
     """Make ``train_*_sub.lmdb`` in `out` and the benchmark ``val`` beside them, for the scales 2, 3 and 4.
 
-    Returns:
-        What :func:`.prepare.prepare_train` and :func:`.prepare.prepare_benchmark` made, by scale.
-
-    Raises:
-        UserError: the installed scikit-image lacks a photograph; also as those two.
+    Returns what `prepare_train` and `prepare_benchmark` made, by scale. UserError if the installed scikit-image lacks a
+    photograph.
     """
     train, validation = photograph_sources(TRAIN), photograph_sources(VALIDATION)
     lmdbs = prepare_train(

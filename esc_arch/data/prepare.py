@@ -13,8 +13,6 @@ from contextlib import ExitStack, closing
 from dataclasses import dataclass
 from pathlib import Path
 
-import basicsr
-
 from esc_arch.atomic_io import locked
 
 from ..errors import UserError
@@ -37,11 +35,9 @@ from .worker_pool import map_in_order, progress_bar
 __all__ = ["match_lr", "prepare_train", "train_lmdbs"]
 
 FORMAT = 1
-"""To be raised when the same images and settings come to give other data; older data are then not taken as equal."""
-COMMIT_BYTES = 2**25
-"""How much may be lost by a kill: a commit waits for the disk, which for every small image would take longest."""
-
-Piece = tuple[str, bytes, tuple[int, int, int]]
+"""Increase it when the same images and settings come to give other data; older data are then not taken as equal."""
+WRITE_BYTES = 2**25
+"""How much may be lost by a kill: LMDB waits for the disk, which for every small image would take longest."""
 
 
 def train_lmdbs(out: Path, name: str, scales: Iterable[int]) -> dict[int, Path]:
@@ -61,66 +57,82 @@ def prepare_train(
     jobs: int = 1,
     overwrite: bool = False,
 ) -> dict[int, Path]:
-    """Cut HR images and their LR images into the sub-images that training reads, one LMDB for each scale.
+    """Cut HR images and their LR images into the sub-images that training reads; returns the LMDBs by scale.
 
     Each image is cropped at the bottom and right to a multiple of all scales, reduced as a whole (MATLAB's
     bicubic) and cut at corresponding places. See :class:`.lmdb_writer.LmdbWriter` for what an interruption leaves.
-    LMDBs that are there, made with the same settings, are kept.
+    Existing LMDBs that were made with the same settings are kept.
 
     Args:
         sources: the HR images.
-        out: folder for the LMDBs, see :func:`train_lmdbs`.
-        name: how their names begin.
+        out, name: where the LMDBs are written, see :func:`train_lmdbs`.
         scales: of the LR images.
         crop_size: side of an HR sub-image in pixels; a multiple of all scales. Smaller images are one sub-image.
-        overlap: of neighbouring sub-images in pixels; what is left of `crop_size` is a multiple of all scales too.
+        overlap: of neighbouring sub-images in pixels; `crop_size` less this is a multiple of all scales too.
         lr_folders: for some scales a folder of LR images to use, instead of reducing the HR images.
-        jobs: how many processes work.
-        overwrite: replace LMDBs that were made otherwise, each when its new one is complete.
-
-    Returns:
-        The LMDBs by scale.
+        jobs: number of processes.
+        overwrite: replace LMDBs that were made with other settings, each when its new one is complete.
 
     Raises:
-        UserError: a setting, an image or `out` cannot be used, or an LMDB is there and `overwrite` is not given.
+        UserError: a setting, an image or `out` cannot be used, or an LMDB exists and `overwrite` is not given.
     """
+    import basicsr
+
     scales = checked_scales(scales)
-    cutting = _Cutting(scales, crop_size, overlap)
+    multiple = math.lcm(*scales)
+    if not 0 <= overlap < crop_size:
+        raise UserError(
+            f"An overlap of {overlap} does not go with a crop size of {crop_size}: "
+            "it must be at least 0 and less than the crop size."
+        )
+    for what, length in (("crop size", crop_size), ("step (crop size less overlap)", crop_size - overlap)):
+        if length % multiple:
+            raise UserError(
+                f"The {what} is {length}, but must be a multiple of {multiple} for LR and HR to correspond "
+                f"at the scales {', '.join(map(str, scales))}."
+            )
     if not name or Path(name).name != name:
         raise UserError(f"The name {name!r} cannot begin a file name. Give --name without any folder.")
     keys = keys_of(sources)
-    lr_sources = {scale: match_lr(sources, folder, scale) for scale, folder in (lr_folders or {}).items()}
-    if not lr_sources.keys() <= set(scales):
-        raise UserError(f"LR folders are given for the scales {sorted(lr_sources)}, but the scales are {list(scales)}.")
+    given = {scale: match_lr(sources, folder, scale) for scale, folder in (lr_folders or {}).items()}
+    if not given.keys() <= set(scales):
+        raise UserError(f"LR folders are given for the scales {sorted(given)}, but the scales are {list(scales)}.")
 
     lmdbs = train_lmdbs(out, name, scales)
-    settings = {scale: _train_settings(sources, scale, cutting, lr_sources.get(scale)) for scale in lmdbs}
+    settings = {
+        scale: {
+            "format": FORMAT,
+            "basicsr": basicsr.__version__,
+            "scale": scale,
+            "images": len(sources),
+            "digest of the images' names, sizes and times": digest_of(sources),
+            "digest of the given LR images": digest_of(given[scale].values()) if scale in given else None,
+            "HR size multiple": multiple,
+            "crop size": crop_size,
+            "overlap": overlap,
+        }
+        for scale in lmdbs
+    }
     with locked(out):
         wanted = _lmdbs_to_make(lmdbs, settings, overwrite)
-        tasks = [
-            _TrainTask(
-                source, keys[source.name], wanted, cutting, {s: found[source.name] for s, found in lr_sources.items()}
-            )
-            for source in sources
-        ]
+        tasks = []
+        for source in sources:
+            lr_sources = {scale: found[source.name] for scale, found in given.items()}
+            tasks.append(_Task(source, keys[source.name], scales, wanted, crop_size, overlap, lr_sources))
         if wanted:
             _write_lmdbs({scale: lmdbs[scale] for scale in wanted}, settings, tasks, jobs)
     return lmdbs
 
 
 def match_lr(sources: Iterable[Source], folder: Path, scale: int) -> dict[str, Source]:
-    """The LR image in `folder` of every HR image, by the HR image's name: ``0001x2`` or ``0001`` for ``0001``.
-
-    Raises:
-        UserError: there is none.
-    """
+    """The LR image in `folder` of every HR image, by the HR image's name: ``0001x2`` or ``0001`` for ``0001``."""
     by_stem = {lr.stem: lr for lr in folder_sources(folder)}
     matches = {}
     for source in sources:
         lr = by_stem.get(f"{source.stem}x{scale}") or by_stem.get(source.stem)
         if lr is None:
             raise UserError(
-                f"{folder} has no LR image of scale {scale} for {source.name}. Its name has to be "
+                f"{folder} has no LR image of scale {scale} for {source.name}. Its name must be "
                 f"{source.stem}x{scale} or {source.stem}, with one of {' '.join(IMAGE_SUFFIXES)}."
             )
         matches[source.name] = lr
@@ -128,103 +140,55 @@ def match_lr(sources: Iterable[Source], folder: Path, scale: int) -> dict[str, S
 
 
 @dataclass(frozen=True)
-class _Cutting:
-    """How images are cropped and cut, in HR pixels."""
-
-    scales: tuple[int, ...]
-    crop_size: int
-    overlap: int
-
-    def __post_init__(self) -> None:
-        if not 0 <= self.overlap < self.crop_size:
-            raise UserError(
-                f"An overlap of {self.overlap} does not go with a crop size of {self.crop_size}: "
-                "it has to be at least 0 and less than the crop size."
-            )
-        for what, length in (("crop size", self.crop_size), ("step (crop size less overlap)", self.step)):
-            if length % self.multiple:
-                raise UserError(
-                    f"The {what} is {length}, but has to be a multiple of {self.multiple} for LR and HR to correspond "
-                    f"at the scales {', '.join(map(str, self.scales))}."
-                )
-
-    @property
-    def step(self) -> int:
-        return self.crop_size - self.overlap
-
-    @property
-    def multiple(self) -> int:
-        return math.lcm(*self.scales)
-
-    def cut(self, image: Image, scale: int) -> Iterator[Image]:
-        """Sub-images of `image`, whose pixels are `scale` HR pixels long, row by row."""
-        size, step = self.crop_size // scale, self.step // scale
-        for top in sub_image_starts(image.shape[0], size, step):
-            for left in sub_image_starts(image.shape[1], size, step):
-                yield image[top : top + size, left : left + size]
-
-
-@dataclass(frozen=True)
-class _TrainTask:
-    """What to make of one HR image: the sub-images for the scales `wanted`."""
+class _Task:
+    """What to make of one HR image: the sub-images for the scales `wanted`; lengths are in HR pixels."""
 
     source: Source
     key: str
+    scales: tuple[int, ...]
     wanted: tuple[int, ...]
-    cutting: _Cutting
+    crop_size: int
+    overlap: int
     lr_sources: Mapping[int, Source]
 
-    def images(self) -> dict[int, Image]:
-        """The whole images by scale."""
-        hr = read_hr(self.source, self.cutting.scales)
-        return {scale: self._image(hr, scale) for scale in self.wanted}
 
-    def _image(self, hr: Image, scale: int) -> Image:
-        if scale == 1:
-            return hr
-        if scale not in self.lr_sources:
-            return downscale(hr, scale)
-        lr = self.lr_sources[scale].read()
-        height, width = hr.shape[0] // scale, hr.shape[1] // scale
-        spare = self.cutting.multiple // scale
-        if not (0 <= lr.shape[0] - height <= spare and 0 <= lr.shape[1] - width <= spare):
-            raise UserError(
-                f"The LR image {self.lr_sources[scale].name} has {lr.shape[0]} x {lr.shape[1]} pixels (height x width) "
-                f"and does not fit {self.source.name} at scale {scale}: {height} x {width} pixels are needed, and "
-                f"no more than {spare} can be cut off. Replace or remove both."
-            )
-        return lr[:height, :width]
+def _sub_images(task: _Task) -> dict[int, dict[str, bytes]]:
+    """All sub-images of one HR image, as PNG by key and scale."""
+    hr = read_hr(task.source, task.scales)
+    made = {}
+    for scale in task.wanted:
+        pieces = _cut(_image(task, hr, scale), task.crop_size // scale, task.overlap // scale)
+        made[scale] = {f"{task.key}_s{index:03d}": encode_png(piece) for index, piece in enumerate(pieces, start=1)}
+    return made
 
 
-def _sub_images(task: _TrainTask) -> dict[int, list[Piece]]:
-    """All sub-images of one HR image by scale, ready to be put into LMDBs."""
-    return {
-        scale: [
-            (f"{task.key}_s{index:03d}", encode_png(piece), (piece.shape[0], piece.shape[1], piece.shape[2]))
-            for index, piece in enumerate(task.cutting.cut(image, scale), start=1)
-        ]
-        for scale, image in task.images().items()
-    }
+def _cut(image: Image, size: int, overlap: int) -> Iterator[Image]:
+    """Sub-images of `image`, row by row."""
+    for top in sub_image_starts(image.shape[0], size, size - overlap):
+        for left in sub_image_starts(image.shape[1], size, size - overlap):
+            yield image[top : top + size, left : left + size]
 
 
-def _train_settings(
-    sources: Sequence[Source], scale: int, cutting: _Cutting, lr_sources: Mapping[str, Source] | None
-) -> Settings:
-    return {
-        "format": FORMAT,
-        "basicsr": basicsr.__version__,
-        "scale": scale,
-        "images": len(sources),
-        "digest of the images' names, sizes and times": digest_of(sources),
-        "digest of the given LR images": digest_of(lr_sources.values()) if lr_sources else None,
-        "HR size multiple": cutting.multiple,
-        "crop size": cutting.crop_size,
-        "overlap": cutting.overlap,
-    }
+def _image(task: _Task, hr: Image, scale: int) -> Image:
+    """The whole image at a scale."""
+    if scale == 1:
+        return hr
+    if scale not in task.lr_sources:
+        return downscale(hr, scale)
+    lr = task.lr_sources[scale].read()
+    height, width = hr.shape[0] // scale, hr.shape[1] // scale
+    spare = math.lcm(*task.scales) // scale
+    if not (0 <= lr.shape[0] - height <= spare and 0 <= lr.shape[1] - width <= spare):
+        raise UserError(
+            f"The LR image {task.lr_sources[scale].name} has {lr.shape[0]} x {lr.shape[1]} pixels (height x width) "
+            f"and does not fit {task.source.name} at scale {scale}: {height} x {width} pixels are needed, and "
+            f"no more than {spare} can be cut off. Replace or remove both."
+        )
+    return lr[:height, :width]
 
 
 def _lmdbs_to_make(lmdbs: Mapping[int, Path], settings: Mapping[int, Settings], overwrite: bool) -> tuple[int, ...]:
-    """The scales whose LMDB is not there already."""
+    """The scales whose LMDB does not exist yet."""
     wanted, in_the_way = [], []
     for scale, path in lmdbs.items():
         if not os.path.lexists(path):  # a link whose target is away for now is in the way, too
@@ -240,26 +204,24 @@ def _lmdbs_to_make(lmdbs: Mapping[int, Path], settings: Mapping[int, Settings], 
 
 
 def _write_lmdbs(
-    lmdbs: Mapping[int, Path], settings: Mapping[int, Settings], tasks: Sequence[_TrainTask], jobs: int
+    lmdbs: Mapping[int, Path], settings: Mapping[int, Settings], tasks: Sequence[_Task], jobs: int
 ) -> None:
     with ExitStack() as stack:
         writers = {s: stack.enter_context(LmdbWriter(path, settings[s])) for s, path in lmdbs.items()}
-        finished = set.intersection(*(writer.finished for writer in writers.values()))
-        remaining = [task for task in tasks if task.source.name not in finished]
-        progress = stack.enter_context(progress_bar(len(tasks), len(finished)))
+        # All sub-images of an image are written together
+        finished = set.intersection(*({key.rpartition("_s")[0] for key in writer.sizes} for writer in writers.values()))
+        remaining = [task for task in tasks if task.key not in finished]
+        progress = stack.enter_context(progress_bar(len(tasks), len(tasks) - len(remaining)))
         results = stack.enter_context(closing(map_in_order(_sub_images, remaining, jobs)))
-        uncommitted = []
-        for task, pieces in zip(remaining, results, strict=True):
-            for scale, writer in writers.items():
-                for piece in pieces[scale]:
-                    writer.put(*piece)
-            uncommitted.append(task.source.name)
-            if sum(writer.pending_bytes for writer in writers.values()) >= COMMIT_BYTES:
-                for writer in writers.values():
-                    writer.commit(uncommitted)
-                uncommitted = []
+        pending: dict[int, dict[str, bytes]] = {scale: {} for scale in writers}
+        for number, images in enumerate(results, start=1):
+            for scale in writers:
+                pending[scale] |= images[scale]
+            size = sum(len(png) for of_scale in pending.values() for png in of_scale.values())
+            if size >= WRITE_BYTES or number == len(remaining):
+                for scale, writer in writers.items():
+                    writer.write(pending[scale])
+                    pending[scale].clear()
             progress.update()
-        for writer in writers.values():
-            writer.commit(uncommitted)
         for writer in writers.values():
             writer.finish()

@@ -7,10 +7,9 @@ import os
 import signal
 import threading
 from collections import deque
-from collections.abc import Callable, Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import contextmanager
 from typing import Any, TypeVar
 
 import cv2
@@ -36,25 +35,25 @@ def default_jobs() -> int:
 def map_in_order(function: Callable[[Task], Result], tasks: Sequence[Task], jobs: int) -> Generator[Result]:
     """The results of `function` for all `tasks`, in their order, computed by `jobs` processes.
 
-    With one job, or too few tasks to be worth more, everything happens in this process. Otherwise at most
-    ``jobs + 2`` results wait in memory.
-    Close the iterator (``contextlib.closing``) when it may be left early, for the processes to end then.
+    With one job, or too few tasks to be worth more, everything happens in this process; otherwise at most ``jobs + 2``
+    results wait in memory. Close the iterator (``contextlib.closing``) to end the processes when it is left early.
 
     Raises:
         UserError: a process was killed; also what `function` raises.
     """
     jobs = min(jobs, len(tasks) // TASKS_PER_PROCESS)
     if jobs <= 1:
-        with _single_threaded():
-            yield from map(function, tasks)
+        yield from map(function, tasks)
         return
     # spawn: in forked children torch's thread pool can deadlock
     pool = ProcessPoolExecutor(jobs, multiprocessing.get_context("spawn"), initializer=_start_worker)
     waiting: deque[Future[Result]] = deque()
     try:
         for task in tasks:
-            with _interrupts_held():
-                waiting.append(pool.submit(function, task))
+            # Processes that start now inherit this: Ctrl-C reaches the parent process alone
+            signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+            waiting.append(pool.submit(function, task))
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
             if len(waiting) == jobs + 2:
                 yield waiting.popleft().result()
         while waiting:
@@ -65,6 +64,7 @@ def map_in_order(function: Callable[[Task], Result], tasks: Sequence[Task], jobs
             f"Run the same command with fewer processes than -j {jobs}; it continues."
         ) from error
     finally:
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
         pool.shutdown(cancel_futures=True)
 
 
@@ -75,35 +75,8 @@ def progress_bar(total: int, finished: int) -> tqdm[Any]:
     return tqdm(total=total, initial=finished, unit="image", disable=None)  # None: only on a terminal
 
 
-@contextmanager
-def _single_threaded() -> Iterator[None]:
-    """One thread per process: the cores are shared out among processes already."""
-    threads = torch.get_num_threads(), cv2.getNumThreads()
-    try:
-        torch.set_num_threads(1)
-        cv2.setNumThreads(0)
-        yield
-    finally:
-        torch.set_num_threads(threads[0])
-        cv2.setNumThreads(threads[1])
-
-
-@contextmanager
-def _interrupts_held() -> Iterator[None]:
-    """Let Ctrl-C wait. Processes started meanwhile never see it, so only this one reacts, and in one place."""
-    if not hasattr(signal, "pthread_sigmask"):  # Windows: _start_worker has to suffice
-        yield
-        return
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
-    try:
-        yield
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
-
-
 def _start_worker() -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    torch.set_num_threads(1)
+    torch.set_num_threads(1)  # the cores are shared out among processes already
     cv2.setNumThreads(0)
     threading.Thread(target=_end_with_parent, daemon=True).start()
 

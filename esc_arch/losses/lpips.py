@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from esc_arch.compat.safe_weights import tensors_only
+from esc_arch.compat.archs import tensors_only
 from esc_arch.errors import UserError
 
 from .image_losses import ImageLoss

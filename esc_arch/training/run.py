@@ -2,7 +2,7 @@
 
 BasicSR's loop calls, for each iteration: the prefetcher's `next`, the model, the log, `save`, `validation`. What it
 lacks (stopping when asked, the place in the epoch, a progress bar, a report) hangs on those calls; see
-`compat.training_loop`.
+`compat.training` and `compat.prefetch`.
 """
 
 from __future__ import annotations

@@ -39,8 +39,7 @@ def write(path: Path, count: int = 3, settings: dict = SETTINGS) -> dict[str, by
     images = {f"image_{index}": png(index) for index in range(count)}
     with LmdbWriter(path, settings) as writer:
         for key, data in images.items():
-            writer.put(key, data, SHAPE)
-            writer.commit([f"{key}.jpg"])
+            writer.write({key: data})
         writer.finish()
     return images
 
@@ -51,154 +50,100 @@ def test_contents_and_meta_info(path: Path) -> None:
     assert (path / "meta_info.txt").read_text() == "".join(f"image_{i}.png (6,5,3) 1\n" for i in range(3))
     assert read_shapes(path) == dict.fromkeys(images, SHAPE)
     assert sorted(entry.name for entry in path.parent.iterdir()) == ["set.lmdb"]
-    assert not (path / "journal.jsonl").exists()
 
 
 def test_meta_info_is_sorted_by_key(path: Path) -> None:
     with LmdbWriter(path, SETTINGS) as writer:
-        for key in ("b", "c", "a"):
-            writer.put(key, png(0), SHAPE)
+        writer.write({key: png(0) for key in ("b", "c", "a")})
         writer.finish()
     assert list(read_shapes(path)) == ["a", "b", "c"]
 
 
 def test_map_grows(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(lmdb_writer, "FIRST_MAP_SIZE", 2**16)
+    monkeypatch.setattr(lmdb_writer, "FREE_MAP_SIZE", 2**16)
     images = {f"k{seed}": png(seed, (100, 100, 3)) for seed in range(8)}
     with LmdbWriter(path, SETTINGS) as writer:
-        for key, data in list(images.items())[:6]:  # the first commit is several times the map
-            writer.put(key, data, (100, 100, 3))
-        assert writer.pending_bytes == sum(len(images[f"k{seed}"]) for seed in range(6)) > 2**17
-        writer.commit()
-        assert writer.pending_bytes == 0
-        for key, data in list(images.items())[6:]:
-            writer.put(key, data, (100, 100, 3))
+        writer.write({key: images[key] for key in list(images)[:6]})  # several times the map
+        writer.write({key: images[key] for key in list(images)[6:]})
         writer.finish()
     assert content(path) == images
 
 
-def test_continues_after_the_last_commit(path: Path) -> None:
+def test_continues_with_what_was_written(path: Path) -> None:
     with pytest.raises(ZeroDivisionError), LmdbWriter(path, SETTINGS) as writer:
-        writer.put("a", png(0), SHAPE)
-        writer.commit(["a.jpg"])
-        writer.put("b", png(1), SHAPE)
+        writer.write({"a": png(0)})
         raise ZeroDivisionError
     assert not path.exists()
     assert not writer.partial.name.endswith(".lmdb")
     with LmdbWriter(path, SETTINGS) as writer:
-        assert writer.finished == {"a.jpg"}
-        writer.put("b", png(1), SHAPE)
+        assert writer.sizes == {"a": SHAPE[:2]}
+        writer.write({"a": png(0), "b": png(1, (7, 9, 3))})
         writer.finish()
-    assert content(path) == {"a": png(0), "b": png(1)}
-    assert list(read_shapes(path)) == ["a", "b"]
-
-
-def test_commit_without_its_journal_line_is_put_again(path: Path) -> None:
-    with LmdbWriter(path, SETTINGS) as writer:
-        writer.put("a", png(0), SHAPE)
-        writer.commit(["a.jpg"])
-        writer.put("b", png(1), SHAPE)
-        writer.commit(["b.jpg"])
-        journal = writer.partial / "journal.jsonl"
-    os.truncate(journal, journal.stat().st_size - 9)  # killed between the commit and the end of the line
-    with LmdbWriter(path, SETTINGS) as writer:
-        assert writer.finished == {"a.jpg"}
-        writer.put("b", png(1), SHAPE)
-        writer.commit(["b.jpg"])
-    with LmdbWriter(path, SETTINGS) as writer:
-        assert writer.finished == {"a.jpg", "b.jpg"}
-        writer.finish()
-    assert content(path) == {"a": png(0), "b": png(1)}
+    assert content(path) == {"a": png(0), "b": png(1, (7, 9, 3))}
+    assert read_shapes(path) == {"a": SHAPE, "b": (7, 9, 3)}
 
 
 @pytest.mark.parametrize("damage", ["other settings", "no settings", "data"])
-def test_begins_anew(path: Path, damage: str) -> None:
+def test_begins_again(path: Path, damage: str) -> None:
     with LmdbWriter(path, SETTINGS) as writer:
-        writer.put("old", png(0), SHAPE)
-        writer.commit(["old.jpg"])
+        writer.write({"old": png(0)})
     if damage == "no settings":
         (writer.partial / "prepare.json").write_text('{"crop')
     if damage == "data":
         (writer.partial / "data.mdb").write_bytes(b"x" * 9000)
     with LmdbWriter(path, SETTINGS | {"crop size": 96} if damage == "other settings" else SETTINGS) as writer:
-        assert writer.finished == set()
-        writer.put("new", png(1), SHAPE)
+        assert writer.sizes == {}
+        writer.write({"new": png(1)})
         writer.finish()
     assert content(path) == {"new": png(1)}
-
-
-def test_entries_must_agree_with_meta_info(path: Path) -> None:
-    with LmdbWriter(path, SETTINGS) as writer:
-        writer.put("a", png(0), SHAPE)
-        writer.commit()
-        (writer.partial / "journal.jsonl").unlink()
-    with LmdbWriter(path, SETTINGS) as writer, pytest.raises(RuntimeError, match="1 entries, but 0 were put"):
-        writer.finish()
-    assert not path.exists()
 
 
 def test_former_lmdb_stays_until_the_new_one_is_complete(path: Path) -> None:
     old = write(path)
     with LmdbWriter(path, {"other": 1}) as writer:
-        writer.put("new", png(9), SHAPE)
-        writer.commit(["new.jpg"])
+        writer.write({"new": png(9)})
         assert content(path) == old
         writer.finish()
     assert content(path) == {"new": png(9)}
     assert sorted(entry.name for entry in path.parent.iterdir()) == ["set.lmdb"]
 
 
-@pytest.mark.parametrize("key", ["a.b", "ä", "", "a\nb"])
-def test_keys_basicsr_cannot_read_are_refused(path: Path, key: str) -> None:
-    with LmdbWriter(path, SETTINGS) as writer, pytest.raises(ValueError, match="printable ASCII without dots"):
-        writer.put(key, png(0), SHAPE)
-
-
-def test_name_must_end_in_lmdb(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"must end in \.lmdb"):
-        LmdbWriter(tmp_path / "set", SETTINGS)
-
-
 @pytest.mark.parametrize(
     "error", [lmdb.DiskError("No space left"), lmdb.MapFullError("limit"), OSError(errno.ENOSPC, "No space left")]
 )
 def test_full_disk_is_the_users_error(path: Path, monkeypatch: pytest.MonkeyPatch, error: Exception) -> None:
-    def fail(writer: LmdbWriter) -> None:
+    def fail(writer: LmdbWriter, images: object) -> None:
         raise error
 
     with LmdbWriter(path, SETTINGS) as writer:
-        writer.put("a", png(0), SHAPE)
-        writer.commit(["a.jpg"])
+        writer.write({"a": png(0)})
     with LmdbWriter(path, SETTINGS) as writer:
-        monkeypatch.setattr(LmdbWriter, "_write_pending", fail)
-        writer.put("b", png(1), SHAPE)
+        monkeypatch.setattr(LmdbWriter, "_put", fail)
         message = rf"Cannot write to {path.parent}: .*Free space there: [\d,]+ MiB.*continues"
         with pytest.raises(UserError, match=message):
-            writer.finish()
+            writer.write({"b": png(1)})
     assert not path.exists()
     monkeypatch.undo()
     with LmdbWriter(path, SETTINGS) as writer:
-        assert writer.finished == {"a.jpg"}
+        assert writer.sizes.keys() == {"a"}
 
 
 def test_a_real_limit_of_the_system(path: Path) -> None:
     """LMDB itself meets the error, here that of a file size limit."""
     resource = pytest.importorskip("resource")
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    images = {str(number): bytes([number]) * 400_000 for number in range(4)}
+    images = {str(number): png(number, (380, 350, 3)) for number in range(4)}  # 400 kB each
     try:
         resource.setrlimit(resource.RLIMIT_FSIZE, (2**20, before[1]))
         with LmdbWriter(path, SETTINGS) as writer, pytest.raises(UserError, match=f"Cannot write to {path.parent}: "):
             for key, data in images.items():
-                writer.put(key, data, SHAPE)
-                writer.commit([key])
+                writer.write({key: data})
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
     assert not path.exists()
     with LmdbWriter(path, SETTINGS) as writer:
-        assert writer.finished == {"0", "1"}
-        for key in ("2", "3"):
-            writer.put(key, images[key], SHAPE)
+        assert writer.sizes.keys() == {"0", "1"}
+        writer.write({key: images[key] for key in ("2", "3")})
         writer.finish()
     assert content(path) == images
 
@@ -206,7 +151,10 @@ def test_a_real_limit_of_the_system(path: Path) -> None:
 def test_why_not_reusable(path: Path) -> None:
     write(path)
     assert why_not_reusable(path, SETTINGS) is None
-    assert why_not_reusable(path, SETTINGS | {"crop size": 96}) == "it was made otherwise: crop size was 48, is now 96"
+    assert (
+        why_not_reusable(path, SETTINGS | {"crop size": 96})
+        == "it was made with other settings: crop size was 48, is now 96"
+    )
     (path / "meta_info.txt").unlink()
     assert why_not_reusable(path, SETTINGS) == "it has no meta_info.txt"
     (path / "data.mdb").unlink()

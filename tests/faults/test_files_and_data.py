@@ -407,7 +407,7 @@ def test_a_log_that_cannot_be_written(tmp_path: Path, basicsr_log: Any, capsys: 
 def test_tensorboard_s_file_that_cannot_be_written(
     tmp_path: Path, basicsr_log: Any, capsys: Any, monkeypatch: Any
 ) -> None:
-    from esc_arch.compat.safe_output import system_faults_named
+    from esc_arch.compat.failures import system_faults_named
 
     excepthook = threading.excepthook
     with system_faults_named():
@@ -513,7 +513,7 @@ def test_the_time_left_is_of_a_steady_clock(options: Any, basicsr_log: Any, monk
 
 
 def test_user_errors_of_the_system_name_the_file() -> None:
-    from esc_arch.compat.safe_output import system_faults_named
+    from esc_arch.compat.failures import system_faults_named
 
     message = r"a\.log: Too many open files\. Raise the limit of open files \(ulimit -n\)"
     with pytest.raises(UserError, match=message), system_faults_named():

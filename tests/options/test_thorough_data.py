@@ -101,7 +101,7 @@ def test_a_damaged_lmdb(options: Any) -> None:
     assert problem.startswith("datasets:train:dataroot_lq: 'lq.lmdb' is damaged: ") and problem.endswith("prepare")
     Path("lq.lmdb/data.mdb").write_bytes(b"nothing of the kind" * 1000)
     (problem,) = check(options)[0]
-    assert problem.startswith("datasets:train:dataroot_lq: 'lq.lmdb' cannot be read: ")
+    assert problem.startswith("datasets:train:dataroot_lq: 'lq.lmdb' is damaged: data.mdb was cut short")
 
 
 def test_lmdbs_of_hr_images(options: Any) -> None:

@@ -15,7 +15,6 @@ import lmdb
 import numpy as np
 import pytest
 from basicsr.utils import FileClient, imfrombytes
-from conftest import run_command
 from PIL import Image
 
 from esc_arch import UserError
@@ -218,23 +217,6 @@ def make_lmdb(path: Path, entries: int = 300) -> Path:
     return path
 
 
-#: Reads all of an LMDB through BasicSR's client, and says how it went.
-READ_ALL = """
-import sys
-import esc_arch
-from basicsr.utils import FileClient
-try:
-    client = FileClient("lmdb", db_paths=sys.argv[1])
-except esc_arch.UserError as error:
-    sys.exit(f"told: {error}")
-for index in range(300):
-    try:
-        client.get("%06d_with_a_long_name" % index)
-    except esc_arch.UserError as error:
-        sys.exit(f"told: {error}")
-"""
-
-
 def test_sound_lmdbs_are_sound(tmp_path: Path, photographs: Any) -> None:
     for path in (make_lmdb(tmp_path / "a.lmdb"), photographs.gt_lmdb):
         assert lmdb_problem(path) is None
@@ -247,7 +229,9 @@ def test_an_lmdb_cut_short(kept: float, tmp_path: Path) -> None:
     """LMDB alone would end the process with SIGBUS."""
     path = make_lmdb(tmp_path / "a.lmdb") / "data.mdb"
     os.truncate(path, int(path.stat().st_size * kept))
-    with pytest.raises(UserError, match=r"Cannot open the LMDB .*a\.lmdb: data\.mdb was cut short.*Create it again"):
+    with pytest.raises(
+        UserError, match=r"Cannot open the LMDB .*a\.lmdb: data\.mdb was cut short or is.*Create it again"
+    ):
         FileClient("lmdb", db_paths=str(path.parent))
 
 
@@ -272,7 +256,7 @@ def test_a_damaged_lmdb_never_ends_the_process(tmp_path: Path) -> None:
     assert len(pages) > 6
     drawn = random.Random(0)
     ends = {"read": 0, "told": 0}
-    for _ in range(1000 if LONG else 60):
+    for _ in range(1000 if LONG else 20):
         damaged = bytearray(sound)
         for _ in range(drawn.choice([1, 4, 64])):
             # Headers and what follows them are where it hurts
@@ -300,16 +284,6 @@ def _read_in_fork(path: Path) -> str:
     _, status = os.waitpid(child, 0)
     assert os.WIFEXITED(status), f"ended by signal {os.WTERMSIG(status)}"
     return {0: "read", 2: "told"}[os.WEXITSTATUS(status)]
-
-
-def test_a_new_process_says_what_is_wrong_with_an_lmdb(tmp_path: Path) -> None:
-    path = make_lmdb(tmp_path / "a.lmdb")
-    os.truncate(path / "data.mdb", 40_000)
-    (tmp_path / "read.py").write_text(READ_ALL)
-    import sys
-
-    run = run_command([sys.executable, "read.py", "a.lmdb"], tmp_path)
-    assert run.status == 1 and run.err.startswith("told: Cannot open the LMDB a.lmdb: data.mdb was cut short")
 
 
 @pytest.mark.parametrize(

@@ -243,7 +243,7 @@ def test_parameters_of_niqe(work_folder: Path, monkeypatch: pytest.MonkeyPatch) 
 def test_the_environment_is_what_it_was(monkeypatch: pytest.MonkeyPatch) -> None:
     import os
 
-    from esc_arch.compat.safe_weights import tensors_only
+    from esc_arch.compat.archs import tensors_only
 
     monkeypatch.setenv("TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD", "1")
     before = dict(os.environ)

@@ -1,0 +1,73 @@
+"""What a failure of the system, or one between two iterations, makes of a run: one message, and no lost work."""
+
+from __future__ import annotations
+
+import functools
+import threading
+import traceback
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from esc_arch.atomic_io import system_fault
+from esc_arch.errors import UserError, message_of
+from esc_arch.training.run import current_run
+
+__all__ = ["rescuing", "system_faults_named"]
+
+
+@contextmanager
+def system_faults_named() -> Iterator[None]:
+    """Turn what a full disk, a folder without permission or a killed worker makes of a run into one UserError."""
+    before = threading.excepthook
+    threading.excepthook = functools.partial(_thread_failed, before)
+    try:
+        yield
+    except OSError as error:
+        if (message := system_fault(error)) is None:
+            raise
+        raise UserError(message) from error
+    except RuntimeError as error:
+        if (message := _end_of_worker(error)) is None:
+            raise
+        traceback.clear_frames(error.__traceback__)  # as `main` does of what it sees
+        raise UserError(message) from error
+    finally:
+        threading.excepthook = before
+
+
+@contextmanager
+def rescuing() -> Iterator[None]:
+    """Around what happens between two iterations: if it fails, save what was trained, and say where to go on from."""
+    try:
+        yield
+    except Exception as error:
+        run = current_run()
+        if run is None:
+            raise
+        saved = run.rescue()
+        # A data loader in its frames would keep its workers waiting when the process ends
+        traceback.clear_frames(error.__traceback__)
+        if isinstance(error, UserError):
+            raise UserError(f"{message_of(error)} {saved}") from error
+        if (message := _end_of_worker(error)) is not None:
+            raise UserError(f"{message} {saved}") from error
+        raise
+
+
+def _end_of_worker(error: Exception) -> str | None:
+    """What to say if a data loader's error means that one of its processes is gone: PyTorch's own or the system's."""
+    is_torch_s = isinstance(error, RuntimeError) and str(error).startswith("DataLoader worker")
+    if not (is_torch_s or isinstance(error, ConnectionError | EOFError)):
+        return None
+    reason = (str(error).splitlines() or [type(error).__name__])[0].rstrip(" .")
+    return (
+        f"A process that loads data died ({reason}). Most often the memory was full, or the shared memory (/dev/shm): "
+        f"lower datasets: train: num_worker_per_gpu or batch_size_per_gpu."
+    )
+
+
+def _thread_failed(before: Callable[[Any], Any], args: Any) -> None:
+    """TensorBoard's thread hands its failure on, and need not print it as well."""
+    if not (isinstance(args.exc_value, OSError) and type(args.thread).__module__.startswith("tensorboard")):
+        before(args)

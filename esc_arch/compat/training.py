@@ -1,0 +1,147 @@
+"""Patches for `basicsr.train` and `basicsr.test`: how runs start, resume, go on and end."""
+
+from __future__ import annotations
+
+import math
+import os
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+from basicsr.utils import check_resume
+from basicsr.utils.dist_util import master_only
+
+from esc_arch.atomic_io import remove_partial
+from esc_arch.checkpoints import read_checkpoint
+from esc_arch.errors import UserError
+from esc_arch.training.data_order import EpochSampler
+from esc_arch.training.run import current_run, training_run
+
+from .failures import system_faults_named
+from .patches import Original, patch, replace
+from .prefetch import stop_prefetching
+
+
+@patch("basicsr.train", "train_pipeline", "a training stops when asked to, all saved, and ends with a report")
+def train_pipeline(original: Original, root_path: str) -> None:
+    with training_run() as run, system_faults_named():
+        try:
+            original(root_path)
+            run.finish()
+        finally:
+            stop_prefetching()
+
+
+@patch("basicsr.test", "test_pipeline", "a full disk or a missing permission is one message")
+def test_pipeline(original: Original, root_path: str) -> None:
+    with system_faults_named():
+        original(root_path)
+
+
+@patch("basicsr.train", "copy_opt_file", "option files are UTF-8 whatever the locale")
+@master_only
+def copy_opt_file(_: Original, opt_file: str, experiments_root: str) -> None:
+    text = Path(opt_file).read_text(encoding="utf-8")
+    header = f"# GENERATE TIME: {time.asctime()}\n# CMD:\n# {' '.join(sys.argv)}\n\n"
+    Path(experiments_root, os.path.basename(opt_file)).write_text(header + text, encoding="utf-8")
+
+
+@replace("basicsr.data.data_sampler", "EnlargedSampler", "an epoch can be begun in the middle")
+def enlarged_sampler(_: type[Any]) -> type[Any]:
+    return EpochSampler
+
+
+@patch("basicsr.train", "create_train_val_dataloader", "a run does total_iter iterations, or is refused")
+def create_train_val_dataloader(original: Original, opt: dict[str, Any], logger: Any) -> Any:
+    train_loader, train_sampler, val_loaders, epochs, iterations = original(opt, logger)
+    if len(train_loader) == 0:
+        raise UserError(
+            f"datasets: train ({opt['datasets']['train'].get('name')}) has {len(train_loader.dataset)} images, fewer "
+            f"than one batch of {train_loader.batch_size}, so that no iteration would be done. Lower "
+            f"batch_size_per_gpu, raise dataset_enlarge_ratio, or add images."
+        )
+    for loader in val_loaders:
+        if len(loader.dataset) == 0:
+            raise UserError(f"The validation set {loader.dataset.opt['name']} has no images: check its dataroot_lq.")
+    if (run := current_run()) is not None:
+        run.has_data(opt, train_loader, val_loaders)
+    # BasicSR counts the last, incomplete batch of an epoch, which is left out, and would stop too early
+    epochs = max(epochs, math.ceil(iterations / len(train_loader)))
+    return train_loader, train_sampler, val_loaders, epochs, iterations
+
+
+@patch("basicsr.models", "build_model", "the training's hooks know the model")
+def build_model(original: Original, opt: dict[str, Any]) -> Any:
+    model = original(opt)
+    if (run := current_run()) is not None:
+        run.has_model(model)
+    return model
+
+
+@patch("basicsr.train", "load_resume_state", "resuming needs no GPU, and looks where this run writes")
+def load_resume_state(_: Original, opt: dict[str, Any]) -> dict[str, Any] | None:
+    if opt["auto_resume"]:
+        if (found := _newest_state(opt)) is None:
+            return None
+        path, state = found
+        opt["path"]["resume_state"] = str(path)
+    elif opt["path"].get("resume_state"):
+        state = _read_state(Path(opt["path"]["resume_state"]))
+    else:
+        return None
+    root = opt["path"]["experiments_root"]
+    if not os.path.isdir(root):
+        raise UserError(
+            f"{opt['path']['resume_state']} cannot be resumed under the name {opt['name']}: there is no folder "
+            f"{root}, from which its networks would be read. Give name and path: experiments_root of the run "
+            f"that saved it."
+        )
+    check_resume(opt, state["iter"])
+    if opt["rank"] == 0:
+        for folder in ("models", "training_states"):
+            remove_partial(Path(opt["path"][folder]))
+    if state.get("manual_seed") is not None:
+        opt["manual_seed"] = state["manual_seed"]  # the order of the data follows from it
+    return state
+
+
+def _newest_state(opt: dict[str, Any]) -> tuple[Path, dict[str, Any]] | None:
+    """The newest training state of a run that can be used, with its content; None if the run saved none."""
+    folder = Path(opt["path"]["training_states"])
+    problems = []
+    saved = (path for path in folder.glob("*.state") if path.stem.isdigit())
+    for path in sorted(saved, key=lambda path: int(path.stem), reverse=True):
+        try:
+            state = _read_state(path)
+            _require_networks(opt, path, state["iter"])
+            return path, state
+        except UserError as error:
+            problems.append(str(error))
+            print(f"--auto_resume skips a state: {error}", file=sys.stderr, flush=True)
+    if problems:  # going on would archive the very run that was to be continued
+        raise UserError(f"--auto_resume found no usable state in {folder}: {' '.join(problems)} Nothing was changed.")
+    return None
+
+
+def _require_networks(opt: dict[str, Any], state: Path, iteration: int) -> None:
+    """Refuse a state whose networks are missing: their saving may have met a full disk."""
+    for network in (key.removeprefix("network_") for key in opt if key.startswith("network_") and opt[key]):
+        path = Path(opt["path"]["models"], f"net_{network}_{iteration}.pth")
+        if f"network_{network}" not in (opt["path"].get("ignore_resume_networks") or ()) and not path.is_file():
+            raise UserError(f"{state} belongs to {path}, which is not there.")
+
+
+def _read_state(path: Path) -> dict[str, Any]:
+    state = read_checkpoint(path)
+    if missing := {"epoch", "iter", "optimizers", "schedulers"} - state.keys():
+        raise UserError(f"{path} is not a training state: it has no {', '.join(sorted(missing))}.")
+    for key in ("epoch", "iter", "optimizers", "schedulers"):
+        value = state[key]
+        if key in ("epoch", "iter"):  # of which names of files are made
+            is_right = type(value) is int and value >= 0
+        else:
+            is_right = isinstance(value, list) and all(isinstance(entry, dict) for entry in value)
+        if not is_right:
+            raise UserError(f"{path} is not a training state: its {key} is {value!s:.80}.")
+    return state
