@@ -23,13 +23,24 @@ from esc_arch.ops.layout import fast_layout
 from esc_arch.ops.window_attention.flash import MAX_WIDTH
 
 from .flashbias import Origin, convert_old_factors, mark_published, origin_of
+from .shapes import Shapes
 
-__all__ = ["Body", "ESCFamily", "SharedKernelNetwork", "checked_range", "earlier_order"]
+__all__ = [
+    "Body",
+    "ESCFamily",
+    "SharedKernelNetwork",
+    "checked_range",
+    "earlier_order",
+    "network_named",
+    "networks",
+]
 
 #: Upper bound that catches typos.
 MOST_PARTS = 1000
 #: What BasicSR's own loading puts behind names of other shapes (strict_load_g: false), and at the end.
 IGNORED = ".ignore"
+#: What modules of this package begin with, and names of its networks in option files may.
+OWN = "esc_arch."
 
 Network = TypeVar("Network", bound="SharedKernelNetwork")
 
@@ -96,6 +107,23 @@ class ESCFamily(nn.Module):
         for note in self.adapt_state_dict(state_dict, prefix):
             logging.getLogger("basicsr").warning("The checkpoint is of %s", note)
         super()._load_from_state_dict(state_dict, prefix, *args)
+
+    @classmethod
+    def recognise(cls, shapes: Shapes) -> dict[str, Any] | None:
+        """The constructor's options if these are weights of this network, None if their names are another's.
+
+        Every network has a method of its own: none is recognised by that of its parent class.
+        """
+        return None
+
+    @classmethod
+    def own_names(cls, weights: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Weights with other names in published files under those that this network has for them."""
+        return weights
+
+    def conflict_with(self, weights: Mapping[str, Tensor]) -> str | None:
+        """Why weights mean another network though names and shapes may fit, and what to do; None if they do not."""
+        return None
 
     def adapt_state_dict(self, state_dict: MutableMapping[str, Tensor], prefix: str = "") -> list[str]:
         """Make a checkpoint of another scale or window fit this network, in place.
@@ -315,6 +343,30 @@ class Body(NamedTuple):
         return FlashWindowAttention(
             dim=self.dim, window_size=self.window_size, num_heads=self.num_heads, attn_type=self.attn_type
         )
+
+
+def networks() -> list[type[ESCFamily]]:
+    """All classes of networks that were imported, of this package and of others, the last one first."""
+
+    def below(kind: type[ESCFamily]) -> Iterator[type[ESCFamily]]:
+        for each in kind.__subclasses__():
+            yield each
+            yield from below(each)
+
+    return list(dict.fromkeys(below(ESCFamily)))[::-1]
+
+
+def network_named(name: str) -> type[ESCFamily]:
+    """The class of a network by its name in option files; of this package where another has one of the same name.
+
+    Raises:
+        KeyError: there is none.
+    """
+    named = [network for network in networks() if network.__name__ == name.removeprefix(OWN)]
+    ours = [network for network in named if network.__module__.startswith(OWN)]
+    if not named:
+        raise KeyError(name)
+    return (ours or named)[0]
 
 
 def earlier_order(net: ESCFamily) -> list[str]:

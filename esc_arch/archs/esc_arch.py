@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from torch import Tensor
 
 from esc_arch.archs.base import Body, SharedKernelNetwork
 from esc_arch.modules.conv3x3 import Conv3x3, conv3x3
 from esc_arch.modules.upsample import pixel_shuffle_with_skip
+
+from .shapes import Shapes
 
 __all__ = ["ESC"]
 
@@ -80,3 +82,9 @@ class ESC(SharedKernelNetwork):
     def reconstruct(self, feat: Tensor, shallow: Tensor, image: Tensor) -> Tensor:
         feat = conv3x3(self.last, feat, residual=shallow)
         return pixel_shuffle_with_skip(conv3x3(self.to_img, feat), image, self.upscaling_factor)
+
+    @classmethod
+    def recognise(cls, shapes: Shapes) -> dict[str, Any] | None:
+        if "to_img.weight" not in shapes or "lk_spatial" in shapes:
+            return None
+        return shapes.options(scale=shapes.subpixels("to_img.weight"), use_ln=shapes.use_ln)

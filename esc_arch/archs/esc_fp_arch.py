@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch.nn.functional as F
 from torch import Tensor
@@ -11,6 +11,8 @@ from esc_arch.archs.base import Body, ESCFamily
 from esc_arch.modules import DecomposedConvAttn, LayerNorm
 from esc_arch.modules.conv3x3 import Conv3x3, conv3x3
 from esc_arch.modules.conv_attn import new_decomposed_kernel
+
+from .shapes import Shapes
 
 __all__ = ["ESCFP"]
 
@@ -68,3 +70,9 @@ class ESCFP(ESCFamily):
         feat = conv3x3(self.last, feat, norm=self.ln_last, residual=shallow)
         enlarged = F.interpolate(image, scale_factor=self.upscaling_factor, mode="bicubic", align_corners=False)
         return (F.pixel_shuffle(conv3x3(self.to_img, feat), self.upscaling_factor) + enlarged).contiguous()
+
+    @classmethod
+    def recognise(cls, shapes: Shapes) -> dict[str, Any] | None:
+        if "lk_spatial" not in shapes:
+            return None
+        return shapes.options(scale=shapes.subpixels("to_img.weight"), kernel="lk_spatial")

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -13,10 +15,13 @@ from esc_arch.modules.conv3x3 import Conv3x3, conv3x3
 from esc_arch.modules.lte import LTE, query_grid
 from esc_arch.ops.resize import scaled_size
 
+from .shapes import Shapes
+
 __all__ = ["ESCLTE"]
 
 #: What `normalize` subtracts from images and divides them by.
 IMAGE_MEAN = IMAGE_STD = 0.5
+IMNET_LAYER = re.compile(r"lte\.imnet\.([0-9]{1,4})\.weight")
 
 
 class ESCLTE(SharedKernelNetwork):
@@ -142,3 +147,40 @@ class ESCLTE(SharedKernelNetwork):
         """What the upsampler starts from: (B, 3, H, W) -> (B, dim, H, W). It does not depend on the scale."""
         shallow = self.shallow_features(x)
         return conv3x3(self.last, self.run_blocks(shallow, *self.large_kernels()), residual=shallow)
+
+    @classmethod
+    def recognise(cls, shapes: Shapes) -> dict[str, Any] | None:
+        if "lte.phase.weight" not in shapes:
+            return None
+        found = {name: IMNET_LAYER.fullmatch(name) for name in shapes.weights}
+        layers = sorted((int(match[1]), shapes.size(name, 0)) for name, match in found.items() if match is not None)
+        scale = shapes.known.get("upscaling_factor")  # when none is asked for, which weights do not tell
+        return shapes.options(
+            scale=scale if isinstance(scale, (int, float)) and scale > 0 else 4,
+            use_ln=shapes.use_ln,
+            hidden_dim=shapes.size("lte.coef.weight", 0),
+            mlp_dims=[width for _, width in layers[:-1]],
+            normalize="image_mean_std" in shapes,
+        )
+
+    @classmethod
+    def own_names(cls, weights: dict[str, Tensor]) -> dict[str, Tensor]:
+        """The published ESC-LTE has other names, and normalizes its images."""
+        if "encoder.plk_filter" not in weights or "imnet.layers.0.weight" not in weights:
+            return weights
+        renamed = {
+            name.removeprefix("encoder.")
+            if name.startswith("encoder.")
+            else f"lte.{name.replace('imnet.layers.', 'imnet.')}": tensor
+            for name, tensor in weights.items()
+        }
+        return renamed | {"image_mean_std": torch.tensor([IMAGE_MEAN, IMAGE_STD])}
+
+    def conflict_with(self, weights: Mapping[str, Tensor]) -> str | None:
+        given = "image_mean_std" in weights
+        if "lte.phase.weight" not in weights or given == self.normalize:
+            return None
+        return (
+            "The published ESC-LTE normalizes its images, esc_arch's own does not: give network_g: normalize: "
+            f"{str(given).lower()}."
+        )

@@ -2,17 +2,31 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import MutableMapping
-from typing import ClassVar
+from typing import Any, ClassVar, NamedTuple
 
+import torch
 from torch import Tensor, nn
 
 from esc_arch.archs.base import Body, SharedKernelNetwork
+from esc_arch.errors import UserError
 from esc_arch.modules.conv3x3 import Conv3x3, conv3x3
 from esc_arch.modules.upsample import UPSAMPLERS, DySample, ReflectDepthwiseConv, UniversalUpsampler
 from esc_arch.ops.padding import reflect_pad_to_multiple
 
+from .shapes import Shapes, some
+
 __all__ = ["ESCReal", "ESCRealM"]
+
+DYSAMPLE_GROUPS = 4
+DEFAULT_MID_DIM = 48
+META = "to_img.MetaUpsample"
+#: Tails that traiNNer-redux has and ESCRealM here has not, by what is found among their names alone.
+UNSUPPORTED_TAILS = {
+    "lda": re.compile(r"to_img\.[0-9]+\.proj_q\.weight"),
+    "pa_up": re.compile(r"to_img\.[0-9]+\.conv\.0\.weight"),
+}
 
 
 def _image_skip(channels: int, dim: int) -> list[nn.Module]:
@@ -97,6 +111,18 @@ class ESCReal(_RealNetwork):
         self.proj = Conv3x3(3, dim)
         self.skip = nn.Sequential(*_image_skip(3, dim))
         self.to_img = DySample(dim, scale=self.upscaling_factor) if use_dysample else _nearest_tail(dim)
+
+    @classmethod
+    def recognise(cls, shapes: Shapes) -> dict[str, Any] | None:
+        """Its enlargement comes first: the first weights are `to_img.1`, or those of a DySample."""
+        if "to_img.1.weight" not in shapes and "to_img.offset.weight" not in shapes:
+            return None
+        use_dysample = "to_img.offset.weight" in shapes
+        scale = 4
+        if use_dysample:
+            what = f"two coordinates, for {DYSAMPLE_GROUPS} groups, of a square of sub-pixels"
+            scale = shapes.root("to_img.offset.weight", 0, what, times=2 * DYSAMPLE_GROUPS)
+        return shapes.options(scale=scale, use_dysample=use_dysample)
 
 
 def _nearest_tail(dim: int) -> nn.Sequential:
@@ -193,3 +219,93 @@ class ESCRealM(_RealNetwork):
         if self.folding > 1:
             x = reflect_pad_to_multiple(x, self.folding)
         return super().forward(x)[:, :, :height, :width]
+
+    @classmethod
+    def recognise(cls, shapes: Shapes) -> dict[str, Any] | None:
+        """Every tail begins with weights, `to_img.0`."""
+        for tail, pattern in UNSUPPORTED_TAILS.items():
+            if any(map(pattern.fullmatch, shapes.weights)):
+                raise UserError(
+                    f"The weights are nearly those of an ESCRealM, but its tail is {tail}, an upsampler of "
+                    f"traiNNer-redux that is not supported here; supported: {', '.join(UPSAMPLERS)}."
+                )
+        if "to_img.0.weight" not in shapes and "to_img.0.offset.weight" not in shapes:
+            return None
+        unshuffle = "proj.1.weight" in shapes
+        upsampler, scale, mid_dim = _upsampler(shapes, (cls.TAIL_SCALE,) if unshuffle else (4, 3, 2, 1))
+        if unshuffle:
+            what = "3 colours times a square of 2 or 4 pixels"
+            factor = shapes.root("proj.1.weight", 1, what, times=3)
+            if factor not in (2, 4):
+                raise shapes.error("proj.1.weight", f"which is not {what}")
+            scale = cls.TAIL_SCALE // factor
+        unshuffle_mod = unshuffle or (scale > 2 and bool(shapes.known.get("unshuffle_mod", True)))
+        return shapes.options(scale=scale, upsampler=upsampler, mid_dim=mid_dim, unshuffle_mod=unshuffle_mod)
+
+
+class _Tail(NamedTuple):
+    """A tail of ESCRealM: the upsampler, its scale, and mid_dim if it uses that."""
+
+    upsampler: str
+    scale: int
+    mid_dim: int | None
+
+
+def _upsampler(shapes: Shapes, scales: tuple[int, ...]) -> tuple[str, int, int]:
+    """The upsampler, its scale and mid_dim.
+
+    Of several with the same names and shapes `known` decides, then the buffer MetaUpsample.
+    """
+    dim = shapes.size("blocks.0.attn.to_qkv.weight", 1)
+    found = {
+        name.removeprefix("to_img."): tensor.shape
+        for name, tensor in shapes.weights.items()
+        if name.startswith("to_img.") and name != META
+    }
+    first = shapes.size("to_img.0.weight", 0) if "to_img.0.weight" in shapes else dim
+    tails = [
+        _Tail(upsampler, scale, first if upsampler in ("pixelshuffle", "dysample") else None)
+        for scale in scales
+        for upsampler in UPSAMPLERS
+        if (upsampler == "conv") == (scale == 1)
+    ]
+    tails = [tail for tail in tails if _shapes_of(tail, dim) == found]
+    if not tails:
+        names = some([f"to_img.{name}" for name in found])
+        raise UserError(
+            f"The weights are nearly those of an ESCRealM, but its tail ({names}) is none of {', '.join(UPSAMPLERS)} "
+            f"for {dim} channels."
+        )
+    described = _described(shapes)
+    known_scale = scales[0] if len(scales) == 1 else shapes.known.get("upscaling_factor")
+    known = (shapes.known.get("upsampler"), known_scale)
+    fitting = [tail for tail in tails if tail[:2] == known]
+    fitting += [tail for tail in tails if described is not None and tail[:2] == described[:2]]
+    tail = (fitting or tails)[0]
+    if len(tails) > 1 and not fitting:
+        others = " or ".join(f"{other.upsampler} of x{other.scale}" for other in tails if other is not tail)
+        shapes.assumptions.append(f"{tail.upsampler} of x{tail.scale} has the same shapes as {others}.")
+    mid_dim: Any = tail.mid_dim
+    if mid_dim is None:  # this upsampler does not use it
+        mid_dim = shapes.known.get("mid_dim", described and described.mid_dim)
+        mid_dim = mid_dim if isinstance(mid_dim, int) and mid_dim > 0 else DEFAULT_MID_DIM
+    return tail.upsampler, tail.scale, mid_dim
+
+
+def _shapes_of(tail: _Tail, dim: int) -> dict[str, torch.Size]:
+    try:
+        with torch.device("meta"):
+            net = UniversalUpsampler(tail.upsampler, scale=tail.scale, dim=dim, mid=tail.mid_dim or DEFAULT_MID_DIM)
+    except ValueError:  # DySample with a number of channels that it cannot divide
+        return {}
+    return {name: tensor.shape for name, tensor in net.state_dict().items() if name != "MetaUpsample"}
+
+
+def _described(shapes: Shapes) -> _Tail | None:
+    """The tail by the buffer MetaUpsample, if it has content."""
+    buffer = shapes.weights.get(META)
+    if buffer is None or buffer.is_meta or tuple(buffer.shape) != (7,):
+        return None
+    _, number, scale, _, _, mid_dim, _ = buffer.tolist()
+    # Widths above 255 do not fit its type
+    return _Tail([*UPSAMPLERS][number], scale, mid_dim if mid_dim < 255 else None) if number < len(UPSAMPLERS) else None

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from esc_arch.archs.flashbias import Origin, convert_old_factors, mark_published, origin_of
+from esc_arch.archs.shapes import some
 from esc_arch.errors import UserError
 
 __all__ = [
@@ -25,7 +26,6 @@ __all__ = [
     "read_checkpoint",
     "read_metadata",
     "select_weights",
-    "some",
 ]
 
 logger = logging.getLogger("basicsr")
@@ -34,8 +34,6 @@ logger = logging.getLogger("basicsr")
 PARAM_KEYS = ("params_ema", "params", "params-ema", "state_dict", "model_state_dict", "model", "net_g")
 #: What wrappers (DataParallel, torch.compile) put before every name.
 PREFIXES = ("module.", "_orig_mod.")
-#: How many names a message lists before it says how many more there are.
-LISTED = 8
 #: Bytes of memory that the content of a file may take beyond the size of the file. PyTorch stores records as they
 #: are; only ones made to do harm grow by more when they are read.
 LARGEST_GROWTH = 2**28
@@ -150,22 +148,15 @@ def find_weights(
     else:
         found = [key for key in PARAM_KEYS if is_state_dict(checkpoint.get(key))]
         if not found:
-            keys = ", ".join(map(str, list(checkpoint)[:LISTED])) or "nothing"
             raise UserError(
                 f"{source} holds no weights under {'' if param_key is None else f'{param_key!r} nor under '}"
                 f"any of {', '.join(PARAM_KEYS)}; "
-                f"it holds {keys}."
+                f"it holds {some([*map(str, checkpoint)]) or 'nothing'}."
                 + (" It is a training state: name it as path: resume_state." if "optimizers" in checkpoint else "")
             )
         key, weights = found[0], checkpoint[found[0]]
     _check_dense(weights, source)
     return key, {_strip_prefixes(name): tensor for name, tensor in weights.items()}
-
-
-def some(names: list[str]) -> str:
-    """The first few names, and how many more there are."""
-    rest = len(names) - LISTED
-    return ", ".join(names[:LISTED]) + (f" and {rest} more" if rest > 0 else "")
 
 
 def is_state_dict(value: object) -> bool:

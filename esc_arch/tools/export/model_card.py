@@ -9,7 +9,7 @@ from typing import Any
 
 import yaml
 
-from esc_arch.checkpoints.recognition import PUBLISHED_RIB_WINDOW
+from esc_arch.archs.esc_rib_arch import PUBLISHED_WINDOW as PUBLISHED_RIB_WINDOW
 
 from .experiment import Training
 
