@@ -35,9 +35,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("-m", "--model", type=Path, required=True, metavar="WEIGHTS", help=".pth or .safetensors")
     parser.add_argument("-s", "--outscale", type=float, metavar="S", help="enlarge by S; default: as the network does")
     parser.add_argument(
-        "-t", "--tile", type=int, default=0, metavar="N", help="fast tiles of N pixels; default: 0, none"
+        "-t", "--tile", type=int, default=0, metavar="N", help="parts of at most N pixels, with the same result"
     )
-    parser.add_argument("--tile_pad", type=int, metavar="N", help="pixels by which tiles overlap")
+    parser.add_argument("--tile_pad", type=int, metavar="N", help="accepted without effect: parts need no overlap")
     parser.add_argument("--pre_pad", type=int, default=0, metavar="N", help="pixels added at each side, then cropped")
     parser.add_argument("--max-memory", metavar="SIZE", help="such as 2G: in parts that fit, with the same result")
     parser.add_argument("--fp32", action="store_true", help="full precision on GPUs, too; CPUs always have it")
@@ -92,7 +92,6 @@ def _options(args: argparse.Namespace) -> Options:
     settings = Settings(
         scale=args.outscale,
         tile=args.tile,
-        tile_pad=args.tile_pad,
         pre_pad=args.pre_pad,
         max_memory=None if args.max_memory is None else parse_memory(args.max_memory),
         alpha=args.alpha_upsampler,

@@ -5,13 +5,14 @@ each. Here the network is run a step at a time instead, each step over the whole
 memory or in temporary files, a tile is read with as much around it as the step sees, and the means that the next step
 needs are summed on the way. At the borders of the image the layers' own padding acts, as ever.
 
-`enlarge_exactly` gives what `Upscaler` gives, up to the rounding of float32; `enlarge_in_tiles` is faster and not
-exact; `enlarge` takes the whole image at once where it fits.
+`enlarge_exactly` gives what `Upscaler` gives, up to the rounding of float32; `enlarge` takes the whole image at once
+where it fits.
 """
 
 from __future__ import annotations
 
 import logging
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -24,9 +25,8 @@ from .planning import Plan, fits, plan_for, whole
 from .regions import Picture
 from .tails import folding_of, tail_for
 from .tiled_executor import Progress, TiledExecutor, Write
-from .tiles import enlarge_in_tiles
 
-__all__ = ["Progress", "Write", "enlarge", "enlarge_exactly", "enlarge_in_tiles", "parse_memory"]
+__all__ = ["Progress", "Write", "enlarge", "enlarge_exactly", "parse_memory"]
 
 logger = logging.getLogger("esc_arch")
 
@@ -39,8 +39,6 @@ def enlarge(
     scale: float | None = None,
     max_memory: int | None = None,
     tile: int = 0,
-    overlap: int | None = None,
-    pools: str = "image",
     scratch: Path | None = None,
     progress: Progress | None = None,
 ) -> None:
@@ -49,18 +47,15 @@ def enlarge(
     Memory that runs out in spite of the estimate is answered by parts, with a warning.
 
     Args:
-        tile: above 0, `enlarge_in_tiles` of this size, with `overlap` and `pools`, which is not exact.
+        tile: above 0, larger images are computed in parts, see `enlarge_exactly`.
         others: see `enlarge_exactly`.
 
     Raises:
-        UserError: as of `enlarge_exactly` and `enlarge_in_tiles`.
+        UserError: as of `enlarge_exactly`.
     """
-    if tile:
-        enlarge_in_tiles(
-            upscaler, image, write, tile=tile, overlap=overlap, pools=pools, scale=scale, progress=progress
-        )
-    elif not _enlarged_at_once(upscaler, image, write, scale, max_memory):
-        enlarge_exactly(upscaler, image, write, scale=scale, max_memory=max_memory, scratch=scratch, progress=progress)
+    options: Any = {"scale": scale, "max_memory": max_memory, "scratch": scratch, "progress": progress}
+    if 0 < tile < max(image.shape[:2]) or not _enlarged_at_once(upscaler, image, write, scale, max_memory):
+        enlarge_exactly(upscaler, image, write, tile=tile, **options)
     elif progress is not None:
         progress(1)
 
@@ -96,6 +91,7 @@ def enlarge_exactly(
     *,
     scale: float | None = None,
     max_memory: int | None = None,
+    tile: int = 0,
     scratch: Path | None = None,
     progress: Progress | None = None,
 ) -> None:
@@ -108,6 +104,7 @@ def enlarge_exactly(
         max_memory: bytes of the host's memory that the process may take in all, which it has a part of already; None
             for most of what is free. What `write` keeps comes on top. Features for which there is no room go to
             temporary files.
+        tile: above 0, the largest side of the parts in pixels of the image, rounded up to whole windows.
         scratch: the folder of these; None for the system's.
         progress: told the part of the work that is done.
 
@@ -117,7 +114,11 @@ def enlarge_exactly(
     """
     picture = _seen(upscaler, image)
     size = upscaler.output_size(image.shape[0], image.shape[1], scale)
-    run(upscaler, picture, size, write, plan_for(upscaler, picture, size, scale, max_memory), scratch, progress)
+    plan = plan_for(upscaler, picture, size, scale, max_memory)
+    if tile:
+        largest = -(-tile // (upscaler.window * folding_of(upscaler.net))) * upscaler.window
+        plan = replace(plan, tile=min(plan.tile, largest), tail_tile=min(plan.tail_tile, largest))
+    run(upscaler, picture, size, write, plan, scratch, progress)
 
 
 @torch.no_grad()

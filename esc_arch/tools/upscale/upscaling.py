@@ -48,9 +48,7 @@ class Settings:
 
     Attributes:
         scale: by how much; None for the network's own. Of a network that has one scale alone, the result is resized.
-        tile: side of fast tiles in pixels of the input; 0 for the whole image, or exact parts of it where memory
-            is short.
-        tile_pad: pixels by which tiles overlap; None for what suits the network.
+        tile: the largest side of parts in pixels of the input; 0 for the whole image, or parts where memory is short.
         pre_pad: pixels of reflection added at every side, and cropped afterwards.
         max_memory: bytes that may be used, of the device; None for what is there.
         alpha: of `ALPHAS`.
@@ -61,7 +59,6 @@ class Settings:
 
     scale: float | None = None
     tile: int = 0
-    tile_pad: int | None = None
     pre_pad: int = 0
     max_memory: int | None = None
     alpha: str = "network"
@@ -69,11 +66,9 @@ class Settings:
     def __post_init__(self) -> None:
         if self.scale is not None and not 0 < self.scale < math.inf:
             raise UserError(f"The scale is {self.scale:g}; it must be a number above 0.")
-        for name, number in (("tile", self.tile), ("tile_pad", self.tile_pad or 0), ("pre_pad", self.pre_pad)):
+        for name, number in (("tile", self.tile), ("pre_pad", self.pre_pad)):
             if number < 0:
                 raise UserError(f"{name} is {number}; it must be a number of pixels, 0 or more.")
-        if self.tile and self.max_memory is not None:
-            raise UserError("tile and max_memory are two ways to need less memory: give one of them.")
         if self.alpha not in ALPHAS:
             raise UserError(f"alpha is {self.alpha!r}; allowed: {', '.join(ALPHAS)}.")
 
@@ -310,7 +305,6 @@ def _through_network(
         scale=scale,
         max_memory=settings.max_memory,
         tile=settings.tile,
-        overlap=settings.tile_pad,
         scratch=scratch,
         progress=progress,
     )
@@ -411,8 +405,8 @@ def upscale(
             type in 0 .. 1, on any device; or a Pillow image.
         model: what `esc_arch.load` returns, or the path of a checkpoint. The last few loaded by path are kept.
         scale: by how much; the network's own by default. A network that has one scale alone has its result resized.
-        tile: side of fast tiles in pixels of `image`, a little different from the whole; 0 for the exact result.
-        max_memory: bytes, or text such as "2G": the exact result in parts that fit.
+        tile: the largest side of parts in pixels of `image`, with the same result; 0 for the whole where it fits.
+        max_memory: bytes, or text such as "2G": parts that fit, with the same result.
 
     Returns:
         An image with the channels of `image`, (H', W') large. A Pillow image keeps its colour profile, and one with a

@@ -18,7 +18,7 @@ from networks import max_error, needs_cuda
 from torch import Tensor
 
 from esc_arch.errors import UserError
-from esc_arch.tools.upscale import feature_maps, planning
+from esc_arch.tools.upscale import feature_maps, large_images, planning
 from esc_arch.tools.upscale.feature_maps import FeatureMap, MapInFile, MapInMemory
 from esc_arch.tools.upscale.large_images import enlarge, enlarge_exactly, run
 from esc_arch.tools.upscale.memory import format_memory, is_out_of_memory, parse_memory, peak_of, resident
@@ -387,11 +387,21 @@ def test_real_failures_of_the_allocator_are_recognised() -> None:
     assert not is_out_of_memory(ValueError("out of memory"))
 
 
-def test_fast_tiling_is_chosen() -> None:
-    upscaler = upscaler_of("ESC", upscaling_factor=2)
-    canvas = Canvas(60, 60)
-    enlarge(upscaler, picture(30, 30), canvas, tile=16, overlap=8, pools="tile")
-    assert len(canvas.blocks) > 1
+@pytest.mark.parametrize(("kind", "tile", "largest"), [("ESC", 16, 16), ("ESC", 9, 16), ("ESCRealM", 20, 32)])
+def test_tile_bounds_the_parts(kind: str, tile: int, largest: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is rounded up to whole windows, of the network's features; a smaller image is computed at once."""
+    upscaler = upscaler_of(kind, upscaling_factor=2)
+    image = picture(45, 60)
+    plans: list[Plan] = []
+    original = large_images.run
+    monkeypatch.setattr(large_images, "run", lambda *args: plans.append(args[4]) or original(*args))
+    canvas = Canvas(90, 120)
+    enlarge(upscaler, image, canvas, tile=tile)
+    assert max_error(canvas.finished(), plain(upscaler, image)) < 1e-5
+    unshuffle = 2 if kind == "ESCRealM" else 1
+    assert [(plan.tile, plan.tail_tile) for plan in plans] == [(largest // unshuffle, largest // unshuffle)]
+    enlarge(upscaler, image[:9, :9], Canvas(18, 18), tile=tile)
+    assert len(plans) == 1
 
 
 @pytest.mark.parametrize("function", [enlarge, enlarge_exactly])
@@ -529,3 +539,12 @@ def test_the_whole_is_measured_as_a_whole() -> None:
     image = picture(80, 80)
     peak = peak_of(lambda: whole(upscaler, image, None), torch.device("cpu"))
     assert peak < costs_of(upscaler, None).whole.of(80 * 80) < 2 * peak
+
+
+def test_a_picture_is_padded_without_a_copy() -> None:
+    image = picture(5, 9)
+    padded = Picture(image, 8, 3)
+    assert (padded.height, padded.width) == (9, 18)
+    twice = np.pad(np.pad(image, ((0, 3), (0, 7), (0, 0)), "reflect"), ((0, 1), (0, 2), (0, 0)), "reflect")
+    region = padded.read(Region(0, 0, 9, 18), torch.device("cpu"))[0].permute(1, 2, 0)
+    assert torch.equal(region, torch.from_numpy(twice / np.float32(255)))
