@@ -23,6 +23,7 @@ from esc_arch.ops.layout import fast_layout
 from esc_arch.ops.window_attention.flash import MAX_WIDTH
 
 from .flashbias import Origin, convert_old_factors, mark_published, origin_of
+from .heads import Head
 from .shapes import Shapes
 
 __all__ = [
@@ -46,10 +47,22 @@ Network = TypeVar("Network", bound="SharedKernelNetwork")
 
 
 class ESCFamily(nn.Module):
-    """A network of `blocks` between a first convolution `proj` and a last one.
+    """A network of `blocks` between a first convolution `proj` and a head. Subclasses make all three.
 
-    Sub-classes make `proj`, `blocks` and their tail.
+    The class attributes and the methods up to `conflict_with` are all that the rest of the package asks a network for.
     """
+
+    #: The modules that `reconstruct` runs, one after the other: how far it sees, for images computed in parts.
+    head_layers: tuple[str, ...] = ("last", "to_img")
+
+    #: How many pixels of the image along each side become one of the features.
+    unshuffle_factor = 1
+
+    #: True if it can be asked for any scale; others have a whole one.
+    any_scale: ClassVar[bool] = False
+
+    #: True for photographs with unknown degradations, not for images made smaller by bicubic interpolation.
+    real_world: ClassVar[bool] = False
 
     #: The convolution before the pixel shuffle, whose weights can be interpolated to another scale.
     subpixel_conv: str | None = "to_img"
@@ -83,15 +96,30 @@ class ESCFamily(nn.Module):
         raise TypeError(f"{type(self).__name__} has no large kernels: use one of its subclasses.")
 
     def reconstruct(self, feat: Tensor, shallow: Tensor, image: Tensor) -> Tensor:
-        """The tail: from the features behind the blocks to the enlarged image.
+        """The head: from the features behind the blocks to the enlarged image.
 
-        Every pixel of it depends on its neighbourhood alone (see `esc_arch.tools.upscale.large_images`).
+        Every pixel of it depends on its neighbourhood alone, see `head`.
 
         Args:
             feat, shallow: features behind and before the blocks, (B, dim, H, W).
-            image: (B, 3, H, W), the network's input; f times larger where the network folds it (`ESCRealM`).
+            image: (B, 3, H * f, W * f), the network's input, f being `unshuffle_factor`.
         """
-        raise TypeError(f"{type(self).__name__} has no tail: use one of its subclasses.")
+        raise TypeError(f"{type(self).__name__} has no head: use one of its subclasses.")
+
+    def head(self, image_size: tuple[int, int], size: tuple[int, int], out_size: tuple[int, int]) -> Head:
+        """The head for an image that is computed in parts; see `Head`, whose arguments these are."""
+        return Head(self, image_size, size, out_size)
+
+    def enlarge(self, image: Tensor, image_size: tuple[int, int], out_size: tuple[int, int]) -> Tensor:
+        """The enlarged image of a padded one.
+
+        Args:
+            image: (B, 3, H, W), of which the first h rows and w columns are not padding.
+            image_size: (h, w).
+            out_size: (H', W') of the result.
+        """
+        out: Tensor = self(image)
+        return out[..., : out_size[0], : out_size[1]]
 
     def run_blocks(self, x: Tensor, *large_kernels: Tensor) -> Tensor:
         """All blocks one after the other: (B, dim, H, W) -> (B, dim, H, W)."""

@@ -15,12 +15,15 @@ from esc_arch.modules.conv3x3 import Conv3x3, conv3x3
 from esc_arch.modules.lte import LTE, query_grid
 from esc_arch.ops.resize import scaled_size
 
+from .heads import Head, Read, Region
 from .shapes import Shapes
 
 __all__ = ["ESCLTE"]
 
 #: What `normalize` subtracts from images and divides them by.
 IMAGE_MEAN = IMAGE_STD = 0.5
+#: Points of a large image at a time: each takes some tens of kilobytes.
+LARGEST_CHUNK = 4096
 IMNET_LAYER = re.compile(r"lte\.imnet\.([0-9]{1,4})\.weight")
 
 
@@ -51,6 +54,8 @@ class ESCLTE(SharedKernelNetwork):
     """
 
     subpixel_conv = None
+    head_layers = ("last", "lte.coef")
+    any_scale = True
 
     def __init__(
         self,
@@ -131,14 +136,22 @@ class ESCLTE(SharedKernelNetwork):
                     f"coords are {tuple(coords.shape)} and cell {tuple(cell.shape)}; for a batch of {batch} they must "
                     f"be ({batch}, Q, 2) and ({batch}, 2)."
                 )
-            return self.lte(self.features(x), x, coords, cell, chunk=self.query_chunk)
+            return self._query(x, coords, cell)
         if size is None:
             size = scaled_size(x.shape[-2:], self.upscaling_factor if scale is None else scale)
         elif min(size) < 1:
             raise ValueError(f"size is {tuple(size)}; height and width must be at least 1.")
-        grid, grid_cell = query_grid(size, device=x.device)
-        coords, cell = grid.expand(x.shape[0], -1, -1), grid_cell.expand(x.shape[0], -1)
-        return self.lte(self.features(x), x, coords, cell, chunk=self.query_chunk).unflatten(-1, size)
+        return self.enlarge(x, (x.shape[-2], x.shape[-1]), size)
+
+    def enlarge(self, image: Tensor, image_size: tuple[int, int], out_size: tuple[int, int]) -> Tensor:
+        part = (image_size[0] / image.shape[-2], image_size[1] / image.shape[-1])
+        coords, cell = query_grid(out_size, device=image.device, part=part)
+        count = image.shape[0]
+        return self._query(image, coords.expand(count, -1, -1), cell.expand(count, -1)).unflatten(-1, out_size)
+
+    def _query(self, x: Tensor, coords: Tensor, cell: Tensor) -> Tensor:
+        colours: Tensor = self.lte(self.features(x), x, coords, cell, chunk=self.query_chunk)
+        return colours
 
     def shallow_features(self, x: Tensor) -> Tensor:
         return super().shallow_features((x - IMAGE_MEAN) / IMAGE_STD if self.normalize else x)
@@ -147,6 +160,9 @@ class ESCLTE(SharedKernelNetwork):
         """What the upsampler starts from: (B, 3, H, W) -> (B, dim, H, W). It does not depend on the scale."""
         shallow = self.shallow_features(x)
         return conv3x3(self.last, self.run_blocks(shallow, *self.large_kernels()), residual=shallow)
+
+    def head(self, *sizes: tuple[int, int]) -> Head:
+        return _LTEHead(self, *sizes)
 
     @classmethod
     def recognise(cls, shapes: Shapes) -> dict[str, Any] | None:
@@ -184,3 +200,50 @@ class ESCLTE(SharedKernelNetwork):
             "The published ESC-LTE normalizes its images, esc_arch's own does not: give network_g: normalize: "
             f"{str(given).lower()}."
         )
+
+
+class _LTEHead(Head):
+    """Colours at points: of any scale, so that regions begin at any pixel."""
+
+    def __init__(self, net: ESCLTE, *sizes: tuple[int, int]) -> None:
+        super().__init__(net, *sizes)
+        self.lte_net = net
+        self.align = 1
+        self.margin += 1  # of a point the pixels to both sides are asked
+
+    def block(self, out: Region, features: Read, image: Read) -> Tensor:
+        net = self.lte_net
+        part = self.image_size[0] / self.size[0], self.image_size[1] / self.size[1]
+        rows, height = grid_coords(out.top, out.bottom, self.out_size[0], self.size[0], part[0])
+        columns, width = grid_coords(out.left, out.right, self.out_size[1], self.size[1], part[1])
+        edges = (rows[0], columns[0], rows[-1] + 1, columns[-1] + 1)
+        region = Region(*(math.floor(edge) for edge in edges)).expand(self.margin, self.size)
+        picture = image(region)
+        feat = conv3x3(net.last, features(region), residual=net.shallow_features(picture))
+        # In float64 the positions stay what they are while they become those of this part
+        points = [
+            (positions.double() - first + 0.5) * (2 / length) - 1
+            for positions, first, length in ((rows, region.top, region.height), (columns, region.left, region.width))
+        ]
+        coords = torch.stack(torch.meshgrid(*points, indexing="ij"), dim=-1).flatten(0, 1)[None].to(feat.device)
+        cell = torch.tensor([[2 * height / region.height, 2 * width / region.width]], dtype=torch.float64)
+        chunk = min(net.query_chunk or LARGEST_CHUNK, LARGEST_CHUNK)
+        colours: Tensor = net.lte(feat.float(), picture, coords, cell.to(feat.device), chunk=chunk)
+        return colours[0].unflatten(-1, (out.height, out.width))
+
+
+def grid_coords(first: int, last: int, count: int, length: int, part: float) -> tuple[Tensor, float]:
+    """Where pixels of the result lie on a side of the map, as `LTE` finds them in the whole image.
+
+    Args:
+        first, last: the pixels wanted of `count`.
+        length: of the map's side.
+        part: how much of it the result shows.
+
+    Returns:
+        The positions of their centres in pixels, 0 being that of the map's first, float32; and a pixel's length.
+    """
+    cell = 2 * part / count
+    coords = (torch.arange(first, last, dtype=torch.float32) + 0.5) * cell - 1
+    size = torch.tensor(cell) * length / 2  # float32, as there
+    return (coords + 1) * (length / 2) - 0.5, size.item()

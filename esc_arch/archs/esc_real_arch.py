@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import MutableMapping
+from collections.abc import MutableMapping, Sequence
 from typing import Any, ClassVar, NamedTuple
 
 import torch
@@ -15,6 +15,7 @@ from esc_arch.modules.conv3x3 import Conv3x3, conv3x3
 from esc_arch.modules.upsample import UPSAMPLERS, DySample, ReflectDepthwiseConv, UniversalUpsampler
 from esc_arch.ops.padding import reflect_pad_to_multiple
 
+from .heads import Head, Read, Region
 from .shapes import Shapes, some
 
 __all__ = ["ESCReal", "ESCRealM"]
@@ -42,7 +43,9 @@ def _image_skip(channels: int, dim: int) -> list[nn.Module]:
 class _RealNetwork(SharedKernelNetwork):
     """The body of both networks: ESC's with LayerNorms, and a second skip from the image."""
 
-    subpixel_conv = None  # the tails are not one convolution
+    subpixel_conv = None  # the heads are not one convolution
+    head_layers = ("skip", "to_img")  # `skip` sees farther than `last`, which is beside it
+    real_world = True
 
     #: In the published order of parameters, by which optimisers' states go.
     parts: ClassVar[tuple[str, ...]]
@@ -65,6 +68,50 @@ class _RealNetwork(SharedKernelNetwork):
     def reconstruct(self, feat: Tensor, shallow: Tensor, image: Tensor) -> Tensor:
         feat = conv3x3(self.last, feat, residual=shallow) + self.skip(image)
         return self.to_img(feat).contiguous()
+
+    def head(self, *sizes: tuple[int, int]) -> Head:
+        *narrowing, last = self.to_img if isinstance(self.to_img, nn.Sequential) else [self.to_img]
+        return _DySampleHead(self, narrowing, last, *sizes) if isinstance(last, DySample) else super().head(*sizes)
+
+
+class _DySampleHead(Head):
+    """Resampling at places that the features determine: those are computed first, then what is there is read."""
+
+    prepares = True
+    #: More pixels of the features than this, and more than a few times those of the region, are not read at a time.
+    LEAST_READ = 64**2
+
+    def __init__(
+        self, net: _RealNetwork, narrowing: Sequence[nn.Module], sampler: DySample, *sizes: tuple[int, int]
+    ) -> None:
+        super().__init__(net, *sizes)
+        self.real, self.narrowing, self.sampler = net, nn.Sequential(*narrowing), sampler
+
+    def prepare(self, feat: Tensor, image: Tensor) -> Tensor:
+        net = self.real
+        feat = conv3x3(net.last, feat, residual=net.shallow_features(image)) + net.skip(image)
+        out: Tensor = self.narrowing(feat)
+        return out
+
+    def block(self, out: Region, features: Read, image: Read) -> Tensor:
+        core = out.shrunk(self.align)
+        places = self.sampler.places(features(core).float(), core[:2], self.size)
+        # In pixels, rounded once as grid_sample does: in wide maps that is off by up to 0.001 pixels
+        columns, rows = (
+            ((place + 1).double() * (length / 2) - 0.5).float().clamp(0, length - 1)
+            for place, length in zip(places, self.size[::-1], strict=True)
+        )
+        seen = Region(*(int(edge) for edge in (rows.min(), columns.min(), rows.max() + 2, columns.max() + 2)))
+        seen = seen.expand(0, self.size)
+        halves = out.halves(self.align)
+        if halves is not None and seen.area > max(4 * core.area, self.LEAST_READ):
+            parts = [self.block(half, features, image) for half in halves]
+            return torch.cat(parts, dim=1 if halves[0].width == out.width else 2)
+        # In float64 the places stay what they are while they become those of this part
+        columns = (columns.double() - seen.left + 0.5) * (2 / seen.width) - 1
+        rows = (rows.double() - seen.top + 0.5) * (2 / seen.height) - 1
+        enlarged = self.sampler.sample(features(seen).double(), columns, rows)
+        return out.crop(enlarged, core.times(self.align))[0].contiguous()
 
 
 class ESCReal(_RealNetwork):
@@ -151,7 +198,7 @@ class ESCRealM(_RealNetwork):
         upsampler: pixelshuffledirect, pixelshuffle, nearest+conv, dysample or transpose+conv, see
             `UniversalUpsampler`. At scale 1 without unshuffle_mod it is one convolution (conv), whatever is given.
         mid_dim: channels inside the upsamplers pixelshuffle and dysample.
-        unshuffle_mod: for scales below 3, work on the image folded to a quarter or half of its size (padded by
+        unshuffle_mod: for scales below 3, work on the image unshuffled to a quarter or half of its size (padded by
             reflection to a multiple) and enlarge by 4.
         others: see `ESC`.
     """
@@ -191,14 +238,13 @@ class ESCRealM(_RealNetwork):
         if upscaling_factor not in (1, 2, 3, 4):
             raise ValueError(f"upscaling_factor is {upscaling_factor}; ESCRealM takes 1, 2, 3 or 4.")
         unshuffle = unshuffle_mod and self.upscaling_factor < 3
-        #: How many pixels of the image along each side become one of the features.
-        self.folding = self.TAIL_SCALE // self.upscaling_factor if unshuffle else 1
-        channels = 3 * self.folding**2
+        self.unshuffle_factor = self.TAIL_SCALE // self.upscaling_factor if unshuffle else 1
+        channels = 3 * self.unshuffle_factor**2
         proj = Conv3x3(channels, dim)
         skip = _image_skip(channels, dim)
         if unshuffle:
-            self.proj = nn.Sequential(nn.PixelUnshuffle(self.folding), proj)
-            self.skip = nn.Sequential(nn.PixelUnshuffle(self.folding), *skip)
+            self.proj = nn.Sequential(nn.PixelUnshuffle(self.unshuffle_factor), proj)
+            self.skip = nn.Sequential(nn.PixelUnshuffle(self.unshuffle_factor), *skip)
         else:
             self.proj = proj
             self.skip = nn.Sequential(*skip)
@@ -216,8 +262,8 @@ class ESCRealM(_RealNetwork):
 
     def forward(self, x: Tensor) -> Tensor:
         height, width = (size * self.upscaling_factor for size in x.shape[-2:])
-        if self.folding > 1:
-            x = reflect_pad_to_multiple(x, self.folding)
+        if self.unshuffle_factor > 1:
+            x = reflect_pad_to_multiple(x, self.unshuffle_factor)
         return super().forward(x)[:, :, :height, :width]
 
     @classmethod

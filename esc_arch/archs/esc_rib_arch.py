@@ -40,6 +40,7 @@ class ESCRIB(SharedKernelNetwork):
     """
 
     subpixel_conv = "upsampler.up_conv"
+    head_layers = ("last", "upsampler")
     published_defaults: ClassVar = {"exp_ratio": 2, "rank": "256 - head_dim", "rib_hidden_dim": 64}
 
     def __init__(

@@ -114,27 +114,46 @@ class DySample(nn.Module):
 
     @in_float32
     def forward(self, x: Tensor) -> Tensor:
-        batch, channels, height, width = x.shape
+        return self.sample(x, *self.places(x, (0, 0), (x.shape[-2], x.shape[-1])))
+
+    @in_float32
+    def places(self, x: Tensor, first: tuple[int, int], size: tuple[int, int]) -> tuple[Tensor, Tensor]:
+        """Where output pixels are read from a map: columns and rows, -1 .. 1.
+
+        Args:
+            x: a part of the map, (B, dim, h, w).
+            first: its first row and column.
+            size: height and width of the map.
+
+        Returns:
+            (B, groups, h * scale, w * scale), twice.
+        """
+        batch, _, height, width = x.shape
         offset = self.offset(x) * self.scope(x).sigmoid() * 0.5 + self.init_pos
         # The channels are x or y, then group, then sub-pixel: a shuffle puts the last one in its place
         offset = F.pixel_shuffle(offset, self.scale).reshape(
             batch, 2, self.groups, height * self.scale, width * self.scale
         )
-        place_x = (self._pixels(width, x) + offset[:, 0]) * (2 / width) - 1
-        place_y = (self._pixels(height, x)[:, None] + offset[:, 1]) * (2 / height) - 1
+        # The centre of the input pixel that each output pixel along a side lies in
+        rows, columns = (
+            (torch.arange(start, start + length, device=x.device, dtype=x.dtype) + 0.5).repeat_interleave(self.scale)
+            for start, length in zip(first, (height, width), strict=True)
+        )
+        return (columns + offset[:, 0]) * (2 / size[1]) - 1, (rows[:, None] + offset[:, 1]) * (2 / size[0]) - 1
+
+    @in_float32
+    def sample(self, x: Tensor, columns: Tensor, rows: Tensor) -> Tensor:
+        """The map at such places: (B, out_dim, h * scale, w * scale)."""
+        batch, channels, height, width = x.shape
         sampled = F.grid_sample(
             x.reshape(batch * self.groups, channels // self.groups, height, width),
-            torch.stack([place_x, place_y], dim=-1).flatten(0, 1),
+            torch.stack([columns, rows], dim=-1).flatten(0, 1),
             mode="bilinear",
             padding_mode="border",
             align_corners=False,
         )
-        return self.end_conv(sampled.reshape(batch, channels, height * self.scale, width * self.scale))
-
-    def _pixels(self, size: int, like: Tensor) -> Tensor:
-        """The centre of the input pixel that each output pixel along a side lies in."""
-        centres = torch.arange(size, device=like.device, dtype=like.dtype) + 0.5
-        return centres.repeat_interleave(self.scale)
+        sampled = sampled.reshape(batch, channels, rows.shape[-2], rows.shape[-1])
+        return self.end_conv(sampled.to(self.end_conv.weight.dtype))
 
 
 def _subpixel_places(scale: int, groups: int) -> Tensor:

@@ -47,9 +47,8 @@ class ExportedNetwork(nn.Module):
         self.dtype = dtype
         self.slices = slices
         self.multiples = [net.window_size] * pad
-        folding: int = getattr(net, "folding", 1)
-        if not pad or net.window_size % folding:
-            self.multiples.append(folding)
+        if not pad or net.window_size % net.unshuffle_factor:
+            self.multiples.append(net.unshuffle_factor)
 
     def forward(self, image: Tensor) -> Tensor:
         shown = (image.shape[-2], image.shape[-1])
@@ -91,7 +90,7 @@ def onnx_network(net: ESCFamily, *, pad: bool = True, loop: bool = True, half: b
             of DySample and LTE.
     """
     net = copy.deepcopy(net)
-    whole_windows = pad and getattr(net, "folding", 1) == 1
+    whole_windows = pad and net.unshuffle_factor == 1
     with torch.no_grad():
         replace_layers(net, lambda layer: _exported(layer, pad=not whole_windows, loop=loop))
         if half:
