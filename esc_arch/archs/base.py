@@ -27,21 +27,21 @@ from .heads import Head
 from .shapes import Shapes
 
 __all__ = [
+    "NETWORKS",
     "Body",
     "ESCFamily",
     "SharedKernelNetwork",
     "checked_range",
     "earlier_order",
     "network_named",
-    "networks",
 ]
 
 #: Upper bound that catches typos.
 MOST_PARTS = 1000
 #: What BasicSR's own loading puts behind names of other shapes (strict_load_g: false), and at the end.
 IGNORED = ".ignore"
-#: What modules of this package begin with, and names of its networks in option files may.
-OWN = "esc_arch."
+#: All networks that were imported, of this package and of others, the last one first.
+NETWORKS: list[type[ESCFamily]] = []
 
 Network = TypeVar("Network", bound="SharedKernelNetwork")
 
@@ -75,6 +75,10 @@ class ESCFamily(nn.Module):
 
     proj: nn.Module
     blocks: nn.ModuleList
+
+    def __init_subclass__(cls, **options: Any) -> None:
+        super().__init_subclass__(**options)
+        NETWORKS.insert(0, cls)
 
     def __init__(self, *, window_size: int, upscaling_factor: int) -> None:
         super().__init__()
@@ -373,28 +377,14 @@ class Body(NamedTuple):
         )
 
 
-def networks() -> list[type[ESCFamily]]:
-    """All classes of networks that were imported, of this package and of others, the last one first."""
-
-    def below(kind: type[ESCFamily]) -> Iterator[type[ESCFamily]]:
-        for each in kind.__subclasses__():
-            yield each
-            yield from below(each)
-
-    return list(dict.fromkeys(below(ESCFamily)))[::-1]
-
-
 def network_named(name: str) -> type[ESCFamily]:
     """The class of a network by its name in option files; of this package where another has one of the same name.
 
     Raises:
         KeyError: there is none.
     """
-    named = [network for network in networks() if network.__name__ == name.removeprefix(OWN)]
-    ours = [network for network in named if network.__module__.startswith(OWN)]
-    if not named:
-        raise KeyError(name)
-    return (ours or named)[0]
+    named = {network.__name__: network for network in NETWORKS}  # this package's come last
+    return named[name.removeprefix("esc_arch.")]
 
 
 def earlier_order(net: ESCFamily) -> list[str]:

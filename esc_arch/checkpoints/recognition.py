@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
-from esc_arch.archs.base import networks
+from esc_arch.archs.base import NETWORKS
 from esc_arch.archs.shapes import Shapes, some
 from esc_arch.errors import UserError
 
@@ -42,7 +42,7 @@ class Recognised(NamedTuple):
 def examine(weights: Mapping[str, Tensor], known: Mapping[str, Any] | None = None) -> Recognised:
     """`recognise`, with what it had to assume."""
     shapes = Shapes(own_names(weights), known or {})
-    asked = [network for network in networks() if "recognise" in vars(network)]
+    asked = [network for network in NETWORKS if "recognise" in vars(network)]
     for network in asked:
         options = network.recognise(shapes)
         if options is not None:
@@ -87,6 +87,6 @@ def own_names(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
     while len(first := {name.partition(".")[0] for name in stripped}) == 1 and all("." in name for name in stripped):
         prefix = f"{first.pop()}."
         stripped = {name.removeprefix(prefix): tensor for name, tensor in stripped.items()}
-    for network in networks():
+    for network in NETWORKS:
         stripped = network.own_names(stripped)
     return stripped
