@@ -12,7 +12,6 @@ from typing import Any
 from basicsr.utils.registry import ARCH_REGISTRY
 from torch import nn
 
-from esc_arch.archs import ESCRIB
 from esc_arch.archs.base import ESCFamily
 from esc_arch.errors import UserError
 from esc_arch.options.files import load_options, load_yaml
@@ -190,7 +189,7 @@ def _identity(options: Mapping[str, Any]) -> dict[str, Any]:
     """What distinguishes networks but for the scale."""
     kind, factors = _constructor(options), str(options.get("attn_type")).lower() == "flashbias"
     complete = {key: value for key, value in _with_defaults(options).items() if key not in _COMPUTATION}
-    if not factors and kind is not ESCRIB:
+    if not factors and "flashbias_rank" in complete:  # without factors these options have no effect
         complete = {key: value for key, value in complete.items() if key not in ("rank", "flashbias_rank")}
     return {key: list(value) if isinstance(value, tuple) else value for key, value in complete.items()} | {
         "type": kind,
