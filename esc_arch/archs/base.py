@@ -174,25 +174,28 @@ class ESCFamily(nn.Module):
             What it is of and what was done, such as "another scale: to_img.weight was interpolated from x2 to x3.";
             empty for a checkpoint that fits.
         """
-        ignored = [name for name in state_dict if name.startswith(prefix) and name.endswith(IGNORED)]
         origin = origin_of([name for name in state_dict if not name.endswith(IGNORED)], prefix)
+        ignored = [name for name in state_dict if name.startswith(prefix) and name.endswith(IGNORED)]
+        ignored = [name for name in ignored if name.removesuffix(IGNORED) not in state_dict]
+        for name in ignored:
+            state_dict[name.removesuffix(IGNORED)] = state_dict.pop(name)
         notes = [
             *self._adapt_scale(state_dict, prefix),
             *self._adapt_factors(state_dict, prefix, origin),
             *self._adapt_window(state_dict, prefix),
         ]
         own = self.state_dict(prefix=prefix) if ignored else {}
-        for renamed in ignored:  # those taken back that still do not fit
-            name = renamed.removesuffix(IGNORED)
-            if name in own and name in state_dict and state_dict[name].shape != own[name].shape:
-                state_dict[renamed] = state_dict.pop(name)
+        for name in ignored:  # those that still do not fit
+            plain = name.removesuffix(IGNORED)
+            if plain in state_dict and (plain not in own or state_dict[plain].shape != own[plain].shape):
+                state_dict[name] = state_dict.pop(plain)
         return notes
 
     def _adapt_scale(self, state_dict: MutableMapping[str, Tensor], prefix: str) -> Iterator[str]:
         if self.subpixel_conv is None:
             return
         for name in (f"{self.subpixel_conv}.weight", f"{self.subpixel_conv}.bias"):
-            tensor = _take_back(state_dict, prefix + name)
+            tensor = state_dict.get(prefix + name)
             channels = self.get_parameter(name).shape[0]
             if tensor is None or tensor.shape[:1] in ((), (channels,)):
                 continue
@@ -210,8 +213,6 @@ class ESCFamily(nn.Module):
             for path, module in self.named_modules()
             if isinstance(module, FactorBiasWindowAttention) and not module.scaled
         }
-        for name in [f"{path}flashbias_{side}" for path in layers for side in "qk"]:
-            _take_back(state_dict, name)
         if any(f"{path}flashbias_q" in state_dict for path in layers):
             if origin is Origin.OLD:
                 convert_old_factors(state_dict, prefix)
@@ -226,7 +227,7 @@ class ESCFamily(nn.Module):
                 )
         ranks = set()
         for path, module in layers.items():
-            table = _take_back(state_dict, f"{path}relative_position_bias")
+            table = state_dict.get(f"{path}relative_position_bias")
             if table is None or f"{path}flashbias_q" in state_dict or table.shape[:1] != (module.num_heads,):
                 continue
             try:
@@ -251,7 +252,7 @@ class ESCFamily(nn.Module):
         for path, module in self.named_modules():
             for name, resize in module.bias_resizers.items() if isinstance(module, WindowAttention) else ():
                 key = f"{prefix}{path}.{name}"
-                tensor, wanted = _take_back(state_dict, key), getattr(module, name).shape
+                tensor, wanted = state_dict.get(key), getattr(module, name).shape
                 if tensor is None or tensor.shape == wanted:
                     continue
                 try:
@@ -263,13 +264,6 @@ class ESCFamily(nn.Module):
                     changes.add((source, module.window_size))
         for source, window in sorted(changes):
             yield f"another window: its position biases were adapted from window {source} to window {window}."
-
-
-def _take_back(state_dict: MutableMapping[str, Tensor], key: str) -> Tensor | None:
-    """The entry of a state dict, None without one; BasicSR's loading with strict_load_g: false renames what differs."""
-    if key not in state_dict and f"{key}{IGNORED}" in state_dict:
-        state_dict[key] = state_dict.pop(f"{key}{IGNORED}")
-    return state_dict.get(key)
 
 
 class SharedKernelNetwork(ESCFamily):
