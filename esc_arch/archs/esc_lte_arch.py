@@ -214,36 +214,18 @@ class _LTEHead(Head):
     def block(self, out: Region, features: Read, image: Read) -> Tensor:
         net = self.lte_net
         part = self.image_size[0] / self.size[0], self.image_size[1] / self.size[1]
-        rows, height = grid_coords(out.top, out.bottom, self.out_size[0], self.size[0], part[0])
-        columns, width = grid_coords(out.left, out.right, self.out_size[1], self.size[1], part[1])
-        edges = (rows[0], columns[0], rows[-1] + 1, columns[-1] + 1)
-        region = Region(*(math.floor(edge) for edge in edges)).expand(self.margin, self.size)
+        coords, cell = query_grid(self.out_size, part=part, region=out)
+        top, left = (_pixel(coords[0, axis], self.size[axis]) for axis in (0, 1))
+        bottom, right = (_pixel(coords[-1, axis], self.size[axis]) + 1 for axis in (0, 1))
+        region = Region(top, left, bottom, right).expand(self.margin, self.size)
         picture = image(region)
-        feat = conv3x3(net.last, features(region), residual=net.shallow_features(picture))
-        # In float64 the positions stay what they are while they become those of this part
-        points = [
-            (positions.double() - first + 0.5) * (2 / length) - 1
-            for positions, first, length in ((rows, region.top, region.height), (columns, region.left, region.width))
-        ]
-        coords = torch.stack(torch.meshgrid(*points, indexing="ij"), dim=-1).flatten(0, 1)[None].to(feat.device)
-        cell = torch.tensor([[2 * height / region.height, 2 * width / region.width]], dtype=torch.float64)
+        feat = conv3x3(net.last, features(region), residual=net.shallow_features(picture)).float()
         chunk = min(net.query_chunk or LARGEST_CHUNK, LARGEST_CHUNK)
-        colours: Tensor = net.lte(feat.float(), picture, coords, cell.to(feat.device), chunk=chunk)
+        coords, cell = coords[None].to(feat.device), cell[None].to(feat.device)
+        colours: Tensor = net.lte(feat, picture, coords, cell, chunk=chunk, origin=region[:2], size=self.size)
         return colours[0].unflatten(-1, (out.height, out.width))
 
 
-def grid_coords(first: int, last: int, count: int, length: int, part: float) -> tuple[Tensor, float]:
-    """Where pixels of the result lie on a side of the map, as `LTE` finds them in the whole image.
-
-    Args:
-        first, last: the pixels wanted of `count`.
-        length: of the map's side.
-        part: how much of it the result shows.
-
-    Returns:
-        The positions of their centres in pixels, 0 being that of the map's first, float32; and a pixel's length.
-    """
-    cell = 2 * part / count
-    coords = (torch.arange(first, last, dtype=torch.float32) + 0.5) * cell - 1
-    size = torch.tensor(cell) * length / 2  # float32, as there
-    return (coords + 1) * (length / 2) - 0.5, size.item()
+def _pixel(coord: Tensor, length: int) -> int:
+    """The first of the two pixels around a coordinate, of a side of so many."""
+    return math.floor((coord + 1) * (length / 2) - 0.5)

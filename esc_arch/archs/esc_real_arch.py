@@ -354,4 +354,4 @@ def _described(shapes: Shapes) -> _Tail | None:
         return None
     _, number, scale, _, _, mid_dim, _ = buffer.tolist()
     # Widths above 255 do not fit its type
-    return _Tail([*UPSAMPLERS][number], scale, mid_dim if mid_dim < 255 else None) if number < len(UPSAMPLERS) else None
+    return _Tail(UPSAMPLERS[number], scale, mid_dim if mid_dim < 255 else None) if number < len(UPSAMPLERS) else None

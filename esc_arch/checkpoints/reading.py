@@ -63,7 +63,7 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
         content = _read_safetensors(path)
         _settle_factors(content, from_json(read_metadata(path).get("network_g")), path)
         return content
-    _check_growth(path, _unpacked_size(path))
+    _check_growth(path)
     try:
         with path.open("rb") as file:  # from its name alone, torch.load might take it for something else
             content = torch.load(file, map_location="cpu", weights_only=True)
@@ -148,11 +148,11 @@ def find_weights(
     else:
         found = [key for key in PARAM_KEYS if is_state_dict(checkpoint.get(key))]
         if not found:
+            asked = "" if param_key is None else f"{param_key!r} nor under "
+            is_state = " It is a training state: name it as path: resume_state." if "optimizers" in checkpoint else ""
             raise UserError(
-                f"{source} holds no weights under {'' if param_key is None else f'{param_key!r} nor under '}"
-                f"any of {', '.join(PARAM_KEYS)}; "
-                f"it holds {some([*map(str, checkpoint)]) or 'nothing'}."
-                + (" It is a training state: name it as path: resume_state." if "optimizers" in checkpoint else "")
+                f"{source} holds no weights under {asked}any of {', '.join(PARAM_KEYS)}; it holds "
+                f"{some([*map(str, checkpoint)]) or 'nothing'}.{is_state}"
             )
         key, weights = found[0], checkpoint[found[0]]
     _check_dense(weights, source)
@@ -160,7 +160,7 @@ def find_weights(
 
 
 def is_state_dict(value: object) -> bool:
-    """Whether a value can be a network's weights: names with tensors, and nothing else."""
+    """True if a value can be a network's weights: names with tensors, and nothing else."""
     return (
         isinstance(value, Mapping)
         and len(value) > 0
@@ -187,13 +187,14 @@ def _check_dense(weights: Mapping[str, Tensor], source: str | Path) -> None:
 
 def _odd_kind(tensor: Tensor) -> str | None:
     """What a tensor is if it does not hold a number for each of its places."""
-    if tensor.layout != torch.strided or tensor.is_nested:
-        return "a sparse tensor" if not tensor.is_nested else "a nested tensor"
-    if tensor.is_quantized:
-        return "a quantised tensor"
-    if tensor.is_complex():
-        return "complex numbers"
-    return "a tensor without content" if tensor.is_meta else None
+    kinds = {
+        "a nested tensor": tensor.is_nested,
+        "a sparse tensor": tensor.layout != torch.strided,
+        "a quantised tensor": tensor.is_quantized,
+        "complex numbers": tensor.is_complex(),
+        "a tensor without content": tensor.is_meta,
+    }
+    return next((kind for kind, found in kinds.items() if found), None)
 
 
 def _strip_prefixes(name: str) -> str:
@@ -215,7 +216,7 @@ def _read_safetensors(path: Path) -> dict[str, Any]:
 
 
 def is_safetensors(path: Path) -> bool:
-    """Whether a file is to be read as safetensors: it begins as they do, or is named so and begins as no other does.
+    """True if a file is to be read as safetensors: it begins as they do, or is named so and begins as no other does.
 
     They begin with the length of a JSON object, in 8 bytes, and that object.
     """
@@ -271,19 +272,13 @@ def _is_whole_zip(path: Path) -> bool:
         return False
 
 
-def _unpacked_size(path: Path) -> int:
-    """Bytes that the records of a zip archive unpack to; 0 for another file."""
-    if not _is_whole_zip(path):
-        return 0
+def _check_growth(path: Path) -> None:
+    """Check that the records of a zip archive take no more memory than the file can mean."""
+    size = path.stat().st_size
     try:
-        with zipfile.ZipFile(path) as archive:
-            return sum(record.file_size for record in archive.infolist())
+        taken = sum(record.file_size for record in zipfile.ZipFile(path).infolist()) if _is_whole_zip(path) else 0
     except Exception as error:  # a damaged directory makes the reader fail in many ways
         raise _damaged(path, error) from error
-
-
-def _check_growth(path: Path, taken: int) -> None:
-    size = path.stat().st_size
     if taken > size + LARGEST_GROWTH:
         raise UserError(
             f"{path} has {size:,} bytes and would take {taken:,} of memory: it was not written by torch.save. Get it "

@@ -18,7 +18,6 @@ from esc_arch.ops.resize import scaled_size
 from .layers import (
     ExportedAttention,
     ExportedConvAttn,
-    ExportedDecomposedConvAttn,
     ExportedLTE,
     InFloat32,
     replace_layers,
@@ -101,10 +100,8 @@ def onnx_network(net: ESCFamily, *, pad: bool = True, loop: bool = True, half: b
 def _exported(layer: nn.Module, *, pad: bool, loop: bool) -> nn.Module | None:
     if isinstance(layer, WindowAttention):
         return ExportedAttention(layer, pad=pad, loop=loop)
-    if isinstance(layer, ConvAttn):
+    if isinstance(layer, ConvAttn | DecomposedConvAttn):
         return ExportedConvAttn(layer)
-    if isinstance(layer, DecomposedConvAttn):
-        return ExportedDecomposedConvAttn(layer)
     if isinstance(layer, LTE):
         return InFloat32(ExportedLTE(layer))
     return InFloat32(layer) if isinstance(layer, (LayerNorm, DySample)) else None
