@@ -270,13 +270,13 @@ class SharedKernelNetwork(ESCFamily):
     """A network whose ConvAttns share one large kernel `plk_filter`, symmetrised before use.
 
     Args:
-        pdim, kernel_size: see `ConvAttn`.
-        others: see `ESCFamily`.
+        body: what its blocks are made of.
+        upscaling_factor: see `ESCFamily`.
     """
 
-    def __init__(self, *, pdim: int, kernel_size: int, window_size: int, upscaling_factor: int) -> None:
-        super().__init__(window_size=window_size, upscaling_factor=upscaling_factor)
-        self.plk_filter = new_large_kernel(pdim, kernel_size)
+    def __init__(self, body: Body, upscaling_factor: int) -> None:
+        super().__init__(window_size=body.window_size, upscaling_factor=upscaling_factor)
+        self.plk_filter = new_large_kernel(body.pdim, body.kernel_size)
 
     def large_kernels(self) -> tuple[Tensor, ...]:
         """The symmetrised kernel alone, (pdim, pdim, K, K)."""

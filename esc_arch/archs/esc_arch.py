@@ -21,7 +21,7 @@ class ESC(SharedKernelNetwork):
     Shapes: (B, 3, H, W) -> (B, 3, H * s, W * s) with s = upscaling_factor, RGB in 0 .. 1, any H, W >= 1. The same
     in training and evaluation, and for each image of a batch as for the image alone. The input is not modified.
 
-    The published figures pad the image itself before the network; that is the model's part (`ESCModel`).
+    For the published scores the image itself is padded before the network; that is the model's part (`ESCModel`).
 
     Args:
         dim: channels of the features.
@@ -69,11 +69,11 @@ class ESC(SharedKernelNetwork):
         rank: int | None = None,
         backend: str = "auto",
     ) -> None:
-        super().__init__(pdim=pdim, kernel_size=kernel_size, window_size=window_size, upscaling_factor=upscaling_factor)
         body = Body(
             dim, pdim, kernel_size, conv_blocks, window_size, num_heads, exp_ratio,
             attn_type, use_ln, flashbias_rank, rank, backend,
         )  # fmt: skip
+        super().__init__(body, upscaling_factor)
         self.proj = Conv3x3(3, dim)
         self.blocks = body.blocks(n_blocks)
         self.last = Conv3x3(dim, dim)

@@ -80,17 +80,17 @@ class ESCLTE(SharedKernelNetwork):
         query_chunk: int | None = 16384,
         normalize: bool = False,
     ) -> None:
-        super().__init__(pdim=pdim, kernel_size=kernel_size, window_size=window_size, upscaling_factor=1)
+        body = Body(
+            dim, pdim, kernel_size, conv_blocks, window_size, num_heads, exp_ratio,
+            attn_type, use_ln, flashbias_rank, rank, backend,
+        )  # fmt: skip
+        super().__init__(body, upscaling_factor=1)
         if not 0 < upscaling_factor < math.inf:
             raise ValueError(f"upscaling_factor is {upscaling_factor}; it must be a number above 0.")
         if query_chunk is not None and query_chunk < 1:
             raise ValueError(f"query_chunk is {query_chunk}; it must be at least 1, or null for all points at once.")
         self.upscaling_factor: float = upscaling_factor  # type: ignore[assignment]  # others have whole ones
         self.query_chunk = query_chunk
-        body = Body(
-            dim, pdim, kernel_size, conv_blocks, window_size, num_heads, exp_ratio,
-            attn_type, use_ln, flashbias_rank, rank, backend,
-        )  # fmt: skip
         self.proj = Conv3x3(3, dim)
         self.blocks = body.blocks(n_blocks)
         self.last = Conv3x3(dim, dim)
@@ -123,7 +123,7 @@ class ESCLTE(SharedKernelNetwork):
             (B, 3, H', W'), or (B, 3, Q) for coords.
 
         Raises:
-            ValueError: what is asked for cannot be, or is asked for in two ways.
+            ValueError: invalid points or sizes, or more than one of them.
         """
         if sum(given is not None for given in (scale, size, coords)) > 1:
             raise ValueError("more than one of scale, size and coords is given; give one of them, or none.")

@@ -44,19 +44,14 @@ class _RealNetwork(SharedKernelNetwork):
     """The body of both networks: ESC's with LayerNorms, and a second skip from the image."""
 
     subpixel_conv = None  # the heads are not one convolution
-    head_layers = ("skip", "to_img")  # `skip` sees farther than `last`, which is beside it
+    head_layers = ("skip", "to_img")  # `skip` sees farther than `last`, to which it is added
     real_world = True
 
     #: In the published order of parameters, by which optimisers' states go.
     parts: ClassVar[tuple[str, ...]]
 
     def __init__(self, body: Body, n_blocks: int, upscaling_factor: int) -> None:
-        super().__init__(
-            pdim=body.pdim,
-            kernel_size=body.kernel_size,
-            window_size=body.window_size,
-            upscaling_factor=upscaling_factor,
-        )
+        super().__init__(body, upscaling_factor)
         for part in self.parts:  # each is made when its options are known, and keeps the place that it gets here
             self.register_module(part, None)
         self.blocks = body.blocks(n_blocks)

@@ -64,7 +64,8 @@ class ESCRIB(SharedKernelNetwork):
         upsampler_type: str | None = None,
         backend: str = "auto",
     ) -> None:
-        super().__init__(pdim=pdim, kernel_size=kernel_size, window_size=window_size, upscaling_factor=upscaling_factor)
+        body = Body(dim, pdim, kernel_size, conv_blocks, window_size, num_heads, exp_ratio, attn_type, use_ln)
+        super().__init__(body, upscaling_factor)
         kind = ATTN_TYPES.get(str(attn_type).lower())
         if kind is None:
             raise ValueError(
@@ -99,7 +100,6 @@ class ESCRIB(SharedKernelNetwork):
             )
 
         self.proj = Conv3x3(3, dim)
-        body = Body(dim, pdim, kernel_size, conv_blocks, window_size, num_heads, exp_ratio, attn_type, use_ln)
         self.blocks = body.blocks(n_blocks, first_exp_ratio=4, attention=attention)
         self.last = nn.Sequential(LayerNorm(dim), Conv3x3(dim, dim))
         # A module of its own for the sake of the published parameter names

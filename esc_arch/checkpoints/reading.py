@@ -92,7 +92,7 @@ def _settle_factors(content: dict[str, Any], network_g: object, path: Path) -> N
     """Bring FlashBias's factors into the published convention, where the file says of which network they are.
 
     Programs of others may note `network_g` as their option files have it, where `rank` is still a name of the option:
-    weights whose order is the published one are no earlier version's, whatever stands beside them.
+    weights whose order is the published one are no earlier version's, whatever the file says.
     """
     if not isinstance(network_g, Mapping) or network_g.get("attn_type") != "FlashBias":
         return
@@ -227,7 +227,7 @@ def is_safetensors(path: Path) -> bool:
 
 
 def read_metadata(path: str | Path) -> dict[str, str]:
-    """What a safetensors file says beside its tensors, as `is_safetensors` has found it to be one."""
+    """The metadata of a safetensors file."""
     from safetensors import safe_open
 
     with safe_open(path, framework="pt") as file:

@@ -38,8 +38,8 @@ class TwoStepESC(SharedKernelNetwork):
     def __init__(
         self, dim: int = 64, n_blocks: int = 5, window_size: int = 32, upscaling_factor: int = 4, exp_ratio: float = 2
     ) -> None:
-        super().__init__(pdim=4, kernel_size=7, window_size=window_size, upscaling_factor=upscaling_factor)
         body = Body(dim, 4, 7, 2, window_size, 2, exp_ratio, attn_type="auto", use_ln=True)
+        super().__init__(body, upscaling_factor)
         self.proj = Conv3x3(3, dim)
         self.blocks = body.blocks(n_blocks)
         self.last = Conv3x3(dim, dim)

@@ -31,7 +31,7 @@ class Upscaler:
         net: the network.
         network_g: its type and options, as an option file has them.
         source: the file that its weights are from.
-        metadata: plain values that stood beside the weights, such as `iter`.
+        metadata: plain values in the file beside the weights, such as `iter`.
         assumptions: what of network_g does not follow from the weights, a sentence each.
         device: where it computes.
         precision: what it computes in: torch.float32, or a type for autocast.
@@ -72,7 +72,7 @@ class Upscaler:
 
     @torch.no_grad()
     def __call__(self, image: Tensor, scale: float | None = None) -> Tensor:
-        """The whole image at once, by the protocol of the published figures (see `esc_arch.models.ESCModel`).
+        """The whole image at once, by the protocol of the published scores (see `esc_arch.models.ESCModel`).
 
         Args:
             image: (B, 3, H, W), RGB in 0 .. 1, of any floating type, on any device.

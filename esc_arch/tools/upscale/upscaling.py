@@ -57,7 +57,7 @@ class Settings:
         alpha: of `ALPHAS`.
 
     Raises:
-        UserError: a value that cannot be.
+        UserError: an invalid value.
     """
 
     scale: float | None = None
@@ -368,7 +368,7 @@ def upscale(
         palette becomes RGB or RGBA.
 
     Raises:
-        UserError: the image is of no such kind, or the checkpoint or an option cannot be used.
+        UserError: an image of another kind, or an invalid checkpoint or option.
 
     Example:
         >>> import esc_arch, numpy as np
