@@ -1,4 +1,4 @@
-"""Images of any size in bounded memory: time and peak memory from 1 to 400 megapixels, and what fast tiling changes.
+"""Images of any size in bounded memory: time and peak memory from 1 to 400 megapixels.
 
     python benchmarks/large_images.py --max-memory 2G --json large_images.json
 
@@ -6,12 +6,6 @@ enlarges random images with base ESC x4, each size in a process of its own: in e
 once where that fits into the machine's memory. Memory is the most that the whole process has had resident, of which the
 libraries take some hundred MiB; on a GPU, the most that was allocated there stands beside it. The difference is the
 largest one between both results. `--megapixels 1 4 16` takes a part of it; 400 take hours on a few cores.
-
-    python benchmarks/large_images.py --tilings [--weights ESC_X2.pth]
-
-measures instead how far `enlarge_in_tiles` is from the whole image, on photographs that come with scikit-image: as PSNR
-of the picture, and as what the network adds to bicubic enlargement against the difference. Without weights they are
-random, of a size at which the kernels that are made from the image matter about as much as anything can.
 """
 
 from __future__ import annotations
@@ -22,7 +16,7 @@ import logging
 import math
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -35,17 +29,14 @@ from basicsr.archs import build_network
 from common import MIB, Trial
 from torch import Tensor
 
-from esc_arch.ops.resize import matlab_resize
 from esc_arch.options.files import load_yaml
-from esc_arch.tools.upscale.large_images import enlarge_exactly, enlarge_in_tiles
+from esc_arch.tools.upscale.large_images import enlarge_exactly
 from esc_arch.tools.upscale.memory import parse_memory
 from esc_arch.tools.upscale.network import PRECISIONS, Upscaler, load
 from esc_arch.tools.upscale.planning import whole
-from esc_arch.tools.upscale.tiles import POOLS
 
 OPTIONS = Path(__file__).parents[1] / "options"
 MEGAPIXELS = (1, 4, 16, 64, 100, 200, 400)
-PHOTOGRAPHS = ("astronaut", "coffee", "rocket", "retina", "hubble_deep_field")
 #: Both results are compared up to here; they take 24 bytes a pixel together.
 LARGEST_COMPARED = 64
 
@@ -61,10 +52,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     about, operators = common.machine(args.device), common.prepare_operators()
     print(f"{about}; {operators}\n", flush=True)
     record: dict[str, Any] = {"machine": about, "operators": operators, "tables": []}
-    if args.tilings:
-        common.keep(record, {"tilings": compare_tilings(args)}, args.json)
-    else:
-        measure_sizes(args, record)
+    measure_sizes(args, record)
     return 0
 
 
@@ -77,10 +65,6 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--weights", type=Path, metavar="FILE", help="a checkpoint in place of random weights")
     parser.add_argument("--precision", choices=list(PRECISIONS), default="fp32")
     parser.add_argument("--scratch", type=Path, metavar="FOLDER", help="for features that do not fit into memory")
-    parser.add_argument("--tilings", action="store_true", help="how far fast tiling is from the whole image")
-    parser.add_argument("--side", type=int, default=384, help="of the photographs of --tilings, at most")
-    parser.add_argument("--tile", type=int, default=128, help="of --tilings")
-    parser.add_argument("--overlaps", type=int, nargs="+", default=[0, 32, 64], help="of --tilings")
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
     parser.add_argument("--quick", action="store_true", help="small sizes and a small network, to see that it works")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write everything that was measured there, too")
@@ -89,7 +73,7 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
     if args.device == "auto":
         args.device = "cuda" if torch.cuda.is_available() else "cpu"
     if args.quick:
-        args.megapixels, args.side, args.tile, args.overlaps = args.megapixels[:2], 64, 32, args.overlaps[:2]
+        args.megapixels = args.megapixels[:2]
     return args
 
 
@@ -205,72 +189,6 @@ def random_image(megapixels: float, scale: float) -> Image:
     pixels = megapixels * 1e6 / scale**2
     height, width = round(math.sqrt(pixels * 3 / 4)), round(math.sqrt(pixels * 4 / 3))
     return np.random.default_rng(0).integers(0, 256, (height, width, 3), dtype=np.uint8)
-
-
-# --- fast tiling ----------------------------------------------------------------------------------------------------
-
-
-def compare_tilings(args: argparse.Namespace) -> list[dict[str, Any]]:
-    """A table of photographs and tilings."""
-    upscaler = make_upscaler(args)
-    figures, rows = [], []
-    for name in PHOTOGRAPHS:
-        image = photograph(name, args.side)
-        common.progress(f"{name}, {image.shape[1]} x {image.shape[0]}")
-        at_once = whole(upscaler, image, None)
-        plain = matlab_resize(
-            torch.from_numpy(image).permute(2, 0, 1)[None].float() / 255, (at_once.shape[1], at_once.shape[2])
-        )[0]
-        adds = (at_once - plain).square().mean().item()
-        for pools in POOLS:
-            for overlap in args.overlaps:
-                tiled, seconds = gathered(
-                    at_once.shape,
-                    lambda write, image=image, pools=pools, overlap=overlap: enlarge_in_tiles(
-                        upscaler, image, write, tile=args.tile, overlap=overlap, pools=pools
-                    ),
-                )
-                error = (tiled - at_once).square().mean().item()
-                figures.append({"photograph": name, "pools": pools, "overlap": overlap, "seconds": seconds})
-                figures[-1] |= {"psnr": -10 * math.log10(error), "of_added": 10 * math.log10(adds / error)}
-                rows.append(
-                    [
-                        f"{name}, {image.shape[1]} x {image.shape[0]}",
-                        pools,
-                        str(overlap),
-                        f"{figures[-1]['psnr']:.1f}",
-                        f"{figures[-1]['of_added']:.1f}",
-                        f"{(tiled - at_once).abs().max().item():.1e}",
-                    ]
-                )
-    print(f"{upscaler}, tiles of {args.tile}, beside the whole image:\n")
-    head = ("photograph", "pools", "overlap", "PSNR, dB", "what it adds to the difference, dB", "largest difference")
-    print(common.markdown(head, rows), flush=True)
-    return figures
-
-
-def gathered(
-    shape: Sequence[int], enlarge: Callable[[Callable[[int, int, Tensor], None]], None]
-) -> tuple[Tensor, float]:
-    """What is written, as one picture, and the seconds that it took."""
-    picture = torch.full(tuple(shape), math.nan)
-
-    def write(top: int, left: int, block: Tensor) -> None:
-        picture[:, top : top + block.shape[1], left : left + block.shape[2]] = block
-
-    start = time.perf_counter()
-    enlarge(write)
-    return picture, time.perf_counter() - start
-
-
-def photograph(name: str, side: int) -> Image:
-    """A photograph of skimage.data, made small enough by MATLAB's bicubic."""
-    from skimage import data
-
-    picture = torch.from_numpy(getattr(data, name)()[..., :3].copy()).permute(2, 0, 1)[None].float() / 255
-    small = matlab_resize(picture, scale=min(1.0, side / max(picture.shape[-2:])))
-    image: Image = (small[0].permute(1, 2, 0).clamp(0, 1) * 255).round().byte().numpy()
-    return image
 
 
 if __name__ == "__main__":

@@ -20,16 +20,12 @@ OWN = "esc_arch."
 
 
 def register_all() -> None:
-    """Register every class of esc_arch that option files can name: the only list of them."""
+    """Register every class of esc_arch that option files can name."""
     from basicsr.utils import registry
 
     from . import archs, data, losses, models
 
-    register(
-        registry.ARCH_REGISTRY,
-        *(archs.ESC, archs.ESCFP, archs.ESCReal, archs.ESCRealM, archs.ESCRIB, archs.ESCLTE),
-        *(archs.ConvAttn, archs.DecomposedConvAttn, archs.FlashWindowAttention),
-    )
+    register(registry.ARCH_REGISTRY, *(getattr(archs, name) for name in archs.__all__))
     register(
         registry.MODEL_REGISTRY,
         *(models.ESCModel, models.ESCLTEModel, models.ESCRealMSEModel, models.ESCRealGANModel),

@@ -1,6 +1,6 @@
 """The networks, a file each, and layers that option files can build by themselves.
 
-A constructor's arguments are the keys of an option file's network_g.
+A constructor's arguments are the keys of an option file's network_g. All that is exported here is registered for them.
 """
 
 from esc_arch.modules import ConvAttn, DecomposedConvAttn, FlashWindowAttention

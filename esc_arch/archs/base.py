@@ -23,22 +23,46 @@ from esc_arch.ops.layout import fast_layout
 from esc_arch.ops.window_attention.flash import MAX_WIDTH
 
 from .flashbias import Origin, convert_old_factors, mark_published, origin_of
+from .heads import Head
+from .shapes import Shapes
 
-__all__ = ["Body", "ESCFamily", "SharedKernelNetwork", "checked_range", "earlier_order"]
+__all__ = [
+    "NETWORKS",
+    "Body",
+    "ESCFamily",
+    "SharedKernelNetwork",
+    "checked_range",
+    "earlier_order",
+    "network_named",
+]
 
 #: Upper bound that catches typos.
 MOST_PARTS = 1000
 #: What BasicSR's own loading puts behind names of other shapes (strict_load_g: false), and at the end.
 IGNORED = ".ignore"
+#: All networks that were imported, of this package and of others, the last one first.
+NETWORKS: list[type[ESCFamily]] = []
 
 Network = TypeVar("Network", bound="SharedKernelNetwork")
 
 
 class ESCFamily(nn.Module):
-    """A network of `blocks` between a first convolution `proj` and a last one.
+    """A network of `blocks` between a first convolution `proj` and a head. Subclasses make all three.
 
-    Sub-classes make `proj`, `blocks` and their tail.
+    The class attributes and the methods up to `conflict_with` are all that the rest of the package asks a network for.
     """
+
+    #: The modules that `reconstruct` runs, one after the other: how far it sees, for images computed in parts.
+    head_layers: tuple[str, ...] = ("last", "to_img")
+
+    #: How many pixels of the image along each side become one of the features.
+    unshuffle_factor = 1
+
+    #: True if it can be asked for any scale; others have a whole one.
+    any_scale: ClassVar[bool] = False
+
+    #: True for photographs with unknown degradations, not for images made smaller by bicubic interpolation.
+    real_world: ClassVar[bool] = False
 
     #: The convolution before the pixel shuffle, whose weights can be interpolated to another scale.
     subpixel_conv: str | None = "to_img"
@@ -51,6 +75,10 @@ class ESCFamily(nn.Module):
 
     proj: nn.Module
     blocks: nn.ModuleList
+
+    def __init_subclass__(cls, **options: Any) -> None:
+        super().__init_subclass__(**options)
+        NETWORKS.insert(0, cls)
 
     def __init__(self, *, window_size: int, upscaling_factor: int) -> None:
         super().__init__()
@@ -72,15 +100,30 @@ class ESCFamily(nn.Module):
         raise TypeError(f"{type(self).__name__} has no large kernels: use one of its subclasses.")
 
     def reconstruct(self, feat: Tensor, shallow: Tensor, image: Tensor) -> Tensor:
-        """The tail: from the features behind the blocks to the enlarged image.
+        """The head: from the features behind the blocks to the enlarged image.
 
-        Every pixel of it depends on its neighbourhood alone (see `esc_arch.tools.upscale.large_images`).
+        Every pixel of it depends on its neighbourhood alone, see `head`.
 
         Args:
             feat, shallow: features behind and before the blocks, (B, dim, H, W).
-            image: (B, 3, H, W), the network's input; f times larger where the network folds it (`ESCRealM`).
+            image: (B, 3, H * f, W * f), the network's input, f being `unshuffle_factor`.
         """
-        raise TypeError(f"{type(self).__name__} has no tail: use one of its subclasses.")
+        raise TypeError(f"{type(self).__name__} has no head: use one of its subclasses.")
+
+    def head(self, image_size: tuple[int, int], size: tuple[int, int], out_size: tuple[int, int]) -> Head:
+        """The head for an image that is computed in parts; see `Head`, whose arguments these are."""
+        return Head(self, image_size, size, out_size)
+
+    def enlarge(self, image: Tensor, image_size: tuple[int, int], out_size: tuple[int, int]) -> Tensor:
+        """The enlarged image of a padded one.
+
+        Args:
+            image: (B, 3, H, W), of which the first h rows and w columns are not padding.
+            image_size: (h, w).
+            out_size: (H', W') of the result.
+        """
+        out: Tensor = self(image)
+        return out[..., : out_size[0], : out_size[1]]
 
     def run_blocks(self, x: Tensor, *large_kernels: Tensor) -> Tensor:
         """All blocks one after the other: (B, dim, H, W) -> (B, dim, H, W)."""
@@ -96,6 +139,23 @@ class ESCFamily(nn.Module):
         for note in self.adapt_state_dict(state_dict, prefix):
             logging.getLogger("basicsr").warning("The checkpoint is of %s", note)
         super()._load_from_state_dict(state_dict, prefix, *args)
+
+    @classmethod
+    def recognise(cls, shapes: Shapes) -> dict[str, Any] | None:
+        """The constructor's options if these are weights of this network, None if their names are another's.
+
+        Every network has a method of its own: none is recognised by that of its parent class.
+        """
+        return None
+
+    @classmethod
+    def own_names(cls, weights: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Weights with other names in published files under those that this network has for them."""
+        return weights
+
+    def conflict_with(self, weights: Mapping[str, Tensor]) -> str | None:
+        """Why weights mean another network though names and shapes may fit, and what to do; None if they do not."""
+        return None
 
     def adapt_state_dict(self, state_dict: MutableMapping[str, Tensor], prefix: str = "") -> list[str]:
         """Make a checkpoint of another scale or window fit this network, in place.
@@ -114,25 +174,28 @@ class ESCFamily(nn.Module):
             What it is of and what was done, such as "another scale: to_img.weight was interpolated from x2 to x3.";
             empty for a checkpoint that fits.
         """
-        ignored = [name for name in state_dict if name.startswith(prefix) and name.endswith(IGNORED)]
         origin = origin_of([name for name in state_dict if not name.endswith(IGNORED)], prefix)
+        ignored = [name for name in state_dict if name.startswith(prefix) and name.endswith(IGNORED)]
+        ignored = [name for name in ignored if name.removesuffix(IGNORED) not in state_dict]
+        for name in ignored:
+            state_dict[name.removesuffix(IGNORED)] = state_dict.pop(name)
         notes = [
             *self._adapt_scale(state_dict, prefix),
             *self._adapt_factors(state_dict, prefix, origin),
             *self._adapt_window(state_dict, prefix),
         ]
         own = self.state_dict(prefix=prefix) if ignored else {}
-        for renamed in ignored:  # those taken back that still do not fit
-            name = renamed.removesuffix(IGNORED)
-            if name in own and name in state_dict and state_dict[name].shape != own[name].shape:
-                state_dict[renamed] = state_dict.pop(name)
+        for name in ignored:  # those that still do not fit
+            plain = name.removesuffix(IGNORED)
+            if plain in state_dict and (plain not in own or state_dict[plain].shape != own[plain].shape):
+                state_dict[name] = state_dict.pop(plain)
         return notes
 
     def _adapt_scale(self, state_dict: MutableMapping[str, Tensor], prefix: str) -> Iterator[str]:
         if self.subpixel_conv is None:
             return
         for name in (f"{self.subpixel_conv}.weight", f"{self.subpixel_conv}.bias"):
-            tensor = _take_back(state_dict, prefix + name)
+            tensor = state_dict.get(prefix + name)
             channels = self.get_parameter(name).shape[0]
             if tensor is None or tensor.shape[:1] in ((), (channels,)):
                 continue
@@ -150,8 +213,6 @@ class ESCFamily(nn.Module):
             for path, module in self.named_modules()
             if isinstance(module, FactorBiasWindowAttention) and not module.scaled
         }
-        for name in [f"{path}flashbias_{side}" for path in layers for side in "qk"]:
-            _take_back(state_dict, name)
         if any(f"{path}flashbias_q" in state_dict for path in layers):
             if origin is Origin.OLD:
                 convert_old_factors(state_dict, prefix)
@@ -166,7 +227,7 @@ class ESCFamily(nn.Module):
                 )
         ranks = set()
         for path, module in layers.items():
-            table = _take_back(state_dict, f"{path}relative_position_bias")
+            table = state_dict.get(f"{path}relative_position_bias")
             if table is None or f"{path}flashbias_q" in state_dict or table.shape[:1] != (module.num_heads,):
                 continue
             try:
@@ -191,7 +252,7 @@ class ESCFamily(nn.Module):
         for path, module in self.named_modules():
             for name, resize in module.bias_resizers.items() if isinstance(module, WindowAttention) else ():
                 key = f"{prefix}{path}.{name}"
-                tensor, wanted = _take_back(state_dict, key), getattr(module, name).shape
+                tensor, wanted = state_dict.get(key), getattr(module, name).shape
                 if tensor is None or tensor.shape == wanted:
                     continue
                 try:
@@ -205,24 +266,17 @@ class ESCFamily(nn.Module):
             yield f"another window: its position biases were adapted from window {source} to window {window}."
 
 
-def _take_back(state_dict: MutableMapping[str, Tensor], key: str) -> Tensor | None:
-    """The entry of a state dict, None without one; BasicSR's loading with strict_load_g: false renames what differs."""
-    if key not in state_dict and f"{key}{IGNORED}" in state_dict:
-        state_dict[key] = state_dict.pop(f"{key}{IGNORED}")
-    return state_dict.get(key)
-
-
 class SharedKernelNetwork(ESCFamily):
     """A network whose ConvAttns share one large kernel `plk_filter`, symmetrised before use.
 
     Args:
-        pdim, kernel_size: see `ConvAttn`.
-        others: see `ESCFamily`.
+        body: what its blocks are made of.
+        upscaling_factor: see `ESCFamily`.
     """
 
-    def __init__(self, *, pdim: int, kernel_size: int, window_size: int, upscaling_factor: int) -> None:
-        super().__init__(window_size=window_size, upscaling_factor=upscaling_factor)
-        self.plk_filter = new_large_kernel(pdim, kernel_size)
+    def __init__(self, body: Body, upscaling_factor: int) -> None:
+        super().__init__(window_size=body.window_size, upscaling_factor=upscaling_factor)
+        self.plk_filter = new_large_kernel(body.pdim, body.kernel_size)
 
     def large_kernels(self) -> tuple[Tensor, ...]:
         """The symmetrised kernel alone, (pdim, pdim, K, K)."""
@@ -315,6 +369,16 @@ class Body(NamedTuple):
         return FlashWindowAttention(
             dim=self.dim, window_size=self.window_size, num_heads=self.num_heads, attn_type=self.attn_type
         )
+
+
+def network_named(name: str) -> type[ESCFamily]:
+    """The class of a network by its name in option files; of this package where another has one of the same name.
+
+    Raises:
+        KeyError: there is none.
+    """
+    named = {network.__name__: network for network in NETWORKS}  # this package's come last
+    return named[name.removeprefix("esc_arch.")]
 
 
 def earlier_order(net: ESCFamily) -> list[str]:

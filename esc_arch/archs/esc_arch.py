@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from torch import Tensor
 
@@ -10,6 +10,8 @@ from esc_arch.archs.base import Body, SharedKernelNetwork
 from esc_arch.modules.conv3x3 import Conv3x3
 from esc_arch.modules.fused import conv3x3
 from esc_arch.modules.upsample import pixel_shuffle_with_skip
+
+from .shapes import Shapes
 
 __all__ = ["ESC"]
 
@@ -20,7 +22,7 @@ class ESC(SharedKernelNetwork):
     Shapes: (B, 3, H, W) -> (B, 3, H * s, W * s) with s = upscaling_factor, RGB in 0 .. 1, any H, W >= 1. The same
     in training and evaluation, and for each image of a batch as for the image alone. The input is not modified.
 
-    The published figures pad the image itself before the network; that is the model's part (`ESCModel`).
+    For the published scores the image itself is padded before the network; that is the model's part (`ESCModel`).
 
     Args:
         dim: channels of the features.
@@ -68,11 +70,11 @@ class ESC(SharedKernelNetwork):
         rank: int | None = None,
         backend: str = "auto",
     ) -> None:
-        super().__init__(pdim=pdim, kernel_size=kernel_size, window_size=window_size, upscaling_factor=upscaling_factor)
         body = Body(
             dim, pdim, kernel_size, conv_blocks, window_size, num_heads, exp_ratio,
             attn_type, use_ln, flashbias_rank, rank, backend,
         )  # fmt: skip
+        super().__init__(body, upscaling_factor)
         self.proj = Conv3x3(3, dim)
         self.blocks = body.blocks(n_blocks)
         self.last = Conv3x3(dim, dim)
@@ -81,3 +83,9 @@ class ESC(SharedKernelNetwork):
     def reconstruct(self, feat: Tensor, shallow: Tensor, image: Tensor) -> Tensor:
         feat = conv3x3(self.last, feat, residual=shallow)
         return pixel_shuffle_with_skip(conv3x3(self.to_img, feat), image, self.upscaling_factor)
+
+    @classmethod
+    def recognise(cls, shapes: Shapes) -> dict[str, Any] | None:
+        if "to_img.weight" not in shapes or "lk_spatial" in shapes:
+            return None
+        return shapes.options(scale=shapes.subpixels("to_img.weight"), use_ln=shapes.use_ln)

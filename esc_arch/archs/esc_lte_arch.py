@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -14,10 +16,16 @@ from esc_arch.modules.fused import conv3x3
 from esc_arch.modules.lte import LTE, query_grid
 from esc_arch.ops.resize import scaled_size
 
+from .heads import Head, Read, Region
+from .shapes import Shapes
+
 __all__ = ["ESCLTE"]
 
 #: What `normalize` subtracts from images and divides them by.
 IMAGE_MEAN = IMAGE_STD = 0.5
+#: Points of a large image at a time: each takes some tens of kilobytes.
+LARGEST_CHUNK = 4096
+IMNET_LAYER = re.compile(r"lte\.imnet\.([0-9]{1,4})\.weight")
 
 
 class ESCLTE(SharedKernelNetwork):
@@ -47,6 +55,8 @@ class ESCLTE(SharedKernelNetwork):
     """
 
     subpixel_conv = None
+    head_layers = ("last", "lte.coef")
+    any_scale = True
 
     def __init__(
         self,
@@ -71,17 +81,17 @@ class ESCLTE(SharedKernelNetwork):
         query_chunk: int | None = 16384,
         normalize: bool = False,
     ) -> None:
-        super().__init__(pdim=pdim, kernel_size=kernel_size, window_size=window_size, upscaling_factor=1)
+        body = Body(
+            dim, pdim, kernel_size, conv_blocks, window_size, num_heads, exp_ratio,
+            attn_type, use_ln, flashbias_rank, rank, backend,
+        )  # fmt: skip
+        super().__init__(body, upscaling_factor=1)
         if not 0 < upscaling_factor < math.inf:
             raise ValueError(f"upscaling_factor is {upscaling_factor}; it must be a number above 0.")
         if query_chunk is not None and query_chunk < 1:
             raise ValueError(f"query_chunk is {query_chunk}; it must be at least 1, or null for all points at once.")
         self.upscaling_factor: float = upscaling_factor  # type: ignore[assignment]  # others have whole ones
         self.query_chunk = query_chunk
-        body = Body(
-            dim, pdim, kernel_size, conv_blocks, window_size, num_heads, exp_ratio,
-            attn_type, use_ln, flashbias_rank, rank, backend,
-        )  # fmt: skip
         self.proj = Conv3x3(3, dim)
         self.blocks = body.blocks(n_blocks)
         self.last = Conv3x3(dim, dim)
@@ -114,7 +124,7 @@ class ESCLTE(SharedKernelNetwork):
             (B, 3, H', W'), or (B, 3, Q) for coords.
 
         Raises:
-            ValueError: what is asked for cannot be, or is asked for in two ways.
+            ValueError: invalid points or sizes, or more than one of them.
         """
         if sum(given is not None for given in (scale, size, coords)) > 1:
             raise ValueError("more than one of scale, size and coords is given; give one of them, or none.")
@@ -127,14 +137,22 @@ class ESCLTE(SharedKernelNetwork):
                     f"coords are {tuple(coords.shape)} and cell {tuple(cell.shape)}; for a batch of {batch} they must "
                     f"be ({batch}, Q, 2) and ({batch}, 2)."
                 )
-            return self.lte(self.features(x), x, coords, cell, chunk=self.query_chunk)
+            return self._query(x, coords, cell)
         if size is None:
             size = scaled_size(x.shape[-2:], self.upscaling_factor if scale is None else scale)
         elif min(size) < 1:
             raise ValueError(f"size is {tuple(size)}; height and width must be at least 1.")
-        grid, grid_cell = query_grid(size, device=x.device)
-        coords, cell = grid.expand(x.shape[0], -1, -1), grid_cell.expand(x.shape[0], -1)
-        return self.lte(self.features(x), x, coords, cell, chunk=self.query_chunk).unflatten(-1, size)
+        return self.enlarge(x, (x.shape[-2], x.shape[-1]), size)
+
+    def enlarge(self, image: Tensor, image_size: tuple[int, int], out_size: tuple[int, int]) -> Tensor:
+        part = (image_size[0] / image.shape[-2], image_size[1] / image.shape[-1])
+        coords, cell = query_grid(out_size, device=image.device, part=part)
+        count = image.shape[0]
+        return self._query(image, coords.expand(count, -1, -1), cell.expand(count, -1)).unflatten(-1, out_size)
+
+    def _query(self, x: Tensor, coords: Tensor, cell: Tensor) -> Tensor:
+        colours: Tensor = self.lte(self.features(x), x, coords, cell, chunk=self.query_chunk)
+        return colours
 
     def shallow_features(self, x: Tensor) -> Tensor:
         return super().shallow_features((x - IMAGE_MEAN) / IMAGE_STD if self.normalize else x)
@@ -143,3 +161,72 @@ class ESCLTE(SharedKernelNetwork):
         """What the upsampler starts from: (B, 3, H, W) -> (B, dim, H, W). It does not depend on the scale."""
         shallow = self.shallow_features(x)
         return conv3x3(self.last, self.run_blocks(shallow, *self.large_kernels()), residual=shallow)
+
+    def head(self, *sizes: tuple[int, int]) -> Head:
+        return _LTEHead(self, *sizes)
+
+    @classmethod
+    def recognise(cls, shapes: Shapes) -> dict[str, Any] | None:
+        if "lte.phase.weight" not in shapes:
+            return None
+        found = {name: IMNET_LAYER.fullmatch(name) for name in shapes.weights}
+        layers = sorted((int(match[1]), shapes.size(name, 0)) for name, match in found.items() if match is not None)
+        scale = shapes.known.get("upscaling_factor")  # when none is asked for, which weights do not tell
+        return shapes.options(
+            scale=scale if isinstance(scale, (int, float)) and scale > 0 else 4,
+            use_ln=shapes.use_ln,
+            hidden_dim=shapes.size("lte.coef.weight", 0),
+            mlp_dims=[width for _, width in layers[:-1]],
+            normalize="image_mean_std" in shapes,
+        )
+
+    @classmethod
+    def own_names(cls, weights: dict[str, Tensor]) -> dict[str, Tensor]:
+        """The published ESC-LTE has other names, and normalizes its images."""
+        if "encoder.plk_filter" not in weights or "imnet.layers.0.weight" not in weights:
+            return weights
+        renamed = {
+            name.removeprefix("encoder.")
+            if name.startswith("encoder.")
+            else f"lte.{name.replace('imnet.layers.', 'imnet.')}": tensor
+            for name, tensor in weights.items()
+        }
+        return renamed | {"image_mean_std": torch.tensor([IMAGE_MEAN, IMAGE_STD])}
+
+    def conflict_with(self, weights: Mapping[str, Tensor]) -> str | None:
+        given = "image_mean_std" in weights
+        if "lte.phase.weight" not in weights or given == self.normalize:
+            return None
+        return (
+            "The published ESC-LTE normalizes its images, esc_arch's own does not: give network_g: normalize: "
+            f"{str(given).lower()}."
+        )
+
+
+class _LTEHead(Head):
+    """Colours at points: of any scale, so that regions begin at any pixel."""
+
+    def __init__(self, net: ESCLTE, *sizes: tuple[int, int]) -> None:
+        super().__init__(net, *sizes)
+        self.lte_net = net
+        self.align = 1
+        self.margin += 1  # of a point the pixels to both sides are asked
+
+    def block(self, out: Region, features: Read, image: Read) -> Tensor:
+        net = self.lte_net
+        part = self.image_size[0] / self.size[0], self.image_size[1] / self.size[1]
+        coords, cell = query_grid(self.out_size, part=part, region=out)
+        top, left = (_pixel(coords[0, axis], self.size[axis]) for axis in (0, 1))
+        bottom, right = (_pixel(coords[-1, axis], self.size[axis]) + 1 for axis in (0, 1))
+        region = Region(top, left, bottom, right).expand(self.margin, self.size)
+        picture = image(region)
+        feat = conv3x3(net.last, features(region), residual=net.shallow_features(picture)).float()
+        chunk = min(net.query_chunk or LARGEST_CHUNK, LARGEST_CHUNK)
+        coords, cell = coords[None].to(feat.device), cell[None].to(feat.device)
+        colours: Tensor = net.lte(feat, picture, coords, cell, chunk=chunk, origin=region[:2], size=self.size)
+        return colours[0].unflatten(-1, (out.height, out.width))
+
+
+def _pixel(coord: Tensor, length: int) -> int:
+    """The first of the two pixels around a coordinate, of a side of so many."""
+    return math.floor((coord + 1) * (length / 2) - 0.5)

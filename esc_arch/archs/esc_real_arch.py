@@ -2,18 +2,33 @@
 
 from __future__ import annotations
 
-from collections.abc import MutableMapping
-from typing import ClassVar
+import re
+from collections.abc import MutableMapping, Sequence
+from typing import Any, ClassVar, NamedTuple
 
+import torch
 from torch import Tensor, nn
 
 from esc_arch.archs.base import Body, SharedKernelNetwork
+from esc_arch.errors import UserError
 from esc_arch.modules.conv3x3 import Conv3x3
 from esc_arch.modules.fused import conv3x3
 from esc_arch.modules.upsample import UPSAMPLERS, DySample, ReflectDepthwiseConv, UniversalUpsampler
 from esc_arch.ops.padding import reflect_pad_to_multiple
 
+from .heads import Head, Read, Region
+from .shapes import Shapes, some
+
 __all__ = ["ESCReal", "ESCRealM"]
+
+DYSAMPLE_GROUPS = 4
+DEFAULT_MID_DIM = 48
+META = "to_img.MetaUpsample"
+#: Tails that traiNNer-redux has and ESCRealM here has not, by what is found among their names alone.
+UNSUPPORTED_TAILS = {
+    "lda": re.compile(r"to_img\.[0-9]+\.proj_q\.weight"),
+    "pa_up": re.compile(r"to_img\.[0-9]+\.conv\.0\.weight"),
+}
 
 
 def _image_skip(channels: int, dim: int) -> list[nn.Module]:
@@ -29,18 +44,15 @@ def _image_skip(channels: int, dim: int) -> list[nn.Module]:
 class _RealNetwork(SharedKernelNetwork):
     """The body of both networks: ESC's with LayerNorms, and a second skip from the image."""
 
-    subpixel_conv = None  # the tails are not one convolution
+    subpixel_conv = None  # the heads are not one convolution
+    head_layers = ("skip", "to_img")  # `skip` sees farther than `last`, to which it is added
+    real_world = True
 
     #: In the published order of parameters, by which optimisers' states go.
     parts: ClassVar[tuple[str, ...]]
 
     def __init__(self, body: Body, n_blocks: int, upscaling_factor: int) -> None:
-        super().__init__(
-            pdim=body.pdim,
-            kernel_size=body.kernel_size,
-            window_size=body.window_size,
-            upscaling_factor=upscaling_factor,
-        )
+        super().__init__(body, upscaling_factor)
         for part in self.parts:  # each is made when its options are known, and keeps the place that it gets here
             self.register_module(part, None)
         self.blocks = body.blocks(n_blocks)
@@ -52,6 +64,50 @@ class _RealNetwork(SharedKernelNetwork):
     def reconstruct(self, feat: Tensor, shallow: Tensor, image: Tensor) -> Tensor:
         feat = conv3x3(self.last, feat, residual=shallow) + self.skip(image)
         return self.to_img(feat).contiguous()
+
+    def head(self, *sizes: tuple[int, int]) -> Head:
+        *narrowing, last = self.to_img if isinstance(self.to_img, nn.Sequential) else [self.to_img]
+        return _DySampleHead(self, narrowing, last, *sizes) if isinstance(last, DySample) else super().head(*sizes)
+
+
+class _DySampleHead(Head):
+    """Resampling at places that the features determine: those are computed first, then what is there is read."""
+
+    prepares = True
+    #: More pixels of the features than this, and more than a few times those of the region, are not read at a time.
+    LEAST_READ = 64**2
+
+    def __init__(
+        self, net: _RealNetwork, narrowing: Sequence[nn.Module], sampler: DySample, *sizes: tuple[int, int]
+    ) -> None:
+        super().__init__(net, *sizes)
+        self.real, self.narrowing, self.sampler = net, nn.Sequential(*narrowing), sampler
+
+    def prepare(self, feat: Tensor, image: Tensor) -> Tensor:
+        net = self.real
+        feat = conv3x3(net.last, feat, residual=net.shallow_features(image)) + net.skip(image)
+        out: Tensor = self.narrowing(feat)
+        return out
+
+    def block(self, out: Region, features: Read, image: Read) -> Tensor:
+        core = out.shrunk(self.align)
+        places = self.sampler.places(features(core).float(), core[:2], self.size)
+        # In pixels, rounded once as grid_sample does: in wide maps that is off by up to 0.001 pixels
+        columns, rows = (
+            ((place + 1).double() * (length / 2) - 0.5).float().clamp(0, length - 1)
+            for place, length in zip(places, self.size[::-1], strict=True)
+        )
+        seen = Region(*(int(edge) for edge in (rows.min(), columns.min(), rows.max() + 2, columns.max() + 2)))
+        seen = seen.expand(0, self.size)
+        halves = out.halves(self.align)
+        if halves is not None and seen.area > max(4 * core.area, self.LEAST_READ):
+            parts = [self.block(half, features, image) for half in halves]
+            return torch.cat(parts, dim=1 if halves[0].width == out.width else 2)
+        # In float64 the places stay what they are while they become those of this part
+        columns = (columns.double() - seen.left + 0.5) * (2 / seen.width) - 1
+        rows = (rows.double() - seen.top + 0.5) * (2 / seen.height) - 1
+        enlarged = self.sampler.sample(features(seen).double(), columns, rows)
+        return out.crop(enlarged, core.times(self.align))[0].contiguous()
 
 
 class ESCReal(_RealNetwork):
@@ -99,6 +155,18 @@ class ESCReal(_RealNetwork):
         self.skip = nn.Sequential(*_image_skip(3, dim))
         self.to_img = DySample(dim, scale=self.upscaling_factor) if use_dysample else _nearest_tail(dim)
 
+    @classmethod
+    def recognise(cls, shapes: Shapes) -> dict[str, Any] | None:
+        """Its enlargement comes first: the first weights are `to_img.1`, or those of a DySample."""
+        if "to_img.1.weight" not in shapes and "to_img.offset.weight" not in shapes:
+            return None
+        use_dysample = "to_img.offset.weight" in shapes
+        scale = 4
+        if use_dysample:
+            what = f"two coordinates, for {DYSAMPLE_GROUPS} groups, of a square of sub-pixels"
+            scale = shapes.root("to_img.offset.weight", 0, what, times=2 * DYSAMPLE_GROUPS)
+        return shapes.options(scale=scale, use_dysample=use_dysample)
+
 
 def _nearest_tail(dim: int) -> nn.Sequential:
     """ESC-Real's enlargement by 4: twice nearest neighbours and a convolution, then two more."""
@@ -126,7 +194,7 @@ class ESCRealM(_RealNetwork):
         upsampler: pixelshuffledirect, pixelshuffle, nearest+conv, dysample or transpose+conv, see
             `UniversalUpsampler`. At scale 1 without unshuffle_mod it is one convolution (conv), whatever is given.
         mid_dim: channels inside the upsamplers pixelshuffle and dysample.
-        unshuffle_mod: for scales below 3, work on the image folded to a quarter or half of its size (padded by
+        unshuffle_mod: for scales below 3, work on the image unshuffled to a quarter or half of its size (padded by
             reflection to a multiple) and enlarge by 4.
         others: see `ESC`.
     """
@@ -166,14 +234,13 @@ class ESCRealM(_RealNetwork):
         if upscaling_factor not in (1, 2, 3, 4):
             raise ValueError(f"upscaling_factor is {upscaling_factor}; ESCRealM takes 1, 2, 3 or 4.")
         unshuffle = unshuffle_mod and self.upscaling_factor < 3
-        #: How many pixels of the image along each side become one of the features.
-        self.folding = self.TAIL_SCALE // self.upscaling_factor if unshuffle else 1
-        channels = 3 * self.folding**2
+        self.unshuffle_factor = self.TAIL_SCALE // self.upscaling_factor if unshuffle else 1
+        channels = 3 * self.unshuffle_factor**2
         proj = Conv3x3(channels, dim)
         skip = _image_skip(channels, dim)
         if unshuffle:
-            self.proj = nn.Sequential(nn.PixelUnshuffle(self.folding), proj)
-            self.skip = nn.Sequential(nn.PixelUnshuffle(self.folding), *skip)
+            self.proj = nn.Sequential(nn.PixelUnshuffle(self.unshuffle_factor), proj)
+            self.skip = nn.Sequential(nn.PixelUnshuffle(self.unshuffle_factor), *skip)
         else:
             self.proj = proj
             self.skip = nn.Sequential(*skip)
@@ -191,6 +258,96 @@ class ESCRealM(_RealNetwork):
 
     def forward(self, x: Tensor) -> Tensor:
         height, width = (size * self.upscaling_factor for size in x.shape[-2:])
-        if self.folding > 1:
-            x = reflect_pad_to_multiple(x, self.folding)
+        if self.unshuffle_factor > 1:
+            x = reflect_pad_to_multiple(x, self.unshuffle_factor)
         return super().forward(x)[:, :, :height, :width]
+
+    @classmethod
+    def recognise(cls, shapes: Shapes) -> dict[str, Any] | None:
+        """Every tail begins with weights, `to_img.0`."""
+        for tail, pattern in UNSUPPORTED_TAILS.items():
+            if any(map(pattern.fullmatch, shapes.weights)):
+                raise UserError(
+                    f"The weights are nearly those of an ESCRealM, but its tail is {tail}, an upsampler of "
+                    f"traiNNer-redux that is not supported here; supported: {', '.join(UPSAMPLERS)}."
+                )
+        if "to_img.0.weight" not in shapes and "to_img.0.offset.weight" not in shapes:
+            return None
+        unshuffle = "proj.1.weight" in shapes
+        upsampler, scale, mid_dim = _upsampler(shapes, (cls.TAIL_SCALE,) if unshuffle else (4, 3, 2, 1))
+        if unshuffle:
+            what = "3 colours times a square of 2 or 4 pixels"
+            factor = shapes.root("proj.1.weight", 1, what, times=3)
+            if factor not in (2, 4):
+                raise shapes.error("proj.1.weight", f"which is not {what}")
+            scale = cls.TAIL_SCALE // factor
+        unshuffle_mod = unshuffle or (scale > 2 and bool(shapes.known.get("unshuffle_mod", True)))
+        return shapes.options(scale=scale, upsampler=upsampler, mid_dim=mid_dim, unshuffle_mod=unshuffle_mod)
+
+
+class _Tail(NamedTuple):
+    """A tail of ESCRealM: the upsampler, its scale, and mid_dim if it uses that."""
+
+    upsampler: str
+    scale: int
+    mid_dim: int | None
+
+
+def _upsampler(shapes: Shapes, scales: tuple[int, ...]) -> tuple[str, int, int]:
+    """The upsampler, its scale and mid_dim.
+
+    Of several with the same names and shapes `known` decides, then the buffer MetaUpsample.
+    """
+    dim = shapes.size("blocks.0.attn.to_qkv.weight", 1)
+    found = {
+        name.removeprefix("to_img."): tensor.shape
+        for name, tensor in shapes.weights.items()
+        if name.startswith("to_img.") and name != META
+    }
+    first = shapes.size("to_img.0.weight", 0) if "to_img.0.weight" in shapes else dim
+    tails = [
+        _Tail(upsampler, scale, first if upsampler in ("pixelshuffle", "dysample") else None)
+        for scale in scales
+        for upsampler in UPSAMPLERS
+        if (upsampler == "conv") == (scale == 1)
+    ]
+    tails = [tail for tail in tails if _shapes_of(tail, dim) == found]
+    if not tails:
+        names = some([f"to_img.{name}" for name in found])
+        raise UserError(
+            f"The weights are nearly those of an ESCRealM, but its tail ({names}) is none of {', '.join(UPSAMPLERS)} "
+            f"for {dim} channels."
+        )
+    described = _described(shapes)
+    known_scale = scales[0] if len(scales) == 1 else shapes.known.get("upscaling_factor")
+    known = (shapes.known.get("upsampler"), known_scale)
+    fitting = [tail for tail in tails if tail[:2] == known]
+    fitting += [tail for tail in tails if described is not None and tail[:2] == described[:2]]
+    tail = (fitting or tails)[0]
+    if len(tails) > 1 and not fitting:
+        others = " or ".join(f"{other.upsampler} of x{other.scale}" for other in tails if other is not tail)
+        shapes.assumptions.append(f"{tail.upsampler} of x{tail.scale} has the same shapes as {others}.")
+    mid_dim: Any = tail.mid_dim
+    if mid_dim is None:  # this upsampler does not use it
+        mid_dim = shapes.known.get("mid_dim", described and described.mid_dim)
+        mid_dim = mid_dim if isinstance(mid_dim, int) and mid_dim > 0 else DEFAULT_MID_DIM
+    return tail.upsampler, tail.scale, mid_dim
+
+
+def _shapes_of(tail: _Tail, dim: int) -> dict[str, torch.Size]:
+    try:
+        with torch.device("meta"):
+            net = UniversalUpsampler(tail.upsampler, scale=tail.scale, dim=dim, mid=tail.mid_dim or DEFAULT_MID_DIM)
+    except ValueError:  # DySample with a number of channels that it cannot divide
+        return {}
+    return {name: tensor.shape for name, tensor in net.state_dict().items() if name != "MetaUpsample"}
+
+
+def _described(shapes: Shapes) -> _Tail | None:
+    """The tail by the buffer MetaUpsample, if it has content."""
+    buffer = shapes.weights.get(META)
+    if buffer is None or buffer.is_meta or tuple(buffer.shape) != (7,):
+        return None
+    _, number, scale, _, _, mid_dim, _ = buffer.tolist()
+    # Widths above 255 do not fit its type
+    return _Tail(UPSAMPLERS[number], scale, mid_dim if mid_dim < 255 else None) if number < len(UPSAMPLERS) else None

@@ -13,9 +13,14 @@ from esc_arch.modules.fused import conv3x3
 from esc_arch.modules.upsample import pixel_shuffle_with_skip
 from esc_arch.modules.window_attention import WindowAttention
 
+from .shapes import Shapes
+
 __all__ = ["ESCRIB"]
 
 ATTN_TYPES = {name.lower(): name for name in ("RIB", "RIBSiren", "FlashBias")}
+PUBLISHED_WINDOW = 64
+#: Images are padded to whole windows: a larger one, by a file's metadata, would have any image fill the memory.
+LARGEST_WINDOW = 1024
 
 
 class ESCRIB(SharedKernelNetwork):
@@ -36,6 +41,7 @@ class ESCRIB(SharedKernelNetwork):
     """
 
     subpixel_conv = "upsampler.up_conv"
+    head_layers = ("last", "upsampler")
     published_defaults: ClassVar = {"exp_ratio": 2, "rank": "256 - head_dim", "rib_hidden_dim": 64}
 
     def __init__(
@@ -59,7 +65,8 @@ class ESCRIB(SharedKernelNetwork):
         upsampler_type: str | None = None,
         backend: str = "auto",
     ) -> None:
-        super().__init__(pdim=pdim, kernel_size=kernel_size, window_size=window_size, upscaling_factor=upscaling_factor)
+        body = Body(dim, pdim, kernel_size, conv_blocks, window_size, num_heads, exp_ratio, attn_type, use_ln)
+        super().__init__(body, upscaling_factor)
         kind = ATTN_TYPES.get(str(attn_type).lower())
         if kind is None:
             raise ValueError(
@@ -94,7 +101,6 @@ class ESCRIB(SharedKernelNetwork):
             )
 
         self.proj = Conv3x3(3, dim)
-        body = Body(dim, pdim, kernel_size, conv_blocks, window_size, num_heads, exp_ratio, attn_type, use_ln)
         self.blocks = body.blocks(n_blocks, first_exp_ratio=4, attention=attention)
         self.last = nn.Sequential(LayerNorm(dim), Conv3x3(dim, dim))
         # A module of its own for the sake of the published parameter names
@@ -104,3 +110,33 @@ class ESCRIB(SharedKernelNetwork):
         norm, last = self.last
         feat = conv3x3(last, feat, norm=norm, residual=shallow)
         return pixel_shuffle_with_skip(conv3x3(self.upsampler["up_conv"], feat), image, self.upscaling_factor)
+
+    @classmethod
+    def recognise(cls, shapes: Shapes) -> dict[str, Any] | None:
+        if "upsampler.up_conv.weight" not in shapes:
+            return None
+        rib = "blocks.0.attn.to_hidden" in shapes
+        return shapes.options(
+            scale=shapes.subpixels("upsampler.up_conv.weight"),
+            attention=_rib_attention(shapes) if rib else shapes.attention("rank"),
+            use_ln=shapes.use_ln,
+            gate_type="DWC" if "blocks.0.attn.gate.0.weight" in shapes else None,
+        )
+
+
+def _rib_attention(shapes: Shapes) -> tuple[int, int, dict[str, Any]]:
+    window = shapes.known.get("window_size")
+    if not isinstance(window, int) or not 1 <= window <= LARGEST_WINDOW:
+        window = PUBLISHED_WINDOW
+        shapes.assumptions.append(
+            f"RIB's weights do not depend on window_size: {window} is that of the published model; "
+            f"`basicsr convert --window` names another."
+        )
+    features = shapes.size("blocks.0.attn.to_hidden", 0)
+    options = {
+        "attn_type": "RIB" if features > 2 else "RIBSiren",  # which has no features but the two coordinates
+        "rank": shapes.size("blocks.0.attn.to_q", 2),
+        "rib_hidden_dim": shapes.size("blocks.0.attn.to_hidden", 1),
+        **({"rib_n_freqs": (features - 2) // 4} if features > 2 else {}),
+    }
+    return window, shapes.size("blocks.0.attn.to_q", 0), options

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from esc_arch import archs
+from esc_arch.archs.base import network_named
 from esc_arch.atomic_io import write_atomically
 from esc_arch.errors import UserError
 from esc_arch.ops.conv_attn import symmetrise
@@ -127,8 +127,7 @@ def build_network(section: Mapping[str, Any]) -> nn.Module:
     Raises:
         ValueError: an invalid option.
     """
-    network: type[nn.Module] = getattr(archs, section["type"].removeprefix("esc_arch."))
-    return network(**{key: value for key, value in section.items() if key != "type"})
+    return network_named(section["type"])(**{key: value for key, value in section.items() if key != "type"})
 
 
 def save_checkpoint(checkpoint: Checkpoint, path: str | Path, *, file_format: str) -> None:

@@ -11,10 +11,11 @@ from pathlib import Path
 
 from torch import Tensor, nn
 
+from esc_arch.archs.base import ESCFamily
+from esc_arch.archs.shapes import some
 from esc_arch.errors import UserError
 
-from .reading import some
-from .recognition import NORMALIZED, describe_difference, own_names
+from .recognition import describe_difference, own_names
 
 __all__ = ["adapt_weights", "describe_mismatch", "load_weights", "mismatch_message"]
 
@@ -56,13 +57,9 @@ def mismatch_message(net: nn.Module, weights: Mapping[str, Tensor], *, strict: b
             f"Nothing in {source} fits {type(net).__name__}, so it would stay untrained: {problems}. "
             f"Is it a checkpoint of another network? Compare network_g."
         )
-    normalised = {NORMALIZED in side for side in (own, weights) if "lte.phase.weight" in side}
-    if len(normalised) > 1:  # all else fits, and the network would make other images of it
-        given = NORMALIZED in weights
-        return (
-            f"{source} does not fit {type(net).__name__}: {problems}. The published ESC-LTE normalizes its images, "
-            f"esc_arch's own does not: give network_g: normalize: {str(given).lower()}."
-        )
+    conflict = net.conflict_with(weights) if isinstance(net, ESCFamily) else None
+    if conflict is not None:
+        return f"{source} does not fit {type(net).__name__}: {problems}. {conflict}"
     if problems and strict:
         return (
             f"{source} does not fit {type(net).__name__}: {problems}. Make network_g that of the checkpoint, or set "

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from esc_arch.archs.flashbias import Origin, convert_old_factors, mark_published, origin_of
+from esc_arch.archs.shapes import some
 from esc_arch.errors import UserError
 
 __all__ = [
@@ -25,7 +26,6 @@ __all__ = [
     "read_checkpoint",
     "read_metadata",
     "select_weights",
-    "some",
 ]
 
 logger = logging.getLogger("basicsr")
@@ -34,8 +34,6 @@ logger = logging.getLogger("basicsr")
 PARAM_KEYS = ("params_ema", "params", "params-ema", "state_dict", "model_state_dict", "model", "net_g")
 #: What wrappers (DataParallel, torch.compile) put before every name.
 PREFIXES = ("module.", "_orig_mod.")
-#: How many names a message lists before it says how many more there are.
-LISTED = 8
 #: Bytes of memory that the content of a file may take beyond the size of the file. PyTorch stores records as they
 #: are; only ones made to do harm grow by more when they are read.
 LARGEST_GROWTH = 2**28
@@ -65,7 +63,7 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
         content = _read_safetensors(path)
         _settle_factors(content, from_json(read_metadata(path).get("network_g")), path)
         return content
-    _check_growth(path, _unpacked_size(path))
+    _check_growth(path)
     try:
         with path.open("rb") as file:  # from its name alone, torch.load might take it for something else
             content = torch.load(file, map_location="cpu", weights_only=True)
@@ -94,7 +92,7 @@ def _settle_factors(content: dict[str, Any], network_g: object, path: Path) -> N
     """Bring FlashBias's factors into the published convention, where the file says of which network they are.
 
     Programs of others may note `network_g` as their option files have it, where `rank` is still a name of the option:
-    weights whose order is the published one are no earlier version's, whatever stands beside them.
+    weights whose order is the published one are no earlier version's, whatever the file says.
     """
     if not isinstance(network_g, Mapping) or network_g.get("attn_type") != "FlashBias":
         return
@@ -150,26 +148,19 @@ def find_weights(
     else:
         found = [key for key in PARAM_KEYS if is_state_dict(checkpoint.get(key))]
         if not found:
-            keys = ", ".join(map(str, list(checkpoint)[:LISTED])) or "nothing"
+            asked = "" if param_key is None else f"{param_key!r} nor under "
+            is_state = " It is a training state: name it as path: resume_state." if "optimizers" in checkpoint else ""
             raise UserError(
-                f"{source} holds no weights under {'' if param_key is None else f'{param_key!r} nor under '}"
-                f"any of {', '.join(PARAM_KEYS)}; "
-                f"it holds {keys}."
-                + (" It is a training state: name it as path: resume_state." if "optimizers" in checkpoint else "")
+                f"{source} holds no weights under {asked}any of {', '.join(PARAM_KEYS)}; it holds "
+                f"{some([*map(str, checkpoint)]) or 'nothing'}.{is_state}"
             )
         key, weights = found[0], checkpoint[found[0]]
     _check_dense(weights, source)
     return key, {_strip_prefixes(name): tensor for name, tensor in weights.items()}
 
 
-def some(names: list[str]) -> str:
-    """The first few names, and how many more there are."""
-    rest = len(names) - LISTED
-    return ", ".join(names[:LISTED]) + (f" and {rest} more" if rest > 0 else "")
-
-
 def is_state_dict(value: object) -> bool:
-    """Whether a value can be a network's weights: names with tensors, and nothing else."""
+    """True if a value can be a network's weights: names with tensors, and nothing else."""
     return (
         isinstance(value, Mapping)
         and len(value) > 0
@@ -196,13 +187,14 @@ def _check_dense(weights: Mapping[str, Tensor], source: str | Path) -> None:
 
 def _odd_kind(tensor: Tensor) -> str | None:
     """What a tensor is if it does not hold a number for each of its places."""
-    if tensor.layout != torch.strided or tensor.is_nested:
-        return "a sparse tensor" if not tensor.is_nested else "a nested tensor"
-    if tensor.is_quantized:
-        return "a quantised tensor"
-    if tensor.is_complex():
-        return "complex numbers"
-    return "a tensor without content" if tensor.is_meta else None
+    kinds = {
+        "a nested tensor": tensor.is_nested,
+        "a sparse tensor": tensor.layout != torch.strided,
+        "a quantised tensor": tensor.is_quantized,
+        "complex numbers": tensor.is_complex(),
+        "a tensor without content": tensor.is_meta,
+    }
+    return next((kind for kind, found in kinds.items() if found), None)
 
 
 def _strip_prefixes(name: str) -> str:
@@ -224,7 +216,7 @@ def _read_safetensors(path: Path) -> dict[str, Any]:
 
 
 def is_safetensors(path: Path) -> bool:
-    """Whether a file is to be read as safetensors: it begins as they do, or is named so and begins as no other does.
+    """True if a file is to be read as safetensors: it begins as they do, or is named so and begins as no other does.
 
     They begin with the length of a JSON object, in 8 bytes, and that object.
     """
@@ -235,7 +227,7 @@ def is_safetensors(path: Path) -> bool:
 
 
 def read_metadata(path: str | Path) -> dict[str, str]:
-    """What a safetensors file says beside its tensors, as `is_safetensors` has found it to be one."""
+    """The metadata of a safetensors file."""
     from safetensors import safe_open
 
     with safe_open(path, framework="pt") as file:
@@ -280,19 +272,13 @@ def _is_whole_zip(path: Path) -> bool:
         return False
 
 
-def _unpacked_size(path: Path) -> int:
-    """Bytes that the records of a zip archive unpack to; 0 for another file."""
-    if not _is_whole_zip(path):
-        return 0
+def _check_growth(path: Path) -> None:
+    """Check that the records of a zip archive take no more memory than the file can mean."""
+    size = path.stat().st_size
     try:
-        with zipfile.ZipFile(path) as archive:
-            return sum(record.file_size for record in archive.infolist())
+        taken = sum(record.file_size for record in zipfile.ZipFile(path).infolist()) if _is_whole_zip(path) else 0
     except Exception as error:  # a damaged directory makes the reader fail in many ways
         raise _damaged(path, error) from error
-
-
-def _check_growth(path: Path, taken: int) -> None:
-    size = path.stat().st_size
     if taken > size + LARGEST_GROWTH:
         raise UserError(
             f"{path} has {size:,} bytes and would take {taken:,} of memory: it was not written by torch.save. Get it "

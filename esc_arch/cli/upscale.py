@@ -40,8 +40,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("-o", "--output", type=Path, required=True, help="a folder, or a file when the input is one file")
     add("-m", "--model", type=Path, required=True, metavar="WEIGHTS", help=".pth or .safetensors")
     add("-s", "--outscale", type=float, metavar="S", help="enlarge by S; default: as the network does")
-    add("-t", "--tile", type=int, default=0, metavar="N", help="fast tiles of N pixels; default: 0, none")
-    add("--tile_pad", type=int, metavar="N", help="pixels by which tiles overlap")
+    add("-t", "--tile", type=int, default=0, metavar="N", help="parts of at most N pixels, with the same result")
+    add("--tile_pad", type=int, metavar="N", help="accepted without effect: parts need no overlap")
     add("--pre_pad", type=int, default=0, metavar="N", help="pixels added at each side, then cropped")
     add("--max-memory", metavar="SIZE", help="such as 2G: in parts that fit, with the same result")
     add("--fp32", action="store_true", help="full precision on GPUs, too; CPUs always have it")
@@ -107,7 +107,7 @@ def _options(args: argparse.Namespace) -> Options:
     if "/" in args.suffix or "\\" in args.suffix:
         raise UserError(f"--suffix {args.suffix}: a suffix is a part of a name, not of a path.")
     memory = None if args.max_memory is None else parse_memory(args.max_memory)
-    settings = Settings(args.outscale, args.tile, args.tile_pad, args.pre_pad, memory, args.alpha_upsampler)
+    settings = Settings(args.outscale, args.tile, args.pre_pad, memory, args.alpha_upsampler)
     return Options(settings, args.quality, args.lossless, args.batch, args.overwrite)
 
 

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from .conv3x3 import Conv3x3
 from .precision import in_float32
 
-__all__ = ["LTE", "query_grid"]
+__all__ = ["LTE", "query_grid", "rows_of_pixels"]
 
 
 class LTE(nn.Module):
@@ -78,23 +78,35 @@ class LTE(nn.Module):
 
     @in_float32
     def forward(
-        self, features: Tensor, image: Tensor, coords: Tensor, cell: Tensor, *, chunk: int | None = None
+        self,
+        features: Tensor,
+        image: Tensor,
+        coords: Tensor,
+        cell: Tensor,
+        *,
+        chunk: int | None = None,
+        origin: tuple[int, int] = (0, 0),
+        size: tuple[int, int] | None = None,
     ) -> Tensor:
-        """See the class. `chunk` is the number of points, of all images together, computed at a time (None: all).
+        """See the class.
 
-        It bounds the memory, and changes the result by rounding at most. Where gradients are asked for, which keep
-        every intermediate result, and while exporting, all points are computed at once.
+        Args:
+            chunk: the number of points, of all images together, computed at a time; None for all. It bounds the memory,
+                and changes the result by rounding at most. Where gradients are asked for, which keep every intermediate
+                result, and while exporting, all points are computed at once.
+            origin, size: features and image are a part of maps of this (H, W), which begins at this row and column and
+                has all pixels around the points; coords and cell are those of the whole.
         """
-        height, width = image.shape[-2:]
-        coef = _rows(self.coef(features))
+        height, width = size or image.shape[-2:]
+        coef = rows_of_pixels(self.coef(features))
         # Of every pixel the frequencies of height, then those of width; each channel pair of `freq` is one (y, x)
-        freq = _rows(self.freq(features).unflatten(1, (-1, 2)).transpose(1, 2).flatten(1, 2) * math.pi)
-        pixels = _rows(image)
-        size = torch.stack([cell[:, 0] * height, cell[:, 1] * width], dim=-1).clamp(min=2 / self.max_scale)
-        phase = self.phase(size.to(image.dtype))[:, None] * math.pi  # (B, 1, K), K frequencies
+        freq = rows_of_pixels(self.freq(features).unflatten(1, (-1, 2)).transpose(1, 2).flatten(1, 2) * math.pi)
+        pixels = rows_of_pixels(image)
+        sides = torch.stack([cell[:, 0] * height, cell[:, 1] * width], dim=-1).clamp(min=2 / self.max_scale)
+        phase = self.phase(sides.to(image.dtype))[:, None] * math.pi  # (B, 1, K), K frequencies
 
         def query(points: Tensor) -> Tensor:  # (B, q, 2) -> (B, 3, q)
-            index, delta, weight = _nearest_pixels(points, height, width)
+            index, delta, weight = _nearest_pixels(points, (height, width), origin, image.shape[-2:])
             # F.embedding is the way of picking rows with the fastest backward
             f_y, f_x = F.embedding(index, freq).chunk(2, dim=-1)
             d_y, d_x = delta.to(freq.dtype).split(1, dim=-1)
@@ -112,43 +124,52 @@ class LTE(nn.Module):
 
 
 def query_grid(
-    size: tuple[int, int], *, device: torch.device | str | None = None, part: tuple[float, float] = (1, 1)
+    size: tuple[int, int],
+    *,
+    device: torch.device | str | None = None,
+    part: tuple[float, float] = (1, 1),
+    region: tuple[int, int, int, int] | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """The points to ask for to get a whole image.
+    """The points to ask for to get a whole image, or a region of it.
 
     Args:
         size: (H', W') of the image.
         part: how much of the map's height and width the image shows, from the top left: less than 1 where padding was
             added to the map at the bottom and the right.
+        region: rows and columns of the image wanted, (top, left, bottom, right); None for all.
 
     Returns:
         The centres of its pixels, row by row (H' * W', 2), and their cell (2,); float32.
     """
     cells = [2 * shown / n for n, shown in zip(size, part, strict=True)]
+    top, left, bottom, right = region or (0, 0, *size)
     axes = [
-        (torch.arange(n, device=device, dtype=torch.float32) + 0.5) * cell - 1
-        for n, cell in zip(size, cells, strict=True)
+        (torch.arange(first, last, device=device, dtype=torch.float32) + 0.5) * cell - 1
+        for first, last, cell in ((top, bottom, cells[0]), (left, right, cells[1]))
     ]
     coords = torch.stack(torch.meshgrid(*axes, indexing="ij"), dim=-1).flatten(0, 1)
     return coords, torch.tensor(cells, device=device)
 
 
-def _rows(x: Tensor) -> Tensor:
+def rows_of_pixels(x: Tensor) -> Tensor:
     """(B, C, H, W) -> (B * H * W, C)."""
     return x.permute(0, 2, 3, 1).flatten(0, 2)
 
 
-def _nearest_pixels(points: Tensor, height: int, width: int) -> tuple[Tensor, Tensor, Tensor]:
-    """The four pixels around every point of (B, q, 2).
+def _nearest_pixels(
+    points: Tensor, size: tuple[int, int], origin: tuple[int, int], shape: Sequence[int]
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The four pixels around every point of (B, q, 2) in a map of `size`, of which a part (h, w) is there.
 
     Returns:
-        Their rows in a (B * H * W, C) map (N,), the way from their centres to the point (N, 2), in units of which a
-        pixel is 2 wide, and their weights (N, 1); N = B * q * 4.
+        Their rows in that part as (B * h * w, C) (N,), the way from their centres to the point (N, 2), in units of
+        which a pixel is 2 wide, and their weights (N, 1); N = B * q * 4.
     """
-    y, d_y, w_y = _nearest_on_axis(points[..., 0], height)
-    x, d_x, w_x = _nearest_on_axis(points[..., 1], width)
+    y, d_y, w_y = _nearest_on_axis(points[..., 0], size[0])
+    x, d_x, w_x = _nearest_on_axis(points[..., 1], size[1])
+    height, width = shape
     first = torch.arange(len(points), device=points.device).view(-1, 1, 1, 1) * (height * width)
-    index = first + (y * width)[..., :, None] + x[..., None, :]  # (B, q, 2, 2)
+    index = first + ((y - origin[0]) * width)[..., :, None] + (x - origin[1])[..., None, :]  # (B, q, 2, 2)
     delta = torch.stack(torch.broadcast_tensors(d_y[..., :, None], d_x[..., None, :]), dim=-1)
     weight = w_y[..., :, None] * w_x[..., None, :]
     return index.flatten(), delta.flatten(0, -2), weight.flatten()[:, None]

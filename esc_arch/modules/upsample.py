@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -114,27 +113,46 @@ class DySample(nn.Module):
 
     @in_float32
     def forward(self, x: Tensor) -> Tensor:
-        batch, channels, height, width = x.shape
+        return self.sample(x, *self.places(x, (0, 0), (x.shape[-2], x.shape[-1])))
+
+    @in_float32
+    def places(self, x: Tensor, first: tuple[int, int], size: tuple[int, int]) -> tuple[Tensor, Tensor]:
+        """Where output pixels are read from a map: columns and rows, -1 .. 1.
+
+        Args:
+            x: a part of the map, (B, dim, h, w).
+            first: its first row and column.
+            size: height and width of the map.
+
+        Returns:
+            (B, groups, h * scale, w * scale), twice.
+        """
+        batch, _, height, width = x.shape
         offset = self.offset(x) * self.scope(x).sigmoid() * 0.5 + self.init_pos
         # The channels are x or y, then group, then sub-pixel: a shuffle puts the last one in its place
         offset = F.pixel_shuffle(offset, self.scale).reshape(
             batch, 2, self.groups, height * self.scale, width * self.scale
         )
-        place_x = (self._pixels(width, x) + offset[:, 0]) * (2 / width) - 1
-        place_y = (self._pixels(height, x)[:, None] + offset[:, 1]) * (2 / height) - 1
+        # The centre of the input pixel that each output pixel along a side lies in
+        rows, columns = (
+            (torch.arange(start, start + length, device=x.device, dtype=x.dtype) + 0.5).repeat_interleave(self.scale)
+            for start, length in zip(first, (height, width), strict=True)
+        )
+        return (columns + offset[:, 0]) * (2 / size[1]) - 1, (rows[:, None] + offset[:, 1]) * (2 / size[0]) - 1
+
+    @in_float32
+    def sample(self, x: Tensor, columns: Tensor, rows: Tensor) -> Tensor:
+        """The map at such places: (B, out_dim, h * scale, w * scale)."""
+        batch, channels, height, width = x.shape
         sampled = F.grid_sample(
             x.reshape(batch * self.groups, channels // self.groups, height, width),
-            torch.stack([place_x, place_y], dim=-1).flatten(0, 1),
+            torch.stack([columns, rows], dim=-1).flatten(0, 1),
             mode="bilinear",
             padding_mode="border",
             align_corners=False,
         )
-        return self.end_conv(sampled.reshape(batch, channels, height * self.scale, width * self.scale))
-
-    def _pixels(self, size: int, like: Tensor) -> Tensor:
-        """The centre of the input pixel that each output pixel along a side lies in."""
-        centres = torch.arange(size, device=like.device, dtype=like.dtype) + 0.5
-        return centres.repeat_interleave(self.scale)
+        sampled = sampled.reshape(batch, channels, rows.shape[-2], rows.shape[-1])
+        return self.end_conv(sampled.to(self.end_conv.weight.dtype))
 
 
 def _subpixel_places(scale: int, groups: int) -> Tensor:
@@ -144,64 +162,45 @@ def _subpixel_places(scale: int, groups: int) -> Tensor:
     return torch.stack([x.flatten(), y.flatten()])[:, None].repeat(1, groups, 1).reshape(1, -1, 1, 1)
 
 
-def _plain(scale: int, dim: int, out: int, mid: int, groups: int) -> list[nn.Module]:
-    if scale != 1:
-        raise ValueError(f"upsampler conv does not enlarge, but the scale here is {scale}: choose another upsampler.")
-    return [Conv3x3(dim, out)]
+#: In the order of their numbers in `MetaUpsample`.
+UPSAMPLERS = ("conv", "pixelshuffledirect", "pixelshuffle", "nearest+conv", "dysample", "transpose+conv")
+#: The enlargements, one after the other, that make a scale: powers of 2, or 3 at once.
+STEPS = {2: [2], 3: [3], 4: [2, 2]}
 
 
-def _pixel_shuffle_direct(scale: int, dim: int, out: int, mid: int, groups: int) -> list[nn.Module]:
-    return [Conv3x3(dim, out * scale**2), nn.PixelShuffle(scale)]
-
-
-def _pixel_shuffle(scale: int, dim: int, out: int, mid: int, groups: int) -> list[nn.Module]:
-    layers: list[nn.Module] = [Conv3x3(dim, mid), nn.LeakyReLU()]
-    for step in _steps(scale):
-        layers += [Conv3x3(mid, mid * step**2), nn.PixelShuffle(step)]
-    return [*layers, Conv3x3(mid, out)]
-
-
-def _nearest_conv(scale: int, dim: int, out: int, mid: int, groups: int) -> list[nn.Module]:
+def _upsampler(name: str, scale: int, dim: int, out: int, mid: int, groups: int) -> list[nn.Module]:
+    """The layers of one of `UPSAMPLERS`."""
+    if name == "conv":
+        if scale != 1:
+            raise ValueError(
+                f"upsampler conv does not enlarge, but the scale here is {scale}: choose another upsampler."
+            )
+        return [Conv3x3(dim, out)]
+    if name == "pixelshuffledirect":
+        return [Conv3x3(dim, out * scale**2), nn.PixelShuffle(scale)]
+    if name == "dysample":
+        narrowing: list[nn.Module] = [] if mid == dim else [Conv3x3(dim, mid), nn.LeakyReLU()]
+        return [*narrowing, DySample(mid, out, scale, groups)]
+    if scale not in STEPS:
+        raise ValueError(f"upsampling by {scale} is not known; allowed: {', '.join(map(str, STEPS))}.")
     layers: list[nn.Module] = []
-    for step in _steps(scale):
-        layers += [Conv3x3(dim, dim), nn.Upsample(scale_factor=step), nn.LeakyReLU(0.2)]
-    return [*layers, Conv3x3(dim, dim), nn.LeakyReLU(0.2), Conv3x3(dim, out)]
-
-
-def _dysample(scale: int, dim: int, out: int, mid: int, groups: int) -> list[nn.Module]:
-    narrowing: list[nn.Module] = [] if mid == dim else [Conv3x3(dim, mid), nn.LeakyReLU()]
-    return [*narrowing, DySample(mid, out, scale, groups)]
-
-
-def _transposed_conv(scale: int, dim: int, out: int, mid: int, groups: int) -> list[nn.Module]:
-    layers: list[nn.Module] = []
-    *first, last = _steps(scale)
+    if name == "pixelshuffle":
+        layers += [Conv3x3(dim, mid), nn.LeakyReLU()]
+        for step in STEPS[scale]:
+            layers += [Conv3x3(mid, mid * step**2), nn.PixelShuffle(step)]
+        return [*layers, Conv3x3(mid, out)]
+    if name == "nearest+conv":
+        for step in STEPS[scale]:
+            layers += [Conv3x3(dim, dim), nn.Upsample(scale_factor=step), nn.LeakyReLU(0.2)]
+        return [*layers, Conv3x3(dim, dim), nn.LeakyReLU(0.2), Conv3x3(dim, out)]
+    *first, last = STEPS[scale]
     for step in first:
-        layers += [_enlarging_conv(dim, dim, step), nn.GELU()]
-    return [*layers, _enlarging_conv(dim, out, last), Conv3x3(out, out)]
+        layers += [_transposed_conv(dim, dim, step), nn.GELU()]
+    return [*layers, _transposed_conv(dim, out, last), Conv3x3(out, out)]
 
 
-def _enlarging_conv(channels: int, out: int, step: int) -> nn.ConvTranspose2d:
+def _transposed_conv(channels: int, out: int, step: int) -> nn.ConvTranspose2d:
     return nn.ConvTranspose2d(channels, out, 3, stride=3) if step == 3 else nn.ConvTranspose2d(channels, out, 4, 2, 1)
-
-
-def _steps(scale: int) -> list[int]:
-    """The enlargements, one after the other, that make `scale`: powers of 2, or 3 at once."""
-    steps = {2: [2], 3: [3], 4: [2, 2]}
-    if scale not in steps:
-        raise ValueError(f"upsampling by {scale} is not known; allowed: {', '.join(map(str, steps))}.")
-    return steps[scale]
-
-
-#: By name, in the order of their numbers in `MetaUpsample`.
-UPSAMPLERS: Mapping[str, Callable[[int, int, int, int, int], list[nn.Module]]] = {
-    "conv": _plain,
-    "pixelshuffledirect": _pixel_shuffle_direct,
-    "pixelshuffle": _pixel_shuffle,
-    "nearest+conv": _nearest_conv,
-    "dysample": _dysample,
-    "transpose+conv": _transposed_conv,
-}
 
 
 class UniversalUpsampler(nn.Sequential):
@@ -229,9 +228,9 @@ class UniversalUpsampler(nn.Sequential):
     def __init__(self, name: str, *, scale: int, dim: int, mid: int, out: int = 3, groups: int = 4) -> None:
         if name not in UPSAMPLERS:
             raise ValueError(f"upsampler {name!r} is not known; allowed: {', '.join(UPSAMPLERS)}.")
-        super().__init__(*UPSAMPLERS[name](scale, dim, out, mid, groups))
+        super().__init__(*_upsampler(name, scale, dim, out, mid, groups))
         version = 3 if name == "transpose+conv" else 2
-        numbers = [version, list(UPSAMPLERS).index(name), scale, dim, out, mid, groups]
+        numbers = [version, UPSAMPLERS.index(name), scale, dim, out, mid, groups]
         # uint8 is the published type; widths above 255 are cut to it, as nothing is read from here
         self.register_buffer("MetaUpsample", torch.tensor([min(n, 255) for n in numbers], dtype=torch.uint8))
 

@@ -116,12 +116,12 @@ def test_compiles_without_a_break(variant: str) -> None:
 def test_exports_with_dynamic_sizes(variant: str) -> None:
     net = build(variant)
     Dim = torch.export.Dim
-    if (folding := getattr(net, "folding", 1)) == 1:
+    if (factor := net.unshuffle_factor) == 1:
         varying = dict.fromkeys((0, 2, 3), Dim.DYNAMIC)
         example, sizes = (9, 11), [(1, 1), (2, 3), (8, 8), (20, 27)]
-    else:  # networks that fold the image: multiples of the folding
-        varying = {0: Dim.DYNAMIC, 2: folding * Dim("rows", min=2), 3: folding * Dim("columns", min=2)}
-        example, sizes = (8, 12), [(2 * folding, 3 * folding), (8, 8), (20, 24)]
+    else:  # networks that unshuffle the image: multiples of the factor
+        varying = {0: Dim.DYNAMIC, 2: factor * Dim("rows", min=2), 3: factor * Dim("columns", min=2)}
+        example, sizes = (8, 12), [(2 * factor, 3 * factor), (8, 8), (20, 24)]
     program = torch.export.export(net, (image(2, 3, *example),), dynamic_shapes=(varying,)).module()
     for batch in (1, 3):
         for size in sizes:

@@ -12,7 +12,6 @@ from typing import Any
 from basicsr.utils.registry import ARCH_REGISTRY
 from torch import nn
 
-from esc_arch.archs import ESCRIB
 from esc_arch.archs.base import ESCFamily
 from esc_arch.errors import UserError
 from esc_arch.options.files import load_options, load_yaml
@@ -163,8 +162,9 @@ def _with_defaults(options: Mapping[str, Any]) -> dict[str, Any]:
 def _identity(options: Mapping[str, Any]) -> dict[str, Any]:
     """What distinguishes networks other than the scale."""
     kind, has_factors = _constructor(options), str(options.get("attn_type")).lower() == "flashbias"
-    ignored = _COMPUTATION if has_factors or kind is ESCRIB else (*_COMPUTATION, "rank", "flashbias_rank")
-    complete = {key: value for key, value in _with_defaults(options).items() if key not in ignored}
+    complete = {key: value for key, value in _with_defaults(options).items() if key not in _COMPUTATION}
+    if not has_factors and "flashbias_rank" in complete:  # without factors these options have no effect
+        complete = {key: value for key, value in complete.items() if key not in ("rank", "flashbias_rank")}
     lists = {key: list(value) for key, value in complete.items() if isinstance(value, tuple)}
     return complete | lists | {"type": kind, "factors": has_factors}
 

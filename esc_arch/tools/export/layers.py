@@ -17,14 +17,13 @@ from torch import Tensor, nn
 
 from esc_arch.modules import ConvAttn, DecomposedConvAttn
 from esc_arch.modules.conv_attn import DYNAMIC_KERNEL_SIZE
-from esc_arch.modules.lte import LTE
+from esc_arch.modules.lte import LTE, rows_of_pixels
 from esc_arch.modules.window_attention import WindowAttention
 from esc_arch.ops.padding import reflect_pad_to_multiple
 
 __all__ = [
     "ExportedAttention",
     "ExportedConvAttn",
-    "ExportedDecomposedConvAttn",
     "ExportedLTE",
     "InFloat32",
     "replace_layers",
@@ -157,31 +156,19 @@ def _one_by_one(function: Callable[..., Tensor], *inputs: Tensor) -> Tensor:
 
 
 class ExportedConvAttn(nn.Module):
-    """`ConvAttn`, with the kernel made from the image applied by `depthwise`."""
+    """`ConvAttn` or `DecomposedConvAttn`, with the kernel made from the image applied by `depthwise`."""
 
-    def __init__(self, layer: ConvAttn) -> None:
+    def __init__(self, layer: ConvAttn | DecomposedConvAttn) -> None:
         super().__init__()
         self.pdim, self.plk, self.aggr = layer.pdim, InFloat32(layer.plk), layer.aggr
 
-    def forward(self, x: Tensor, lk: Tensor, means: None = None) -> Tensor:
-        convolved, passed = x[:, : self.pdim], x[:, self.pdim :]
-        static = F.conv2d(convolved, lk, padding=lk.shape[-1] // 2)
-        convolved = static + depthwise(convolved, self.plk(convolved))
-        return self.aggr(torch.cat([convolved, passed], dim=1))
-
-
-class ExportedDecomposedConvAttn(nn.Module):
-    """`DecomposedConvAttn`, its depth-wise kernel and the one made from the image applied one after the other."""
-
-    def __init__(self, layer: DecomposedConvAttn) -> None:
-        super().__init__()
-        self.pdim, self.plk, self.aggr = layer.pdim, InFloat32(layer.plk), layer.aggr
-
-    def forward(self, x: Tensor, lk_channel: Tensor, lk_spatial: Tensor, means: None = None) -> Tensor:
+    def forward(self, x: Tensor, *kernels: Tensor) -> Tensor:
         convolved, passed = x[:, : self.pdim], x[:, self.pdim :]
         dynamic = self.plk(convolved)
-        convolved = F.conv2d(convolved, lk_channel)
-        static = F.conv2d(convolved, lk_spatial, padding=lk_spatial.shape[-1] // 2, groups=self.pdim)
+        *mixing, large = kernels  # ConvAttn's kernel; DecomposedConvAttn's mixing of channels, and depth-wise kernel
+        for kernel in mixing:
+            convolved = F.conv2d(convolved, kernel)
+        static = F.conv2d(convolved, large, padding=large.shape[-1] // 2, groups=self.pdim // large.shape[1])
         return self.aggr(torch.cat([static + depthwise(convolved, dynamic), passed], dim=1))
 
 
@@ -214,9 +201,9 @@ class ExportedLTE(nn.Module):
 
     def forward(self, features: Tensor, image: Tensor, shown: tuple[int, int], size: tuple[int, int]) -> Tensor:
         lte, (batch, _, height, width) = self.lte, image.shape
-        coef = _rows(lte.coef(features))
-        freq = _rows(lte.freq(features).unflatten(1, (-1, 2)).transpose(1, 2).flatten(1, 2) * math.pi)
-        pixels = _rows(image)
+        coef = rows_of_pixels(lte.coef(features))
+        freq = rows_of_pixels(lte.freq(features).unflatten(1, (-1, 2)).transpose(1, 2).flatten(1, 2) * math.pi)
+        pixels = rows_of_pixels(image)
         # A pixel of the features is 2 wide; sizes are made tensors first, as symbols are divided in few runtimes
         ratio = [_number(part, image) / _number(whole, image) for part, whole in zip(shown, size, strict=True)]
         phase = lte.phase((2 * torch.stack(ratio)).clamp(min=2 / lte.max_scale)) * math.pi  # (K,)
@@ -252,8 +239,3 @@ def _nearest(count: int, ratio: Tensor, size: int) -> tuple[Tensor, Tensor, Tens
 
 def _number(size: int, like: Tensor) -> Tensor:
     return torch.full((), size, dtype=torch.float32, device=like.device)
-
-
-def _rows(x: Tensor) -> Tensor:
-    """(B, C, H, W) -> (B * H * W, C)."""
-    return x.permute(0, 2, 3, 1).flatten(0, 2)

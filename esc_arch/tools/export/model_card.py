@@ -7,8 +7,8 @@ from collections.abc import Iterable, Sequence
 import torch
 import yaml
 
+from esc_arch.archs.esc_rib_arch import PUBLISHED_WINDOW as PUBLISHED_RIB_WINDOW
 from esc_arch.checkpoints.conversion import build_network
-from esc_arch.checkpoints.recognition import PUBLISHED_RIB_WINDOW
 
 from .model_info import Model, PublishedFile
 

@@ -18,7 +18,6 @@ from esc_arch.ops.resize import scaled_size
 from .layers import (
     ExportedAttention,
     ExportedConvAttn,
-    ExportedDecomposedConvAttn,
     ExportedLTE,
     InFloat32,
     replace_layers,
@@ -44,9 +43,8 @@ class ExportedNetwork(nn.Module):
         self.dtype = dtype
         self.slices = slices
         self.multiples = [net.window_size] * pad
-        folding: int = getattr(net, "folding", 1)
-        if not pad or net.window_size % folding:
-            self.multiples.append(folding)
+        if not pad or net.window_size % net.unshuffle_factor:
+            self.multiples.append(net.unshuffle_factor)
 
     def forward(self, image: Tensor) -> Tensor:
         shown = (image.shape[-2], image.shape[-1])
@@ -86,7 +84,7 @@ def onnx_network(net: ESCFamily, *, pad: bool = True, loop: bool = True, half: b
         half: compute in float16, but not normalisations, global pools, kernels made from them, nor DySample and LTE.
     """
     net = copy.deepcopy(net)
-    whole_windows = pad and getattr(net, "folding", 1) == 1
+    whole_windows = pad and net.unshuffle_factor == 1
     with torch.no_grad():
         replace_layers(net, lambda layer: _exported(layer, pad=not whole_windows, loop=loop))
         if half:
@@ -97,10 +95,8 @@ def onnx_network(net: ESCFamily, *, pad: bool = True, loop: bool = True, half: b
 def _exported(layer: nn.Module, *, pad: bool, loop: bool) -> nn.Module | None:
     if isinstance(layer, WindowAttention):
         return ExportedAttention(layer, pad=pad, loop=loop)
-    if isinstance(layer, ConvAttn):
+    if isinstance(layer, ConvAttn | DecomposedConvAttn):
         return ExportedConvAttn(layer)
-    if isinstance(layer, DecomposedConvAttn):
-        return ExportedDecomposedConvAttn(layer)
     if isinstance(layer, LTE):
         return InFloat32(ExportedLTE(layer))
     return InFloat32(layer) if isinstance(layer, (LayerNorm, DySample)) else None

@@ -7,16 +7,39 @@ from typing import Any
 
 import yaml
 
+from esc_arch.archs.base import network_named
 from esc_arch.options import Options
 
 __all__ = ["option_files"]
 
 BENCHMARKS = ("Set5", "Set14", "B100", "Urban100", "Manga109")
-#: Types that were trained on photographs, not on images made small by bicubic interpolation.
-REAL = ("ESCReal", "ESCRealM")
-#: Scales that ESCLTE is tested at.
-LTE_SCALES = (2, 3, 4)
+#: Scales that networks of any scale are tested at.
+SCALES = (2, 3, 4)
 DISK = {"type": "disk"}
+TRAINING: Options = {
+    "ema_decay": 0.999,
+    "optim_g": {"type": "AdamW", "lr": 5e-5, "weight_decay": 0, "betas": [0.9, 0.9]},
+    "scheduler": {"type": "MultiStepLR", "milestones": [50000, 80000, 90000, 95000], "gamma": 0.5},
+    "total_iter": 100000,
+    "warmup_iter": -1,
+    "pixel_opt": {"type": "L1Loss", "loss_weight": 1.0, "reduction": "mean"},
+}
+LOADING: Options = {"num_worker_per_gpu": 4, "batch_size_per_gpu": 16, "dataset_enlarge_ratio": 100}
+LOADING |= {"prefetch_mode": None, "pin_memory": True}
+
+TEST_HEAD = """\
+# {name}, tested with esc_arch. In the folder that this file is in:
+# basicsr test -opt test_{name}.yml
+# Data: {data}
+
+"""
+TRAIN_HEAD = """\
+# {name}, trained further on images of your own. In the folder that this file is in:
+# basicsr train -opt finetune_{name}.yml
+# Data: {data}
+# The learning rate is a tenth of that of ESC's training from scratch; the number of iterations is a choice.
+
+"""
 
 
 def option_files(identifier: str, network_g: Mapping[str, Any], weights: str, gt_size: int | None) -> dict[str, str]:
@@ -30,146 +53,83 @@ def option_files(identifier: str, network_g: Mapping[str, Any], weights: str, gt
         weights: the file's name.
         gt_size: side of HR patches; None for LR patches of 64.
     """
-    kind, scale = network_g["type"], network_g["upscaling_factor"]
-    head = {"model_type": "ESCLTEModel" if kind == "ESCLTE" else "ESCModel"}
-    head |= {} if kind == "ESCLTE" else {"scale": scale}
-    common = {**head, "num_gpu": "auto", "manual_seed": 0}
-    rest = {"network_g": dict(network_g), "path": {"pretrain_network_g": weights, "strict_load_g": True}}
-    real = kind in REAL
-    test = {
-        "name": f"test_{identifier}",
-        **common,
-        "datasets": _photographs() if real else _benchmarks("test", kind, scale),
-        **rest,
-        "val": {"save_img": True, "suffix": None, "metrics": _niqe(scale) if real else _metrics(kind, scale)},
-    }
-    paired = real or scale == 1
-    train = {
-        "name": f"finetune_{identifier}",
-        **common,
-        "datasets": {
-            "train": _own_images(kind, scale, gt_size, paired=paired),
-            **(_own_pairs() if paired else _benchmarks("val", kind, scale)),
-        },
-        **rest,
-        "train": _training(),
-        "val": {"val_freq": 5000, "save_img": False, "metrics": _metrics(kind, scale)},
-        "logger": {"print_freq": 100, "save_checkpoint_freq": 5000, "use_tb_logger": True},
-    }
-    return {
-        f"test_{identifier}.yml": _text(test, _test_head(identifier, real=real)),
-        f"finetune_{identifier}.yml": _text(train, _train_head(identifier, paired=paired)),
-    }
-
-
-def _test_head(identifier: str, *, real: bool) -> list[str]:
-    data = (
-        "datasets/photographs: a folder of images."
-        if real
-        else "datasets/benchmark/* by `basicsr prepare benchmark`; delete the sections of sets that you do not have."
-    )
-    return [
-        f"{identifier}, tested with esc_arch. In the folder that this file is in:",
-        f"basicsr test -opt test_{identifier}.yml",
-        f"Data: {data}",
-    ]
-
-
-def _train_head(identifier: str, *, paired: bool) -> list[str]:
-    data = (
-        "datasets/own/HR, and datasets/own/LR with images of the same names; datasets/own/val/HR and LR."
-        if paired
-        else "datasets/own/HR: your images (their LR images are made while training); datasets/benchmark/Set5."
-    )
-    return [
-        f"{identifier}, trained further on images of your own. In the folder that this file is in:",
-        f"basicsr train -opt finetune_{identifier}.yml",
-        f"Data: {data}",
-        "The learning rate is a tenth of that of ESC's training from scratch; the number of iterations is a choice.",
-    ]
-
-
-def _benchmarks(phase: str, kind: str, scale: float) -> Options:
-    names = BENCHMARKS if phase == "test" else BENCHMARKS[:1]
-    if kind == "ESCLTE":
-        return {
-            f"{phase}_{name}_x{factor}": {
-                "name": f"{name}_x{factor}",
-                "type": "ArbitraryScaleDataset",
-                "dataroot_gt": f"datasets/benchmark/{name}/HR",
-                "io_backend": DISK,
-                "scale": factor,
-            }
-            for name in names
-            for factor in LTE_SCALES
-        }
-    return {
-        f"{phase}_{number}": {
-            "name": name,
-            "type": "PairedImageDataset",
-            "dataroot_gt": f"datasets/benchmark/{name}/HR",
-            "dataroot_lq": f"datasets/benchmark/{name}/LR_bicubic/X{scale}",
-            "filename_tmpl": f"{{}}x{scale}",
-            "io_backend": DISK,
-        }
-        for number, name in enumerate(names, 1)
-    }
-
-
-def _photographs() -> Options:
-    section = {"type": "SingleImageDataset", "dataroot_lq": "datasets/photographs", "io_backend": DISK}
-    return {"test_1": {"name": "photographs", **section}}
-
-
-def _own_pairs() -> Options:
-    roots = {"dataroot_gt": "datasets/own/val/HR", "dataroot_lq": "datasets/own/val/LR"}
-    return {"val_1": {"name": "own_val", "type": "PairedImageDataset", **roots, "io_backend": DISK}}
-
-
-def _own_images(kind: str, scale: float, gt_size: int | None, *, paired: bool) -> Options:
-    if kind == "ESCLTE":
-        size: Options = {"lq_size": 64, "scale_min": 1, "scale_max": 4, "sample_q": 4096}
-    else:
-        size = {"gt_size": gt_size or 64 * int(scale)}
-    source = "ArbitraryScaleDataset" if kind == "ESCLTE" else "DownsampleImageDataset"
-    return {
-        "name": "own",
-        "type": "PairedImageDataset" if paired else source,
-        "dataroot_gt": "datasets/own/HR",
-        **({"dataroot_lq": "datasets/own/LR"} if paired else {}),
-        "io_backend": DISK,
-        **size,
-        "use_hflip": True,
-        "use_rot": True,
-        "num_worker_per_gpu": 4,
-        "batch_size_per_gpu": 16,
-        "dataset_enlarge_ratio": 100,
-        "prefetch_mode": None,
-        "pin_memory": True,
-    }
-
-
-def _training() -> Options:
-    return {
-        "ema_decay": 0.999,
-        "optim_g": {"type": "AdamW", "lr": 5e-5, "weight_decay": 0, "betas": [0.9, 0.9]},
-        "scheduler": {"type": "MultiStepLR", "milestones": [50000, 80000, 90000, 95000], "gamma": 0.5},
-        "total_iter": 100000,
-        "warmup_iter": -1,
-        "pixel_opt": {"type": "L1Loss", "loss_weight": 1.0, "reduction": "mean"},
-    }
-
-
-def _metrics(kind: str, scale: float) -> Options:
-    border = "scale" if kind == "ESCLTE" else scale
-    return {
+    network, scale = network_named(network_g["type"]), network_g["upscaling_factor"]
+    any_scale, real = network.any_scale, network.real_world
+    paired = real or scale == 1  # LR images cannot be made by bicubic interpolation
+    border = "scale" if any_scale else scale
+    scores: Options = {
         name: {"type": f"calculate_{name}", "crop_border": border, "test_y_channel": True, "better": "higher"}
         for name in ("psnr", "ssim")
     }
+    niqe = {"niqe": {"type": "calculate_niqe", "crop_border": scale, "better": "lower"}}
+    source = "PairedImageDataset" if paired else "ArbitraryScaleDataset" if any_scale else "DownsampleImageDataset"
+    patches = {"lq_size": 64, "scale_min": 1, "scale_max": 4, "sample_q": 4096}
+    own = {
+        "name": "own",
+        "type": source,
+        **_roots("datasets/own", paired),
+        "io_backend": DISK,
+        **(patches if any_scale else {"gt_size": gt_size or 64 * int(scale)}),
+        "use_hflip": True,
+        "use_rot": True,
+        **LOADING,
+    }
+    own_val = {"name": "own_val", "type": "PairedImageDataset", **_roots("datasets/own/val"), "io_backend": DISK}
+    photographs = {"name": "photographs", "type": "SingleImageDataset", "dataroot_lq": "datasets/photographs"}
+    test_sets = {"test_1": {**photographs, "io_backend": DISK}} if real else _benchmarks("test", scale, any_scale)
+    val_sets = {"val_1": own_val} if paired else _benchmarks("val", scale, any_scale)
+    common = {
+        "model_type": "ESCLTEModel" if any_scale else "ESCModel",
+        **({} if any_scale else {"scale": scale}),
+        "num_gpu": "auto",
+        "manual_seed": 0,
+    }
+    rest = {"network_g": dict(network_g), "path": {"pretrain_network_g": weights, "strict_load_g": True}}
+    test = {
+        "name": f"test_{identifier}",
+        **common,
+        "datasets": test_sets,
+        **rest,
+        "val": {"save_img": True, "suffix": None, "metrics": niqe if real else scores},
+    }
+    train = {
+        "name": f"finetune_{identifier}",
+        **common,
+        "datasets": {"train": own, **val_sets},
+        **rest,
+        "train": TRAINING,
+        "val": {"val_freq": 5000, "save_img": False, "metrics": scores},
+        "logger": {"print_freq": 100, "save_checkpoint_freq": 5000, "use_tb_logger": True},
+    }
+    test_data = "datasets/benchmark/* by `basicsr prepare benchmark`; delete the sections of sets that you do not have."
+    train_data = "datasets/own/HR: your images (their LR images are made while training); datasets/benchmark/Set5."
+    if real:
+        test_data = "datasets/photographs: a folder of images."
+    if paired:
+        train_data = "datasets/own/HR, and datasets/own/LR with images of the same names; datasets/own/val/HR and LR."
+    return {
+        f"test_{identifier}.yml": TEST_HEAD.format(name=identifier, data=test_data) + _text(test),
+        f"finetune_{identifier}.yml": TRAIN_HEAD.format(name=identifier, data=train_data) + _text(train),
+    }
 
 
-def _niqe(scale: float) -> Options:
-    return {"niqe": {"type": "calculate_niqe", "crop_border": scale, "better": "lower"}}
+def _roots(folder: str, paired: bool = True) -> Options:
+    return {"dataroot_gt": f"{folder}/HR", **({"dataroot_lq": f"{folder}/LR"} if paired else {})}
+
+
+def _benchmarks(phase: str, scale: float, any_scale: bool) -> Options:
+    sets: Options = {}
+    for number, name in enumerate(BENCHMARKS if phase == "test" else BENCHMARKS[:1], 1):
+        roots, kept = f"datasets/benchmark/{name}", {"io_backend": DISK}
+        if any_scale:
+            for factor in SCALES:
+                section = {"name": f"{name}_x{factor}", "type": "ArbitraryScaleDataset", "dataroot_gt": f"{roots}/HR"}
+                sets[f"{phase}_{name}_x{factor}"] = {**section, **kept, "scale": factor}
+        else:
+            section = {"name": name, "type": "PairedImageDataset", "dataroot_gt": f"{roots}/HR"}
+            section |= {"dataroot_lq": f"{roots}/LR_bicubic/X{scale}", "filename_tmpl": f"{{}}x{scale}"}
+            sets[f"{phase}_{number}"] = {**section, **kept}
+    return sets
 
 
 class _Dumper(yaml.SafeDumper):
@@ -179,8 +139,8 @@ class _Dumper(yaml.SafeDumper):
         return True
 
 
-def _text(options: Options, head: list[str]) -> str:
-    parts = [yaml.dump({key: value}, Dumper=_Dumper, sort_keys=False) for key, value in options.items()]
-    plain = "".join(part for part, value in zip(parts, options.values(), strict=True) if not isinstance(value, dict))
-    sections = [part for part, value in zip(parts, options.values(), strict=True) if isinstance(value, dict)]
-    return "\n".join(["".join(f"# {line}\n" for line in head), plain, *sections])
+def _text(options: Options) -> str:
+    """Plain values first, then a section each, with a blank line before it."""
+    plain = {key: value for key, value in options.items() if not isinstance(value, dict)}
+    parts = [plain, *({key: value} for key, value in options.items() if key not in plain)]
+    return "\n".join(yaml.dump(part, Dumper=_Dumper, sort_keys=False) for part in parts)

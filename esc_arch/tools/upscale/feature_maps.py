@@ -5,7 +5,6 @@ from __future__ import annotations
 import errno
 import shutil
 import tempfile
-from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -14,56 +13,36 @@ from typing import IO
 import torch
 from torch import Tensor
 
+from esc_arch.archs.heads import Region
 from esc_arch.errors import UserError
 
 from .memory import format_memory
-from .regions import Region
 
-__all__ = ["FeatureMap", "MapInFile", "MapInMemory", "check_space"]
+__all__ = ["FeatureMap", "FeatureMapInFile", "check_space"]
 
 
-class FeatureMap(ABC):
-    """(1, C, H, W), with the channels innermost.
+class FeatureMap:
+    """(1, C, H, W), with the channels innermost, in memory.
 
     Args:
         pinned: what is read lies where a GPU can fetch it from by itself.
     """
 
-    def __init__(self, channels: int, height: int, width: int, dtype: torch.dtype, *, pinned: bool = False) -> None:
-        self.channels, self.height, self.width, self.dtype, self.pinned = channels, height, width, dtype, pinned
-
-    @property
-    def nbytes(self) -> int:
-        return self.height * self.width * self.channels * self.dtype.itemsize
+    def __init__(
+        self, channels: int, size: tuple[int, int], dtype: torch.dtype, *, pinned: bool = False, stored: bool = True
+    ) -> None:
+        self.shape, self.dtype, self.pinned = (*size, channels), dtype, pinned
+        self._rows = torch.empty(self.shape if stored else 0, dtype=dtype)
 
     def read(self, region: Region, device: torch.device) -> Tensor:
         """A region (1, C, h, w), channels_last, as a tensor of its own."""
-        shape = (region.height, region.width, self.channels)
-        rows = torch.empty(shape, dtype=self.dtype, pin_memory=self.pinned)
+        rows = torch.empty((region.height, region.width, self.shape[2]), dtype=self.dtype, pin_memory=self.pinned)
         self._read(region, rows)
         return rows.permute(2, 0, 1)[None].to(device, non_blocking=self.pinned)
 
     def write(self, region: Region, x: Tensor) -> None:
         """Set a region to x (1, C, h, w)."""
         self._write(region, x[0].permute(1, 2, 0).to("cpu", self.dtype).contiguous())
-
-    @abstractmethod
-    def _read(self, region: Region, rows: Tensor) -> None:
-        """Fill `rows` (h, w, C)."""
-
-    @abstractmethod
-    def _write(self, region: Region, rows: Tensor) -> None:
-        """Keep `rows` (h, w, C)."""
-
-    @abstractmethod
-    def close(self) -> None:
-        """Give back what it takes. It must not be used after."""
-
-
-class MapInMemory(FeatureMap):
-    def __init__(self, channels: int, height: int, width: int, dtype: torch.dtype, *, pinned: bool = False) -> None:
-        super().__init__(channels, height, width, dtype, pinned=pinned)
-        self._rows = torch.empty(height, width, channels, dtype=dtype)
 
     def _read(self, region: Region, rows: Tensor) -> None:
         rows.copy_(self._rows[region.top : region.bottom, region.left : region.right])
@@ -72,41 +51,39 @@ class MapInMemory(FeatureMap):
         self._rows[region.top : region.bottom, region.left : region.right] = rows
 
     def close(self) -> None:
+        """Give back what it takes. It must not be used after."""
         self._rows = torch.empty(0)
 
 
-class MapInFile(FeatureMap):
+class FeatureMapInFile(FeatureMap):
     """In a temporary file without a name, which the system removes however the process ends.
 
     It is read and written explicitly: what of a mapped file has been touched counts as memory of the process.
 
     Args:
         folder: where the file is; None for the system's folder for temporary files.
-        total: bytes of all files that are written side by side, for the message when there is no room; 0 for this one.
+        needed: bytes of all files that are written side by side, for the message when there is no room.
     """
 
     def __init__(
         self,
         channels: int,
-        height: int,
-        width: int,
+        size: tuple[int, int],
         dtype: torch.dtype,
         *,
         pinned: bool = False,
         folder: Path | None = None,
-        total: int = 0,
+        needed: int = 0,
     ) -> None:
-        super().__init__(channels, height, width, dtype, pinned=pinned)
-        self.folder = folder
-        self.total = total or self.nbytes
-        with _writing(folder, self.total):
+        super().__init__(channels, size, dtype, pinned=pinned, stored=False)
+        self.folder, self.needed = folder, needed
+        with _writing(folder, needed):
             self._file: IO[bytes] = tempfile.TemporaryFile(  # noqa: SIM115  `close` closes it
                 dir=folder, prefix="esc_arch_", buffering=0
             )
 
     def _read(self, region: Region, rows: Tensor) -> None:
-        for offset, part in self._parts(region, rows):
-            self._file.seek(offset)
+        for part in self._parts(region, rows):
             while part:  # the system may give less than is asked for
                 count = self._file.readinto(part)  # type: ignore[attr-defined]  # of unbuffered files
                 if not count:
@@ -115,27 +92,27 @@ class MapInFile(FeatureMap):
                 part = part[count:]
 
     def _write(self, region: Region, rows: Tensor) -> None:
-        with _writing(self.folder, self.total):
-            for offset, part in self._parts(region, rows):
-                self._file.seek(offset)
+        with _writing(self.folder, self.needed):
+            for part in self._parts(region, rows):
                 while part:
                     part = part[self._file.write(part) :]
 
-    def _parts(self, region: Region, rows: Tensor) -> Iterator[tuple[int, memoryview]]:
-        """What lies together in the file: its place there, and its bytes in `rows`; whole rows at once."""
-        pixel = self.channels * self.dtype.itemsize
+    def _parts(self, region: Region, rows: Tensor) -> Iterator[memoryview]:
+        """The bytes of `rows` that lie together in the file, which is moved there: a row, or all if rows are whole."""
+        _, width, channels = self.shape
+        pixel = channels * self.dtype.itemsize
         numbers = memoryview(rows.view(torch.uint8).numpy().reshape(-1).data)
-        count, length = (1, rows.nbytes) if region.width == self.width else (region.height, region.width * pixel)
+        count, length = (1, rows.nbytes) if region.width == width else (region.height, region.width * pixel)
         for row in range(count):
-            offset = ((region.top + row) * self.width + region.left) * pixel
-            yield offset, numbers[row * length : (row + 1) * length]
+            self._file.seek(((region.top + row) * width + region.left) * pixel)
+            yield numbers[row * length : (row + 1) * length]
 
     def close(self) -> None:
         self._file.close()
 
 
 def check_space(folder: Path | None, needed: int) -> None:
-    """See that temporary files have room.
+    """Check that temporary files have room.
 
     Raises:
         UserError: they have not, or there is no such folder.
@@ -147,8 +124,7 @@ def check_space(folder: Path | None, needed: int) -> None:
         raise _full(place, needed)
 
 
-def _full(folder: Path | None, needed: int) -> UserError:
-    place = Path(tempfile.gettempdir()) if folder is None else folder
+def _full(place: Path, needed: int) -> UserError:
     free = format_memory(shutil.disk_usage(place).free)
     return UserError(
         f"The features of this image need {format_memory(needed)} of temporary files in {place}, where {free} are "
@@ -158,10 +134,10 @@ def _full(folder: Path | None, needed: int) -> UserError:
 
 @contextmanager
 def _writing(folder: Path | None, needed: int) -> Iterator[None]:
+    place = Path(tempfile.gettempdir()) if folder is None else folder
     try:
         yield
     except OSError as error:
-        if error.errno in (errno.ENOSPC, getattr(errno, "EDQUOT", errno.ENOSPC)):
-            raise _full(folder, needed) from error
-        place = tempfile.gettempdir() if folder is None else folder
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise _full(place, needed) from error
         raise UserError(f"scratch: temporary files cannot be written in {place}: {error}.") from error

@@ -4,9 +4,6 @@ ConvAttn makes kernels from means over the whole image, so a network that is run
 each. Here the network is run a step at a time instead, each step over the whole image in tiles: features lie in host
 memory or in temporary files, a tile is read with as much around it as the step sees, and the means that the next step
 needs are summed on the way. At the borders of the image the layers' own padding acts, as ever.
-
-`enlarge_exactly` gives what `Upscaler` gives, up to the rounding of float32; `enlarge_in_tiles` is faster and not
-exact; `enlarge` takes the whole image at once where it fits.
 """
 
 from __future__ import annotations
@@ -16,17 +13,14 @@ from pathlib import Path
 from typing import Any
 
 import numpy.typing as npt
-import torch
 
-from .memory import is_out_of_memory, parse_memory, release
+from .memory import is_out_of_memory, release
 from .network import Upscaler
-from .planning import Plan, fits, plan_for, whole
-from .regions import Picture
-from .tails import folding_of, tail_for
+from .planning import fits, plan_for, whole
+from .regions import PaddedImage
 from .tiled_executor import Progress, TiledExecutor, Write
-from .tiles import enlarge_in_tiles
 
-__all__ = ["Progress", "Write", "enlarge", "enlarge_exactly", "enlarge_in_tiles", "parse_memory"]
+__all__ = ["enlarge", "enlarge_exactly"]
 
 logger = logging.getLogger("esc_arch")
 
@@ -39,37 +33,28 @@ def enlarge(
     scale: float | None = None,
     max_memory: int | None = None,
     tile: int = 0,
-    overlap: int | None = None,
-    pools: str = "image",
     scratch: Path | None = None,
     progress: Progress | None = None,
 ) -> None:
-    """Enlarge an image of any size: the whole at once where that fits into memory, else exactly in parts.
+    """Enlarge an image of any size: at once where that fits into memory and `tile`, else in parts.
 
-    Memory that runs out in spite of the estimate is answered by parts, with a warning.
-
-    Args:
-        tile: above 0, `enlarge_in_tiles` of this size, with `overlap` and `pools`, which is not exact.
-        others: see `enlarge_exactly`.
-
-    Raises:
-        UserError: as of `enlarge_exactly` and `enlarge_in_tiles`.
+    Memory that runs out in spite of the estimate is answered by parts, with a warning. Arguments and errors as of
+    `enlarge_exactly`.
     """
-    if tile:
-        enlarge_in_tiles(
-            upscaler, image, write, tile=tile, overlap=overlap, pools=pools, scale=scale, progress=progress
-        )
-    elif not _enlarged_at_once(upscaler, image, write, scale, max_memory):
-        enlarge_exactly(upscaler, image, write, scale=scale, max_memory=max_memory, scratch=scratch, progress=progress)
-    elif progress is not None:
-        progress(1)
+    if not 0 < tile < max(image.shape[:2]) and _enlarged_at_once(upscaler, image, write, scale, max_memory):
+        if progress is not None:
+            progress(1)
+        return
+    enlarge_exactly(
+        upscaler, image, write, scale=scale, max_memory=max_memory, tile=tile, scratch=scratch, progress=progress
+    )
 
 
 def _enlarged_at_once(
     upscaler: Upscaler, image: npt.NDArray[Any], write: Write, scale: float | None, max_memory: int | None
 ) -> bool:
     upscaler.output_size(image.shape[0], image.shape[1], scale)
-    if not fits(upscaler, _seen(upscaler, image), scale, max_memory):
+    if not fits(upscaler, _padded(upscaler, image), scale, max_memory):
         return False
     try:
         enlarged = whole(upscaler, image, scale)
@@ -88,7 +73,6 @@ def _enlarged_at_once(
     return False
 
 
-@torch.no_grad()
 def enlarge_exactly(
     upscaler: Upscaler,
     image: npt.NDArray[Any],
@@ -96,6 +80,7 @@ def enlarge_exactly(
     *,
     scale: float | None = None,
     max_memory: int | None = None,
+    tile: int = 0,
     scratch: Path | None = None,
     progress: Progress | None = None,
 ) -> None:
@@ -103,40 +88,25 @@ def enlarge_exactly(
 
     Args:
         image: (H, W, 3), RGB; uint8, uint16, or float32 in 0 .. 1. It may be a mapped file.
-        write: gets every pixel of the result once, in rows of blocks from the top to the bottom.
+        write: gets the result from the top to the bottom, in blocks as wide as it.
         scale: of ESCLTE, any; others have their own.
         max_memory: bytes of the host's memory that the process may take in all, which it has a part of already; None
             for most of what is free. What `write` keeps comes on top. Features for which there is no room go to
             temporary files.
-        scratch: the folder of these; None for the system's.
+        tile: above 0, the largest side of parts in pixels of the image, rounded up to whole windows.
+        scratch: the folder of temporary files; None for the system's.
         progress: told the part of the work that is done.
 
     Raises:
         UserError: a scale that the network has not; too little memory or room for files, with what is needed; an
-            array that is no picture.
+            array that is no image.
     """
-    picture = _seen(upscaler, image)
-    size = upscaler.output_size(image.shape[0], image.shape[1], scale)
-    run(upscaler, picture, size, write, plan_for(upscaler, picture, size, scale, max_memory), scratch, progress)
+    padded = _padded(upscaler, image)
+    out_size = upscaler.output_size(image.shape[0], image.shape[1], scale)
+    plan = plan_for(upscaler, padded, out_size, scale, max_memory, tile)
+    TiledExecutor(upscaler, padded, out_size, plan, scratch, progress).run(write)
 
 
-@torch.no_grad()
-def run(
-    upscaler: Upscaler,
-    picture: Picture,
-    size: tuple[int, int],
-    write: Write,
-    plan: Plan,
-    scratch: Path | None = None,
-    progress: Progress | None = None,
-) -> None:
-    """`enlarge_exactly` by a plan."""
-    with TiledExecutor(upscaler, picture, plan, scratch, progress) as passes:
-        tail = tail_for(upscaler, picture, size)
-        passes.count = 2 + tail.passes + sum(2 + len(block.pconvs) for block in passes.blocks)
-        passes.write_blocks(tail, tail.prepare(passes, passes.features()), write)
-
-
-def _seen(upscaler: Upscaler, image: npt.NDArray[Any]) -> Picture:
-    """The picture as the network sees it, with the padding of the protocol and of its own."""
-    return Picture(image, upscaler.window, folding_of(upscaler.net))
+def _padded(upscaler: Upscaler, image: npt.NDArray[Any]) -> PaddedImage:
+    """The image as the network sees it, with the padding of the protocol and of its own."""
+    return PaddedImage(image, upscaler.window, upscaler.net.unshuffle_factor)

@@ -9,7 +9,6 @@ import sys
 import weakref
 from collections.abc import Callable
 from contextlib import suppress
-from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -87,20 +86,15 @@ def _of_container() -> int | None:
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether an exception says that memory was asked for which is not there, of a device or of the machine."""
-    if isinstance(error, MemoryError | torch.OutOfMemoryError):
-        return True
-    text = str(error)
-    return isinstance(error, RuntimeError) and any(
-        sign in text for sign in ("not enough memory", "DefaultCPUAllocator", "can't allocate memory", "out of memory")
+    """True if an exception says that a device or the machine has not enough memory."""
+    signs = ("not enough memory", "DefaultCPUAllocator", "can't allocate memory", "out of memory")
+    return isinstance(error, MemoryError | torch.OutOfMemoryError) or (
+        isinstance(error, RuntimeError) and any(sign in str(error) for sign in signs)
     )
 
 
 def peak_of(call: Callable[[], Any], device: torch.device) -> int:
-    """The most bytes of tensors that a call has at a time, on the device that it computes on.
-
-    On a CPU they are counted as operators return them: what an operator takes for itself while it works is not seen.
-    """
+    """The most bytes of tensors that a call has at a time; on a CPU without what operators take inside."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
         before = torch.cuda.memory_allocated(device)
@@ -154,14 +148,5 @@ def trim_heap() -> None:
     Glibc keeps freed blocks of up to 32 MiB, and tensors of many sizes that come and go leave holes between them: from
     tile to tile a process would grow by far more than a tile takes.
     """
-    trim = _malloc_trim()
-    if trim is not None:
-        trim(0)
-
-
-@lru_cache(maxsize=1)
-def _malloc_trim() -> Callable[[int], int] | None:
-    try:
-        return ctypes.CDLL(None).malloc_trim
-    except (OSError, TypeError, AttributeError):  # another C library, another system
-        return None
+    with suppress(OSError, TypeError, AttributeError):  # another C library, another system
+        ctypes.CDLL(None).malloc_trim(0)

@@ -12,10 +12,8 @@ import torch
 from torch import Tensor
 
 from esc_arch.archs.base import ESCFamily, SharedKernelNetwork
-from esc_arch.archs.esc_lte_arch import ESCLTE
 from esc_arch.checkpoints.conversion import build_network, open_checkpoint
 from esc_arch.errors import UserError
-from esc_arch.modules.lte import query_grid
 from esc_arch.ops.padding import reflect_pad_to_multiple
 from esc_arch.ops.resize import scaled_size
 
@@ -33,7 +31,7 @@ class Upscaler:
         net: the network.
         network_g: its type and options, as an option file has them.
         source: the file that its weights are from.
-        metadata: plain values that stood beside the weights, such as `iter`.
+        metadata: plain values in the file beside the weights, such as `iter`.
         assumptions: what of network_g does not follow from the weights, a sentence each.
         device: where it computes.
         precision: what it computes in: torch.float32, or a type for autocast.
@@ -54,8 +52,8 @@ class Upscaler:
 
     @property
     def any_scale(self) -> bool:
-        """Whether it can be asked for any scale."""
-        return isinstance(self.net, ESCLTE)
+        """True if it can be asked for any scale."""
+        return self.net.any_scale
 
     @property
     def window(self) -> int:
@@ -74,7 +72,7 @@ class Upscaler:
 
     @torch.no_grad()
     def __call__(self, image: Tensor, scale: float | None = None) -> Tensor:
-        """The whole image at once, by the protocol of the published figures (see `esc_arch.models.ESCModel`).
+        """The whole image at once, by the protocol of the published scores (see `esc_arch.models.ESCModel`).
 
         Args:
             image: (B, 3, H, W), RGB in 0 .. 1, of any floating type, on any device.
@@ -90,14 +88,7 @@ class Upscaler:
         size = self.output_size(height, width, scale)
         padded = self.pad(image.to(self.device, torch.float32))
         with self.computing():
-            if self.any_scale:
-                part = (height / padded.shape[-2], width / padded.shape[-1])
-                coords, cell = query_grid(size, device=self.device, part=part)
-                count = len(image)
-                points = self.net(padded, coords=coords.expand(count, -1, -1), cell=cell.expand(count, -1))
-                return points.float().unflatten(-1, size)
-            out: Tensor = self.net(padded)
-        return out.float()[..., : size[0], : size[1]]
+            return self.net.enlarge(padded, (height, width), size).float()
 
     def pad(self, image: Tensor) -> Tensor:
         """An image (B, 3, H, W) as the network is to see it: padded by reflection at the bottom and the right."""

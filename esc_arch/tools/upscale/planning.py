@@ -1,76 +1,51 @@
-"""How large the tiles may be, and where feature maps lie, within so much memory."""
+"""How large the tiles may be, and where feature maps are, within so much memory."""
 
 from __future__ import annotations
 
 import math
 import weakref
-from collections.abc import Iterable
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Callable, Iterable
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from esc_arch.archs.heads import Region
 from esc_arch.errors import UserError
-from esc_arch.modules import ESCBlock
 
+from .feature_maps import FeatureMap
 from .memory import available, format_memory, peak_of, resident
 from .network import Upscaler
-from .regions import Picture, Region, cuts
-from .tails import blocks_of, folding_of, tail_for
+from .regions import PaddedImage, cuts
+from .tiled_executor import MAPS, Plan, TiledExecutor, Write, large_kernel_reach
 
-__all__ = ["MAPS", "Cost", "Costs", "Plan", "costs_of", "fits", "plan_for", "reach_of", "whole"]
+__all__ = ["Cost", "Costs", "costs_of", "fits", "plan_for", "whole"]
 
-#: Maps that the blocks need: a block's input, and what a pair of layers reads and writes.
-MAPS = 3
 #: Tiles of this side have margins of a few percent; larger ones gain nothing.
 LARGEST_TILE = 512
 #: Tiles are not made smaller than this to keep features in memory rather than in files.
 LEAST_TILE_FOR_MEMORY = 192
 #: Blocks of the result are not made of smaller tiles than this.
-LEAST_TAIL_TILE = 8
+LEAST_HEAD_TILE = 8
 #: What operators take for themselves, and what the allocator loses, beside the tensors that can be counted.
 OVERHEAD = 1.3
 #: Of the memory that is free, so much is used where nobody says how much.
 SHARE = 0.7
 
 
-@dataclass(frozen=True)
-class Plan:
-    """How an image is computed in parts.
-
-    Attributes:
-        tile: side of the tiles of the features, in pixels of these.
-        tail_tile: the same of the blocks of the result.
-        maps_in_memory: how many of `MAPS` feature maps are in memory; the others are in files.
-    """
-
-    tile: int
-    tail_tile: int
-    maps_in_memory: int
-
-
-@dataclass(frozen=True)
-class Cost:
+class Cost(NamedTuple):
     """The bytes that a computation takes: for itself, and for each pixel of the features."""
 
     fixed: float
     per_pixel: float
 
-    @classmethod
-    def measured(cls, small: tuple[int, int], large: tuple[int, int]) -> Cost:
-        """From two numbers of pixels with their bytes."""
-        per_pixel = max(0, large[1] - small[1]) / (large[0] - small[0])
-        return cls(max(0.0, small[1] - per_pixel * small[0]), per_pixel)
-
     def of(self, pixels: int) -> float:
         return OVERHEAD * (self.fixed + self.per_pixel * pixels)
 
 
-@dataclass(frozen=True)
-class Costs:
-    """Of a network: the whole at once, a tile of the features in its dearest step, a block of the result."""
+class Costs(NamedTuple):
+    """Of a network: the whole at once, a tile of the features in its most expensive step, a block of the result."""
 
     whole: Cost
     tile: Cost
@@ -85,163 +60,153 @@ def costs_of(upscaler: Upscaler, scale: float | None) -> Costs:
     """Measured once for each network and scale, on two small images."""
     of_network = _costs.setdefault(upscaler, {})
     if scale not in of_network:
-        unit = upscaler.net.window_size * folding_of(upscaler.net)
+        unit = upscaler.window * upscaler.net.unshuffle_factor
         # LTE computes so many points at a time, which both images should have
         least = 32 if not upscaler.any_scale else max(32, min(64, 128 / (scale or upscaler.scale)))
         side = math.ceil(least / unit) * unit
-        small, large = (_Trial(upscaler, side * factor, scale) for factor in (1, 2))
-        whole, tile, block = (
-            Cost.measured((small.pixels, getattr(small, part)), (large.pixels, getattr(large, part)))
-            for part in ("whole", "tile", "block")
-        )
-        of_network[scale] = Costs(whole, tile, block, large.channels)
+        small, large = (_Measured(upscaler, side * factor, scale) for factor in (1, 2))
+        costs = []
+        for first, second in zip(small.peaks, large.peaks, strict=True):
+            per_pixel = max(0, second - first) / (large.pixels - small.pixels)
+            costs.append(Cost(max(0.0, first - per_pixel * small.pixels), per_pixel))
+        at_once, tile, block = costs
+        of_network[scale] = Costs(at_once, tile, block, large.channels)
     return of_network[scale]
 
 
-class _Trial:
-    """A small image, and the bytes that it takes."""
+class _Measured(TiledExecutor):
+    """A small black image, of one block, and `peaks`: the most bytes of the whole, of a tile, of a block at a time."""
 
-    @torch.no_grad()
     def __init__(self, upscaler: Upscaler, side: int, scale: float | None) -> None:
-        from .tiled_executor import Measured
-
-        image = np.zeros((side, side, 3), np.uint8)
+        black = np.zeros((side, side, 3), np.uint8)
         size = upscaler.output_size(side, side, scale)
-        picture = Picture(image, upscaler.window)
-        self.pixels = (side // folding_of(upscaler.net)) ** 2
-        self.whole = peak_of(lambda: whole(upscaler, image, scale), upscaler.device)
-        with Measured(upscaler, picture, Plan(side, side, MAPS)) as passes:
-            tail = tail_for(upscaler, picture, size)
-            features = tail.prepare(passes, passes.features())
-            self.tile, passes.peak = passes.peak, 0
-            passes.write_blocks(tail, features, lambda top, left, block: None)
-            self.block = passes.peak
-            self.channels = features.channels
+        super().__init__(upscaler, PaddedImage(black), size, Plan(side, side, MAPS))
+        self.blocks = self.blocks[:1]  # the others are like it
+        self.pixels, self.channels, self.peak = self.size[0] * self.size[1], 0, 0
+        self.peaks = [peak_of(lambda: whole(upscaler, black, scale), upscaler.device)]
+        self.run(lambda top, left, block: None)
+        self.peaks.append(self.peak)
 
+    def attempt(self, compute: Callable[[Region], None], tile: Region, align: int) -> None:
+        attempt = super().attempt
+        self.peak = max(self.peak, peak_of(lambda: attempt(compute, tile, align), self.device))
 
-def reach_of(block: ESCBlock, pair: int) -> int:
-    """How far the large kernel of a pair reaches."""
-    size: int = block.pconvs[pair].kernel_size  # type: ignore[assignment]  # all kinds have one
-    return size // 2
+    def run_block(self, block: Any, skip: FeatureMap, *others: FeatureMap) -> None:
+        self.channels = skip.shape[2]
+        super().run_block(block, skip, *others)
+
+    def write_result(self, features: FeatureMap, write: Write) -> None:
+        self.peaks.append(self.peak)
+        self.peak = 0
+        super().write_result(features, write)
 
 
 def whole(upscaler: Upscaler, image: Any, scale: float | None) -> Tensor:
     """The image enlarged at once, (3, H', W'), on the CPU."""
-    picture = Picture(image)
-    x = picture.read(Region(0, 0, picture.height, picture.width), upscaler.device)
+    padded = PaddedImage(image)
+    x = padded.read(Region(0, 0, padded.height, padded.width), upscaler.device)
     return upscaler(x, scale)[0].cpu()
 
 
-def fits(upscaler: Upscaler, picture: Picture, scale: float | None, max_memory: int | None) -> bool:
-    """Whether the whole image can be enlarged at once."""
-    pixels = picture.height * picture.width // folding_of(upscaler.net) ** 2
-    cost = costs_of(upscaler, scale).whole.of(pixels)
-    return cost <= (_of_host(max_memory) if upscaler.device.type == "cpu" else _of_device(upscaler.device))
+def fits(upscaler: Upscaler, image: PaddedImage, scale: float | None, max_memory: int | None) -> bool:
+    """True if the whole image can be enlarged at once."""
+    pixels = image.height * image.width // upscaler.net.unshuffle_factor**2
+    on_cpu = upscaler.device.type == "cpu"
+    return costs_of(upscaler, scale).whole.of(pixels) <= (_host(max_memory) if on_cpu else _device(upscaler.device))
 
 
 def plan_for(
-    upscaler: Upscaler, picture: Picture, size: tuple[int, int], scale: float | None, max_memory: int | None
+    upscaler: Upscaler,
+    image: PaddedImage,
+    out_size: tuple[int, int],
+    scale: float | None,
+    max_memory: int | None,
+    tile: int = 0,
 ) -> Plan:
     """The largest tiles that fit, and as many maps in memory as fit beside them.
+
+    Args:
+        out_size: (H', W') of the result.
+        max_memory: bytes of the host's memory that the process may have in all; None for most of what is free.
+        tile: above 0, the largest side in pixels of the image, rounded up to whole windows.
 
     Raises:
         UserError: not even the smallest do.
     """
-    costs = costs_of(upscaler, scale)
-    planner = _Planner(upscaler, picture, size, costs)
-    host = _of_host(max_memory)
-    if upscaler.device.type == "cpu":
-        return planner.on_host(host, max_memory)
-    return planner.on_device(host, _of_device(upscaler.device))
+    net, costs = upscaler.net, costs_of(upscaler, scale)
+    window, size = net.window_size, (image.height // net.unshuffle_factor, image.width // net.unshuffle_factor)
+    head = net.head((image.image.shape[0], image.image.shape[1]), size, out_size)
+    reaches = [large_kernel_reach(block, pair) for block in net.blocks for pair in range(len(block.pconvs))]  # type: ignore[arg-type]
+    margin = max(2 + max(reaches, default=0), head.margin if head.prepares else 0)
+    largest = LARGEST_TILE if not tile else min(LARGEST_TILE, -(-tile // (window * net.unshuffle_factor)) * window)
+    on_cpu = upscaler.device.type == "cpu"
+
+    def area(side: int) -> int:
+        """Pixels of the largest tile with its margin."""
+        rows, columns = (min(_longest(length, side, window) + 2 * margin, length) for length in size)
+        return rows * columns
+
+    def band_bytes(side: int) -> int:
+        return 12 * _longest(out_size[0], round(side * head.enlargement), head.align) * out_size[1]
+
+    def tile_bytes(side: int) -> float:
+        return costs.tile.of(area(side))
+
+    def block_bytes(side: int) -> float:
+        rows, columns = (
+            min(_longest(length, round(side * head.enlargement), head.align) / head.enlargement + 2 * head.margin, most)
+            for length, most in zip(out_size, size, strict=True)
+        )
+        return costs.block.of(math.ceil(rows * columns)) + (band_bytes(side) if on_cpu else 0)
+
+    def largest_sides(budget: float) -> tuple[int | None, int | None]:
+        tiles = range(max(largest // window, 1) * window, 0, -window)
+        blocks = range(max(largest, LEAST_HEAD_TILE), LEAST_HEAD_TILE - 1, -LEAST_HEAD_TILE)
+        return _first(tiles, tile_bytes, budget), _first(blocks, block_bytes, budget)
+
+    host = _host(max_memory)
+    map_bytes = size[0] * size[1] * costs.channels * upscaler.precision.itemsize
+    if not on_cpu:  # tiles are in the device's memory, maps in the host's, with copies of a tile on the way
+        side, block = largest_sides(_device(upscaler.device))
+        side, block = side or window, block or LEAST_HEAD_TILE  # what is free there changes: it is tried
+        copies = 4 * area(side) * costs.channels * 4 + band_bytes(block)
+        return Plan(side, block, max(0, min(MAPS, int((host - copies) // map_bytes))))
+    side, block = largest_sides(host - MAPS * map_bytes)
+    if side and block and side >= min(LEAST_TILE_FOR_MEMORY, largest, max(size)):
+        return Plan(side, block, MAPS)
+    side, block = largest_sides(host)
+    if side is None or block is None:
+        raise _too_little(upscaler, max(tile_bytes(window), block_bytes(LEAST_HEAD_TILE)), host, max_memory)
+    rest = host - max(tile_bytes(side), block_bytes(block))
+    return Plan(side, block, min(MAPS, int(rest // map_bytes)))
 
 
-class _Planner:
-    def __init__(self, upscaler: Upscaler, picture: Picture, size: tuple[int, int], costs: Costs) -> None:
-        net, folding = upscaler.net, folding_of(upscaler.net)
-        self.upscaler, self.costs = upscaler, costs
-        self.height, self.width = picture.height // folding, picture.width // folding
-        self.window = net.window_size
-        tail = tail_for(upscaler, picture, size)
-        self.tail = tail
-        reaches = [reach_of(block, pair) for block in blocks_of(net) for pair in range(len(block.pconvs))]
-        self.margin = max(2 + max(reaches, default=0), tail.margin if tail.passes else 0)
-        self.map_bytes = self.height * self.width * costs.channels * upscaler.precision.itemsize
+def _first(sides: Iterable[int], bytes_of: Callable[[int], float], budget: float) -> int | None:
+    return next((side for side in sides if bytes_of(side) <= budget), None)
 
-    def on_host(self, budget: float, max_memory: int | None) -> Plan:
-        """Tiles and maps share the memory."""
-        for side in self._sides():
-            rest = budget - MAPS * self.map_bytes
-            if self._tile_bytes(side) <= rest and (side >= LEAST_TILE_FOR_MEMORY or side >= self.__longest_part()):
-                block = self._largest_block(rest)
-                if block is not None:
-                    return Plan(side, block, MAPS)
-        tile, block = self._largest_tile(budget), self._largest_block(budget)
-        if tile is None or block is None:
-            raise self._too_little(budget, max_memory)
-        rest = budget - max(self._tile_bytes(tile), self._block_bytes(block))
-        return Plan(tile, block, min(MAPS, int(rest // self.map_bytes)))
 
-    def on_device(self, host: float, device: float) -> Plan:
-        """Tiles are in the device's memory, maps in the host's, with copies of a tile on the way."""
-        tile, block = self._largest_tile(device), self._largest_block(device)
-        tile, block = tile or self.window, block or LEAST_TAIL_TILE  # what is free there changes: it is tried
-        copies = 4 * self._area(tile, self.window, self.margin) * self.costs.channels * 4
-        return Plan(tile, block, max(0, min(MAPS, int((host - copies) // self.map_bytes))))
-
-    def _too_little(self, budget: float, max_memory: int | None) -> UserError:
-        needed = max(self._tile_bytes(self.window), self._block_bytes(LEAST_TAIL_TILE))
-        if max_memory is None:
-            return UserError(
-                f"There is too little memory: {self.upscaler.source.name} needs {format_memory(needed)} for its "
-                f"smallest parts, and may take {format_memory(max(budget, 0))} of what is free."
-            )
-        taken = max_memory - budget
+def _too_little(upscaler: Upscaler, needed: float, host: float, max_memory: int | None) -> UserError:
+    if max_memory is None:
         return UserError(
-            f"max_memory: {format_memory(max_memory)} given; {self.upscaler.source.name} needs at least "
-            f"{format_memory(taken + needed)}, of which the program takes {format_memory(taken)} already."
+            f"There is too little memory: {upscaler.source.name} needs {format_memory(needed)} for its "
+            f"smallest parts, and may take {format_memory(max(host, 0))} of what is free."
         )
-
-    def _largest_tile(self, budget: float) -> int | None:
-        return next((side for side in self._sides() if self._tile_bytes(side) <= budget), None)
-
-    def _largest_block(self, budget: float) -> int | None:
-        sides = range(LARGEST_TILE, LEAST_TAIL_TILE - 1, -LEAST_TAIL_TILE)
-        return next((side for side in sides if self._block_bytes(side) <= budget), None)
-
-    def _sides(self) -> Iterable[int]:
-        return range(max(LARGEST_TILE // self.window, 1) * self.window, 0, -self.window)
-
-    def _tile_bytes(self, side: int) -> float:
-        return self.costs.tile.of(self._area(side, self.window, self.margin))
-
-    def _block_bytes(self, side: int) -> float:
-        enlargement = self.tail.enlargement
-        height, width = (
-            _longest_part(length, round(side * enlargement), self.tail.align) / enlargement + 2 * self.tail.margin
-            for length in self.tail.size
-        )
-        return self.costs.block.of(math.ceil(min(height, self.height) * min(width, self.width)))
-
-    def _area(self, side: int, align: int, margin: int) -> int:
-        """The pixels of the largest tile with its margin."""
-        height, width = (
-            min(_longest_part(length, side, align) + 2 * margin, length) for length in (self.height, self.width)
-        )
-        return height * width
-
-    def __longest_part(self) -> int:
-        return max(self.height, self.width)
+    taken = max_memory - host
+    return UserError(
+        f"max_memory: {format_memory(max_memory)} given; {upscaler.source.name} needs at least "
+        f"{format_memory(taken + needed)}, of which the program takes {format_memory(taken)} already."
+    )
 
 
-def _longest_part(length: int, most: int, align: int) -> int:
+def _longest(length: int, largest: int, align: int) -> int:
     """Longest tile along one side."""
-    return max(last - first for first, last in cuts(length, most, align))
+    return max(last - first for first, last in cuts(length, largest, align))
 
 
-def _of_host(max_memory: int | None) -> float:
+def _host(max_memory: int | None) -> float:
     return SHARE * available() if max_memory is None else max_memory - resident()
 
 
-def _of_device(device: torch.device) -> float:
+def _device(device: torch.device) -> float:
     free = torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device)
     return SHARE * (free - torch.cuda.memory_allocated(device))

@@ -12,7 +12,7 @@ import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any, TypeVar, cast
 
@@ -24,6 +24,7 @@ from torch import Tensor
 from esc_arch.errors import UserError
 from esc_arch.ops.resize import scaled_size
 
+from . import large_images
 from .image_reader import Pixels, pixels_of
 from .memory import is_out_of_memory, parse_memory
 from .network import Upscaler, load
@@ -38,7 +39,9 @@ KEPT_NETWORKS = 4
 ROWS = 256
 
 Rows = Callable[[Pixels], None]
-Progress = Callable[[float], None]
+#: Called with the first row of the result and rows of it, (3, h, W'), as the network gives them.
+Emit = Callable[[int, Tensor], None]
+Progress = Callable[[float], Any]
 ImageT = TypeVar("ImageT", Pixels, Tensor, Image.Image)
 
 
@@ -48,20 +51,17 @@ class Settings:
 
     Attributes:
         scale: by how much; None for the network's own. Of a network that has one scale alone, the result is resized.
-        tile: side of fast tiles in pixels of the input; 0 for the whole image, or exact parts of it where memory
-            is short.
-        tile_pad: pixels by which tiles overlap; None for what suits the network.
+        tile: the largest side of parts in pixels of the input; 0 for the whole image, or parts where memory is short.
         pre_pad: pixels of reflection added at every side, and cropped afterwards.
         max_memory: bytes that may be used, of the device; None for what is there.
         alpha: of `ALPHAS`.
 
     Raises:
-        UserError: a value that cannot be.
+        UserError: an invalid value.
     """
 
     scale: float | None = None
     tile: int = 0
-    tile_pad: int | None = None
     pre_pad: int = 0
     max_memory: int | None = None
     alpha: str = "network"
@@ -69,11 +69,9 @@ class Settings:
     def __post_init__(self) -> None:
         if self.scale is not None and not 0 < self.scale < math.inf:
             raise UserError(f"The scale is {self.scale:g}; it must be a number above 0.")
-        for name, number in (("tile", self.tile), ("tile_pad", self.tile_pad or 0), ("pre_pad", self.pre_pad)):
+        for name, number in (("tile", self.tile), ("pre_pad", self.pre_pad)):
             if number < 0:
                 raise UserError(f"{name} is {number}; it must be a number of pixels, 0 or more.")
-        if self.tile and self.max_memory is not None:
-            raise UserError("tile and max_memory are two ways to need less memory: give one of them.")
         if self.alpha not in ALPHAS:
             raise UserError(f"alpha is {self.alpha!r}; allowed: {', '.join(ALPHAS)}.")
 
@@ -111,35 +109,27 @@ def enlarge_pixels(
         progress: gets the part that is done, 0 .. 1.
 
     Raises:
-        UserError: the scale, or parts, cannot be had of this network.
+        UserError: the network does not have the scale; parts do not fit.
     """
     settings = settings or Settings()
-    dtype = np.dtype(dtype or pixels.dtype)
     inputs = _inputs(pixels, settings)
-    report = progress or (lambda part: None)
-    size = enlarged_size(upscaler, pixels, settings)
-    with _plane(size, dtype, scratch if settings.max_memory is not None else None) as alpha:
-        if len(inputs) == 2:
-            rows = _Filled(alpha)
-            _through_network(
-                upscaler,
-                inputs[1],
-                lambda block: rows.add(quantise(block.mean(0, keepdim=True), dtype)),
-                settings,
-                scratch,
-                lambda part: report(part / 2),
-            )
-        elif pixels.shape[2] in (2, 4):
-            alpha[...] = _simple_alpha(pixels[..., -1], size, dtype)
-        joined = _Joined(write, alpha if pixels.shape[2] in (2, 4) else None, grey=pixels.shape[2] < 3, dtype=dtype)
+    done = 0
+
+    def through_network(image: Pixels, emit: Emit) -> None:
+        nonlocal done
         _through_network(
-            upscaler,
-            inputs[0],
-            joined.add,
-            settings,
-            scratch,
-            lambda part: report(1 - (1 - part) / len(inputs)),
+            upscaler, image, emit, settings, scratch, lambda part: progress and progress((done + part) / len(inputs))
         )
+        done += 1
+
+    _assemble(
+        pixels,
+        enlarged_size(upscaler, pixels, settings),
+        [partial(through_network, image) for image in inputs],
+        write,
+        np.dtype(dtype or pixels.dtype),
+        scratch if settings.max_memory is not None else None,
+    )
 
 
 def enlarge_many(upscaler: Upscaler, images: Sequence[Pixels], settings: Settings | None = None) -> list[Pixels]:
@@ -149,28 +139,17 @@ def enlarge_many(upscaler: Upscaler, images: Sequence[Pixels], settings: Setting
     """
     settings = settings or Settings()
     inputs = [_inputs(pixels, settings) for pixels in images]
-    results: list[Pixels] = []
     outputs = _batch(upscaler, [each for group in inputs for each in group], settings)
-    if outputs is None:
-        for pixels in images:
-            parts: list[Pixels] = []
-            enlarge_pixels(upscaler, pixels, parts.append, settings)
-            results.append(np.concatenate(parts))
-        return results
+    results: list[Pixels] = []
     for pixels, group in zip(images, inputs, strict=True):
-        size = enlarged_size(upscaler, pixels, settings)
-        blocks = [outputs.pop(0) for _ in group]
-        alpha = None
-        if pixels.shape[2] in (2, 4):
-            alpha = np.empty(size, pixels.dtype)
-            if len(blocks) == 2:
-                filled = _Filled(alpha)
-                _resized(lambda block: filled.add(quantise(block, pixels.dtype)), blocks[1].mean(0, keepdim=True), size)  # noqa: B023
-            else:
-                alpha[...] = _simple_alpha(pixels[..., -1], size, pixels.dtype)
-        parts = []
-        _resized(_Joined(parts.append, alpha, grey=pixels.shape[2] < 3, dtype=pixels.dtype).add, blocks[0], size)
-        results.append(np.concatenate(parts))
+        rows: list[Pixels] = []
+        if outputs is None:
+            enlarge_pixels(upscaler, pixels, rows.append, settings)
+        else:
+            size = enlarged_size(upscaler, pixels, settings)
+            sources = [partial(_resize, outputs.pop(0), size) for _ in group]
+            _assemble(pixels, size, sources, rows.append, pixels.dtype)
+        results.append(np.concatenate(rows))
     return results
 
 
@@ -180,8 +159,8 @@ def _batch(upscaler: Upscaler, images: list[Pixels], settings: Settings) -> list
     pad, factor = settings.pre_pad, upscaler.scale if scale is None else scale
     height, width = images[0].shape[:2]
     try:
-        batch = torch.stack([_as_tensor(_padded(image, pad)) for image in images])
-        found = upscaler(batch, scale)
+        batch = [torch.from_numpy(_floating(_padded(image, pad))).permute(2, 0, 1) for image in images]
+        found = upscaler(torch.stack(batch), scale)
     except (RuntimeError, MemoryError) as error:
         if not is_out_of_memory(error):
             raise
@@ -190,8 +169,38 @@ def _batch(upscaler: Upscaler, images: list[Pixels], settings: Settings) -> list
     return list(found[..., top : top + rows, top : top + columns].cpu())
 
 
-def _as_tensor(image: Pixels) -> Tensor:
-    return torch.from_numpy(_floating(image)).permute(2, 0, 1)
+def _assemble(
+    pixels: Pixels,
+    size: tuple[int, int],
+    sources: Sequence[Callable[[Emit], None]],
+    write: Rows,
+    dtype: np.dtype[Any],
+    folder: Path | None = None,
+) -> None:
+    """Write rows of the channels that `pixels` have.
+
+    Args:
+        size: (H', W') of the result.
+        sources: emit the rows of the colours and, if it goes through the network, of alpha.
+        folder: where a file keeps alpha; None for memory.
+    """
+    grey, has_alpha = pixels.shape[2] < 3, pixels.shape[2] in (2, 4)
+    with _plane(size if has_alpha else (0, 0), dtype, folder) as alpha:
+
+        def fill(top: int, rows: Tensor) -> None:
+            alpha[top : top + rows.shape[1]] = quantise(rows.mean(0, keepdim=True), dtype)[..., 0]
+
+        def join(top: int, rows: Tensor) -> None:
+            joined = quantise(rows.mean(0, keepdim=True) if grey else rows, dtype)
+            if has_alpha:
+                joined = np.concatenate([joined, alpha[top : top + len(joined), :, None]], axis=2)
+            write(joined)
+
+        if len(sources) == 2:
+            sources[1](fill)
+        elif has_alpha:
+            alpha[...] = _simple_alpha(pixels[..., -1], size, dtype)
+        sources[0](join)
 
 
 def _floating(image: Pixels) -> Pixels:
@@ -245,7 +254,7 @@ def _simple_alpha(alpha: Pixels, size: tuple[int, int], dtype: np.dtype[Any]) ->
 @contextmanager
 def _plane(size: tuple[int, int], dtype: np.dtype[Any], folder: Path | None) -> Iterator[Pixels]:
     """Room for one channel, in memory or in a file without a name."""
-    if folder is None:
+    if folder is None or not size[0]:
         yield np.empty(size, dtype)
         return
     with tempfile.TemporaryFile(dir=folder) as file:
@@ -261,94 +270,39 @@ def quantise(block: Tensor, dtype: Any) -> Pixels:
     return np.ascontiguousarray(values.permute(1, 2, 0).cpu().numpy().astype(dtype))
 
 
-class _Filled:
-    """Fills a plane (H, W) from the top with rows (h, W, 1)."""
-
-    def __init__(self, plane: Pixels) -> None:
-        self.plane, self.row = plane, 0
-
-    def add(self, rows: Pixels) -> None:
-        self.plane[self.row : self.row + len(rows)] = rows[..., 0]
-        self.row += len(rows)
-
-
-class _Joined:
-    """Rows of three channels as rows of the channels wanted, with alpha."""
-
-    def __init__(self, write: Rows, alpha: Pixels | None, *, grey: bool, dtype: np.dtype[Any]) -> None:
-        self.write, self.alpha, self.grey, self.dtype, self.row = write, alpha, grey, dtype, 0
-
-    def add(self, block: Tensor) -> None:
-        rows = quantise(block.mean(0, keepdim=True) if self.grey else block, self.dtype)
-        if self.alpha is not None:
-            rows = np.concatenate([rows, self.alpha[self.row : self.row + len(rows), :, None]], axis=2)
-        self.row += len(rows)
-        self.write(rows)
-
-
 def _through_network(
     upscaler: Upscaler,
     image: Pixels,
-    emit: Callable[[Tensor], None],
+    emit: Emit,
     settings: Settings,
     scratch: Path | None,
     progress: Progress,
 ) -> None:
-    """Rows (3, h, W') of an image (H, W, 3) enlarged and brought to the size wanted, from the top to the bottom."""
-    from .large_images import enlarge
-
+    """Emit the rows of an image (H, W, 3) enlarged and brought to the size wanted."""
     scale = settings.asked(upscaler)
-    factor = upscaler.scale if scale is None else scale
-    height, width = image.shape[:2]
-    source = upscaler.output_size(height, width, scale)
+    source = height, width = upscaler.output_size(image.shape[0], image.shape[1], scale)
+    margin = round(settings.pre_pad * (upscaler.scale if scale is None else scale))
     resizer = _Resizer(source, enlarged_size(upscaler, image, settings), emit)
-    bands = _Bands(resizer.add, round(settings.pre_pad * factor), source)
-    enlarge(
+
+    def crop(top: int, left: int, block: Tensor) -> None:
+        first, last = max(margin - top, 0), max(margin + height - top, 0)
+        for rows in block[:, first:last, margin : margin + width].split(ROWS, dim=1):  # what follows makes copies
+            if rows.shape[1]:
+                resizer.add(rows)
+
+    large_images.enlarge(
         upscaler,
         _padded(image, settings.pre_pad),
-        bands.add,
+        crop,
         scale=scale,
         max_memory=settings.max_memory,
         tile=settings.tile,
-        overlap=settings.tile_pad,
         scratch=scratch,
         progress=progress,
     )
 
 
-class _Bands:
-    """Blocks in rows of blocks as bands of whole rows, without what is cropped around them."""
-
-    def __init__(self, emit: Callable[[Tensor], None], margin: int, size: tuple[int, int]) -> None:
-        self.emit, self.margin, self.size = emit, margin, size
-        self.band: Tensor | None = None
-        self.filled = 0
-
-    def add(self, top: int, left: int, block: Tensor) -> None:
-        height, width = self.size
-        first, last = max(self.margin - top, 0), min(self.margin + height - top, block.shape[1])
-        begin, end = max(self.margin - left, 0), min(self.margin + width - left, block.shape[2])
-        if first >= last or begin >= end:
-            return
-        block, left = block[:, first:last, begin:end], left + begin - self.margin
-        if block.shape[2] == width:
-            self._emit_rows(block)
-            return
-        if self.band is None:
-            self.band, self.filled = block.new_empty((3, block.shape[1], width)), 0
-        self.band[..., left : left + block.shape[2]] = block
-        self.filled += block.shape[2]
-        if self.filled == width:
-            self._emit_rows(self.band)
-            self.band = None
-
-    def _emit_rows(self, band: Tensor) -> None:
-        # What follows makes copies of what it gets
-        for part in band.split(ROWS, dim=1):
-            self.emit(part)
-
-
-def _resized(emit: Callable[[Tensor], None], block: Tensor, size: tuple[int, int]) -> None:
+def _resize(block: Tensor, size: tuple[int, int], emit: Emit) -> None:
     _Resizer((block.shape[1], block.shape[2]), size, emit).add(block)
 
 
@@ -358,41 +312,36 @@ class _Resizer:
     The result is the same as of the whole image: rows wait until those that their filter reads are there.
     """
 
-    def __init__(self, source: tuple[int, int], target: tuple[int, int], emit: Callable[[Tensor], None]) -> None:
+    def __init__(self, source: tuple[int, int], target: tuple[int, int], emit: Emit) -> None:
         self.source, self.target, self.emit = source, target, emit
         self.step = source[0] / target[0]
         self.reach = math.ceil(3 * max(1.0, self.step)) + 2
-        self.rows: Tensor | None = None
+        self.rows = torch.empty(3, 0, source[1])
         self.first, self.done = 0, 0
 
-    def add(self, block: Tensor) -> None:
+    def add(self, rows: Tensor) -> None:
         if self.source == self.target:
-            self.emit(block)
+            self.emit(self.done, rows)
+            self.done += rows.shape[1]
             return
-        self.rows = block if self.rows is None else torch.cat([self.rows, block], dim=1)
+        self.rows = torch.cat([self.rows, rows.float()], dim=1)
         there = self.first + self.rows.shape[1]
-        whole = there == self.source[0]
-        ready = self.target[0] if whole else max(math.floor((there - self.reach) / self.step), self.done)
-        if ready == self.done:
+        ready = self.target[0] if there == self.source[0] else math.floor((there - self.reach) / self.step)
+        if ready <= self.done:
             return
-        self.emit(self._resized(self.rows, self.done, ready))
+        self.emit(self.done, self._resized(ready))
         self.done = ready
-        unneeded = max(math.floor(ready * self.step) - self.reach, self.first) - self.first
-        self.rows = self.rows[:, unneeded:].clone() if not whole else None
+        unneeded = max(math.floor(ready * self.step) - self.reach - self.first, 0)
+        self.rows = self.rows[:, unneeded:].clone()
         self.first += unneeded
 
-    def _resized(self, rows: Tensor, start: int, end: int) -> Tensor:
-        top, bottom = start * self.step - self.first, end * self.step - self.first
-        box = (0, max(top, 0), self.source[1], min(bottom, rows.shape[1]))
-        planes = [
-            np.asarray(
-                Image.fromarray(plane.contiguous().cpu().numpy()).resize(
-                    (self.target[1], end - start), Image.Resampling.LANCZOS, box=box
-                )
-            )
-            for plane in rows.float()
-        ]
-        return torch.from_numpy(np.stack(planes))
+    def _resized(self, ready: int) -> Tensor:
+        """Rows of the result from those that are done to `ready`."""
+        top, bottom = (row * self.step - self.first for row in (self.done, ready))
+        box = (0, max(top, 0), self.source[1], min(bottom, self.rows.shape[1]))
+        size = (self.target[1], ready - self.done)
+        planes = [Image.fromarray(plane.contiguous().numpy()) for plane in self.rows]
+        return torch.from_numpy(np.stack([np.asarray(p.resize(size, Image.Resampling.LANCZOS, box)) for p in planes]))
 
 
 def upscale(
@@ -411,15 +360,15 @@ def upscale(
             type in 0 .. 1, on any device; or a Pillow image.
         model: what `esc_arch.load` returns, or the path of a checkpoint. The last few loaded by path are kept.
         scale: by how much; the network's own by default. A network that has one scale alone has its result resized.
-        tile: side of fast tiles in pixels of `image`, a little different from the whole; 0 for the exact result.
-        max_memory: bytes, or text such as "2G": the exact result in parts that fit.
+        tile: the largest side of parts in pixels of `image`, with the same result; 0 for the whole where it fits.
+        max_memory: bytes, or text such as "2G": parts that fit, with the same result.
 
     Returns:
         An image with the channels of `image`, (H', W') large. A Pillow image keeps its colour profile, and one with a
         palette becomes RGB or RGBA.
 
     Raises:
-        UserError: the image is of no such kind, or the checkpoint or an option cannot be used.
+        UserError: an image of another kind, or an invalid checkpoint or option.
 
     Example:
         >>> import esc_arch, numpy as np

@@ -17,25 +17,27 @@ from inference_networks import Canvas, picture, plain, upscaler_of
 from networks import max_error, needs_cuda
 from torch import Tensor
 
+from esc_arch.archs.esc_fp_arch import bicubic_matrix
+from esc_arch.archs.heads import Region
 from esc_arch.errors import UserError
 from esc_arch.tools.upscale import feature_maps, planning
-from esc_arch.tools.upscale.feature_maps import FeatureMap, MapInFile, MapInMemory
-from esc_arch.tools.upscale.large_images import enlarge, enlarge_exactly, run
+from esc_arch.tools.upscale.feature_maps import FeatureMap, FeatureMapInFile
+from esc_arch.tools.upscale.large_images import enlarge, enlarge_exactly
 from esc_arch.tools.upscale.memory import format_memory, is_out_of_memory, parse_memory, peak_of, resident
 from esc_arch.tools.upscale.network import Upscaler
-from esc_arch.tools.upscale.planning import Plan, costs_of, plan_for, whole
-from esc_arch.tools.upscale.regions import Picture, Region, cuts, grid
-from esc_arch.tools.upscale.tails import _bicubic, folding_of, tail_for
-from esc_arch.tools.upscale.tiled_executor import TiledExecutor
+from esc_arch.tools.upscale.planning import costs_of, plan_for, whole
+from esc_arch.tools.upscale.regions import PaddedImage, cuts, grid
+from esc_arch.tools.upscale.tiled_executor import Plan, TiledExecutor
 
 #: Many tiles in both directions, of both kinds, which no border of the other meets.
-SMALL_TILES = {"tile": 8, "tail_tile": 5}
+SMALL_TILES = {"tile": 8, "head_tile": 5}
 
 
 def in_parts(upscaler: Upscaler, image: np.ndarray, plan: Plan, scale: float | None = None, **options: Any) -> Tensor:
     size = upscaler.output_size(*image.shape[:2], scale)
     canvas = Canvas(*size)
-    run(upscaler, Picture(image, upscaler.window, folding_of(upscaler.net)), size, canvas, plan, **options)
+    padded = PaddedImage(image, upscaler.window, upscaler.net.unshuffle_factor)
+    TiledExecutor(upscaler, padded, size, plan, **options).run(canvas)
     return canvas.finished()
 
 
@@ -126,13 +128,11 @@ def test_dysample_rounds_as_pytorch_does() -> None:
     """In wide maps the places are off by up to 0.001 pixels, which a part has to repeat."""
     upscaler = upscaler_of("ESCReal", use_dysample=True, upscaling_factor=2)
     height, width = 16, 3000
-    features = MapInMemory(8, height, width, torch.float32)
     x = torch.randn(1, 8, height, width, generator=torch.Generator().manual_seed(0))
-    features.write(Region(0, 0, height, width), x)
-    tail = tail_for(upscaler, Picture(picture(height, width), 8), (2 * height, 2 * width))
+    head = upscaler.net.head((height, width), (height, width), (2 * height, 2 * width))
     out = Region(8, 5000, 24, 5400)
-    expected = out.of(Region(0, 0, 2 * height, 2 * width), upscaler.net.to_img(x)[0])
-    assert max_error(tail.block(out, features), expected) < 5e-6
+    block = head.block(out, lambda region: region.crop(x, Region(0, 0, height, width)), None)
+    assert max_error(block, out.crop(upscaler.net.to_img(x)[0], Region(0, 0, 2 * height, 2 * width))) < 5e-6
 
 
 def test_bicubic_rounds_as_pytorch_does() -> None:
@@ -140,7 +140,7 @@ def test_bicubic_rounds_as_pytorch_does() -> None:
     width, scale, first, last = 9000, 3, 8000, 8100
     row = torch.from_numpy(picture(1, width, "float32")).permute(2, 0, 1)[None].expand(-1, -1, 6, -1)
     expected = torch.nn.functional.interpolate(row, scale_factor=scale, mode="bicubic")[:, :, 9]
-    part = row[:, :, 0, first:last] @ _bicubic(first, last, width, scale).T
+    part = row[:, :, 0, first:last] @ bicubic_matrix(first, last, width, scale).T
     assert max_error(part[..., 6:-6], expected[..., first * scale + 6 : last * scale - 6]) < 2e-6
     of_part = torch.nn.functional.interpolate(row[..., first:last], scale_factor=scale, mode="bicubic")[:, :, 9]
     assert max_error(of_part[..., 6:-6], expected[..., first * scale + 6 : last * scale - 6]) > 1e-5
@@ -232,12 +232,12 @@ def planned(upscaler: Upscaler, height: int, width: int, budget: float, monkeypa
     monkeypatch.setattr(planning, "resident", lambda: 0)
     image = np.broadcast_to(np.zeros((1, 1, 3), np.uint8), (height, width, 3))
     size = upscaler.output_size(height, width)
-    return plan_for(upscaler, Picture(image, upscaler.window), size, None, int(budget))
+    return plan_for(upscaler, PaddedImage(image, upscaler.window), size, None, int(budget))
 
 
 def test_tiles_grow_with_the_budget(monkeypatch: pytest.MonkeyPatch) -> None:
     upscaler = upscaler_of("ESC")
-    plans = [planned(upscaler, 4000, 6000, budget * 2**20, monkeypatch) for budget in (4, 32, 300, 3000, 30000)]
+    plans = [planned(upscaler, 4000, 6000, budget * 2**20, monkeypatch) for budget in (16, 32, 300, 3000, 30000)]
     tiles = [plan.tile for plan in plans]
     assert tiles == sorted(tiles)
     assert tiles[0] < tiles[-1] == planning.LARGEST_TILE
@@ -248,16 +248,18 @@ def test_a_map_that_fits_is_in_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     upscaler = upscaler_of("ESC")
     map_bytes = 4000 * 4000 * 8 * 4
     large = costs_of(upscaler, None)
-    tile = max(large.tile.of(600**2), large.block.of(600**2))
+    rows_of_blocks = 12 * (4 * 512) * (4 * 4000)
+    tile = max(large.tile.of(600**2), large.block.of(600**2) + rows_of_blocks)
     assert planned(upscaler, 4000, 4000, tile + 1.5 * map_bytes, monkeypatch).maps_in_memory == 1
 
 
 @pytest.mark.parametrize("size", [(64, 200000), (200000, 64)])
 def test_narrow_images_are_bounded_too(size: tuple[int, int], monkeypatch: pytest.MonkeyPatch) -> None:
     upscaler = upscaler_of("ESC")
-    plan = planned(upscaler, *size, 20 * 2**20, monkeypatch)
-    largest = max(tile.grown(6, *size).area for tile in grid(*size, plan.tile, 8))
-    assert costs_of(upscaler, None).tile.of(largest) <= 20 * 2**20
+    rows = 12 * (4 * 8) * (4 * size[1])  # of the result, as few as there may be at a time
+    plan = planned(upscaler, *size, 20 * 2**20 + rows, monkeypatch)
+    largest = max(tile.expand(6, size).area for tile in grid(size, plan.tile, 8))
+    assert costs_of(upscaler, None).tile.of(largest) <= 20 * 2**20 + rows
 
 
 @pytest.mark.parametrize("kind", ["ESC", "ESCReal", "ESCFP", "ESCLTE"])
@@ -267,15 +269,13 @@ def test_no_tile_takes_more_than_planned(kind: str, monkeypatch: pytest.MonkeyPa
     budget = max(costs.tile.of(60 * 60), costs.block.of(60 * 60))
     plan = planned(upscaler, 150, 170, budget, monkeypatch)
     peaks: list[int] = []
-    attempt = TiledExecutor._attempt
+    attempt = TiledExecutor.attempt
 
-    def measured(self: TiledExecutor, *args: Any) -> Any:
-        results: list[Any] = []
-        peaks.append(peak_of(lambda: results.extend(attempt(self, *args)), torch.device("cpu")))
-        return iter(results)
+    def measured(self: TiledExecutor, *args: Any) -> None:
+        peaks.append(peak_of(lambda: attempt(self, *args), torch.device("cpu")))
 
-    monkeypatch.setattr(TiledExecutor, "_attempt", measured)
-    in_parts(upscaler, picture(150, 170), Plan(plan.tile, plan.tail_tile, 0))
+    monkeypatch.setattr(TiledExecutor, "attempt", measured)
+    in_parts(upscaler, picture(150, 170), Plan(plan.tile, plan.head_tile, 0))
     assert budget / 4 < max(peaks) < budget
 
 
@@ -284,7 +284,7 @@ def test_too_little_memory_names_the_least(monkeypatch: pytest.MonkeyPatch) -> N
     with pytest.raises(UserError, match=r"max_memory: 98K given; trial\.pth needs at least [0-9.]+[KM], of which") as e:
         planned(upscaler, 100, 100, 1e5, monkeypatch)
     least = parse_memory(str(e.value).split("needs at least ")[1].split(",")[0])
-    assert planned(upscaler, 100, 100, least, monkeypatch).tile == 8
+    assert planned(upscaler, 100, 100, least, monkeypatch).head_tile == 8
     monkeypatch.setattr(planning, "available", lambda: 1000)
     with pytest.raises(
         UserError, match=r"There is too little memory: trial.pth needs .* may take 0.7K of what is free"
@@ -387,11 +387,22 @@ def test_real_failures_of_the_allocator_are_recognised() -> None:
     assert not is_out_of_memory(ValueError("out of memory"))
 
 
-def test_fast_tiling_is_chosen() -> None:
-    upscaler = upscaler_of("ESC", upscaling_factor=2)
-    canvas = Canvas(60, 60)
-    enlarge(upscaler, picture(30, 30), canvas, tile=16, overlap=8, pools="tile")
-    assert len(canvas.blocks) > 1
+@pytest.mark.parametrize(("kind", "tile", "largest"), [("ESC", 16, 16), ("ESC", 9, 16), ("ESCRealM", 20, 32)])
+def test_tile_bounds_the_parts(kind: str, tile: int, largest: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is rounded up to whole windows, of the network's features; a smaller image is computed at once."""
+    upscaler = upscaler_of(kind, upscaling_factor=2)
+    image = picture(45, 60)
+    plans: list[Plan] = []
+    run = TiledExecutor.run
+    assert costs_of(upscaler, None)  # which is measured by one too
+    monkeypatch.setattr(TiledExecutor, "run", lambda self, write: plans.append(self.plan) or run(self, write))
+    canvas = Canvas(90, 120)
+    enlarge(upscaler, image, canvas, tile=tile)
+    assert max_error(canvas.finished(), plain(upscaler, image)) < 1e-5
+    unshuffle = 2 if kind == "ESCRealM" else 1
+    assert [(plan.tile, plan.head_tile) for plan in plans] == [(largest // unshuffle, largest // unshuffle)]
+    enlarge(upscaler, image[:9, :9], Canvas(18, 18), tile=tile)
+    assert len(plans) == 1
 
 
 @pytest.mark.parametrize("function", [enlarge, enlarge_exactly])
@@ -410,15 +421,15 @@ def test_what_is_no_picture(image: np.ndarray) -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
-@pytest.mark.parametrize("kind", [MapInMemory, MapInFile])
+@pytest.mark.parametrize("kind", [FeatureMap, FeatureMapInFile])
 def test_maps_give_back_what_they_got(kind: type[FeatureMap], dtype: torch.dtype) -> None:
-    stored, x = kind(3, 5, 7, dtype), torch.randn(1, 3, 5, 7)
+    stored, x = kind(3, (5, 7), dtype), torch.randn(1, 3, 5, 7)
     device = torch.device("cpu")
     for region in (Region(0, 0, 5, 7), Region(1, 0, 3, 7), Region(2, 3, 5, 6)):
-        stored.write(region, region.of(Region(0, 0, 5, 7), x))
+        stored.write(region, region.crop(x, Region(0, 0, 5, 7)))
         back = stored.read(region, device)
         assert back.is_contiguous(memory_format=torch.channels_last)
-        assert torch.equal(back, region.of(Region(0, 0, 5, 7), x).to(dtype))
+        assert torch.equal(back, region.crop(x, Region(0, 0, 5, 7)).to(dtype))
     assert torch.equal(stored.read(Region(0, 0, 5, 7), device), x.to(dtype))
     stored.close()
 
@@ -529,3 +540,12 @@ def test_the_whole_is_measured_as_a_whole() -> None:
     image = picture(80, 80)
     peak = peak_of(lambda: whole(upscaler, image, None), torch.device("cpu"))
     assert peak < costs_of(upscaler, None).whole.of(80 * 80) < 2 * peak
+
+
+def test_a_picture_is_padded_without_a_copy() -> None:
+    image = picture(5, 9)
+    padded = PaddedImage(image, 8, 3)
+    assert (padded.height, padded.width) == (9, 18)
+    twice = np.pad(np.pad(image, ((0, 3), (0, 7), (0, 0)), "reflect"), ((0, 1), (0, 2), (0, 0)), "reflect")
+    region = padded.read(Region(0, 0, 9, 18), torch.device("cpu"))[0].permute(1, 2, 0)
+    assert torch.equal(region, torch.from_numpy(twice / np.float32(255)))

@@ -178,15 +178,14 @@ def test_pixels_added_before_and_cropped_after(model: Upscaler) -> None:
 def test_parts_make_the_same_as_the_whole(
     model: Upscaler, image: np.ndarray, settings: Settings, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Blocks of odd sizes, whatever makes them, are put together to the same rows."""
+    """Blocks of odd heights, whatever makes them, are put together to the same rows."""
     from esc_arch.tools.upscale import large_images
 
     def in_blocks(upscaler: Upscaler, part: np.ndarray, write: Any, *, scale: Any = None, **_: Any) -> None:
         x = torch.from_numpy(part.astype(np.float32) / 255).permute(2, 0, 1)[None]
         whole = upscaler(x, scale)[0]
         for top in range(0, whole.shape[1], 17):
-            for left in range(0, whole.shape[2], 23):
-                write(top, left, whole[:, top : top + 17, left : left + 23])
+            write(top, 0, whole[:, top : top + 17])
 
     expected: list[np.ndarray] = []
     enlarge_pixels(model, image, expected.append, settings)
@@ -306,8 +305,6 @@ def test_images_that_are_none(model: Upscaler, image: Any, message: str) -> None
         ({"scale": float("nan")}, "The scale is nan"),
         ({"tile": -1}, "tile is -1; it must be a number of pixels, 0 or more."),
         ({"pre_pad": -2}, "pre_pad is -2"),
-        ({"tile_pad": -3}, "tile_pad is -3"),
-        ({"tile": 64, "max_memory": 1}, "tile and max_memory are two ways to need less memory: give one of them."),
         ({"alpha": "none"}, "alpha is 'none'; allowed: network, bicubic."),
     ],
 )
