@@ -132,7 +132,7 @@ class Trial:
         """Seconds per step of `count` steps."""
         with ExitStack() as stack:
             if self.setting.plain:
-                others = {name: order for name, order in plain_orders().items() if name != "window_attention"}
+                others = {name: order for name, order in plain_orders().items() if name != "window attention"}
                 stack.enter_context(choosing(others))
                 stack.enter_context(layout_as_given())
             synchronize()

@@ -250,7 +250,7 @@ def test_settings_of_a_gpu(inference: ModuleType) -> None:
     assert {"flex, tf32", "triton, fp16", "auto, channels_last, bf16, compiled, CUDA graph"} <= {*labels}
     default = labels["flex, PyTorch's default (convolutions in TF32)"]
     assert default.precision == "default" and default.attention == "flex"
-    assert labels["naive"].orders["conv_attn"] == ("reference",)
+    assert labels["naive"].orders["ConvAttn"] == ("reference",)
     assert labels["auto, channels_last"].orders == {}
     low = labels["auto, channels_last, fp16, weights too, compiled, CUDA graph"]
     assert (low.all_low, low.mode, low.channels_last) == (True, "compiled graph", True)

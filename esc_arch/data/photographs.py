@@ -17,7 +17,6 @@ import skimage.data
 from ..errors import UserError
 from .benchmark import prepare_benchmark
 from .image_files import Image, Source
-from .prepare import prepare_train
 
 __all__ = ["TRAIN", "VALIDATION", "photograph_sources", "prepare_demo", "read_photograph"]
 
@@ -49,6 +48,8 @@ def prepare_demo(out: Path, *, jobs: int = 1, overwrite: bool = False) -> tuple[
     photograph.
     """
     train, validation = photograph_sources(TRAIN), photograph_sources(VALIDATION)
+    from .prepare import prepare_train  # which needs lmdb
+
     lmdbs = prepare_train(
         train, out, "train", scales=SCALES, crop_size=CROP_SIZE, overlap=OVERLAP, jobs=jobs, overwrite=overwrite
     )

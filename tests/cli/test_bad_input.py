@@ -18,6 +18,7 @@ import pytest
 import torch
 
 from esc_arch import ESC, cli
+from esc_arch.cli import check
 
 
 def remove_an_image(folder: Path, options: Any) -> None:
@@ -74,7 +75,7 @@ def change(*keys: str, value: Any) -> Callable[[Path, Any], None]:
 FOUND_BEFORE_THE_RUN: dict[str, tuple[Callable[[Path, Any], None], list[str]]] = {
     "missing data folder": (
         change("datasets", "train", "dataroot_gt", value="nowhere"),
-        ["datasets:train:dataroot_gt", "nowhere", "current folder"],
+        ["datasets:train:dataroot_gt", "there is no", "/nowhere"],
     ),
     "missing LMDB": (take_lmdb_that_is_missing, ["datasets:train:dataroot_gt", "none.lmdb"]),
     "LQ and GT counts": (remove_an_image, ["datasets:train", "5 files", "6 in", "one LQ image for each GT"]),
@@ -225,10 +226,10 @@ def damage_an_lmdb(folder: Path, options: Any) -> None:
 
 
 def one_small_image_behind_many(folder: Path, options: Any) -> None:
-    """Only the first images are measured before a run."""
+    """Every second image is measured before a run, not the last."""
     for kind, side, tail in (("gt", 14, ""), ("lq", 7, "x2")):
         first = folder / kind / f"train0{tail}.png"
-        for number in range(100, 170):
+        for number in range(100, 171):
             shutil.copy(first, folder / kind / f"train{number}{tail}.png")
         cv2.imwrite(str(folder / kind / f"zzz{tail}.png"), np.zeros((side, side, 3), np.uint8))
     options["train"]["total_iter"] = 40
@@ -326,7 +327,7 @@ def test_a_reader_that_has_gone(text: str, monkeypatch: pytest.MonkeyPatch) -> N
     """As of `basicsr doctor | head`: no traceback, and the status that a shell gives such programs."""
     reader, writer = os.pipe()
     os.close(reader)
-    monkeypatch.setattr(cli.check, "run", lambda args: print(text) or 0)
+    monkeypatch.setattr(check, "run", lambda args: print(text) or 0)
     with open(writer, "w") as stream:
         monkeypatch.setattr(sys, "stdout", stream)
         assert cli.main(["check", "-opt", "any.yml"]) == 141
@@ -336,6 +337,6 @@ def test_a_pipe_of_a_verb_s_own_is_not_taken_for_that(monkeypatch: pytest.Monkey
     def run(args: Any) -> int:
         raise BrokenPipeError("of a child process")
 
-    monkeypatch.setattr(cli.check, "run", run)
+    monkeypatch.setattr(check, "run", run)
     with pytest.raises(BrokenPipeError, match="of a child process"):
         cli.main(["check", "-opt", "any.yml"])
