@@ -27,7 +27,7 @@ from esc_arch.errors import UserError
 
 from .metadata import Metadata, first_line, image_metadata, png_colour, tiff_metadata
 
-__all__ = ["LARGEST_INPUT", "READABLE_SUFFIXES", "DecodedImage", "Pixels", "pixels_of", "read_picture", "to_srgb"]
+__all__ = ["LARGEST_INPUT", "READABLE_SUFFIXES", "DecodedImage", "Pixels", "pixels_of", "read_image", "to_srgb"]
 
 Pixels = npt.NDArray[Any]
 
@@ -60,7 +60,7 @@ class DecodedImage:
     notes: tuple[str, ...] = ()
 
 
-def read_picture(path: Path) -> DecodedImage:
+def read_image(path: Path) -> DecodedImage:
     """Decode an image file.
 
     Palettes become RGB or RGBA, one bit grey. CMYK and Lab become sRGB, by the file's profile if it has one.
@@ -103,7 +103,7 @@ def _damaged(path: Path, error: Exception) -> UserError:
 def _read_other(path: Path, file: IO[bytes]) -> DecodedImage:
     with _open(file) as image:
         frames = getattr(image, "n_frames", 1)
-        # MPO: what telephones call .jpg, with a depth map or another view behind the picture
+        # MPO: what telephones call .jpg, with a depth map or another view behind the image
         if frames > 1 and image.format != "MPO":
             raise UserError(f"animated ({frames} frames). Save the frames as images, or make a video of them.")
         metadata, notes = image_metadata(image)

@@ -21,6 +21,8 @@ __all__ = ["PRECISIONS", "Upscaler", "load"]
 
 #: What networks may compute in, by name.
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+#: Images that run together on a GPU: as many as have so many pixels, and at most so many.
+BATCH_PIXELS, BATCH_LARGEST = 2**18, 16
 
 
 @dataclass(frozen=True, eq=False)
@@ -100,11 +102,15 @@ class Upscaler:
             return nullcontext()
         return torch.autocast(self.device.type, dtype=self.precision)
 
+    def batch_size(self, height: int, width: int) -> int:
+        """How many images of this size run together by default: small ones, on a GPU."""
+        return max(1, min(BATCH_LARGEST, BATCH_PIXELS // (height * width))) if self.device.type == "cuda" else 1
+
     def __repr__(self) -> str:
-        options = ", ".join(f"{key}: {value}" for key, value in self.network_g.items() if key != "type")
-        name = next(name for name, kind in PRECISIONS.items() if kind == self.precision)
-        network = f"{self.network_g['type']} x{self.scale:g} ({options})"
-        return f"Upscaler({self.source.name}: {network}, {self.device}, {name})"
+        number = sum(parameter.numel() for parameter in self.net.parameters())
+        device = str(self.device).replace("cpu", "CPU")
+        precision = next(name for name, dtype in PRECISIONS.items() if dtype == self.precision)
+        return f"{self.network_g['type']} x{self.scale:g}, {number:,} parameters, {device}, {precision}"
 
 
 def load(

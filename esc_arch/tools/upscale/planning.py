@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 import weakref
-from collections.abc import Callable, Iterable
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -18,7 +19,7 @@ from .feature_maps import FeatureMap
 from .memory import available, format_memory, peak_of, resident
 from .network import Upscaler
 from .regions import PaddedImage, cuts
-from .tiled_executor import MAPS, Plan, TiledExecutor, Write, large_kernel_reach
+from .tiled_executor import MAPS, Plan, TiledExecutor, large_kernel_reach
 
 __all__ = ["Cost", "Costs", "costs_of", "fits", "plan_for", "whole"]
 
@@ -84,7 +85,7 @@ class _Measured(TiledExecutor):
         self.blocks = self.blocks[:1]  # the others are like it
         self.pixels, self.channels, self.peak = self.size[0] * self.size[1], 0, 0
         self.peaks = [peak_of(lambda: whole(upscaler, black, scale), upscaler.device)]
-        self.run(lambda top, left, block: None)
+        deque(self.run(), maxlen=0)
         self.peaks.append(self.peak)
 
     def attempt(self, compute: Callable[[Region], None], tile: Region, align: int) -> None:
@@ -95,10 +96,10 @@ class _Measured(TiledExecutor):
         self.channels = skip.shape[2]
         super().run_block(block, skip, *others)
 
-    def write_result(self, features: FeatureMap, write: Write) -> None:
+    def rows(self, features: FeatureMap) -> Iterator[Tensor]:
         self.peaks.append(self.peak)
         self.peak = 0
-        super().write_result(features, write)
+        return super().rows(features)
 
 
 def whole(upscaler: Upscaler, image: Any, scale: float | None) -> Tensor:

@@ -551,20 +551,16 @@ def test_large_frames_run_in_parts(
 ) -> None:
     from esc_arch.tools.upscale import large_images
 
-    given: list[tuple[str, Any]] = []
+    given: list[tuple[bool, Any]] = []
 
-    def by(name: str) -> Callable[..., None]:
-        def enlarge(network: Upscaler, image: np.ndarray, write: Any, *, scale: Any, max_memory: Any) -> None:
-            given.append((name, max_memory))
-            assert (image.shape, image.dtype) == ((HEIGHT, WIDTH, 3), np.float32)
-            enlarged = upscaler(torch.from_numpy(image).permute(2, 0, 1)[None], scale)[0]
-            for top in range(0, enlarged.shape[1], 20):
-                write(top, 0, enlarged[:, top : top + 20])
+    def enlarge(
+        network: Upscaler, image: np.ndarray, *, scale: Any, max_memory: Any, at_once: bool
+    ) -> Iterator[Tensor]:
+        given.append((at_once, max_memory))
+        assert (image.shape, image.dtype) == ((HEIGHT, WIDTH, 3), np.float32)
+        yield from upscaler(torch.from_numpy(image).permute(2, 0, 1)[None], scale)[0].split(20, dim=1)
 
-        return enlarge
-
-    for name in ("enlarge", "enlarge_exactly"):
-        monkeypatch.setattr(large_images, name, by(name))
+    monkeypatch.setattr(large_images, "enlarge", enlarge)
     source = write_clip(tmp_path / "in.mkv", count=3, codec="ffv1", pixel_format="yuv444p10le")
     upscale_video(upscaler, source, tmp_path / "whole.mkv", codec="ffv1")
     assert not given
@@ -572,7 +568,7 @@ def test_large_frames_run_in_parts(
     network = counting(upscaler, Small)
     monkeypatch.setattr(Small, "most", 0)
     upscale_video(network, source, tmp_path / "full.mkv", codec="ffv1")
-    assert given == [("enlarge", 12345)] * 3 + [("enlarge_exactly", None)] * 3
+    assert given == [(True, 12345)] * 3 + [(False, None)] * 3
     assert log.text.count("Memory ran out for a frame as a whole: frames are run in parts, with the same result.") == 1
     for name in ("limited", "full"):
         for a, b in zip(frames_of(tmp_path / "whole.mkv"), frames_of(tmp_path / f"{name}.mkv"), strict=True):
