@@ -175,10 +175,12 @@ class ESCFamily(nn.Module):
             empty for a checkpoint that fits.
         """
         origin = origin_of([name for name in state_dict if not name.endswith(IGNORED)], prefix)
-        ignored = [name for name in state_dict if name.startswith(prefix) and name.endswith(IGNORED)]
-        ignored = [name for name in ignored if name.removesuffix(IGNORED) not in state_dict]
+        names = [
+            name.removesuffix(IGNORED) for name in state_dict if name.startswith(prefix) and name.endswith(IGNORED)
+        ]
+        ignored = [name for name in names if name not in state_dict]
         for name in ignored:
-            state_dict[name.removesuffix(IGNORED)] = state_dict.pop(name)
+            state_dict[name] = state_dict.pop(name + IGNORED)
         notes = [
             *self._adapt_scale(state_dict, prefix),
             *self._adapt_factors(state_dict, prefix, origin),
@@ -186,9 +188,8 @@ class ESCFamily(nn.Module):
         ]
         own = self.state_dict(prefix=prefix) if ignored else {}
         for name in ignored:  # those that still do not fit
-            plain = name.removesuffix(IGNORED)
-            if plain in state_dict and (plain not in own or state_dict[plain].shape != own[plain].shape):
-                state_dict[name] = state_dict.pop(plain)
+            if name in state_dict and (name not in own or state_dict[name].shape != own[name].shape):
+                state_dict[name + IGNORED] = state_dict.pop(name)
         return notes
 
     def _adapt_scale(self, state_dict: MutableMapping[str, Tensor], prefix: str) -> Iterator[str]:

@@ -33,7 +33,7 @@ logger = logging.getLogger("basicsr")
 #: Where toolboxes keep the weights within a file. BasicSR's own keys come first, the average before the raw ones.
 PARAM_KEYS = ("params_ema", "params", "params-ema", "state_dict", "model_state_dict", "model", "net_g")
 #: What wrappers (DataParallel, torch.compile) put before every name.
-PREFIXES = ("module.", "_orig_mod.")
+PREFIXES = re.compile(r"^((module|_orig_mod)\.)+")
 #: Bytes of memory that the content of a file may take beyond the size of the file. PyTorch stores records as they
 #: are; only ones made to do harm grow by more when they are read.
 LARGEST_GROWTH = 2**28
@@ -156,7 +156,7 @@ def find_weights(
             )
         key, weights = found[0], checkpoint[found[0]]
     _check_dense(weights, source)
-    return key, {_strip_prefixes(name): tensor for name, tensor in weights.items()}
+    return key, {PREFIXES.sub("", name): tensor for name, tensor in weights.items()}
 
 
 def is_state_dict(value: object) -> bool:
@@ -170,7 +170,14 @@ def is_state_dict(value: object) -> bool:
 
 def _check_dense(weights: Mapping[str, Tensor], source: str | Path) -> None:
     for name, tensor in weights.items():
-        if (kind := _odd_kind(tensor)) is not None:
+        odd = {
+            "a nested tensor": tensor.is_nested,
+            "a sparse tensor": tensor.layout != torch.strided,
+            "a quantised tensor": tensor.is_quantized,
+            "complex numbers": tensor.is_complex(),
+            "a tensor without content": tensor.is_meta,
+        }
+        if kind := next((kind for kind, found in odd.items() if found), None):
             raise UserError(
                 f"{source} holds {name} as {kind}, which cannot be loaded into a network. Save its weights as ordinary "
                 "tensors."
@@ -183,24 +190,6 @@ def _check_dense(weights: Mapping[str, Tensor], source: str | Path) -> None:
             f"The weights in {source} would take {taken:,} bytes of memory, and are stored in "
             f"{sum(stored.values()):,}: it was not made by saving a network. Get it from another source."
         )
-
-
-def _odd_kind(tensor: Tensor) -> str | None:
-    """What a tensor is if it does not hold a number for each of its places."""
-    kinds = {
-        "a nested tensor": tensor.is_nested,
-        "a sparse tensor": tensor.layout != torch.strided,
-        "a quantised tensor": tensor.is_quantized,
-        "complex numbers": tensor.is_complex(),
-        "a tensor without content": tensor.is_meta,
-    }
-    return next((kind for kind, found in kinds.items() if found), None)
-
-
-def _strip_prefixes(name: str) -> str:
-    while name.startswith(PREFIXES):
-        name = name.partition(".")[2]
-    return name
 
 
 def _read_safetensors(path: Path) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""The way from features to the enlarged picture."""
+"""Upsamplers: from features to the enlarged image."""
 
 from __future__ import annotations
 
@@ -109,7 +109,11 @@ class DySample(nn.Module):
         self.end_conv = nn.Conv2d(dim, out_dim, 1)
         nn.init.normal_(self.offset.weight, std=0.001)
         nn.init.zeros_(self.scope.weight)
-        self.register_buffer("init_pos", _subpixel_places(scale, groups))
+        # Where sub-pixels lie from the centre of their pixel, in pixels: x, then y, for each group
+        steps = (torch.arange(scale) - (scale - 1) / 2) / scale
+        y, x = torch.meshgrid(steps, steps, indexing="ij")
+        places = torch.stack([x.flatten(), y.flatten()])[:, None].repeat(1, groups, 1)
+        self.register_buffer("init_pos", places.reshape(1, -1, 1, 1))
 
     @in_float32
     def forward(self, x: Tensor) -> Tensor:
@@ -155,13 +159,6 @@ class DySample(nn.Module):
         return self.end_conv(sampled.to(self.end_conv.weight.dtype))
 
 
-def _subpixel_places(scale: int, groups: int) -> Tensor:
-    """Where sub-pixels lie from the centre of their pixel, in pixels: (1, 2 * groups * scale^2, 1, 1), x then y."""
-    places = (torch.arange(scale) - (scale - 1) / 2) / scale
-    y, x = torch.meshgrid(places, places, indexing="ij")
-    return torch.stack([x.flatten(), y.flatten()])[:, None].repeat(1, groups, 1).reshape(1, -1, 1, 1)
-
-
 #: In the order of their numbers in `MetaUpsample`.
 UPSAMPLERS = ("conv", "pixelshuffledirect", "pixelshuffle", "nearest+conv", "dysample", "transpose+conv")
 #: The enlargements, one after the other, that make a scale: powers of 2, or 3 at once.
@@ -193,14 +190,10 @@ def _upsampler(name: str, scale: int, dim: int, out: int, mid: int, groups: int)
         for step in STEPS[scale]:
             layers += [Conv3x3(dim, dim), nn.Upsample(scale_factor=step), nn.LeakyReLU(0.2)]
         return [*layers, Conv3x3(dim, dim), nn.LeakyReLU(0.2), Conv3x3(dim, out)]
-    *first, last = STEPS[scale]
-    for step in first:
-        layers += [_transposed_conv(dim, dim, step), nn.GELU()]
-    return [*layers, _transposed_conv(dim, out, last), Conv3x3(out, out)]
-
-
-def _transposed_conv(channels: int, out: int, step: int) -> nn.ConvTranspose2d:
-    return nn.ConvTranspose2d(channels, out, 3, stride=3) if step == 3 else nn.ConvTranspose2d(channels, out, 4, 2, 1)
+    if scale == 4:
+        layers += [nn.ConvTranspose2d(dim, dim, 4, 2, 1), nn.GELU()]
+    last = nn.ConvTranspose2d(dim, out, 3, stride=3) if scale == 3 else nn.ConvTranspose2d(dim, out, 4, 2, 1)
+    return [*layers, last, Conv3x3(out, out)]
 
 
 class UniversalUpsampler(nn.Sequential):

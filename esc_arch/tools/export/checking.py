@@ -17,7 +17,6 @@ import torch
 from torch import Tensor, nn
 from torch.export import ExportedProgram
 
-from esc_arch.archs import ESCLTE
 from esc_arch.errors import UserError
 from esc_arch.tools.upscale.network import Upscaler
 from esc_arch.version import __version__
@@ -87,7 +86,7 @@ class Export:
         for name, number in shape._asdict().items():
             if number is not None and number < 1:
                 raise UserError(f"The {name} to export for is {number}; it must be at least 1, or dynamic.")
-        fractional = isinstance(upscaler.net, ESCLTE) and upscaler.scale != int(upscaler.scale)
+        fractional = upscaler.any_scale and upscaler.scale != int(upscaler.scale)
         if fractional and None in (shape.height, shape.width):
             raise UserError(
                 f"ESCLTE for x{upscaler.scale:g} can only be exported for images of one size, as sizes are rounded: "

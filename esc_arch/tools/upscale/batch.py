@@ -124,11 +124,15 @@ def find_tasks(
     elif is_file:
         raise UserError(f"Several inputs need a folder: -o FOLDER, not {output}.")
     else:
-        tasks = [
-            _task(source, output / place, f"_{suffix}" if suffix else "", ext, videos)
-            for name in names
-            for source, place in _files(Path(name), output, {*IMAGES, *videos})
-        ]
+        endings = dict(videos) if ext != "auto" else {**IMAGES, **videos}
+        found = [each for name in names for each in _files(Path(name), output, {*IMAGES, *videos})]
+        tasks = []
+        for source, place in found:
+            own = source.suffix.lower()
+            ending = endings.get(own, ".png" if ext == "auto" else f".{ext}")
+            ending = source.suffix if endings.get(own) == own else ending
+            name = f"{source.stem}{'_' * bool(suffix)}{suffix}{ending}"
+            tasks.append(Task(source, output / place / name, own in videos))
     if not tasks:
         raise UserError(
             f"{', '.join(names) or 'The list of inputs'}: no image found ({' '.join(READABLE_SUFFIXES)}; hidden files "
@@ -157,13 +161,6 @@ def _files(path: Path, output: Path, known: Collection[str]) -> Iterator[tuple[P
         for file in (here / name for name in sorted(names) if not name.startswith(".")):
             if file.suffix.lower() in known:
                 yield file, here.relative_to(path)
-
-
-def _task(source: Path, folder: Path, suffix: str, ext: str, videos: Mapping[str, str]) -> Task:
-    own = source.suffix.lower()
-    kept = videos.get(own) or (IMAGES.get(own, ".png") if ext == "auto" else None)
-    ending = f".{ext}" if kept is None else source.suffix if kept == own else kept
-    return Task(source, folder / f"{source.stem}{suffix}{ending}", own in videos)
 
 
 def _without_conflicts(tasks: list[Task], given: set[Path]) -> list[Task]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import weakref
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -163,7 +163,10 @@ def plan_for(
     def largest_sides(budget: float) -> tuple[int | None, int | None]:
         tiles = range(max(largest // window, 1) * window, 0, -window)
         blocks = range(max(largest, LEAST_HEAD_TILE), LEAST_HEAD_TILE - 1, -LEAST_HEAD_TILE)
-        return _first(tiles, tile_bytes, budget), _first(blocks, block_bytes, budget)
+        return (
+            next((side for side in tiles if tile_bytes(side) <= budget), None),
+            next((side for side in blocks if block_bytes(side) <= budget), None),
+        )
 
     host = _host(max_memory)
     map_bytes = size[0] * size[1] * costs.channels * upscaler.precision.itemsize
@@ -177,26 +180,19 @@ def plan_for(
         return Plan(side, block, MAPS)
     side, block = largest_sides(host)
     if side is None or block is None:
-        raise _too_little(upscaler, max(tile_bytes(window), block_bytes(LEAST_HEAD_TILE)), host, max_memory)
+        needed, name = max(tile_bytes(window), block_bytes(LEAST_HEAD_TILE)), upscaler.source.name
+        if max_memory is None:
+            raise UserError(
+                f"There is too little memory: {name} needs {format_memory(needed)} for its smallest parts, and may "
+                f"take {format_memory(max(host, 0))} of what is free."
+            )
+        taken = max_memory - host
+        raise UserError(
+            f"max_memory: {format_memory(max_memory)} given; {name} needs at least {format_memory(taken + needed)}, of "
+            f"which the program takes {format_memory(taken)} already."
+        )
     rest = host - max(tile_bytes(side), block_bytes(block))
     return Plan(side, block, min(MAPS, int(rest // map_bytes)))
-
-
-def _first(sides: Iterable[int], bytes_of: Callable[[int], float], budget: float) -> int | None:
-    return next((side for side in sides if bytes_of(side) <= budget), None)
-
-
-def _too_little(upscaler: Upscaler, needed: float, host: float, max_memory: int | None) -> UserError:
-    if max_memory is None:
-        return UserError(
-            f"There is too little memory: {upscaler.source.name} needs {format_memory(needed)} for its "
-            f"smallest parts, and may take {format_memory(max(host, 0))} of what is free."
-        )
-    taken = max_memory - host
-    return UserError(
-        f"max_memory: {format_memory(max_memory)} given; {upscaler.source.name} needs at least "
-        f"{format_memory(taken + needed)}, of which the program takes {format_memory(taken)} already."
-    )
 
 
 def _longest(length: int, largest: int, align: int) -> int:

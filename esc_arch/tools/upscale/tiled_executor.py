@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from functools import partial
@@ -61,7 +62,7 @@ class TiledExecutor:
     ) -> None:
         self.upscaler, self.image, self.plan = upscaler, image, plan
         self.device, self.net = upscaler.device, upscaler.net
-        self.scratch, self.progress = scratch, progress
+        self.scratch, self.progress = scratch or Path(tempfile.gettempdir()), progress
         self.blocks = [cast(ESCBlock, block) for block in self.net.blocks]
         self.kernels = self.net.large_kernels()
         factor = self.net.unshuffle_factor
@@ -155,8 +156,13 @@ class TiledExecutor:
         self.each(lambda tile: x.write(tile, self._attend(block, skip, tile)))
         pairs = len(block.pconvs)
         sums: list[Tensor] = []
+
+        def pool(tile: Region) -> None:
+            region = tile.expand(1, self.size)
+            sums.append(_channel_sums(block, 0, self.read(x, region), tile, region))
+
         if pairs:  # the sums for the other pairs are made where the pair before is computed
-            self.each(partial(self._pool, block, x, sums))
+            self.each(pool)
         for pair in range(pairs):
             means = (torch.stack(sums).sum(0) / (self.size[0] * self.size[1])).float()
             sums = []
@@ -201,10 +207,6 @@ class TiledExecutor:
         qkv, bias = attn.to_qkv(_cropped(tile, region, normed)), attn.position_bias()
         attended = window_attention(qkv, bias, window=attn.window_size, heads=attn.num_heads, backend=attn.attn_type)
         return tile.crop(x, region) + attn.to_out(attended * tile.crop(attn.gate(normed), region).sigmoid())
-
-    def _pool(self, block: ESCBlock, source: FeatureMap, sums: list[Tensor], tile: Region) -> None:
-        region = tile.expand(1, self.size)
-        sums.append(_channel_sums(block, 0, self.read(source, region), tile, region))
 
     def _convolve(
         self,

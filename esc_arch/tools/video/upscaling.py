@@ -20,7 +20,7 @@ from esc_arch.tools.upscale import large_images
 from esc_arch.tools.upscale.memory import is_out_of_memory, release
 from esc_arch.tools.upscale.network import Upscaler
 
-from .encoding import CONTAINERS, Encoder, VideoSpec, check_spec, container_format, video_spec
+from .encoding import CONTAINERS, Encoder, VideoSpec, container_format, video_spec
 from .frames import Coding, Planes, frame_of, import_av
 from .muxing import join
 from .reading import Batch, VideoReader, open_video
@@ -87,7 +87,6 @@ def upscale_video(
     with open_video(source) as video:
         size = scaled_size((video.first.height, video.first.width), upscaler.scale if scale is None else scale)
         spec = video_spec(video.first, video.stream, target, size, codec=codec, crf=crf, pixel_format=pixel_format)
-        check_spec(spec, target)
         if (spec.height, spec.width) != size:
             logger.warning(
                 "%s: %s has no odd sizes; the last row or column is repeated: %d x %d becomes %d x %d.",

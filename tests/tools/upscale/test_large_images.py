@@ -411,9 +411,11 @@ def test_what_is_no_picture(image: np.ndarray) -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
-@pytest.mark.parametrize("kind", [FeatureMap, FeatureMapInFile])
-def test_maps_give_back_what_they_got(kind: type[FeatureMap], dtype: torch.dtype) -> None:
-    stored, x = kind(3, (5, 7), dtype), torch.randn(1, 3, 5, 7)
+@pytest.mark.parametrize("in_file", [False, True])
+def test_maps_give_back_what_they_got(in_file: bool, dtype: torch.dtype, tmp_path: Path) -> None:
+    options: dict[str, Any] = {"folder": tmp_path, "needed": 0}
+    stored = FeatureMapInFile(3, (5, 7), dtype, **options) if in_file else FeatureMap(3, (5, 7), dtype)
+    x = torch.randn(1, 3, 5, 7)
     device = torch.device("cpu")
     for region in (Region(0, 0, 5, 7), Region(1, 0, 3, 7), Region(2, 3, 5, 6)):
         stored.write(region, region.crop(x, Region(0, 0, 5, 7)))
