@@ -347,29 +347,22 @@ class Body(NamedTuple):
         Raises:
             ValueError: as of `WindowAttention`; `backend` is given though attn_type names one; two different ranks.
         """
+        sizes: dict[str, Any] = {"dim": self.dim, "window_size": self.window_size, "num_heads": self.num_heads}
         if str(self.attn_type).lower() == "flashbias":
             ranks = {rank for rank in (self.flashbias_rank, self.rank) if rank is not None}
             if len(ranks) > 1:
                 raise ValueError(
                     f"flashbias_rank is {self.flashbias_rank} and rank is {self.rank}; they are one option, give one."
                 )
-            return FactorBiasWindowAttention(
-                dim=self.dim,
-                window_size=self.window_size,
-                num_heads=self.num_heads,
-                # The published default: the widest that flash kernels take
-                rank=ranks.pop() if ranks else MAX_WIDTH - self.dim // max(1, self.num_heads),
-                scaled=False,
-                attn_type=self.backend,
-            )
+            # The published default: the widest that flash kernels take
+            rank = ranks.pop() if ranks else MAX_WIDTH - self.dim // max(1, self.num_heads)
+            return FactorBiasWindowAttention(rank=rank, scaled=False, attn_type=self.backend, **sizes)
         if self.backend != "auto":
             raise ValueError(
                 f"backend is {self.backend!r}, but only attn_type: FlashBias takes one; here attn_type "
                 f"({self.attn_type!r}) names it."
             )
-        return FlashWindowAttention(
-            dim=self.dim, window_size=self.window_size, num_heads=self.num_heads, attn_type=self.attn_type
-        )
+        return FlashWindowAttention(attn_type=self.attn_type, **sizes)
 
 
 def network_named(name: str) -> type[ESCFamily]:

@@ -23,7 +23,6 @@ from .shapes import Shapes, some
 
 __all__ = ["ESCReal", "ESCRealM"]
 
-DYSAMPLE_GROUPS = 4
 DEFAULT_MID_DIM = 48
 META = "to_img.MetaUpsample"
 #: Tails that traiNNer-redux has and ESCRealM here has not, by what is found among their names alone.
@@ -171,8 +170,8 @@ class ESCReal(_RealNetwork):
         use_dysample = "to_img.offset.weight" in shapes
         scale = 4
         if use_dysample:
-            what = f"two coordinates, for {DYSAMPLE_GROUPS} groups, of a square of sub-pixels"
-            scale = shapes.root("to_img.offset.weight", 0, what, times=2 * DYSAMPLE_GROUPS)
+            what = f"two coordinates, for {DySample.GROUPS} groups, of a square of sub-pixels"
+            scale = shapes.root("to_img.offset.weight", 0, what, times=2 * DySample.GROUPS)
         return shapes.options(scale=scale, use_dysample=use_dysample)
 
 

@@ -52,11 +52,10 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
             tensors and plain values, which could run code, or would take far more memory than its size.
     """
     path = Path(path)
+    if path.is_dir():
+        raise UserError(f"The checkpoint {path} is a folder, not a checkpoint file.")
     if not path.is_file():
-        what = (
-            "is a folder, not a checkpoint file" if path.is_dir() else f"does not exist (looked at {path.absolute()})"
-        )
-        raise UserError(f"The checkpoint {path} {what}.")
+        raise UserError(f"The checkpoint {path} does not exist (looked at {path.absolute()}).")
     if (problem := _not_a_checkpoint(path, _head(path))) is not None:
         raise UserError(f"{path} is not a checkpoint: {problem}")
     if is_safetensors(path):

@@ -95,8 +95,8 @@ class ConvAttn(nn.Module):
     ) -> None:
         super().__init__()
         _check_kernel_size(kernel_size, least=1)
-        self.pdim = _checked_pdim(pdim, least=2, dim=dim)
-        self.kernel_size = kernel_size
+        _check_pdim(pdim, least=2, dim=dim)
+        self.pdim, self.kernel_size = pdim, kernel_size
         self.symmetric = symmetric
         self.plk_filter = new_large_kernel(pdim, kernel_size) if own_kernel else None
         self.plk = _PooledKernel(pdim, hidden=pdim // 2, name="dwc_proj")
@@ -137,8 +137,8 @@ class DecomposedConvAttn(nn.Module):
     def __init__(self, *, dim: int, pdim: int, kernel_size: int = 13, own_kernel: bool = False) -> None:
         super().__init__()
         _check_kernel_size(kernel_size, least=DYNAMIC_KERNEL_SIZE)
-        self.pdim = _checked_pdim(pdim, least=4, dim=dim)
-        self.kernel_size = kernel_size
+        _check_pdim(pdim, least=4, dim=dim)
+        self.pdim, self.kernel_size = pdim, kernel_size
         self.lk_channel: nn.Parameter | None = None
         self.lk_spatial: nn.Parameter | None = None
         if own_kernel:
@@ -180,10 +180,9 @@ def _to_pool(x: Tensor, pdim: int, means: Tensor | None) -> Tensor:
     return x[:, :pdim] if means is None else means[:, :, None, None]
 
 
-def _checked_pdim(pdim: int, least: int, dim: int) -> int:
+def _check_pdim(pdim: int, least: int, dim: int) -> None:
     if not least <= pdim <= dim:
         raise ValueError(f"pdim is {pdim}; it must be between {least} and dim = {dim}.")
-    return pdim
 
 
 def _check_kernel(what: str, kernel: Tensor, expected: tuple[int, ...]) -> None:

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from .conv3x3 import Conv3x3
 from .precision import in_float32
 
-__all__ = ["LTE", "query_grid"]
+__all__ = ["LTE", "pixels_around", "query_grid"]
 
 
 class LTE(nn.Module):
@@ -191,10 +191,17 @@ def _nearest_pixels(
 
 
 def _nearest_on_axis(coords: Tensor, n: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Of the two pixels around every coordinate (B, q) on an axis of n pixels: number, way to it, weight; (B, q, 2)."""
-    position = (coords + 1) * (n / 2) - 0.5
+    return pixels_around((coords + 1) * (n / 2) - 0.5, coords.new_full((), n - 1))
+
+
+def pixels_around(position: Tensor, last: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Of the two pixels around every position (...) on an axis, in pixels from the first to the `last`.
+
+    Returns:
+        Their numbers, the way from them to the position in halves of a pixel, and their weights; (..., 2) each.
+    """
     before = position.floor()
     after_weight = position - before
-    pixel = torch.stack([before, before + 1], dim=-1).clamp(0, n - 1)
+    pixel = torch.minimum(torch.stack([before, before + 1], dim=-1).clamp(min=0), last)
     delta = 2 * (position[..., None] - pixel)
     return pixel.long(), delta, torch.stack([1 - after_weight, after_weight], dim=-1)

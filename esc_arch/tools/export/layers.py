@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from esc_arch.modules import ConvAttn, DecomposedConvAttn
 from esc_arch.modules.conv_attn import DYNAMIC_KERNEL_SIZE
-from esc_arch.modules.lte import LTE
+from esc_arch.modules.lte import LTE, pixels_around
 from esc_arch.modules.window_attention import WindowAttention
 from esc_arch.ops.padding import reflect_pad_to_multiple
 
@@ -220,15 +220,9 @@ class ExportedLTE(nn.Module):
 
 
 def _nearest(count: int, ratio: Tensor, size: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Of the two of `size` pixels around the centre of each of `count` pixels, which are `ratio` of theirs wide: the
-    number, the way to it in halves of its width, and the weight; (count, 2) each."""
+    """`pixels_around` the centres of `count` pixels, each `ratio` of one of the `size` pixels wide."""
     position = (torch.arange(count, device=ratio.device, dtype=ratio.dtype) + 0.5) * ratio - 0.5
-    before = position.floor()
-    after_weight = position - before
-    pixel = torch.stack([before, before + 1], dim=-1).clamp(min=0)
-    pixel = torch.minimum(pixel, _number(size, ratio) - 1)
-    delta = 2 * (position[..., None] - pixel)
-    return pixel.long(), delta, torch.stack([1 - after_weight, after_weight], dim=-1)
+    return pixels_around(position, _number(size, ratio) - 1)
 
 
 def _number(size: int, like: Tensor) -> Tensor:

@@ -24,8 +24,9 @@ from esc_arch.errors import UserError
 from esc_arch.ops.resize import scaled_size
 
 from . import large_images
-from .image_reader import Pixels, pixels_of
+from .image_reader import Pixels, decoded
 from .memory import is_out_of_memory, parse_memory
+from .metadata import Metadata
 from .network import Upscaler, load
 
 __all__ = ["ALPHAS", "Settings", "enlarge_many", "enlarge_pixels", "enlarged_size", "upscale"]
@@ -326,11 +327,11 @@ def upscale(
     if isinstance(image, Tensor):
         return _upscale_tensor(image, upscaler, settings)
     if isinstance(image, Image.Image):
-        pixels, icc, _ = pixels_of(image, image.info.get("icc_profile"))
-        enlarged = _enlarge(upscaler, pixels, settings)
+        found = decoded(image, Metadata(image.info.get("icc_profile")))
+        enlarged = _enlarge(upscaler, found.pixels, settings)
         result = Image.fromarray(enlarged[..., 0] if enlarged.shape[2] == 1 else enlarged)
-        if icc is not None:
-            result.info["icc_profile"] = icc
+        if found.metadata.icc is not None:
+            result.info["icc_profile"] = found.metadata.icc
         return result
     if not isinstance(image, np.ndarray):
         raise UserError(

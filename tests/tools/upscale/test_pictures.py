@@ -468,7 +468,7 @@ def test_files_that_cannot_be_opened(tmp_path: Path) -> None:
 
 def test_too_large_for_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     Image.fromarray(PHOTOGRAPH).save(tmp_path / "a.png")
-    monkeypatch.setattr(image_reader, "pixels_of", lambda *_: (_ for _ in ()).throw(MemoryError))
+    monkeypatch.setattr(image_reader, "decoded", lambda *_: (_ for _ in ()).throw(MemoryError))
     with pytest.raises(UserError, match=r"too large for the memory here\. Cut it into parts"):
         read_image(tmp_path / "a.png")
 

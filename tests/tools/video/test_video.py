@@ -645,7 +645,7 @@ def test_an_interrupted_run_goes_on_to_the_same_file(
 
 
 @pytest.mark.usefixtures("short_segments")
-def test_other_settings_start_anew(upscaler: Upscaler, tmp_path: Path, log: pytest.LogCaptureFixture) -> None:
+def test_other_settings_start_over(upscaler: Upscaler, tmp_path: Path, log: pytest.LogCaptureFixture) -> None:
     source, target = write_clip(tmp_path / "in.mp4", count=9), tmp_path / "out.mp4"
     network = counting(upscaler, Interrupted)
     with pytest.raises(KeyboardInterrupt):
@@ -665,7 +665,7 @@ def test_other_settings_start_anew(upscaler: Upscaler, tmp_path: Path, log: pyte
 
 
 @pytest.mark.usefixtures("short_segments")
-def test_other_weights_start_anew(upscaler: Upscaler, tmp_path: Path, log: pytest.LogCaptureFixture) -> None:
+def test_other_weights_start_over(upscaler: Upscaler, tmp_path: Path, log: pytest.LogCaptureFixture) -> None:
     source, target = write_clip(tmp_path / "in.mp4", count=9), tmp_path / "out.mp4"
     with pytest.raises(KeyboardInterrupt):
         upscale_video(counting(upscaler, Interrupted), source, target)
