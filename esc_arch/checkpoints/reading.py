@@ -16,7 +16,7 @@ from torch import Tensor
 
 from esc_arch.archs.flashbias import Origin, convert_old_factors, mark_published, origin_of
 from esc_arch.archs.shapes import some
-from esc_arch.errors import UserError
+from esc_arch.errors import UserError, first_line
 
 __all__ = [
     "find_weights",
@@ -198,7 +198,7 @@ def _read_safetensors(path: Path) -> dict[str, Any]:
     try:
         return dict(load_file(path, device="cpu"))
     except SafetensorError as error:
-        raise UserError(f"{path} is damaged or was cut short: {_first_line(error)} Get it again.") from error
+        raise UserError(f"{path} is damaged or was cut short: {first_line(error)}. Get it again.") from error
     except Exception as error:  # a type that PyTorch has not; sizes that no memory holds
         raise _damaged(path, error) from error
 
@@ -277,10 +277,5 @@ def _check_growth(path: Path) -> None:
 def _damaged(path: Path, error: Exception) -> UserError:
     return UserError(
         f"{path} ({path.stat().st_size:,} bytes) is no checkpoint, or was cut short while it was saved or downloaded: "
-        f"{type(error).__name__}: {_first_line(error)} Get it again."
+        f"{type(error).__name__}: {first_line(error)}. Get it again."
     )
-
-
-def _first_line(error: Exception) -> str:
-    lines = str(error).strip().splitlines()
-    return (lines[0].rstrip(".") if lines else type(error).__name__) + "."

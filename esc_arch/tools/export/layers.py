@@ -162,7 +162,8 @@ class ExportedConvAttn(nn.Module):
         super().__init__()
         self.pdim, self.plk, self.aggr = layer.pdim, InFloat32(layer.plk), layer.aggr
 
-    def forward(self, x: Tensor, *kernels: Tensor) -> Tensor:
+    def forward(self, x: Tensor, *kernels: Tensor, means: Tensor | None = None) -> Tensor:
+        # (`means` are those of x, which is a whole image here)
         convolved, passed = x[:, : self.pdim], x[:, self.pdim :]
         dynamic = self.plk(convolved)
         *mixing, large = kernels  # ConvAttn's kernel; DecomposedConvAttn's mixing of channels, and depth-wise kernel

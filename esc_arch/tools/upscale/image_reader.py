@@ -23,9 +23,9 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image, ImageCms, UnidentifiedImageError
 
-from esc_arch.errors import UserError
+from esc_arch.errors import UserError, first_line
 
-from .metadata import Metadata, first_line, image_metadata, png_colour, tiff_metadata
+from .metadata import Metadata, image_metadata, png_colour, tiff_metadata
 
 __all__ = ["LARGEST_INPUT", "READABLE_SUFFIXES", "DecodedImage", "Pixels", "decoded", "read_image", "to_srgb"]
 

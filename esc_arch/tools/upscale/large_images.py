@@ -62,7 +62,7 @@ def enlarge(
             array that is no image.
     """
     # The padding of the protocol, and of the network itself
-    padded = PaddedImage(image, upscaler.window, upscaler.net.unshuffle_factor)
+    padded = PaddedImage(image, upscaler.net.window_size, upscaler.net.unshuffle_factor)
     height, width = image.shape[:2]
     out_size = upscaler.output_size(height, width, scale)
     if at_once and not 0 < tile < max(height, width) and fits(upscaler, padded, scale, max_memory):

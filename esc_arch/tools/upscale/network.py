@@ -57,11 +57,6 @@ class Upscaler:
         """True if it can be asked for any scale."""
         return self.net.any_scale
 
-    @property
-    def window(self) -> int:
-        """Images are padded to multiples of this many pixels."""
-        return self.net.window_size
-
     def output_size(self, height: int, width: int, scale: float | None = None) -> tuple[int, int]:
         """The size of what an image of this size becomes.
 
@@ -88,13 +83,9 @@ class Upscaler:
         """
         height, width = image.shape[-2:]
         size = self.output_size(height, width, scale)
-        padded = self.pad(image.to(self.device, torch.float32))
+        padded = reflect_pad_to_multiple(image.to(self.device, torch.float32), self.net.window_size)
         with self.computing():
             return self.net.enlarge(padded, (height, width), size).float()
-
-    def pad(self, image: Tensor) -> Tensor:
-        """An image (B, 3, H, W) as the network is to see it: padded by reflection at the bottom and the right."""
-        return reflect_pad_to_multiple(image, self.window)
 
     def computing(self) -> AbstractContextManager[Any]:
         """The context that the network, or parts of it, compute in."""

@@ -61,7 +61,7 @@ def costs_of(upscaler: Upscaler, scale: float | None) -> Costs:
     """Measured once for each network and scale, on two small images."""
     of_network = _costs.setdefault(upscaler, {})
     if scale not in of_network:
-        unit = upscaler.window * upscaler.net.unshuffle_factor
+        unit = upscaler.net.window_size * upscaler.net.unshuffle_factor
         # LTE computes so many points at a time, which both images should have
         least = 32 if not upscaler.any_scale else max(32, min(64, 128 / (scale or upscaler.scale)))
         side = math.ceil(least / unit) * unit
@@ -83,7 +83,7 @@ class _Measured(TiledExecutor):
         size = upscaler.output_size(side, side, scale)
         super().__init__(upscaler, PaddedImage(black), size, Plan(side, side, MAPS))
         self.blocks = self.blocks[:1]  # the others are like it
-        self.pixels, self.channels, self.peak = self.size[0] * self.size[1], 0, 0
+        self.pixels, self.peak = self.size[0] * self.size[1], 0
         self.peaks = [peak_of(lambda: whole(upscaler, black, scale), upscaler.device)]
         deque(self.run(), maxlen=0)
         self.peaks.append(self.peak)
@@ -91,10 +91,6 @@ class _Measured(TiledExecutor):
     def attempt(self, compute: Callable[[Region], None], tile: Region, align: int) -> None:
         attempt = super().attempt
         self.peak = max(self.peak, peak_of(lambda: attempt(compute, tile, align), self.device))
-
-    def run_block(self, block: Any, skip: FeatureMap, *others: FeatureMap) -> None:
-        self.channels = skip.shape[2]
-        super().run_block(block, skip, *others)
 
     def rows(self, features: FeatureMap) -> Iterator[Tensor]:
         self.peaks.append(self.peak)

@@ -68,16 +68,16 @@ class TiledExecutor:
         factor = self.net.unshuffle_factor
         self.size = image.height // factor, image.width // factor
         self.head = self.net.head((image.image.shape[0], image.image.shape[1]), self.size, out_size)
-        self.done = 0
+        self.done = self.channels = 0
         #: A larger tile did not fit into the device's memory.
         self.largest_area = float("inf")
 
     @torch.no_grad()
     def run(self) -> Iterator[Tensor]:
         """Rows of the result from the top to the bottom, (3, h, W'), float32 on the CPU."""
-        channels = self.net.shallow_features(self.read_image(Region(0, 0, 1, 1))).shape[1]
+        self.channels = self.net.shallow_features(self.read_image(Region(0, 0, 1, 1))).shape[1]
         with ExitStack() as stack:
-            maps = [self.new_map(channels, number, stack) for number in range(MAPS)]
+            maps = [self.new_map(self.channels, number, stack) for number in range(MAPS)]
             features, *others = maps
             self.each(lambda tile: features.write(tile, self._shallow(tile)))
             for block in self.blocks:

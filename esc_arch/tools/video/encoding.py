@@ -230,8 +230,12 @@ def video_spec(
     matrix = source.matrix if source.matrix != RGB else guessed_matrix(height, width)
     if rgb := is_rgb(video_format):
         matrix = RGB
-    time_base = exact(stream.time_base)
+    time_base, display_matrix = exact(stream.time_base), None
     assert time_base is not None
+    for data in side_data_of(frame):
+        if data.type.name == "DISPLAYMATRIX":  # without the shift, which depends on the size
+            numbers = struct.unpack("=9i", bytes(data))
+            display_matrix = (*numbers[:6], 0, 0, numbers[8])
     spec = VideoSpec(
         codec=encoder,
         options=quality_options(encoder, crf),
@@ -244,20 +248,11 @@ def video_spec(
         time_base=time_base,
         rate=exact(stream.average_rate) or exact(stream.guessed_rate) or USUAL_RATE,
         aspect=exact(stream.sample_aspect_ratio),
-        display_matrix=_display_matrix(frame),
+        display_matrix=display_matrix,
         tag="hvc1" if encoder == "libx265" and container_format(target) in ("mp4", "mov") else None,
     )
     _check(spec, target)
     return spec
-
-
-def _display_matrix(frame: Any) -> tuple[int, ...] | None:
-    """How the frame is to be turned and mirrored, without the shift, which depends on its size."""
-    for data in side_data_of(frame):
-        if data.type.name == "DISPLAYMATRIX":
-            numbers = struct.unpack("=9i", bytes(data))
-            return (*numbers[:6], 0, 0, numbers[8])
-    return None
 
 
 def _check(spec: VideoSpec, target: Path) -> None:

@@ -19,6 +19,7 @@ from esc_arch.ops.resize import scaled_size
 from esc_arch.tools.upscale import large_images
 from esc_arch.tools.upscale.memory import is_out_of_memory, release
 from esc_arch.tools.upscale.network import Upscaler
+from esc_arch.tools.upscale.upscaling import Settings
 
 from .encoding import CONTAINERS, Encoder, VideoSpec, container_format, video_spec
 from .frames import Coding, Planes, frame_of, import_av
@@ -81,9 +82,9 @@ def upscale_video(
     """
     import_av()
     source, target = Path(source), Path(target)
-    _check(source, target, scale, batch, overwrite)
+    _check(source, target, batch, overwrite)
     report = progress or (lambda part: None)
-    asked = scale if upscaler.any_scale and scale is not None and scale >= 1 else None
+    asked = Settings(scale=scale).asked(upscaler)
     with open_video(source) as video:
         size = scaled_size((video.first.height, video.first.width), upscaler.scale if scale is None else scale)
         spec = video_spec(video.first, video.stream, target, size, codec=codec, crf=crf, pixel_format=pixel_format)
@@ -111,12 +112,10 @@ def upscale_video(
     report(1.0)
 
 
-def _check(source: Path, target: Path, scale: float | None, batch: int | None, overwrite: bool) -> None:
+def _check(source: Path, target: Path, batch: int | None, overwrite: bool) -> None:
     container_format(target)
     if not source.is_file():
         raise UserError(f"{source}: no such file. Give a video file.")
-    if scale is not None and not 0 < scale < float("inf"):
-        raise UserError(f"scale: {scale:g} given; it must be a number above 0.")
     if batch is not None and batch < 1:
         raise UserError(f"batch: {batch} given; it must be a number of frames, 1 or more.")
     if target.exists() and target.resolve() == source.resolve():

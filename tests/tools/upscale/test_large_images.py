@@ -34,7 +34,7 @@ SMALL_TILES = {"tile": 8, "head_tile": 5}
 
 def in_parts(upscaler: Upscaler, image: np.ndarray, plan: Plan, scale: float | None = None, **options: Any) -> Tensor:
     size = upscaler.output_size(*image.shape[:2], scale)
-    padded = PaddedImage(image, upscaler.window, upscaler.net.unshuffle_factor)
+    padded = PaddedImage(image, upscaler.net.window_size, upscaler.net.unshuffle_factor)
     return joined(TiledExecutor(upscaler, padded, size, plan, **options).run(), size)
 
 
@@ -228,7 +228,7 @@ def planned(upscaler: Upscaler, height: int, width: int, budget: float, monkeypa
     monkeypatch.setattr(planning, "resident", lambda: 0)
     image = np.broadcast_to(np.zeros((1, 1, 3), np.uint8), (height, width, 3))
     size = upscaler.output_size(height, width)
-    return plan_for(upscaler, PaddedImage(image, upscaler.window), size, None, int(budget))
+    return plan_for(upscaler, PaddedImage(image, upscaler.net.window_size), size, None, int(budget))
 
 
 def test_tiles_grow_with_the_budget(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -201,6 +201,12 @@ def test_images_together_are_what_they_are_alone(model: Upscaler) -> None:
             assert difference <= (1 if image.dtype == np.uint8 else 3)
 
 
+def test_images_together_become_the_types_of_their_files(model: Upscaler) -> None:
+    first, second = enlarge_many(model, [deep(PHOTOGRAPH), deep(CAT)], Settings(), [np.uint8, np.uint16])
+    assert (first.dtype, second.dtype) == (np.uint8, np.uint16)
+    assert np.abs(first.astype(int) - upscale(deep(PHOTOGRAPH), model) / 257).max() <= 1
+
+
 def test_too_many_images_for_memory_run_alone(model: Upscaler, monkeypatch: pytest.MonkeyPatch) -> None:
     original, sizes = Upscaler.__call__, []
 

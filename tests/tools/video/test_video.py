@@ -783,7 +783,7 @@ def test_no_video(upscaler: Upscaler, tmp_path: Path) -> None:
         ({"target": "there.mp4"}, r"there\.mp4 exists. Choose another name"),
         ({"target": "nowhere/out.mp4"}, r"nowhere: no such folder. Create it first"),
         ({"source": "none.mp4"}, r"none\.mp4: no such file"),
-        ({"scale": -1}, r"scale: -1 given; it must be a number above 0"),
+        ({"scale": -1}, r"The scale is -1; it must be a number above 0"),
         ({"batch": 0}, r"batch: 0 given; it must be a number of frames, 1 or more"),
         ({"codec": "h265"}, r"codec: 'h265' is no video encoder .*libx265"),
         ({"crf": 99}, r"crf: 99 given; for libx264"),
