@@ -2,7 +2,7 @@
 
     python benchmarks/large_images.py --max-memory 2G --json large_images.json
 
-enlarges random images with base ESC x4, each size in a process of its own: in exact parts (`enlarge_exactly`), and at
+enlarges random images with base ESC x4, each size in a process of its own: in exact parts (`enlarge`), and at
 once where that fits into the machine's memory. Memory is the most that the whole process has had resident, of which the
 libraries take some hundred MiB; on a GPU, the most that was allocated there stands beside it. The difference is the
 largest one between both results. `--megapixels 1 4 16` takes a part of it; 400 take hours on a few cores.
@@ -16,7 +16,7 @@ import logging
 import math
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +30,7 @@ from common import MIB, Trial
 from torch import Tensor
 
 from esc_arch.options.files import load_yaml
-from esc_arch.tools.upscale.large_images import enlarge_exactly
+from esc_arch.tools.upscale.large_images import enlarge
 from esc_arch.tools.upscale.memory import parse_memory
 from esc_arch.tools.upscale.network import PRECISIONS, Upscaler, load
 from esc_arch.tools.upscale.planning import whole
@@ -152,7 +152,8 @@ def measure_own_process(args: argparse.Namespace) -> None:
     def measure() -> None:
         start = time.perf_counter()
         if what == "exact":
-            enlarge_exactly(upscaler, image, discard, max_memory=parse_memory(args.max_memory), scratch=args.scratch)
+            for _ in in_parts(args, upscaler, image, parse_memory(args.max_memory)):
+                pass  # what a program would write to a file
         elif what == "whole":
             whole(upscaler, image, None)
         else:
@@ -168,20 +169,15 @@ def measure_own_process(args: argparse.Namespace) -> None:
 def difference(args: argparse.Namespace, upscaler: Upscaler, image: Image) -> float:
     """The largest one between the image at once and in parts, without a third picture."""
     at_once = whole(upscaler, image, None)
-    largest = 0.0
-
-    def compare(top: int, left: int, block: Tensor) -> None:
-        nonlocal largest
-        same = at_once[:, top : top + block.shape[1], left : left + block.shape[2]]
-        largest = max(largest, common.largest_difference(block, same))
-
-    budget = parse_memory(args.max_memory) + at_once.nbytes
-    enlarge_exactly(upscaler, image, compare, max_memory=budget, scratch=args.scratch)
+    largest, top = 0.0, 0
+    for block in in_parts(args, upscaler, image, parse_memory(args.max_memory) + at_once.nbytes):
+        largest = max(largest, common.largest_difference(block, at_once[:, top : top + block.shape[1]]))
+        top += block.shape[1]
     return largest
 
 
-def discard(top: int, left: int, block: Tensor) -> None:
-    """What a program would write to a file."""
+def in_parts(args: argparse.Namespace, upscaler: Upscaler, image: Image, budget: int) -> Iterator[Tensor]:
+    return enlarge(upscaler, image, max_memory=budget, scratch=args.scratch, at_once=False)
 
 
 def random_image(megapixels: float, scale: float) -> Image:

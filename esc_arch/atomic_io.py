@@ -123,20 +123,24 @@ def remove(path: Path) -> None:
 
 
 @contextmanager
-def locked(folder: Path) -> Iterator[None]:
+def locked(folder: Path, name: str = ".prepare.lock", busy: str | None = None) -> Iterator[None]:
     """Make `folder` and lock it against other processes that do the same, which get a UserError.
 
     The lock file stays behind, empty: removing it would let two processes lock different files of one name.
+
+    Args:
+        name: of the lock file.
+        busy: the message; by default that of `basicsr prepare`.
     """
     with writing_to(folder):
         folder.mkdir(parents=True, exist_ok=True)
-        file = open(folder / ".prepare.lock", "ab")  # noqa: SIM115  closed below, when the lock is to end
+        file = open(folder / name, "ab")  # noqa: SIM115  closed below, when the lock is to end
     with file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            busy = f"Another 'basicsr prepare' is writing to {folder}. Wait for it, or choose another -o."
-            raise UserError(busy) from None
+            prepare = f"Another 'basicsr prepare' is writing to {folder}. Wait for it, or choose another -o."
+            raise UserError(busy or prepare) from None
         except OSError:
             pass  # a network file system without locks
         yield

@@ -2,7 +2,17 @@
 
 from __future__ import annotations
 
-__all__ = ["FAULT", "INTERRUPTED", "NO_BASICSR", "UNREAD", "USER_ERROR", "UserError", "describe", "message_of"]
+__all__ = [
+    "FAULT",
+    "INTERRUPTED",
+    "NO_BASICSR",
+    "UNREAD",
+    "USER_ERROR",
+    "UserError",
+    "describe",
+    "first_line",
+    "message_of",
+]
 
 
 class UserError(Exception):
@@ -29,6 +39,11 @@ NO_BASICSR = "It needs BasicSR, which is not installed: pip install --no-build-i
 
 #: Exit codes.
 FAULT, USER_ERROR, INTERRUPTED, UNREAD = 1, 2, 130, 141
+
+
+def first_line(error: BaseException) -> str:
+    """What an error of another library says first, without a full stop; its type where it says nothing."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0].strip().rstrip(".")
 
 
 def describe(error: BaseException) -> tuple[int, str]:

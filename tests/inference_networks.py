@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -37,30 +38,13 @@ def picture(height: int, width: int, dtype: str = "uint8", seed: int = 0) -> np.
     return random.integers(0, np.iinfo(dtype).max, (height, width, 3), dtype=dtype, endpoint=True)
 
 
-class Canvas:
-    """Puts blocks together; each pixel must come once, in rows of blocks."""
-
-    def __init__(self, height: int, width: int) -> None:
-        self.pixels = torch.full((3, height, width), torch.nan)
-        self.blocks: list[tuple[int, int, int, int]] = []
-
-    def __call__(self, top: int, left: int, block: Tensor) -> None:
-        assert block.dtype == torch.float32
-        assert block.device.type == "cpu"
-        place = self.pixels[:, top : top + block.shape[1], left : left + block.shape[2]]
-        assert place.shape == block.shape
-        assert place.isnan().all(), "written twice"
-        place.copy_(block)
-        self.blocks.append((top, left, *block.shape[1:]))
-
-    def finished(self) -> Tensor:
-        assert not self.pixels.isnan().any(), "not all written"
-        assert self.blocks == sorted(self.blocks)
-        heights: dict[int, set[int]] = {}
-        for top, _, height, _ in self.blocks:
-            heights.setdefault(top, set()).add(height)
-        assert all(len(each) == 1 for each in heights.values())
-        return self.pixels
+def joined(blocks: Iterable[Tensor], size: tuple[int, int]) -> Tensor:
+    """Blocks of rows of the result, which has this size, put together."""
+    blocks = list(blocks)
+    assert all((block.dtype, block.device.type) == (torch.float32, "cpu") for block in blocks)
+    whole = torch.cat(blocks, dim=1)
+    assert whole.shape == (3, *size)
+    return whole
 
 
 def plain(upscaler: Upscaler, image: np.ndarray, scale: float | None = None) -> Tensor:

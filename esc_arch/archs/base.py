@@ -175,10 +175,12 @@ class ESCFamily(nn.Module):
             empty for a checkpoint that fits.
         """
         origin = origin_of([name for name in state_dict if not name.endswith(IGNORED)], prefix)
-        ignored = [name for name in state_dict if name.startswith(prefix) and name.endswith(IGNORED)]
-        ignored = [name for name in ignored if name.removesuffix(IGNORED) not in state_dict]
+        names = [
+            name.removesuffix(IGNORED) for name in state_dict if name.startswith(prefix) and name.endswith(IGNORED)
+        ]
+        ignored = [name for name in names if name not in state_dict]
         for name in ignored:
-            state_dict[name.removesuffix(IGNORED)] = state_dict.pop(name)
+            state_dict[name] = state_dict.pop(name + IGNORED)
         notes = [
             *self._adapt_scale(state_dict, prefix),
             *self._adapt_factors(state_dict, prefix, origin),
@@ -186,9 +188,8 @@ class ESCFamily(nn.Module):
         ]
         own = self.state_dict(prefix=prefix) if ignored else {}
         for name in ignored:  # those that still do not fit
-            plain = name.removesuffix(IGNORED)
-            if plain in state_dict and (plain not in own or state_dict[plain].shape != own[plain].shape):
-                state_dict[name] = state_dict.pop(plain)
+            if name in state_dict and (name not in own or state_dict[name].shape != own[name].shape):
+                state_dict[name + IGNORED] = state_dict.pop(name)
         return notes
 
     def _adapt_scale(self, state_dict: MutableMapping[str, Tensor], prefix: str) -> Iterator[str]:
@@ -346,29 +347,22 @@ class Body(NamedTuple):
         Raises:
             ValueError: as of `WindowAttention`; `backend` is given though attn_type names one; two different ranks.
         """
+        sizes: dict[str, Any] = {"dim": self.dim, "window_size": self.window_size, "num_heads": self.num_heads}
         if str(self.attn_type).lower() == "flashbias":
             ranks = {rank for rank in (self.flashbias_rank, self.rank) if rank is not None}
             if len(ranks) > 1:
                 raise ValueError(
                     f"flashbias_rank is {self.flashbias_rank} and rank is {self.rank}; they are one option, give one."
                 )
-            return FactorBiasWindowAttention(
-                dim=self.dim,
-                window_size=self.window_size,
-                num_heads=self.num_heads,
-                # The published default: the widest that flash kernels take
-                rank=ranks.pop() if ranks else MAX_WIDTH - self.dim // max(1, self.num_heads),
-                scaled=False,
-                attn_type=self.backend,
-            )
+            # The published default: the widest that flash kernels take
+            rank = ranks.pop() if ranks else MAX_WIDTH - self.dim // max(1, self.num_heads)
+            return FactorBiasWindowAttention(rank=rank, scaled=False, attn_type=self.backend, **sizes)
         if self.backend != "auto":
             raise ValueError(
                 f"backend is {self.backend!r}, but only attn_type: FlashBias takes one; here attn_type "
                 f"({self.attn_type!r}) names it."
             )
-        return FlashWindowAttention(
-            dim=self.dim, window_size=self.window_size, num_heads=self.num_heads, attn_type=self.attn_type
-        )
+        return FlashWindowAttention(attn_type=self.attn_type, **sizes)
 
 
 def network_named(name: str) -> type[ESCFamily]:

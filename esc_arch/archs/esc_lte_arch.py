@@ -219,11 +219,11 @@ class _LTEHead(Head):
         top, left = (_pixel(coords[0, axis], self.size[axis]) for axis in (0, 1))
         bottom, right = (_pixel(coords[-1, axis], self.size[axis]) + 1 for axis in (0, 1))
         region = Region(top, left, bottom, right).expand(self.margin, self.size)
-        picture = image(region)
-        feat = conv3x3(net.last, features(region), residual=net.shallow_features(picture)).float()
+        pixels = image(region)
+        feat = conv3x3(net.last, features(region), residual=net.shallow_features(pixels)).float()
         chunk = min(net.query_chunk or LARGEST_CHUNK, LARGEST_CHUNK)
         coords, cell = coords[None].to(feat.device), cell[None].to(feat.device)
-        colours: Tensor = net.lte(feat, picture, coords, cell, chunk=chunk, origin=region[:2], size=self.size)
+        colours: Tensor = net.lte(feat, pixels, coords, cell, chunk=chunk, origin=region[:2], size=self.size)
         return colours[0].unflatten(-1, (out.height, out.width))
 
 

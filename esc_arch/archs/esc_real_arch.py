@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import re
 from collections.abc import MutableMapping, Sequence
-from typing import Any, ClassVar, NamedTuple
+from contextlib import suppress
+from itertools import product
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -21,7 +23,6 @@ from .shapes import Shapes, some
 
 __all__ = ["ESCReal", "ESCRealM"]
 
-DYSAMPLE_GROUPS = 4
 DEFAULT_MID_DIM = 48
 META = "to_img.MetaUpsample"
 #: Tails that traiNNer-redux has and ESCRealM here has not, by what is found among their names alone.
@@ -153,7 +154,13 @@ class ESCReal(_RealNetwork):
             )
         self.proj = Conv3x3(3, dim)
         self.skip = nn.Sequential(*_image_skip(3, dim))
-        self.to_img = DySample(dim, scale=self.upscaling_factor) if use_dysample else _nearest_tail(dim)
+        if use_dysample:
+            self.to_img = DySample(dim, scale=self.upscaling_factor)
+            return
+        doubling: list[nn.Module] = []
+        for _ in range(2):
+            doubling += [nn.Upsample(scale_factor=2), Conv3x3(dim, dim), nn.LeakyReLU(0.2)]
+        self.to_img = nn.Sequential(*doubling, Conv3x3(dim, dim), nn.LeakyReLU(0.2), Conv3x3(dim, 3))
 
     @classmethod
     def recognise(cls, shapes: Shapes) -> dict[str, Any] | None:
@@ -163,24 +170,9 @@ class ESCReal(_RealNetwork):
         use_dysample = "to_img.offset.weight" in shapes
         scale = 4
         if use_dysample:
-            what = f"two coordinates, for {DYSAMPLE_GROUPS} groups, of a square of sub-pixels"
-            scale = shapes.root("to_img.offset.weight", 0, what, times=2 * DYSAMPLE_GROUPS)
+            what = f"two coordinates, for {DySample.GROUPS} groups, of a square of sub-pixels"
+            scale = shapes.root("to_img.offset.weight", 0, what, times=2 * DySample.GROUPS)
         return shapes.options(scale=scale, use_dysample=use_dysample)
-
-
-def _nearest_tail(dim: int) -> nn.Sequential:
-    """ESC-Real's enlargement by 4: twice nearest neighbours and a convolution, then two more."""
-    return nn.Sequential(
-        nn.Upsample(scale_factor=2),
-        Conv3x3(dim, dim),
-        nn.LeakyReLU(0.2),
-        nn.Upsample(scale_factor=2),
-        Conv3x3(dim, dim),
-        nn.LeakyReLU(0.2),
-        Conv3x3(dim, dim),
-        nn.LeakyReLU(0.2),
-        Conv3x3(dim, 3),
-    )
 
 
 class ESCRealM(_RealNetwork):
@@ -238,12 +230,8 @@ class ESCRealM(_RealNetwork):
         channels = 3 * self.unshuffle_factor**2
         proj = Conv3x3(channels, dim)
         skip = _image_skip(channels, dim)
-        if unshuffle:
-            self.proj = nn.Sequential(nn.PixelUnshuffle(self.unshuffle_factor), proj)
-            self.skip = nn.Sequential(nn.PixelUnshuffle(self.unshuffle_factor), *skip)
-        else:
-            self.proj = proj
-            self.skip = nn.Sequential(*skip)
+        self.proj = nn.Sequential(nn.PixelUnshuffle(self.unshuffle_factor), proj) if unshuffle else proj
+        self.skip = nn.Sequential(*[nn.PixelUnshuffle(self.unshuffle_factor)] * unshuffle, *skip)
         tail_scale = self.TAIL_SCALE if unshuffle else self.upscaling_factor
         if upsampler not in UPSAMPLERS:
             raise ValueError(f"upsampler {upsampler!r} is not known; allowed: {', '.join(UPSAMPLERS)}.")
@@ -285,14 +273,6 @@ class ESCRealM(_RealNetwork):
         return shapes.options(scale=scale, upsampler=upsampler, mid_dim=mid_dim, unshuffle_mod=unshuffle_mod)
 
 
-class _Tail(NamedTuple):
-    """A tail of ESCRealM: the upsampler, its scale, and mid_dim if it uses that."""
-
-    upsampler: str
-    scale: int
-    mid_dim: int | None
-
-
 def _upsampler(shapes: Shapes, scales: tuple[int, ...]) -> tuple[str, int, int]:
     """The upsampler, its scale and mid_dim.
 
@@ -304,50 +284,33 @@ def _upsampler(shapes: Shapes, scales: tuple[int, ...]) -> tuple[str, int, int]:
         for name, tensor in shapes.weights.items()
         if name.startswith("to_img.") and name != META
     }
-    first = shapes.size("to_img.0.weight", 0) if "to_img.0.weight" in shapes else dim
-    tails = [
-        _Tail(upsampler, scale, first if upsampler in ("pixelshuffle", "dysample") else None)
-        for scale in scales
-        for upsampler in UPSAMPLERS
-        if (upsampler == "conv") == (scale == 1)
-    ]
-    tails = [tail for tail in tails if _shapes_of(tail, dim) == found]
+    mid_dim = shapes.size("to_img.0.weight", 0) if "to_img.0.weight" in shapes else dim
+    tails = []
+    for scale, upsampler in product(scales, UPSAMPLERS):
+        if (upsampler == "conv") == (scale == 1):
+            with suppress(ValueError), torch.device("meta"):  # DySample with channels that it cannot divide
+                tail = UniversalUpsampler(upsampler, scale=scale, dim=dim, mid=mid_dim).state_dict()
+                if {name: tensor.shape for name, tensor in tail.items() if name != "MetaUpsample"} == found:
+                    tails.append((upsampler, scale))
     if not tails:
         names = some([f"to_img.{name}" for name in found])
         raise UserError(
             f"The weights are nearly those of an ESCRealM, but its tail ({names}) is none of {', '.join(UPSAMPLERS)} "
             f"for {dim} channels."
         )
-    described = _described(shapes)
-    known_scale = scales[0] if len(scales) == 1 else shapes.known.get("upscaling_factor")
-    known = (shapes.known.get("upsampler"), known_scale)
-    fitting = [tail for tail in tails if tail[:2] == known]
-    fitting += [tail for tail in tails if described is not None and tail[:2] == described[:2]]
-    tail = (fitting or tails)[0]
-    if len(tails) > 1 and not fitting:
-        others = " or ".join(f"{other.upsampler} of x{other.scale}" for other in tails if other is not tail)
-        shapes.assumptions.append(f"{tail.upsampler} of x{tail.scale} has the same shapes as {others}.")
-    mid_dim: Any = tail.mid_dim
-    if mid_dim is None:  # this upsampler does not use it
-        mid_dim = shapes.known.get("mid_dim", described and described.mid_dim)
-        mid_dim = mid_dim if isinstance(mid_dim, int) and mid_dim > 0 else DEFAULT_MID_DIM
-    return tail.upsampler, tail.scale, mid_dim
-
-
-def _shapes_of(tail: _Tail, dim: int) -> dict[str, torch.Size]:
-    try:
-        with torch.device("meta"):
-            net = UniversalUpsampler(tail.upsampler, scale=tail.scale, dim=dim, mid=tail.mid_dim or DEFAULT_MID_DIM)
-    except ValueError:  # DySample with a number of channels that it cannot divide
-        return {}
-    return {name: tensor.shape for name, tensor in net.state_dict().items() if name != "MetaUpsample"}
-
-
-def _described(shapes: Shapes) -> _Tail | None:
-    """The tail by the buffer MetaUpsample, if it has content."""
+    described, described_mid = None, None
     buffer = shapes.weights.get(META)
-    if buffer is None or buffer.is_meta or tuple(buffer.shape) != (7,):
-        return None
-    _, number, scale, _, _, mid_dim, _ = buffer.tolist()
-    # Widths above 255 do not fit its type
-    return _Tail(UPSAMPLERS[number], scale, mid_dim if mid_dim < 255 else None) if number < len(UPSAMPLERS) else None
+    if buffer is not None and not buffer.is_meta and tuple(buffer.shape) == (7,):
+        _, number, scale, _, _, mid, _ = buffer.tolist()
+        if number < len(UPSAMPLERS):
+            described, described_mid = (UPSAMPLERS[number], scale), mid if mid < 255 else None  # larger ones do not fit
+    known_scale = scales[0] if len(scales) == 1 else shapes.known.get("upscaling_factor")
+    fitting = [tail for tail in ((shapes.known.get("upsampler"), known_scale), described) if tail in tails]
+    upsampler, scale = (fitting or tails)[0]
+    if len(tails) > 1 and not fitting:
+        others = " or ".join(f"{name} of x{of}" for name, of in tails[1:])
+        shapes.assumptions.append(f"{upsampler} of x{scale} has the same shapes as {others}.")
+    if upsampler not in ("pixelshuffle", "dysample"):  # which does not use it
+        mid_dim = shapes.known.get("mid_dim", described_mid)
+        mid_dim = mid_dim if isinstance(mid_dim, int) and mid_dim > 0 else DEFAULT_MID_DIM
+    return upsampler, scale, mid_dim

@@ -85,20 +85,14 @@ class ESCRIB(SharedKernelNetwork):
                 "convolution and pixel shuffle: omit the option."
             )
 
+        sizes = {"dim": dim, "window_size": window_size, "num_heads": num_heads, "rank": rank}
+        common: dict[str, Any] = {**sizes, "attn_type": backend, "gate": gate_type is not None}
+
         def attention() -> WindowAttention:
-            common: dict[str, Any] = {
-                "dim": dim,
-                "window_size": window_size,
-                "num_heads": num_heads,
-                "attn_type": backend,
-            }
-            gate = gate_type is not None
             if kind == "FlashBias":
-                return FactorBiasWindowAttention(rank=rank, scaled=True, gate=gate, **common)
+                return FactorBiasWindowAttention(scaled=True, **common)
             siren = kind == "RIBSiren"
-            return RIBWindowAttention(
-                rank=rank, hidden_dim=rib_hidden_dim, n_freqs=rib_n_freqs, siren=siren, gate=gate, **common
-            )
+            return RIBWindowAttention(hidden_dim=rib_hidden_dim, n_freqs=rib_n_freqs, siren=siren, **common)
 
         self.proj = Conv3x3(3, dim)
         self.blocks = body.blocks(n_blocks, first_exp_ratio=4, attention=attention)

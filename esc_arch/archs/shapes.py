@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from torch import Tensor
@@ -132,18 +132,13 @@ class Shapes:
         return (side + 1) // 2, self.size(table, 0), {"attn_type": "auto"}
 
     def _exp_ratio(self, dim: int) -> float:
-        if "blocks.0.convffns.0.proj.weight" not in self.weights:
+        name = "blocks.0.convffns.0.proj.weight"
+        if name not in self:
             return PUBLISHED_RATIOS[0]
-        hidden = self.size("blocks.0.convffns.0.proj.weight", 0)
-        return next(ratio for ratio in self._ratios(hidden, dim) if int(dim * ratio) == hidden)
-
-    def _ratios(self, hidden: int, dim: int) -> Iterator[float]:
-        """Numbers to try, best first: known, published, of few digits, and one that always fits."""
-        known = self.known.get("exp_ratio")
+        hidden, known = self.size(name, 0), self.known.get("exp_ratio")
+        # Best first: known, published, of few digits (the width is the ratio times dim, rounded down), one that fits
+        ratios: list[float] = [*PUBLISHED_RATIOS, *(math.ceil(hidden / dim * 10**n) / 10**n for n in range(4))]
         if isinstance(known, (int, float)) and 0 < known <= hidden + 1:
-            yield known
-        yield from PUBLISHED_RATIOS
-        for digits in range(4):  # rounded up: the width is the ratio times dim, rounded down
-            ratio = math.ceil(hidden / dim * 10**digits) / 10**digits
-            yield int(ratio) if ratio.is_integer() else ratio
-        yield (hidden + 0.5) / dim
+            ratios.insert(0, known)
+        ratio = next(ratio for ratio in (*ratios, (hidden + 0.5) / dim) if int(dim * ratio) == hidden)
+        return int(ratio) if ratio == int(ratio) else ratio

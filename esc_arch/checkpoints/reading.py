@@ -16,7 +16,7 @@ from torch import Tensor
 
 from esc_arch.archs.flashbias import Origin, convert_old_factors, mark_published, origin_of
 from esc_arch.archs.shapes import some
-from esc_arch.errors import UserError
+from esc_arch.errors import UserError, first_line
 
 __all__ = [
     "find_weights",
@@ -33,7 +33,7 @@ logger = logging.getLogger("basicsr")
 #: Where toolboxes keep the weights within a file. BasicSR's own keys come first, the average before the raw ones.
 PARAM_KEYS = ("params_ema", "params", "params-ema", "state_dict", "model_state_dict", "model", "net_g")
 #: What wrappers (DataParallel, torch.compile) put before every name.
-PREFIXES = ("module.", "_orig_mod.")
+PREFIXES = re.compile(r"^((module|_orig_mod)\.)+")
 #: Bytes of memory that the content of a file may take beyond the size of the file. PyTorch stores records as they
 #: are; only ones made to do harm grow by more when they are read.
 LARGEST_GROWTH = 2**28
@@ -52,11 +52,10 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
             tensors and plain values, which could run code, or would take far more memory than its size.
     """
     path = Path(path)
+    if path.is_dir():
+        raise UserError(f"The checkpoint {path} is a folder, not a checkpoint file.")
     if not path.is_file():
-        what = (
-            "is a folder, not a checkpoint file" if path.is_dir() else f"does not exist (looked at {path.absolute()})"
-        )
-        raise UserError(f"The checkpoint {path} {what}.")
+        raise UserError(f"The checkpoint {path} does not exist (looked at {path.absolute()}).")
     if (problem := _not_a_checkpoint(path, _head(path))) is not None:
         raise UserError(f"{path} is not a checkpoint: {problem}")
     if is_safetensors(path):
@@ -156,7 +155,7 @@ def find_weights(
             )
         key, weights = found[0], checkpoint[found[0]]
     _check_dense(weights, source)
-    return key, {_strip_prefixes(name): tensor for name, tensor in weights.items()}
+    return key, {PREFIXES.sub("", name): tensor for name, tensor in weights.items()}
 
 
 def is_state_dict(value: object) -> bool:
@@ -170,7 +169,14 @@ def is_state_dict(value: object) -> bool:
 
 def _check_dense(weights: Mapping[str, Tensor], source: str | Path) -> None:
     for name, tensor in weights.items():
-        if (kind := _odd_kind(tensor)) is not None:
+        odd = {
+            "a nested tensor": tensor.is_nested,
+            "a sparse tensor": tensor.layout != torch.strided,
+            "a quantised tensor": tensor.is_quantized,
+            "complex numbers": tensor.is_complex(),
+            "a tensor without content": tensor.is_meta,
+        }
+        if kind := next((kind for kind, found in odd.items() if found), None):
             raise UserError(
                 f"{source} holds {name} as {kind}, which cannot be loaded into a network. Save its weights as ordinary "
                 "tensors."
@@ -185,24 +191,6 @@ def _check_dense(weights: Mapping[str, Tensor], source: str | Path) -> None:
         )
 
 
-def _odd_kind(tensor: Tensor) -> str | None:
-    """What a tensor is if it does not hold a number for each of its places."""
-    kinds = {
-        "a nested tensor": tensor.is_nested,
-        "a sparse tensor": tensor.layout != torch.strided,
-        "a quantised tensor": tensor.is_quantized,
-        "complex numbers": tensor.is_complex(),
-        "a tensor without content": tensor.is_meta,
-    }
-    return next((kind for kind, found in kinds.items() if found), None)
-
-
-def _strip_prefixes(name: str) -> str:
-    while name.startswith(PREFIXES):
-        name = name.partition(".")[2]
-    return name
-
-
 def _read_safetensors(path: Path) -> dict[str, Any]:
     from safetensors import SafetensorError
     from safetensors.torch import load_file
@@ -210,7 +198,7 @@ def _read_safetensors(path: Path) -> dict[str, Any]:
     try:
         return dict(load_file(path, device="cpu"))
     except SafetensorError as error:
-        raise UserError(f"{path} is damaged or was cut short: {_first_line(error)} Get it again.") from error
+        raise UserError(f"{path} is damaged or was cut short: {first_line(error)}. Get it again.") from error
     except Exception as error:  # a type that PyTorch has not; sizes that no memory holds
         raise _damaged(path, error) from error
 
@@ -289,10 +277,5 @@ def _check_growth(path: Path) -> None:
 def _damaged(path: Path, error: Exception) -> UserError:
     return UserError(
         f"{path} ({path.stat().st_size:,} bytes) is no checkpoint, or was cut short while it was saved or downloaded: "
-        f"{type(error).__name__}: {_first_line(error)} Get it again."
+        f"{type(error).__name__}: {first_line(error)}. Get it again."
     )
-
-
-def _first_line(error: Exception) -> str:
-    lines = str(error).strip().splitlines()
-    return (lines[0].rstrip(".") if lines else type(error).__name__) + "."

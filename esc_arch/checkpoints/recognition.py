@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, NamedTuple
+from typing import Any
 
 from torch import Tensor
 
@@ -29,24 +29,17 @@ def recognise(weights: Mapping[str, Tensor], known: Mapping[str, Any] | None = N
     Raises:
         UserError: the weights are of no network of the family; the message lists names found.
     """
-    return examine(weights, known).section
+    return examine(weights, known)[0]
 
 
-class Recognised(NamedTuple):
-    """The `network_g` section, and what in it is an assumption, a sentence each."""
-
-    section: dict[str, Any]
-    assumptions: list[str]
-
-
-def examine(weights: Mapping[str, Tensor], known: Mapping[str, Any] | None = None) -> Recognised:
-    """`recognise`, with what it had to assume."""
+def examine(weights: Mapping[str, Tensor], known: Mapping[str, Any] | None = None) -> tuple[dict[str, Any], list[str]]:
+    """`recognise`, with what in it is an assumption, a sentence each."""
     shapes = Shapes(own_names(weights), known or {})
     asked = [network for network in NETWORKS if "recognise" in vars(network)]
     for network in asked:
         options = network.recognise(shapes)
         if options is not None:
-            return Recognised({"type": network.__name__, **options}, shapes.assumptions)
+            return {"type": network.__name__, **options}, shapes.assumptions
     raise UserError(
         "These are not the weights of an ESC network (or not all of them): their names are those of none of "
         f"{', '.join(sorted(network.__name__ for network in asked))}. They hold {some([*shapes.weights]) or 'nothing'}."

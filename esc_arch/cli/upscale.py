@@ -15,7 +15,7 @@ from esc_arch.errors import FAULT, UserError
 from esc_arch.tools.upscale.batch import EXTENSIONS, Options, Summary, Task, find_tasks, upscale_files
 from esc_arch.tools.upscale.image_writer import EncodeSpec
 from esc_arch.tools.upscale.memory import parse_memory
-from esc_arch.tools.upscale.network import PRECISIONS, Upscaler, load
+from esc_arch.tools.upscale.network import load
 from esc_arch.tools.upscale.upscaling import ALPHAS, Settings
 from esc_arch.tools.video import upscaling as video
 
@@ -74,7 +74,7 @@ def run(args: argparse.Namespace) -> int:
     tasks = find_tasks(
         args.input, sys.stdin, args.output, suffix=args.suffix, ext=args.ext, videos=video.RESULT_SUFFIXES
     )
-    print(_described(upscaler), *upscaler.assumptions, sep="\n  ")
+    print(upscaler, *upscaler.assumptions, sep="\n  ")
     progress = _Progress(len(tasks))
     upscale_video = partial(
         video.upscale_video,
@@ -120,13 +120,6 @@ def _device(gpu: int | None) -> str:
     if gpu >= count:
         raise UserError(f"-g {gpu}: PyTorch finds {count} GPUs here, numbered from 0. Omit -g, or use the CPU: -g -1.")
     return f"cuda:{gpu}"
-
-
-def _described(upscaler: Upscaler) -> str:
-    number = sum(parameter.numel() for parameter in upscaler.net.parameters())
-    device = str(upscaler.device).replace("cpu", "CPU")
-    precision = next(name for name, dtype in PRECISIONS.items() if dtype == upscaler.precision)
-    return f"{upscaler.network_g['type']} x{upscaler.scale:g}, {number:,} parameters, {device}, {precision}"
 
 
 def _last_line(summary: Summary) -> str:

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
+import copy
 import importlib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
-from torch.func import functional_call
+from torch import Tensor
 
 from esc_arch.archs.base import ESCFamily, SharedKernelNetwork
 from esc_arch.checkpoints import recognise
@@ -124,24 +124,10 @@ def _recognised(state_dict: Mapping[str, Any]) -> tuple[dict[str, Tensor], dict[
     return fitted_weights("The state dict", section, weights)[0], section
 
 
-class _Protocol(nn.Module):
-    """`Upscaler` as a module with the parameters of its network."""
-
-    def __init__(self, upscaler: Upscaler) -> None:
-        super().__init__()
-        self.net, self.upscaler = upscaler.net, upscaler
-
-    def forward(self, image: Tensor) -> Tensor:
-        return self.upscaler(image)
-
-
 def _enlarged(net: ESCFamily, section: Mapping[str, Any], image: Tensor) -> Tensor:
     parameter = next(net.parameters())
-    half = parameter.dtype in PRECISIONS.values()
-    upscaler = Upscaler(net, section, Path(), parameter.device, parameter.dtype if half else torch.float32)
-    if parameter.dtype == torch.float32:
-        return upscaler(image).to(image.dtype)
-    # Coordinates and sums over the whole image need float32; autocast keeps them so, given float32 weights
-    protocol = _Protocol(upscaler)
-    weights = {name: tensor.float() for name, tensor in protocol.state_dict().items() if tensor.is_floating_point()}
-    return functional_call(protocol, weights, (image,)).to(image.dtype)
+    precision = parameter.dtype if parameter.dtype in PRECISIONS.values() else torch.float32
+    if parameter.dtype != torch.float32:
+        # Coordinates and sums over the whole image need float32; autocast keeps them so, given float32 weights
+        net = copy.deepcopy(net).float()
+    return Upscaler(net, section, Path(), parameter.device, precision)(image).to(image.dtype)

@@ -43,48 +43,28 @@ def _check_kernel_size(kernel_size: int, least: int) -> None:
         raise ValueError(f"kernel_size is {kernel_size}; it must be odd and at least {least} (the paper's is 13).")
 
 
-def kernel_from_image(pdim: int, hidden: int) -> nn.Sequential:
+class _PooledKernel(nn.Module):
     """What computes a 3 x 3 depth-wise kernel from the whole image, one for each image of the batch.
 
-    Shapes: (B, pdim, H, W) -> (B, 9 * pdim, 1, 1).
+    Shapes: (B, pdim, H, W) -> (B, pdim, 3, 3).
+
+    Args:
+        hidden: width.
+        name: of the layers, as in published files.
     """
-    return nn.Sequential(
-        nn.AdaptiveAvgPool2d(1),
-        nn.Conv2d(pdim, hidden, 1),
-        nn.GELU(),
-        nn.Conv2d(hidden, pdim * DYNAMIC_KERNEL_SIZE**2, 1),
-    )
 
+    dwc_proj: nn.Sequential
 
-def as_kernel(numbers: Tensor, pdim: int) -> Tensor:
-    """(B, 9 * pdim, 1, 1) -> (B, pdim, 3, 3)."""
-    return numbers.reshape(numbers.shape[0], pdim, DYNAMIC_KERNEL_SIZE, DYNAMIC_KERNEL_SIZE)
-
-
-class _PooledKernel(nn.Module):
-    """ConvAttn's dynamic kernel; a module of its own for the sake of the published parameter names."""
-
-    def __init__(self, pdim: int) -> None:
+    def __init__(self, pdim: int, *, hidden: int, name: str) -> None:
         super().__init__()
-        self.dwc_proj = kernel_from_image(pdim, pdim // 2)
-        for parameter in self.dwc_proj[3].parameters():  # training starts from the static kernel alone
-            nn.init.zeros_(parameter)
+        self.name = name
+        layers = nn.Conv2d(pdim, hidden, 1), nn.GELU(), nn.Conv2d(hidden, pdim * DYNAMIC_KERNEL_SIZE**2, 1)
+        self.add_module(name, nn.Sequential(nn.AdaptiveAvgPool2d(1), *layers))
 
     @in_float32
     def forward(self, x: Tensor) -> Tensor:
-        return as_kernel(self.dwc_proj(x), x.shape[1])
-
-
-class _DecomposedPooledKernel(nn.Module):
-    """The same of DecomposedConvAttn: another width, other names, and the default initialisation."""
-
-    def __init__(self, pdim: int) -> None:
-        super().__init__()
-        self.proj = kernel_from_image(pdim, pdim // 4)
-
-    @in_float32
-    def forward(self, x: Tensor) -> Tensor:
-        return as_kernel(self.proj(x), x.shape[1])
+        numbers: Tensor = getattr(self, self.name)(x)
+        return numbers.reshape(x.shape[0], x.shape[1], DYNAMIC_KERNEL_SIZE, DYNAMIC_KERNEL_SIZE)
 
 
 class ConvAttn(nn.Module):
@@ -115,11 +95,13 @@ class ConvAttn(nn.Module):
     ) -> None:
         super().__init__()
         _check_kernel_size(kernel_size, least=1)
-        self.pdim = _checked_pdim(pdim, least=2, dim=dim)
-        self.kernel_size = kernel_size
+        _check_pdim(pdim, least=2, dim=dim)
+        self.pdim, self.kernel_size = pdim, kernel_size
         self.symmetric = symmetric
         self.plk_filter = new_large_kernel(pdim, kernel_size) if own_kernel else None
-        self.plk = _PooledKernel(pdim)
+        self.plk = _PooledKernel(pdim, hidden=pdim // 2, name="dwc_proj")
+        for parameter in self.plk.dwc_proj[3].parameters():  # training starts from the static kernel alone
+            nn.init.zeros_(parameter)
         self.aggr = nn.Conv2d(dim, dim, 1)
 
     def forward(self, x: Tensor, lk: Tensor | None = None, means: Tensor | None = None) -> Tensor:
@@ -155,13 +137,13 @@ class DecomposedConvAttn(nn.Module):
     def __init__(self, *, dim: int, pdim: int, kernel_size: int = 13, own_kernel: bool = False) -> None:
         super().__init__()
         _check_kernel_size(kernel_size, least=DYNAMIC_KERNEL_SIZE)
-        self.pdim = _checked_pdim(pdim, least=4, dim=dim)
-        self.kernel_size = kernel_size
+        _check_pdim(pdim, least=4, dim=dim)
+        self.pdim, self.kernel_size = pdim, kernel_size
         self.lk_channel: nn.Parameter | None = None
         self.lk_spatial: nn.Parameter | None = None
         if own_kernel:
             self.lk_channel, self.lk_spatial = new_decomposed_kernel(pdim, kernel_size)
-        self.plk = _DecomposedPooledKernel(pdim)
+        self.plk = _PooledKernel(pdim, hidden=pdim // 4, name="proj")
         self.aggr = nn.Conv2d(dim, dim, 1)
 
     def forward(
@@ -198,10 +180,9 @@ def _to_pool(x: Tensor, pdim: int, means: Tensor | None) -> Tensor:
     return x[:, :pdim] if means is None else means[:, :, None, None]
 
 
-def _checked_pdim(pdim: int, least: int, dim: int) -> int:
+def _check_pdim(pdim: int, least: int, dim: int) -> None:
     if not least <= pdim <= dim:
         raise ValueError(f"pdim is {pdim}; it must be between {least} and dim = {dim}.")
-    return pdim
 
 
 def _check_kernel(what: str, kernel: Tensor, expected: tuple[int, ...]) -> None:

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from .conv3x3 import Conv3x3
 from .precision import in_float32
 
-__all__ = ["LTE", "query_grid", "rows_of_pixels"]
+__all__ = ["LTE", "pixels_around", "query_grid"]
 
 
 class LTE(nn.Module):
@@ -98,29 +98,44 @@ class LTE(nn.Module):
                 has all pixels around the points; coords and cell are those of the whole.
         """
         height, width = size or image.shape[-2:]
-        coef = rows_of_pixels(self.coef(features))
-        # Of every pixel the frequencies of height, then those of width; each channel pair of `freq` is one (y, x)
-        freq = rows_of_pixels(self.freq(features).unflatten(1, (-1, 2)).transpose(1, 2).flatten(1, 2) * math.pi)
-        pixels = rows_of_pixels(image)
+        maps = self.maps(features, image)
         sides = torch.stack([cell[:, 0] * height, cell[:, 1] * width], dim=-1).clamp(min=2 / self.max_scale)
         phase = self.phase(sides.to(image.dtype))[:, None] * math.pi  # (B, 1, K), K frequencies
 
         def query(points: Tensor) -> Tensor:  # (B, q, 2) -> (B, 3, q)
-            index, delta, weight = _nearest_pixels(points, (height, width), origin, image.shape[-2:])
-            # F.embedding is the way of picking rows with the fastest backward
-            f_y, f_x = F.embedding(index, freq).chunk(2, dim=-1)
-            d_y, d_x = delta.to(freq.dtype).split(1, dim=-1)
-            angle = torch.addcmul(f_y * d_y, f_x, d_x)  # (B * q * 4, K)
-            angle = (angle.unflatten(0, (len(points), -1)) + phase).flatten(0, 1)
-            waves = torch.cat([angle.cos(), angle.sin()], dim=-1)
-            residual = self.imnet(F.embedding(index, coef) * waves) * self.residual_scale
-            colour = residual + F.embedding(index, pixels)
-            colour = (colour * weight.to(colour.dtype)).unflatten(0, (len(points), -1, 4)).sum(2)
-            return colour.transpose(1, 2)
+            nearest = _nearest_pixels(points, (height, width), origin, image.shape[-2:])
+            return self.colours(maps, phase, *nearest)
 
         if chunk is None or torch.is_grad_enabled() or torch.compiler.is_exporting():
             return query(coords)
         return torch.cat([query(points) for points in coords.split(max(1, chunk // len(coords)), dim=1)], dim=-1)
+
+    def maps(self, features: Tensor, image: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Amplitudes, frequencies times pi and colours of every pixel: (B * H * W, C) each."""
+        coef = rows_of_pixels(self.coef(features))
+        # Of every pixel the frequencies of height, then those of width; each channel pair of `freq` is one (y, x)
+        freq = rows_of_pixels(self.freq(features).unflatten(1, (-1, 2)).transpose(1, 2).flatten(1, 2) * math.pi)
+        return coef, freq, rows_of_pixels(image)
+
+    def colours(
+        self, maps: tuple[Tensor, Tensor, Tensor], phase: Tensor, index: Tensor, delta: Tensor, weight: Tensor
+    ) -> Tensor:
+        """Colours at points, (B, 3, q), from the four pixels around each, N = B * q * 4.
+
+        Args:
+            maps: see `maps`.
+            phase: (B, 1, K), K frequencies, times pi.
+            index, delta, weight: rows of the pixels (N,), the way from their centres (N, 2) and weights (N, 1).
+        """
+        # F.embedding is the way of picking rows with the fastest backward
+        coef, freq, pixels = (F.embedding(index, each) for each in maps)
+        f_y, f_x = freq.chunk(2, dim=-1)
+        d_y, d_x = delta.to(freq.dtype).split(1, dim=-1)
+        angle = torch.addcmul(f_y * d_y, f_x, d_x)  # (N, K)
+        angle = (angle.unflatten(0, (len(phase), -1)) + phase).flatten(0, 1)
+        waves = torch.cat([angle.cos(), angle.sin()], dim=-1)
+        colour = self.imnet(coef * waves) * self.residual_scale + pixels
+        return (colour * weight.to(colour.dtype)).unflatten(0, (len(phase), -1, 4)).sum(2).transpose(1, 2)
 
 
 def query_grid(
@@ -176,10 +191,17 @@ def _nearest_pixels(
 
 
 def _nearest_on_axis(coords: Tensor, n: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Of the two pixels around every coordinate (B, q) on an axis of n pixels: number, way to it, weight; (B, q, 2)."""
-    position = (coords + 1) * (n / 2) - 0.5
+    return pixels_around((coords + 1) * (n / 2) - 0.5, coords.new_full((), n - 1))
+
+
+def pixels_around(position: Tensor, last: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Of the two pixels around every position (...) on an axis, in pixels from the first to the `last`.
+
+    Returns:
+        Their numbers, the way from them to the position in halves of a pixel, and their weights; (..., 2) each.
+    """
     before = position.floor()
     after_weight = position - before
-    pixel = torch.stack([before, before + 1], dim=-1).clamp(0, n - 1)
+    pixel = torch.minimum(torch.stack([before, before + 1], dim=-1).clamp(min=0), last)
     delta = 2 * (position[..., None] - pixel)
     return pixel.long(), delta, torch.stack([1 - after_weight, after_weight], dim=-1)

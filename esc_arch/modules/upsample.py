@@ -1,4 +1,4 @@
-"""The way from features to the enlarged picture."""
+"""Upsamplers: from features to the enlarged image."""
 
 from __future__ import annotations
 
@@ -89,27 +89,33 @@ class DySample(nn.Module):
     Shapes: (B, dim, H, W) -> (B, out_dim, H * scale, W * scale).
 
     Args:
-        dim: channels; a multiple of `groups`.
+        dim: channels; a multiple of 4.
         out_dim: channels of the result.
         scale: a whole number of at least 1.
-        groups: of channels.
     """
+
+    #: Of channels, as in all published networks.
+    GROUPS = 4
 
     init_pos: Tensor
 
-    def __init__(self, dim: int, out_dim: int = 3, scale: int = 4, groups: int = 4) -> None:
+    def __init__(self, dim: int, out_dim: int = 3, scale: int = 4) -> None:
         super().__init__()
+        groups = self.GROUPS
         if dim % groups:
             raise ValueError(f"DySample divides the channels into {groups} groups; {dim} is not a multiple of it.")
         self.scale = scale
-        self.groups = groups
         offsets = 2 * groups * scale**2
         self.offset = nn.Conv2d(dim, offsets, 1)
         self.scope = nn.Conv2d(dim, offsets, 1, bias=False)
         self.end_conv = nn.Conv2d(dim, out_dim, 1)
         nn.init.normal_(self.offset.weight, std=0.001)
         nn.init.zeros_(self.scope.weight)
-        self.register_buffer("init_pos", _subpixel_places(scale, groups))
+        # Where sub-pixels lie from the centre of their pixel, in pixels: x, then y, for each group
+        steps = (torch.arange(scale) - (scale - 1) / 2) / scale
+        y, x = torch.meshgrid(steps, steps, indexing="ij")
+        places = torch.stack([x.flatten(), y.flatten()])[:, None].repeat(1, groups, 1)
+        self.register_buffer("init_pos", places.reshape(1, -1, 1, 1))
 
     @in_float32
     def forward(self, x: Tensor) -> Tensor:
@@ -131,7 +137,7 @@ class DySample(nn.Module):
         offset = self.offset(x) * self.scope(x).sigmoid() * 0.5 + self.init_pos
         # The channels are x or y, then group, then sub-pixel: a shuffle puts the last one in its place
         offset = F.pixel_shuffle(offset, self.scale).reshape(
-            batch, 2, self.groups, height * self.scale, width * self.scale
+            batch, 2, self.GROUPS, height * self.scale, width * self.scale
         )
         # The centre of the input pixel that each output pixel along a side lies in
         rows, columns = (
@@ -145,7 +151,7 @@ class DySample(nn.Module):
         """The map at such places: (B, out_dim, h * scale, w * scale)."""
         batch, channels, height, width = x.shape
         sampled = F.grid_sample(
-            x.reshape(batch * self.groups, channels // self.groups, height, width),
+            x.reshape(batch * self.GROUPS, channels // self.GROUPS, height, width),
             torch.stack([columns, rows], dim=-1).flatten(0, 1),
             mode="bilinear",
             padding_mode="border",
@@ -155,32 +161,25 @@ class DySample(nn.Module):
         return self.end_conv(sampled.to(self.end_conv.weight.dtype))
 
 
-def _subpixel_places(scale: int, groups: int) -> Tensor:
-    """Where sub-pixels lie from the centre of their pixel, in pixels: (1, 2 * groups * scale^2, 1, 1), x then y."""
-    places = (torch.arange(scale) - (scale - 1) / 2) / scale
-    y, x = torch.meshgrid(places, places, indexing="ij")
-    return torch.stack([x.flatten(), y.flatten()])[:, None].repeat(1, groups, 1).reshape(1, -1, 1, 1)
-
-
 #: In the order of their numbers in `MetaUpsample`.
 UPSAMPLERS = ("conv", "pixelshuffledirect", "pixelshuffle", "nearest+conv", "dysample", "transpose+conv")
 #: The enlargements, one after the other, that make a scale: powers of 2, or 3 at once.
 STEPS = {2: [2], 3: [3], 4: [2, 2]}
 
 
-def _upsampler(name: str, scale: int, dim: int, out: int, mid: int, groups: int) -> list[nn.Module]:
+def _upsampler(name: str, scale: int, dim: int, mid: int) -> list[nn.Module]:
     """The layers of one of `UPSAMPLERS`."""
     if name == "conv":
         if scale != 1:
             raise ValueError(
                 f"upsampler conv does not enlarge, but the scale here is {scale}: choose another upsampler."
             )
-        return [Conv3x3(dim, out)]
+        return [Conv3x3(dim, 3)]
     if name == "pixelshuffledirect":
-        return [Conv3x3(dim, out * scale**2), nn.PixelShuffle(scale)]
+        return [Conv3x3(dim, 3 * scale**2), nn.PixelShuffle(scale)]
     if name == "dysample":
         narrowing: list[nn.Module] = [] if mid == dim else [Conv3x3(dim, mid), nn.LeakyReLU()]
-        return [*narrowing, DySample(mid, out, scale, groups)]
+        return [*narrowing, DySample(mid, scale=scale)]
     if scale not in STEPS:
         raise ValueError(f"upsampling by {scale} is not known; allowed: {', '.join(map(str, STEPS))}.")
     layers: list[nn.Module] = []
@@ -188,19 +187,15 @@ def _upsampler(name: str, scale: int, dim: int, out: int, mid: int, groups: int)
         layers += [Conv3x3(dim, mid), nn.LeakyReLU()]
         for step in STEPS[scale]:
             layers += [Conv3x3(mid, mid * step**2), nn.PixelShuffle(step)]
-        return [*layers, Conv3x3(mid, out)]
+        return [*layers, Conv3x3(mid, 3)]
     if name == "nearest+conv":
         for step in STEPS[scale]:
             layers += [Conv3x3(dim, dim), nn.Upsample(scale_factor=step), nn.LeakyReLU(0.2)]
-        return [*layers, Conv3x3(dim, dim), nn.LeakyReLU(0.2), Conv3x3(dim, out)]
-    *first, last = STEPS[scale]
-    for step in first:
-        layers += [_transposed_conv(dim, dim, step), nn.GELU()]
-    return [*layers, _transposed_conv(dim, out, last), Conv3x3(out, out)]
-
-
-def _transposed_conv(channels: int, out: int, step: int) -> nn.ConvTranspose2d:
-    return nn.ConvTranspose2d(channels, out, 3, stride=3) if step == 3 else nn.ConvTranspose2d(channels, out, 4, 2, 1)
+        return [*layers, Conv3x3(dim, dim), nn.LeakyReLU(0.2), Conv3x3(dim, 3)]
+    if scale == 4:
+        layers += [nn.ConvTranspose2d(dim, dim, 4, 2, 1), nn.GELU()]
+    last = nn.ConvTranspose2d(dim, 3, 3, stride=3) if scale == 3 else nn.ConvTranspose2d(dim, 3, 4, 2, 1)
+    return [*layers, last, Conv3x3(3, 3)]
 
 
 class UniversalUpsampler(nn.Sequential):
@@ -209,15 +204,13 @@ class UniversalUpsampler(nn.Sequential):
     Shapes: (B, dim, H, W) -> (B, 3, H * scale, W * scale).
 
     Checkpoints say which one they have in the buffer `MetaUpsample`, 7 numbers of uint8: 2 (3 for transpose+conv, which
-    came with that version), the upsampler's number, scale, dim, out, mid, groups. One that says otherwise or nothing
-    is accepted: the weights decide whether it fits.
+    came with that version), the upsampler's number, scale, dim, 3, mid, groups of dysample. One that says otherwise or
+    nothing is accepted: the weights decide whether it fits.
 
     Args:
         name: of the upsampler.
         scale, dim: see above.
         mid: channels in between, for pixelshuffle and dysample.
-        out: channels of the result.
-        groups: of dysample.
 
     Raises:
         ValueError: the name or the scale is not known, or they do not go together.
@@ -225,12 +218,12 @@ class UniversalUpsampler(nn.Sequential):
 
     MetaUpsample: Tensor
 
-    def __init__(self, name: str, *, scale: int, dim: int, mid: int, out: int = 3, groups: int = 4) -> None:
+    def __init__(self, name: str, *, scale: int, dim: int, mid: int) -> None:
         if name not in UPSAMPLERS:
             raise ValueError(f"upsampler {name!r} is not known; allowed: {', '.join(UPSAMPLERS)}.")
-        super().__init__(*_upsampler(name, scale, dim, out, mid, groups))
+        super().__init__(*_upsampler(name, scale, dim, mid))
         version = 3 if name == "transpose+conv" else 2
-        numbers = [version, UPSAMPLERS.index(name), scale, dim, out, mid, groups]
+        numbers = [version, UPSAMPLERS.index(name), scale, dim, 3, mid, DySample.GROUPS]
         # uint8 is the published type; widths above 255 are cut to it, as nothing is read from here
         self.register_buffer("MetaUpsample", torch.tensor([min(n, 255) for n in numbers], dtype=torch.uint8))
 

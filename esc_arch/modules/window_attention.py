@@ -26,20 +26,13 @@ __all__ = [
 
 
 def resize_bias_table(table: Tensor, window: int) -> tuple[Tensor, int]:
-    """A table of position biases, made for another window.
+    """A table of position biases (h, (2 W - 1)^2) made for another window w: (h, (2 w - 1)^2), and W.
 
     Its values belong to distances in pixels. A smaller window has only the shorter ones, whose values stay; a larger
     one has longer ones, which get the value of the nearest that there is.
 
-    Args:
-        table: (h, (2 W - 1)^2), see `FlashWindowAttention`.
-        window: w, the side wanted.
-
-    Returns:
-        (h, (2 w - 1)^2), and W.
-
     Raises:
-        ValueError: it has not that shape.
+        ValueError: the table has another shape.
     """
     side = math.isqrt(table.shape[-1])
     if table.ndim != 2 or side**2 != table.shape[-1] or side % 2 == 0:
@@ -51,17 +44,12 @@ def resize_bias_table(table: Tensor, window: int) -> tuple[Tensor, int]:
 
 
 def resize_bias_factors(factors: Tensor, window: int) -> tuple[Tensor, int]:
-    """One of the two free factors of position biases, interpolated bilinearly to another window's grid of tokens.
+    """One of the two free factors (h, W^2, r) of position biases for another window w: (h, w^2, r), and W.
 
-    Args:
-        factors: (h, W^2, r), see `FactorBiasWindowAttention`.
-        window: w, the side wanted.
-
-    Returns:
-        (h, w^2, r), and W.
+    It is interpolated bilinearly to the other grid of tokens.
 
     Raises:
-        ValueError: it has not that shape.
+        ValueError: it has another shape.
     """
     side = math.isqrt(factors.shape[1]) if factors.ndim == 3 else 0
     if side < 1 or side**2 != factors.shape[1]:

@@ -14,7 +14,7 @@ import pytest
 import torch
 from basicsr.archs import build_network
 from basicsr.utils.registry import ARCH_REGISTRY
-from inference_networks import Canvas, picture, plain
+from inference_networks import joined, picture, plain
 from networks import max_error, randomise
 from torch import Tensor, nn
 
@@ -93,10 +93,9 @@ def test_it_is_recognised_and_loaded(model: Any, weights: Path) -> None:
 
 def test_it_is_the_same_in_parts(model: Any) -> None:
     image = picture(45, 70)
-    canvas = Canvas(90, 140)
-    enlarge(model, image, canvas, tile=16)
-    assert len(canvas.blocks) > 1
-    assert max_error(canvas.finished(), plain(model, image)) < 1e-5
+    blocks = list(enlarge(model, image, tile=16))
+    assert len(blocks) > 1
+    assert max_error(joined(blocks, (90, 140)), plain(model, image)) < 1e-5
 
 
 def test_it_is_exported(model: Any, tmp_path: Path) -> None:

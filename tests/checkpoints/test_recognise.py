@@ -207,15 +207,15 @@ class TestTailsOfESCRealM:
         options = {"upsampler": upsampler, "upscaling_factor": scale, "mid_dim": mid_dim, "unshuffle_mod": False}
         weights = real_m(**options)
         described = examine(weights)
-        assert options.items() <= described.section.items()
-        assert described.assumptions == []
+        assert options.items() <= described[0].items()
+        assert described[1] == []
         del weights[META]
         alone = examine(weights)
-        assert alone.assumptions == [assumed + "."]
-        assert (alone.section["upsampler"], alone.section["upscaling_factor"]) != (upsampler, scale)
+        assert alone[1] == [assumed + "."]
+        assert (alone[0]["upsampler"], alone[0]["upscaling_factor"]) != (upsampler, scale)
         known = examine(weights, known=options)
-        assert options.items() <= known.section.items()
-        assert known.assumptions == []
+        assert options.items() <= known[0].items()
+        assert known[1] == []
 
     @pytest.mark.parametrize("upsampler", ["conv", "pixelshuffledirect", "pixelshuffle", "nearest+conv", "dysample"])
     def test_scale_1_without_unshuffle_is_one_convolution(self, upsampler: str) -> None:
@@ -223,8 +223,8 @@ class TestTailsOfESCRealM:
         assert {name for name in weights if name.startswith("to_img.")} == {META, "to_img.0.weight", "to_img.0.bias"}
         assert weights["to_img.0.weight"].shape == (3, 8, 3, 3)
         examined = examine(weights)
-        assert (examined.section["upsampler"], examined.section["upscaling_factor"]) == ("conv", 1)
-        assert examined.assumptions == []
+        assert (examined[0]["upsampler"], examined[0]["upscaling_factor"]) == ("conv", 1)
+        assert examined[1] == []
 
     @pytest.mark.parametrize("scale", [2, 3, 4])
     def test_transposed_convolutions_without_folding(self, scale: int) -> None:
@@ -232,8 +232,8 @@ class TestTailsOfESCRealM:
         weights = real_m(**options)
         assert weights[META].tolist() == [3, 5, scale, 8, 3, 48, 4]
         recognised = examine(weights, known={"unshuffle_mod": False})
-        assert options.items() <= recognised.section.items()
-        assert recognised.assumptions == []
+        assert options.items() <= recognised[0].items()
+        assert recognised[1] == []
 
     @pytest.mark.parametrize("narrowed", [True, False])
     @pytest.mark.parametrize("kind", ["lda", "pa_up"])
@@ -268,11 +268,11 @@ def test_dysample_of_escreal_has_any_scale() -> None:
 def test_window_of_rib_is_assumed_unless_known() -> None:
     weights = small("ESCRIB").state_dict()
     assumed = examine(weights)
-    assert assumed.section["window_size"] == 64
-    assert len(assumed.assumptions) == 1
-    assert "do not depend on window_size: 64 is that of the published model" in assumed.assumptions[0]
+    assert assumed[0]["window_size"] == 64
+    assert len(assumed[1]) == 1
+    assert "do not depend on window_size: 64 is that of the published model" in assumed[1][0]
     known = examine(weights, known={"window_size": 4})
-    assert (known.section["window_size"], known.assumptions) == (4, [])
+    assert (known[0]["window_size"], known[1]) == (4, [])
     assert examine(weights, known={"window_size": "wide"}) == assumed
 
 

@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
 
@@ -127,9 +128,9 @@ def test_options_reach_the_network(run: Upscale, weights: Path, monkeypatch: pyt
     seen: list[dict[str, Any]] = []
     original = large_images.enlarge
 
-    def enlarge(*arguments: Any, **options: Any) -> None:
+    def enlarge(*arguments: Any, **options: Any) -> Any:
         seen.append(options)
-        original(*arguments, **options)
+        return original(*arguments, **options)
 
     monkeypatch.setattr(large_images, "enlarge", enlarge)
     put("a.png")
@@ -182,8 +183,8 @@ def test_names_do_not_steer_the_terminal(run: Upscale) -> None:
 
 
 def test_a_fault_of_the_network_is_a_line(run: Upscale, monkeypatch: pytest.MonkeyPatch) -> None:
-    def enlarge(upscaler: Any, image: Any, write: Any, **_: Any) -> None:
-        write(0, 0, torch.zeros(3, 20, 70))
+    def enlarge(*_: Any, **__: Any) -> Any:
+        yield torch.zeros(3, 20, 70)
         raise RuntimeError("the device\nis gone")
 
     monkeypatch.setattr(large_images, "enlarge", enlarge)
@@ -386,12 +387,12 @@ def test_videos_among_the_inputs(run: Upscale, monkeypatch: pytest.MonkeyPatch) 
 def test_ctrl_c_keeps_what_is_finished(run: Upscale, monkeypatch: pytest.MonkeyPatch) -> None:
     original, count = large_images.enlarge, []
 
-    def enlarge(upscaler: Any, image: Any, write: Any, **options: Any) -> None:
+    def enlarge(*arguments: Any, **options: Any) -> Any:
         count.append(1)
         if len(count) == 3:
-            write(0, 0, torch.zeros(3, 20, 70))
+            yield torch.zeros(3, 20, 70)
             raise KeyboardInterrupt
-        original(upscaler, image, write, **options)
+        yield from original(*arguments, **options)
 
     monkeypatch.setattr(large_images, "enlarge", enlarge)
     for name in "abcd":
@@ -403,54 +404,27 @@ def test_ctrl_c_keeps_what_is_finished(run: Upscale, monkeypatch: pytest.MonkeyP
 
 
 def test_ctrl_c_while_the_last_file_is_waited_for(run: Upscale, monkeypatch: pytest.MonkeyPatch) -> None:
-    write, wait, waits = image_writer.ENCODERS["png"], image_writer.BackgroundWriter.result, []
+    write, wait, waits = image_writer.ENCODERS["png"], Future.result, []
 
     def write_slowly(*arguments: Any) -> None:
         write(*arguments)
         time.sleep(0.3)
 
-    def result(file: Any) -> None:
-        waits.append(file)
-        if len(waits) == 1:
-            raise KeyboardInterrupt
-        wait(file)
+    def result(future: Any) -> Any:
+        if (result := wait(future)) is None:  # of writing, not of reading
+            waits.append(future)
+            if len(waits) == 1:
+                raise KeyboardInterrupt
+        return result
 
     monkeypatch.setitem(image_writer.ENCODERS, "png", write_slowly)
-    monkeypatch.setattr(image_writer.BackgroundWriter, "result", result)
+    monkeypatch.setattr(Future, "result", result)
     for name in "abcd":
         put(f"in/{name}.png")
     status, out, err = run("-i", "in", "-o", "out")
     assert (status, err) == (130, "basicsr upscale: interrupted.\n")
     assert files("out") and all(name.endswith("_out.png") for name in files("out"))
     assert all(f"-> out/{name}" in out for name in files("out"))
-
-
-ABANDONED = """
-import numpy as np
-from pathlib import Path
-from esc_arch.tools.upscale.image_writer import BackgroundWriter, encode_spec
-from esc_arch.tools.upscale.image_reader import read_picture
-
-picture = read_picture(Path("in.png"))
-for name, rows in (("whole.png", 30), ("half.png", 15)):
-    file = BackgroundWriter(Path(name), encode_spec(Path(name), picture, (30, 35)))
-    file.write(picture.pixels[:rows])
-    if rows == 30:
-        file.write(None)
-raise KeyboardInterrupt
-"""
-
-
-def test_a_process_that_ends_in_the_middle_leaves_no_half_file(work_folder: Path) -> None:
-    """Wherever Ctrl-C falls: nobody waits for a file, or gives it up."""
-    put("in.png")
-    environment = os.environ | {"PYTHONPATH": str(Path(esc_arch.__file__).parents[1])}
-    done = subprocess.run(
-        [sys.executable, "-c", ABANDONED], env=environment, capture_output=True, text=True, timeout=100
-    )
-    assert done.stderr.strip().endswith("KeyboardInterrupt")
-    assert files(".") == ["in.png", "whole.png"]
-    assert np.array_equal(np.asarray(Image.open("whole.png")), PHOTOGRAPH)
 
 
 @pytest.mark.skipif(os.name != "posix", reason="signals")

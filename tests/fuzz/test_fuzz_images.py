@@ -22,8 +22,8 @@ from skimage.data import astronaut
 
 import esc_arch.data  # noqa: F401  registers data sets
 from esc_arch import UserError
-from esc_arch.data.image_files import read_image
-from esc_arch.tools.upscale.image_reader import read_picture
+from esc_arch.data.image_files import read_image as read_training_image
+from esc_arch.tools.upscale.image_reader import read_image
 
 SIDE = 24
 PHOTOGRAPH = np.ascontiguousarray(astronaut()[60 : 60 + SIDE, 200 : 200 + SIDE])
@@ -97,7 +97,7 @@ def test_pictures_to_enlarge(tmp_path: Path, suffix: str) -> None:
         path.write_bytes(data)
         with tally.example():
             try:
-                picture = read_picture(path)
+                picture = read_image(path)
             except UserError as error:
                 assert path.name in str(error)
                 raise
@@ -120,7 +120,7 @@ def test_pictures_to_prepare(tmp_path: Path, suffix: str) -> None:
         path.write_bytes(data)
         with tally.example():
             try:
-                image = read_image(path)
+                image = read_training_image(path)
             except UserError as error:
                 assert path.name in str(error)
                 raise
@@ -218,7 +218,7 @@ def test_pictures_that_claim_to_be_large(tmp_path: Path, name: str) -> None:
     suffix, make = SWELLING[name]
     path = tmp_path / f"picture{suffix}"
     path.write_bytes(make())
-    for read in (read_picture, read_image):
+    for read in (read_image, read_training_image):
         with bounded(), pytest.raises(UserError, match=rf"picture\{suffix}"):
             read(path)
 
@@ -229,6 +229,6 @@ def test_chunks_that_swell(tmp_path: Path, chunk: str) -> None:
     path.write_bytes(zeros_in(chunk)())
     with bounded():
         try:
-            assert read_picture(path).pixels.shape == (SIDE, SIDE, 4)
+            assert read_image(path).pixels.shape == (SIDE, SIDE, 4)
         except UserError as error:
             assert "picture.png" in str(error)

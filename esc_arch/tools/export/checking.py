@@ -17,7 +17,6 @@ import torch
 from torch import Tensor, nn
 from torch.export import ExportedProgram
 
-from esc_arch.archs import ESCLTE
 from esc_arch.errors import UserError
 from esc_arch.tools.upscale.network import Upscaler
 from esc_arch.version import __version__
@@ -87,7 +86,7 @@ class Export:
         for name, number in shape._asdict().items():
             if number is not None and number < 1:
                 raise UserError(f"The {name} to export for is {number}; it must be at least 1, or dynamic.")
-        fractional = isinstance(upscaler.net, ESCLTE) and upscaler.scale != int(upscaler.scale)
+        fractional = upscaler.any_scale and upscaler.scale != int(upscaler.scale)
         if fractional and None in (shape.height, shape.width):
             raise UserError(
                 f"ESCLTE for x{upscaler.scale:g} can only be exported for images of one size, as sizes are rounded: "
@@ -100,7 +99,7 @@ class Export:
     def trace(self, net: nn.Module) -> ExportedProgram:
         """The program of `net`, a form of the original."""
         batch, height, width = self.shape
-        window = self.original.window
+        window = self.original.net.window_size
         # A batch and sizes that are no multiple of anything, where these may vary
         image = torch.rand(batch or 2, 3, height or 3 * window - 3, width or 2 * window - 1)
         numbers = {0: batch, 2: height, 3: width}
@@ -115,7 +114,7 @@ class Export:
         entries = {
             "network_g": json.dumps(dict(net.network_g)),
             "scale": f"{net.scale:g}",
-            "window": str(net.window),
+            "window": str(net.net.window_size),
             "input": f"{self.shape}, RGB in 0 .. 1",
             "padding": "in the graph" if self.pad else "none",
             "source": net.source.name,
@@ -133,7 +132,7 @@ class Export:
         Raises:
             UserError: a difference above `tolerance`, or the exported network does not run.
         """
-        w = self.original.window
+        w = self.original.net.window_size
         # One pixel, below a window, one window, odd, several windows; as far as they may vary
         sizes = [(1, 1, 1), (2, w // 2 + 1, w - 1), (1, w, w), (3, w + 1, 2 * w + 3), (1, 2 * w, 3 * w)]
         fixed = {tuple(given or size for given, size in zip(self.shape, three, strict=True)) for three in sizes}

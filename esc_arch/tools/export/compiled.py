@@ -12,7 +12,6 @@ from pathlib import Path
 import torch
 from torch.export import ExportedProgram
 
-from esc_arch.archs import ESCLTE
 from esc_arch.checkpoints.conversion import write_file
 from esc_arch.errors import UserError
 from esc_arch.tools.upscale.network import Upscaler
@@ -85,6 +84,6 @@ def export_compiled(
 
 def _program(export: Export) -> ExportedProgram:
     net = export.original.net
-    if isinstance(net, ESCLTE) and export.shape.batch is None:
+    if net.any_scale and export.shape.batch is None:
         raise UserError("torch.export takes ESCLTE for a fixed batch only: give --batch N, such as --batch 1.")
     return export.trace(ExportedNetwork(net, pad=export.pad).eval())

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from esc_arch.modules import ConvAttn, DecomposedConvAttn
 from esc_arch.modules.conv_attn import DYNAMIC_KERNEL_SIZE
-from esc_arch.modules.lte import LTE, rows_of_pixels
+from esc_arch.modules.lte import LTE, pixels_around
 from esc_arch.modules.window_attention import WindowAttention
 from esc_arch.ops.padding import reflect_pad_to_multiple
 
@@ -162,7 +162,8 @@ class ExportedConvAttn(nn.Module):
         super().__init__()
         self.pdim, self.plk, self.aggr = layer.pdim, InFloat32(layer.plk), layer.aggr
 
-    def forward(self, x: Tensor, *kernels: Tensor) -> Tensor:
+    def forward(self, x: Tensor, *kernels: Tensor, means: Tensor | None = None) -> Tensor:
+        # (`means` are those of x, which is a whole image here)
         convolved, passed = x[:, : self.pdim], x[:, self.pdim :]
         dynamic = self.plk(convolved)
         *mixing, large = kernels  # ConvAttn's kernel; DecomposedConvAttn's mixing of channels, and depth-wise kernel
@@ -201,40 +202,28 @@ class ExportedLTE(nn.Module):
 
     def forward(self, features: Tensor, image: Tensor, shown: tuple[int, int], size: tuple[int, int]) -> Tensor:
         lte, (batch, _, height, width) = self.lte, image.shape
-        coef = rows_of_pixels(lte.coef(features))
-        freq = rows_of_pixels(lte.freq(features).unflatten(1, (-1, 2)).transpose(1, 2).flatten(1, 2) * math.pi)
-        pixels = rows_of_pixels(image)
+        maps = lte.maps(features, image)
         # A pixel of the features is 2 wide; sizes are made tensors first, as symbols are divided in few runtimes
         ratio = [_number(part, image) / _number(whole, image) for part, whole in zip(shown, size, strict=True)]
-        phase = lte.phase((2 * torch.stack(ratio)).clamp(min=2 / lte.max_scale)) * math.pi  # (K,)
+        phase = lte.phase((2 * torch.stack(ratio)).clamp(min=2 / lte.max_scale)) * math.pi
+        phase = phase.expand(batch, 1, -1)
         rows = _nearest(size[0], ratio[0], height)
         x, d_x, w_x = _nearest(size[1], ratio[1], width)
         images = torch.arange(batch, device=image.device)[:, None] * (height * width)
 
         def row(y: Tensor, d_y: Tensor, w_y: Tensor) -> Tensor:  # (2) each -> (B, 3, W')
             index = (images + (y[:, None] * width + x[:, None, :]).flatten()).flatten()  # (B * W' * 4)
-            delta_y, delta_x = torch.broadcast_tensors(d_y[:, None], d_x[:, None, :])
-            f_y, f_x = freq[index].unflatten(0, (batch, -1)).chunk(2, dim=-1)
-            angle = f_y * delta_y.reshape(-1, 1) + f_x * delta_x.reshape(-1, 1) + phase
-            waves = torch.cat([angle.cos(), angle.sin()], dim=-1)
-            residual = lte.imnet(coef[index].unflatten(0, (batch, -1)) * waves) * lte.residual_scale
-            colour = residual + pixels[index].unflatten(0, (batch, -1))
+            delta = torch.stack(torch.broadcast_tensors(d_y[:, None], d_x[:, None, :]), dim=-1).reshape(-1, 2)
             weight = (w_y[:, None] * w_x[:, None, :]).reshape(-1, 1)
-            return (colour * weight).unflatten(1, (-1, 4)).sum(2).transpose(1, 2)
+            return lte.colours(maps, phase, index, delta.repeat(batch, 1), weight.repeat(batch, 1))
 
         return _one_by_one(row, *rows).permute(1, 2, 0, 3)
 
 
 def _nearest(count: int, ratio: Tensor, size: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Of the two of `size` pixels around the centre of each of `count` pixels, which are `ratio` of theirs wide: the
-    number, the way to it in halves of its width, and the weight; (count, 2) each."""
+    """`pixels_around` the centres of `count` pixels, each `ratio` of one of the `size` pixels wide."""
     position = (torch.arange(count, device=ratio.device, dtype=ratio.dtype) + 0.5) * ratio - 0.5
-    before = position.floor()
-    after_weight = position - before
-    pixel = torch.stack([before, before + 1], dim=-1).clamp(min=0)
-    pixel = torch.minimum(pixel, _number(size, ratio) - 1)
-    delta = 2 * (position[..., None] - pixel)
-    return pixel.long(), delta, torch.stack([1 - after_weight, after_weight], dim=-1)
+    return pixels_around(position, _number(size, ratio) - 1)
 
 
 def _number(size: int, like: Tensor) -> Tensor:

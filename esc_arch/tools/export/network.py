@@ -54,7 +54,15 @@ class ExportedNetwork(nn.Module):
             padded = reflect_pad_to_multiple(padded, multiple) if multiple > 1 else padded
         padded = padded.to(self.dtype)
         if isinstance(self.net, ESCLTE):
-            return self._at_points(self.net, padded, shown, size).float()
+            lte, features = self.net.lte, self.net.features(padded)
+            if isinstance(lte, LTE):
+                part = (shown[0] / padded.shape[-2], shown[1] / padded.shape[-1])
+                coords, cell = query_grid(size, device=image.device, part=part)
+                count = image.shape[0]
+                points = lte(features, padded, coords.expand(count, -1, -1), cell.expand(count, -1))
+                return points.float().unflatten(-1, size)
+            exported: Tensor = lte(features.float(), padded.float(), shown, size)
+            return exported
         shallow = self.net.shallow_features(padded)
         features = self.net.run_blocks(shallow, *self.net.large_kernels())
         out = self.net.reconstruct(features, shallow, padded).float()
@@ -62,17 +70,6 @@ class ExportedNetwork(nn.Module):
             return out[..., : size[0], : size[1]]
         rows, columns = (torch.arange(number, device=out.device) for number in size)
         return out.index_select(-2, rows).index_select(-1, columns)
-
-    def _at_points(self, net: ESCLTE, image: Tensor, shown: tuple[int, int], size: tuple[int, int]) -> Tensor:
-        features = net.features(image)
-        if not isinstance(net.lte, LTE):
-            out: Tensor = net.lte(features.float(), image.float(), shown, size)
-            return out
-        part = (shown[0] / image.shape[-2], shown[1] / image.shape[-1])
-        coords, cell = query_grid(size, device=image.device, part=part)
-        count = image.shape[0]
-        points: Tensor = net.lte(features, image, coords.expand(count, -1, -1), cell.expand(count, -1))
-        return points.unflatten(-1, size)
 
 
 def onnx_network(net: ESCFamily, *, pad: bool = True, loop: bool = True, half: bool = False) -> ExportedNetwork:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from typing import Any
 
@@ -132,15 +133,9 @@ def _benchmarks(phase: str, scale: float, any_scale: bool) -> Options:
     return sets
 
 
-class _Dumper(yaml.SafeDumper):
-    """Writes equal sections out, where YAML would have the second refer to the first."""
-
-    def ignore_aliases(self, data: Any) -> bool:
-        return True
-
-
 def _text(options: Options) -> str:
     """Plain values first, then a section each, with a blank line before it."""
     plain = {key: value for key, value in options.items() if not isinstance(value, dict)}
     parts = [plain, *({key: value} for key, value in options.items() if key not in plain)]
-    return "\n".join(yaml.dump(part, Dumper=_Dumper, sort_keys=False) for part in parts)
+    # Copied by JSON: YAML would have the second of two equal sections refer to the first
+    return "\n".join(yaml.safe_dump(json.loads(json.dumps(part)), sort_keys=False) for part in parts)

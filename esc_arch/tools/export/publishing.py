@@ -21,7 +21,7 @@ from esc_arch.checkpoints.conversion import Checkpoint, open_checkpoint, save_ch
 from esc_arch.errors import UserError
 from esc_arch.suggestions import did_you_mean
 from esc_arch.tools.upscale import Upscaler, load, upscale
-from esc_arch.tools.upscale.image_reader import read_picture
+from esc_arch.tools.upscale.image_reader import read_image
 
 from .checking import require
 from .experiment import read_experiment
@@ -168,7 +168,7 @@ def _write_weights(path: Path, checkpoint: Checkpoint, info: ModelInfo) -> None:
 def _write_samples(folder: Path, images: Sequence[Path], upscaler: Upscaler) -> list[tuple[str, ...]]:
     samples = []
     for index, image in enumerate(images, 1):
-        pixels = read_picture(image).pixels
+        pixels = read_image(image).pixels
         if pixels.dtype == np.uint16:
             pixels = (pixels // 257).astype(np.uint8)
         lr = Image.fromarray(pixels[..., 0] if pixels.shape[2] == 1 else pixels)

@@ -7,9 +7,8 @@ import tempfile
 from collections import deque
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
-from functools import partial
 from itertools import groupby, islice
 from pathlib import Path
 from types import MappingProxyType
@@ -17,19 +16,17 @@ from typing import Protocol
 
 from esc_arch.errors import UserError
 
-from .image_reader import READABLE_SUFFIXES, DecodedImage, Pixels, read_picture
-from .image_writer import WRITABLE_SUFFIXES, BackgroundWriter, EncodeSpec, encode_spec
+from .image_reader import READABLE_SUFFIXES, DecodedImage, Pixels, read_image
+from .image_writer import WRITABLE_SUFFIXES, EncodeSpec, encode_spec, write_image
 from .network import Upscaler
-from .upscaling import Rows, Settings, enlarge_many, enlarge_pixels, enlarged_size
+from .upscaling import Settings, enlarge_many, enlarge_pixels, enlarged_size
 
 __all__ = ["EXTENSIONS", "BatchListener", "Options", "Summary", "Task", "find_tasks", "upscale_files"]
 
 #: What `--ext` may be; auto is the input's own.
 EXTENSIONS = ("auto", "png", "jpg", "webp", "tiff")
-#: Images that run together on a GPU by themselves: as many as have so many pixels, and at most so many.
-BATCH_PIXELS, BATCH_LARGEST = 2**18, 16
-#: Files that are written while the next image is computed.
-WRITERS = 2
+#: Files that are written while the next image is computed, and the most values of a result that waits for that.
+WRITERS, LARGEST_WAITING = 2, 2**29
 
 #: What names of images may end in, and what those of results then end in.
 IMAGES = {suffix: suffix if suffix in WRITABLE_SUFFIXES else ".png" for suffix in READABLE_SUFFIXES}
@@ -66,9 +63,7 @@ class Options:
         """How many images of this size run together."""
         if self.settings.tile or self.settings.max_memory is not None:
             return 1
-        if self.batch is not None:
-            return self.batch
-        return max(1, min(BATCH_LARGEST, BATCH_PIXELS // (height * width))) if upscaler.device.type == "cuda" else 1
+        return self.batch or upscaler.batch_size(height, width)
 
 
 @dataclass
@@ -129,11 +124,15 @@ def find_tasks(
     elif is_file:
         raise UserError(f"Several inputs need a folder: -o FOLDER, not {output}.")
     else:
-        tasks = [
-            _task(source, output / place, f"_{suffix}" if suffix else "", ext, videos)
-            for name in names
-            for source, place in _files(Path(name), output, {*IMAGES, *videos})
-        ]
+        endings = dict(videos) if ext != "auto" else {**IMAGES, **videos}
+        found = [each for name in names for each in _files(Path(name), output, {*IMAGES, *videos})]
+        tasks = []
+        for source, place in found:
+            own = source.suffix.lower()
+            ending = endings.get(own, ".png" if ext == "auto" else f".{ext}")
+            ending = source.suffix if endings.get(own) == own else ending
+            name = f"{source.stem}{'_' * bool(suffix)}{suffix}{ending}"
+            tasks.append(Task(source, output / place / name, own in videos))
     if not tasks:
         raise UserError(
             f"{', '.join(names) or 'The list of inputs'}: no image found ({' '.join(READABLE_SUFFIXES)}; hidden files "
@@ -162,13 +161,6 @@ def _files(path: Path, output: Path, known: Collection[str]) -> Iterator[tuple[P
         for file in (here / name for name in sorted(names) if not name.startswith(".")):
             if file.suffix.lower() in known:
                 yield file, here.relative_to(path)
-
-
-def _task(source: Path, folder: Path, suffix: str, ext: str, videos: Mapping[str, str]) -> Task:
-    own = source.suffix.lower()
-    kept = videos.get(own) or (IMAGES.get(own, ".png") if ext == "auto" else None)
-    ending = f".{ext}" if kept is None else source.suffix if kept == own else kept
-    return Task(source, folder / f"{source.stem}{suffix}{ending}", own in videos)
 
 
 def _without_conflicts(tasks: list[Task], given: set[Path]) -> list[Task]:
@@ -233,7 +225,7 @@ class _Run:
     def __init__(self, upscaler: Upscaler, options: Options, listener: BatchListener) -> None:
         self.upscaler, self.options, self.listener = upscaler, options, listener
         self.summary = Summary()
-        self.writing: deque[tuple[_Work, BackgroundWriter]] = deque()
+        self.writing: deque[tuple[_Work, Future[None]]] = deque()
 
     def is_to_do(self, task: Task) -> bool:
         with self.reporting(task):
@@ -260,16 +252,16 @@ class _Run:
         self.listener.done(task, spec)
 
     def images(self, tasks: Sequence[Task]) -> None:
-        bounded = self.options.settings.max_memory is not None
-        with ThreadPoolExecutor(1, "read") as reader:
-            try:
-                for size, neighbours in groupby(self._read(tasks, reader), lambda work: work.image.pixels.shape[:2]):
-                    while group := list(islice(neighbours, self.options.batch_of(self.upscaler, *size))):
-                        self._enlarge(group)
-                        self._collect(0 if bounded else WRITERS)
-            finally:
-                reader.shutdown(wait=False, cancel_futures=True)
-                self._collect(0)
+        reader, writer = ThreadPoolExecutor(1, "read"), ThreadPoolExecutor(WRITERS, "write")
+        try:
+            for size, neighbours in groupby(self._read(tasks, reader), lambda work: work.image.pixels.shape[:2]):
+                while group := list(islice(neighbours, self.options.batch_of(self.upscaler, *size))):
+                    self._enlarge(group, writer)
+                    self._finish_writing(WRITERS)
+        finally:
+            reader.shutdown(wait=False, cancel_futures=True)
+            self._finish_writing(0)
+            writer.shutdown()
 
     def _read(self, tasks: Sequence[Task], reader: ThreadPoolExecutor) -> Iterator[_Work]:
         """Images with what they become, the next of which are read ahead."""
@@ -278,7 +270,7 @@ class _Run:
         reading: deque[Future[DecodedImage]] = deque()
         upcoming = iter(tasks)
         for task in tasks:
-            reading += [reader.submit(read_picture, each.source) for each in islice(upcoming, ahead - len(reading))]
+            reading += [reader.submit(read_image, each.source) for each in islice(upcoming, ahead - len(reading))]
             with self.reporting(task):
                 image = reading.popleft().result()
                 spec = encode_spec(
@@ -293,51 +285,40 @@ class _Run:
                     self.listener.note(f"{task.source}: {note}.")
                 yield _Work(task, image, spec)
 
-    def _enlarge(self, group: list[_Work]) -> None:
-        settings = self.options.settings
+    def _enlarge(self, group: list[_Work], writer: ThreadPoolExecutor) -> None:
+        """Enlarge images of one size, and have them written: large ones as they are computed, others meanwhile."""
+        together: Sequence[Pixels] = ()
         if len(group) > 1:
-            try:
-                results = enlarge_many(self.upscaler, [work.image.pixels for work in group], settings)
-            except Exception:
-                pass  # whichever it was that failed, the others need not
-            else:
-                for work, result in zip(group, results, strict=True):
-                    self._write(work, partial(_give, result))
-                return
-        for work in group:
-            compute = partial(
-                enlarge_pixels,
-                self.upscaler,
-                work.image.pixels,
-                settings=settings,
-                dtype=work.spec.dtype,
-                scratch=work.task.target.parent,
-                progress=self.listener.progress,
-            )
-            self._write(work, compute)
+            pixels, dtypes = [work.image.pixels for work in group], [work.spec.dtype for work in group]
+            with suppress(Exception):  # whichever it was that failed, the others need not
+                together = enlarge_many(self.upscaler, pixels, self.options.settings, dtypes)
+        for index, work in enumerate(group):
+            target, spec = work.task.target, work.spec
+            with self.reporting(work.task):
+                target.parent.mkdir(parents=True, exist_ok=True)
+                rows = [together[index]] if together else self._rows(work)
+                large = spec.height * spec.width * spec.channels > LARGEST_WAITING
+                if large or self.options.settings.max_memory is not None:
+                    write_image(target, spec, rows)
+                    self.finish(work.task, spec)
+                else:
+                    self.writing.append((work, writer.submit(write_image, target, spec, list(rows))))
 
-    def _write(self, work: _Work, compute: Callable[[Rows], None]) -> None:
-        """Have an image written as it is computed."""
-        with self.reporting(work.task):
-            work.task.target.parent.mkdir(parents=True, exist_ok=True)
-            writer = BackgroundWriter(work.task.target, work.spec)
-            try:
-                compute(writer.write)
-                writer.write(None)
-            except BaseException:
-                writer.cancel()
-                raise
-            self.writing.append((work, writer))
+    def _rows(self, work: _Work) -> Iterator[Pixels]:
+        return enlarge_pixels(
+            self.upscaler,
+            work.image.pixels,
+            self.options.settings,
+            dtype=work.spec.dtype,
+            scratch=work.task.target.parent,
+            progress=self.listener.progress,
+        )
 
-    def _collect(self, most: int) -> None:
+    def _finish_writing(self, most: int) -> None:
         """Wait until at most so many files are being written."""
         while len(self.writing) > most:
-            work, writer = self.writing[0]  # it stays there while it is waited for, lest an interruption forget it
+            work, written = self.writing[0]  # it stays there while it is waited for, lest an interruption forget it
             with self.reporting(work.task):
-                writer.result()
+                written.result()
                 self.finish(work.task, work.spec)
             self.writing.popleft()
-
-
-def _give(pixels: Pixels, write: Rows) -> None:
-    write(pixels)

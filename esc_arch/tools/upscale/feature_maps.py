@@ -61,7 +61,7 @@ class FeatureMapInFile(FeatureMap):
     It is read and written explicitly: what of a mapped file has been touched counts as memory of the process.
 
     Args:
-        folder: where the file is; None for the system's folder for temporary files.
+        folder: where the file is.
         needed: bytes of all files that are written side by side, for the message when there is no room.
     """
 
@@ -72,8 +72,8 @@ class FeatureMapInFile(FeatureMap):
         dtype: torch.dtype,
         *,
         pinned: bool = False,
-        folder: Path | None = None,
-        needed: int = 0,
+        folder: Path,
+        needed: int,
     ) -> None:
         super().__init__(channels, size, dtype, pinned=pinned, stored=False)
         self.folder, self.needed = folder, needed
@@ -111,33 +111,31 @@ class FeatureMapInFile(FeatureMap):
         self._file.close()
 
 
-def check_space(folder: Path | None, needed: int) -> None:
+def check_space(folder: Path, needed: int) -> None:
     """Check that temporary files have room.
 
     Raises:
         UserError: they have not, or there is no such folder.
     """
-    place = Path(tempfile.gettempdir()) if folder is None else folder
-    if not place.is_dir():
-        raise UserError(f"scratch: {place} is not a folder; name one for temporary files of {format_memory(needed)}.")
-    if shutil.disk_usage(place).free < needed:
-        raise _full(place, needed)
+    if not folder.is_dir():
+        raise UserError(f"scratch: {folder} is not a folder; name one for temporary files of {format_memory(needed)}.")
+    if shutil.disk_usage(folder).free < needed:
+        raise _full(folder, needed)
 
 
-def _full(place: Path, needed: int) -> UserError:
-    free = format_memory(shutil.disk_usage(place).free)
+def _full(folder: Path, needed: int) -> UserError:
+    free = format_memory(shutil.disk_usage(folder).free)
     return UserError(
-        f"The features of this image need {format_memory(needed)} of temporary files in {place}, where {free} are "
+        f"The features of this image need {format_memory(needed)} of temporary files in {folder}, where {free} are "
         "free: make room, name another folder (scratch), or allow more memory (max_memory)."
     )
 
 
 @contextmanager
-def _writing(folder: Path | None, needed: int) -> Iterator[None]:
-    place = Path(tempfile.gettempdir()) if folder is None else folder
+def _writing(folder: Path, needed: int) -> Iterator[None]:
     try:
         yield
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            raise _full(place, needed) from error
-        raise UserError(f"scratch: temporary files cannot be written in {place}: {error}.") from error
+            raise _full(folder, needed) from error
+        raise UserError(f"scratch: temporary files cannot be written in {folder}: {error}.") from error

@@ -23,11 +23,11 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image, ImageCms, UnidentifiedImageError
 
-from esc_arch.errors import UserError
+from esc_arch.errors import UserError, first_line
 
-from .metadata import Metadata, first_line, image_metadata, png_colour, tiff_metadata
+from .metadata import Metadata, image_metadata, png_colour, tiff_metadata
 
-__all__ = ["LARGEST_INPUT", "READABLE_SUFFIXES", "DecodedImage", "Pixels", "pixels_of", "read_picture", "to_srgb"]
+__all__ = ["LARGEST_INPUT", "READABLE_SUFFIXES", "DecodedImage", "Pixels", "decoded", "read_image", "to_srgb"]
 
 Pixels = npt.NDArray[Any]
 
@@ -60,7 +60,7 @@ class DecodedImage:
     notes: tuple[str, ...] = ()
 
 
-def read_picture(path: Path) -> DecodedImage:
+def read_image(path: Path) -> DecodedImage:
     """Decode an image file.
 
     Palettes become RGB or RGBA, one bit grey. CMYK and Lab become sRGB, by the file's profile if it has one.
@@ -103,7 +103,7 @@ def _damaged(path: Path, error: Exception) -> UserError:
 def _read_other(path: Path, file: IO[bytes]) -> DecodedImage:
     with _open(file) as image:
         frames = getattr(image, "n_frames", 1)
-        # MPO: what telephones call .jpg, with a depth map or another view behind the picture
+        # MPO: what telephones call .jpg, with a depth map or another view behind the image
         if frames > 1 and image.format != "MPO":
             raise UserError(f"animated ({frames} frames). Save the frames as images, or make a video of them.")
         metadata, notes = image_metadata(image)
@@ -116,13 +116,8 @@ def _read_other(path: Path, file: IO[bytes]) -> DecodedImage:
             if depth == 16:
                 pixels = _deep_png(path, image, grey=colour_type in (0, 4))
                 return DecodedImage(_upright(pixels, metadata), metadata, notes)
-        found = _shallow(image, metadata, notes)
+        found = decoded(image, metadata, notes)
         return replace(found, pixels=_upright(found.pixels, metadata))
-
-
-def _shallow(image: Image.Image, metadata: Metadata, notes: tuple[str, ...]) -> DecodedImage:
-    pixels, icc, more = pixels_of(image, metadata.icc)
-    return DecodedImage(pixels, replace(metadata, icc=icc), (*notes, *more))
 
 
 @contextmanager
@@ -146,20 +141,19 @@ def _check_size(height: int, width: int) -> None:
         )
 
 
-def pixels_of(image: Image.Image, icc: bytes | None = None) -> tuple[Pixels, bytes | None, tuple[str, ...]]:
-    """The pixels of a Pillow image as `DecodedImage` has them, the profile that they have then, and notes.
+def decoded(image: Image.Image, metadata: Metadata, notes: tuple[str, ...] = ()) -> DecodedImage:
+    """A Pillow image with what was found beside it; the profile goes where pixels are converted by it.
 
     Raises:
         UserError: its numbers are of more than 16 bits, or no colours.
     """
-    notes: tuple[str, ...] = ()
     if image.mode.startswith("I;16"):
-        return np.asarray(image).astype(np.uint16)[..., None], icc, ()
+        return DecodedImage(np.asarray(image).astype(np.uint16)[..., None], metadata, notes)
     if image.mode in ("CMYK", "LAB"):
         name = "CMYK" if image.mode == "CMYK" else "Lab"
-        image, exact = to_srgb(image, icc)
+        image, exact = to_srgb(image, metadata.icc)
         how = "" if exact else " by a plain formula, for lack of a profile that can be used: colours are not exact"
-        icc, notes = None, (f"{name} was converted to sRGB{how}",)
+        metadata, notes = replace(metadata, icc=None), (*notes, f"{name} was converted to sRGB{how}")
     elif image.mode in CONVERTED or (image.mode in ("L", "RGB") and "transparency" in image.info):
         grey, alpha = image.mode in ("1", "L", "La"), "A" if image.has_transparency_data else ""
         image = image.convert(f"L{alpha}" if grey else f"RGB{alpha}")
@@ -169,7 +163,7 @@ def pixels_of(image: Image.Image, icc: bytes | None = None) -> tuple[Pixels, byt
             "channel, as grey or RGB."
         )
     pixels = np.asarray(image)
-    return pixels.reshape(*pixels.shape[:2], -1), icc, notes
+    return DecodedImage(pixels.reshape(*pixels.shape[:2], -1), metadata, notes)
 
 
 def to_srgb(image: Image.Image, icc: bytes | None) -> tuple[Image.Image, bool]:
@@ -241,7 +235,7 @@ def _read_tiff(path: Path, file: IO[bytes]) -> DecodedImage:
     with _open(file) as image, warnings.catch_warnings():
         warnings.simplefilter("ignore")  # about tags, which are not taken from Pillow
         image.load()  # which turns the pixels as EXIF says, of TIFF files alone
-        return _shallow(image, metadata, notes)
+        return decoded(image, metadata, notes)
 
 
 def _deep_tiff(path: Path, page: Any) -> Pixels:

@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import queue
 import struct
-import threading
 import zlib
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import IO
@@ -23,7 +20,7 @@ from esc_arch.errors import UserError
 from .image_reader import DecodedImage, Pixels, to_srgb
 from .metadata import DESCRIPTIVE, EXIF, EXIF_MARKER, GPS, Metadata
 
-__all__ = ["LARGEST_SIDE", "WRITABLE_SUFFIXES", "BackgroundWriter", "EncodeSpec", "encode_spec", "write_image"]
+__all__ = ["LARGEST_SIDE", "WRITABLE_SUFFIXES", "EncodeSpec", "encode_spec", "write_image"]
 
 #: Formats that are written, by `--ext`, and the largest side of each in pixels.
 LARGEST_SIDE = {"png": 2**31 - 1, "jpg": 65535, "webp": 16383, "tiff": 2**31 - 1}
@@ -109,9 +106,16 @@ def write_image(path: Path, spec: EncodeSpec, rows: Iterable[Pixels]) -> None:
     """Write an image whose rows, (h, W, C) at a time, come from the top to the bottom.
 
     The file takes the place of `path` at the end, whole, or not at all.
+
+    Raises:
+        UserError: it cannot be written.
     """
-    with replacing(path) as file:
-        ENCODERS[spec.kind](file, spec, rows)
+    try:
+        with replacing(path) as file:
+            ENCODERS[spec.kind](file, spec, rows)
+    except OSError as error:
+        reason = error.strerror or error
+        raise UserError(f"{path}: cannot be written: {reason}. Nothing of it is left.") from error
 
 
 def _strips(rows: Iterable[Pixels]) -> Iterator[Pixels]:
@@ -232,64 +236,3 @@ ENCODERS: dict[str, Callable[[IO[bytes], EncodeSpec, Iterable[Pixels]], None]] =
     "jpg": _write_whole,
     "webp": _write_whole,
 }
-
-
-class BackgroundWriter:
-    """Encodes and writes an image in a thread of its own, while the next is computed.
-
-    A process that ends without waiting, as Ctrl-C may have it, writes what was finished and leaves nothing of the rest.
-    """
-
-    def __init__(self, path: Path, spec: EncodeSpec) -> None:
-        self.path, self.spec = path, spec
-        self._rows: queue.Queue[Pixels | None] = queue.Queue(maxsize=2)
-        self._error: BaseException | None = None
-        self._cancelled = False
-        # (No daemon: the end of the process would kill it, with a half-written file beside its name)
-        self._thread = threading.Thread(target=self._run, name=f"write {path.name}")
-        self._thread.start()
-
-    def write(self, rows: Pixels | None) -> None:
-        """Hand over the next rows, (h, W, C) of the spec's type; None after the last. Raises as `result` does."""
-        while self._thread.is_alive():
-            try:
-                return self._rows.put(rows, timeout=0.1)
-            except queue.Full:
-                continue
-        self.result()
-
-    def result(self) -> None:
-        """Wait until the file is whole and on disk.
-
-        Raises:
-            UserError: it cannot be written.
-        """
-        self._thread.join()
-        if isinstance(self._error, OSError):
-            raise UserError(
-                f"{self.path}: cannot be written: {self._error.strerror or self._error}. Nothing of it is left."
-            ) from self._error
-        if self._error is not None:
-            raise self._error
-
-    def cancel(self) -> None:
-        """Leave no file, and wait until none is left."""
-        self._cancelled = True
-        self._thread.join()
-
-    def _run(self) -> None:
-        try:
-            write_image(self.path, self.spec, self._given())
-        except BaseException as error:
-            self._error = error
-
-    def _given(self) -> Iterator[Pixels]:
-        while True:
-            # At the end of the process nobody will give the rest
-            if self._cancelled or (self._rows.empty() and not threading.main_thread().is_alive()):
-                raise InterruptedError
-            with suppress(queue.Empty):
-                rows = self._rows.get(timeout=0.1)
-                if rows is None:
-                    return
-                yield rows

@@ -12,6 +12,8 @@ from typing import IO, Any
 from PIL import Image
 from PIL.TiffImagePlugin import ImageFileDirectory_v2
 
+from esc_arch.errors import first_line
+
 __all__ = [
     "DESCRIPTIVE",
     "EXIF",
@@ -19,7 +21,6 @@ __all__ = [
     "GPS",
     "Exif",
     "Metadata",
-    "first_line",
     "image_metadata",
     "parse_exif",
     "png_colour",
@@ -159,11 +160,6 @@ def parse_exif(file: IO[bytes], only: Collection[int] | None = None) -> tuple[Ex
     except Exception as error:  # Pillow raises whatever nonsense leads to
         return None, (f"its EXIF data are damaged ({first_line(error)}) and left out",)
     return (exif if exif.tags or exif.directories else None), ()
-
-
-def first_line(error: Exception) -> str:
-    """What an error of a decoder says, without a full stop."""
-    return (str(error).splitlines() or [type(error).__name__])[0].strip().rstrip(".")
 
 
 def _read_directory(file: IO[bytes], head: bytes, place: int, kind: int, only: Collection[int] | None = None) -> Exif:

@@ -21,6 +21,8 @@ __all__ = ["PRECISIONS", "Upscaler", "load"]
 
 #: What networks may compute in, by name.
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+#: Images that run together on a GPU: as many as have so many pixels, and at most so many.
+BATCH_PIXELS, BATCH_LARGEST = 2**18, 16
 
 
 @dataclass(frozen=True, eq=False)
@@ -55,11 +57,6 @@ class Upscaler:
         """True if it can be asked for any scale."""
         return self.net.any_scale
 
-    @property
-    def window(self) -> int:
-        """Images are padded to multiples of this many pixels."""
-        return self.net.window_size
-
     def output_size(self, height: int, width: int, scale: float | None = None) -> tuple[int, int]:
         """The size of what an image of this size becomes.
 
@@ -86,13 +83,9 @@ class Upscaler:
         """
         height, width = image.shape[-2:]
         size = self.output_size(height, width, scale)
-        padded = self.pad(image.to(self.device, torch.float32))
+        padded = reflect_pad_to_multiple(image.to(self.device, torch.float32), self.net.window_size)
         with self.computing():
             return self.net.enlarge(padded, (height, width), size).float()
-
-    def pad(self, image: Tensor) -> Tensor:
-        """An image (B, 3, H, W) as the network is to see it: padded by reflection at the bottom and the right."""
-        return reflect_pad_to_multiple(image, self.window)
 
     def computing(self) -> AbstractContextManager[Any]:
         """The context that the network, or parts of it, compute in."""
@@ -100,11 +93,15 @@ class Upscaler:
             return nullcontext()
         return torch.autocast(self.device.type, dtype=self.precision)
 
+    def batch_size(self, height: int, width: int) -> int:
+        """How many images of this size run together by default: small ones, on a GPU."""
+        return max(1, min(BATCH_LARGEST, BATCH_PIXELS // (height * width))) if self.device.type == "cuda" else 1
+
     def __repr__(self) -> str:
-        options = ", ".join(f"{key}: {value}" for key, value in self.network_g.items() if key != "type")
-        name = next(name for name, kind in PRECISIONS.items() if kind == self.precision)
-        network = f"{self.network_g['type']} x{self.scale:g} ({options})"
-        return f"Upscaler({self.source.name}: {network}, {self.device}, {name})"
+        number = sum(parameter.numel() for parameter in self.net.parameters())
+        device = str(self.device).replace("cpu", "CPU")
+        precision = next(name for name, dtype in PRECISIONS.items() if dtype == self.precision)
+        return f"{self.network_g['type']} x{self.scale:g}, {number:,} parameters, {device}, {precision}"
 
 
 def load(

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 import weakref
-from collections.abc import Callable, Iterable
+from collections import deque
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -18,7 +19,7 @@ from .feature_maps import FeatureMap
 from .memory import available, format_memory, peak_of, resident
 from .network import Upscaler
 from .regions import PaddedImage, cuts
-from .tiled_executor import MAPS, Plan, TiledExecutor, Write, large_kernel_reach
+from .tiled_executor import MAPS, Plan, TiledExecutor, large_kernel_reach
 
 __all__ = ["Cost", "Costs", "costs_of", "fits", "plan_for", "whole"]
 
@@ -60,7 +61,7 @@ def costs_of(upscaler: Upscaler, scale: float | None) -> Costs:
     """Measured once for each network and scale, on two small images."""
     of_network = _costs.setdefault(upscaler, {})
     if scale not in of_network:
-        unit = upscaler.window * upscaler.net.unshuffle_factor
+        unit = upscaler.net.window_size * upscaler.net.unshuffle_factor
         # LTE computes so many points at a time, which both images should have
         least = 32 if not upscaler.any_scale else max(32, min(64, 128 / (scale or upscaler.scale)))
         side = math.ceil(least / unit) * unit
@@ -82,23 +83,19 @@ class _Measured(TiledExecutor):
         size = upscaler.output_size(side, side, scale)
         super().__init__(upscaler, PaddedImage(black), size, Plan(side, side, MAPS))
         self.blocks = self.blocks[:1]  # the others are like it
-        self.pixels, self.channels, self.peak = self.size[0] * self.size[1], 0, 0
+        self.pixels, self.peak = self.size[0] * self.size[1], 0
         self.peaks = [peak_of(lambda: whole(upscaler, black, scale), upscaler.device)]
-        self.run(lambda top, left, block: None)
+        deque(self.run(), maxlen=0)
         self.peaks.append(self.peak)
 
     def attempt(self, compute: Callable[[Region], None], tile: Region, align: int) -> None:
         attempt = super().attempt
         self.peak = max(self.peak, peak_of(lambda: attempt(compute, tile, align), self.device))
 
-    def run_block(self, block: Any, skip: FeatureMap, *others: FeatureMap) -> None:
-        self.channels = skip.shape[2]
-        super().run_block(block, skip, *others)
-
-    def write_result(self, features: FeatureMap, write: Write) -> None:
+    def rows(self, features: FeatureMap) -> Iterator[Tensor]:
         self.peaks.append(self.peak)
         self.peak = 0
-        super().write_result(features, write)
+        return super().rows(features)
 
 
 def whole(upscaler: Upscaler, image: Any, scale: float | None) -> Tensor:
@@ -162,7 +159,10 @@ def plan_for(
     def largest_sides(budget: float) -> tuple[int | None, int | None]:
         tiles = range(max(largest // window, 1) * window, 0, -window)
         blocks = range(max(largest, LEAST_HEAD_TILE), LEAST_HEAD_TILE - 1, -LEAST_HEAD_TILE)
-        return _first(tiles, tile_bytes, budget), _first(blocks, block_bytes, budget)
+        return (
+            next((side for side in tiles if tile_bytes(side) <= budget), None),
+            next((side for side in blocks if block_bytes(side) <= budget), None),
+        )
 
     host = _host(max_memory)
     map_bytes = size[0] * size[1] * costs.channels * upscaler.precision.itemsize
@@ -176,26 +176,19 @@ def plan_for(
         return Plan(side, block, MAPS)
     side, block = largest_sides(host)
     if side is None or block is None:
-        raise _too_little(upscaler, max(tile_bytes(window), block_bytes(LEAST_HEAD_TILE)), host, max_memory)
+        needed, name = max(tile_bytes(window), block_bytes(LEAST_HEAD_TILE)), upscaler.source.name
+        if max_memory is None:
+            raise UserError(
+                f"There is too little memory: {name} needs {format_memory(needed)} for its smallest parts, and may "
+                f"take {format_memory(max(host, 0))} of what is free."
+            )
+        taken = max_memory - host
+        raise UserError(
+            f"max_memory: {format_memory(max_memory)} given; {name} needs at least {format_memory(taken + needed)}, of "
+            f"which the program takes {format_memory(taken)} already."
+        )
     rest = host - max(tile_bytes(side), block_bytes(block))
     return Plan(side, block, min(MAPS, int(rest // map_bytes)))
-
-
-def _first(sides: Iterable[int], bytes_of: Callable[[int], float], budget: float) -> int | None:
-    return next((side for side in sides if bytes_of(side) <= budget), None)
-
-
-def _too_little(upscaler: Upscaler, needed: float, host: float, max_memory: int | None) -> UserError:
-    if max_memory is None:
-        return UserError(
-            f"There is too little memory: {upscaler.source.name} needs {format_memory(needed)} for its "
-            f"smallest parts, and may take {format_memory(max(host, 0))} of what is free."
-        )
-    taken = max_memory - host
-    return UserError(
-        f"max_memory: {format_memory(max_memory)} given; {upscaler.source.name} needs at least "
-        f"{format_memory(taken + needed)}, of which the program takes {format_memory(taken)} already."
-    )
 
 
 def _longest(length: int, largest: int, align: int) -> int:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import tempfile
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
-from typing import NamedTuple, cast
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor
@@ -21,12 +22,7 @@ from .memory import is_out_of_memory, release, trim_heap
 from .network import Upscaler
 from .regions import PaddedImage, cuts, grid
 
-__all__ = ["MAPS", "Plan", "Progress", "TiledExecutor", "Write", "large_kernel_reach"]
-
-#: Called with the place (top, left) of a block of the result, and the block (3, h, w), float32 on the CPU.
-Write = Callable[[int, int, Tensor], None]
-#: Called with the part of the work that is done, 0 .. 1.
-Progress = Callable[[float], None]
+__all__ = ["MAPS", "Plan", "TiledExecutor", "large_kernel_reach"]
 
 #: Maps that the blocks need: a block's input, and what a pair of layers reads and writes.
 MAPS = 3
@@ -52,7 +48,7 @@ class TiledExecutor:
     Args:
         out_size: (H', W') of the result.
         plan: sizes of tiles, and where feature maps are.
-        scratch, progress: see `large_images.enlarge_exactly`.
+        scratch, progress: see `large_images.enlarge`.
     """
 
     def __init__(
@@ -62,26 +58,26 @@ class TiledExecutor:
         out_size: tuple[int, int],
         plan: Plan,
         scratch: Path | None = None,
-        progress: Progress | None = None,
+        progress: Callable[[float], Any] | None = None,
     ) -> None:
         self.upscaler, self.image, self.plan = upscaler, image, plan
         self.device, self.net = upscaler.device, upscaler.net
-        self.scratch, self.progress = scratch, progress
+        self.scratch, self.progress = scratch or Path(tempfile.gettempdir()), progress
         self.blocks = [cast(ESCBlock, block) for block in self.net.blocks]
         self.kernels = self.net.large_kernels()
         factor = self.net.unshuffle_factor
         self.size = image.height // factor, image.width // factor
         self.head = self.net.head((image.image.shape[0], image.image.shape[1]), self.size, out_size)
-        self.done = 0
+        self.done = self.channels = 0
         #: A larger tile did not fit into the device's memory.
         self.largest_area = float("inf")
 
     @torch.no_grad()
-    def run(self, write: Write) -> None:
-        """Enlarge; `write` gets the result from the top to the bottom, in blocks as wide as it."""
-        channels = self.net.shallow_features(self.read_image(Region(0, 0, 1, 1))).shape[1]
+    def run(self) -> Iterator[Tensor]:
+        """Rows of the result from the top to the bottom, (3, h, W'), float32 on the CPU."""
+        self.channels = self.net.shallow_features(self.read_image(Region(0, 0, 1, 1))).shape[1]
         with ExitStack() as stack:
-            maps = [self.new_map(channels, number, stack) for number in range(MAPS)]
+            maps = [self.new_map(self.channels, number, stack) for number in range(MAPS)]
             features, *others = maps
             self.each(lambda tile: features.write(tile, self._shallow(tile)))
             for block in self.blocks:
@@ -92,7 +88,7 @@ class TiledExecutor:
                 prepared: list[FeatureMap] = []
                 self.each(lambda tile: self._prepare(tile, features, prepared, stack))
                 features = prepared[0]
-            self.write_result(features, write)
+            yield from self.rows(features)
 
     def read(self, source: FeatureMap, region: Region) -> Tensor:
         return source.read(region, self.device)
@@ -160,8 +156,13 @@ class TiledExecutor:
         self.each(lambda tile: x.write(tile, self._attend(block, skip, tile)))
         pairs = len(block.pconvs)
         sums: list[Tensor] = []
+
+        def pool(tile: Region) -> None:
+            region = tile.expand(1, self.size)
+            sums.append(_channel_sums(block, 0, self.read(x, region), tile, region))
+
         if pairs:  # the sums for the other pairs are made where the pair before is computed
-            self.each(partial(self._pool, block, x, sums))
+            self.each(pool)
         for pair in range(pairs):
             means = (torch.stack(sums).sum(0) / (self.size[0] * self.size[1])).float()
             sums = []
@@ -171,7 +172,7 @@ class TiledExecutor:
         if not pairs:
             self.each(partial(self._finish, block, x, skip))
 
-    def write_result(self, features: FeatureMap, write: Write) -> None:
+    def rows(self, features: FeatureMap) -> Iterator[Tensor]:
         """The last pass: from features to blocks of the result, put together to whole rows."""
         self.largest_area = float("inf")
         height, width = self.head.out_size
@@ -187,7 +188,7 @@ class TiledExecutor:
                 self.attempt(compute, Region(top, left, bottom, right), self.head.align)
                 trim_heap()
                 self._tell((top * width + right * (bottom - top)) / (height * width))
-            write(top, 0, band)
+            yield band
 
     # What is computed of a tile, from as much around it as that depends on. All calls of a block's parts are here.
 
@@ -206,10 +207,6 @@ class TiledExecutor:
         qkv, bias = attn.to_qkv(_cropped(tile, region, normed)), attn.position_bias()
         attended = window_attention(qkv, bias, window=attn.window_size, heads=attn.num_heads, backend=attn.attn_type)
         return tile.crop(x, region) + attn.to_out(attended * tile.crop(attn.gate(normed), region).sigmoid())
-
-    def _pool(self, block: ESCBlock, source: FeatureMap, sums: list[Tensor], tile: Region) -> None:
-        region = tile.expand(1, self.size)
-        sums.append(_channel_sums(block, 0, self.read(source, region), tile, region))
 
     def _convolve(
         self,

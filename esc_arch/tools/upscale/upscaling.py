@@ -9,12 +9,11 @@ from __future__ import annotations
 
 import math
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import lru_cache, partial
+from functools import lru_cache
 from pathlib import Path
-from typing import Any, TypeVar, cast
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -25,11 +24,12 @@ from esc_arch.errors import UserError
 from esc_arch.ops.resize import scaled_size
 
 from . import large_images
-from .image_reader import Pixels, pixels_of
+from .image_reader import Pixels, decoded
 from .memory import is_out_of_memory, parse_memory
+from .metadata import Metadata
 from .network import Upscaler, load
 
-__all__ = ["ALPHAS", "Rows", "Settings", "enlarge_many", "enlarge_pixels", "enlarged_size", "quantise", "upscale"]
+__all__ = ["ALPHAS", "Settings", "enlarge_many", "enlarge_pixels", "enlarged_size", "upscale"]
 
 #: How alpha may be enlarged.
 ALPHAS = ("network", "bicubic")
@@ -38,10 +38,6 @@ KEPT_NETWORKS = 4
 #: Rows of a result that are rounded, put together and written at a time.
 ROWS = 256
 
-Rows = Callable[[Pixels], None]
-#: Called with the first row of the result and rows of it, (3, h, W'), as the network gives them.
-Emit = Callable[[int, Tensor], None]
-Progress = Callable[[float], Any]
 ImageT = TypeVar("ImageT", Pixels, Tensor, Image.Image)
 
 
@@ -92,64 +88,70 @@ def enlarged_size(upscaler: Upscaler, image: Pixels, settings: Settings) -> tupl
 def enlarge_pixels(
     upscaler: Upscaler,
     pixels: Pixels,
-    write: Rows,
-    settings: Settings | None = None,
+    settings: Settings,
     *,
     dtype: Any = None,
     scratch: Path | None = None,
-    progress: Progress | None = None,
-) -> None:
+    progress: Callable[[float], Any] | None = None,
+) -> Iterator[Pixels]:
     """Enlarge one image, in parts where memory is short.
 
     Args:
         pixels: (H, W, C), uint8, uint16 or floating in 0 .. 1; C: 1 grey, 2 grey and alpha, 3 RGB, 4 RGBA.
-        write: gets the result from the top to the bottom, rows (h, W', C) of `dtype`.
         dtype: of the result; that of `pixels` when None. Values are clipped, and rounded half to even.
         scratch: a folder for intermediate results when max_memory is set.
         progress: gets the part that is done, 0 .. 1.
 
+    Yields:
+        Rows of the result from the top to the bottom, (h, W', C).
+
     Raises:
         UserError: the network does not have the scale; parts do not fit.
     """
-    settings = settings or Settings()
+    scale, size = settings.asked(upscaler), enlarged_size(upscaler, pixels, settings)
+    source = upscaler.output_size(pixels.shape[0], pixels.shape[1], scale)
     inputs = _inputs(pixels, settings)
-    done = 0
 
-    def through_network(image: Pixels, emit: Emit) -> None:
-        nonlocal done
-        _through_network(
-            upscaler, image, emit, settings, scratch, lambda part: progress and progress((done + part) / len(inputs))
+    def rows(image: Pixels, done: int) -> Iterator[Tensor]:
+        blocks = large_images.enlarge(
+            upscaler,
+            _padded(image, settings.pre_pad),
+            scale=scale,
+            max_memory=settings.max_memory,
+            tile=settings.tile,
+            scratch=scratch,
+            progress=progress and (lambda part: progress((done + part) / len(inputs))),
         )
-        done += 1
+        margin = round(settings.pre_pad * (upscaler.scale if scale is None else scale))
+        return _resized(_cropped(blocks, margin, source) if margin else blocks, source, size)
 
-    _assemble(
-        pixels,
-        enlarged_size(upscaler, pixels, settings),
-        [partial(through_network, image) for image in inputs],
-        write,
-        np.dtype(dtype or pixels.dtype),
-        scratch if settings.max_memory is not None else None,
-    )
+    # Alpha, the last of the inputs, is computed first: it is joined to the rows of the colours
+    outputs = [rows(image, len(inputs) - 1 - index) for index, image in enumerate(inputs)]
+    return _assembled(pixels, size, outputs, dtype, scratch if settings.max_memory is not None else None)
 
 
-def enlarge_many(upscaler: Upscaler, images: Sequence[Pixels], settings: Settings | None = None) -> list[Pixels]:
-    """Enlarge images of one size (H, W) together, whole, in the types and channels that they have.
+def enlarge_many(
+    upscaler: Upscaler, images: Sequence[Pixels], settings: Settings, dtypes: Sequence[Any] | None = None
+) -> list[Pixels]:
+    """Enlarge images of one size (H, W) together, whole, in the channels that they have.
 
     Where memory is too short for that, one after the other.
+
+    Args:
+        dtypes: of the results; those of the images when None.
     """
-    settings = settings or Settings()
     inputs = [_inputs(pixels, settings) for pixels in images]
     outputs = _batch(upscaler, [each for group in inputs for each in group], settings)
-    results: list[Pixels] = []
-    for pixels, group in zip(images, inputs, strict=True):
-        rows: list[Pixels] = []
+    results = []
+    for pixels, group, dtype in zip(images, inputs, dtypes or [None] * len(images), strict=True):
         if outputs is None:
-            enlarge_pixels(upscaler, pixels, rows.append, settings)
+            rows = enlarge_pixels(upscaler, pixels, settings, dtype=dtype)
         else:
             size = enlarged_size(upscaler, pixels, settings)
-            sources = [partial(_resize, outputs.pop(0), size) for _ in group]
-            _assemble(pixels, size, sources, rows.append, pixels.dtype)
-        results.append(np.concatenate(rows))
+            whole = [outputs.pop(0) for _ in group]
+            resized = [_resized([each], (each.shape[1], each.shape[2]), size) for each in whole]
+            rows = _assembled(pixels, size, resized, dtype)
+        results.append(np.concatenate(list(rows)))
     return results
 
 
@@ -157,7 +159,6 @@ def _batch(upscaler: Upscaler, images: list[Pixels], settings: Settings) -> list
     """(3, H', W') for each image (H, W, 3), as the network gives them; None when memory is too short for all."""
     scale = settings.asked(upscaler)
     pad, factor = settings.pre_pad, upscaler.scale if scale is None else scale
-    height, width = images[0].shape[:2]
     try:
         batch = [torch.from_numpy(_floating(_padded(image, pad))).permute(2, 0, 1) for image in images]
         found = upscaler(torch.stack(batch), scale)
@@ -165,49 +166,55 @@ def _batch(upscaler: Upscaler, images: list[Pixels], settings: Settings) -> list
         if not is_out_of_memory(error):
             raise
         return None
-    top, (rows, columns) = round(pad * factor), upscaler.output_size(height, width, scale)
-    return list(found[..., top : top + rows, top : top + columns].cpu())
+    top, (height, width) = round(pad * factor), upscaler.output_size(images[0].shape[0], images[0].shape[1], scale)
+    return list(found[..., top : top + height, top : top + width].cpu())
 
 
-def _assemble(
-    pixels: Pixels,
-    size: tuple[int, int],
-    sources: Sequence[Callable[[Emit], None]],
-    write: Rows,
-    dtype: np.dtype[Any],
-    folder: Path | None = None,
-) -> None:
-    """Write rows of the channels that `pixels` have.
+def _assembled(
+    pixels: Pixels, size: tuple[int, int], outputs: Sequence[Iterator[Tensor]], dtype: Any, folder: Path | None = None
+) -> Iterator[Pixels]:
+    """Rows (h, W', C) of the channels that `pixels` have.
 
     Args:
         size: (H', W') of the result.
-        sources: emit the rows of the colours and, if it goes through the network, of alpha.
+        outputs: rows (3, h, W') of the colours and, if it went through the network, of alpha.
         folder: where a file keeps alpha; None for memory.
     """
-    grey, has_alpha = pixels.shape[2] < 3, pixels.shape[2] in (2, 4)
-    with _plane(size if has_alpha else (0, 0), dtype, folder) as alpha:
+    dtype = np.dtype(dtype or pixels.dtype)
+    grey, alpha, top = pixels.shape[2] < 3, None, 0
+    if len(outputs) == 2:
+        alpha = _collected((_quantised(rows.mean(0, keepdim=True), dtype) for rows in outputs[1]), size, dtype, folder)
+    elif pixels.shape[2] in (2, 4):  # bicubic; what is the same everywhere stays so
+        plane = Image.fromarray(_floating(pixels[..., -1])).resize(size[::-1], Image.Resampling.BICUBIC)
+        alpha = _quantised(torch.from_numpy(np.array(plane))[None], dtype)
+    for block in outputs[0]:
+        for rows in block.split(ROWS, dim=1):  # what follows makes copies
+            joined = _quantised(rows.mean(0, keepdim=True) if grey else rows, dtype)
+            if alpha is not None:
+                joined = np.concatenate([joined, alpha[top : top + len(joined)]], axis=2)
+            top += len(joined)
+            yield joined
 
-        def fill(top: int, rows: Tensor) -> None:
-            alpha[top : top + rows.shape[1]] = quantise(rows.mean(0, keepdim=True), dtype)[..., 0]
 
-        def join(top: int, rows: Tensor) -> None:
-            joined = quantise(rows.mean(0, keepdim=True) if grey else rows, dtype)
-            if has_alpha:
-                joined = np.concatenate([joined, alpha[top : top + len(joined), :, None]], axis=2)
-            write(joined)
-
-        if len(sources) == 2:
-            sources[1](fill)
-        elif has_alpha:
-            alpha[...] = _simple_alpha(pixels[..., -1], size, dtype)
-        sources[0](join)
+def _collected(rows: Iterable[Pixels], size: tuple[int, int], dtype: Any, folder: Path | None = None) -> Pixels:
+    """Rows (h, W', C) as one array, in memory or in a file without a name in `folder`."""
+    result: Pixels | None = None
+    top = 0
+    for each in rows:
+        if result is None:
+            shape = (*size, each.shape[2])
+            file = None if folder is None else tempfile.TemporaryFile(dir=folder)  # noqa: SIM115  the map keeps it
+            result = np.empty(shape, dtype) if file is None else np.memmap(file, dtype, "w+", shape=shape)
+        result[top : top + len(each)] = each
+        top += len(each)
+    assert result is not None
+    return result
 
 
 def _floating(image: Pixels) -> Pixels:
     """float32 in 0 .. 1."""
-    if np.issubdtype(image.dtype, np.floating):
-        return image.astype(np.float32, copy=False)
-    return image.astype(np.float32) / np.float32(np.iinfo(image.dtype).max)
+    peak = 1 if np.issubdtype(image.dtype, np.floating) else np.iinfo(image.dtype).max
+    return image.astype(np.float32) / np.float32(peak)
 
 
 def _padded(image: Pixels, pad: int) -> Pixels:
@@ -215,133 +222,70 @@ def _padded(image: Pixels, pad: int) -> Pixels:
 
 
 def _inputs(pixels: Pixels, settings: Settings) -> list[Pixels]:
-    """What goes through the network: colours (H, W, 3), and alpha as such if it is needed."""
-    channels = pixels.shape[2]
-    colour = pixels[..., : channels - 1] if channels in (2, 4) else pixels
-    alpha = pixels[..., -1] if channels in (2, 4) else None
-    if alpha is not None:
-        colour = _without_hidden(colour, alpha)
-    images = [_three(colour)]
-    if alpha is not None and settings.alpha == "network" and alpha.min() != alpha.max():
-        images.append(_three(alpha[..., None]))
-    return images
-
-
-def _three(image: Pixels) -> Pixels:
+    """What goes through the network, (H, W, 3): the colours, and alpha if it is needed."""
     # Floating types other than float32 are no gain inside a network
-    image = image.astype(np.float32, copy=False) if np.issubdtype(image.dtype, np.floating) else image
-    return np.require(np.broadcast_to(image, (*image.shape[:2], 3)), requirements=["C", "W"])
+    pixels = pixels.astype(np.float32, copy=False) if np.issubdtype(pixels.dtype, np.floating) else pixels
+    planes = [pixels]
+    if pixels.shape[2] in (2, 4):
+        colour, alpha = pixels[..., :-1], pixels[..., -1]
+        hidden = alpha <= 0
+        if hidden.any() and not hidden.all():  # they become the nearest that are seen
+            from scipy.ndimage import distance_transform_edt
+
+            rows, columns = distance_transform_edt(hidden, return_distances=False, return_indices=True)
+            colour = colour[rows, columns]
+        through = settings.alpha == "network" and alpha.min() != alpha.max()
+        planes = [colour, alpha[..., None]] if through else [colour]
+    shape = (*pixels.shape[:2], 3)
+    return [np.require(np.broadcast_to(plane, shape), requirements=["C", "W"]) for plane in planes]
 
 
-def _without_hidden(colour: Pixels, alpha: Pixels) -> Pixels:
-    """Colours with those below full transparency replaced by the nearest that are seen."""
-    hidden = alpha <= 0
-    if not hidden.any() or hidden.all():
-        return colour
-    from scipy.ndimage import distance_transform_edt
-
-    rows, columns = distance_transform_edt(hidden, return_distances=False, return_indices=True)
-    return colour[rows, columns]
-
-
-def _simple_alpha(alpha: Pixels, size: tuple[int, int], dtype: np.dtype[Any]) -> Pixels:
-    """Alpha (H, W) enlarged by bicubic interpolation; what is the same everywhere stays so."""
-    image = Image.fromarray(_floating(alpha))
-    enlarged = np.asarray(image.resize((size[1], size[0]), Image.Resampling.BICUBIC))
-    return quantise(torch.from_numpy(enlarged.copy())[None], dtype)[..., 0]
-
-
-@contextmanager
-def _plane(size: tuple[int, int], dtype: np.dtype[Any], folder: Path | None) -> Iterator[Pixels]:
-    """Room for one channel, in memory or in a file without a name."""
-    if folder is None or not size[0]:
-        yield np.empty(size, dtype)
-        return
-    with tempfile.TemporaryFile(dir=folder) as file:
-        yield cast(Pixels, np.memmap(file, dtype, "w+", shape=size))
-
-
-def quantise(block: Tensor, dtype: Any) -> Pixels:
+def _quantised(block: Tensor, dtype: np.dtype[Any]) -> Pixels:
     """Values (C, h, w) as pixels (h, w, C) of a type: clipped to 0 .. 1, whole numbers rounded half to even."""
-    dtype = np.dtype(dtype)
     values = block.float().clamp(0, 1)
     if not np.issubdtype(dtype, np.floating):
         values = values.mul_(np.iinfo(dtype).max).round_()
     return np.ascontiguousarray(values.permute(1, 2, 0).cpu().numpy().astype(dtype))
 
 
-def _through_network(
-    upscaler: Upscaler,
-    image: Pixels,
-    emit: Emit,
-    settings: Settings,
-    scratch: Path | None,
-    progress: Progress,
-) -> None:
-    """Emit the rows of an image (H, W, 3) enlarged and brought to the size wanted."""
-    scale = settings.asked(upscaler)
-    source = height, width = upscaler.output_size(image.shape[0], image.shape[1], scale)
-    margin = round(settings.pre_pad * (upscaler.scale if scale is None else scale))
-    resizer = _Resizer(source, enlarged_size(upscaler, image, settings), emit)
-
-    def crop(top: int, left: int, block: Tensor) -> None:
-        first, last = max(margin - top, 0), max(margin + height - top, 0)
-        for rows in block[:, first:last, margin : margin + width].split(ROWS, dim=1):  # what follows makes copies
-            if rows.shape[1]:
-                resizer.add(rows)
-
-    large_images.enlarge(
-        upscaler,
-        _padded(image, settings.pre_pad),
-        crop,
-        scale=scale,
-        max_memory=settings.max_memory,
-        tile=settings.tile,
-        scratch=scratch,
-        progress=progress,
-    )
+def _cropped(blocks: Iterable[Tensor], margin: int, size: tuple[int, int]) -> Iterator[Tensor]:
+    """Blocks of rows without a margin on all sides; (H', W') is the size of the rest."""
+    top = -margin
+    for block in blocks:
+        rows = block[:, max(-top, 0) : max(size[0] - top, 0), margin : margin + size[1]]
+        top += block.shape[1]
+        if rows.shape[1]:
+            yield rows
 
 
-def _resize(block: Tensor, size: tuple[int, int], emit: Emit) -> None:
-    _Resizer((block.shape[1], block.shape[2]), size, emit).add(block)
-
-
-class _Resizer:
-    """Resizes rows as they come, by Lanczos' filter of three lobes, wide enough not to alias where it makes smaller.
+def _resized(blocks: Iterable[Tensor], source: tuple[int, int], target: tuple[int, int]) -> Iterator[Tensor]:
+    """Rows (3, h, W) as they come, resized by Lanczos' filter of three lobes, wide enough not to alias.
 
     The result is the same as of the whole image: rows wait until those that their filter reads are there.
+
+    Args:
+        source, target: (H, W) of the image before and after.
     """
-
-    def __init__(self, source: tuple[int, int], target: tuple[int, int], emit: Emit) -> None:
-        self.source, self.target, self.emit = source, target, emit
-        self.step = source[0] / target[0]
-        self.reach = math.ceil(3 * max(1.0, self.step)) + 2
-        self.rows = torch.empty(3, 0, source[1])
-        self.first, self.done = 0, 0
-
-    def add(self, rows: Tensor) -> None:
-        if self.source == self.target:
-            self.emit(self.done, rows)
-            self.done += rows.shape[1]
-            return
-        self.rows = torch.cat([self.rows, rows.float()], dim=1)
-        there = self.first + self.rows.shape[1]
-        ready = self.target[0] if there == self.source[0] else math.floor((there - self.reach) / self.step)
-        if ready <= self.done:
-            return
-        self.emit(self.done, self._resized(ready))
-        self.done = ready
-        unneeded = max(math.floor(ready * self.step) - self.reach - self.first, 0)
-        self.rows = self.rows[:, unneeded:].clone()
-        self.first += unneeded
-
-    def _resized(self, ready: int) -> Tensor:
-        """Rows of the result from those that are done to `ready`."""
-        top, bottom = (row * self.step - self.first for row in (self.done, ready))
-        box = (0, max(top, 0), self.source[1], min(bottom, self.rows.shape[1]))
-        size = (self.target[1], ready - self.done)
-        planes = [Image.fromarray(plane.contiguous().numpy()) for plane in self.rows]
-        return torch.from_numpy(np.stack([np.asarray(p.resize(size, Image.Resampling.LANCZOS, box)) for p in planes]))
+    if source == target:
+        yield from blocks
+        return
+    step = source[0] / target[0]
+    reach = math.ceil(3 * max(1.0, step)) + 2
+    waiting, first, done = torch.empty(3, 0, source[1]), 0, 0  # the first row that waits, and rows of the result
+    for block in blocks:
+        waiting = torch.cat([waiting, block.float()], dim=1)
+        there = first + waiting.shape[1]
+        ready = target[0] if there == source[0] else math.floor((there - reach) / step)
+        if ready <= done:
+            continue
+        size = (target[1], ready - done)
+        box = (0, max(done * step - first, 0), source[1], min(ready * step - first, waiting.shape[1]))
+        planes = [Image.fromarray(plane.contiguous().numpy()) for plane in waiting]
+        yield torch.from_numpy(np.stack([np.asarray(p.resize(size, Image.Resampling.LANCZOS, box)) for p in planes]))
+        done = ready
+        unneeded = max(math.floor(ready * step) - reach - first, 0)
+        waiting = waiting[:, unneeded:].clone()
+        first += unneeded
 
 
 def upscale(
@@ -376,17 +320,18 @@ def upscale(
         >>> esc_arch.upscale(np.zeros((8, 12, 3), np.uint8), model).shape
         (16, 24, 3)
     """
-    upscaler = model if isinstance(model, Upscaler) else _kept(Path(model))
+    path = Path() if isinstance(model, Upscaler) else Path(model).absolute()
+    upscaler = model if isinstance(model, Upscaler) else _kept(path, path.stat().st_mtime_ns if path.exists() else 0)
     max_memory = parse_memory(max_memory) if isinstance(max_memory, str) else max_memory
     settings = Settings(scale=scale, tile=tile, max_memory=max_memory)
     if isinstance(image, Tensor):
         return _upscale_tensor(image, upscaler, settings)
     if isinstance(image, Image.Image):
-        pixels, icc, _ = pixels_of(image, image.info.get("icc_profile"))
-        enlarged = _enlarge(upscaler, pixels, settings)
+        found = decoded(image, Metadata(image.info.get("icc_profile")))
+        enlarged = _enlarge(upscaler, found.pixels, settings)
         result = Image.fromarray(enlarged[..., 0] if enlarged.shape[2] == 1 else enlarged)
-        if icc is not None:
-            result.info["icc_profile"] = icc
+        if found.metadata.icc is not None:
+            result.info["icc_profile"] = found.metadata.icc
         return result
     if not isinstance(image, np.ndarray):
         raise UserError(
@@ -404,17 +349,8 @@ def upscale(
 
 
 def _enlarge(upscaler: Upscaler, pixels: Pixels, settings: Settings) -> Pixels:
-    size = enlarged_size(upscaler, pixels, settings)
-    result = np.empty((*size, pixels.shape[2]), pixels.dtype)
-    row = 0
-
-    def write(rows: Pixels) -> None:
-        nonlocal row
-        result[row : row + len(rows)] = rows
-        row += len(rows)
-
-    enlarge_pixels(upscaler, pixels, write, settings)
-    return result
+    rows = enlarge_pixels(upscaler, pixels, settings)
+    return _collected(rows, enlarged_size(upscaler, pixels, settings), pixels.dtype)
 
 
 def _upscale_tensor(image: Tensor, upscaler: Upscaler, settings: Settings) -> Tensor:
@@ -432,19 +368,10 @@ def _upscale_tensor(image: Tensor, upscaler: Upscaler, settings: Settings) -> Te
         results = enlarge_many(upscaler, images, settings)
     else:
         results = [_enlarge(upscaler, each, settings) for each in images]
-    enlarged = torch.stack([torch.from_numpy(each) for each in results]).permute(0, 3, 1, 2).contiguous()
-    enlarged = enlarged.to(image.device, image.dtype)
+    enlarged = torch.from_numpy(np.stack(results)).permute(0, 3, 1, 2).contiguous().to(image.device, image.dtype)
     return enlarged[0] if image.dim() == 3 else enlarged
 
 
-def _kept(path: Path) -> Upscaler:
-    try:
-        changed = path.stat().st_mtime_ns
-    except OSError:
-        changed = 0
-    return _loaded(path.absolute(), changed)
-
-
 @lru_cache(maxsize=KEPT_NETWORKS)
-def _loaded(path: Path, _changed: int) -> Upscaler:
+def _kept(path: Path, _changed: int) -> Upscaler:
     return load(path)

@@ -1,1 +1,1 @@
-"""Videos: decoded, enlarged picture by picture, and encoded with what else is in the file."""
+"""Videos: decoded, enlarged frame by frame, and encoded with what else is in the file."""

@@ -18,7 +18,7 @@ from esc_arch.errors import UserError
 from .frames import FULL, LIMITED, RGB, Coding, depth_of, exact, guessed_matrix, import_av, is_rgb, side_data_of
 from .segments import Packet
 
-__all__ = ["CONTAINERS", "Encoder", "VideoSpec", "check_spec", "container_format", "scheduling_kept", "video_spec"]
+__all__ = ["CONTAINERS", "Encoder", "VideoSpec", "container_format", "scheduling_kept", "video_spec"]
 
 #: The threads of this process, on Linux.
 _TASKS = Path("/proc/self/task")
@@ -220,7 +220,8 @@ def video_spec(
     """How a video is written whose first frame this is, and whose frames become so large (H, W).
 
     Raises:
-        UserError: an invalid choice of codec, crf or pixel_format, which are those of `upscale_video`.
+        UserError: an invalid choice of codec, crf or pixel_format, which are those of `upscale_video`; the encoder
+            cannot be opened, or the target's container does not hold what it makes.
     """
     encoder = choose_codec(codec, target)
     chosen = choose_pixel_format(pixel_format, encoder, frame.format)
@@ -229,9 +230,13 @@ def video_spec(
     matrix = source.matrix if source.matrix != RGB else guessed_matrix(height, width)
     if rgb := is_rgb(video_format):
         matrix = RGB
-    time_base = exact(stream.time_base)
+    time_base, display_matrix = exact(stream.time_base), None
     assert time_base is not None
-    return VideoSpec(
+    for data in side_data_of(frame):
+        if data.type.name == "DISPLAYMATRIX":  # without the shift, which depends on the size
+            numbers = struct.unpack("=9i", bytes(data))
+            display_matrix = (*numbers[:6], 0, 0, numbers[8])
+    spec = VideoSpec(
         codec=encoder,
         options=quality_options(encoder, crf),
         pixel_format=chosen,
@@ -243,22 +248,15 @@ def video_spec(
         time_base=time_base,
         rate=exact(stream.average_rate) or exact(stream.guessed_rate) or USUAL_RATE,
         aspect=exact(stream.sample_aspect_ratio),
-        display_matrix=_display_matrix(frame),
+        display_matrix=display_matrix,
         tag="hvc1" if encoder == "libx265" and container_format(target) in ("mp4", "mov") else None,
     )
+    _check(spec, target)
+    return spec
 
 
-def _display_matrix(frame: Any) -> tuple[int, ...] | None:
-    """How the frame is to be turned and mirrored, without the shift, which depends on its size."""
-    for data in side_data_of(frame):
-        if data.type.name == "DISPLAYMATRIX":
-            numbers = struct.unpack("=9i", bytes(data))
-            return (*numbers[:6], 0, 0, numbers[8])
-    return None
-
-
-def check_spec(spec: VideoSpec, target: Path) -> None:
-    """Raise UserError if the encoder cannot be opened, or the target's container does not hold what it makes."""
+def _check(spec: VideoSpec, target: Path) -> None:
+    """Open the encoder once, and write the beginning of a file."""
     av = import_av()
     if spec.codec == "libsvtav1":
         os.environ.setdefault("SVT_LOG", "1")  # errors alone: it prints 20 lines for each segment
@@ -296,7 +294,7 @@ def scheduling_kept() -> Iterator[None]:
 
 
 class Encoder:
-    """Encodes one segment by a spec that `check_spec` has seen.
+    """Encodes one segment.
 
     The encoder sees an even rate: some take no fine units, and all would spend bits by how long a frame is shown.
     """

@@ -48,7 +48,11 @@ def join(folder: WorkFolder, spec: VideoSpec, source: Path, video: int, start: i
         import_av().open(str(path), "w", format=container, container_options=options) as new,
     ):
         new.metadata.update(_kept_metadata(old.metadata))
-        new.set_chapters([_moved_chapter(chapter, start) for chapter in old.chapters()])
+        chapters = old.chapters()
+        for chapter in chapters:
+            shift = round(Fraction(start, MICROSECONDS) / chapter["time_base"])
+            chapter.update(start=chapter["start"] - shift, end=chapter["end"] - shift)
+        new.set_chapters(chapters)
         stream = spec.add_to(new)
         _label(stream, old.streams[video])
         others = [each for each in old.streams if each.index != video and _is_held(each, container, target)]
@@ -108,11 +112,6 @@ def _kept_metadata(metadata: Mapping[str, str]) -> dict[str, str]:
         for key, value in metadata.items()
         if key.lower().partition("-")[0] not in STALE and not key.lower().startswith(("number_of_", "_statistics"))
     }
-
-
-def _moved_chapter(chapter: Mapping[str, Any], start: int) -> dict[str, Any]:
-    shift = round(Fraction(start, MICROSECONDS) / chapter["time_base"])
-    return {**chapter, "start": chapter["start"] - shift, "end": chapter["end"] - shift}
 
 
 def _video_packets(folder: WorkFolder, spec: VideoSpec, stream: Any) -> Iterator[Any]:

@@ -41,6 +41,11 @@ class Batch(NamedTuple):
     durations: list[int | None]
     planes: Planes
 
+    @classmethod
+    def of(cls, frames: list[tuple[int, int | None, Planes]]) -> Batch:
+        times, durations, planes = zip(*frames, strict=True)
+        return cls(list(times), list(durations), np.stack(planes))
+
 
 class VideoReader:
     """The frames of a video stream, as many as can be decoded. Make one with `open_video`.
@@ -86,16 +91,15 @@ class VideoReader:
         """
         waiting: list[tuple[int, int | None, Planes]] = []
         number = 0
-        for frame in chain([self.first], self._frames):
-            number += 1
+        for number, frame in enumerate(chain([self.first], self._frames), 1):
             if number > done:
                 self._note_losses(frame)
                 waiting.append((frame.pts, frame.duration or None, self.planes(frame)))
             if waiting and (len(waiting) == batch or number % length == 0):
-                yield _batch_of(waiting)
+                yield Batch.of(waiting)
                 waiting = []
         if waiting:
-            yield _batch_of(waiting)
+            yield Batch.of(waiting)
         self._note_faults(number)
 
     def _in_order(self) -> Iterator[Any]:
@@ -162,11 +166,6 @@ class VideoReader:
             self._note(f"the file is cut off at {self._end:.2f} of {expected:.2f} seconds; {rest}")
         if self._faults:
             self._note(f"{self._faults} places are damaged; {rest}")
-
-
-def _batch_of(waiting: list[tuple[int, int | None, Planes]]) -> Batch:
-    times, durations, planes = zip(*waiting, strict=True)
-    return Batch(list(times), list(durations), np.stack(planes))
 
 
 @contextmanager

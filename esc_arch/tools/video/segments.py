@@ -16,7 +16,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
 
-from esc_arch.atomic_io import write_atomically
+from esc_arch.atomic_io import locked, write_atomically
 from esc_arch.errors import UserError
 
 __all__ = ["Packet", "WorkFolder", "decoding_times", "read_segment", "write_segment"]
@@ -89,8 +89,8 @@ class WorkFolder:
             UserError: another process is at the same target.
         """
         path = target.with_name(f".{target.name}.partial")
-        path.mkdir(exist_ok=True)
-        with _locked(path / LOCK, target):
+        busy = f"Another process is writing {target}. Wait for it, or choose another name."
+        with locked(path, LOCK, busy):
             try:
                 earlier = json.loads((path / MANIFEST).read_bytes())
             except (FileNotFoundError, ValueError):
@@ -98,7 +98,12 @@ class WorkFolder:
             folder = cls(path, earlier.get("segment", length))
             changed = [key for key in settings if earlier.get(key) != settings[key]]
             if not changed:
-                folder._find()
+                while (segment := folder._next_file()).is_file():  # up to the first that is missing
+                    packets = read_segment(segment)
+                    if packets is None:
+                        logger.warning("%s is damaged: its frames, and those behind, are made again.", segment)
+                        break
+                    folder.add(packets, written=True)
             elif earlier:
                 logger.warning("%s: an earlier run had another %s; starting over.", target, ", ".join(changed))
             for each in path.iterdir():
@@ -109,27 +114,16 @@ class WorkFolder:
                 write_atomically(path / MANIFEST, json.dumps({**settings, "segment": length}).encode())
             yield folder
 
-    def _find(self) -> None:
-        """Take the whole segments up to the first that is missing."""
-        while (path := self._next_file()).is_file():
-            packets = read_segment(path)
-            if packets is None:
-                logger.warning("%s is damaged: its frames, and those behind, are made again.", path)
-                break
-            self._take(path, packets)
-
-    def add(self, packets: Sequence[Packet]) -> None:
-        """Keep the next segment."""
+    def add(self, packets: Sequence[Packet], *, written: bool = False) -> None:
+        """Keep the next segment, which may be `written` already."""
         path = self._next_file()
-        write_segment(path, packets)
-        self._take(path, packets)
+        if not written:
+            write_segment(path, packets)
+        self._files.append(path)
+        self.shown += [packet.pts for packet in packets]
 
     def _next_file(self) -> Path:
         return self.path / f"{len(self._files):06}.segment"
-
-    def _take(self, path: Path, packets: Sequence[Packet]) -> None:
-        self._files.append(path)
-        self.shown += [packet.pts for packet in packets]
 
     def packets(self) -> Iterator[Packet]:
         """All packets, in the order of decoding.
@@ -146,20 +140,6 @@ class WorkFolder:
     def remove(self) -> None:
         """Remove it with all that is in it."""
         shutil.rmtree(self.path)
-
-
-@contextmanager
-def _locked(path: Path, target: Path) -> Iterator[None]:
-    with open(path, "ab") as file:
-        try:
-            import fcntl
-
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise UserError(f"Another process is writing {target}. Wait for it, or choose another name.") from error
-        except (ImportError, OSError):
-            pass  # Windows, or a network file system without locks
-        yield
 
 
 def decoding_times(shown: Sequence[int]) -> list[int]:

@@ -7,6 +7,7 @@ import logging
 from collections.abc import Callable, Iterable
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -15,10 +16,12 @@ from torch import Tensor
 from esc_arch.atomic_io import writing_to
 from esc_arch.errors import UserError
 from esc_arch.ops.resize import scaled_size
-from esc_arch.tools.upscale.memory import is_out_of_memory, peak_of
+from esc_arch.tools.upscale import large_images
+from esc_arch.tools.upscale.memory import is_out_of_memory, release
 from esc_arch.tools.upscale.network import Upscaler
+from esc_arch.tools.upscale.upscaling import Settings
 
-from .encoding import CONTAINERS, Encoder, VideoSpec, check_spec, container_format, video_spec
+from .encoding import CONTAINERS, Encoder, VideoSpec, container_format, video_spec
 from .frames import Coding, Planes, frame_of, import_av
 from .muxing import join
 from .reading import Batch, VideoReader, open_video
@@ -40,8 +43,6 @@ RESULT_SUFFIXES = {
 }
 #: Frames in a segment, which an interruption costs at most; each begins with a key frame.
 SEGMENT = {"cpu": 48, "cuda": 120}
-#: The most frames that run together, and the share of a GPU's free memory that they may take.
-LARGEST_BATCH, SHARE = 8, 0.7
 
 
 def upscale_video(
@@ -67,7 +68,7 @@ def upscale_video(
         source: any container, codec and pixel format that FFmpeg reads.
         target: .mp4, .m4v, .mov, .mkv or .webm.
         scale: by how much; None for the network's own. Of a network that has one scale alone, the result is resized.
-        batch: frames that run together; None for 1 on a CPU, and for what fits, up to 8, on a GPU.
+        batch: frames that run together; None for 1 on a CPU, and on a GPU for up to 16 small ones.
         overwrite: replace a target that is there.
         codec: an encoder of FFmpeg's; auto: libx264, for .webm libvpx-vp9, or another where this is not there.
         crf: quality, 0 is best; None for the encoder's default here, 17 for libx264. Some encoders have none.
@@ -81,13 +82,12 @@ def upscale_video(
     """
     import_av()
     source, target = Path(source), Path(target)
-    _check(source, target, scale, batch, overwrite)
+    _check(source, target, batch, overwrite)
     report = progress or (lambda part: None)
-    asked = scale if upscaler.any_scale and scale is not None and scale >= 1 else None
+    asked = Settings(scale=scale).asked(upscaler)
     with open_video(source) as video:
         size = scaled_size((video.first.height, video.first.width), upscaler.scale if scale is None else scale)
         spec = video_spec(video.first, video.stream, target, size, codec=codec, crf=crf, pixel_format=pixel_format)
-        check_spec(spec, target)
         if (spec.height, spec.width) != size:
             logger.warning(
                 "%s: %s has no odd sizes; the last row or column is repeated: %d x %d becomes %d x %d.",
@@ -112,12 +112,10 @@ def upscale_video(
     report(1.0)
 
 
-def _check(source: Path, target: Path, scale: float | None, batch: int | None, overwrite: bool) -> None:
+def _check(source: Path, target: Path, batch: int | None, overwrite: bool) -> None:
     container_format(target)
     if not source.is_file():
         raise UserError(f"{source}: no such file. Give a video file.")
-    if scale is not None and not 0 < scale < float("inf"):
-        raise UserError(f"scale: {scale:g} given; it must be a number above 0.")
     if batch is not None and batch < 1:
         raise UserError(f"batch: {batch} given; it must be a number of frames, 1 or more.")
     if target.exists() and target.resolve() == source.resolve():
@@ -157,7 +155,9 @@ def _run(
             if len(encoders[0].shown) == folder.length:
                 folder.add(encoders.pop().finish())
 
-    batch = batch or network.batch(video.planes(video.first))
+    if batch is None:
+        height, width = video.first.height, video.first.width
+        batch = 1 if network.max_memory is not None else network.upscaler.batch_size(height, width)
     overlapped(video.batches(done, batch, folder.length), compute, write)
     if encoders:
         folder.add(encoders.pop().finish())
@@ -173,58 +173,26 @@ class _Network:
         self.scale, self.max_memory = scale, max_memory
         self.in_parts = False
 
-    def batch(self, planes: Planes) -> int:
-        """How many frames like this (3, H, W) are to run together."""
-        device = self.upscaler.device
-        if device.type != "cuda" or self.max_memory is not None:
-            return 1
-        rgb = self._rgb(planes[None])
-        try:
-            self.upscaler(rgb, self.scale)  # libraries choose their algorithms, which takes memory of its own
-            each = peak_of(lambda: self.upscaler(rgb, self.scale), device)
-        except Exception as error:
-            if not is_out_of_memory(error):
-                raise
-            return 1
-        free, _ = torch.cuda.mem_get_info(device)
-        return max(1, min(LARGEST_BATCH, int(SHARE * free) // max(each, 1)))
-
     def __call__(self, planes: Planes) -> Planes:
         """(B, 3, H, W) to (B, 3, H', W'). Where memory runs out, in smaller batches, and then in parts of a frame."""
+        rgb = _tensor(planes)
         if self.max_memory is None and not self.in_parts:
             try:
-                return self._samples(self.upscaler(self._rgb(planes), self.scale))
+                return self._samples(self.upscaler(self.source.to_rgb(rgb.to(self.upscaler.device)), self.scale))
             except Exception as error:
                 if not is_out_of_memory(error):
                     raise
-            # Behind the exception, whose frames hold tensors
-            if self.upscaler.device.type == "cuda":
-                torch.cuda.empty_cache()
+            release(self.upscaler.device)  # after the exception, whose frames hold tensors
             if len(planes) > 1:
                 logger.warning("Memory ran out for %d frames together: they are run in two halves.", len(planes))
                 middle = len(planes) // 2
                 return np.concatenate([self(planes[:middle]), self(planes[middle:])])
             logger.warning("Memory ran out for a frame as a whole: frames are run in parts, with the same result.")
             self.in_parts = True
-        return np.stack([self._parts(each) for each in planes])
-
-    def _parts(self, planes: Planes) -> Planes:
-        from esc_arch.tools.upscale.large_images import enlarge, enlarge_exactly
-
-        height, width = planes.shape[1:]
-        out = np.empty((3, *self.upscaler.output_size(height, width, self.scale)), self.result.dtype)
-
-        def write(top: int, left: int, block: Tensor) -> None:
-            rows, columns = block.shape[1:]
-            out[:, top : top + rows, left : left + columns] = self._samples(block)
-
-        image = np.ascontiguousarray(self.source.to_rgb(_tensor(planes)).permute(1, 2, 0).numpy())
-        run = enlarge_exactly if self.in_parts else enlarge
-        run(self.upscaler, image, write, scale=self.scale, max_memory=self.max_memory)
-        return out
-
-    def _rgb(self, planes: Planes) -> Tensor:
-        return self.source.to_rgb(_tensor(planes).to(self.upscaler.device))
+        options: dict[str, Any] = {"scale": self.scale, "max_memory": self.max_memory, "at_once": not self.in_parts}
+        frames = [np.ascontiguousarray(each.permute(1, 2, 0).numpy()) for each in self.source.to_rgb(rgb)]
+        parts = [map(self._samples, large_images.enlarge(self.upscaler, frame, **options)) for frame in frames]
+        return np.stack([np.concatenate(list(rows), axis=1) for rows in parts])
 
     def _samples(self, rgb: Tensor) -> Planes:
         return self.result.from_rgb(rgb).cpu().numpy().astype(self.result.dtype, copy=False)

@@ -406,7 +406,7 @@ def test_cards_of_networks_that_weights_do_not_say_all_of(tmp_path: Path) -> Non
     published = publish(path, tmp_path / "assumed", INFO, onnx=False)
     assert any(note.startswith("Assumed: RIB's weights do not depend on window_size: 64") for note in published.notes)
     published = publish(path, tmp_path / "given", INFO, onnx=False, window_size=4)
-    assert esc_arch.load(published.folder / "2x-Sharp-Eyes.safetensors", device="cpu").window == 4
+    assert esc_arch.load(published.folder / "2x-Sharp-Eyes.safetensors", device="cpu").net.window_size == 4
 
 
 # --- what is refused ------------------------------------------------------------------------------------------------

@@ -5,7 +5,6 @@ from __future__ import annotations
 import errno
 import logging
 import tempfile
-from collections.abc import Callable
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -13,7 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from inference_networks import Canvas, picture, plain, upscaler_of
+from inference_networks import joined, picture, plain, upscaler_of
 from networks import max_error, needs_cuda
 from torch import Tensor
 
@@ -22,7 +21,7 @@ from esc_arch.archs.heads import Region
 from esc_arch.errors import UserError
 from esc_arch.tools.upscale import feature_maps, planning
 from esc_arch.tools.upscale.feature_maps import FeatureMap, FeatureMapInFile
-from esc_arch.tools.upscale.large_images import enlarge, enlarge_exactly
+from esc_arch.tools.upscale.large_images import enlarge
 from esc_arch.tools.upscale.memory import format_memory, is_out_of_memory, parse_memory, peak_of, resident
 from esc_arch.tools.upscale.network import Upscaler
 from esc_arch.tools.upscale.planning import costs_of, plan_for, whole
@@ -35,10 +34,8 @@ SMALL_TILES = {"tile": 8, "head_tile": 5}
 
 def in_parts(upscaler: Upscaler, image: np.ndarray, plan: Plan, scale: float | None = None, **options: Any) -> Tensor:
     size = upscaler.output_size(*image.shape[:2], scale)
-    canvas = Canvas(*size)
-    padded = PaddedImage(image, upscaler.window, upscaler.net.unshuffle_factor)
-    TiledExecutor(upscaler, padded, size, plan, **options).run(canvas)
-    return canvas.finished()
+    padded = PaddedImage(image, upscaler.net.window_size, upscaler.net.unshuffle_factor)
+    return joined(TiledExecutor(upscaler, padded, size, plan, **options).run(), size)
 
 
 REAL_M = [
@@ -188,9 +185,8 @@ def test_parts_on_a_gpu(kind: str) -> None:
 def test_plan_on_a_gpu() -> None:
     upscaler = upscaler_of("ESC", device="cuda")
     image = picture(45, 27)
-    canvas = Canvas(180, 108)
-    enlarge_exactly(upscaler, image, canvas, max_memory=resident() + 2**30)
-    assert max_error(canvas.finished(), plain(upscaler, image)) < 1e-4
+    parts = joined(enlarge(upscaler, image, max_memory=resident() + 2**30, at_once=False), (180, 108))
+    assert max_error(parts, plain(upscaler, image)) < 1e-4
 
 
 def test_device_memory_that_runs_out_makes_smaller_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -232,7 +228,7 @@ def planned(upscaler: Upscaler, height: int, width: int, budget: float, monkeypa
     monkeypatch.setattr(planning, "resident", lambda: 0)
     image = np.broadcast_to(np.zeros((1, 1, 3), np.uint8), (height, width, 3))
     size = upscaler.output_size(height, width)
-    return plan_for(upscaler, PaddedImage(image, upscaler.window), size, None, int(budget))
+    return plan_for(upscaler, PaddedImage(image, upscaler.net.window_size), size, None, int(budget))
 
 
 def test_tiles_grow_with_the_budget(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -289,14 +285,14 @@ def test_too_little_memory_names_the_least(monkeypatch: pytest.MonkeyPatch) -> N
     with pytest.raises(
         UserError, match=r"There is too little memory: trial.pth needs .* may take 0.7K of what is free"
     ):
-        enlarge_exactly(upscaler, picture(9, 9), Canvas(36, 36))
+        list(enlarge(upscaler, picture(9, 9), at_once=False))
 
 
 def test_the_process_counts(monkeypatch: pytest.MonkeyPatch) -> None:
     upscaler = upscaler_of("ESC")
     monkeypatch.setattr(planning, "resident", lambda: 2**30)
     with pytest.raises(UserError, match=r"max_memory: 512M given; .* of which the program takes 1\.0G already"):
-        enlarge_exactly(upscaler, picture(9, 9), Canvas(36, 36), max_memory=2**29)
+        list(enlarge(upscaler, picture(9, 9), max_memory=2**29))
 
 
 def test_peak_counts_what_lives_together() -> None:
@@ -318,21 +314,18 @@ def test_what_fits_is_computed_at_once() -> None:
     upscaler = upscaler_of("ESC", upscaling_factor=2)
     image = picture(30, 20)
     told: list[float] = []
-    canvas = Canvas(60, 40)
-    enlarge(upscaler, image, canvas, progress=told.append)
-    assert canvas.blocks == [(0, 0, 60, 40)]
+    (enlarged,) = enlarge(upscaler, image, progress=told.append)
     assert told[-1] == 1
-    assert torch.equal(canvas.finished(), plain(upscaler, image))
+    assert torch.equal(enlarged, plain(upscaler, image))
 
 
 def test_what_does_not_fit_is_computed_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
     upscaler = upscaler_of("ESC", upscaling_factor=2)
     image = picture(230, 190)
     monkeypatch.setattr(planning, "resident", lambda: 0)
-    canvas = Canvas(460, 380)
-    enlarge(upscaler, image, canvas, max_memory=int(costs_of(upscaler, None).whole.of(230 * 190) / 4))
-    assert len(canvas.blocks) > 1
-    assert max_error(canvas.finished(), plain(upscaler, image)) < 1e-5
+    blocks = list(enlarge(upscaler, image, max_memory=int(costs_of(upscaler, None).whole.of(230 * 190) / 4)))
+    assert len(blocks) > 1
+    assert max_error(joined(blocks, (460, 380)), plain(upscaler, image)) < 1e-5
 
 
 @pytest.mark.parametrize(
@@ -352,10 +345,9 @@ def test_memory_that_runs_out_is_answered_by_parts(
     expected = plain(upscaler, image)
     assert costs_of(upscaler, None)  # which calls the network as a whole too
     fail_at_once(monkeypatch, error)
-    canvas = Canvas(60, 40)
     with caplog.at_level(logging.WARNING, "esc_arch"):
-        enlarge(upscaler, image, canvas)
-    assert max_error(canvas.finished(), expected) < 1e-5
+        parts = joined(enlarge(upscaler, image), (60, 40))
+    assert max_error(parts, expected) < 1e-5
     (warning,) = caplog.messages
     assert warning == (
         "Memory ran out for the image of 20 x 30 pixels as a whole: it is computed in parts, with the same result."
@@ -367,7 +359,7 @@ def test_other_failures_are_not_hidden(monkeypatch: pytest.MonkeyPatch) -> None:
     assert costs_of(upscaler, None)
     fail_at_once(monkeypatch, RuntimeError("mat1 and mat2 shapes cannot be multiplied"))
     with pytest.raises(RuntimeError, match="mat1"):
-        enlarge(upscaler, picture(8, 8), Canvas(32, 32))
+        list(enlarge(upscaler, picture(8, 8)))
 
 
 def fail_at_once(monkeypatch: pytest.MonkeyPatch, error: Exception) -> None:
@@ -395,35 +387,35 @@ def test_tile_bounds_the_parts(kind: str, tile: int, largest: int, monkeypatch: 
     plans: list[Plan] = []
     run = TiledExecutor.run
     assert costs_of(upscaler, None)  # which is measured by one too
-    monkeypatch.setattr(TiledExecutor, "run", lambda self, write: plans.append(self.plan) or run(self, write))
-    canvas = Canvas(90, 120)
-    enlarge(upscaler, image, canvas, tile=tile)
-    assert max_error(canvas.finished(), plain(upscaler, image)) < 1e-5
+    monkeypatch.setattr(TiledExecutor, "run", lambda self: plans.append(self.plan) or run(self))
+    parts = joined(enlarge(upscaler, image, tile=tile), (90, 120))
+    assert max_error(parts, plain(upscaler, image)) < 1e-5
     unshuffle = 2 if kind == "ESCRealM" else 1
     assert [(plan.tile, plan.head_tile) for plan in plans] == [(largest // unshuffle, largest // unshuffle)]
-    enlarge(upscaler, image[:9, :9], Canvas(18, 18), tile=tile)
+    joined(enlarge(upscaler, image[:9, :9], tile=tile), (18, 18))
     assert len(plans) == 1
 
 
-@pytest.mark.parametrize("function", [enlarge, enlarge_exactly])
-def test_a_scale_that_is_not_there(function: Callable[..., None]) -> None:
+def test_a_scale_that_is_not_there() -> None:
     with pytest.raises(UserError, match=r"trial\.pth enlarges by 4, not by 3"):
-        function(upscaler_of("ESC"), picture(9, 9), Canvas(27, 27), scale=3)
+        list(enlarge(upscaler_of("ESC"), picture(9, 9), scale=3))
 
 
 @pytest.mark.parametrize("image", [np.zeros((5, 5), np.uint8), np.zeros((5, 5, 4), np.uint8), np.zeros((5, 5, 3), int)])
 def test_what_is_no_picture(image: np.ndarray) -> None:
     with pytest.raises(UserError, match=r"must be \(height, width, 3\), RGB, of uint8, uint16, float32"):
-        enlarge_exactly(upscaler_of("ESC"), image, Canvas(20, 20))
+        list(enlarge(upscaler_of("ESC"), image))
 
 
 # --- temporary files ------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
-@pytest.mark.parametrize("kind", [FeatureMap, FeatureMapInFile])
-def test_maps_give_back_what_they_got(kind: type[FeatureMap], dtype: torch.dtype) -> None:
-    stored, x = kind(3, (5, 7), dtype), torch.randn(1, 3, 5, 7)
+@pytest.mark.parametrize("in_file", [False, True])
+def test_maps_give_back_what_they_got(in_file: bool, dtype: torch.dtype, tmp_path: Path) -> None:
+    options: dict[str, Any] = {"folder": tmp_path, "needed": 0}
+    stored = FeatureMapInFile(3, (5, 7), dtype, **options) if in_file else FeatureMap(3, (5, 7), dtype)
+    x = torch.randn(1, 3, 5, 7)
     device = torch.device("cpu")
     for region in (Region(0, 0, 5, 7), Region(1, 0, 3, 7), Region(2, 3, 5, 6)):
         stored.write(region, region.crop(x, Region(0, 0, 5, 7)))

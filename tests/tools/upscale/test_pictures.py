@@ -20,8 +20,8 @@ from skimage.data import astronaut, chelsea
 
 from esc_arch.errors import UserError
 from esc_arch.tools.upscale import image_reader, image_writer
-from esc_arch.tools.upscale.image_reader import DecodedImage, read_picture
-from esc_arch.tools.upscale.image_writer import LARGEST_SIDE, BackgroundWriter, encode_spec, write_image
+from esc_arch.tools.upscale.image_reader import DecodedImage, read_image
+from esc_arch.tools.upscale.image_writer import LARGEST_SIDE, encode_spec, write_image
 from esc_arch.tools.upscale.metadata import Exif, Metadata, parse_exif
 
 PHOTOGRAPH = astronaut()[30:130, 150:290]
@@ -77,7 +77,7 @@ def as_written(path: Path, image: DecodedImage, **options: Any) -> DecodedImage:
     """The image itself written to a file and read again."""
     rows = (image.pixels[top : top + 37] for top in range(0, len(image.pixels), 37))
     write_image(path, encode_spec(path, image, image.pixels.shape[:2], **options), rows)
-    return read_picture(path)
+    return read_image(path)
 
 
 @pytest.mark.parametrize("suffix", [".png", ".tif"])
@@ -192,7 +192,7 @@ def test_what_viewers_show_is_the_same_for_every_orientation(tmp_path: Path, kin
     store(path, PHOTOGRAPH, orientation)
     with Image.open(path) as image:
         shown = np.asarray(ImageOps.exif_transpose(image))
-    picture = read_picture(path)
+    picture = read_image(path)
     np.testing.assert_array_equal(picture.pixels, shown)
     again = tmp_path / f"again{SUFFIXES[kind]}"
     as_written(again, picture)
@@ -214,7 +214,7 @@ def test_what_viewers_show_is_the_same_for_every_orientation(tmp_path: Path, kin
 def test_camera_data_pass_from_format_to_format(tmp_path: Path, source: str, to: str) -> None:
     path = tmp_path / f"a{SUFFIXES[source]}"
     store(path, PHOTOGRAPH)
-    as_written(tmp_path / f"b{SUFFIXES[to]}", read_picture(path))
+    as_written(tmp_path / f"b{SUFFIXES[to]}", read_image(path))
     with Image.open(tmp_path / f"b{SUFFIXES[to]}") as image:
         assert image.getexif()[0x010F] == "Maker"
         assert image.getexif().get_ifd(0x8769)[0x829A] == 1 / 250
@@ -229,7 +229,7 @@ def test_16_bits_are_turned_alike(tmp_path: Path, suffix: str, orientation: int)
     plain = Image.fromarray((pixels[..., 0] // 257).astype(np.uint8))
     plain.getexif()[0x0112] = orientation
     shown = np.asarray(ImageOps.exif_transpose(plain))
-    np.testing.assert_array_equal(read_picture(path).pixels[..., 0] // 257, shown)
+    np.testing.assert_array_equal(read_image(path).pixels[..., 0] // 257, shown)
 
 
 @pytest.mark.parametrize("suffix", [".jpg", ".tif"])
@@ -260,7 +260,7 @@ def test_camera_data_keep_types_and_texts(tmp_path: Path, order: str, suffix: st
 def test_damaged_camera_data_are_left_out_with_a_note(tmp_path: Path, data: bytes, message: str) -> None:
     path = tmp_path / "picture.png"
     Image.fromarray(PHOTOGRAPH).save(path, exif=data)
-    picture = read_picture(path)
+    picture = read_image(path)
     assert picture.metadata.exif is None
     assert re.search(f"EXIF data are damaged .*{message}.* left out", picture.notes[0])
     np.testing.assert_array_equal(picture.pixels, PHOTOGRAPH)
@@ -284,7 +284,7 @@ def test_camera_data_too_long_for_jpeg(tmp_path: Path) -> None:
 @pytest.mark.parametrize("source", [".png", ".jpg", ".tif", ".bmp"])
 def test_the_resolution_is_kept(tmp_path: Path, source: str, to: str) -> None:
     Image.fromarray(PHOTOGRAPH).save(tmp_path / f"in{source}", dpi=(300, 150))
-    as_written(tmp_path / f"out{to}", read_picture(tmp_path / f"in{source}"))
+    as_written(tmp_path / f"out{to}", read_image(tmp_path / f"in{source}"))
     with Image.open(tmp_path / f"out{to}") as image:
         assert image.info["dpi"] == pytest.approx((300, 150), abs=0.02)
 
@@ -296,7 +296,7 @@ def test_how_a_png_says_its_colours_is_kept(tmp_path: Path) -> None:
     data = stored.getvalue()
     path = tmp_path / "linear.png"
     path.write_bytes(data[:33] + struct.pack(">I", 4) + chunk + struct.pack(">I", zlib.crc32(chunk)) + data[33:])
-    again = as_written(tmp_path / "again.png", read_picture(path))
+    again = as_written(tmp_path / "again.png", read_image(path))
     assert again.metadata.png_colour == ((b"gAMA", struct.pack(">I", 100000)),)
     with Image.open(tmp_path / "again.png") as image:
         assert image.info["gamma"] == 1.0
@@ -322,7 +322,7 @@ def test_other_kinds_of_pixels(tmp_path: Path, image: Image.Image, mode: str) ->
     image.save(tmp_path / "picture.png")
     with Image.open(tmp_path / "picture.png") as stored:
         expected = np.asarray(stored.convert(mode))
-    np.testing.assert_array_equal(read_picture(tmp_path / "picture.png").pixels.squeeze(), expected)
+    np.testing.assert_array_equal(read_image(tmp_path / "picture.png").pixels.squeeze(), expected)
 
 
 @pytest.mark.parametrize("kind", ["grey", "RGB"])
@@ -338,7 +338,7 @@ def test_a_colour_that_means_transparent(tmp_path: Path, kind: str, depth: int) 
     place = data.index(b"IDAT") - 4
     length = struct.pack(">I", len(chunk) - 4)
     path.write_bytes(data[:place] + length + chunk + struct.pack(">I", zlib.crc32(chunk)) + data[place:])
-    found = read_picture(path).pixels
+    found = read_image(path).pixels
     np.testing.assert_array_equal(found[..., :-1], pixels)
     np.testing.assert_array_equal(found[..., -1] == 0, (pixels == key).all(axis=2))
 
@@ -347,7 +347,7 @@ def test_cmyk_by_its_profile(tmp_path: Path) -> None:
     # No profile of CMYK comes with Pillow; one of another space is none that can be used
     image = Image.fromarray(PHOTOGRAPH).convert("CMYK")
     image.save(tmp_path / "cmyk.tif", icc_profile=LAB)
-    picture = read_picture(tmp_path / "cmyk.tif")
+    picture = read_image(tmp_path / "cmyk.tif")
     np.testing.assert_array_equal(picture.pixels, np.asarray(image.convert("RGB")))
     assert picture.metadata.icc is None
     assert "CMYK was converted to sRGB by a plain formula" in picture.notes[0]
@@ -359,7 +359,7 @@ def test_lab_by_its_definition(tmp_path: Path) -> None:
     )
     assert lab is not None
     lab.save(tmp_path / "lab.tif")
-    picture = read_picture(tmp_path / "lab.tif")
+    picture = read_image(tmp_path / "lab.tif")
     assert np.abs(picture.pixels.astype(int) - PHOTOGRAPH).max() < 12
     assert picture.notes == ("Lab was converted to sRGB",)
 
@@ -368,13 +368,13 @@ def test_tiffs_of_other_programs(tmp_path: Path) -> None:
     pixels, path = deep(PHOTOGRAPH), tmp_path / "other.tif"
     for options in ({}, {"compression": "zlib", "predictor": True}, {"byteorder": ">"}, {"bigtiff": True}):
         tifffile.imwrite(path, pixels, photometric="rgb", **options)
-        np.testing.assert_array_equal(read_picture(path).pixels, pixels)
+        np.testing.assert_array_equal(read_image(path).pixels, pixels)
     tifffile.imwrite(path, pixels.transpose(2, 0, 1), photometric="rgb", planarconfig="separate")
-    np.testing.assert_array_equal(read_picture(path).pixels, pixels)
+    np.testing.assert_array_equal(read_image(path).pixels, pixels)
     tifffile.imwrite(path, pixels[..., 0], photometric="miniswhite")
-    np.testing.assert_array_equal(read_picture(path).pixels[..., 0], 65535 - pixels[..., 0])
+    np.testing.assert_array_equal(read_image(path).pixels[..., 0], 65535 - pixels[..., 0])
     cv2.imwrite(str(path), pixels[..., ::-1])  # LZW
-    np.testing.assert_array_equal(read_picture(path).pixels, pixels)
+    np.testing.assert_array_equal(read_image(path).pixels, pixels)
 
 
 def test_colours_multiplied_by_alpha_are_divided(tmp_path: Path) -> None:
@@ -382,7 +382,7 @@ def test_colours_multiplied_by_alpha_are_divided(tmp_path: Path) -> None:
     alpha = pixels[..., 3:] / 65535
     stored = np.dstack([np.round(pixels[..., :3] * alpha), pixels[..., 3]]).astype(np.uint16)
     tifffile.imwrite(tmp_path / "a.tif", stored, photometric="rgb", extrasamples=["assocalpha"])
-    found = read_picture(tmp_path / "a.tif").pixels
+    found = read_image(tmp_path / "a.tif").pixels
     seen = alpha[..., 0] > 0.5
     assert np.abs(found.astype(int) - pixels)[seen].max() <= 1
     assert (found[:, 0] == 0).all()
@@ -395,14 +395,14 @@ def test_telephones_pictures_of_two_are_the_first(tmp_path: Path) -> None:
     with Image.open(tmp_path / "p.jpg") as image:
         assert image.format == "MPO"
         first = np.asarray(image)
-    np.testing.assert_array_equal(read_picture(tmp_path / "p.jpg").pixels, first)
+    np.testing.assert_array_equal(read_image(tmp_path / "p.jpg").pixels, first)
 
 
 def test_thumbnails_are_no_pages(tmp_path: Path) -> None:
     with tifffile.TiffWriter(tmp_path / "t.tif") as tiff:
         tiff.write(PHOTOGRAPH, photometric="rgb")
         tiff.write(PHOTOGRAPH[::4, ::4], photometric="rgb", subfiletype=1)
-    np.testing.assert_array_equal(read_picture(tmp_path / "t.tif").pixels, PHOTOGRAPH)
+    np.testing.assert_array_equal(read_image(tmp_path / "t.tif").pixels, PHOTOGRAPH)
 
 
 def png_of(height: int, width: int) -> bytes:
@@ -455,22 +455,22 @@ def test_what_cannot_be_read_is_said_in_a_line(tmp_path: Path, content: bytes, m
     path = tmp_path / "picture.png"
     path.write_bytes(content)
     with pytest.raises(UserError, match=f"^{re.escape(str(path))}: .*{message}") as caught:
-        read_picture(path)
+        read_image(path)
     assert "\n" not in str(caught.value)
 
 
 def test_files_that_cannot_be_opened(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"a.png: cannot be read: No such file or directory\."):
-        read_picture(tmp_path / "a.png")
+        read_image(tmp_path / "a.png")
     with pytest.raises(UserError, match=r": cannot be read: Is a directory\."):
-        read_picture(tmp_path)
+        read_image(tmp_path)
 
 
 def test_too_large_for_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     Image.fromarray(PHOTOGRAPH).save(tmp_path / "a.png")
-    monkeypatch.setattr(image_reader, "pixels_of", lambda *_: (_ for _ in ()).throw(MemoryError))
+    monkeypatch.setattr(image_reader, "decoded", lambda *_: (_ for _ in ()).throw(MemoryError))
     with pytest.raises(UserError, match=r"too large for the memory here\. Cut it into parts"):
-        read_picture(tmp_path / "a.png")
+        read_image(tmp_path / "a.png")
 
 
 @pytest.mark.parametrize("kind", LARGEST_SIDE)
@@ -478,7 +478,7 @@ def test_pillows_limit_is_left_as_it_was(tmp_path: Path, monkeypatch: pytest.Mon
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 50)
     path = tmp_path / f"a{SUFFIXES[kind]}"
     Image.fromarray(PHOTOGRAPH).save(path)
-    assert read_picture(path).pixels.shape == PHOTOGRAPH.shape
+    assert read_image(path).pixels.shape == PHOTOGRAPH.shape
     assert Image.MAX_IMAGE_PIXELS == 50
 
 
@@ -513,33 +513,16 @@ def test_no_half_file_is_left(tmp_path: Path, suffix: str) -> None:
 
     with pytest.raises(KeyboardInterrupt):
         write_image(path, spec, interrupted())
-    cancelled = BackgroundWriter(path, spec)
-    cancelled.write(PHOTOGRAPH[:50])
-    cancelled.cancel()
     assert [(each.name, each.read_bytes()) for each in tmp_path.iterdir()] == [(path.name, b"as it was")]
 
 
-def test_a_thread_writes_what_is_given(tmp_path: Path) -> None:
-    path = tmp_path / "a.png"
-    writer = BackgroundWriter(path, encode_spec(path, DecodedImage(PHOTOGRAPH), (100, 140)))
-    for row in PHOTOGRAPH:
-        writer.write(row[None])
-    writer.write(None)
-    writer.result()
-    np.testing.assert_array_equal(read_picture(path).pixels, PHOTOGRAPH)
-
-
-def test_a_full_disk_is_said_while_rows_are_given(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_full_disk_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def full(file: Any, spec: Any, rows: Any) -> None:
         raise OSError(28, "No space left on device")
 
     monkeypatch.setitem(image_writer.ENCODERS, "png", full)
     path = tmp_path / "a.png"
-    writer = BackgroundWriter(path, encode_spec(path, DecodedImage(PHOTOGRAPH), (100, 140)))
     message = re.escape(f"{path}: cannot be written: No space left on device. Nothing of it is left.")
     with pytest.raises(UserError, match=message):
-        for row in PHOTOGRAPH:
-            writer.write(row[None])
-    with pytest.raises(UserError, match=message):
-        writer.result()
+        write_image(path, encode_spec(path, DecodedImage(PHOTOGRAPH), (100, 140)), [PHOTOGRAPH])
     assert list(tmp_path.iterdir()) == []

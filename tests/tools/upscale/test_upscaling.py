@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import doctest
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -134,8 +135,7 @@ def test_alpha_that_is_the_same_everywhere_stays_so(model: Upscaler, level: int)
 
 def test_bicubic_alpha(model: Upscaler) -> None:
     image = cut_out()
-    rows: list[np.ndarray] = []
-    enlarge_pixels(model, image, rows.append, Settings(alpha="bicubic"))
+    rows = list(enlarge_pixels(model, image, Settings(alpha="bicubic")))
     plane = Image.fromarray(image[..., 3].astype(np.float32)).resize((122, 100), Image.Resampling.BICUBIC)
     expected = np.asarray(plane).clip(0, 255)
     assert np.abs(np.concatenate(rows)[..., 3] - expected).max() < 0.51
@@ -163,8 +163,7 @@ def test_a_network_of_any_scale_is_asked_for_it(any_scale: Upscaler, scale: floa
 
 
 def test_pixels_added_before_and_cropped_after(model: Upscaler) -> None:
-    rows: list[np.ndarray] = []
-    enlarge_pixels(model, PHOTOGRAPH, rows.append, Settings(pre_pad=5))
+    rows = list(enlarge_pixels(model, PHOTOGRAPH, Settings(pre_pad=5)))
     padded = np.pad(PHOTOGRAPH, ((5, 5), (5, 5), (0, 0)), mode="reflect")
     expected = rounded(by_network(model, padded), np.uint8)[10:110, 10:132]
     np.testing.assert_array_equal(np.concatenate(rows), expected)
@@ -181,17 +180,13 @@ def test_parts_make_the_same_as_the_whole(
     """Blocks of odd heights, whatever makes them, are put together to the same rows."""
     from esc_arch.tools.upscale import large_images
 
-    def in_blocks(upscaler: Upscaler, part: np.ndarray, write: Any, *, scale: Any = None, **_: Any) -> None:
+    def in_blocks(upscaler: Upscaler, part: np.ndarray, *, scale: Any = None, **_: Any) -> Iterator[torch.Tensor]:
         x = torch.from_numpy(part.astype(np.float32) / 255).permute(2, 0, 1)[None]
-        whole = upscaler(x, scale)[0]
-        for top in range(0, whole.shape[1], 17):
-            write(top, 0, whole[:, top : top + 17])
+        yield from upscaler(x, scale)[0].split(17, dim=1)
 
-    expected: list[np.ndarray] = []
-    enlarge_pixels(model, image, expected.append, settings)
+    expected = list(enlarge_pixels(model, image, settings))
     monkeypatch.setattr(large_images, "enlarge", in_blocks)
-    rows: list[np.ndarray] = []
-    enlarge_pixels(model, image, rows.append, settings)
+    rows = list(enlarge_pixels(model, image, settings))
     assert len(rows) > 1
     assert np.abs(np.concatenate(rows).astype(int) - np.concatenate(expected)).max() <= 1
 
@@ -200,11 +195,16 @@ def test_images_together_are_what_they_are_alone(model: Upscaler) -> None:
     images = [PHOTOGRAPH, cut_out(), CAT[..., :1], deep(CAT)]
     for settings in (Settings(), Settings(scale=3), Settings(alpha="bicubic")):
         for image, enlarged in zip(images, enlarge_many(model, images, settings), strict=True):
-            alone: list[np.ndarray] = []
-            enlarge_pixels(model, image, alone.append, settings)
+            alone = list(enlarge_pixels(model, image, settings))
             assert enlarged.dtype == image.dtype
             difference = np.abs(enlarged.astype(int) - np.concatenate(alone)).max()
             assert difference <= (1 if image.dtype == np.uint8 else 3)
+
+
+def test_images_together_become_the_types_of_their_files(model: Upscaler) -> None:
+    first, second = enlarge_many(model, [deep(PHOTOGRAPH), deep(CAT)], Settings(), [np.uint8, np.uint16])
+    assert (first.dtype, second.dtype) == (np.uint8, np.uint16)
+    assert np.abs(first.astype(int) - upscale(deep(PHOTOGRAPH), model) / 257).max() <= 1
 
 
 def test_too_many_images_for_memory_run_alone(model: Upscaler, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -218,7 +218,7 @@ def test_too_many_images_for_memory_run_alone(model: Upscaler, monkeypatch: pyte
 
     expected = upscale(PHOTOGRAPH, model)
     monkeypatch.setattr(Upscaler, "__call__", call)
-    first, second = enlarge_many(model, [PHOTOGRAPH, CAT])
+    first, second = enlarge_many(model, [PHOTOGRAPH, CAT], Settings())
     assert sizes == [2, 1, 1]
     np.testing.assert_array_equal(first, expected)
     assert second.shape == (100, 122, 3)
@@ -230,7 +230,7 @@ def test_other_faults_of_a_batch_are_raised(model: Upscaler, monkeypatch: pytest
 
     monkeypatch.setattr(Upscaler, "__call__", call)
     with pytest.raises(RuntimeError, match="something else"):
-        enlarge_many(model, [PHOTOGRAPH, CAT])
+        enlarge_many(model, [PHOTOGRAPH, CAT], Settings())
 
 
 def test_tensors(model: Upscaler) -> None:
@@ -263,7 +263,7 @@ def test_pillow_palettes_become_colours(model: Upscaler) -> None:
 
 def test_networks_are_kept_by_path(weights: Path, model: Upscaler, monkeypatch: pytest.MonkeyPatch) -> None:
     loaded: list[Path] = []
-    upscaling._loaded.cache_clear()
+    upscaling._kept.cache_clear()
     monkeypatch.setattr(upscaling, "load", lambda path: loaded.append(path) or model)
     for path in (str(weights), weights):
         np.testing.assert_array_equal(upscale(PHOTOGRAPH, path), upscale(PHOTOGRAPH, model))
@@ -271,7 +271,7 @@ def test_networks_are_kept_by_path(weights: Path, model: Upscaler, monkeypatch: 
     weights.touch()
     upscale(PHOTOGRAPH, weights)
     assert len(loaded) == 2
-    upscaling._loaded.cache_clear()
+    upscaling._kept.cache_clear()
 
 
 def test_memory_as_text(model: Upscaler) -> None:
@@ -315,7 +315,7 @@ def test_settings_that_cannot_be(options: dict[str, Any], message: str) -> None:
 
 def test_padding_goes_with_whole_scales(any_scale: Upscaler) -> None:
     with pytest.raises(UserError, match=r"pre_pad goes with whole scales, not with 2\.5\. Omit it\."):
-        enlarge_pixels(any_scale, PHOTOGRAPH, lambda _: None, Settings(scale=2.5, pre_pad=4))
+        enlarge_pixels(any_scale, PHOTOGRAPH, Settings(scale=2.5, pre_pad=4))
 
 
 def test_the_package_has_the_api_without_loading_it_early(run_script: Any) -> None:

@@ -551,20 +551,16 @@ def test_large_frames_run_in_parts(
 ) -> None:
     from esc_arch.tools.upscale import large_images
 
-    given: list[tuple[str, Any]] = []
+    given: list[tuple[bool, Any]] = []
 
-    def by(name: str) -> Callable[..., None]:
-        def enlarge(network: Upscaler, image: np.ndarray, write: Any, *, scale: Any, max_memory: Any) -> None:
-            given.append((name, max_memory))
-            assert (image.shape, image.dtype) == ((HEIGHT, WIDTH, 3), np.float32)
-            enlarged = upscaler(torch.from_numpy(image).permute(2, 0, 1)[None], scale)[0]
-            for top in range(0, enlarged.shape[1], 20):
-                write(top, 0, enlarged[:, top : top + 20])
+    def enlarge(
+        network: Upscaler, image: np.ndarray, *, scale: Any, max_memory: Any, at_once: bool
+    ) -> Iterator[Tensor]:
+        given.append((at_once, max_memory))
+        assert (image.shape, image.dtype) == ((HEIGHT, WIDTH, 3), np.float32)
+        yield from upscaler(torch.from_numpy(image).permute(2, 0, 1)[None], scale)[0].split(20, dim=1)
 
-        return enlarge
-
-    for name in ("enlarge", "enlarge_exactly"):
-        monkeypatch.setattr(large_images, name, by(name))
+    monkeypatch.setattr(large_images, "enlarge", enlarge)
     source = write_clip(tmp_path / "in.mkv", count=3, codec="ffv1", pixel_format="yuv444p10le")
     upscale_video(upscaler, source, tmp_path / "whole.mkv", codec="ffv1")
     assert not given
@@ -572,7 +568,7 @@ def test_large_frames_run_in_parts(
     network = counting(upscaler, Small)
     monkeypatch.setattr(Small, "most", 0)
     upscale_video(network, source, tmp_path / "full.mkv", codec="ffv1")
-    assert given == [("enlarge", 12345)] * 3 + [("enlarge_exactly", None)] * 3
+    assert given == [(True, 12345)] * 3 + [(False, None)] * 3
     assert log.text.count("Memory ran out for a frame as a whole: frames are run in parts, with the same result.") == 1
     for name in ("limited", "full"):
         for a, b in zip(frames_of(tmp_path / "whole.mkv"), frames_of(tmp_path / f"{name}.mkv"), strict=True):
@@ -649,7 +645,7 @@ def test_an_interrupted_run_goes_on_to_the_same_file(
 
 
 @pytest.mark.usefixtures("short_segments")
-def test_other_settings_start_anew(upscaler: Upscaler, tmp_path: Path, log: pytest.LogCaptureFixture) -> None:
+def test_other_settings_start_over(upscaler: Upscaler, tmp_path: Path, log: pytest.LogCaptureFixture) -> None:
     source, target = write_clip(tmp_path / "in.mp4", count=9), tmp_path / "out.mp4"
     network = counting(upscaler, Interrupted)
     with pytest.raises(KeyboardInterrupt):
@@ -669,7 +665,7 @@ def test_other_settings_start_anew(upscaler: Upscaler, tmp_path: Path, log: pyte
 
 
 @pytest.mark.usefixtures("short_segments")
-def test_other_weights_start_anew(upscaler: Upscaler, tmp_path: Path, log: pytest.LogCaptureFixture) -> None:
+def test_other_weights_start_over(upscaler: Upscaler, tmp_path: Path, log: pytest.LogCaptureFixture) -> None:
     source, target = write_clip(tmp_path / "in.mp4", count=9), tmp_path / "out.mp4"
     with pytest.raises(KeyboardInterrupt):
         upscale_video(counting(upscaler, Interrupted), source, target)
@@ -787,7 +783,7 @@ def test_no_video(upscaler: Upscaler, tmp_path: Path) -> None:
         ({"target": "there.mp4"}, r"there\.mp4 exists. Choose another name"),
         ({"target": "nowhere/out.mp4"}, r"nowhere: no such folder. Create it first"),
         ({"source": "none.mp4"}, r"none\.mp4: no such file"),
-        ({"scale": -1}, r"scale: -1 given; it must be a number above 0"),
+        ({"scale": -1}, r"The scale is -1; it must be a number above 0"),
         ({"batch": 0}, r"batch: 0 given; it must be a number of frames, 1 or more"),
         ({"codec": "h265"}, r"codec: 'h265' is no video encoder .*libx265"),
         ({"crf": 99}, r"crf: 99 given; for libx264"),
