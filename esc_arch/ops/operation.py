@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
 from types import ModuleType
 from typing import Any, NamedTuple
@@ -14,7 +14,7 @@ from esc_arch.errors import UserError
 from esc_arch.ops import cpu
 from esc_arch.ops.float32 import tf32_flags
 
-__all__ = ["Explanation", "Operation", "Shapes", "UnusableBackend", "forget", "normal"]
+__all__ = ["Explanation", "Operation", "Shapes", "UnusableBackend", "check_norm", "check_shapes", "forget", "normal"]
 
 #: Other spellings of backends.
 ALIASES = {"cpp": "cpu"}
@@ -67,8 +67,8 @@ class Operation:
             arguments (empty when it can) and maybe `auto_skip_reasons` of them: why auto skips a usable backend.
         order: what auto tries; the first one without any reasons is taken.
         inputs: random float32 tensors of a network's shapes, for a map of a size; the map first.
-        arguments: those of `forward`, of such tensors.
         parts: the result and the gradients of the tensors, for messages.
+        arguments: those of `forward`, of such tensors.
         parameters_stay_float32: in half precision, all tensors but the map do.
         roundings: of the largest number that a result may be off, on top of twice plain PyTorch's error.
         canonicalise: what of a gradient counts, by the number of its tensor.
@@ -79,8 +79,8 @@ class Operation:
     backends: dict[str, ModuleType]
     order: tuple[str, ...]
     inputs: Callable[[Shapes, Size], list[Tensor]]
-    arguments: Callable[[Shapes, Sequence[Tensor]], tuple[Any, ...]]
     parts: tuple[str, ...]
+    arguments: Callable[[Shapes, Sequence[Tensor]], tuple[Any, ...]] = lambda shapes, tensors: tuple(tensors)
     parameters_stay_float32: bool = False
     roundings: int = 4
     canonicalise: Callable[[int, Tensor], Tensor] = lambda number, gradient: gradient
@@ -88,6 +88,11 @@ class Operation:
 
     def __post_init__(self) -> None:
         _memories.append(self._decisions)
+
+    def __call__(self, backend: str, *inputs: Any) -> Tensor:
+        """`forward` of the backend that is chosen; see `choose`."""
+        out: Tensor = self.choose(backend, *inputs).forward(*inputs)
+        return out
 
     @property
     def reference(self) -> ModuleType:
@@ -200,3 +205,29 @@ def normal(*shapes: tuple[int, ...]) -> list[Tensor]:
     """Tensors of random numbers, the same each time."""
     generator = torch.Generator().manual_seed(0)
     return [torch.randn(shape, generator=generator) for shape in shapes]
+
+
+def check_shapes(shapes: Mapping[str, str], *tensors: Tensor | None, **sizes: int) -> None:
+    """Raise ValueError unless the tensors have their shapes; None stands for an omitted one.
+
+    Args:
+        shapes: by name, a character for each dimension, such as BCHW; 1 and 3 stand for themselves.
+        sizes: of letters; the others have the size that they stand for first.
+    """
+    sizes["1"], sizes["3"] = 1, 3
+    for (name, shape), tensor in zip(shapes.items(), tensors, strict=True):
+        if tensor is None:
+            continue
+        fits = tensor.dim() == len(shape)
+        for letter, size in zip(shape, tensor.shape, strict=True) if fits else ():
+            if sizes.setdefault(letter, size) != size:
+                fits = False
+        if not fits:
+            known = (f"{each} = {sizes[each]}" if each.isalpha() and each in sizes else each for each in shape)
+            raise ValueError(f"{name} has shape {tuple(tensor.shape)}; it must be ({', '.join(known)}).")
+
+
+def check_norm(weight: Tensor | None, bias: Tensor | None) -> None:
+    """Raise ValueError where one of them is omitted."""
+    if (weight is None) != (bias is None):
+        raise ValueError("norm_weight and norm_bias must be given together, or neither.")

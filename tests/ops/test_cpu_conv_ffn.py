@@ -331,7 +331,7 @@ def test_step_refuses_what_does_not_fit() -> None:
     values, norm = step_arguments(1, 8, 5, 4)
     with pytest.raises(ValueError, match=r"pooled is 9; of 8 channels 0 to 8 can be averaged\."):
         conv_ffn_step(values[0], *norm, EPS, *values[1:], pooled=9)
-    with pytest.raises(ValueError, match=r"the norm has weight \(8,\) and bias None; both must be \(8,\), or None\."):
+    with pytest.raises(ValueError, match="norm_weight and norm_bias must be given together"):
         conv_ffn_step(values[0], norm[0], None, EPS, *values[1:])
-    with pytest.raises(ValueError, match="for 8 channels and 10 hidden ones these shapes do not fit"):
+    with pytest.raises(ValueError, match=r"dwc_bias has shape \(10, 8, 1, 1\); it must be \(M = 10\)"):
         conv_ffn_step(values[0], *norm, EPS, *values[1:4], values[1], *values[5:])

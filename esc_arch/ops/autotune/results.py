@@ -21,14 +21,6 @@ __all__ = ["MODES", "PRECISIONS", "Case", "Loaded", "Result", "encode", "file_of
 
 FORMAT = 1
 
-_OPS = Path(__file__).parents[1]
-#: What the results of the kernels depend on.
-_SOURCES = (
-    _OPS / "triton_support.py",
-    *(_OPS / "window_attention" / name for name in ("triton.py", "triton_kernels.py")),
-    *(_OPS / "conv_attn" / name for name in ("triton.py", "triton_folded.py", "triton_kernels.py")),
-)
-
 #: How kernels multiply: float32 with all its bits and in TF32, and the half types.
 PRECISIONS = {
     "float32": torch.float32,
@@ -185,6 +177,6 @@ def _triton() -> str:
 @cache
 def _digest() -> str:
     digest = hashlib.sha256()
-    for source in _SOURCES:
+    for source in sorted(Path(__file__).parents[1].rglob("triton*.py")):
         digest.update(source.read_bytes())
     return digest.hexdigest()
