@@ -26,6 +26,7 @@ from esc_arch.ops.autotune.networks import nearest
 from esc_arch.ops.autotune.results import MODES, Case
 from esc_arch.ops.float32 import tf32_in_convolutions
 from esc_arch.ops.gradients import wants_gradients
+from esc_arch.ops.layout import empty_like, is_channels_last
 from esc_arch.ops.triton_support import DTYPES, missing, precision, setting
 
 #: What is added up before it is multiplied: nothing; rows as far above as below; also columns and diagonals; or what
@@ -97,14 +98,14 @@ def forward(x: Tensor, large_kernel: Tensor, dynamic_kernel: Tensor, symmetric: 
 @torch.library.custom_op("esc_arch::conv_attention_triton", mutates_args=())
 def _convolve(x: Tensor, taps: Tensor, dynamic: Tensor, fold: str) -> Tensor:
     """x (B, C, H, W), taps (K, K, C out, C in) of its type, dynamic (B, C, s, s) -> (B, C, H, W)."""
-    out = _empty_like(x)
+    out = empty_like(x)
     _convolve_into(out, x, taps, dynamic, fold)
     return out
 
 
 @_convolve.register_fake
 def _(x: Tensor, taps: Tensor, dynamic: Tensor, fold: str) -> Tensor:
-    return _empty_like(x)
+    return empty_like(x)
 
 
 def _convolve_into(out: Tensor, x: Tensor, taps: Tensor, dynamic: Tensor, fold: str) -> None:
@@ -128,7 +129,7 @@ def _convolve_into(out: Tensor, x: Tensor, taps: Tensor, dynamic: Tensor, fold: 
             width,
             PIXEL=pixel,
             DYNAMIC_SIDE=dynamic.shape[-1],
-            OUT_LAST=_is_channels_last(out),
+            OUT_LAST=is_channels_last(out),
             FOLD=_level(fold, x),
             **_constants(x, taps),
         )
@@ -139,7 +140,7 @@ def _differentiate(
     gradient: Tensor, x: Tensor, taps: Tensor, dynamic: Tensor, fold: str, of_x: bool, of_taps: bool, of_dynamic: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The gradients of x, of the taps and of the dynamic kernels, float32 of the kernels; empty if not asked for."""
-    d_x = _empty_like(x) if of_x else x.new_empty(0)
+    d_x = empty_like(x) if of_x else x.new_empty(0)
     if of_x:
         _convolve_into(d_x, gradient, taps.flip((0, 1)).transpose(2, 3), dynamic.flip((2, 3)), fold)
     nothing = (x.new_empty(0, dtype=torch.float32) for _ in range(2))
@@ -153,7 +154,7 @@ def _(
     gradient: Tensor, x: Tensor, taps: Tensor, dynamic: Tensor, fold: str, of_x: bool, of_taps: bool, of_dynamic: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
     return (
-        _empty_like(x) if of_x else x.new_empty(0),
+        empty_like(x) if of_x else x.new_empty(0),
         x.new_empty(taps.shape if of_taps else (0,), dtype=torch.float32),
         x.new_empty(dynamic.shape if of_dynamic else (0,), dtype=torch.float32),
     )
@@ -268,16 +269,6 @@ def _level(fold: str, x: Tensor) -> int:
     if fold == "auto":
         fold = "all" if precision(x, tf32_in_convolutions()) == "ieee" else "rows"
     return FOLDS.index(fold)
-
-
-def _is_channels_last(x: Tensor) -> bool:
-    return x.stride(1) == 1 and x.shape[1] > 1
-
-
-def _empty_like(x: Tensor) -> Tensor:
-    """Dense, in the layout of `x`, which may be the first channels of a wider map."""
-    layout = torch.channels_last if _is_channels_last(x) else torch.contiguous_format
-    return torch.empty(x.shape, dtype=x.dtype, device=x.device, memory_format=layout)
 
 
 def _readable(x: Tensor) -> tuple[Tensor, int]:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from esc_arch.ops import cpu
-from esc_arch.ops.cpu.wrapping import empty_map, input_reasons
+from esc_arch.ops.cpu.wrapping import empty_map, input_reasons, register
 from esc_arch.ops.gradients import wants_gradients
 
 from .bias import Bias, parameters_of
@@ -118,12 +118,9 @@ def _backward(ctx: Any, grad: Tensor, _: Tensor | None) -> tuple[Tensor | None, 
     of_qkv, of_bias, of_keys = torch.ops.esc_arch.cpu_window_attention_backward(
         grad, qkv, bias, key_factors, out, statistics, ctx.window, ctx.heads
     )
-    return of_qkv, of_bias, None if key_factors is None else of_keys, None, None
+    return of_qkv, of_bias, of_keys, None, None
 
 
-@cpu.when_loaded
-def _register() -> None:
-    torch.library.register_fake("esc_arch::cpu_attention_layer", lambda x, *others: empty_map(x))
-    torch.library.register_fake("esc_arch::cpu_window_attention", _fake_forward)
-    torch.library.register_fake("esc_arch::cpu_window_attention_backward", _fake_backward)
-    torch.library.register_autograd("esc_arch::cpu_window_attention", _backward, setup_context=_save)
+register("cpu_attention_layer", lambda x, *others: empty_map(x))
+register("cpu_window_attention", _fake_forward, _backward, _save)
+register("cpu_window_attention_backward", _fake_backward)

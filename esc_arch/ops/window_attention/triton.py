@@ -27,6 +27,7 @@ from esc_arch.ops.autotune.networks import nearest
 from esc_arch.ops.autotune.results import MODES, Case
 from esc_arch.ops.float32 import tf32_in_products
 from esc_arch.ops.gradients import wants_gradients
+from esc_arch.ops.layout import dense_layout
 from esc_arch.ops.triton_support import DTYPES, missing, precision, setting
 
 from .bias import Bias
@@ -105,7 +106,7 @@ def _differentiate(
     from .triton_kernels import differentiate_keys, differentiate_queries
 
     qkv, table = _dense(qkv), table.float().contiguous()
-    out, d_out = (x.contiguous(memory_format=_layout(qkv)) for x in (out, d_out))
+    out, d_out = (x.contiguous(memory_format=dense_layout(qkv)) for x in (out, d_out))
     height, width = qkv.shape[-2:]
     windows, constants = _count(qkv, window), _constants(qkv, window, heads)
     d_qkv, products = _empty(qkv, *qkv.shape), torch.empty_like(lse)
@@ -220,18 +221,12 @@ def _results(qkv: Tensor, window: int, heads: int, keep: bool) -> tuple[Tensor, 
     return out, qkv.new_empty(shape, dtype=torch.float32)
 
 
-def _layout(x: Tensor) -> torch.memory_format:
-    """The layout that the kernels read `x` in."""
-    last = not x.is_contiguous() and x.is_contiguous(memory_format=torch.channels_last)
-    return torch.channels_last if last else torch.contiguous_format
-
-
 def _dense(x: Tensor) -> Tensor:
-    return x.contiguous(memory_format=_layout(x))
+    return x.contiguous(memory_format=dense_layout(x))
 
 
 def _empty(like: Tensor, *shape: int) -> Tensor:
-    return torch.empty(shape, dtype=like.dtype, device=like.device, memory_format=_layout(like))
+    return torch.empty(shape, dtype=like.dtype, device=like.device, memory_format=dense_layout(like))
 
 
 def _count(qkv: Tensor, window: int) -> int:
@@ -249,7 +244,7 @@ def _constants(qkv: Tensor, window: int, heads: int) -> dict[str, Any]:
         "HEADS": heads,
         "HEAD_DIM": head_dim,
         "BLOCK_D": max(16, 1 << (head_dim - 1).bit_length()),
-        "CHANNELS_LAST": _layout(qkv) is torch.channels_last,
+        "CHANNELS_LAST": dense_layout(qkv) is torch.channels_last,
         "PRECISION": precision(qkv, tf32_in_products()),
         "DIRECT": qkv.is_cuda,
         # Explicit: Triton's default is changing
