@@ -16,6 +16,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -52,10 +53,10 @@ def ready() -> bool:
     if _State.ready is None:
         _State.ready = False
         if not _obstacles():
-            library = building.built_library(building.recipe(_compiler()))
+            library = building.built_library(building.recipe())
             if library is not None:
                 try:
-                    _load(str(library))
+                    _load(library)
                 except OSError as error:
                     _State.failure = str(error)
     return _State.ready
@@ -74,11 +75,8 @@ def unsupported_reasons() -> list[str]:
     return [NOT_BUILT]
 
 
-def build(verbose: bool = False) -> float:
+def build() -> float:
     """Compile and load the operators, unless that is done.
-
-    Args:
-        verbose: log the compiler's commands.
 
     Returns:
         The seconds it took; next to nothing where they were built before.
@@ -92,14 +90,10 @@ def build(verbose: bool = False) -> float:
         if obstacles:
             raise RuntimeError(f"The C++ operators cannot be built: {'; '.join(obstacles)}.")
         try:
-            library, commands = building.compile_library(building.recipe(_compiler()))
-            _load(str(library))
+            _load(building.compile_library(building.recipe()))
         except (RuntimeError, OSError) as error:
             _State.failure = str(error)
             raise RuntimeError(f"The C++ operators cannot be built: {error}") from error
-        if verbose:
-            for command in commands:
-                logger.info("%s", command)
     return time.perf_counter() - start
 
 
@@ -147,14 +141,8 @@ def _obstacles() -> list[str]:
     return reasons
 
 
-def _compiler() -> tuple[str, ...]:
-    compiler = building.find_compiler()
-    assert compiler is not None  # `_obstacles` has seen to it
-    return compiler
-
-
-def _load(library: str) -> None:
-    torch.ops.load_library(library)
+def _load(library: Path) -> None:
+    torch.ops.load_library(str(library))
     _State.ready = True
     for register in _State.registrations:
         _call(register)
