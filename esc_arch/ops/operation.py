@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from types import ModuleType
 from typing import Any, NamedTuple
 
@@ -18,7 +18,7 @@ __all__ = ["Explanation", "Operation", "Shapes", "UnusableBackend", "check_norm"
 
 #: Other spellings of backends.
 ALIASES = {"cpp": "cpu"}
-#: Decisions kept by an operation; image sizes beyond that are decided again.
+#: Decisions kept; image sizes beyond that are decided again.
 MOST_DECISIONS = 4096
 
 #: Batch, height and width of a map.
@@ -63,8 +63,8 @@ class Operation:
     Attributes:
         name: for messages.
         option: what the user sets to a backend's name.
-        backends: by name, the readable reference first: modules with `forward`, `unsupported_reasons` of the same
-            arguments (empty when it can) and maybe `auto_skip_reasons` of them: why auto skips a usable backend.
+        backends: by name, the readable reference first: modules with `forward` and maybe, of the same arguments,
+            `unsupported_reasons` and `auto_skip_reasons`: why auto skips a usable backend. Both are empty without.
         order: what auto tries; the first one without any reasons is taken.
         inputs: random float32 tensors of a network's shapes, for a map of a size; the map first.
         parts: the result and the gradients of the tensors, for messages.
@@ -84,15 +84,10 @@ class Operation:
     parameters_stay_float32: bool = False
     roundings: int = 4
     canonicalise: Callable[[int, Tensor], Tensor] = lambda number, gradient: gradient
-    _decisions: dict[Hashable, str] = field(default_factory=dict)
-
-    def __post_init__(self) -> None:
-        _memories.append(self._decisions)
 
     def __call__(self, backend: str, *inputs: Any) -> Tensor:
         """`forward` of the backend that is chosen; see `choose`."""
-        out: Tensor = self.choose(backend, *inputs).forward(*inputs)
-        return out
+        return self.choose(backend, *inputs).forward(*inputs)
 
     @property
     def reference(self) -> ModuleType:
@@ -125,12 +120,12 @@ class Operation:
         """
         if torch.compiler.is_compiling() or torch.jit.is_tracing():
             return self.backends[self._decide(backend, inputs)]
-        key = (backend, self.order, _mode(), *map(_facts, inputs))
-        name = self._decisions.get(key)
+        key = (self, backend, self.order, _mode(), *map(_facts, inputs))
+        name = _decisions.get(key)
         if name is None:
-            if len(self._decisions) >= MOST_DECISIONS:
-                self._decisions.clear()
-            name = self._decisions[key] = self._decide(backend, inputs)
+            if len(_decisions) >= MOST_DECISIONS:
+                _decisions.clear()
+            name = _decisions[key] = self._decide(backend, inputs)
         return self.backends[name]
 
     def _decide(self, backend: str, inputs: tuple[Any, ...]) -> str:
@@ -139,9 +134,9 @@ class Operation:
             cpu.build_by_name()
         refusals = {}
         for name in self.order if wanted == "auto" else (wanted,):
-            reasons = self.backends[name].unsupported_reasons(*inputs)
+            reasons = self.unsupported_reasons(name, *inputs)
             if not reasons and wanted == "auto":
-                reasons = self._skip_reasons(name, inputs)
+                reasons = self._ask(name, "auto_skip_reasons", inputs)
             if not reasons:
                 return name
             refusals[name] = "; ".join(reasons)
@@ -150,18 +145,21 @@ class Operation:
             f"{self.option} {wanted} cannot run here. {details}. Use {self.option}: auto to have one chosen."
         )
 
-    def _skip_reasons(self, name: str, inputs: tuple[Any, ...]) -> list[str]:
-        ask = getattr(self.backends[name], "auto_skip_reasons", None)
+    def unsupported_reasons(self, name: str, *inputs: Any) -> list[str]:
+        """Why a backend cannot take these inputs; empty when it can."""
+        return self._ask(name, "unsupported_reasons", inputs)
+
+    def _ask(self, name: str, question: str, inputs: tuple[Any, ...]) -> list[str]:
+        ask = getattr(self.backends[name], question, None)
         return [] if ask is None else ask(*inputs)
 
     def explain(self, *inputs: Any) -> Explanation:
         """Ask all backends. Nothing is built or computed."""
-        reasons = {name: backend.unsupported_reasons(*inputs) for name, backend in self.backends.items()}
-        left = {name: self._skip_reasons(name, inputs) for name, why in reasons.items() if not why}
-        left = {name: why for name, why in left.items() if why}
-        return Explanation(
-            next((name for name in self.order if not reasons[name] and name not in left), None), reasons, left
-        )
+        reasons = {name: self.unsupported_reasons(name, *inputs) for name in self.backends}
+        skips = {name: self._ask(name, "auto_skip_reasons", inputs) for name, why in reasons.items() if not why}
+        skips = {name: why for name, why in skips.items() if why}
+        chosen = next((name for name in self.order if not reasons[name] and name not in skips), None)
+        return Explanation(chosen, reasons, skips)
 
     def sample(
         self,
@@ -178,14 +176,13 @@ class Operation:
         return [x.to(device, dtype, memory_format=layout), *(other.to(device, low) for other in others)]
 
 
-_memories: list[dict[Hashable, str]] = []
+_decisions: dict[Hashable, str] = {}
 
 
 @cpu.when_loaded
 def forget() -> None:
     """Decide again: what decisions depend on has changed."""
-    for memory in _memories:
-        memory.clear()
+    _decisions.clear()
 
 
 def _facts(value: Any) -> Hashable:

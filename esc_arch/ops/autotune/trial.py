@@ -62,15 +62,14 @@ class _Trial:
         size = self.network.patches if self.training else self.network.image
         tensors = self._tensors(size, LAYOUTS["NCHW"])
         arguments = self.operation.arguments(self.network, tensors)
-        reasons = self.backend.unsupported_reasons(*arguments)
-        if reasons:
+        unsupported = self.operation.explain(*arguments).reasons
+        if reasons := unsupported[self.case.backend]:
             return Result(failure=f"it cannot run here: {'; '.join(reasons)}")
         compared = self._compare()
         if compared.failure:
             return compared
-        usable = self.operation.explain(*arguments).reasons
         others = (name for name in self.operation.order if name not in autotuned(self.operation))
-        baseline = next(name for name in others if not usable[name])
+        baseline = next(name for name in others if not unsupported[name])
         modules = (self.backend, self.operation.backends[baseline])
         milliseconds = {name: self._times(modules, self._tensors(size, layout)) for name, layout in LAYOUTS.items()}
         return replace(compared, baseline=baseline, milliseconds=milliseconds)
@@ -80,8 +79,7 @@ class _Trial:
 
     def _run(self, backend: ModuleType, tensors: Sequence[Tensor], weights: Tensor | None = None) -> list[Tensor]:
         def compute(*leaves: Tensor) -> Tensor:
-            out: Tensor = backend.forward(*self.operation.arguments(self.network, leaves))
-            return out
+            return backend.forward(*self.operation.arguments(self.network, leaves))
 
         return results(compute, tensors, gradients=self.training, weights=weights, kind=self.dtype)
 

@@ -25,8 +25,7 @@ def unsupported_reasons(x: Tensor, *others: Tensor | None) -> list[str]:
 
 def forward(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """`torch.ops.esc_arch.conv3x3`; see `conv3x3`."""
-    out: Tensor = torch.ops.esc_arch.conv3x3(x, weight, bias)
-    return out
+    return torch.ops.esc_arch.conv3x3(x, weight, bias)
 
 
 def step_forward(
@@ -39,8 +38,7 @@ def step_forward(
     residual: Tensor | None,
 ) -> Tensor:
     """`torch.ops.esc_arch.conv3x3_step`; see `conv3x3_step`."""
-    out: Tensor = torch.ops.esc_arch.conv3x3_step(x, norm_weight, norm_bias, eps, weight, bias, residual)
-    return out
+    return torch.ops.esc_arch.conv3x3_step(x, norm_weight, norm_bias, eps, weight, bias, residual)
 
 
 def _backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:

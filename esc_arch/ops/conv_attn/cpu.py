@@ -37,8 +37,7 @@ def _kernel_reasons(symmetric: bool, *sides: int) -> list[str]:
 
 def forward(x: Tensor, large_kernel: Tensor, dynamic_kernel: Tensor, symmetric: bool) -> Tensor:
     """`torch.ops.esc_arch.conv_attention`; see `conv_attention`. Further channels of x stay as they are."""
-    out: Tensor = torch.ops.esc_arch.conv_attention(x, large_kernel, dynamic_kernel)
-    return out
+    return torch.ops.esc_arch.conv_attention(x, large_kernel, dynamic_kernel)
 
 
 def step_unsupported_reasons(
@@ -111,10 +110,7 @@ def _fake_backward(
 
 def _backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
     of_x, *of_kernels = ctx.needs_input_grad
-    gradients: tuple[Tensor, ...] = torch.ops.esc_arch.conv_attention_backward(
-        gradient, *ctx.saved_tensors, of_x, any(of_kernels)
-    )
-    return gradients
+    return torch.ops.esc_arch.conv_attention_backward(gradient, *ctx.saved_tensors, of_x, any(of_kernels))
 
 
 def _keep_layer(ctx: Any, inputs: tuple[Tensor | None, ...], output: tuple[Tensor, ...]) -> None:

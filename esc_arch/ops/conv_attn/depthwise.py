@@ -18,8 +18,7 @@ def per_image_depthwise(x: Tensor, kernel: Tensor) -> Tensor:
     """The function of `reference`, by the C++ operator where nothing is against it."""
     if unsupported_reasons(x, kernel):
         return reference.per_image_depthwise(x, kernel)
-    out: Tensor = torch.ops.esc_arch.depthwise_per_image(x, kernel)
-    return out
+    return torch.ops.esc_arch.depthwise_per_image(x, kernel)
 
 
 def unsupported_reasons(x: Tensor, kernel: Tensor) -> list[str]:
@@ -33,10 +32,7 @@ def _fake_backward(gradient: Tensor, x: Tensor, kernel: Tensor, of_x: bool, of_k
 
 
 def _backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
-    gradients: tuple[Tensor, ...] = torch.ops.esc_arch.depthwise_per_image_backward(
-        gradient, *ctx.saved_tensors, *ctx.needs_input_grad
-    )
-    return gradients
+    return torch.ops.esc_arch.depthwise_per_image_backward(gradient, *ctx.saved_tensors, *ctx.needs_input_grad)
 
 
 register("depthwise_per_image", lambda x, kernel: empty_map(x), _backward)

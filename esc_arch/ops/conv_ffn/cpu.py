@@ -22,8 +22,7 @@ def unsupported_reasons(x: Tensor, *parameters: Tensor) -> list[str]:
 
 def forward(x: Tensor, *parameters: Tensor) -> Tensor:
     """`torch.ops.esc_arch.conv_ffn`, whose result is channels_last; see `conv_ffn`."""
-    out: Tensor = torch.ops.esc_arch.conv_ffn(x, *parameters)
-    return out
+    return torch.ops.esc_arch.conv_ffn(x, *parameters)
 
 
 def step_unsupported_reasons(
@@ -56,8 +55,7 @@ def _fake_backward(gradient: Tensor, x: Tensor, *others: Any) -> tuple[Tensor, .
 def _backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
     of_x, *of_parameters = ctx.needs_input_grad
     *inputs, _last_bias = ctx.saved_tensors
-    gradients: tuple[Tensor, ...] = torch.ops.esc_arch.conv_ffn_backward(gradient, *inputs, of_x, any(of_parameters))
-    return gradients
+    return torch.ops.esc_arch.conv_ffn_backward(gradient, *inputs, of_x, any(of_parameters))
 
 
 def _keep_step(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:

@@ -18,16 +18,14 @@ def unsupported_reasons(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> 
 
 def forward(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
     """`torch.ops.esc_arch.layer_norm`, whose result is channels_last where `x` is; see `layer_norm`."""
-    out: Tensor = torch.ops.esc_arch.layer_norm(x, weight, bias, eps)
-    return out
+    return torch.ops.esc_arch.layer_norm(x, weight, bias, eps)
 
 
 def normalised(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) -> Tensor:
     """What an operator that normalises its input itself computed with, for its backward pass; without norm, x."""
     if weight is None:
         return x
-    out: Tensor = torch.ops.esc_arch.layer_norm(x, weight, bias, eps)
-    return out
+    return torch.ops.esc_arch.layer_norm(x, weight, bias, eps)
 
 
 def gradients_through(

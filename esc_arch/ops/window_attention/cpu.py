@@ -68,10 +68,9 @@ def layer_forward(
     residual: bool,
 ) -> Tensor:
     """`torch.ops.esc_arch.cpu_attention_layer`; see `attention_layer`."""
-    out: Tensor = torch.ops.esc_arch.cpu_attention_layer(
+    return torch.ops.esc_arch.cpu_attention_layer(
         x, *(norm or (None, None, 0.0)), *to_qkv, *_parts(bias), *to_out, window, heads, residual
     )
-    return out
 
 
 def _parts(bias: Bias) -> tuple[Tensor, Tensor | None]:
@@ -89,14 +88,7 @@ def _fake_forward(
 
 
 def _fake_backward(
-    grad: Tensor,
-    qkv: Tensor,
-    bias: Tensor,
-    key_factors: Tensor | None,
-    out: Tensor,
-    statistics: Tensor,
-    window: int,
-    heads: int,
+    grad: Tensor, qkv: Tensor, bias: Tensor, key_factors: Tensor | None, *others: Any
 ) -> tuple[Tensor, Tensor, Tensor]:
     of_keys = qkv.new_empty(0) if key_factors is None else torch.empty_like(key_factors)
     return _empty_map(qkv, qkv.shape[1]), torch.empty_like(bias), of_keys
