@@ -12,7 +12,7 @@ from torch import Tensor
 
 from esc_arch.errors import UserError
 from esc_arch.ops import cpu
-from esc_arch.ops.float32 import tf32_flags
+from esc_arch.ops.float32 import tf32_in_convolutions, tf32_in_products
 
 __all__ = ["Explanation", "Operation", "Shapes", "UnusableBackend", "check_norm", "check_shapes", "forget", "normal"]
 
@@ -195,7 +195,8 @@ def _facts(value: Any) -> Hashable:
 def _mode() -> Hashable:
     devices = ("cpu", "cuda") if torch.cuda.is_available() else ("cpu",)
     autocast = tuple(torch.is_autocast_enabled(device) and torch.get_autocast_dtype(device) for device in devices)
-    return torch.is_grad_enabled(), autocast, tf32_flags() if len(devices) > 1 else None
+    tf32 = (tf32_in_products(), tf32_in_convolutions()) if len(devices) > 1 else None
+    return torch.is_grad_enabled(), autocast, tf32
 
 
 def normal(*shapes: tuple[int, ...]) -> list[Tensor]:

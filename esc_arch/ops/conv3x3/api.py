@@ -79,6 +79,6 @@ def conv3x3_step(
     """
     check_shapes(STEP_SHAPES, x, weight, bias, norm_weight, norm_bias, residual)
     check_norm(norm_weight, norm_bias)
-    if "cpu" not in CONV3X3.order or cpu.unsupported_reasons(x, norm_weight, norm_bias, weight, bias, residual):
+    if "cpu" not in CONV3X3.order:
         return None
-    return cpu.step_forward(x, norm_weight, norm_bias, eps, weight, bias, residual)
+    return cpu.step(x, norm_weight, norm_bias, eps, weight, bias, residual)

@@ -28,7 +28,7 @@ def forward(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     return torch.ops.esc_arch.conv3x3(x, weight, bias)
 
 
-def step_forward(
+def step(
     x: Tensor,
     norm_weight: Tensor | None,
     norm_bias: Tensor | None,
@@ -36,8 +36,10 @@ def step_forward(
     weight: Tensor,
     bias: Tensor | None,
     residual: Tensor | None,
-) -> Tensor:
-    """`torch.ops.esc_arch.conv3x3_step`; see `conv3x3_step`."""
+) -> Tensor | None:
+    """`torch.ops.esc_arch.conv3x3_step`, None where it cannot; see `conv3x3_step`."""
+    if unsupported_reasons(x, norm_weight, norm_bias, weight, bias, residual):
+        return None
     return torch.ops.esc_arch.conv3x3_step(x, norm_weight, norm_bias, eps, weight, bias, residual)
 
 

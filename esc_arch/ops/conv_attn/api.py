@@ -143,10 +143,9 @@ def conv_attention_step(
     """
     _check(None, large_kernel, None)
     parameters = (proj1_weight, proj1_bias, proj2_weight, proj2_bias, weight, bias)
-    inputs = (x, residual, large_kernel, means, parameters)
-    if "cpu" not in CONV_ATTN.order or cpu.step_unsupported_reasons(*inputs, symmetric):
+    if "cpu" not in CONV_ATTN.order:
         return None
-    return cpu.step_forward(*inputs)
+    return cpu.step(x, residual, large_kernel, means, *parameters, symmetric=symmetric)
 
 
 def decomposed_conv_attention(

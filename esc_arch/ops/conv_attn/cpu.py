@@ -40,37 +40,26 @@ def forward(x: Tensor, large_kernel: Tensor, dynamic_kernel: Tensor, symmetric: 
     return torch.ops.esc_arch.conv_attention(x, large_kernel, dynamic_kernel)
 
 
-def step_unsupported_reasons(
+def step(
     x: Tensor,
     residual: Tensor | None,
     large_kernel: Tensor,
     means: Tensor | None,
-    parameters: tuple[Tensor | None, ...],
+    *parameters: Tensor | None,
     symmetric: bool,
-) -> list[str]:
-    """Why one operator cannot do all of ConvAttn; `parameters` are the others of `conv_attention_step`."""
-    if means is not None and wants_gradients(x, residual, large_kernel, means, *parameters):
-        return ["it has no gradient of means that are given"]
-    reasons = _kernel_reasons(symmetric, large_kernel.shape[-1], DYNAMIC_SIDE)
-    return reasons or input_reasons(large_kernel, means, *parameters, maps=[x, residual])
-
-
-def step_forward(
-    x: Tensor,
-    residual: Tensor | None,
-    large_kernel: Tensor,
-    means: Tensor | None,
-    parameters: tuple[Tensor | None, ...],
-) -> Tensor:
-    """`torch.ops.esc_arch.conv_attention_step`, or `conv_attention_layer` where gradients are wanted; see
-    `conv_attention_step`."""
+) -> Tensor | None:
+    """All of ConvAttn in one operator, None where it cannot; see `conv_attention_step`."""
     tensors = (x, residual, large_kernel, *parameters)
-    out: Tensor
-    if wants_gradients(*tensors):
-        out, *_ = torch.ops.esc_arch.conv_attention_layer(*tensors)
-    else:
-        out = torch.ops.esc_arch.conv_attention_step(x, residual, large_kernel, means, *parameters)
-    return out
+    training = wants_gradients(means, *tensors)
+    if training and means is not None:  # which get no gradient
+        return None
+    if _kernel_reasons(symmetric, large_kernel.shape[-1], DYNAMIC_SIDE):
+        return None
+    if input_reasons(large_kernel, means, *parameters, maps=[x, residual]):
+        return None
+    if training:
+        return torch.ops.esc_arch.conv_attention_layer(*tensors)[0]
+    return torch.ops.esc_arch.conv_attention_step(x, residual, large_kernel, means, *parameters)
 
 
 def _empty_output(x: Tensor, *others: Tensor | None) -> Tensor:

@@ -108,6 +108,6 @@ def conv_ffn_step(
     channels = x.shape[1]
     if not 0 <= pooled <= channels:
         raise ValueError(f"pooled is {pooled}; of {channels} channels 0 to {channels} can be averaged.")
-    if "cpu" not in CONV_FFN.order or cpu.step_unsupported_reasons(x, norm_weight, norm_bias, *parameters):
+    if "cpu" not in CONV_FFN.order:
         return None
-    return cpu.step_forward(x, norm_weight, norm_bias, eps, *parameters, pooled=pooled)
+    return cpu.step(x, norm_weight, norm_bias, eps, *parameters, pooled=pooled)

@@ -25,17 +25,12 @@ def forward(x: Tensor, *parameters: Tensor) -> Tensor:
     return torch.ops.esc_arch.conv_ffn(x, *parameters)
 
 
-def step_unsupported_reasons(
-    x: Tensor, norm_weight: Tensor | None, norm_bias: Tensor | None, *parameters: Tensor
-) -> list[str]:
-    """Why the normalisation and the means cannot be taken into the same operator; see `conv_ffn_step`."""
-    return input_reasons(norm_weight, norm_bias, *parameters, maps=[x])
-
-
-def step_forward(
+def step(
     x: Tensor, norm_weight: Tensor | None, norm_bias: Tensor | None, eps: float, *parameters: Tensor, pooled: int
-) -> tuple[Tensor, Tensor | None]:
-    """`torch.ops.esc_arch.conv_ffn_step`; see `conv_ffn_step`."""
+) -> tuple[Tensor, Tensor | None] | None:
+    """The normalisation and the means in the same operator, None where it cannot; see `conv_ffn_step`."""
+    if input_reasons(norm_weight, norm_bias, *parameters, maps=[x]):
+        return None
     training = wants_gradients(x, norm_weight, norm_bias, *parameters)
     count = 0 if training else pooled
     out, means = torch.ops.esc_arch.conv_ffn_step(x, norm_weight, norm_bias, eps, *parameters, count)

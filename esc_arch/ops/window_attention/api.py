@@ -124,8 +124,7 @@ def attention_layer(
     name = WINDOW_ATTENTION.resolve(backend)
     if name not in ("auto", "cpu") or (name == "auto" and "cpu" not in WINDOW_ATTENTION.order):
         return None
-    inputs = (x, to_qkv, bias, to_out, window, heads, norm)
-    return None if cpu.layer_unsupported_reasons(*inputs) else cpu.layer_forward(*inputs, residual)
+    return cpu.layer(x, to_qkv, bias, to_out, window, heads, norm, residual)
 
 
 def _check(x: Tensor, parts: int, bias: Bias, window: int, heads: int) -> None:

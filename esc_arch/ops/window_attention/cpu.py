@@ -47,17 +47,7 @@ def forward(qkv: Tensor, bias: Bias, window: int, heads: int) -> Tensor:
     return out.to(qkv.dtype)
 
 
-def layer_unsupported_reasons(
-    x: Tensor, to_qkv: Projection, bias: Bias, to_out: Projection, window: int, heads: int, norm: Norm | None
-) -> list[str]:
-    """Why the projections and the norm cannot be taken into the same operator; see `attention_layer`."""
-    tensors = [*to_qkv, *parameters_of(bias), *to_out, *(() if norm is None else norm[:2])]
-    if wants_gradients(x, *tensors):
-        return ["it has no backward pass"]
-    return unsupported_reasons(x, bias, window, heads) or input_reasons(*tensors, maps=[x])
-
-
-def layer_forward(
+def layer(
     x: Tensor,
     to_qkv: Projection,
     bias: Bias,
@@ -66,10 +56,16 @@ def layer_forward(
     heads: int,
     norm: Norm | None,
     residual: bool,
-) -> Tensor:
-    """`torch.ops.esc_arch.cpu_attention_layer`; see `attention_layer`."""
+) -> Tensor | None:
+    """The projections and the norm in the same operator, None where it cannot; see `attention_layer`."""
+    weight, shift, eps = norm or (None, None, 0.0)
+    tensors = (weight, shift, *to_qkv, *parameters_of(bias), *to_out)
+    if wants_gradients(x, *tensors):  # there is no backward pass
+        return None
+    if unsupported_reasons(x, bias, window, heads) or input_reasons(*tensors, maps=[x]):
+        return None
     return torch.ops.esc_arch.cpu_attention_layer(
-        x, *(norm or (None, None, 0.0)), *to_qkv, *_parts(bias), *to_out, window, heads, residual
+        x, weight, shift, eps, *to_qkv, *_parts(bias), *to_out, window, heads, residual
     )
 
 
