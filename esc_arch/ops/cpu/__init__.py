@@ -43,7 +43,7 @@ def when_loaded(register: Callable[[], None]) -> Callable[[], None]:
     """A decorator: call `register` once the operators are loaded, at once where they are."""
     _State.registrations.append(register)
     if _State.ready:
-        _call(register)
+        register()
     return register
 
 
@@ -52,13 +52,12 @@ def ready() -> bool:
     """True if the operators are loaded, or were built before and can be loaded now."""
     if _State.ready is None:
         _State.ready = False
-        if not _obstacles():
-            library = building.built_library(building.recipe())
-            if library is not None:
-                try:
-                    _load(library)
-                except OSError as error:
-                    _State.failure = str(error)
+        library = None if _obstacles() else building.built_library(building.recipe())
+        if library is not None:
+            try:
+                _load(library)
+            except OSError as error:
+                _State.failure = str(error)
     return _State.ready
 
 
@@ -145,13 +144,4 @@ def _load(library: Path) -> None:
     torch.ops.load_library(str(library))
     _State.ready = True
     for register in _State.registrations:
-        _call(register)
-
-
-def _call(register: Callable[[], None]) -> None:
-    try:
         register()
-    except RuntimeError:
-        # A library of some of the sources, for development, lacks the operators of the others
-        if not os.environ.get("ESC_ARCH_NATIVE_SOURCES"):
-            raise
