@@ -121,9 +121,7 @@ def _build_operators() -> int:
 
 
 def _library() -> Path:
-    compiler = building.find_compiler()
-    assert compiler is not None  # the operators are built
-    library = building.built_library(building.recipe(compiler))
+    library = building.built_library(building.recipe())
     assert library is not None
     return library
 

@@ -7,7 +7,7 @@ from contextlib import contextmanager
 
 import torch
 
-__all__ = ["float32_products", "tf32_flags", "tf32_in_convolutions", "tf32_in_products"]
+__all__ = ["float32_products", "tf32_in_convolutions", "tf32_in_products"]
 
 
 @contextmanager
@@ -35,8 +35,3 @@ def tf32_in_convolutions() -> bool:
     if hasattr(convolutions, "conv"):  # from 2.9 on; asking the older flag may raise there
         return convolutions.conv.fp32_precision == "tf32"
     return convolutions.allow_tf32
-
-
-def tf32_flags() -> tuple[bool, bool]:
-    """Both."""
-    return tf32_in_products(), tf32_in_convolutions()

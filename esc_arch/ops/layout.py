@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-__all__ = ["fast_layout"]
+__all__ = ["dense_layout", "empty_like", "fast_layout", "is_channels_last"]
 
 
 def fast_layout(x: Tensor) -> Tensor:
@@ -21,3 +21,20 @@ def fast_layout(x: Tensor) -> Tensor:
     if x.device.type != "cpu" or torch.compiler.is_exporting() or torch.jit.is_tracing():
         return x
     return x.contiguous(memory_format=torch.channels_last)
+
+
+def dense_layout(x: Tensor) -> torch.memory_format:
+    """The layout that a dense map has, or that another one is copied to: NCHW, unless it is channels_last alone."""
+    last = not x.is_contiguous() and x.is_contiguous(memory_format=torch.channels_last)
+    return torch.channels_last if last else torch.contiguous_format
+
+
+def is_channels_last(x: Tensor) -> bool:
+    """True if the channels of a pixel lie side by side, also where x is the first channels of a wider map."""
+    return x.stride(1) == 1 and x.shape[1] > 1
+
+
+def empty_like(x: Tensor) -> Tensor:
+    """An empty dense map in the layout of x, which may be the first channels of a wider map."""
+    layout = torch.channels_last if is_channels_last(x) else torch.contiguous_format
+    return torch.empty(x.shape, dtype=x.dtype, device=x.device, memory_format=layout)

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Hashable, Mapping, Sequence
+from dataclasses import dataclass
 from types import ModuleType
 from typing import Any, NamedTuple
 
@@ -12,13 +12,13 @@ from torch import Tensor
 
 from esc_arch.errors import UserError
 from esc_arch.ops import cpu
-from esc_arch.ops.float32 import tf32_flags
+from esc_arch.ops.float32 import tf32_in_convolutions, tf32_in_products
 
-__all__ = ["Explanation", "Operation", "Shapes", "UnusableBackend", "forget", "normal"]
+__all__ = ["Explanation", "Operation", "Shapes", "UnusableBackend", "check_norm", "check_shapes", "forget", "normal"]
 
 #: Other spellings of backends.
 ALIASES = {"cpp": "cpu"}
-#: Decisions kept by an operation; image sizes beyond that are decided again.
+#: Decisions kept; image sizes beyond that are decided again.
 MOST_DECISIONS = 4096
 
 #: Batch, height and width of a map.
@@ -63,12 +63,12 @@ class Operation:
     Attributes:
         name: for messages.
         option: what the user sets to a backend's name.
-        backends: by name, the readable reference first: modules with `forward`, `unsupported_reasons` of the same
-            arguments (empty when it can) and maybe `auto_skip_reasons` of them: why auto skips a usable backend.
+        backends: by name, the readable reference first: modules with `forward` and maybe, of the same arguments,
+            `unsupported_reasons` and `auto_skip_reasons`: why auto skips a usable backend. Both are empty without.
         order: what auto tries; the first one without any reasons is taken.
         inputs: random float32 tensors of a network's shapes, for a map of a size; the map first.
-        arguments: those of `forward`, of such tensors.
         parts: the result and the gradients of the tensors, for messages.
+        arguments: those of `forward`, of such tensors.
         parameters_stay_float32: in half precision, all tensors but the map do.
         roundings: of the largest number that a result may be off, on top of twice plain PyTorch's error.
         canonicalise: what of a gradient counts, by the number of its tensor.
@@ -79,15 +79,15 @@ class Operation:
     backends: dict[str, ModuleType]
     order: tuple[str, ...]
     inputs: Callable[[Shapes, Size], list[Tensor]]
-    arguments: Callable[[Shapes, Sequence[Tensor]], tuple[Any, ...]]
     parts: tuple[str, ...]
+    arguments: Callable[[Shapes, Sequence[Tensor]], tuple[Any, ...]] = lambda shapes, tensors: tuple(tensors)
     parameters_stay_float32: bool = False
     roundings: int = 4
     canonicalise: Callable[[int, Tensor], Tensor] = lambda number, gradient: gradient
-    _decisions: dict[Hashable, str] = field(default_factory=dict)
 
-    def __post_init__(self) -> None:
-        _memories.append(self._decisions)
+    def __call__(self, backend: str, *inputs: Any) -> Tensor:
+        """`forward` of the backend that is chosen; see `choose`."""
+        return self.choose(backend, *inputs).forward(*inputs)
 
     @property
     def reference(self) -> ModuleType:
@@ -120,12 +120,12 @@ class Operation:
         """
         if torch.compiler.is_compiling() or torch.jit.is_tracing():
             return self.backends[self._decide(backend, inputs)]
-        key = (backend, self.order, _mode(), *map(_facts, inputs))
-        name = self._decisions.get(key)
+        key = (self, backend, self.order, _mode(), *map(_facts, inputs))
+        name = _decisions.get(key)
         if name is None:
-            if len(self._decisions) >= MOST_DECISIONS:
-                self._decisions.clear()
-            name = self._decisions[key] = self._decide(backend, inputs)
+            if len(_decisions) >= MOST_DECISIONS:
+                _decisions.clear()
+            name = _decisions[key] = self._decide(backend, inputs)
         return self.backends[name]
 
     def _decide(self, backend: str, inputs: tuple[Any, ...]) -> str:
@@ -134,9 +134,9 @@ class Operation:
             cpu.build_by_name()
         refusals = {}
         for name in self.order if wanted == "auto" else (wanted,):
-            reasons = self.backends[name].unsupported_reasons(*inputs)
+            reasons = self.unsupported_reasons(name, *inputs)
             if not reasons and wanted == "auto":
-                reasons = self._skip_reasons(name, inputs)
+                reasons = self._ask(name, "auto_skip_reasons", inputs)
             if not reasons:
                 return name
             refusals[name] = "; ".join(reasons)
@@ -145,18 +145,21 @@ class Operation:
             f"{self.option} {wanted} cannot run here. {details}. Use {self.option}: auto to have one chosen."
         )
 
-    def _skip_reasons(self, name: str, inputs: tuple[Any, ...]) -> list[str]:
-        ask = getattr(self.backends[name], "auto_skip_reasons", None)
+    def unsupported_reasons(self, name: str, *inputs: Any) -> list[str]:
+        """Why a backend cannot take these inputs; empty when it can."""
+        return self._ask(name, "unsupported_reasons", inputs)
+
+    def _ask(self, name: str, question: str, inputs: tuple[Any, ...]) -> list[str]:
+        ask = getattr(self.backends[name], question, None)
         return [] if ask is None else ask(*inputs)
 
     def explain(self, *inputs: Any) -> Explanation:
         """Ask all backends. Nothing is built or computed."""
-        reasons = {name: backend.unsupported_reasons(*inputs) for name, backend in self.backends.items()}
-        left = {name: self._skip_reasons(name, inputs) for name, why in reasons.items() if not why}
-        left = {name: why for name, why in left.items() if why}
-        return Explanation(
-            next((name for name in self.order if not reasons[name] and name not in left), None), reasons, left
-        )
+        reasons = {name: self.unsupported_reasons(name, *inputs) for name in self.backends}
+        skips = {name: self._ask(name, "auto_skip_reasons", inputs) for name, why in reasons.items() if not why}
+        skips = {name: why for name, why in skips.items() if why}
+        chosen = next((name for name in self.order if not reasons[name] and name not in skips), None)
+        return Explanation(chosen, reasons, skips)
 
     def sample(
         self,
@@ -173,14 +176,13 @@ class Operation:
         return [x.to(device, dtype, memory_format=layout), *(other.to(device, low) for other in others)]
 
 
-_memories: list[dict[Hashable, str]] = []
+_decisions: dict[Hashable, str] = {}
 
 
 @cpu.when_loaded
 def forget() -> None:
     """Decide again: what decisions depend on has changed."""
-    for memory in _memories:
-        memory.clear()
+    _decisions.clear()
 
 
 def _facts(value: Any) -> Hashable:
@@ -193,10 +195,37 @@ def _facts(value: Any) -> Hashable:
 def _mode() -> Hashable:
     devices = ("cpu", "cuda") if torch.cuda.is_available() else ("cpu",)
     autocast = tuple(torch.is_autocast_enabled(device) and torch.get_autocast_dtype(device) for device in devices)
-    return torch.is_grad_enabled(), autocast, tf32_flags() if len(devices) > 1 else None
+    tf32 = (tf32_in_products(), tf32_in_convolutions()) if len(devices) > 1 else None
+    return torch.is_grad_enabled(), autocast, tf32
 
 
 def normal(*shapes: tuple[int, ...]) -> list[Tensor]:
     """Tensors of random numbers, the same each time."""
     generator = torch.Generator().manual_seed(0)
     return [torch.randn(shape, generator=generator) for shape in shapes]
+
+
+def check_shapes(shapes: Mapping[str, str], *tensors: Tensor | None, **sizes: int) -> None:
+    """Raise ValueError unless the tensors have their shapes; None stands for an omitted one.
+
+    Args:
+        shapes: by name, a character for each dimension, such as BCHW; 1 and 3 stand for themselves.
+        sizes: of letters; the others have the size that they stand for first.
+    """
+    sizes["1"], sizes["3"] = 1, 3
+    for (name, shape), tensor in zip(shapes.items(), tensors, strict=True):
+        if tensor is None:
+            continue
+        fits = tensor.dim() == len(shape)
+        for letter, size in zip(shape, tensor.shape, strict=True) if fits else ():
+            if sizes.setdefault(letter, size) != size:
+                fits = False
+        if not fits:
+            known = (f"{each} = {sizes[each]}" if each.isalpha() and each in sizes else each for each in shape)
+            raise ValueError(f"{name} has shape {tuple(tensor.shape)}; it must be ({', '.join(known)}).")
+
+
+def check_norm(weight: Tensor | None, bias: Tensor | None) -> None:
+    """Raise ValueError where one of them is omitted."""
+    if (weight is None) != (bias is None):
+        raise ValueError("norm_weight and norm_bias must be given together, or neither.")

@@ -33,18 +33,14 @@ def reflect_pad(x: Tensor, left: int, right: int, top: int, bottom: int) -> Tens
 
 def reflect_pad_to_multiple(x: Tensor, multiple: int) -> Tensor:
     """Pad a map (B, C, H, W) at the bottom and the right by reflection to the next multiples of `multiple`."""
-    height, width = x.shape[-2:]
-    return reflect_pad(x, 0, _missing(width, multiple), 0, _missing(height, multiple))
+    bottom, right = ((size + multiple - 1) // multiple * multiple - size for size in x.shape[-2:])
+    return reflect_pad(x, 0, right, 0, bottom)
 
 
 def at_least(number: int, bound: int) -> int:
     """The larger of the two, also where `number` is a symbol for sizes of all kinds, as it is while exporting."""
     larger: Any = torch.sym_max(number, bound) if torch.compiler.is_exporting() else max(number, bound)
     return larger
-
-
-def _missing(size: int, multiple: int) -> int:
-    return (size + multiple - 1) // multiple * multiple - size
 
 
 def _reflected(size: int, before: int, after: int, like: Tensor) -> Tensor:

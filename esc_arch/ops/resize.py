@@ -43,18 +43,17 @@ def matlab_resize(
         raise ValueError(f"the image is of {x.dtype}; it must be of a floating-point type, such as torch.float32.")
     if size is None and scale is None:
         raise ValueError("neither size nor scale is given; one is needed.")
-    down, across = (None, None) if scale is None else scale_pair(scale)
-    height, width = size or (None, None)
-    rows = _matrix(x, x.shape[-2], height, down)
-    columns = _matrix(x, x.shape[-1], width, across)
+    scales = (None, None) if scale is None else scale_pair(scale)
+    if size is None:
+        # (35 * 0.2 may come out a little above the whole number it is)
+        sides = [math.ceil(side * each - 1e-9) for side, each in zip(x.shape[-2:], scales, strict=True) if each]
+    else:
+        sides = list(size)
+    rows, columns = (
+        resize_matrix(before, after, each, dtype=x.dtype, device=x.device)
+        for before, after, each in zip(x.shape[-2:], sides, scales, strict=True)
+    )
     return rows @ x @ columns.T
-
-
-def _matrix(like: Tensor, in_size: int, out_size: int | None, scale: float | None) -> Tensor:
-    if out_size is None:
-        assert scale is not None  # one of both is given
-        out_size = math.ceil(in_size * scale - 1e-9)  # 35 * 0.2 may come out a little above the whole number it is
-    return resize_matrix(in_size, out_size, scale, dtype=like.dtype, device=like.device)
 
 
 @lru_cache(maxsize=32)
@@ -132,10 +131,9 @@ def scaled_size(size: Sequence[int], scale: float | Sequence[float]) -> tuple[in
     Raises:
         ValueError: see `scale_pair`.
     """
-    (height, width), (down, across) = size, scale_pair(scale)
-    return _scaled(height, down), _scaled(width, across)
-
-
-def _scaled(length: int, scale: float) -> int:
-    # Whole scales by whole numbers: while exporting, the length may be a symbol
-    return length * int(scale) if scale == int(scale) else max(1, round(length * scale))
+    # Whole scales by whole numbers: while exporting, the size may be a symbol
+    height, width = (
+        side * int(each) if each == int(each) else max(1, round(side * each))
+        for side, each in zip(size, scale_pair(scale), strict=True)
+    )
+    return height, width

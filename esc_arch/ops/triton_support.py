@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib.util
 import os
-from functools import cache
 
 import torch
 from torch import Tensor
@@ -24,11 +23,6 @@ def missing(device: str, index: int | None) -> str:
     Args:
         device, index: type and number of the device that the inputs are on.
     """
-    return _missing(device, index)
-
-
-@cache
-def _missing(device: str, index: int | None) -> str:
     if importlib.util.find_spec("triton") is None:
         return "triton is not installed"
     if device == "cpu":

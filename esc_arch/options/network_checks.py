@@ -132,8 +132,8 @@ def _check_backends(opt: Options, key: str, net: nn.Module, is_train: bool) -> I
             requires_grad=is_train and wants_gradients(*layer.to_qkv.parameters(), *parameters_of(bias)),
         )
         with torch.set_grad_enabled(is_train):
-            backend = WINDOW_ATTENTION.backends[layer.attn_type]
-            reasons = backend.unsupported_reasons(qkv, bias, layer.window_size, layer.num_heads)
+            inputs = (qkv, bias, layer.window_size, layer.num_heads)
+            reasons = WINDOW_ATTENTION.unsupported_reasons(layer.attn_type, *inputs)
         if reasons := [reason for reason in reasons if reason != NOT_BUILT]:
             option = "backend" if str(opt[key].get("backend")).lower() == layer.attn_type else "attn_type"
             message = (

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import json
 import logging
 import sys
 from collections.abc import Callable, Iterator
@@ -164,6 +163,7 @@ def test_what_is_written_is_read(cache: Path) -> None:
 @pytest.mark.parametrize(
     "change",
     [
+        {"FORMAT": "99"},
         {"_triton": lambda: "3.1"},
         {"_digest": lambda: "another"},
         {"_hardware": lambda device: {"device": "another", "capability": "8.0"}},
@@ -174,7 +174,6 @@ def test_results_of_something_else_are_not_read(change: dict[str, Any], monkeypa
     for name, value in change.items():
         monkeypatch.setattr(files, name, value)
     assert file_of(CPU) != file
-    file.rename(file_of(CPU))  # not even under its name
     assert load("cpu", None) == ({}, "")
 
 
@@ -200,12 +199,6 @@ def test_a_file_that_cannot_be_read_is_told() -> None:
     file = file_of(CPU)
     file.mkdir(parents=True)
     assert load("cpu", None) == ({}, f"{file} cannot be read: Is a directory")
-
-
-def test_numbers_of_a_later_format_are_left() -> None:
-    file = write((CASE, PASSED))
-    file.write_text(json.dumps(json.loads(file.read_text()) | {"format": 99}))
-    assert load("cpu", None) == ({}, "")
 
 
 # --- what auto makes of it ------------------------------------------------------------------------------------------

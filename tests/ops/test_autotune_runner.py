@@ -18,15 +18,11 @@ from esc_arch.ops.autotune import results, runner, trial
 from esc_arch.ops.autotune.choice import forget
 from esc_arch.ops.autotune.networks import Network
 from esc_arch.ops.autotune.results import Case, Result, file_of, load
-from esc_arch.ops.autotune.runner import Settings, autotune, autotune_gpus
+from esc_arch.ops.autotune.runner import autotune, autotune_gpus
 from esc_arch.ops.autotune.trial import cases
 
-TINY = Settings(
-    {"ESC": Network(16, 1, 2, 4, 3, 8, small=(1, 1, 3), image=(1, 2, 2), patches=(1, 2, 2))},
-    ("float16",),
-    60.0,
-    rounds=1,
-)
+NETWORK = {"ESC": Network(16, 1, 2, 4, 3, 8, small=(1, 1, 3), image=(1, 2, 2), patches=(1, 2, 2))}
+TINY: dict[str, Any] = {"networks": NETWORK, "precisions": ("float16",), "timeout": 60.0, "rounds": 1}
 CPU = torch.device("cpu")
 ALL = list(cases(("ESC",), ("float16",)))
 
@@ -101,7 +97,7 @@ def found() -> dict[Case, Any]:
 def test_the_whole_way_in_the_interpreter(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TRITON_INTERPRET", "1")
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
-    autotune(CPU, "this CPU", TINY)
+    autotune(CPU, "this CPU", **TINY)
     known = found()
     assert set(known) == set(ALL)
     assert [result.failure for result in known.values()] == ["" for _ in ALL]
@@ -126,7 +122,7 @@ def test_a_child_that_fails(
 ) -> None:
     child(function)
     monkeypatch.setattr(trial, "cases", lambda *_: ALL[1:2])
-    autotune(CPU, "this CPU", TINY)
+    autotune(CPU, "this CPU", **TINY)
     (result,) = found().values()
     assert result.failure.startswith(failure)
     assert f"  window attention, triton, ESC, float16: training FAILED, {failure}" in capsys.readouterr().out
@@ -135,19 +131,19 @@ def test_a_child_that_fails(
 def test_a_child_that_hangs_costs_the_time_once_a_backend(child: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     child(hang)
     monkeypatch.setattr(trial, "cases", lambda *_: ALL[:2])
-    autotune(CPU, "this CPU", Settings(TINY.networks, ("float16", "float32"), timeout=0.2))
+    autotune(CPU, "this CPU", **TINY | {"timeout": 0.2})
     assert [result.failure for result in found().values()] == ["not finished after 0.2 s", runner._LATE]
 
 
 def test_what_was_tried_is_tried_again_when_asked(trial_finds: Any, capsys: pytest.CaptureFixture[str]) -> None:
     trial_finds(fail)
-    autotune(CPU, "this CPU", TINY)
+    autotune(CPU, "this CPU", **TINY)
     trial_finds(pass_)
-    autotune(CPU, "this CPU", TINY)
+    autotune(CPU, "this CPU", **TINY)
     assert {result.failure for result in found().values()} == {"it is wrong"}
     out = capsys.readouterr().out
     assert f"this CPU: tried before, exact and faster in 0 of 6 cases ({file_of(CPU)}). `basicsr warmup --again`" in out
-    autotune(CPU, "this CPU", TINY, again=True)
+    autotune(CPU, "this CPU", **TINY, again=True)
     assert {result.failure for result in found().values()} == {""}
     assert "inference exact (error 1.0e-06, plain PyTorch 2.0e-06), faster: 1 against 2 ms of sdpa" in (
         capsys.readouterr().out
@@ -157,16 +153,16 @@ def test_what_was_tried_is_tried_again_when_asked(trial_finds: Any, capsys: pyte
 def test_what_is_left_is_tried(trial_finds: Any, capsys: pytest.CaptureFixture[str]) -> None:
     """A file that is damaged counts as none, and precisions that are there are not tried again."""
     trial_finds(fail)
-    autotune(CPU, "this CPU", TINY)
+    autotune(CPU, "this CPU", **TINY)
     trial_finds(pass_)
-    autotune(CPU, "this CPU", Settings(TINY.networks, ("float16", "tf32")))
+    autotune(CPU, "this CPU", **TINY | {"precisions": ("float16", "tf32")})
     assert {case.precision: result.failure for case, result in found().items()} == {
         "float16": "it is wrong", "tf32": "",
     }  # fmt: skip
     capsys.readouterr()
     file_of(CPU).write_text("{")
     forget()
-    autotune(CPU, "this CPU", TINY)
+    autotune(CPU, "this CPU", **TINY)
     assert f"{file_of(CPU)} is damaged; they are tried again." in capsys.readouterr().out
     assert {result.failure for result in found().values()} == {""}
 
@@ -174,7 +170,7 @@ def test_what_is_left_is_tried(trial_finds: Any, capsys: pytest.CaptureFixture[s
 def test_a_cache_that_cannot_be_written(cache: Path, trial_finds: Any, capsys: pytest.CaptureFixture[str]) -> None:
     trial_finds(pass_)
     cache.write_text("a file where a folder is needed")
-    autotune(CPU, "this CPU", TINY)
+    autotune(CPU, "this CPU", **TINY)
     assert "the results cannot be saved, so auto does not use them: " in capsys.readouterr().out
 
 

@@ -99,10 +99,16 @@ def test_an_unknown_backend() -> None:
     ("shapes", "message"),
     [
         (((2, 3, 4), (2, 2, 5, 5), (1, 2, 3, 3)), r"x has shape \(2, 3, 4\); it must be \(B, C, H, W\)"),
-        (((1, 2, 3, 4), (2, 3, 5, 5), (1, 2, 3, 3)), r"large kernel has shape .*must be \(2, 2, K, K\) with K odd"),
-        (((1, 2, 3, 4), (2, 2, 4, 4), (1, 2, 3, 3)), r"large kernel has shape \(2, 2, 4, 4\); for this x"),
-        (((1, 2, 3, 4), (2, 2, 5, 5), (2, 2, 3, 3)), r"dynamic kernel has shape .*must be \(1, 2, K, K\) with K odd"),
-        (((1, 2, 3, 4), (2, 2, 5, 5), (1, 2, 3, 1)), r"dynamic kernel has shape \(1, 2, 3, 1\); for this x"),
+        (
+            ((1, 2, 3, 4), (2, 3, 5, 5), (1, 2, 3, 3)),
+            r"large kernel has shape .* must be \(C = 2, C = 2, K = 5, K = 5\)",
+        ),
+        (((1, 2, 3, 4), (2, 2, 4, 4), (1, 2, 3, 3)), r"kernel has shape \(2, 2, 4, 4\); its sides must be odd"),
+        (
+            ((1, 2, 3, 4), (2, 2, 5, 5), (2, 2, 3, 3)),
+            r"dynamic kernel has shape .* must be \(B = 1, C = 2, k = 3, k = 3\)",
+        ),
+        (((1, 2, 3, 4), (2, 2, 5, 5), (1, 2, 3, 1)), r"dynamic kernel has shape \(1, 2, 3, 1\); it must"),
     ],
 )
 def test_shapes_that_do_not_fit(shapes: tuple[tuple[int, ...], ...], message: str) -> None:

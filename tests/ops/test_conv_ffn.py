@@ -74,20 +74,18 @@ def test_unknown_backend() -> None:
         conv_ffn(*arguments(1, 4, 2, 2), backend="fast")
 
 
-def test_a_map_has_four_dimensions() -> None:
-    x, *parameters = arguments(1, 4, 2, 2)
-    with pytest.raises(ValueError, match=r"x has shape \(4, 2, 2\); it must be \(B, C, H, W\)"):
-        conv_ffn(x[0], *parameters)
-
-
-def test_shapes_that_do_not_fit_are_listed() -> None:
+@pytest.mark.parametrize(
+    ("place", "cut", "message"),
+    [
+        (0, 0, r"x has shape \(4, 2, 2\); it must be \(B, C, H, W\)\."),
+        (2, slice(5), r"proj_bias has shape \(5,\); it must be \(M = 6\)\."),
+        (5, slice(3), r"aggr_weight has shape \(3, 6, 1, 1\); it must be \(C = 4, M = 6, 1, 1\)\."),
+    ],
+)
+def test_shapes_that_do_not_fit(place: int, cut: int | slice, message: str) -> None:
     values = list(arguments(1, 4, 2, 2))
-    values[2], values[5] = values[2][:5], values[5][:3]
-    with pytest.raises(
-        ValueError,
-        match=r"for 4 channels and 6 hidden ones .*: proj_bias \(5,\), which must be \(6,\); "
-        r"aggr_weight \(3, 6, 1, 1\), which must be \(4, 6, 1, 1\)\.",
-    ):
+    values[place] = values[place][cut]
+    with pytest.raises(ValueError, match=message):
         conv_ffn(*values)
 
 

@@ -205,9 +205,15 @@ def test_where_it_is_left_to_the_parts(monkeypatch: pytest.MonkeyPatch) -> None:
     ("changes", "message"),
     [
         ({"x": torch.zeros(8, 5, 6)}, r"x has shape \(8, 5, 6\); it must be \(B, C, H, W\), C a multiple of 2 heads"),
-        ({"to_qkv": (torch.zeros(16, 8, 1, 1), None)}, r"to_qkv's weight has shape \(16, 8, 1, 1\).*\(24, 8, 1, 1\)"),
-        ({"to_out": (torch.zeros(8, 8, 1, 1), torch.zeros(7))}, r"to_out's bias has shape \(7,\); .* must be \(8,\)"),
-        ({"norm": (torch.zeros(8), torch.zeros(9), 0.1)}, r"the norm's bias has shape \(9,\); for 8 channels"),
+        (
+            {"to_qkv": (torch.zeros(16, 8, 1, 1), None)},
+            r"to_qkv's weight has shape \(16, 8, 1, 1\); it must be \(P = 24, C = 8, 1, 1\)",
+        ),
+        (
+            {"to_out": (torch.zeros(8, 8, 1, 1), torch.zeros(7))},
+            r"to_out's bias has shape \(7,\); it must be \(C = 8\)",
+        ),
+        ({"norm": (torch.zeros(8), torch.zeros(9), 0.1)}, r"the norm's bias has shape \(9,\); it must be \(C = 8\)"),
         ({"bias": torch.zeros(2, 48)}, r"the bias table has shape \(2, 48\)"),
         ({"window": 0}, "window is 0 and heads is 2; both must be at least 1"),
         ({"backend": "fast"}, "attn_type 'fast' is not known"),

@@ -87,7 +87,7 @@ def test_decisions_do_not_pile_up(make: Any, monkeypatch: pytest.MonkeyPatch) ->
     thing = make(first=[])
     for size in range(1, 9):
         thing.choose("auto", normal(size))
-    assert len(thing._decisions) <= 3
+    assert len(operation._decisions) <= 3
 
 
 def test_the_earlier_spelling() -> None:

@@ -3,25 +3,21 @@
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Iterator
 from types import SimpleNamespace
 
 import pytest
 import torch
 
-from esc_arch.ops import triton_support
 from esc_arch.ops.triton_support import missing, precision
 
 
 @pytest.fixture
-def machine(monkeypatch: pytest.MonkeyPatch) -> Iterator[SimpleNamespace]:
+def machine(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
     """A machine whose GPU can be set."""
     settings = SimpleNamespace(triton=True, capability=(9, 0))
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: object() if settings.triton else None)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: settings.capability)
-    triton_support._missing.cache_clear()
-    yield settings
-    triton_support._missing.cache_clear()
+    return settings
 
 
 def test_a_recent_gpu_lacks_nothing(machine: SimpleNamespace) -> None:

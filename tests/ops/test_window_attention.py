@@ -239,7 +239,7 @@ def test_wrong_shape_of_qkv(shape: tuple[int, ...]) -> None:
 
 @pytest.mark.parametrize("shape", [(2, 64), (1, 49), (49,), (2, 7, 7)])
 def test_wrong_shape_of_the_table(shape: tuple[int, ...]) -> None:
-    with pytest.raises(ValueError, match=r"bias table has shape .*; for 2 heads and window 4 it must be \(2, 49\)"):
+    with pytest.raises(ValueError, match=r"bias table has shape .*; it must be \(h = 2, T = 49\)"):
         attend(torch.zeros(1, 48, 8, 8), torch.zeros(shape), 4, "auto")
 
 

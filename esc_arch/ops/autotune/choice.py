@@ -20,7 +20,6 @@ def forget() -> None:
     """Read the files again: they have changed."""
     load.cache_clear()
     operation.forget()
-    _reasons.cache_clear()
 
 
 def auto_skip_reasons(case: Case, device: str, index: int | None, rivals: Sequence[str] = ()) -> list[str]:
@@ -38,28 +37,23 @@ def auto_skip_reasons(case: Case, device: str, index: int | None, rivals: Sequen
         return []
     if switch == "0":
         return ["ESC_ARCH_TRITON=0 keeps auto from it"]
-    return list(_reasons(case, device, index, tuple(rivals)))
-
-
-@cache
-def _reasons(case: Case, device: str, index: int | None, rivals: tuple[str, ...]) -> tuple[str, ...]:
-    loaded = load(device, index)
-    result = loaded.results.get(case)
-    if loaded.problem:
-        return (f"what its trial found is not known, {loaded.problem}: `basicsr warmup` tries it again",)
+    results, problem = load(device, index)
+    result = results.get(case)
+    if problem:
+        return [f"what its trial found is not known, {problem}: `basicsr warmup` tries it again"]
     if result is None:
-        if not loaded.results:
+        if not results:
             _advise()
-        return ("not tried on this GPU yet: `basicsr warmup` tries it",)
+        return ["not tried on this GPU yet: `basicsr warmup` tries it"]
     if result.failure:
-        return (f"failed its trial on this GPU: {result.failure}; `basicsr warmup --again` tries it again",)
+        return [f"failed its trial on this GPU: {result.failure}; `basicsr warmup --again` tries it again"]
     if result.slower:
-        return (result.slower,)
+        return [result.slower]
     for name in rivals:
-        rival = loaded.results.get(case._replace(backend=name))
+        rival = results.get(case._replace(backend=name))
         if rival is not None and not rival.failure and not rival.slower and rival.cost < result.cost:
-            return (f"slower than {name} here",)
-    return ()
+            return [f"slower than {name} here"]
+    return []
 
 
 @cache

@@ -17,17 +17,9 @@ import torch
 
 from esc_arch.ops.cpu import building
 
-__all__ = ["MODES", "PRECISIONS", "Case", "Loaded", "Result", "encode", "file_of", "load"]
+__all__ = ["MODES", "PRECISIONS", "Case", "Result", "encode", "file_of", "load"]
 
-FORMAT = 1
-
-_OPS = Path(__file__).parents[1]
-#: What the results of the kernels depend on.
-_SOURCES = (
-    _OPS / "triton_support.py",
-    *(_OPS / "window_attention" / name for name in ("triton.py", "triton_kernels.py")),
-    *(_OPS / "conv_attn" / name for name in ("triton.py", "triton_folded.py", "triton_kernels.py")),
-)
+FORMAT = "2"
 
 #: How kernels multiply: float32 with all its bits and in TF32, and the half types.
 PRECISIONS = {
@@ -102,13 +94,6 @@ class Result:
         )
 
 
-class Loaded(NamedTuple):
-    """The results on a device, and why its file cannot be read; empty when it can or there is none."""
-
-    results: dict[Case, Result]
-    problem: str
-
-
 def file_of(device: torch.device) -> Path:
     """Where the results on a device are kept; another name for all that they depend on.
 
@@ -122,37 +107,29 @@ def file_of(device: torch.device) -> Path:
 def encode(device: torch.device, results: Mapping[Case, Result]) -> bytes:
     """The content of their file."""
     records = [case._asdict() | asdict(result) for case, result in results.items()]
-    return json.dumps({"format": FORMAT, "key": _key(device), "results": records}, indent=1).encode()
+    return json.dumps({"key": _key(device), "results": records}, indent=1).encode()
 
 
 @cache
-def load(kind: str, index: int | None) -> Loaded:
-    """The results on the device of this type and number; read once by a process, see `choice.forget`."""
-    device = torch.device(kind) if index is None else torch.device(kind, index)
+def load(kind: str, index: int | None) -> tuple[dict[Case, Result], str]:
+    """The results on the device of this type and number, and why their file cannot be read; empty when it can.
+
+    Read once by a process, see `choice.forget`.
+    """
     try:
-        file = file_of(device)
-        content = file.read_bytes()
+        file = file_of(torch.device(kind) if index is None else torch.device(kind, index))
+        return dict(_decode(record) for record in json.loads(file.read_bytes())["results"]), ""
     except ImportError as error:
-        return Loaded({}, str(error))
+        return {}, str(error)
     except FileNotFoundError:
-        return Loaded({}, "")
+        return {}, ""
     except OSError as error:
-        return Loaded({}, f"{file} cannot be read: {error.strerror or error}")
-    try:
-        return Loaded(_decode(content, _key(device)), "")
+        return {}, f"{file} cannot be read: {error.strerror or error}"
     except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError):
-        return Loaded({}, f"{file} is damaged")
+        return {}, f"{file} is damaged"
 
 
-def _decode(content: bytes, key: dict[str, str]) -> dict[Case, Result]:
-    """What `encode` made; nothing where it is of another key, and one of many errors where it is damaged."""
-    found = json.loads(content)
-    if found["format"] != FORMAT or found["key"] != key:
-        return {}
-    return dict(_read(dict(record)) for record in found["results"])
-
-
-def _read(record: dict[str, Any]) -> tuple[Case, Result]:
+def _decode(record: dict[str, Any]) -> tuple[Case, Result]:
     case = Case(*(str(record.pop(name)) for name in Case._fields))
     result = Result(**record)
     if not result.failure:
@@ -163,7 +140,8 @@ def _read(record: dict[str, Any]) -> tuple[Case, Result]:
 
 def _key(device: torch.device) -> dict[str, str]:
     """All that results depend on."""
-    return {**_hardware(device), "torch": torch.__version__, "triton": _triton(), "kernels": _digest()}
+    versions = {"format": FORMAT, "torch": torch.__version__, "triton": _triton(), "kernels": _digest()}
+    return {**_hardware(device), **versions}
 
 
 def _hardware(device: torch.device) -> dict[str, str]:
@@ -184,7 +162,5 @@ def _triton() -> str:
 
 @cache
 def _digest() -> str:
-    digest = hashlib.sha256()
-    for source in _SOURCES:
-        digest.update(source.read_bytes())
-    return digest.hexdigest()
+    sources = sorted(Path(__file__).parents[1].rglob("triton*.py"))
+    return hashlib.sha256(b"".join(source.read_bytes() for source in sources)).hexdigest()

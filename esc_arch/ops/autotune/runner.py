@@ -5,9 +5,8 @@ from __future__ import annotations
 import multiprocessing
 import os
 import signal
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
 from multiprocessing.connection import Connection
 
 import torch
@@ -20,29 +19,9 @@ from .choice import forget
 from .networks import NETWORKS, Network
 from .results import MODES, PRECISIONS, Case, Result, encode, file_of, load
 
-__all__ = ["Settings", "autotune", "autotune_gpus"]
+__all__ = ["autotune", "autotune_gpus"]
 
 _LATE = "an earlier trial of it was not finished in time"
-
-
-@dataclass(frozen=True)
-class Settings:
-    """What is tried.
-
-    Attributes:
-        networks: by name; names other than those of `NETWORKS` are of no use to `auto`.
-        precisions: keys of `PRECISIONS`.
-        timeout: seconds for each backend, network, precision and mode; most of it is compiling.
-        rounds: of timing.
-    """
-
-    networks: Mapping[str, Network]
-    precisions: tuple[str, ...]
-    timeout: float = 300.0
-    rounds: int = trial.ROUNDS
-
-
-EVERYTHING = Settings(NETWORKS, tuple(PRECISIONS))
 
 
 def autotune_gpus(*, again: bool) -> None:
@@ -68,17 +47,30 @@ def autotune_gpus(*, again: bool) -> None:
             autotune(device, name, again=again)
 
 
-def autotune(device: torch.device, name: str, settings: Settings = EVERYTHING, *, again: bool = False) -> None:
+def autotune(
+    device: torch.device,
+    name: str,
+    *,
+    again: bool = False,
+    networks: Mapping[str, Network] = NETWORKS,
+    precisions: Sequence[str] = tuple(PRECISIONS),
+    timeout: float = 300.0,
+    rounds: int = trial.ROUNDS,
+) -> None:
     """Try what has not been tried on a device, say what was found, and keep it, each result at once.
 
     Whatever goes wrong is said and ends nothing.
 
     Args:
-        device, name: where to, and its name for messages.
+        name: of the device, for messages.
         again: try everything again.
+        networks: by name; names other than those of `NETWORKS` are of no use to `auto`.
+        precisions: keys of `PRECISIONS`.
+        timeout: seconds for each backend, network, precision and mode; most of it is compiling.
+        rounds: of timing.
     """
     file, (known, problem) = file_of(device), load(device.type, device.index)
-    wanted = list(trial.cases(tuple(settings.networks), settings.precisions))
+    wanted = list(trial.cases(tuple(networks), precisions))
     results = {} if again else dict(known)
     if problem:
         print(f"Triton kernels on {name}: {problem}; they are tried again.")
@@ -91,44 +83,37 @@ def autotune(device: torch.device, name: str, settings: Settings = EVERYTHING, *
         )
         return
     print(f"Triton kernels on {name}: comparing them with PyTorch's; it takes some minutes, once ...", flush=True)
+    child, late = _Child(), set()
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
-        for case, result in _tried(left, device, settings):
+        for case in left:
+            if case[:2] in late:
+                result = Result(failure=_LATE)
+            elif (found := child.run(case, networks[case.network], device, rounds, timeout)) is not None:
+                result = found
+            else:
+                late.add(case[:2])
+                result = Result(failure=f"not finished after {timeout:g} s")
             results[case] = result
             write_atomically(file, encode(device, results))
             if case.mode == MODES[-1]:
-                print(f"  {_line(case, results)}", flush=True)
+                modes = ((mode, results.get(case._replace(mode=mode))) for mode in MODES)
+                line = "; ".join(f"{mode} {result}" for mode, result in modes if result is not None)
+                print(f"  {', '.join(case[:-1])}: {line}", flush=True)
     except OSError as error:
         print(f"Triton kernels on {name}: the results cannot be saved, so auto does not use them: {error}")
         return
     finally:
+        child.stop()
         forget()
     print(f"Triton kernels on {name}: done. The results are in {file}")
-
-
-def _tried(wanted: list[Case], device: torch.device, settings: Settings) -> Iterator[tuple[Case, Result]]:
-    late: set[tuple[str, str]] = set()
-    child = _Child()
-    try:
-        for case in wanted:
-            if case[:2] in late:
-                yield case, Result(failure=_LATE)
-                continue
-            result = child.run(case, settings.networks[case.network], device, settings.rounds, settings.timeout)
-            if result is None:
-                late.add(case[:2])
-                result = Result(failure=f"not finished after {settings.timeout:g} s")
-            yield case, result
-    finally:
-        child.stop()
 
 
 class _Child:
     """A process that tries backends, started when needed: a kernel that fails may end its process or hang."""
 
-    def __init__(self) -> None:
-        self.process: multiprocessing.process.BaseProcess | None = None
-        self.connection: Connection | None = None
+    process: multiprocessing.process.BaseProcess | None = None
+    connection: Connection
 
     def run(self, case: Case, network: Network, device: torch.device, rounds: int, timeout: float) -> Result | None:
         """What the trial found, or how it ended the process; None when it was not finished in time."""
@@ -138,9 +123,6 @@ class _Child:
             self.process = context.Process(target=_serve, args=(theirs,), daemon=True)
             self.process.start()
             theirs.close()
-            with suppress(EOFError):
-                self.connection.recv()  # once its imports, which a slow disk makes long, are done
-        assert self.connection is not None
         result, broken = None, True
         try:
             self.connection.send((case, network, device, rounds))
@@ -148,7 +130,9 @@ class _Child:
                 result, broken = self.connection.recv()
         except (EOFError, OSError):
             self.process.join()
-            result = Result(failure=f"the process ended with {_status(self.process.exitcode or 0)}")
+            code = self.process.exitcode or 0
+            ending = f"signal {signal.Signals(-code).name}" if code < 0 else f"status {code}"
+            result = Result(failure=f"the process ended with {ending}")
         if broken:
             self.stop()
         return result
@@ -157,29 +141,15 @@ class _Child:
         if self.process is not None:
             self.process.kill()
             self.process.join()
-            self.process = self.connection = None
+            self.process = None
 
 
 def _serve(connection: Connection) -> None:
-    connection.send(None)
-    while True:
-        try:
-            case, network, device, rounds = connection.recv()
-        except EOFError:
-            return
-        broken = False
-        try:
-            result = trial.run(case, network, device, rounds)
-        except Exception as error:  # of whatever kind: after an error in a kernel nothing more is computed on that GPU
-            result, broken = Result(failure=f"{type(error).__name__}: {error}"), True
-        connection.send((result, broken))
-
-
-def _status(exitcode: int) -> str:
-    return f"signal {signal.Signals(-exitcode).name}" if exitcode < 0 else f"status {exitcode}"
-
-
-def _line(case: Case, results: Mapping[Case, Result]) -> str:
-    """What was found in all modes."""
-    found = ((mode, results.get(case._replace(mode=mode))) for mode in MODES)
-    return f"{', '.join(case[:-1])}: {'; '.join(f'{mode} {result}' for mode, result in found if result is not None)}"
+    with suppress(EOFError):  # once nothing more is asked
+        while True:
+            arguments, broken = connection.recv(), False
+            try:
+                result = trial.run(*arguments)
+            except Exception as error:  # after an error in a kernel nothing more is computed on that GPU
+                result, broken = Result(failure=f"{type(error).__name__}: {error}"), True
+            connection.send((result, broken))

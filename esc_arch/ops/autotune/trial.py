@@ -6,7 +6,6 @@ import math
 import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import nullcontext
 from dataclasses import replace
 from itertools import product
 from types import ModuleType
@@ -47,10 +46,8 @@ def autotuned(operation: Operation) -> list[str]:
 
 def run(case: Case, network: Network, device: torch.device, rounds: int = ROUNDS) -> Result:
     """Try a backend with the shapes of a network, timed in several rounds."""
-    trial = _Trial(case, network, device, rounds)
-    float32 = case.precision in ("float32", "tf32")
-    with float32_products(tf32=case.precision == "tf32") if float32 else nullcontext():
-        return trial.result()
+    with float32_products(tf32=case.precision == "tf32"):  # of no effect on the half types
+        return _Trial(case, network, device, rounds).result()
 
 
 class _Trial:
@@ -59,65 +56,62 @@ class _Trial:
         self.operation = OPERATIONS[case.operation]
         self.backend = self.operation.backends[case.backend]
         self.training = case.mode == "training"
+        self.dtype = PRECISIONS[case.precision]
 
     def result(self) -> Result:
         size = self.network.patches if self.training else self.network.image
         tensors = self._tensors(size, LAYOUTS["NCHW"])
         arguments = self.operation.arguments(self.network, tensors)
-        reasons = self.backend.unsupported_reasons(*arguments)
-        if reasons:
+        unsupported = self.operation.explain(*arguments).reasons
+        if reasons := unsupported[self.case.backend]:
             return Result(failure=f"it cannot run here: {'; '.join(reasons)}")
         compared = self._compare()
         if compared.failure:
             return compared
-        order = (name for name in self.operation.order if name not in autotuned(self.operation))
-        baseline = next(name for name in order if not self.operation.backends[name].unsupported_reasons(*arguments))
+        others = (name for name in self.operation.order if name not in autotuned(self.operation))
+        baseline = next(name for name in others if not unsupported[name])
         modules = (self.backend, self.operation.backends[baseline])
         milliseconds = {name: self._times(modules, self._tensors(size, layout)) for name, layout in LAYOUTS.items()}
         return replace(compared, baseline=baseline, milliseconds=milliseconds)
 
     def _tensors(self, size: Size, layout: torch.memory_format) -> list[Tensor]:
-        dtype = PRECISIONS[self.case.precision]
-        return self.operation.sample(self.network, size, device=self.device, dtype=dtype, layout=layout)
+        return self.operation.sample(self.network, size, device=self.device, dtype=self.dtype, layout=layout)
 
     def _run(self, backend: ModuleType, tensors: Sequence[Tensor], weights: Tensor | None = None) -> list[Tensor]:
         def compute(*leaves: Tensor) -> Tensor:
-            out: Tensor = backend.forward(*self.operation.arguments(self.network, leaves))
-            return out
+            return backend.forward(*self.operation.arguments(self.network, leaves))
 
-        kind = PRECISIONS[self.case.precision]
-        return results(compute, tensors, gradients=self.training, weights=weights, kind=kind)
+        return results(compute, tensors, gradients=self.training, weights=weights, kind=self.dtype)
 
     def _compare(self) -> Result:
         """Against the reference in float64, and against itself, in every layout; without times."""
-        nearest, result = -1.0, Result(failure="nothing was compared")
         # On the CPU, which has the memory for it, and shares no fault with the GPU
         numbers = [tensor.double().cpu() for tensor in self._tensors(self.network.small, LAYOUTS["NCHW"])]
         exact = self._run(self.operation.reference, numbers)
+        compared = []
         for layout in LAYOUTS.values():
             tensors = self._tensors(self.network.small, layout)
             plain = self._run(self.operation.reference, tensors)
             found, again = (self._run(self.backend, tensors) for _ in range(2))
             for number in range(len(exact)):
-                share, compared = self._errors(number, exact[number], plain[number], found[number])
-                if compared.failure:
-                    return compared
-                if not torch.equal(found[number], again[number]):
-                    return replace(compared, failure=f"{compared.part} differs from one run to the next")
-                if share > nearest:
-                    nearest, result = share, compared
-        return result
+                share, result = self._errors(number, exact[number], plain[number], found[number])
+                if not result.failure and not torch.equal(found[number], again[number]):
+                    result = Result(failure=f"{result.part} differs from one run to the next")
+                if result.failure:
+                    return result
+                compared.append((share, result))
+        return max(compared, key=lambda pair: pair[0])[1]
 
     def _errors(self, number: int, exact: Tensor, plain: Tensor, found: Tensor) -> tuple[float, Result]:
-        """The part of the allowed error that there is, and what to say of it."""
+        """The share of the allowed error that is used, and what to say of it."""
         part = self.operation.parts[number]
         if found.dtype != plain.dtype:
-            return math.inf, Result(failure=f"{part} is {found.dtype}, not {plain.dtype}", part=part)
+            return math.inf, Result(failure=f"{part} is {found.dtype}, not {plain.dtype}")
         exact, plain, found = (self.operation.canonicalise(number, x) for x in (exact, plain, found))
         plain_error, error = (largest_difference(x, exact) for x in (plain, found))
         if not math.isfinite(error):
-            return math.inf, Result(failure=f"{part} is not finite", part=part)
-        eps = TF32_EPS if self.case.precision == "tf32" else torch.finfo(PRECISIONS[self.case.precision]).eps
+            return math.inf, Result(failure=f"{part} is not finite")
+        eps = TF32_EPS if self.case.precision == "tf32" else torch.finfo(self.dtype).eps
         allowed = allowed_error(exact, plain_error, eps, roundings=self.operation.roundings)
         wrong = f"{part} is off by {error:.1e}, plain PyTorch by {plain_error:.1e}"
         return error / allowed, Result(wrong if error > allowed else "", part, error, plain_error)

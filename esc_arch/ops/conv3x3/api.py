@@ -4,11 +4,14 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from esc_arch.ops.operation import Operation, normal
+from esc_arch.ops.operation import Operation, check_norm, check_shapes, normal
 
 from . import cpu, reference
 
 __all__ = ["CONV3X3", "conv3x3", "conv3x3_step"]
+
+SHAPES = {"x": "BCHW", "weight": "DC33", "bias": "D"}
+STEP_SHAPES = SHAPES | {"norm_weight": "C", "norm_bias": "C", "residual": "BDHW"}
 
 CONV3X3 = Operation(
     name="3x3 convolution",
@@ -18,7 +21,6 @@ CONV3X3 = Operation(
     inputs=lambda shapes, size: normal(
         (size[0], shapes.channels, *size[1:]), (shapes.channels, shapes.channels, 3, 3), (shapes.channels,)
     ),
-    arguments=lambda shapes, tensors: tuple(tensors),
     parts=("the result", "the gradient of the map", "the gradient of the weight", "the gradient of the bias"),
 )
 
@@ -42,9 +44,8 @@ def conv3x3(x: Tensor, weight: Tensor, bias: Tensor | None, *, backend: str = "a
         ValueError: shapes that do not fit each other, or an unknown backend.
         RuntimeError: the backend requested by name cannot take these inputs; the message lists every reason.
     """
-    _check_shapes(x, None, None, weight, bias, None)
-    out: Tensor = CONV3X3.choose(backend, x, weight, bias).forward(x, weight, bias)
-    return out
+    check_shapes(SHAPES, x, weight, bias)
+    return CONV3X3(backend, x, weight, bias)
 
 
 def conv3x3_step(
@@ -76,36 +77,8 @@ def conv3x3_step(
     Raises:
         ValueError: shapes that do not fit each other.
     """
-    _check_shapes(x, norm_weight, norm_bias, weight, bias, residual)
-    if "cpu" not in CONV3X3.order or cpu.unsupported_reasons(x, norm_weight, norm_bias, weight, bias, residual):
+    check_shapes(STEP_SHAPES, x, weight, bias, norm_weight, norm_bias, residual)
+    check_norm(norm_weight, norm_bias)
+    if "cpu" not in CONV3X3.order:
         return None
-    return cpu.step_forward(x, norm_weight, norm_bias, eps, weight, bias, residual)
-
-
-def _check_shapes(
-    x: Tensor,
-    norm_weight: Tensor | None,
-    norm_bias: Tensor | None,
-    weight: Tensor,
-    bias: Tensor | None,
-    residual: Tensor | None,
-) -> None:
-    if x.dim() != 4 or weight.dim() != 4 or weight.shape[1:] != (x.shape[1], 3, 3):
-        raise ValueError(
-            f"x has shape {tuple(x.shape)} and weight {tuple(weight.shape)}; they must be (B, C, H, W) and "
-            "(D, C, 3, 3)."
-        )
-    if (norm_weight is None) != (norm_bias is None):
-        raise ValueError("norm_weight and norm_bias must be given together, or neither.")
-    outputs = weight.shape[:1]
-    wanted = {
-        "norm_weight": (norm_weight, x.shape[1:2]),
-        "norm_bias": (norm_bias, x.shape[1:2]),
-        "bias": (bias, outputs),
-        "residual": (residual, (x.shape[0], *outputs, *x.shape[2:])),
-    }
-    for name, (tensor, shape) in wanted.items():
-        if tensor is not None and tensor.shape != shape:
-            raise ValueError(
-                f"{name} has shape {tuple(tensor.shape)}; for this x and weight it must be {tuple(shape)}."
-            )
+    return cpu.step(x, norm_weight, norm_bias, eps, weight, bias, residual)

@@ -7,8 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from esc_arch.ops import cpu
-from esc_arch.ops.cpu.wrapping import empty_map, input_reasons, only_wanted, refuse_second_derivatives
+from esc_arch.ops.cpu.wrapping import empty_map, input_reasons, register
 from esc_arch.ops.layer_norm import cpu as layer_norm
 
 #: Below these PyTorch's convolution is faster: a small map does not pay for the kernel's transform, nor few channels
@@ -28,11 +27,10 @@ def unsupported_reasons(x: Tensor, *others: Tensor | None) -> list[str]:
 
 def forward(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """`torch.ops.esc_arch.conv3x3`; see `conv3x3`."""
-    out: Tensor = torch.ops.esc_arch.conv3x3(x, weight, bias)
-    return out
+    return torch.ops.esc_arch.conv3x3(x, weight, bias)
 
 
-def step_forward(
+def step(
     x: Tensor,
     norm_weight: Tensor | None,
     norm_bias: Tensor | None,
@@ -40,19 +38,16 @@ def step_forward(
     weight: Tensor,
     bias: Tensor | None,
     residual: Tensor | None,
-) -> Tensor:
-    """`torch.ops.esc_arch.conv3x3_step`; see `conv3x3_step`."""
-    out: Tensor = torch.ops.esc_arch.conv3x3_step(x, norm_weight, norm_bias, eps, weight, bias, residual)
-    return out
-
-
-def _keep_inputs(ctx: Any, inputs: tuple[Tensor, Tensor, Tensor | None], output: Tensor) -> None:
-    x, weight, _ = inputs
-    ctx.save_for_backward(x, weight)
+) -> Tensor | None:
+    """`torch.ops.esc_arch.conv3x3_step`, None where it cannot; see `conv3x3_step`."""
+    if unsupported_reasons(x, norm_weight, norm_bias, weight, bias, residual):
+        return None
+    return torch.ops.esc_arch.conv3x3_step(x, norm_weight, norm_bias, eps, weight, bias, residual)
 
 
 def _backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
-    return _gradients(gradient, *ctx.saved_tensors, *ctx.needs_input_grad)
+    x, weight, _bias = ctx.saved_tensors
+    return _gradients(gradient, x, weight, *ctx.needs_input_grad)
 
 
 def _gradients(
@@ -74,7 +69,6 @@ def _keep_step(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 
 
 def _step_backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
-    refuse_second_derivatives("3 x 3 convolution with its norm")
     x, norm_weight, norm_bias, weight = ctx.saved_tensors
     of_x, of_norm_weight, of_norm_bias, _, of_weight, of_bias, _ = ctx.needs_input_grad
     of_any_input = any((of_x, of_norm_weight, of_norm_bias))
@@ -83,16 +77,14 @@ def _step_backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
     of_input: tuple[Tensor | None, ...] = (None, None, None)
     if of_normal is not None:
         of_input = layer_norm.gradients_through(of_normal, x, norm_weight, ctx.eps)
-    found = (*of_input, None, *of_parameters, gradient)
-    return only_wanted(found, ctx.needs_input_grad)
+    return *of_input, None, *of_parameters, gradient
 
 
-@cpu.when_loaded
-def _register() -> None:
-    torch.library.register_fake("esc_arch::conv3x3", lambda x, weight, bias: empty_map(x, weight.shape[0]))
-    torch.library.register_fake(
-        "esc_arch::conv3x3_step",
-        lambda x, norm_weight, norm_bias, eps, weight, bias, residual: empty_map(x, weight.shape[0]),
-    )
-    torch.library.register_autograd("esc_arch::conv3x3", _backward, setup_context=_keep_inputs)
-    torch.library.register_autograd("esc_arch::conv3x3_step", _step_backward, setup_context=_keep_step)
+def _fake_step(
+    x: Tensor, norm_weight: Tensor | None, norm_bias: Tensor | None, eps: float, weight: Tensor, *others: Tensor | None
+) -> Tensor:
+    return empty_map(x, weight.shape[0])
+
+
+register("conv3x3", lambda x, weight, bias: empty_map(x, weight.shape[0]), _backward, second_derivatives=True)
+register("conv3x3_step", _fake_step, _step_backward, _keep_step)

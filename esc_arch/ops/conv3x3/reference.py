@@ -6,11 +6,6 @@ import torch.nn.functional as F
 from torch import Tensor
 
 
-def unsupported_reasons(x: Tensor, weight: Tensor, bias: Tensor | None) -> list[str]:
-    """Works everywhere."""
-    return []
-
-
 def forward(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """See `conv3x3`."""
     return F.conv2d(x, weight, bias, padding=1)

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from esc_arch.ops.operation import Operation, Shapes, Size, normal
+from esc_arch.ops.operation import Operation, Shapes, Size, check_shapes, normal
 
 from . import cpu, reference, triton, triton_folded
 from .depthwise import per_image_depthwise
@@ -35,6 +35,8 @@ def _arguments(shapes: Shapes, tensors: Sequence[Tensor]) -> tuple[Any, ...]:
     x, large, dynamic = tensors
     return x[:, : shapes.pdim], large, dynamic, True
 
+
+SHAPES = {"x": "BCHW", "the large kernel": "CCKK", "the dynamic kernel": "BCkk"}
 
 CONV_ATTN = Operation(
     name="ConvAttn",
@@ -73,10 +75,8 @@ def conv_attention(
             (where the backend looks).
         RuntimeError: the backend requested by name cannot take these inputs; the message lists every reason.
     """
-    _check_shapes(x, large_kernel, dynamic_kernel)
-    inputs = (x, large_kernel, dynamic_kernel, symmetric)
-    out: Tensor = CONV_ATTN.choose(backend, *inputs).forward(*inputs)
-    return out
+    _check(x, large_kernel, dynamic_kernel)
+    return CONV_ATTN(backend, x, large_kernel, dynamic_kernel, symmetric)
 
 
 def conv_attention_of_first(
@@ -96,7 +96,7 @@ def conv_attention_of_first(
     """
     channels = large_kernel.shape[0]
     convolved = x[:, :channels]
-    _check_shapes(convolved, large_kernel, dynamic_kernel)
+    _check(convolved, large_kernel, dynamic_kernel)
     inputs = (convolved, large_kernel, dynamic_kernel, symmetric)
     chosen = CONV_ATTN.choose("auto", *inputs)
     if chosen is cpu:
@@ -141,12 +141,11 @@ def conv_attention_step(
         ValueError: a large kernel that does not fit x, or is said to be symmetric and is not.
         RuntimeError: shapes of the others that do not fit.
     """
-    _check_kernel("large kernel", large_kernel, (large_kernel.shape[0],) * 2)
+    _check(None, large_kernel, None)
     parameters = (proj1_weight, proj1_bias, proj2_weight, proj2_bias, weight, bias)
-    inputs = (x, residual, large_kernel, means, parameters)
-    if "cpu" not in CONV_ATTN.order or cpu.step_unsupported_reasons(*inputs, symmetric):
+    if "cpu" not in CONV_ATTN.order:
         return None
-    return cpu.step_forward(*inputs)
+    return cpu.step(x, residual, large_kernel, means, *parameters, symmetric=symmetric)
 
 
 def decomposed_conv_attention(
@@ -168,16 +167,8 @@ def decomposed_conv_attention(
     return per_image_depthwise(F.conv2d(x, channel_kernel), kernel)
 
 
-def _check_shapes(x: Tensor, large_kernel: Tensor, dynamic_kernel: Tensor) -> None:
-    if x.dim() != 4:
-        raise ValueError(f"x has shape {tuple(x.shape)}; it must be (B, C, H, W).")
-    batch, channels = x.shape[:2]
-    _check_kernel("large kernel", large_kernel, (channels, channels))
-    _check_kernel("dynamic kernel", dynamic_kernel, (batch, channels))
-
-
-def _check_kernel(what: str, kernel: Tensor, leading: tuple[int, int]) -> None:
-    shape = tuple(kernel.shape)
-    if len(shape) != 4 or shape[:2] != leading or shape[2] != shape[3] or shape[2] % 2 == 0:
-        first, second = leading
-        raise ValueError(f"the {what} has shape {shape}; for this x it must be ({first}, {second}, K, K) with K odd.")
+def _check(x: Tensor | None, *kernels: Tensor | None) -> None:
+    check_shapes(SHAPES, x, *kernels)
+    for kernel in kernels:
+        if kernel is not None and kernel.shape[-1] % 2 == 0:
+            raise ValueError(f"a kernel has shape {tuple(kernel.shape)}; its sides must be odd.")

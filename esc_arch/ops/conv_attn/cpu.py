@@ -11,9 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from esc_arch.ops import cpu
-from esc_arch.ops.cpu.wrapping import empty_map, input_reasons, only_wanted, refuse_second_derivatives
+from esc_arch.ops.cpu.wrapping import empty_map, input_reasons, register
 from esc_arch.ops.gradients import wants_gradients
+from esc_arch.ops.layout import empty_like
 
 #: Beyond this no tile has room for outputs between its margins.
 LARGEST_KERNEL = 33
@@ -37,50 +37,33 @@ def _kernel_reasons(symmetric: bool, *sides: int) -> list[str]:
 
 def forward(x: Tensor, large_kernel: Tensor, dynamic_kernel: Tensor, symmetric: bool) -> Tensor:
     """`torch.ops.esc_arch.conv_attention`; see `conv_attention`. Further channels of x stay as they are."""
-    out: Tensor = torch.ops.esc_arch.conv_attention(x, large_kernel, dynamic_kernel)
-    return out
+    return torch.ops.esc_arch.conv_attention(x, large_kernel, dynamic_kernel)
 
 
-def step_unsupported_reasons(
+def step(
     x: Tensor,
     residual: Tensor | None,
     large_kernel: Tensor,
     means: Tensor | None,
-    parameters: tuple[Tensor | None, ...],
+    *parameters: Tensor | None,
     symmetric: bool,
-) -> list[str]:
-    """Why one operator cannot do all of ConvAttn; `parameters` are the others of `conv_attention_step`."""
-    if means is not None and wants_gradients(x, residual, large_kernel, means, *parameters):
-        return ["it has no gradient of means that are given"]
-    reasons = _kernel_reasons(symmetric, large_kernel.shape[-1], DYNAMIC_SIDE)
-    return reasons or input_reasons(large_kernel, means, *parameters, maps=[x, residual])
-
-
-def step_forward(
-    x: Tensor,
-    residual: Tensor | None,
-    large_kernel: Tensor,
-    means: Tensor | None,
-    parameters: tuple[Tensor | None, ...],
-) -> Tensor:
-    """`torch.ops.esc_arch.conv_attention_step`, or `conv_attention_layer` where gradients are wanted; see
-    `conv_attention_step`."""
+) -> Tensor | None:
+    """All of ConvAttn in one operator, None where it cannot; see `conv_attention_step`."""
     tensors = (x, residual, large_kernel, *parameters)
-    out: Tensor
-    if wants_gradients(*tensors):
-        out, *_ = torch.ops.esc_arch.conv_attention_layer(*tensors)
-    else:
-        out = torch.ops.esc_arch.conv_attention_step(x, residual, large_kernel, means, *parameters)
-    return out
+    training = wants_gradients(means, *tensors)
+    if training and means is not None:  # which get no gradient
+        return None
+    if _kernel_reasons(symmetric, large_kernel.shape[-1], DYNAMIC_SIDE):
+        return None
+    if input_reasons(large_kernel, means, *parameters, maps=[x, residual]):
+        return None
+    if training:
+        return torch.ops.esc_arch.conv_attention_layer(*tensors)[0]
+    return torch.ops.esc_arch.conv_attention_step(x, residual, large_kernel, means, *parameters)
 
 
-def _empty_like(x: Tensor) -> Tensor:
-    channels_last = x.stride(1) == 1 and x.shape[1] > 1
-    return torch.empty_like(x, memory_format=torch.channels_last if channels_last else torch.contiguous_format)
-
-
-def _fake_step(x: Tensor, residual: Tensor | None, large_kernel: Tensor, *parameters: Tensor | None) -> Tensor:
-    *_, weight, _bias = parameters
+def _empty_output(x: Tensor, *others: Tensor | None) -> Tensor:
+    *_, weight, _bias = others
     assert weight is not None  # only biases may be left out
     return empty_map(x, weight.shape[0])
 
@@ -89,9 +72,8 @@ def _fake_layer(
     x: Tensor, residual: Tensor | None, large_kernel: Tensor, *parameters: Tensor | None
 ) -> tuple[Tensor, ...]:
     channels = large_kernel.shape[0]
-    convolved = empty_map(x, channels)
     dynamic = x.new_empty(x.shape[0], channels, DYNAMIC_SIDE, DYNAMIC_SIDE)
-    return _fake_step(x, residual, large_kernel, *parameters), convolved, dynamic, x.new_empty(x.shape[0], channels)
+    return _empty_output(x, *parameters), empty_map(x, channels), dynamic, x.new_empty(x.shape[0], channels)
 
 
 def _fake_layer_backward(
@@ -102,39 +84,22 @@ def _fake_layer_backward(
     proj1_bias: Tensor | None,
     proj2_weight: Tensor,
     weight: Tensor,
-    convolved: Tensor,
-    dynamic_kernel: Tensor,
-    means: Tensor,
-    of_parameters: bool,
+    *others: Any,
 ) -> tuple[Tensor, ...]:
-    of_weights = (
-        of_part
-        for part in (proj1_weight, proj2_weight, weight)
-        for of_part in (part.new_empty(part.shape), part.new_empty(part.shape[0]))
-    )
-    return empty_map(x), large_kernel.new_empty(large_kernel.shape), *of_weights
+    of_weights = (x.new_empty(s) for part in (proj1_weight, proj2_weight, weight) for s in (part.shape, part.shape[0]))
+    return empty_map(x), x.new_empty(large_kernel.shape), *of_weights
 
 
 def _fake_backward(
     gradient: Tensor, x: Tensor, large_kernel: Tensor, dynamic_kernel: Tensor, of_x: bool, of_kernels: bool
-) -> tuple[Tensor, Tensor, Tensor]:
-    of_large, of_dynamic = (
-        torch.empty_like(kernel, memory_format=torch.contiguous_format) if of_kernels else x.new_empty(0)
-        for kernel in (large_kernel, dynamic_kernel)
-    )
-    return _empty_like(x) if of_x else x.new_empty(0), of_large, of_dynamic
-
-
-def _keep_inputs(ctx: Any, inputs: tuple[Tensor, ...], output: Tensor) -> None:
-    ctx.save_for_backward(*inputs)
+) -> tuple[Tensor, ...]:
+    of_both = (x.new_empty(kernel.shape if of_kernels else 0) for kernel in (large_kernel, dynamic_kernel))
+    return empty_like(x) if of_x else x.new_empty(0), *of_both
 
 
 def _backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
-    needed = ctx.needs_input_grad
-    gradients = torch.ops.esc_arch.conv_attention_backward(
-        gradient, *ctx.saved_tensors, needed[0], needed[1] or needed[2]
-    )
-    return only_wanted(gradients, needed)
+    of_x, *of_kernels = ctx.needs_input_grad
+    return torch.ops.esc_arch.conv_attention_backward(gradient, *ctx.saved_tensors, of_x, any(of_kernels))
 
 
 def _keep_layer(ctx: Any, inputs: tuple[Tensor | None, ...], output: tuple[Tensor, ...]) -> None:
@@ -143,20 +108,14 @@ def _keep_layer(ctx: Any, inputs: tuple[Tensor | None, ...], output: tuple[Tenso
 
 
 def _layer_backward(ctx: Any, gradient: Tensor, *_: Tensor | None) -> tuple[Tensor | None, ...]:
-    refuse_second_derivatives("ConvAttn")
     of_x, *of_parameters = torch.ops.esc_arch.conv_attention_layer_backward(
         gradient, *ctx.saved_tensors, any(ctx.needs_input_grad[2:])
     )
-    gradients = (of_x, gradient, *of_parameters)
-    return only_wanted(gradients, ctx.needs_input_grad)
+    return of_x, gradient, *of_parameters
 
 
-@cpu.when_loaded
-def _register() -> None:
-    torch.library.register_fake("esc_arch::conv_attention", lambda x, large_kernel, dynamic_kernel: _empty_like(x))
-    torch.library.register_fake("esc_arch::conv_attention_step", _fake_step)
-    torch.library.register_fake("esc_arch::conv_attention_layer", _fake_layer)
-    torch.library.register_fake("esc_arch::conv_attention_layer_backward", _fake_layer_backward)
-    torch.library.register_fake("esc_arch::conv_attention_backward", _fake_backward)
-    torch.library.register_autograd("esc_arch::conv_attention", _backward, setup_context=_keep_inputs)
-    torch.library.register_autograd("esc_arch::conv_attention_layer", _layer_backward, setup_context=_keep_layer)
+register("conv_attention", lambda x, large_kernel, dynamic_kernel: empty_like(x), _backward)
+register("conv_attention_backward", _fake_backward)
+register("conv_attention_step", _empty_output)
+register("conv_attention_layer", _fake_layer, _layer_backward, _keep_layer)
+register("conv_attention_layer_backward", _fake_layer_backward)

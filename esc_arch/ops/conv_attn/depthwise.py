@@ -7,8 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from esc_arch.ops import cpu
-from esc_arch.ops.cpu.wrapping import empty_map, input_reasons, only_wanted
+from esc_arch.ops.cpu.wrapping import empty_map, input_reasons, register
 
 from . import reference
 
@@ -19,8 +18,7 @@ def per_image_depthwise(x: Tensor, kernel: Tensor) -> Tensor:
     """The function of `reference`, by the C++ operator where nothing is against it."""
     if unsupported_reasons(x, kernel):
         return reference.per_image_depthwise(x, kernel)
-    out: Tensor = torch.ops.esc_arch.depthwise_per_image(x, kernel)
-    return out
+    return torch.ops.esc_arch.depthwise_per_image(x, kernel)
 
 
 def unsupported_reasons(x: Tensor, kernel: Tensor) -> list[str]:
@@ -33,18 +31,9 @@ def _fake_backward(gradient: Tensor, x: Tensor, kernel: Tensor, of_x: bool, of_k
     return empty_map(x) if of_x else x.new_empty(0), of_kernels
 
 
-def _keep_inputs(ctx: Any, inputs: tuple[Tensor, ...], output: Tensor) -> None:
-    ctx.save_for_backward(*inputs)
-
-
 def _backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
-    needed = ctx.needs_input_grad
-    gradients = torch.ops.esc_arch.depthwise_per_image_backward(gradient, *ctx.saved_tensors, *needed)
-    return only_wanted(gradients, needed)
+    return torch.ops.esc_arch.depthwise_per_image_backward(gradient, *ctx.saved_tensors, *ctx.needs_input_grad)
 
 
-@cpu.when_loaded
-def _register() -> None:
-    torch.library.register_fake("esc_arch::depthwise_per_image", lambda x, kernel: empty_map(x))
-    torch.library.register_fake("esc_arch::depthwise_per_image_backward", _fake_backward)
-    torch.library.register_autograd("esc_arch::depthwise_per_image", _backward, setup_context=_keep_inputs)
+register("depthwise_per_image", lambda x, kernel: empty_map(x), _backward)
+register("depthwise_per_image_backward", _fake_backward)

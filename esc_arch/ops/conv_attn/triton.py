@@ -26,6 +26,7 @@ from esc_arch.ops.autotune.networks import nearest
 from esc_arch.ops.autotune.results import MODES, Case
 from esc_arch.ops.float32 import tf32_in_convolutions
 from esc_arch.ops.gradients import wants_gradients
+from esc_arch.ops.layout import empty_like, is_channels_last
 from esc_arch.ops.triton_support import DTYPES, missing, precision, setting
 
 #: What is added up before it is multiplied: nothing; rows as far above as below; also columns and diagonals; or what
@@ -41,10 +42,8 @@ DYNAMIC_SHARE = 4096
 
 def unsupported_reasons(x: Tensor, large_kernel: Tensor, dynamic_kernel: Tensor, symmetric: bool) -> list[str]:
     """Why these kernels cannot take these inputs."""
-    reasons = []
     lacking = missing(x.device.type, x.device.index)
-    if lacking:
-        reasons.append(lacking)
+    reasons = [lacking] if lacking else []
     if torch.compiler.is_exporting() or torch.jit.is_tracing():
         reasons.append("a compiled kernel cannot be exported")
     if any(kernel.device != x.device for kernel in (large_kernel, dynamic_kernel)):
@@ -97,14 +96,12 @@ def forward(x: Tensor, large_kernel: Tensor, dynamic_kernel: Tensor, symmetric: 
 @torch.library.custom_op("esc_arch::conv_attention_triton", mutates_args=())
 def _convolve(x: Tensor, taps: Tensor, dynamic: Tensor, fold: str) -> Tensor:
     """x (B, C, H, W), taps (K, K, C out, C in) of its type, dynamic (B, C, s, s) -> (B, C, H, W)."""
-    out = _empty_like(x)
+    out = empty_like(x)
     _convolve_into(out, x, taps, dynamic, fold)
     return out
 
 
-@_convolve.register_fake
-def _(x: Tensor, taps: Tensor, dynamic: Tensor, fold: str) -> Tensor:
-    return _empty_like(x)
+_convolve.register_fake(lambda x, taps, dynamic, fold: empty_like(x))
 
 
 def _convolve_into(out: Tensor, x: Tensor, taps: Tensor, dynamic: Tensor, fold: str) -> None:
@@ -117,21 +114,10 @@ def _convolve_into(out: Tensor, x: Tensor, taps: Tensor, dynamic: Tensor, fold: 
         group = max(meta["COLUMNS"] // meta["BLOCK_C"], 1)
         return (math.ceil(batch * height * math.ceil(width / group) / meta["BLOCK"]),)
 
+    constants = _constants(x, taps) | {"PIXEL": pixel, "DYNAMIC_SIDE": dynamic.shape[-1], "FOLD": _level(fold, x)}
+    taps, dynamic = taps.contiguous(), dynamic.contiguous()
     with torch.cuda.device_of(x):
-        convolve[grid](
-            x,
-            taps.contiguous(),
-            dynamic.contiguous(),
-            out,
-            batch,
-            height,
-            width,
-            PIXEL=pixel,
-            DYNAMIC_SIDE=dynamic.shape[-1],
-            OUT_LAST=_is_channels_last(out),
-            FOLD=_level(fold, x),
-            **_constants(x, taps),
-        )
+        convolve[grid](x, taps, dynamic, out, batch, height, width, OUT_LAST=is_channels_last(out), **constants)
 
 
 @torch.library.custom_op("esc_arch::conv_attention_triton_backward", mutates_args=())
@@ -139,7 +125,7 @@ def _differentiate(
     gradient: Tensor, x: Tensor, taps: Tensor, dynamic: Tensor, fold: str, of_x: bool, of_taps: bool, of_dynamic: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The gradients of x, of the taps and of the dynamic kernels, float32 of the kernels; empty if not asked for."""
-    d_x = _empty_like(x) if of_x else x.new_empty(0)
+    d_x = empty_like(x) if of_x else x.new_empty(0)
     if of_x:
         _convolve_into(d_x, gradient, taps.flip((0, 1)).transpose(2, 3), dynamic.flip((2, 3)), fold)
     nothing = (x.new_empty(0, dtype=torch.float32) for _ in range(2))
@@ -149,14 +135,11 @@ def _differentiate(
 
 
 @_differentiate.register_fake
-def _(
-    gradient: Tensor, x: Tensor, taps: Tensor, dynamic: Tensor, fold: str, of_x: bool, of_taps: bool, of_dynamic: bool
-) -> tuple[Tensor, Tensor, Tensor]:
-    return (
-        _empty_like(x) if of_x else x.new_empty(0),
-        x.new_empty(taps.shape if of_taps else (0,), dtype=torch.float32),
-        x.new_empty(dynamic.shape if of_dynamic else (0,), dtype=torch.float32),
-    )
+def _(gradient: Tensor, x: Tensor, taps: Tensor, dynamic: Tensor, fold: str, *wanted: bool) -> tuple[Tensor, ...]:
+    of_x, *of_kernels = wanted
+    kernels = zip((taps, dynamic), of_kernels, strict=True)
+    empty = (x.new_empty(kernel.shape if of else (0,), dtype=torch.float32) for kernel, of in kernels)
+    return empty_like(x) if of_x else x.new_empty(0), *empty
 
 
 def _keep(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -190,26 +173,11 @@ def _differentiate_taps(gradient: Tensor, x: Tensor, taps: Tensor, fold: str) ->
     rows, steps = side // 2 + 1 if folded else side, math.ceil((group + side - 1) / count)
     blocks = math.ceil(batch * height * math.ceil(width / group) / block)
     share = math.ceil(blocks / math.ceil(PROGRAMS / (rows * steps)))
+    constants |= {"PIXEL": pixel, "GRADIENT_PIXEL": gradient_pixel, "FOLD": int(folded)}
+    constants |= {"GROUP": group, "COUNT": count, "BLOCK": block, "num_warps": 8, "num_stages": 2}
     sums = x.new_empty(math.ceil(blocks / share), rows, steps * count, block_c, group, block_c, dtype=torch.float32)
     with torch.cuda.device_of(x):
-        correlate[(rows * steps, sums.shape[0])](
-            x,
-            gradient,
-            sums,
-            batch,
-            height,
-            width,
-            share,
-            PIXEL=pixel,
-            GRADIENT_PIXEL=gradient_pixel,
-            GROUP=group,
-            COUNT=count,
-            BLOCK=block,
-            FOLD=int(folded),
-            num_warps=8,
-            num_stages=2,
-            **constants,
-        )
+        correlate[(rows * steps, sums.shape[0])](x, gradient, sums, batch, height, width, share, **constants)
     band = sums.sum(0).movedim(2, 4)
     of_rows = sum(band[:, g : g + side, g, :channels, :channels] for g in range(group))
     assert isinstance(of_rows, Tensor)
@@ -226,26 +194,15 @@ def _differentiate_dynamic(gradient: Tensor, x: Tensor, dynamic: Tensor) -> Tens
     x, pixel = _readable(x)
     gradient, gradient_pixel = _readable(gradient)
     batch, channels, height, width = x.shape
-    block = 128
+    block, side = 128, dynamic.shape[-1]
     blocks = math.ceil(height * width / block)
     share = min(DYNAMIC_SHARE // block, blocks)
     parts = math.ceil(blocks / share)
     sums = x.new_empty(batch, parts, *dynamic.shape[1:], dtype=torch.float32)
+    constants = {"PIXEL": pixel, "GRADIENT_PIXEL": gradient_pixel, "SIDE": side, "BLOCK": block}
+    constants |= {"C": channels, "BLOCK_C": _block_of_channels(channels)}
     with torch.cuda.device_of(x):
-        correlate_dynamic[(dynamic.shape[-1] ** 2, parts, batch)](
-            x,
-            gradient,
-            sums,
-            height,
-            width,
-            share,
-            PIXEL=pixel,
-            GRADIENT_PIXEL=gradient_pixel,
-            C=channels,
-            BLOCK_C=_block_of_channels(channels),
-            SIDE=dynamic.shape[-1],
-            BLOCK=block,
-        )
+        correlate_dynamic[(side**2, parts, batch)](x, gradient, sums, height, width, share, **constants)
     return sums.sum(1)
 
 
@@ -268,16 +225,6 @@ def _level(fold: str, x: Tensor) -> int:
     if fold == "auto":
         fold = "all" if precision(x, tf32_in_convolutions()) == "ieee" else "rows"
     return FOLDS.index(fold)
-
-
-def _is_channels_last(x: Tensor) -> bool:
-    return x.stride(1) == 1 and x.shape[1] > 1
-
-
-def _empty_like(x: Tensor) -> Tensor:
-    """Dense, in the layout of `x`, which may be the first channels of a wider map."""
-    layout = torch.channels_last if _is_channels_last(x) else torch.contiguous_format
-    return torch.empty(x.shape, dtype=x.dtype, device=x.device, memory_format=layout)
 
 
 def _readable(x: Tensor) -> tuple[Tensor, int]:

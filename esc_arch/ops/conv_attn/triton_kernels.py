@@ -27,19 +27,15 @@ This imports triton: import it only where that is known to be there.
 
 from __future__ import annotations
 
-import inspect
-
 import triton
 import triton.language as tl
 from triton import Config
 
-from esc_arch.ops.triton_support import INTERPRETED
+from esc_arch.ops.triton_jit import dot, tuned
 
 #: The arguments that decide which configuration is the fastest; sizes of maps are not among them.
 _KEY = ["C", "PIXEL", "SIDE", "FOLD", "PRECISION"]
 _SIZES = ["batch", "height", "width"]
-#: Where Triton can (from 3.4 on), the choice is kept on disk with the compiled kernels.
-_CACHED = {"cache_results": True} if "cache_results" in inspect.signature(triton.autotune).parameters else {}
 
 FOLD_ALL = tl.constexpr(2)
 #: A row outside every map.
@@ -54,22 +50,6 @@ def _config(columns, block, warps, stages, depth=64):
 def _fitting(configs, named_args, **arguments):
     """Those made for this kind of folding."""
     return [config for config in configs if (config.kwargs["COLUMNS"] == 0) == (arguments["FOLD"] == 2)]
-
-
-def _tuned(*configs):
-    if INTERPRETED:  # there is nothing to measure, and few large steps are the quickest
-        configs = (_config(64, 128, 1, 1, depth=256), _config(0, 128, 1, 1))
-    return triton.autotune(list(configs), key=_KEY, prune_configs_by={"early_config_prune": _fitting}, **_CACHED)
-
-
-@triton.jit
-def _dot(a, b, acc, PRECISION: tl.constexpr):
-    if PRECISION == "widened":  # the interpreter multiplies the bit patterns of bfloat16
-        return tl.dot(a.to(tl.float32), b.to(tl.float32), acc, input_precision="ieee")
-    elif PRECISION == "half":
-        return tl.dot(a, b, acc)
-    else:
-        return tl.dot(a, b, acc, input_precision=PRECISION)
 
 
 @triton.jit
@@ -222,15 +202,20 @@ def _dynamic_part(
     return total
 
 
-@_tuned(
-    _config(64, 64, 4, 3),
-    _config(64, 128, 4, 3),
-    _config(64, 128, 8, 3),
-    _config(128, 64, 4, 3),
-    _config(64, 32, 4, 2),
-    _config(0, 128, 4, 2),
-    _config(0, 64, 4, 2),
-    _config(0, 256, 8, 2),
+@tuned(
+    [
+        _config(64, 64, 4, 3),
+        _config(64, 128, 4, 3),
+        _config(64, 128, 8, 3),
+        _config(128, 64, 4, 3),
+        _config(64, 32, 4, 2),
+        _config(0, 128, 4, 2),
+        _config(0, 64, 4, 2),
+        _config(0, 256, 8, 2),
+    ],
+    interpreted=[_config(64, 128, 1, 1, depth=256), _config(0, 128, 1, 1)],  # few large steps are the quickest
+    key=_KEY,
+    fitting=_fitting,
 )
 @triton.jit(do_not_specialize=_SIZES)
 def convolve(
@@ -265,7 +250,7 @@ def convolve(
         for far in range(R + 1):
             for near in range(far + 1):
                 pixels = _orbit(x, picture, y, left, wanted, far, near, height, width, PIXEL, C, BLOCK_C)
-                acc = _dot(pixels, _band(taps, R + far, R + near, SIDE, C, BLOCK_C, 1, 1), acc, PRECISION)
+                acc += dot(pixels, _band(taps, R + far, R + near, SIDE, C, BLOCK_C, 1, 1), PRECISION)
     else:
         COUNT: tl.constexpr = DEPTH // BLOCK_C
         STEPS: tl.constexpr = (GROUP + SIDE - 1 + COUNT - 1) // COUNT
@@ -276,7 +261,7 @@ def convolve(
             pixels = _rows(
                 x, picture, y, left + first - R, wanted, R - row, height, width, PIXEL, C, BLOCK_C, COUNT, FOLD
             )
-            acc = _dot(pixels, _band(taps, row, first, SIDE, C, BLOCK_C, COUNT, GROUP), acc, PRECISION)
+            acc += dot(pixels, _band(taps, row, first, SIDE, C, BLOCK_C, COUNT, GROUP), PRECISION)
 
     n = tl.arange(0, GROUP * BLOCK_C)[None, :]
     channel = n % BLOCK_C
@@ -323,7 +308,7 @@ def correlate(
         picture, y, left, wanted = _groups(block, batch, height, width, GROUP, BLOCK)
         pixels = _rows(x, picture, y, left + first - R, wanted, R - row, height, width, PIXEL, C, BLOCK_C, COUNT, FOLD)
         outputs = _pixels(gradient, picture, y, left, wanted, height, width, GRADIENT_PIXEL, C, BLOCK_C, GROUP)
-        acc = _dot(tl.trans(pixels), outputs, acc, PRECISION)
+        acc += dot(tl.trans(pixels), outputs, PRECISION)
     tile = (tl.program_id(1) * tl.num_programs(0) + tl.program_id(0)).to(tl.int64)
     k = tl.arange(0, COUNT * BLOCK_C)[:, None]
     n = tl.arange(0, GROUP * BLOCK_C)[None, :]

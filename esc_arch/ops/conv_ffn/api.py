@@ -4,29 +4,27 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from esc_arch.ops.operation import Operation, Shapes, Size, normal
+from esc_arch.ops.operation import Operation, Shapes, Size, check_norm, check_shapes, normal
 
 from . import cpu, reference
 
 __all__ = ["CONV_FFN", "conv_ffn", "conv_ffn_step"]
 
-PARAMETERS = ("proj_weight", "proj_bias", "dwc_weight", "dwc_bias", "aggr_weight", "aggr_bias")
-
-
-def _parameter_shapes(channels: int, hidden: int) -> tuple[tuple[int, ...], ...]:
-    return (
-        (hidden, channels, 1, 1),
-        (hidden,),
-        (hidden, 1, 3, 3),
-        (hidden,),
-        (channels, hidden, 1, 1),
-        (channels,),
-    )
+SHAPES = {
+    "x": "BCHW",
+    "proj_weight": "MC11",
+    "proj_bias": "M",
+    "dwc_weight": "M133",
+    "dwc_bias": "M",
+    "aggr_weight": "CM11",
+    "aggr_bias": "C",
+}
+STEP_SHAPES = SHAPES | {"norm_weight": "C", "norm_bias": "C"}
 
 
 def _inputs(shapes: Shapes, size: Size) -> list[Tensor]:
-    batch, height, width = size
-    return normal((batch, shapes.channels, height, width), *_parameter_shapes(shapes.channels, shapes.hidden))
+    sizes = dict(zip("BHW", size, strict=True)) | {"C": shapes.channels, "M": shapes.hidden, "1": 1, "3": 3}
+    return normal(*(tuple(sizes[letter] for letter in shape) for shape in SHAPES.values()))
 
 
 CONV_FFN = Operation(
@@ -35,8 +33,7 @@ CONV_FFN = Operation(
     backends={"reference": reference, "cpu": cpu},
     order=("cpu", "reference"),
     inputs=_inputs,
-    arguments=lambda shapes, tensors: tuple(tensors),
-    parts=("the result", "the gradient of the map", *(f"the gradient of {name}" for name in PARAMETERS)),
+    parts=("the result", "the gradient of the map", *(f"the gradient of {name}" for name in list(SHAPES)[1:])),
 )
 
 
@@ -69,10 +66,9 @@ def conv_ffn(
         ValueError: shapes that do not fit each other, or an unknown backend.
         RuntimeError: the backend requested by name cannot take these inputs; the message lists every reason.
     """
-    parameters = (proj_weight, proj_bias, dwc_weight, dwc_bias, aggr_weight, aggr_bias)
-    _check_shapes(x, *parameters)
-    out: Tensor = CONV_FFN.choose(backend, x, *parameters).forward(x, *parameters)
-    return out
+    tensors = (x, proj_weight, proj_bias, dwc_weight, dwc_bias, aggr_weight, aggr_bias)
+    check_shapes(SHAPES, *tensors)
+    return CONV_FFN(backend, *tensors)
 
 
 def conv_ffn_step(
@@ -107,28 +103,11 @@ def conv_ffn_step(
         ValueError: shapes that do not fit each other, more channels to be averaged than there are.
     """
     parameters = (proj_weight, proj_bias, dwc_weight, dwc_bias, aggr_weight, aggr_bias)
-    _check_shapes(x, *parameters)
+    check_shapes(STEP_SHAPES, x, *parameters, norm_weight, norm_bias)
+    check_norm(norm_weight, norm_bias)
     channels = x.shape[1]
-    given = [None if tensor is None else tuple(tensor.shape) for tensor in (norm_weight, norm_bias)]
-    if given not in ([None, None], [(channels,)] * 2):
-        raise ValueError(f"the norm has weight {given[0]} and bias {given[1]}; both must be ({channels},), or None.")
     if not 0 <= pooled <= channels:
         raise ValueError(f"pooled is {pooled}; of {channels} channels 0 to {channels} can be averaged.")
-    if "cpu" not in CONV_FFN.order or cpu.step_unsupported_reasons(x, norm_weight, norm_bias, *parameters):
+    if "cpu" not in CONV_FFN.order:
         return None
-    return cpu.step_forward(x, norm_weight, norm_bias, eps, *parameters, pooled=pooled)
-
-
-def _check_shapes(x: Tensor, *parameters: Tensor) -> None:
-    if x.dim() != 4:
-        raise ValueError(f"x has shape {tuple(x.shape)}; it must be (B, C, H, W).")
-    channels, hidden = x.shape[1], parameters[0].shape[0]
-    wrong = [
-        f"{name} {tuple(parameter.shape)}, which must be {shape}"
-        for name, parameter, shape in zip(PARAMETERS, parameters, _parameter_shapes(channels, hidden), strict=True)
-        if tuple(parameter.shape) != shape
-    ]
-    if wrong:
-        raise ValueError(
-            f"for {channels} channels and {hidden} hidden ones these shapes do not fit: {'; '.join(wrong)}."
-        )
+    return cpu.step(x, norm_weight, norm_bias, eps, *parameters, pooled=pooled)

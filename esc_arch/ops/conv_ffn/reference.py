@@ -6,11 +6,6 @@ import torch.nn.functional as F
 from torch import Tensor
 
 
-def unsupported_reasons(x: Tensor, *parameters: Tensor) -> list[str]:
-    """Works everywhere."""
-    return []
-
-
 def forward(
     x: Tensor,
     proj_weight: Tensor,

@@ -16,6 +16,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -42,7 +43,7 @@ def when_loaded(register: Callable[[], None]) -> Callable[[], None]:
     """A decorator: call `register` once the operators are loaded, at once where they are."""
     _State.registrations.append(register)
     if _State.ready:
-        _call(register)
+        register()
     return register
 
 
@@ -51,13 +52,12 @@ def ready() -> bool:
     """True if the operators are loaded, or were built before and can be loaded now."""
     if _State.ready is None:
         _State.ready = False
-        if not _obstacles():
-            library = building.built_library(building.recipe(_compiler()))
-            if library is not None:
-                try:
-                    _load(str(library))
-                except OSError as error:
-                    _State.failure = str(error)
+        library = None if _obstacles() else building.built_library(building.recipe())
+        if library is not None:
+            try:
+                _load(library)
+            except OSError as error:
+                _State.failure = str(error)
     return _State.ready
 
 
@@ -74,11 +74,8 @@ def unsupported_reasons() -> list[str]:
     return [NOT_BUILT]
 
 
-def build(verbose: bool = False) -> float:
+def build() -> float:
     """Compile and load the operators, unless that is done.
-
-    Args:
-        verbose: log the compiler's commands.
 
     Returns:
         The seconds it took; next to nothing where they were built before.
@@ -92,14 +89,10 @@ def build(verbose: bool = False) -> float:
         if obstacles:
             raise RuntimeError(f"The C++ operators cannot be built: {'; '.join(obstacles)}.")
         try:
-            library, commands = building.compile_library(building.recipe(_compiler()))
-            _load(str(library))
+            _load(building.compile_library(building.recipe()))
         except (RuntimeError, OSError) as error:
             _State.failure = str(error)
             raise RuntimeError(f"The C++ operators cannot be built: {error}") from error
-        if verbose:
-            for command in commands:
-                logger.info("%s", command)
     return time.perf_counter() - start
 
 
@@ -147,23 +140,8 @@ def _obstacles() -> list[str]:
     return reasons
 
 
-def _compiler() -> tuple[str, ...]:
-    compiler = building.find_compiler()
-    assert compiler is not None  # `_obstacles` has seen to it
-    return compiler
-
-
-def _load(library: str) -> None:
-    torch.ops.load_library(library)
+def _load(library: Path) -> None:
+    torch.ops.load_library(str(library))
     _State.ready = True
     for register in _State.registrations:
-        _call(register)
-
-
-def _call(register: Callable[[], None]) -> None:
-    try:
         register()
-    except RuntimeError:
-        # A library of some of the sources, for development, lacks the operators of the others
-        if not os.environ.get("ESC_ARCH_NATIVE_SOURCES"):
-            raise

@@ -14,9 +14,8 @@ import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -51,6 +50,15 @@ class Recipe:
     flags: tuple[str, ...]
     key: str
 
+    @property
+    def library(self) -> Path:
+        return cache_folder() / f"native-{self.key}" / "operators.so"
+
+
+def cache_folder() -> Path:
+    """Where libraries are kept: in the user's cache; it need not be there yet."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "esc_arch"
+
 
 def find_compiler() -> tuple[str, ...] | None:
     """The C++ compiler's command: CXX of the environment, g++ or clang++; None where there is none."""
@@ -62,21 +70,22 @@ def find_compiler() -> tuple[str, ...] | None:
     return None
 
 
-def recipe(compiler: tuple[str, ...]) -> Recipe:
+def recipe() -> Recipe:
     """What would be compiled here now.
 
     Raises:
-        RuntimeError: ESC_ARCH_NATIVE_SOURCES names a file that is not in csrc.
+        RuntimeError: there is no compiler, or ESC_ARCH_NATIVE_SOURCES names a file that is not in csrc.
     """
+    compiler = find_compiler()
+    if compiler is None:
+        raise RuntimeError("there is no C++ compiler")
     sources, flags = _sources(), _flags()
-    parts = (*compiler, _version_of(compiler), *flags, torch.__version__, _cpu(), *map(_digest, sources), _headers())
-    names = (source.name for source in sources)
-    return Recipe(compiler, sources, flags, hashlib.sha256("\0".join((*names, *parts)).encode()).hexdigest()[:20])
+    return Recipe(compiler, sources, flags, _key(compiler, flags, *sources))
 
 
 def built_library(wanted: Recipe) -> Path | None:
     """The library, where it was built before and is as it was written; None otherwise."""
-    library = _folder(wanted) / "operators.so"
+    library = wanted.library
     try:
         # Loading half a file ends the process, so it is compared with what was noted when it was whole
         return library if library.with_suffix(".sha256").read_text() == _digest(library) else None
@@ -84,48 +93,47 @@ def built_library(wanted: Recipe) -> Path | None:
         return None
 
 
-def compile_library(wanted: Recipe) -> tuple[Path, list[str]]:
+def compile_library(wanted: Recipe) -> Path:
     """Compile the library, unless another process has just done so; several processes wait for one of them.
-
-    Returns:
-        Its path, and the commands that were run (none where another process was first).
 
     Raises:
         RuntimeError: the compiler failed; the message begins with its first line about an error.
         OSError: the cache cannot be written.
     """
-    with _lock():
-        library = built_library(wanted)
-        if library is not None:
-            return library, []
-        objects = cache_folder() / "objects"
-        objects.mkdir(exist_ok=True)
-        jobs = [(source, objects / f"{source.stem}-{_object_key(wanted, source)}.o") for source in wanted.sources]
-        with ThreadPoolExecutor(max_workers=os.cpu_count()) as pool:
-            commands = [command for command in pool.map(lambda job: _compile(wanted, *job), jobs) if command]
-        library, command = _link(wanted, [output for _, output in jobs])
-        _forget_older(jobs)
-        return library, [*commands, command]
+    import fcntl
+
+    library, objects, installed = wanted.library, cache_folder() / "objects", Path(torch.__file__).parent
+    objects.mkdir(parents=True, exist_ok=True)
+    include = (f"-I{installed / 'include'}", f"-I{installed / 'include' / 'torch' / 'csrc' / 'api' / 'include'}")
+    link = (f"-L{installed / 'lib'}", f"-Wl,-rpath,{installed / 'lib'}", "-ltorch_cpu", "-lc10")
+
+    def compile_source(source: Path) -> str:
+        output = objects / f"{source.stem}-{_key(wanted.compiler, wanted.flags, source)}.o"
+        if not output.exists():
+            _run((*wanted.compiler, *wanted.flags, *include, "-c", str(source)), output)
+        for other in set(objects.glob(f"{source.stem}-*.o")) - {output}:
+            other.unlink(missing_ok=True)
+        return str(output)
+
+    with open(cache_folder() / "build.lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if built_library(wanted) is None:
+            with ThreadPoolExecutor(max_workers=os.cpu_count()) as pool:
+                compiled = list(pool.map(compile_source, wanted.sources))
+            library.parent.mkdir(exist_ok=True)
+            _run((*wanted.compiler, "-shared", *compiled, *link, *_openmp_at_link(wanted)), library)
+            library.with_suffix(".sha256").write_text(_digest(library))
+    return library
 
 
-def _compile(wanted: Recipe, source: Path, output: Path) -> str:
-    if output.exists():
-        return ""
-    return _run((*wanted.compiler, *wanted.flags, *_include_flags(), "-c", str(source)), output)
+def _key(compiler: tuple[str, ...], flags: tuple[str, ...], *sources: Path) -> str:
+    """Differs whenever what is compiled from these sources might."""
+    parts = (*compiler, _version_of(compiler), *flags, torch.__version__, _cpu())
+    headers = "".join(map(_digest, sorted(CSRC.glob("*.h"))))
+    return hashlib.sha256("\0".join((*parts, headers, *map(_digest, sources))).encode()).hexdigest()[:20]
 
 
-def _link(wanted: Recipe, objects: Sequence[Path]) -> tuple[Path, str]:
-    folder = _folder(wanted)
-    folder.mkdir(exist_ok=True)
-    libraries = Path(torch.__file__).parent / "lib"
-    where = (f"-L{libraries}", f"-Wl,-rpath,{libraries}", "-ltorch_cpu", "-lc10")
-    library = folder / "operators.so"
-    command = _run((*wanted.compiler, "-shared", *map(str, objects), *where, *_openmp_at_link(wanted)), library)
-    library.with_suffix(".sha256").write_text(_digest(library))
-    return library, command
-
-
-def _run(command: Sequence[str], output: Path) -> str:
+def _run(command: Sequence[str], output: Path) -> None:
     """Run a command that writes `output`, which appears whole or not at all."""
     with tempfile.TemporaryDirectory(dir=output.parent) as folder:
         made = Path(folder) / output.name
@@ -134,14 +142,10 @@ def _run(command: Sequence[str], output: Path) -> str:
         except OSError as error:
             raise RuntimeError(f"{command[0]} cannot be run: {error}") from error
         if done.returncode:
-            raise RuntimeError(f"{_first_error(done.stderr)} (from: {shlex.join(command)})")
+            lines = [line.strip() for line in done.stderr.splitlines() if line.strip()] or ["no message"]
+            first = next((line for line in lines if "error" in line.lower()), lines[0])
+            raise RuntimeError(f"{first} (from: {shlex.join(command)})")
         made.replace(output)
-    return shlex.join(command)
-
-
-def _first_error(text: str) -> str:
-    lines = [line.strip() for line in text.splitlines() if line.strip()]
-    return next((line for line in lines if "error" in line.lower()), lines[0] if lines else "no message")
 
 
 def _sources() -> tuple[Path, ...]:
@@ -175,27 +179,6 @@ def _openmp_at_link(wanted: Recipe) -> tuple[str, ...]:
     return ("-fopenmp",) if "clang" in Path(wanted.compiler[0]).name else ()
 
 
-def _include_flags() -> tuple[str, ...]:
-    include = Path(torch.__file__).parent / "include"
-    return (f"-I{include}", f"-I{include / 'torch' / 'csrc' / 'api' / 'include'}")
-
-
-def _object_key(wanted: Recipe, source: Path) -> str:
-    parts = (*wanted.compiler, _version_of(wanted.compiler), *wanted.flags, torch.__version__, _cpu(), _headers())
-    return hashlib.sha256("\0".join((*parts, _digest(source))).encode()).hexdigest()[:20]
-
-
-def _forget_older(jobs: Sequence[tuple[Path, Path]]) -> None:
-    for source, output in jobs:
-        for other in output.parent.glob(f"{source.stem}-*.o"):
-            if other != output:
-                other.unlink(missing_ok=True)
-
-
-def _headers() -> str:
-    return "".join(map(_digest, sorted(CSRC.glob("*.h"))))
-
-
 def _digest(path: Path) -> str:
     return hashlib.sha256(path.read_bytes()).hexdigest()
 
@@ -217,22 +200,3 @@ def _cpu() -> str:
     except OSError:
         return platform.processor()
     return next((line for line in lines if line.startswith(("flags", "Features"))), platform.machine())
-
-
-def cache_folder() -> Path:
-    """Where libraries are kept: in the user's cache; it need not be there yet."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "esc_arch"
-
-
-def _folder(wanted: Recipe) -> Path:
-    return cache_folder() / f"native-{wanted.key}"
-
-
-@contextmanager
-def _lock() -> Iterator[None]:
-    import fcntl
-
-    cache_folder().mkdir(parents=True, exist_ok=True)
-    with open(cache_folder() / "build.lock", "w") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        yield

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from esc_arch.ops import cpu
 
-__all__ = ["empty_map", "input_reasons", "only_wanted", "refuse_second_derivatives"]
+__all__ = ["empty_map", "input_reasons", "register"]
 
 
 def input_reasons(*tensors: Tensor | None, maps: Sequence[Tensor | None] = ()) -> list[str]:
@@ -35,14 +36,39 @@ def empty_map(x: Tensor, channels: int | None = None) -> Tensor:
     return torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
 
 
-def only_wanted(gradients: Sequence[Tensor | None], wanted: Sequence[bool]) -> tuple[Tensor | None, ...]:
-    """The gradients that autograd asks for, None in place of the others."""
-    return tuple(gradient if want else None for gradient, want in zip(gradients, wanted, strict=True))
+def _keep_inputs(ctx: Any, inputs: tuple[Tensor | None, ...], output: Any) -> None:
+    ctx.save_for_backward(*inputs)
 
 
-def refuse_second_derivatives(operation: str) -> None:
-    """Raise RuntimeError where the gradient itself is to be differentiated."""
-    if torch.is_grad_enabled():
-        raise RuntimeError(
-            f"the C++ {operation} has no second derivatives: set ESC_ARCH_NATIVE=0 for create_graph=True."
-        )
+def register(
+    name: str,
+    fake: Callable[..., Any],
+    backward: Callable[..., tuple[Tensor | None, ...]] | None = None,
+    keep: Callable[..., None] = _keep_inputs,
+    *,
+    second_derivatives: bool = False,
+) -> None:
+    """Tell PyTorch about an operator, once it is loaded.
+
+    Args:
+        fake: empty tensors like its results.
+        backward, keep: see `torch.library.register_autograd`; gradients that are not wanted are dropped.
+        second_derivatives: `backward` can be differentiated.
+    """
+
+    def differentiate(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
+        if torch.is_grad_enabled() and not second_derivatives:
+            raise RuntimeError(
+                f"the C++ {name} has no second derivatives: set ESC_ARCH_NATIVE=0 for create_graph=True."
+            )
+        assert backward is not None  # or this is not registered
+        found = zip(backward(ctx, *gradients), ctx.needs_input_grad, strict=True)
+        return tuple(gradient if wanted else None for gradient, wanted in found)
+
+    @cpu.when_loaded
+    def tell() -> None:
+        if not hasattr(torch.ops.esc_arch, name):  # ESC_ARCH_NATIVE_SOURCES may leave it out
+            return
+        torch.library.register_fake(f"esc_arch::{name}", fake)
+        if backward is not None:
+            torch.library.register_autograd(f"esc_arch::{name}", differentiate, setup_context=keep)

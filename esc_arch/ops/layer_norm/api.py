@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from esc_arch.ops.operation import Operation, normal
+from esc_arch.ops.operation import Operation, check_shapes, normal
 
 from . import cpu, reference
 
@@ -37,10 +37,5 @@ def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, *, eps: float, backend: 
         ValueError: shapes that do not fit each other, or an unknown backend.
         RuntimeError: the backend requested by name cannot take these inputs; the message lists every reason.
     """
-    if x.dim() != 4 or weight.shape != x.shape[1:2] or bias.shape != x.shape[1:2]:
-        raise ValueError(
-            f"x has shape {tuple(x.shape)}, weight {tuple(weight.shape)} and bias {tuple(bias.shape)}; they must be "
-            "(B, C, H, W), (C,) and (C,)."
-        )
-    out: Tensor = LAYER_NORM.choose(backend, x, weight, bias, eps).forward(x, weight, bias, eps)
-    return out
+    check_shapes({"x": "BCHW", "weight": "C", "bias": "C"}, x, weight, bias)
+    return LAYER_NORM(backend, x, weight, bias, eps)

@@ -7,8 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from esc_arch.ops import cpu
-from esc_arch.ops.cpu.wrapping import input_reasons, only_wanted, refuse_second_derivatives
+from esc_arch.ops.cpu.wrapping import input_reasons, register
+from esc_arch.ops.layout import dense_layout
 
 
 def unsupported_reasons(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> list[str]:
@@ -18,16 +18,14 @@ def unsupported_reasons(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> 
 
 def forward(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
     """`torch.ops.esc_arch.layer_norm`, whose result is channels_last where `x` is; see `layer_norm`."""
-    out: Tensor = torch.ops.esc_arch.layer_norm(x, weight, bias, eps)
-    return out
+    return torch.ops.esc_arch.layer_norm(x, weight, bias, eps)
 
 
 def normalised(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) -> Tensor:
     """What an operator that normalises its input itself computed with, for its backward pass; without norm, x."""
     if weight is None:
         return x
-    out: Tensor = torch.ops.esc_arch.layer_norm(x, weight, bias, eps)
-    return out
+    return torch.ops.esc_arch.layer_norm(x, weight, bias, eps)
 
 
 def gradients_through(
@@ -41,32 +39,21 @@ def gradients_through(
 
 
 def _like(x: Tensor) -> Tensor:
-    channels_last = not x.is_contiguous() and x.is_contiguous(memory_format=torch.channels_last)
-    layout = torch.channels_last if channels_last else torch.contiguous_format
-    return torch.empty(x.shape, dtype=x.dtype, device=x.device, memory_format=layout)
+    return torch.empty(x.shape, dtype=x.dtype, device=x.device, memory_format=dense_layout(x))
 
 
-def _fake(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
-    return _like(x)
+def _keep(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    x, weight, _, ctx.eps = inputs
+    ctx.save_for_backward(x, weight)
+
+
+def _backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+    return *torch.ops.esc_arch.layer_norm_backward(gradient, *ctx.saved_tensors, ctx.eps), None
 
 
 def _fake_backward(gradient: Tensor, x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
     return _like(x), x.new_empty(x.shape[1]), x.new_empty(x.shape[1])
 
 
-def _keep_inputs(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    x, weight, _, ctx.eps = inputs
-    ctx.save_for_backward(x, weight)
-
-
-def _backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
-    refuse_second_derivatives("LayerNorm")
-    gradients = torch.ops.esc_arch.layer_norm_backward(gradient, *ctx.saved_tensors, ctx.eps)
-    return only_wanted((*gradients, None), ctx.needs_input_grad)
-
-
-@cpu.when_loaded
-def _register() -> None:
-    torch.library.register_fake("esc_arch::layer_norm", _fake)
-    torch.library.register_fake("esc_arch::layer_norm_backward", _fake_backward)
-    torch.library.register_autograd("esc_arch::layer_norm", _backward, setup_context=_keep_inputs)
+register("layer_norm", lambda x, *parameters: _like(x), _backward, _keep)
+register("layer_norm_backward", _fake_backward)

@@ -6,11 +6,6 @@ import torch.nn.functional as F
 from torch import Tensor
 
 
-def unsupported_reasons(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> list[str]:
-    """Works everywhere."""
-    return []
-
-
 def forward(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
     """(x - mean) / sqrt(variance + eps) * weight + bias at every pixel; see `layer_norm`."""
     return F.layer_norm(x.permute(0, 2, 3, 1), weight.shape, weight, bias, eps).permute(0, 3, 1, 2)

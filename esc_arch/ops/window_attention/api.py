@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
-from esc_arch.ops.operation import Operation, Shapes, Size, normal
+from esc_arch.ops.operation import Operation, Shapes, Size, check_shapes, normal
 
 from . import cpu, flash, flex, flex_flash, reference, sdpa, triton
 from .bias import Bias
@@ -46,9 +46,19 @@ WINDOW_ATTENTION = Operation(
     order=("cpu", "triton", "flash", "sdpa", "naive"),
     inputs=_inputs,
     arguments=_arguments,
-    parts=("the result", "the gradient of the projection", "the gradient of the biases", "that of the keys' factors"),
+    parts=("the result", "the gradient of the projection", "the gradient of the biases", "that of the key factor"),
     parameters_stay_float32=True,
 )
+
+
+LAYER_SHAPES = {
+    "to_qkv's weight": "PC11",
+    "to_qkv's bias": "P",
+    "to_out's weight": "CC11",
+    "to_out's bias": "C",
+    "the norm's weight": "C",
+    "the norm's bias": "C",
+}
 
 
 def window_attention(qkv: Tensor, bias: Bias, *, window: int, heads: int, backend: str = "auto") -> Tensor:
@@ -72,9 +82,8 @@ def window_attention(qkv: Tensor, bias: Bias, *, window: int, heads: int, backen
         ValueError: shapes that do not fit each other, or an unknown backend.
         RuntimeError: the backend requested by name cannot take these inputs; the message lists every reason.
     """
-    _check_shapes(qkv, bias, window, heads)
-    out: Tensor = WINDOW_ATTENTION.choose(backend, qkv, bias, window, heads).forward(qkv, bias, window, heads)
-    return out
+    _check(qkv, 3, bias, window, heads)
+    return WINDOW_ATTENTION(backend, qkv, bias, window, heads)
 
 
 def attention_layer(
@@ -109,54 +118,25 @@ def attention_layer(
     Raises:
         ValueError: shapes that do not fit each other, or an unknown backend.
     """
-    _check_sizes(window, heads)
-    _check_layer(x, to_qkv, to_out, norm, heads)
-    _check_bias(bias, window, heads)
+    _check(x, 1, bias, window, heads)
+    channels = x.shape[1]
+    check_shapes(LAYER_SHAPES, *to_qkv, *to_out, *(norm or (None, None))[:2], P=3 * channels, C=channels)
     name = WINDOW_ATTENTION.resolve(backend)
     if name not in ("auto", "cpu") or (name == "auto" and "cpu" not in WINDOW_ATTENTION.order):
         return None
-    inputs = (x, to_qkv, bias, to_out, window, heads, norm)
-    return None if cpu.layer_unsupported_reasons(*inputs) else cpu.layer_forward(*inputs, residual)
+    return cpu.layer(x, to_qkv, bias, to_out, window, heads, norm, residual)
 
 
-def _check_layer(x: Tensor, to_qkv: Projection, to_out: Projection, norm: Norm | None, heads: int) -> None:
-    if x.dim() != 4 or x.shape[1] % heads:
-        raise ValueError(f"x has shape {tuple(x.shape)}; it must be (B, C, H, W), C a multiple of {heads} heads.")
-    channels = x.shape[1]
-    expected = {"to_qkv": (to_qkv, 3 * channels), "to_out": (to_out, channels)}
-    parts = [
-        part
-        for name, ((weight, bias), outputs) in expected.items()
-        for part in ((f"{name}'s weight", weight, (outputs, channels, 1, 1)), (f"{name}'s bias", bias, (outputs,)))
-    ]
-    if norm is not None:
-        parts += [("the norm's weight", norm[0], (channels,)), ("the norm's bias", norm[1], (channels,))]
-    for name, tensor, shape in parts:
-        if tensor is not None and tuple(tensor.shape) != shape:
-            raise ValueError(f"{name} has shape {tuple(tensor.shape)}; for {channels} channels it must be {shape}.")
-
-
-def _check_shapes(qkv: Tensor, bias: Bias, window: int, heads: int) -> None:
-    _check_sizes(window, heads)
-    if qkv.dim() != 4 or qkv.shape[1] % (3 * heads):
-        raise ValueError(f"qkv has shape {tuple(qkv.shape)}; it must be (B, 3C, H, W), C a multiple of {heads} heads.")
-    _check_bias(bias, window, heads)
-
-
-def _check_sizes(window: int, heads: int) -> None:
+def _check(x: Tensor, parts: int, bias: Bias, window: int, heads: int) -> None:
+    """`parts`: the number of maps side by side in x, of which each has the channels of all heads."""
     if window < 1 or heads < 1:
         raise ValueError(f"window is {window} and heads is {heads}; both must be at least 1.")
-
-
-def _check_bias(bias: Bias, window: int, heads: int) -> None:
-    if isinstance(bias, Tensor):
-        if tuple(bias.shape) != (heads, (2 * window - 1) ** 2):
-            raise ValueError(
-                f"the bias table has shape {tuple(bias.shape)}; for {heads} heads and window {window} it must be "
-                f"({heads}, {(2 * window - 1) ** 2})."
-            )
-    elif any(part.dim() != 3 or tuple(part.shape[:2]) != (heads, window**2) for part in bias):
+    if x.dim() != 4 or x.shape[1] % (parts * heads):
+        name, channels = ("x", "C") if parts == 1 else ("qkv", f"{parts}C")
         raise ValueError(
-            f"the bias factors have shapes {' and '.join(str(tuple(part.shape)) for part in bias)}; for {heads} heads "
-            f"and window {window} they must be ({heads}, {window**2}, rank)."
+            f"{name} has shape {tuple(x.shape)}; it must be (B, {channels}, H, W), C a multiple of {heads} heads."
         )
+    if isinstance(bias, Tensor):
+        check_shapes({"the bias table": "hT"}, bias, h=heads, T=(2 * window - 1) ** 2)
+    else:
+        check_shapes({"the query factor": "hNr", "the key factor": "hNr"}, *bias, h=heads, N=window**2)

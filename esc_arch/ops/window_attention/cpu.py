@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from esc_arch.ops import cpu
-from esc_arch.ops.cpu.wrapping import empty_map, input_reasons
+from esc_arch.ops.cpu.wrapping import empty_map, input_reasons, register
 from esc_arch.ops.gradients import wants_gradients
 
 from .bias import Bias, parameters_of
@@ -47,17 +47,7 @@ def forward(qkv: Tensor, bias: Bias, window: int, heads: int) -> Tensor:
     return out.to(qkv.dtype)
 
 
-def layer_unsupported_reasons(
-    x: Tensor, to_qkv: Projection, bias: Bias, to_out: Projection, window: int, heads: int, norm: Norm | None
-) -> list[str]:
-    """Why the projections and the norm cannot be taken into the same operator; see `attention_layer`."""
-    tensors = [*to_qkv, *parameters_of(bias), *to_out, *(() if norm is None else norm[:2])]
-    if wants_gradients(x, *tensors):
-        return ["it has no backward pass"]
-    return unsupported_reasons(x, bias, window, heads) or input_reasons(*tensors, maps=[x])
-
-
-def layer_forward(
+def layer(
     x: Tensor,
     to_qkv: Projection,
     bias: Bias,
@@ -66,12 +56,17 @@ def layer_forward(
     heads: int,
     norm: Norm | None,
     residual: bool,
-) -> Tensor:
-    """`torch.ops.esc_arch.cpu_attention_layer`; see `attention_layer`."""
-    out: Tensor = torch.ops.esc_arch.cpu_attention_layer(
-        x, *(norm or (None, None, 0.0)), *to_qkv, *_parts(bias), *to_out, window, heads, residual
+) -> Tensor | None:
+    """The projections and the norm in the same operator, None where it cannot; see `attention_layer`."""
+    weight, shift, eps = norm or (None, None, 0.0)
+    tensors = (weight, shift, *to_qkv, *parameters_of(bias), *to_out)
+    if wants_gradients(x, *tensors):  # there is no backward pass
+        return None
+    if unsupported_reasons(x, bias, window, heads) or input_reasons(*tensors, maps=[x]):
+        return None
+    return torch.ops.esc_arch.cpu_attention_layer(
+        x, weight, shift, eps, *to_qkv, *_parts(bias), *to_out, window, heads, residual
     )
-    return out
 
 
 def _parts(bias: Bias) -> tuple[Tensor, Tensor | None]:
@@ -89,14 +84,7 @@ def _fake_forward(
 
 
 def _fake_backward(
-    grad: Tensor,
-    qkv: Tensor,
-    bias: Tensor,
-    key_factors: Tensor | None,
-    out: Tensor,
-    statistics: Tensor,
-    window: int,
-    heads: int,
+    grad: Tensor, qkv: Tensor, bias: Tensor, key_factors: Tensor | None, *others: Any
 ) -> tuple[Tensor, Tensor, Tensor]:
     of_keys = qkv.new_empty(0) if key_factors is None else torch.empty_like(key_factors)
     return _empty_map(qkv, qkv.shape[1]), torch.empty_like(bias), of_keys
@@ -118,12 +106,9 @@ def _backward(ctx: Any, grad: Tensor, _: Tensor | None) -> tuple[Tensor | None, 
     of_qkv, of_bias, of_keys = torch.ops.esc_arch.cpu_window_attention_backward(
         grad, qkv, bias, key_factors, out, statistics, ctx.window, ctx.heads
     )
-    return of_qkv, of_bias, None if key_factors is None else of_keys, None, None
+    return of_qkv, of_bias, of_keys, None, None
 
 
-@cpu.when_loaded
-def _register() -> None:
-    torch.library.register_fake("esc_arch::cpu_attention_layer", lambda x, *others: empty_map(x))
-    torch.library.register_fake("esc_arch::cpu_window_attention", _fake_forward)
-    torch.library.register_fake("esc_arch::cpu_window_attention_backward", _fake_backward)
-    torch.library.register_autograd("esc_arch::cpu_window_attention", _backward, setup_context=_save)
+register("cpu_attention_layer", lambda x, *others: empty_map(x))
+register("cpu_window_attention", _fake_forward, _backward, _save)
+register("cpu_window_attention_backward", _fake_backward)

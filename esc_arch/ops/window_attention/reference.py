@@ -8,11 +8,6 @@ from .bias import Bias, dense_bias
 from .windows import merge_windows, pad_to_windows, split_windows
 
 
-def unsupported_reasons(qkv: Tensor, bias: Bias, window: int, heads: int) -> list[str]:
-    """Works everywhere."""
-    return []
-
-
 def forward(qkv: Tensor, bias: Bias, window: int, heads: int) -> Tensor:
     """softmax(q k^T / sqrt(d) + bias) v in each window; see `window_attention`."""
     q, k, v = split_windows(pad_to_windows(qkv, window), window, heads)

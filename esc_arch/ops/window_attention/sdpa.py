@@ -9,11 +9,6 @@ from .bias import Bias, dense_bias
 from .windows import merge_windows, pad_to_windows, split_windows
 
 
-def unsupported_reasons(qkv: Tensor, bias: Bias, window: int, heads: int) -> list[str]:
-    """Works everywhere."""
-    return []
-
-
 def forward(qkv: Tensor, bias: Bias, window: int, heads: int) -> Tensor:
     """`F.scaled_dot_product_attention` with the dense bias as its mask; see `window_attention`."""
     q, k, v = split_windows(pad_to_windows(qkv, window), window, heads)

@@ -16,6 +16,7 @@ Inside a CUDA graph that choice cannot be made: call once before capturing.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -27,6 +28,7 @@ from esc_arch.ops.autotune.networks import nearest
 from esc_arch.ops.autotune.results import MODES, Case
 from esc_arch.ops.float32 import tf32_in_products
 from esc_arch.ops.gradients import wants_gradients
+from esc_arch.ops.layout import dense_layout
 from esc_arch.ops.triton_support import DTYPES, missing, precision, setting
 
 from .bias import Bias
@@ -39,11 +41,9 @@ PROGRAMS = 4096
 
 def unsupported_reasons(qkv: Tensor, bias: Bias, window: int, heads: int) -> list[str]:
     """Why these kernels cannot take these inputs."""
-    reasons = []
     head_dim = qkv.shape[1] // (3 * heads)
     lacking = missing(qkv.device.type, qkv.device.index)
-    if lacking:
-        reasons.append(lacking)
+    reasons = [lacking] if lacking else []
     if torch.compiler.is_exporting():
         reasons.append("a compiled kernel cannot be exported")
     if qkv.dtype not in DTYPES:
@@ -83,18 +83,22 @@ def _attend(qkv: Tensor, table: Tensor, window: int, heads: int, keep: bool) -> 
     from .triton_kernels import attend
 
     qkv, table = _dense(qkv), table.float().contiguous()
-    out, lse = _results(qkv, window, heads, keep)
-    windows = _count(qkv, window)
+    out, lse = _results(qkv, table, window, heads, keep)
     with torch.cuda.device_of(qkv):
-        attend[lambda meta: (windows * heads * math.ceil(window**2 / meta["BLOCK_Q"]),)](
+        attend[_grid(qkv, window, heads, "BLOCK_Q")](
             qkv, table, out, lse, *qkv.shape[-2:], KEEP_LSE=keep, **_constants(qkv, window, heads)
         )
     return out, lse
 
 
-@_attend.register_fake
-def _(qkv: Tensor, table: Tensor, window: int, heads: int, keep: bool) -> tuple[Tensor, Tensor]:
-    return _results(qkv, window, heads, keep)
+def _results(qkv: Tensor, table: Tensor, window: int, heads: int, keep: bool) -> tuple[Tensor, Tensor]:
+    batch, channels, height, width = qkv.shape
+    out = _empty(qkv, batch, channels // 3, height, width)
+    shape = (_count(qkv, window), heads, window**2) if keep else (0,)
+    return out, qkv.new_empty(shape, dtype=torch.float32)
+
+
+_attend.register_fake(_results)
 
 
 @torch.library.custom_op("esc_arch::window_attention_backward", mutates_args=())
@@ -105,9 +109,9 @@ def _differentiate(
     from .triton_kernels import differentiate_keys, differentiate_queries
 
     qkv, table = _dense(qkv), table.float().contiguous()
-    out, d_out = (x.contiguous(memory_format=_layout(qkv)) for x in (out, d_out))
+    out, d_out = (x.contiguous(memory_format=dense_layout(qkv)) for x in (out, d_out))
     height, width = qkv.shape[-2:]
-    windows, constants = _count(qkv, window), _constants(qkv, window, heads)
+    constants = _constants(qkv, window, heads)
     d_qkv, products = _empty(qkv, *qkv.shape), torch.empty_like(lse)
     padded_height, padded_width = (math.ceil(size / window) * window for size in (height, width))
     padded = (padded_height, padded_width) != (height, width)
@@ -115,21 +119,11 @@ def _differentiate(
     if padded:
         target = _empty(qkv, qkv.shape[0], qkv.shape[1] // 3 * 2, padded_height, padded_width)
     with torch.cuda.device_of(qkv):
-        differentiate_queries[lambda meta: (windows * heads * math.ceil(window**2 / meta["BLOCK_Q"]),)](
+        differentiate_queries[_grid(qkv, window, heads, "BLOCK_Q")](
             qkv, table, out, d_out, lse, products, d_qkv, height, width, **constants
         )
-        differentiate_keys[lambda meta: (windows * heads * math.ceil(window**2 / meta["BLOCK_K"]),)](
-            qkv,
-            table,
-            d_out,
-            lse,
-            products,
-            target,
-            height,
-            width,
-            *target.shape[-2:],
-            PADDED=padded,
-            **constants,
+        differentiate_keys[_grid(qkv, window, heads, "BLOCK_K")](
+            qkv, table, d_out, lse, products, target, height, width, *target.shape[-2:], PADDED=padded, **constants
         )
         d_table = _differentiate_table(qkv, table, d_out, lse, products, window, heads)
     if padded:
@@ -138,9 +132,7 @@ def _differentiate(
 
 
 @_differentiate.register_fake
-def _(
-    qkv: Tensor, table: Tensor, out: Tensor, lse: Tensor, d_out: Tensor, window: int, heads: int
-) -> tuple[Tensor, Tensor]:
+def _(qkv: Tensor, table: Tensor, *others: Any) -> tuple[Tensor, Tensor]:
     return _empty(qkv, *qkv.shape), torch.empty_like(table, dtype=torch.float32)
 
 
@@ -170,20 +162,11 @@ def _differentiate_table(
     share = math.ceil(windows / min(math.ceil(PROGRAMS / programs), windows))
     sums = table.new_empty(math.ceil(windows / share), heads, 2 * window - 1, window, window)
     constants = _constants(qkv, window, heads)
+    stages = 3 if constants["BLOCK_D"] <= 64 else 2  # what the shared memory of smaller GPUs holds
+    constants |= {"BLOCK": block, "num_warps": 2, "num_stages": stages}
+    batch, _, *sizes = qkv.shape
     differentiate_table[(programs, sums.shape[0])](
-        qkv,
-        table,
-        d_out,
-        lse,
-        products,
-        sums,
-        qkv.shape[0],
-        *qkv.shape[-2:],
-        share,
-        **constants,
-        BLOCK=block,
-        num_warps=2,
-        num_stages=3 if constants["BLOCK_D"] <= 64 else 2,  # what the shared memory of smaller GPUs holds
+        qkv, table, d_out, lse, products, sums, batch, *sizes, share, **constants
     )
     return _sum_diagonals(sums.sum(0)).flatten(1)
 
@@ -213,31 +196,24 @@ def _fold(x: Tensor, size: int, dim: int) -> Tensor:
     return folded
 
 
-def _results(qkv: Tensor, window: int, heads: int, keep: bool) -> tuple[Tensor, Tensor]:
-    batch, channels, height, width = qkv.shape
-    out = _empty(qkv, batch, channels // 3, height, width)
-    shape = (_count(qkv, window), heads, window**2) if keep else (0,)
-    return out, qkv.new_empty(shape, dtype=torch.float32)
-
-
-def _layout(x: Tensor) -> torch.memory_format:
-    """The layout that the kernels read `x` in."""
-    last = not x.is_contiguous() and x.is_contiguous(memory_format=torch.channels_last)
-    return torch.channels_last if last else torch.contiguous_format
-
-
 def _dense(x: Tensor) -> Tensor:
-    return x.contiguous(memory_format=_layout(x))
+    return x.contiguous(memory_format=dense_layout(x))
 
 
 def _empty(like: Tensor, *shape: int) -> Tensor:
-    return torch.empty(shape, dtype=like.dtype, device=like.device, memory_format=_layout(like))
+    return torch.empty(shape, dtype=like.dtype, device=like.device, memory_format=dense_layout(like))
 
 
 def _count(qkv: Tensor, window: int) -> int:
     """Windows of a batch."""
     batch, _, height, width = qkv.shape
     return batch * ((height + window - 1) // window) * ((width + window - 1) // window)
+
+
+def _grid(qkv: Tensor, window: int, heads: int, block: str) -> Callable[[dict[str, Any]], tuple[int]]:
+    """A program for each block of tokens of each head of each window."""
+    count = _count(qkv, window) * heads
+    return lambda meta: (count * math.ceil(window**2 / meta[block]),)
 
 
 def _constants(qkv: Tensor, window: int, heads: int) -> dict[str, Any]:
@@ -249,7 +225,7 @@ def _constants(qkv: Tensor, window: int, heads: int) -> dict[str, Any]:
         "HEADS": heads,
         "HEAD_DIM": head_dim,
         "BLOCK_D": max(16, 1 << (head_dim - 1).bit_length()),
-        "CHANNELS_LAST": _layout(qkv) is torch.channels_last,
+        "CHANNELS_LAST": dense_layout(qkv) is torch.channels_last,
         "PRECISION": precision(qkv, tf32_in_products()),
         "DIRECT": qkv.is_cuda,
         # Explicit: Triton's default is changing

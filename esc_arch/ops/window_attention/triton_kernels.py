@@ -20,21 +20,19 @@ This imports triton: import it only where that is known to be there.
 
 from __future__ import annotations
 
-import inspect
-
 import triton
 import triton.language as tl
 from triton import Config
 
+from esc_arch.ops.triton_jit import dot, tuned
 from esc_arch.ops.triton_support import INTERPRETED
 
 LOG2E = tl.constexpr(1.4426950408889634)
+INTERPRET = tl.constexpr(INTERPRETED)
 
 #: The arguments that decide which configuration is the fastest; sizes of maps are not among them.
 _KEY = ["WINDOW", "HEADS", "HEAD_DIM", "CHANNELS_LAST", "PRECISION"]
 _SIZES = ["height", "width"]
-#: Where Triton can (from 3.4 on), the choice is kept on disk with the compiled kernels.
-_CACHED = {"cache_results": True} if "cache_results" in inspect.signature(triton.autotune).parameters else {}
 
 
 def _config(queries, keys, warps, stages):
@@ -45,19 +43,18 @@ def _fitting(configs, named_args, **arguments):
     """Those whose blocks are not larger than a window needs, and whose tiles the registers can hold."""
     tokens = max(triton.next_power_of_2(arguments["WINDOW"] ** 2), 16)
     dim, words = arguments["BLOCK_D"], arguments["PRECISION"] in ("ieee", "tf32")
+    blocks = {config: (config.kwargs["BLOCK_Q"], config.kwargs["BLOCK_K"]) for config in configs}
     chosen = [
         config
-        for config in configs
-        if max(config.kwargs["BLOCK_Q"], config.kwargs["BLOCK_K"]) <= max(tokens, 32)
-        and (config.kwargs["BLOCK_Q"] + config.kwargs["BLOCK_K"]) * dim * (1 + words) <= 24576
+        for config, sides in blocks.items()
+        if max(sides) <= max(tokens, 32) and sum(sides) * dim * (1 + words) <= 24576
     ]
-    return chosen or [min(configs, key=lambda config: config.kwargs["BLOCK_Q"] * config.kwargs["BLOCK_K"])]
+    return chosen or [min(blocks, key=blocks.__getitem__)]
 
 
 def _tuned(*configs):
-    if INTERPRETED:  # there is nothing to measure; small blocks, so that small windows have several
-        return triton.autotune([_config(32, 32, 1, 1)], key=[])
-    return triton.autotune(list(configs), key=_KEY, prune_configs_by={"early_config_prune": _fitting}, **_CACHED)
+    # (In the interpreter small blocks, so that small windows have several)
+    return tuned([_config(*each) for each in configs], interpreted=[_config(32, 32, 1, 1)], key=_KEY, fitting=_fitting)
 
 
 @triton.jit
@@ -157,17 +154,6 @@ def _store(
 
 
 @triton.jit
-def _dot(a, b, PRECISION: tl.constexpr):
-    """a @ b summed in float32."""
-    if PRECISION == "widened":  # the interpreter multiplies the bit patterns of bfloat16
-        return tl.dot(a.to(tl.float32), b.to(tl.float32), input_precision="ieee")
-    elif PRECISION == "half":
-        return tl.dot(a, b)
-    else:
-        return tl.dot(a, b, input_precision=PRECISION)
-
-
-@triton.jit
 def _tokens(start, BLOCK: tl.constexpr, WINDOW: tl.constexpr):
     """The tokens of a block; in place of those beyond the last one, the last one."""
     token = start + tl.arange(0, BLOCK)
@@ -184,44 +170,54 @@ def _place(token, WINDOW: tl.constexpr):
 
 
 @triton.jit
-def _places(start, BLOCK: tl.constexpr, WINDOW: tl.constexpr):
-    """The places of a block as a number and numbers to add to it.
-
-    Where blocks are whole rows, or rows whole blocks, the latter are the same for all blocks: they become constants in
-    the addresses of the loads, and no instruction is spent on them.
-    """
-    if WINDOW * WINDOW % BLOCK == 0 and (WINDOW % BLOCK == 0 or BLOCK % WINDOW == 0):
-        return _place(start, WINDOW), _place(tl.arange(0, BLOCK), WINDOW)
-    else:
-        return 0, _place(_tokens(start, BLOCK, WINDOW), WINDOW)
-
-
-@triton.jit
-def _bias(pointers, DIRECT: tl.constexpr):
+def _bias(pointers):
     """The table's entries for a tile of scores.
 
     A load has a layout of its own, from which the numbers would pass through shared memory to that of the scores.
-    DIRECT loads them where the scores are: an instruction that is given as such takes the layout of its users.
+    An instruction that is given as such takes the layout of its users, and so loads them where the scores are.
     """
-    if DIRECT:
-        return tl.inline_asm_elementwise(
-            "ld.global.nc.f32 $0, [$1];",
-            "=f,l",
-            [pointers.to(tl.int64)],
-            dtype=tl.float32,
-            is_pure=True,
-            pack=1,
-        )
-    else:
+    if INTERPRET:
         return tl.load(pointers)
+    else:
+        return tl.inline_asm_elementwise(
+            "ld.global.nc.f32 $0, [$1];", "=f,l", [pointers.to(tl.int64)], dtype=tl.float32, is_pure=True, pack=1
+        )
 
 
-@_tuned(
-    _config(128, 64, 4, 3),
-    _config(64, 64, 4, 3),
-    _config(128, 128, 8, 2),
-    _config(32, 32, 4, 2),
-)
+@triton.jit
+def _biases(own, start, SIGN: tl.constexpr, BLOCK: tl.constexpr, WINDOW: tl.constexpr):
+    """The biases of tokens and a block of others: at `own` plus (or less, by SIGN) the others' places.
+
+    Where blocks are whole rows, or rows whole blocks, differences of places are the same for all blocks: they become
+    constants in the addresses of the loads, and no instruction is spent on them.
+    """
+    if WINDOW * WINDOW % BLOCK == 0 and (WINDOW % BLOCK == 0 or BLOCK % WINDOW == 0):
+        own += SIGN * _place(start, WINDOW)
+        others = _place(tl.arange(0, BLOCK), WINDOW)
+    else:
+        others = _place(_tokens(start, BLOCK, WINDOW), WINDOW)
+    return _bias(own[:, None] + SIGN * others[None, :])
+
+
+@triton.jit
+def _program(
+    table, height, width, BLOCK: tl.constexpr, WINDOW: tl.constexpr, HEADS: tl.constexpr, HEAD_DIM: tl.constexpr
+):
+    """The block of tokens of a head of a window that a program computes.
+
+    First token, first channel, picture, window of the picture, offset of its statistics, the head's table.
+    """
+    blocks = tl.cdiv(WINDOW * WINDOW, BLOCK)
+    program = tl.program_id(0)
+    head = program // blocks % HEADS
+    window = program // blocks // HEADS
+    windows = tl.cdiv(height, WINDOW) * tl.cdiv(width, WINDOW)
+    offset = (window.to(tl.int64) * HEADS + head) * (WINDOW * WINDOW)
+    table += head * (2 * WINDOW - 1) * (2 * WINDOW - 1)
+    return program % blocks * BLOCK, head * HEAD_DIM, window // windows, window % windows, offset, table
+
+
+@_tuned((128, 64, 4, 3), (64, 64, 4, 3), (128, 128, 8, 2), (32, 32, 4, 2))
 @triton.jit(do_not_specialize=_SIZES)
 def attend(
     qkv,
@@ -240,7 +236,6 @@ def attend(
     PRECISION: tl.constexpr,
     BLOCK_Q: tl.constexpr,
     BLOCK_K: tl.constexpr,
-    DIRECT: tl.constexpr,
 ):
     """out = softmax(q k^T SCALE + bias) v; lse, (B * G, h, N), the base-2 logarithm of the softmax's denominator.
 
@@ -248,59 +243,42 @@ def attend(
     """
     TOKENS: tl.constexpr = WINDOW * WINDOW
     CHANNELS: tl.constexpr = HEADS * HEAD_DIM
-    blocks = tl.cdiv(TOKENS, BLOCK_Q)
-    program = tl.program_id(0)
-    block = program % blocks
-    head = program // blocks % HEADS
-    window = program // blocks // HEADS
-    windows = tl.cdiv(height, WINDOW) * tl.cdiv(width, WINDOW)
-    picture = window // windows
+    first, channel, picture, window, offset, table = _program(table, height, width, BLOCK_Q, WINDOW, HEADS, HEAD_DIM)
     area = height.to(tl.int64) * width
-    table += head * (2 * WINDOW - 1) * (2 * WINDOW - 1)
-    channel = head * HEAD_DIM
 
-    row = block * BLOCK_Q + tl.arange(0, BLOCK_Q)
-    query = _tokens(block * BLOCK_Q, BLOCK_Q, WINDOW)
-    q_pixel, inside = _pixels(query, window % windows, height, width, WINDOW)
+    row = first + tl.arange(0, BLOCK_Q)
+    query = _tokens(first, BLOCK_Q, WINDOW)
+    q_pixel, inside = _pixels(query, window, height, width, WINDOW)
     wanted = inside & (row < TOKENS)
     q = _load(qkv, picture, channel, q_pixel, area, 3 * CHANNELS, HEAD_DIM, BLOCK_D, CHANNELS_LAST)
-    rows = table + 2 * WINDOW * (WINDOW - 1) - _place(query, WINDOW)
+    own = table + 2 * WINDOW * (WINDOW - 1) - _place(query, WINDOW)
 
     largest = tl.full([BLOCK_Q], float("-inf"), tl.float32)
     total = tl.zeros([BLOCK_Q], tl.float32)
     acc = tl.zeros([BLOCK_Q, BLOCK_D], tl.float32)
     for start in range(0, TOKENS, BLOCK_K):
-        column = start + tl.arange(0, BLOCK_K)
-        key = _tokens(start, BLOCK_K, WINDOW)
-        k_pixel = _pixels(key, window % windows, height, width, WINDOW)[0]
+        k_pixel = _pixels(_tokens(start, BLOCK_K, WINDOW), window, height, width, WINDOW)[0]
         k = _load(qkv, picture, CHANNELS + channel, k_pixel, area, 3 * CHANNELS, HEAD_DIM, BLOCK_D, CHANNELS_LAST)
-        first, others = _places(start, BLOCK_K, WINDOW)
-        bias = _bias((rows + first)[:, None] + others[None, :], DIRECT)
-        scores = _dot(q, tl.trans(k), PRECISION) * SCALE + bias
+        scores = dot(q, tl.trans(k), PRECISION) * SCALE + _biases(own, start, 1, BLOCK_K, WINDOW)
         if TOKENS % BLOCK_K != 0:
-            scores = tl.where(column[None, :] < TOKENS, scores, float("-inf"))
+            scores = tl.where((start + tl.arange(0, BLOCK_K))[None, :] < TOKENS, scores, float("-inf"))
         larger = tl.maximum(largest, tl.max(scores, 1))
         weights = tl.exp2(scores * LOG2E - (larger * LOG2E)[:, None])
         shrink = tl.exp2((largest - larger) * LOG2E)
         total = total * shrink + tl.sum(weights, 1)
         largest = larger
         v = _load(qkv, picture, 2 * CHANNELS + channel, k_pixel, area, 3 * CHANNELS, HEAD_DIM, BLOCK_D, CHANNELS_LAST)
-        acc = acc * shrink[:, None] + _dot(weights.to(v.dtype), v, PRECISION)
+        acc = acc * shrink[:, None] + dot(weights.to(v.dtype), v, PRECISION)
 
     acc = acc / total[:, None]
     _store(out, acc, picture, channel, q_pixel, wanted, area, CHANNELS, HEAD_DIM, BLOCK_D, CHANNELS_LAST)
     if KEEP_LSE:
-        pointers = lse + (window.to(tl.int64) * HEADS + head) * TOKENS + row
         # In the padding infinity: the weights of its queries, which nobody asked for, are then 0 in every gradient
         log_sum = tl.where(inside, largest * LOG2E + tl.log2(total), float("inf"))
-        tl.store(pointers, log_sum, mask=row < TOKENS)
+        tl.store(lse + offset + row, log_sum, mask=row < TOKENS)
 
 
-@_tuned(
-    _config(64, 64, 4, 3),
-    _config(128, 64, 4, 2),
-    _config(32, 32, 4, 2),
-)
+@_tuned((64, 64, 4, 3), (128, 64, 4, 2), (32, 32, 4, 2))
 @triton.jit(do_not_specialize=_SIZES)
 def differentiate_queries(
     qkv,
@@ -321,7 +299,6 @@ def differentiate_queries(
     PRECISION: tl.constexpr,
     BLOCK_Q: tl.constexpr,
     BLOCK_K: tl.constexpr,
-    DIRECT: tl.constexpr,
 ):
     """The gradient of q, into d_qkv, and products = sum over d of out * d_out, (B * G, h, N), that the others need.
 
@@ -329,53 +306,36 @@ def differentiate_queries(
     """
     TOKENS: tl.constexpr = WINDOW * WINDOW
     CHANNELS: tl.constexpr = HEADS * HEAD_DIM
-    blocks = tl.cdiv(TOKENS, BLOCK_Q)
-    program = tl.program_id(0)
-    block = program % blocks
-    head = program // blocks % HEADS
-    window = program // blocks // HEADS
-    windows = tl.cdiv(height, WINDOW) * tl.cdiv(width, WINDOW)
-    picture = window // windows
+    first, channel, picture, window, offset, table = _program(table, height, width, BLOCK_Q, WINDOW, HEADS, HEAD_DIM)
     area = height.to(tl.int64) * width
-    table += head * (2 * WINDOW - 1) * (2 * WINDOW - 1)
-    channel = head * HEAD_DIM
 
-    row = block * BLOCK_Q + tl.arange(0, BLOCK_Q)
-    query = _tokens(block * BLOCK_Q, BLOCK_Q, WINDOW)
-    q_pixel, inside = _pixels(query, window % windows, height, width, WINDOW)
+    row = first + tl.arange(0, BLOCK_Q)
+    query = _tokens(first, BLOCK_Q, WINDOW)
+    q_pixel, inside = _pixels(query, window, height, width, WINDOW)
     wanted = inside & (row < TOKENS)
     q = _load(qkv, picture, channel, q_pixel, area, 3 * CHANNELS, HEAD_DIM, BLOCK_D, CHANNELS_LAST)
     do = _load(d_out, picture, channel, q_pixel, area, CHANNELS, HEAD_DIM, BLOCK_D, CHANNELS_LAST)
     o = _load(out, picture, channel, q_pixel, area, CHANNELS, HEAD_DIM, BLOCK_D, CHANNELS_LAST)
     product = tl.sum(o.to(tl.float32) * do.to(tl.float32), 1)
-    statistics = (window.to(tl.int64) * HEADS + head) * TOKENS + query
-    tl.store(products + statistics, product, mask=row < TOKENS)
-    log_sum = tl.load(lse + statistics)
-    rows = table + 2 * WINDOW * (WINDOW - 1) - _place(query, WINDOW)
+    tl.store(products + offset + query, product, mask=row < TOKENS)
+    log_sum = tl.load(lse + offset + query)
+    own = table + 2 * WINDOW * (WINDOW - 1) - _place(query, WINDOW)
 
     acc = tl.zeros([BLOCK_Q, BLOCK_D], tl.float32)
     for start in range(0, TOKENS, BLOCK_K):
-        column = start + tl.arange(0, BLOCK_K)
-        key = _tokens(start, BLOCK_K, WINDOW)
-        k_pixel = _pixels(key, window % windows, height, width, WINDOW)[0]
+        k_pixel = _pixels(_tokens(start, BLOCK_K, WINDOW), window, height, width, WINDOW)[0]
         k = _load(qkv, picture, CHANNELS + channel, k_pixel, area, 3 * CHANNELS, HEAD_DIM, BLOCK_D, CHANNELS_LAST)
         v = _load(qkv, picture, 2 * CHANNELS + channel, k_pixel, area, 3 * CHANNELS, HEAD_DIM, BLOCK_D, CHANNELS_LAST)
-        first, others = _places(start, BLOCK_K, WINDOW)
-        bias = _bias((rows + first)[:, None] + others[None, :], DIRECT)
-        scores = _dot(q, tl.trans(k), PRECISION) * SCALE + bias
+        scores = dot(q, tl.trans(k), PRECISION) * SCALE + _biases(own, start, 1, BLOCK_K, WINDOW)
         weights = tl.exp2(scores * LOG2E - log_sum[:, None])
         if TOKENS % BLOCK_K != 0:
-            weights = tl.where(column[None, :] < TOKENS, weights, 0.0)
-        d_scores = weights * (_dot(do, tl.trans(v), PRECISION) - product[:, None])
-        acc += _dot(d_scores.to(k.dtype), k, PRECISION)
+            weights = tl.where((start + tl.arange(0, BLOCK_K))[None, :] < TOKENS, weights, 0.0)
+        d_scores = weights * (dot(do, tl.trans(v), PRECISION) - product[:, None])
+        acc += dot(d_scores.to(k.dtype), k, PRECISION)
     _store(d_qkv, acc * SCALE, picture, channel, q_pixel, wanted, area, 3 * CHANNELS, HEAD_DIM, BLOCK_D, CHANNELS_LAST)
 
 
-@_tuned(
-    _config(64, 64, 4, 3),
-    _config(64, 128, 4, 2),
-    _config(32, 32, 4, 2),
-)
+@_tuned((64, 64, 4, 3), (64, 128, 4, 2), (32, 32, 4, 2))
 @triton.jit(do_not_specialize=[*_SIZES, "target_height", "target_width"])
 def differentiate_keys(
     qkv,
@@ -398,7 +358,6 @@ def differentiate_keys(
     PRECISION: tl.constexpr,
     BLOCK_Q: tl.constexpr,
     BLOCK_K: tl.constexpr,
-    DIRECT: tl.constexpr,
 ):
     """The gradients of k and v.
 
@@ -408,49 +367,37 @@ def differentiate_keys(
     TOKENS: tl.constexpr = WINDOW * WINDOW
     CHANNELS: tl.constexpr = HEADS * HEAD_DIM
     TARGET_CHANNELS: tl.constexpr = (2 if PADDED else 3) * CHANNELS
-    blocks = tl.cdiv(TOKENS, BLOCK_K)
-    program = tl.program_id(0)
-    block = program % blocks
-    head = program // blocks % HEADS
-    window = program // blocks // HEADS
-    windows = tl.cdiv(height, WINDOW) * tl.cdiv(width, WINDOW)
-    picture = window // windows
+    first, channel, picture, window, offset, table = _program(table, height, width, BLOCK_K, WINDOW, HEADS, HEAD_DIM)
     area = height.to(tl.int64) * width
-    table += head * (2 * WINDOW - 1) * (2 * WINDOW - 1)
-    channel = head * HEAD_DIM
 
-    column = block * BLOCK_K + tl.arange(0, BLOCK_K)
-    key = _tokens(block * BLOCK_K, BLOCK_K, WINDOW)
+    column = first + tl.arange(0, BLOCK_K)
+    key = _tokens(first, BLOCK_K, WINDOW)
     there = column < TOKENS
-    k_pixel = _pixels(key, window % windows, height, width, WINDOW)[0]
+    k_pixel = _pixels(key, window, height, width, WINDOW)[0]
     k = _load(qkv, picture, CHANNELS + channel, k_pixel, area, 3 * CHANNELS, HEAD_DIM, BLOCK_D, CHANNELS_LAST)
     v = _load(qkv, picture, 2 * CHANNELS + channel, k_pixel, area, 3 * CHANNELS, HEAD_DIM, BLOCK_D, CHANNELS_LAST)
-    rows = table + 2 * WINDOW * (WINDOW - 1) + _place(key, WINDOW)
-    statistics = (window.to(tl.int64) * HEADS + head) * TOKENS
+    own = table + 2 * WINDOW * (WINDOW - 1) + _place(key, WINDOW)
 
     dk = tl.zeros([BLOCK_K, BLOCK_D], tl.float32)
     dv = tl.zeros([BLOCK_K, BLOCK_D], tl.float32)
     for start in range(0, TOKENS, BLOCK_Q):
-        row = start + tl.arange(0, BLOCK_Q)
         query = _tokens(start, BLOCK_Q, WINDOW)
-        q_pixel = _pixels(query, window % windows, height, width, WINDOW)[0]
+        q_pixel = _pixels(query, window, height, width, WINDOW)[0]
         q = _load(qkv, picture, channel, q_pixel, area, 3 * CHANNELS, HEAD_DIM, BLOCK_D, CHANNELS_LAST)
         do = _load(d_out, picture, channel, q_pixel, area, CHANNELS, HEAD_DIM, BLOCK_D, CHANNELS_LAST)
-        log_sum = tl.load(lse + statistics + query)
-        product = tl.load(products + statistics + query)
-        first, others = _places(start, BLOCK_Q, WINDOW)
-        bias = _bias((rows - first)[:, None] - others[None, :], DIRECT)
-        scores = _dot(k, tl.trans(q), PRECISION) * SCALE + bias
+        log_sum = tl.load(lse + offset + query)
+        product = tl.load(products + offset + query)
+        scores = dot(k, tl.trans(q), PRECISION) * SCALE + _biases(own, start, -1, BLOCK_Q, WINDOW)
         weights = tl.exp2(scores * LOG2E - log_sum[None, :])
         if TOKENS % BLOCK_Q != 0:
-            weights = tl.where(row[None, :] < TOKENS, weights, 0.0)
-        dv += _dot(weights.to(do.dtype), do, PRECISION)
-        d_scores = weights * (_dot(v, tl.trans(do), PRECISION) - product[None, :])
-        dk += _dot(d_scores.to(q.dtype), q, PRECISION)
+            weights = tl.where((start + tl.arange(0, BLOCK_Q))[None, :] < TOKENS, weights, 0.0)
+        dv += dot(weights.to(do.dtype), do, PRECISION)
+        d_scores = weights * (dot(v, tl.trans(do), PRECISION) - product[None, :])
+        dk += dot(d_scores.to(q.dtype), q, PRECISION)
 
     columns = tl.cdiv(width, WINDOW)
-    y = window % windows // columns * WINDOW + key // WINDOW
-    x = window % windows % columns * WINDOW + key % WINDOW
+    y = window // columns * WINDOW + key // WINDOW
+    x = window % columns * WINDOW + key % WINDOW
     pixel = y * target_width + x
     area = target_height.to(tl.int64) * target_width
     first = channel + (0 if PADDED else CHANNELS)
@@ -478,7 +425,6 @@ def differentiate_table(
     CHANNELS_LAST: tl.constexpr,
     PRECISION: tl.constexpr,
     BLOCK: tl.constexpr,
-    DIRECT: tl.constexpr,
 ):
     """The gradient of the scores, summed over all rows of queries and keys that are equally far apart.
 
@@ -510,7 +456,7 @@ def differentiate_table(
         last_row = side * WINDOW + (1 - side) * (WINDOW - near)
         # (No keys are w rows above; there are no rows either, and what is read here is not used)
         place = tl.maximum(distance + WINDOW - 1, 0) * SIDE + WINDOW - 1
-        bias = _bias((table + place - qx)[:, None] + kx[None, :], DIRECT)
+        bias = _bias((table + place - qx)[:, None] + kx[None, :])
         acc = tl.zeros([BLOCK, BLOCK], tl.float32)
         for window in range(chunk * share, tl.minimum((chunk + 1) * share, batch * windows)):
             picture = window // windows
@@ -530,9 +476,9 @@ def differentiate_table(
                 )
                 log_sum = tl.load(lse + statistics + query)
                 product = tl.load(products + statistics + query)
-                scores = _dot(q, tl.trans(k), PRECISION) * SCALE + bias
+                scores = dot(q, tl.trans(k), PRECISION) * SCALE + bias
                 weights = tl.exp2(scores * LOG2E - log_sum[:, None])
-                acc += weights * (_dot(do, tl.trans(v), PRECISION) - product[:, None])
+                acc += weights * (dot(do, tl.trans(v), PRECISION) - product[:, None])
         if distance > -WINDOW:
             row = (chunk.to(tl.int64) * HEADS + head) * SIDE + distance + WINDOW - 1
             pointers = sums + row * WINDOW * WINDOW + q_column[:, None] * WINDOW + k_column[None, :]
