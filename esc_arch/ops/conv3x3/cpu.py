@@ -19,9 +19,10 @@ FEWEST_CHANNELS = 16
 
 def unsupported_reasons(x: Tensor, *others: Tensor | None) -> list[str]:
     """Why the C++ operators cannot take these inputs, or had better not; `others` are parameters and the residual."""
-    if x.shape[0] * x.shape[2] * x.shape[3] < FEWEST_PIXELS or x.shape[1] < FEWEST_CHANNELS:
+    reasons = input_reasons(*others, maps=[x])  # asked first: comparing sizes would bind an exported network to them
+    if not reasons and (x.shape[0] * x.shape[2] * x.shape[3] < FEWEST_PIXELS or x.shape[1] < FEWEST_CHANNELS):
         return ["it is slower than PyTorch's convolution for so few pixels or channels"]
-    return input_reasons(*others, maps=[x])
+    return reasons
 
 
 def forward(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from esc_arch.archs import ESC
 from esc_arch.errors import UserError
-from esc_arch.ops.window_attention import naive, sdpa
+from esc_arch.ops.window_attention import reference, sdpa
 from esc_arch.tools.benchmark.latency import PRECISIONS, Latency, LatencyProtocol, measure_latency
 
 SMALL: dict[str, Any] = {
@@ -70,7 +70,7 @@ def test_too_few_runs_for_quartiles() -> None:
 
 @pytest.mark.parametrize("backend", ["naive", "SDPA"])
 def test_the_backend_is_used(backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    calls, module = [], {"naive": naive, "SDPA": sdpa}[backend]
+    calls, module = [], {"naive": reference, "SDPA": sdpa}[backend]
     forward = module.forward
     monkeypatch.setattr(module, "forward", lambda *args: calls.append(args) or forward(*args))
     measure_latency(ESC(**SMALL), 6, 5, LatencyProtocol(device="cpu", backend=backend, runs=1, warmup=0))
@@ -78,7 +78,7 @@ def test_the_backend_is_used(backend: str, monkeypatch: pytest.MonkeyPatch) -> N
 
 
 def test_backend_of_a_backend_that_cannot_run(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(naive, "unsupported_reasons", lambda *_: ["it is broken"])
+    monkeypatch.setattr(reference, "unsupported_reasons", lambda *_: ["it is broken"])
     with pytest.raises(UserError, match=r"--backend naive: attn_type naive cannot run here\. naive: it is broken"):
         measure_latency(ESC(**SMALL), 6, 5, LatencyProtocol(device="cpu", backend="naive"))
 
