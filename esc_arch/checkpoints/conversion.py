@@ -26,6 +26,7 @@ __all__ = [
     "CHECKPOINT_FORMATS",
     "Checkpoint",
     "build_network",
+    "check_output",
     "fitted_weights",
     "fold",
     "is_folded",
@@ -177,12 +178,20 @@ def _sort_metadata(data: bytes) -> bytes:
     return len(text).to_bytes(8, "little") + text + data[8 + size :]
 
 
-def write_file(path: Path, data: bytes) -> None:
-    """Write a file, all or nothing.
+def check_output(path: Path, *, overwrite: bool) -> None:
+    """Check that a file can be written, before any work is done for it.
 
     Raises:
-        UserError: it cannot be written.
+        UserError: it exists and is not to be replaced, or it is a folder or in none.
     """
+    if path.exists() and not overwrite:
+        raise UserError(f"{path} already exists. Choose another name, or replace it with --overwrite.")
+    if (path.exists() and not path.is_file()) or not path.parent.is_dir():
+        raise UserError(f"Cannot write {path}: it must be a file in an existing folder.")
+
+
+def write_file(path: Path, data: bytes) -> None:
+    """Write a file, all or nothing; raises UserError if that fails."""
     try:
         write_atomically(path, data)
     except OSError as error:

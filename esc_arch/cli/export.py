@@ -5,11 +5,12 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+from esc_arch.checkpoints.conversion import check_output
 from esc_arch.errors import UserError
 from esc_arch.tools import export
 from esc_arch.tools.upscale import load
 
-from .convert import add_weights_arguments, check_output
+from .convert import add_weights_arguments
 
 __all__ = ["HELP", "add_arguments", "run"]
 
