@@ -1,4 +1,4 @@
-"""`basicsr benchmark data`: whether benchmark data are those that published scores were measured on."""
+"""`basicsr benchmark data`: are these the benchmark data that published scores were measured on?."""
 
 from __future__ import annotations
 
