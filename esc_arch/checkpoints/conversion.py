@@ -123,11 +123,7 @@ def _is_plain(value: object) -> bool:
 
 
 def build_network(section: Mapping[str, Any]) -> nn.Module:
-    """The network of esc_arch that a `network_g` section describes, even if BasicSR's registry has another by its name.
-
-    Raises:
-        ValueError: an invalid option.
-    """
+    """The network of esc_arch by a `network_g` section, whatever BasicSR's registry has; ValueError: invalid option."""
     network: type[nn.Module] = getattr(archs, section["type"].removeprefix("esc_arch."))
     return network(**{key: value for key, value in section.items() if key != "type"})
 
@@ -179,11 +175,7 @@ def _sort_metadata(data: bytes) -> bytes:
 
 
 def check_output(path: Path, *, overwrite: bool) -> None:
-    """Check that a file can be written, before any work is done for it.
-
-    Raises:
-        UserError: it exists and is not to be replaced, or it is a folder or in none.
-    """
+    """Before any work: raise UserError if a file exists and is not to be replaced, or is a folder or in none."""
     if path.exists() and not overwrite:
         raise UserError(f"{path} already exists. Choose another name, or replace it with --overwrite.")
     if (path.exists() and not path.is_file()) or not path.parent.is_dir():
@@ -205,11 +197,7 @@ def is_folded(weights: Mapping[str, Tensor]) -> bool | None:
 
 
 def fold(checkpoint: Checkpoint) -> Checkpoint:
-    """Replace the free large kernel by its symmetrised one. The network's output stays the same.
-
-    Raises:
-        UserError: the network has no kernel that is symmetrised (ESCFP).
-    """
+    """Symmetrise the large kernel, which leaves the output as it is; raises UserError if there is none (ESCFP)."""
     if "plk_filter" not in checkpoint.weights:
         raise UserError(
             f"{checkpoint.network_g['type']} has no large kernel to fold: its filters are used as they are."

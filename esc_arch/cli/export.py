@@ -36,11 +36,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Export, and print the differences from PyTorch.
-
-    Raises:
-        UserError: see `esc_arch.tools.export`, or the arguments do not go together.
-    """
+    """Export, and print the differences from PyTorch; raises UserError as `esc_arch.tools.export` does."""
     file_format = _format(args)
     check_output(args.output, overwrite=args.overwrite)
     shape = export.InputShape(*_shape(args.batch, args.size))

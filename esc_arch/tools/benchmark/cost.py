@@ -94,11 +94,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Print or write the table.
-
-    Raises:
-        UserError: a network, a size or the way of measuring cannot be used.
-    """
+    """Print or write the table; raises UserError if a network, a size or the way of measuring cannot be used."""
     if min(args.scales) < 1:
         raise UserError(f"--scales {min(args.scales)}: a scale is an integer of at least 1.")
     names = args.networks if args.networks is not None else [] if args.opt else PRESETS

@@ -87,11 +87,7 @@ class NetworkSpec:
         return int(_arguments(self.options).get("window_size") or 1)
 
     def build(self) -> nn.Module:
-        """Make it, with random weights, for evaluation.
-
-        Raises:
-            UserError: its constructor does not take the options.
-        """
+        """Make it with random weights, for evaluation; raises UserError if its constructor refuses the options."""
         options = {key: value for key, value in self.options.items() if key != "type"}
         try:
             with warnings.catch_warnings():
@@ -130,11 +126,7 @@ def named(text: str, scales: Sequence[int]) -> list[NetworkSpec]:
 
 
 def from_option_file(path: Path) -> NetworkSpec:
-    """The network of an option file's `network_g`, under the file's name.
-
-    Raises:
-        UserError: the file cannot be read, or its network_g is invalid.
-    """
+    """The network of an option file, under the file's name; raises UserError if the file or network_g is invalid."""
     options = _checked(f"option file {path}, network_g", load_options(path).get("network_g"))
     return _at_scales(path.stem, options, ())[0]
 
