@@ -26,6 +26,7 @@ __all__ = [
     "CHECKPOINT_FORMATS",
     "Checkpoint",
     "build_network",
+    "check_output",
     "fitted_weights",
     "fold",
     "is_folded",
@@ -176,12 +177,16 @@ def _sort_metadata(data: bytes) -> bytes:
     return len(text).to_bytes(8, "little") + text + data[8 + size :]
 
 
-def write_file(path: Path, data: bytes) -> None:
-    """Write a file, all or nothing.
+def check_output(path: Path, *, overwrite: bool) -> None:
+    """Before any work: raise UserError if a file exists and is not to be replaced, or is a folder or in none."""
+    if path.exists() and not overwrite:
+        raise UserError(f"{path} already exists. Choose another name, or replace it with --overwrite.")
+    if (path.exists() and not path.is_file()) or not path.parent.is_dir():
+        raise UserError(f"Cannot write {path}: it must be a file in an existing folder.")
 
-    Raises:
-        UserError: it cannot be written.
-    """
+
+def write_file(path: Path, data: bytes) -> None:
+    """Write a file, all or nothing; raises UserError if that fails."""
     try:
         write_atomically(path, data)
     except OSError as error:
@@ -195,11 +200,7 @@ def is_folded(weights: Mapping[str, Tensor]) -> bool | None:
 
 
 def fold(checkpoint: Checkpoint) -> Checkpoint:
-    """Replace the free large kernel by its symmetrised one. The network's output stays the same.
-
-    Raises:
-        UserError: the network has no kernel that is symmetrised (ESCFP).
-    """
+    """Symmetrise the large kernel, which leaves the output as it is; raises UserError if there is none (ESCFP)."""
     if "plk_filter" not in checkpoint.weights:
         raise UserError(
             f"{checkpoint.network_g['type']} has no large kernel to fold: its filters are used as they are."

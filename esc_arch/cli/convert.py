@@ -13,6 +13,7 @@ from esc_arch.checkpoints.conversion import (
     CHECKPOINT_FORMATS,
     Checkpoint,
     build_network,
+    check_output,
     fold,
     is_folded,
     open_checkpoint,
@@ -22,7 +23,7 @@ from esc_arch.checkpoints.factorisation import factorise, output_error
 from esc_arch.data.photographs import read_photograph
 from esc_arch.errors import UserError
 
-__all__ = ["HELP", "add_arguments", "add_weights_arguments", "check_output", "run"]
+__all__ = ["HELP", "add_arguments", "add_weights_arguments", "run"]
 
 HELP = "Print the network_g section of a checkpoint, and convert it: .pth, .safetensors, folded, low-rank factors."
 
@@ -81,18 +82,6 @@ def _output_format(args: argparse.Namespace) -> str | None:
     if file_format not in CHECKPOINT_FORMATS or (file_format == "safetensors") != (suffix == "safetensors"):
         raise UserError(f"{args.output}: end the name in .pth or .safetensors, or in another suffix with --to pth.")
     return file_format
-
-
-def check_output(path: Path, *, overwrite: bool) -> None:
-    """Check that a file can be written, before any work is done for it.
-
-    Raises:
-        UserError: it exists and is not to be replaced, or it is a folder or in none.
-    """
-    if path.exists() and not overwrite:
-        raise UserError(f"{path} already exists. Choose another name, or replace it with --overwrite.")
-    if path.is_dir() or not path.parent.is_dir():
-        raise UserError(f"Cannot write {path}: it must be a file in an existing folder.")
 
 
 def _describe(path: Path, checkpoint: Checkpoint) -> None:

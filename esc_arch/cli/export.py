@@ -5,11 +5,12 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+from esc_arch.checkpoints.conversion import check_output
 from esc_arch.errors import UserError
 from esc_arch.tools import export
 from esc_arch.tools.upscale import load
 
-from .convert import add_weights_arguments, check_output
+from .convert import add_weights_arguments
 
 __all__ = ["HELP", "add_arguments", "run"]
 
@@ -35,11 +36,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Export, and print the differences from PyTorch.
-
-    Raises:
-        UserError: see `esc_arch.tools.export`, or the arguments do not go together.
-    """
+    """Export, and print the differences from PyTorch; raises UserError as `esc_arch.tools.export` does."""
     file_format = _format(args)
     check_output(args.output, overwrite=args.overwrite)
     shape = export.InputShape(*_shape(args.batch, args.size))

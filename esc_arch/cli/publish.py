@@ -37,11 +37,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Make the folder, and print its files and what is left to do.
-
-    Raises:
-        UserError: see `publish`.
-    """
+    """Make the folder, and print its files and what is left to do; raises UserError as `publish` does."""
     texts = {key: getattr(args, key) for key in ("name", "dataset", "description", "purpose", "date")}
     published = publish(
         args.model,

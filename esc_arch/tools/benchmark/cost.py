@@ -15,7 +15,7 @@ from tqdm import tqdm
 from esc_arch.errors import UserError
 from esc_arch.project import add_import_argument
 
-from .counting import Operations, count_operations
+from .counting import count_operations
 from .latency import PRECISIONS, LatencyProtocol, measure_latency
 from .networks import PRESETS, NetworkSpec, from_option_file, named
 from .paper import HD, paper_cost
@@ -94,21 +94,25 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Print or write the table.
-
-    Raises:
-        UserError: a network, a size or the way of measuring cannot be used.
-    """
-    pairs = list(product(_networks(args), map(_output_size, args.output)))
+    """Print or write the table; raises UserError if a network, a size or the way of measuring cannot be used."""
+    if min(args.scales) < 1:
+        raise UserError(f"--scales {min(args.scales)}: a scale is an integer of at least 1.")
+    names = args.networks if args.networks is not None else [] if args.opt else PRESETS
+    networks = [*(network for name in names for network in named(name, args.scales)), *map(from_option_file, args.opt)]
+    if not networks:
+        raise UserError(f"None of these networks has a scale of --scales {' '.join(map(str, args.scales))}.")
+    pairs = list(product(networks, map(_output_size, args.output)))
     device = "cuda" if args.device == "auto" and torch.cuda.is_available() else args.device
     protocol = None
     if not args.no_latency and device != "auto":
         protocol = LatencyProtocol(device, args.precision, args.backend, args.runs, args.warmup)
     check_report(args.report)
     costs = [network_cost(*pair, protocol) for pair in tqdm(pairs, unit="network", disable=None)]
-    heading, table = "", Table(_COUNTED, costs, _COUNTING_NOTES)
+    columns, notes = [*_COUNTED], [*_COUNTING_NOTES]
     if not args.no_latency:
-        table = Table([*_COUNTED, *_MEASURED], costs, [*_COUNTING_NOTES, *_latency_notes(protocol)])
+        columns += _MEASURED
+        notes += _latency_notes(protocol)
+    heading, table = "", Table(columns, costs, notes)
     if args.format in ("text", "markdown"):
         table = table.without_empty_columns()
     if args.format == "markdown":
@@ -126,17 +130,6 @@ def _output_size(text: str) -> tuple[int, int]:
     if not (width.isdecimal() and height.isdecimal() and int(width) and int(height)):
         raise UserError(f"--output {text} is invalid. Give {', '.join(_OUTPUTS)}, or width x height, as in 1280x720.")
     return int(width), int(height)
-
-
-def _networks(args: argparse.Namespace) -> list[NetworkSpec]:
-    if min(args.scales) < 1:
-        raise UserError(f"--scales {min(args.scales)}: a scale is an integer of at least 1.")
-    names = args.networks if args.networks is not None else [] if args.opt else PRESETS
-    networks = [network for name in names for network in named(name, args.scales)]
-    networks += map(from_option_file, args.opt)
-    if not networks:
-        raise UserError(f"None of these networks has a scale of --scales {' '.join(map(str, args.scales))}.")
-    return networks
 
 
 def network_cost(
@@ -158,13 +151,28 @@ def network_cost(
             f"--output {output[0]}x{output[1]} is too small for x{network.scale:g}: the input would be empty."
         )
     height_padded, width_padded = (-(-side // network.multiple) * network.multiple for side in (height, width))
-    parameters, operations = _count(network, height_padded, width_padded)
+    net = network.build()
+    try:
+        operations = count_operations(net, height_padded, width_padded)
+    except Exception as error:  # networks of other packages may raise anything
+        reason = next(iter(str(error).splitlines()), "")
+        raise UserError(
+            f"Cannot count the operations of {network.name} x{network.scale:g} for an RGB image of {width_padded} x "
+            f"{height_padded}: {type(error).__name__}: {reason}"
+        ) from error
+    given = (1, 3, height_padded, width_padded)
+    enlarged = (1, 3, round(height_padded * network.scale), round(width_padded * network.scale))
+    if operations.output != enlarged:
+        raise UserError(
+            f"{network.name} x{network.scale:g} makes {operations.output} of {given}, not {enlarged}. Only networks "
+            "for super-resolution can be measured, at their scale."
+        )
     cost: dict[str, Cell] = {
         "network": network.name,
         "scale": network.scale,
         "output": f"{output[0]}x{output[1]}",
         "input": f"{width}x{height}",
-        "parameters": parameters,
+        "parameters": operations.parameters,
         "multiply_adds_g": operations.products / 1e9,
         "paper_convention_g": operations.paper / 1e9,
         "latency_ms": "not measured",
@@ -173,7 +181,7 @@ def network_cost(
     if paper:
         cost |= {
             "paper_parameters_k": paper["params_k"],
-            "parameters_difference_k": parameters / 1e3 - paper["params_k"],
+            "parameters_difference_k": operations.parameters / 1e3 - paper["params_k"],
             "paper_g": paper["flops_g"],
             "difference": operations.paper / 1e9 / paper["flops_g"] - 1,
             "paper_latency_ms": paper["latency_ms"],
@@ -191,27 +199,6 @@ def network_cost(
             cost["latency_ratio"] = latency.median_ms / paper["latency_ms"]
             cost["memory_ratio"] = latency.memory_mib and latency.memory_mib / paper["memory_mb"]
     return cost
-
-
-def _count(network: NetworkSpec, height: int, width: int) -> tuple[int, Operations]:
-    """Parameters, and operations for an image of this size."""
-    net = network.build()
-    parameters = sum(parameter.numel() for parameter in net.parameters())
-    try:
-        operations = count_operations(net, height, width)
-    except Exception as error:  # networks of other packages may raise anything
-        reason = next(iter(str(error).splitlines()), "")
-        raise UserError(
-            f"Cannot count the operations of {network.name} x{network.scale:g} for an RGB image of {width} x {height}: "
-            f"{type(error).__name__}: {reason}"
-        ) from error
-    enlarged = (1, 3, round(height * network.scale), round(width * network.scale))
-    if operations.output != enlarged:
-        raise UserError(
-            f"{network.name} x{network.scale:g} makes {operations.output} of {(1, 3, height, width)}, not {enlarged}. "
-            "Only networks for super-resolution can be measured, at their scale."
-        )
-    return parameters, operations
 
 
 def _latency_notes(protocol: LatencyProtocol | None) -> Iterator[str]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from math import prod
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -22,9 +21,10 @@ _LAYER_NORM = torch.ops.aten.native_layer_norm
 
 @dataclass(frozen=True)
 class Operations:
-    """What one image costs.
+    """What a network has, and what one image costs.
 
     Attributes:
+        parameters: of the network.
         products: multiply-adds of convolutions, linear layers and matrix products, both of attention included.
         paper: the same by the paper's convention, which is fvcore's: plus 5 for each output value of a LayerNorm, 1 for
             each input value of a global pool, and the q, k, v projection of the pixels that window attention pads
@@ -32,6 +32,7 @@ class Operations:
         output: shape of the output.
     """
 
+    parameters: int
     products: int
     paper: int
     output: tuple[int, ...]
@@ -65,14 +66,12 @@ def count_operations(net: nn.Module, height: int, width: int) -> Operations:
             module.attn_type = "naive"
         if isinstance(module, ESCLTE):
             module.query_chunk = None  # the same work in one part, which is traced sooner than many
-    counter = FlopCounterMode(display=False, custom_mapping={_LAYER_NORM: _layer_norm_flops})
+    flops = {_LAYER_NORM: lambda shape, *_, **__: 2 * 5 * prod(shape)}
+    counter = FlopCounterMode(display=False, custom_mapping=flops)
     fake = FakeTensorMode(allow_non_fake_inputs=True)  # weights, and constants that are not buffers
     with torch.no_grad(), register_module_forward_pre_hook(count_extra), fake, counter:
         output = net(torch.empty(1, 3, height, width, dtype=torch.float64))
     norms = counter.get_flop_counts()["Global"].get(_LAYER_NORM, 0)
     products = (counter.get_total_flops() - norms) // 2  # a multiply-add is two FLOPs of PyTorch's counter
-    return Operations(products, products + norms // 2 + extra, tuple(output.shape))
-
-
-def _layer_norm_flops(shape: tuple[int, ...], *_: Any, **__: Any) -> int:
-    return 2 * 5 * prod(shape)
+    parameters = sum(parameter.numel() for parameter in net.parameters())
+    return Operations(parameters, products, products + norms // 2 + extra, tuple(output.shape))

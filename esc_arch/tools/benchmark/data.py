@@ -1,4 +1,4 @@
-"""`basicsr benchmark data`: whether benchmark data are those that published scores were measured on."""
+"""`basicsr benchmark data`: are these the benchmark data that published scores were measured on?."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import product
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from PIL import Image as Pillow
 from tqdm import tqdm
@@ -28,17 +28,15 @@ __all__ = ["HELP", "KNOWN_SETS", "add_arguments", "check_folders", "paired_folde
 
 HELP = "Check benchmark data: images, names, sizes, and how LR images were made."
 
-Size = tuple[int, int]  # height, width
 Pair = tuple[Path, Path]  # HR, LR
 
 
-@dataclass(frozen=True)
-class KnownSet:
+class KnownSet(NamedTuple):
     """A data set that papers use.
 
     Attributes:
         images: how many it has.
-        files: how they are called, in words.
+        files: what they are called, in words.
         source: who made it, by which to find it.
         pattern: the names without suffix, as a regular expression; default: those listed in `files`.
     """
@@ -47,10 +45,6 @@ class KnownSet:
     files: str
     source: str
     pattern: str = ""
-
-    def __str__(self) -> str:
-        """A sentence on where to get it."""
-        return f" It is the set of {self.source}; its files: {self.files}."
 
 
 BENCHMARKS = ("Set5", "Set14", "B100", "Urban100", "Manga109")
@@ -94,8 +88,7 @@ _NAME_ENDINGS = r"(_HR|_GT|_SRF_[234]_HR)?"
 _COMMON_MULTIPLE = 12
 
 
-@dataclass(frozen=True)
-class PairedFolders:
+class PairedFolders(NamedTuple):
     """HR images and their LR images of one scale.
 
     Attributes:
@@ -110,11 +103,7 @@ class PairedFolders:
 
 
 def paired_folders(opt: Mapping[str, Any], file: Path) -> Iterator[PairedFolders]:
-    """Those of the data sets of an option file that are paired images in folders.
-
-    Raises:
-        UserError: one has no folders, or a scale that is not an integer.
-    """
+    """Those that an option file names; raises UserError if one has no folders, or a scale that is not an integer."""
     sections = opt.get("datasets")
     for phase, section in (sections if isinstance(sections, dict) else {}).items():
         if not isinstance(section, dict) or section.get("type") != "PairedImageDataset":
@@ -163,21 +152,33 @@ def check_folders(folders: PairedFolders, most: int | None = None) -> DataReport
         UserError: an image cannot be read.
     """
     known = KNOWN_SETS.get(folders.name)
-    hr_files, lr_files = images_in(folders.hr), images_in(folders.lr)
+    source = f" It is the set of {known.source}; its files: {known.files}." if known else ""
+    hr_files, lr_files = images_in(folders.hr), set(images_in(folders.lr))
     report = DataReport(folders.name, folders.scale, known.images if known else None, len(hr_files))
-    if known and hr_files:
-        _check_names(report, known, hr_files)
     if not hr_files:
-        report.problems.append(f"There are no HR images in {folders.hr}.{known or ''}")
-    elif not lr_files:
+        report.problems.append(f"There are no HR images in {folders.hr}.{source}")
+        return report
+    if known:
+        if len(hr_files) != known.images:
+            report.problems.append(f"It has {len(hr_files)} HR images instead of {known.images}.{source}")
+        pattern = re.compile(f"({known.pattern or known.files.replace(', ', '|')}){_NAME_ENDINGS}", re.IGNORECASE)
+        if unknown := [file for file in hr_files if not pattern.fullmatch(file.stem)]:
+            report.notes.append(f"{_some(unknown)}: not a name of the set, whose files are {known.files}.")
+    if not lr_files:
         report.problems.append(f"There are no LR images in {folders.lr}.")
-    else:
-        partners = {hr: folders.lr / (folders.template.format(hr.stem) + hr.suffix) for hr in hr_files}
-        fitting = _check_sizes(report, _check_pairs(report, partners, set(lr_files)))
-        step = 1 if most is None else -(-len(fitting) // most) or 1
-        _check_resampling(report, fitting[::step])
-        if step > 1:
-            report.notes.append(f"One in {step} of its LR images was compared with HR.")
+        return report
+    partners = {hr: folders.lr / (folders.template.format(hr.stem) + hr.suffix) for hr in hr_files}
+    if missing := set(partners.values()) - lr_files:
+        report.problems.append(f"LR images are missing: {_some(missing)}.")
+    if unpaired := lr_files.difference(partners.values()):
+        report.problems.append(f"LR images belong to no HR image: {_some(unpaired)}.")
+    pairs = [pair for pair in partners.items() if pair[1] in lr_files]
+    report.images = len(pairs)
+    fitting = _check_sizes(report, pairs)
+    step = 1 if most is None else -(-len(fitting) // most) or 1
+    _check_resampling(report, fitting[::step])
+    if step > 1:
+        report.notes.append(f"One in {step} of its LR images was compared with HR.")
     return report
 
 
@@ -192,59 +193,41 @@ def _some(files: Iterable[Path]) -> str:
     return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
 
 
-def _check_names(report: DataReport, known: KnownSet, files: Sequence[Path]) -> None:
-    if len(files) != known.images:
-        report.problems.append(f"It has {len(files)} HR images instead of {known.images}.{known}")
-    pattern = re.compile(f"({known.pattern or known.files.replace(', ', '|')}){_NAME_ENDINGS}", re.IGNORECASE)
-    if unknown := [file for file in files if not pattern.fullmatch(file.stem)]:
-        report.notes.append(f"{_some(unknown)}: not a name of the set, whose files are {known.files}.")
-
-
-def _check_pairs(report: DataReport, partners: Mapping[Path, Path], lr_files: set[Path]) -> list[Pair]:
-    """The pairs of which both images exist."""
-    wanted = set(partners.values())
-    report.images = len(wanted & lr_files)
-    if missing := wanted - lr_files:
-        report.problems.append(f"LR images are missing: {_some(missing)}.")
-    if unpaired := lr_files - wanted:
-        report.problems.append(f"LR images belong to no HR image: {_some(unpaired)}.")
-    return [pair for pair in partners.items() if pair[1] in lr_files]
-
-
 def _check_sizes(report: DataReport, pairs: Sequence[Pair]) -> list[Pair]:
     """The pairs whose sizes fit: LR may be made from as much of HR as the scale, or 12, divides."""
-    sizes = {pair: (_size_of(pair[0]), _size_of(pair[1])) for pair in pairs}
-    wrong = {pair: both for pair, both in sizes.items() if both[1] not in _lr_sizes(both[0], report.scale)}
-    for (hr, lr), (large, small) in list(wrong.items())[:1]:
-        expected = _in_pixels(_lr_sizes(large, report.scale)[0])
-        report.problems.append(
-            f"{len(wrong)} of {len(pairs)} LR images have the wrong size: {lr.name} is {_in_pixels(small)}, but "
-            f"{hr.name} is {_in_pixels(large)}, which makes {expected} at x{report.scale}."
+    fitting, wrong, is_cropped = [], "", len(pairs) > 2 and report.dataset in BENCHMARKS
+    for hr, lr in pairs:
+        (height, width), small = _size_of(hr), _size_of(lr)
+        is_cropped &= height % _COMMON_MULTIPLE == width % _COMMON_MULTIPLE == 0
+        expected, other = (
+            (height // multiple * multiple // report.scale, width // multiple * multiple // report.scale)
+            for multiple in (report.scale, _COMMON_MULTIPLE)
         )
-    is_cropped = all(side % _COMMON_MULTIPLE == 0 for large, _ in sizes.values() for side in large)
-    if is_cropped and len(pairs) > 2 and report.dataset in BENCHMARKS:
+        if small in (expected, other):
+            fitting.append((hr, lr))
+        elif not wrong:
+            wrong = (
+                f"{lr.name} is {small[1]} x {small[0]}, but {hr.name} is {width} x {height}, which makes {expected[1]} "
+                f"x {expected[0]} at x{report.scale}."
+            )
+    if wrong:
+        bad = len(pairs) - len(fitting)
+        report.problems.append(f"{bad} of {len(pairs)} LR images have the wrong size: {wrong}")
+    if is_cropped:
         report.notes.append(
             f"All HR images are cropped to multiples of {_COMMON_MULTIPLE}; published scores are of images cropped for "
             "each scale separately, so means differ slightly. Create it again from whole HR images."
         )
-    return [pair for pair in pairs if pair not in wrong]
+    return fitting
 
 
-def _lr_sizes(hr: Size, scale: int) -> list[Size]:
-    """What LR of HR cropped to multiples of the scale, or of 12, may measure."""
-    return [(hr[0] // m * m // scale, hr[1] // m * m // scale) for m in (scale, _COMMON_MULTIPLE)]
-
-
-def _size_of(path: Path) -> Size:
+def _size_of(path: Path) -> tuple[int, int]:
+    """Height and width."""
     try:
         with Pillow.open(path) as image:
             return image.height, image.width
     except (OSError, ValueError) as error:
         raise UserError(f"{path} cannot be read as an image: {error}. Replace or remove it.") from None
-
-
-def _in_pixels(size: Size) -> str:
-    return f"{size[1]} x {size[0]}"
 
 
 def _check_resampling(report: DataReport, pairs: Sequence[Pair]) -> None:
@@ -301,27 +284,28 @@ def run(args: argparse.Namespace) -> int:
         UserError: an option file, a set or a scale cannot be used, or an image cannot be read.
     """
     check_report(args.report)
-    folders = _folders_of_options(args.opt) if args.opt else list(_folders_of_sets(args))
+    if args.opt:
+        folders = dict.fromkeys(each for file in args.opt for each in paired_folders(load_options(file), file))
+        if not folders:
+            files = ", ".join(map(str, args.opt))
+            raise UserError(f"{files}: no data set of type PairedImageDataset in folders; only these are checked.")
+    else:
+        folders = dict.fromkeys(_folders_of_sets(args))
     reports = [check_folders(each, None if args.opt or each.name in BENCHMARKS else _MOST_OF_DIV2K) for each in folders]
+    scales: dict[tuple[str, str], list[str]] = {}
     records = []
     for report in reports:
         texts = {"problems": " ".join(report.problems), "notes": " ".join(report.notes)}
         records.append(vars(report) | texts | {"state": "problem" if report.problems else "ok"})
+        for remark in (*report.problems, *report.notes):
+            scales.setdefault((report.dataset, remark), []).append(f"x{report.scale}")
     if args.format in ("csv", "json"):
         table = Table(_COLUMNS, records)
     else:
-        table = Table(_COLUMNS[:-2], records, [*_remarks(reports), *_fixes(reports, args)])
+        remarks = [f"{name} {', '.join(those)}: {remark}" for (name, remark), those in scales.items()]
+        table = Table(_COLUMNS[:-2], records, [*remarks, *_fixes(reports, args)])
     write_report(table.render(args.format), args.report)
     return 1 if any(report.problems for report in reports) else 0
-
-
-def _folders_of_options(files: Sequence[Path]) -> list[PairedFolders]:
-    folders = dict.fromkeys(each for file in files for each in paired_folders(load_options(file), file))
-    if not folders:
-        raise UserError(
-            f"{', '.join(map(str, files))}: no data set of type PairedImageDataset in folders; only these are checked."
-        )
-    return list(folders)
 
 
 def _folders_of_sets(args: argparse.Namespace) -> Iterator[PairedFolders]:
@@ -331,34 +315,18 @@ def _folders_of_sets(args: argparse.Namespace) -> Iterator[PairedFolders]:
     for name, scale in product(there if args.sets is None else args.sets, args.scales):
         if name not in KNOWN_SETS:
             raise UserError(f"--sets {name} is not known. {did_you_mean(name, KNOWN_SETS)}.")
-        if name in BENCHMARKS:
-            hr, lr = args.root / name / "HR", args.root / name / "LR_bicubic" / f"X{scale}"
-        else:
-            hr, lr = args.div2k / f"{name}_HR", args.div2k / f"{name}_LR_bicubic" / f"X{scale}"
-        yield PairedFolders(name, scale, hr, lr, f"{{}}x{scale}")
-
-
-def _remarks(reports: Sequence[DataReport]) -> Iterator[str]:
-    """Problems and notes, each once for all the scales it applies to."""
-    scales: dict[tuple[str, str], list[str]] = {}
-    for report in reports:
-        for remark in (*report.problems, *report.notes):
-            scales.setdefault((report.dataset, remark), []).append(f"x{report.scale}")
-    for (name, remark), those in scales.items():
-        yield f"{name} {', '.join(those)}: {remark}"
+        start = f"{args.root / name}/" if name in BENCHMARKS else f"{args.div2k / name}_"
+        yield PairedFolders(name, scale, Path(f"{start}HR"), Path(f"{start}LR_bicubic/X{scale}"), f"{{}}x{scale}")
 
 
 def _fixes(reports: Sequence[DataReport], args: argparse.Namespace) -> Iterator[str]:
     """The commands that create faulty sets again."""
-    faulty = {report.dataset: report for report in reports if report.problems}
-    for name, report in faulty.items():
-        if args.opt and report.hr_images:
+    for name, report in {report.dataset: report for report in reports if report.problems}.items():
+        if not args.opt and name in BENCHMARKS:
+            yield f"To fix {name}: {_prepare_benchmark(args.root / name, report)}"
+        elif args.opt and report.hr_images:
             prepare = "basicsr prepare benchmark -i HR_FOLDER -o NEW_FOLDER"
             yield f"To fix {name}: {prepare}, then NEW_FOLDER/HR and NEW_FOLDER/LR_bicubic/X... in the option file."
-        elif args.opt:
-            continue
-        elif name in BENCHMARKS:
-            yield f"To fix {name}: {_prepare_benchmark(args.root / name, report)}"
         elif name == "DIV2K_train" and report.hr_images:
             source, target = shlex.quote(f"{args.div2k}/{name}_HR"), shlex.quote(str(args.div2k))
             yield f"To fix {name}: basicsr prepare train -i {source} -o {target}, which makes its own LR images."

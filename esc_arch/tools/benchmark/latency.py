@@ -6,6 +6,7 @@ import statistics
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -62,14 +63,10 @@ class LatencyProtocol:
         return f"CPU, {torch.get_num_threads()} threads"
 
 
-@dataclass(frozen=True)
-class Latency:
-    """What was measured.
+class Latency(NamedTuple):
+    """Milliseconds for one image, and the GPU memory in MiB that PyTorch allocated at most, weights included.
 
-    Attributes:
-        median_ms: milliseconds for one image.
-        spread_ms: interquartile range of the runs; None for fewer than 4.
-        memory_mib: peak of the GPU memory that PyTorch allocated (2^20 bytes), weights included; None on the CPU.
+    The spread is the interquartile range of the runs, None for fewer than 4; the memory is None on the CPU.
     """
 
     median_ms: float

@@ -22,10 +22,9 @@ __all__ = ["PRESETS", "PRESET_SCALES", "NetworkSpec", "from_option_file", "named
 
 _EXAMPLE = "as in --networks 'SwinIR: {upscale: 2, window_size: 8}'"
 #: What constructors call the scale.
-SCALE_KEYS = ("upscaling_factor", "upscale", "scale")
-
-#: Options that change how attention is computed and not the network.
-_COMPUTATION = ("attn_type", "backend", "query_chunk", *SCALE_KEYS)
+_SCALE_KEYS = ("upscaling_factor", "upscale", "scale")
+#: Options other than those of the network itself.
+_COMPUTATION = ("attn_type", "backend", "query_chunk", *_SCALE_KEYS)
 
 #: `network_g` of published networks, without the scale, by the paper's names: what is measured when none is named.
 PRESETS: Mapping[str, Mapping[str, Any]] = {
@@ -84,14 +83,10 @@ class NetworkSpec:
         """
         if issubclass(_constructor(self.options), ESCFamily):
             return 1
-        return int(_with_defaults(self.options).get("window_size") or 1)
+        return int(_arguments(self.options).get("window_size") or 1)
 
     def build(self) -> nn.Module:
-        """Make it, with random weights, for evaluation.
-
-        Raises:
-            UserError: its constructor does not take the options.
-        """
+        """Make it with random weights, for evaluation; raises UserError if its constructor refuses the options."""
         options = {key: value for key, value in self.options.items() if key != "type"}
         try:
             with warnings.catch_warnings():
@@ -113,10 +108,10 @@ def named(text: str, scales: Sequence[int]) -> list[NetworkSpec]:
     Raises:
         UserError: the name is not known, the network does not take the options, or the text is invalid.
     """
-    name, colon, _ = text.partition(":")
     if text in PRESETS:
-        available = PRESET_SCALES.get(text, scales)
-        return [_spec(text, PRESETS[text], scale) for scale in scales if scale in available]
+        available = [scale for scale in scales if scale in PRESET_SCALES.get(text, scales)]
+        return _at_scales(text, PRESETS[text], available) if available else []
+    name, colon, _ = text.partition(":")
     given = load_yaml(f"{text}\n").get(name) if colon else {}
     if not isinstance(given, dict):
         raise UserError(f"--networks {text!r} is invalid. Give a name, or a type with its options, {_EXAMPLE}.")
@@ -126,18 +121,13 @@ def named(text: str, scales: Sequence[int]) -> list[NetworkSpec]:
             f"--networks: there is no {name!r}. {did_you_mean(name, {*PRESETS, *shown_names(types)})}. If it is of "
             "your own package, name the module: --import MODULE."
         )
-    options = _checked("--networks", {"type": name, **given})
-    has_scale = _scale_key(options) in (None, *given)
-    return [_spec(name, options)] if has_scale else [_spec(name, options, scale) for scale in scales]
+    return _at_scales(name, _checked("--networks", {"type": name, **given}), scales)
 
 
 def from_option_file(path: Path) -> NetworkSpec:
-    """The network of an option file's `network_g`, under the file's name.
-
-    Raises:
-        UserError: the file cannot be read, or its network_g is invalid.
-    """
-    return _spec(path.stem, _checked(f"option file {path}, network_g", load_options(path).get("network_g")))
+    """The network of an option file, under the file's name; raises UserError if the file or network_g is invalid."""
+    options = _checked(f"option file {path}, network_g", load_options(path).get("network_g"))
+    return _at_scales(path.stem, options, ())[0]
 
 
 def _checked(where: str, section: Any) -> Mapping[str, Any]:
@@ -149,37 +139,37 @@ def _checked(where: str, section: Any) -> Mapping[str, Any]:
     return options
 
 
+def _at_scales(name: str, options: Mapping[str, Any], scales: Sequence[int]) -> list[NetworkSpec]:
+    """A network at its own scale if it has one in its options or cannot have others, otherwise at each of `scales`."""
+    arguments = _arguments(options)
+    key = next((key for key in _SCALE_KEYS if key in arguments), "")
+    if key and key not in options and scales:
+        return [NetworkSpec(name, {**options, key: scale}, scale) for scale in scales]
+    scale = arguments.get(key, 1)
+    if isinstance(scale, bool) or not isinstance(scale, int | float) or scale <= 0:
+        raise UserError(f"{name}: the scale is {scale!r}; it must be a number above 0.")
+    return [NetworkSpec(name, options, scale)]
+
+
 def _constructor(options: Mapping[str, Any]) -> type[nn.Module]:
     network: type[nn.Module] = entries(ARCH_REGISTRY)[options["type"]]
     return network
 
 
-def _with_defaults(options: Mapping[str, Any]) -> dict[str, Any]:
+def _arguments(options: Mapping[str, Any]) -> dict[str, Any]:
+    """The options, and the defaults of all arguments that are not given."""
     parameters = inspect.signature(_constructor(options)).parameters.values()
-    return {p.name: p.default for p in parameters if p.default is not p.empty} | dict(options)
+    return {each.name: None if each.default is each.empty else each.default for each in parameters} | dict(options)
 
 
 def _identity(options: Mapping[str, Any]) -> dict[str, Any]:
     """What distinguishes networks other than the scale."""
     kind, has_factors = _constructor(options), str(options.get("attn_type")).lower() == "flashbias"
-    complete = {key: value for key, value in _with_defaults(options).items() if key not in _COMPUTATION}
+    complete = {
+        key: list(value) if isinstance(value, tuple) else value
+        for key, value in _arguments(options).items()
+        if key not in _COMPUTATION
+    }
     if not has_factors and "flashbias_rank" in complete:  # without factors these options have no effect
         complete = {key: value for key, value in complete.items() if key not in ("rank", "flashbias_rank")}
-    lists = {key: list(value) for key, value in complete.items() if isinstance(value, tuple)}
-    return complete | lists | {"type": kind, "factors": has_factors}
-
-
-def _scale_key(options: Mapping[str, Any]) -> str | None:
-    parameters = inspect.signature(_constructor(options)).parameters
-    return next((key for key in SCALE_KEYS if key in parameters), None)
-
-
-def _spec(name: str, options: Mapping[str, Any], scale: int | None = None) -> NetworkSpec:
-    """At a scale, or at the one in the options; a network without an option for it has scale 1."""
-    key = _scale_key(options)
-    if scale is not None:
-        options = {**options, str(key): scale}
-    given = _with_defaults(options).get(key or "", 1)
-    if isinstance(given, bool) or not isinstance(given, int | float) or given <= 0:
-        raise UserError(f"{name}: the scale is {given!r}; it must be a number above 0.")
-    return NetworkSpec(name, options, given)
+    return complete | {"type": kind, "factors": has_factors}

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import io
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from functools import partial
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
@@ -47,7 +46,7 @@ def require_matplotlib() -> None:
 
 
 class _Point(NamedTuple):
-    """A network in a plot; its area shows the memory, if known."""
+    """A network in a plot, ours or the paper's; its area shows the memory, if known."""
 
     label: str
     cost: float
@@ -65,14 +64,28 @@ def plot_quality(folder: Path, results: Sequence[SetScores], costs: Costs) -> No
         panels: dict[str, list[_Point]] = {}
         for each in results:
             psnr = each.mean(each.psnr) if each.evaluation.network.scale == scale else None
-            cost = _cost_of(each.evaluation, costs) if psnr is not None else None
+            cost = None if psnr is None else _cost_of(each.evaluation, costs)
             if psnr is not None and cost is not None:
                 panels.setdefault(each.dataset, []).append(_Point(each.evaluation.name, cost[0], psnr, cost[1]))
         for dataset, points in panels.items():
-            if not costs:
-                points += _paper_points(dataset, scale)
+            for row in () if costs else PAPER_ROWS:
+                published, scores = paper_cost(row, scale), paper_scores(row, dataset, scale)
+                if published and scores:
+                    points.append(_Point(row, published["flops_g"], scores["psnr"], color=_PAPER))
+        largest = max((point.memory or 0 for points in panels.values() for point in points), default=0)
+
+        def draw(axes: Any, points: Sequence[_Point], largest: float = largest) -> None:
+            for point in points:
+                place, area = (point.cost, point.psnr), _LARGEST * point.memory / largest if point.memory else _UNKNOWN
+                face = "none" if point.color == _PAPER else point.color
+                axes.scatter(*place, s=area, edgecolors=point.color, facecolors=face, alpha=0.8)
+                axes.annotate(point.label, place, (4, 6), textcoords="offset points", fontsize=8, color=point.color)
+            axes.set_xscale("log")
+            axes.margins(0.25)
+            axes.set_xlabel(label, fontsize=9)
+            axes.set_ylabel("PSNR, dB", fontsize=9)
+
         if panels:
-            draw = partial(_draw_points, label=label, panels=panels)
             _plot(folder / f"psnr_against_{name}_x{scale:g}.png", panels, draw)
 
 
@@ -90,26 +103,6 @@ def _cost_of(evaluation: Evaluation, costs: Costs) -> tuple[float, float | None]
             return cost["latency_ms"], cost.get("memory_mib")
     print_note(f"{evaluation.name}: --cost has no latency at x{network.scale:g} and 1280x720, so it is not plotted.")
     return None
-
-
-def _paper_points(dataset: str, scale: float) -> Iterator[_Point]:
-    for row in PAPER_ROWS:
-        cost, scores = paper_cost(row, scale), paper_scores(row, dataset, scale)
-        if cost and scores:
-            yield _Point(row, cost["flops_g"], scores["psnr"], color=_PAPER)
-
-
-def _draw_points(axes: Any, points: Sequence[_Point], *, label: str, panels: Mapping[str, Sequence[_Point]]) -> None:
-    largest = max(point.memory or 0 for points in panels.values() for point in points)
-    for point in points:
-        area, place = _LARGEST * point.memory / largest if point.memory else _UNKNOWN, (point.cost, point.psnr)
-        face = "none" if point.color == _PAPER else point.color
-        axes.scatter(*place, s=area, edgecolors=point.color, facecolors=face, alpha=0.8)
-        axes.annotate(point.label, place, (4, 6), textcoords="offset points", fontsize=8, color=point.color)
-    axes.set_xscale("log")
-    axes.margins(0.25)
-    axes.set_xlabel(label, fontsize=9)
-    axes.set_ylabel("PSNR, dB", fontsize=9)
 
 
 def plot_gains(folder: Path, gains: Sequence[Gains], baseline: str) -> None:
@@ -154,19 +147,15 @@ def write_crops(folder: Path, gains: Gains, baseline: Evaluation | None) -> None
     evaluation, dataset = gains.scores.evaluation, gains.scores.dataset
     (best, *_), (*_, worst) = gains.images, gains.images
     folder.mkdir(parents=True)
-    for image, below, gt in bicubic_images(gains.scores):
+    for image, bicubic, gt in bicubic_images(gains.scores):
         gain = gains.images.get(image, 0.0)
         if not ((image == best and gain > 0) or (image == worst and gain < 0)):
             continue
-        if baseline:
-            below = cv2.imread(str(baseline.result_file(dataset, image)))
-        result = cv2.imread(str(evaluation.result_file(dataset, image)))
-        panels = [
-            (baseline.name if baseline else "bicubic", below),
-            (f"{evaluation.name} {gain:+.2f} dB", result),
-        ]
+        below: Any = cv2.imread(str(baseline.result_file(dataset, image))) if baseline else bicubic
+        result: Any = cv2.imread(str(evaluation.result_file(dataset, image)))
+        panels = [(baseline.name if baseline else "bicubic", below), (f"{evaluation.name} {gain:+.2f} dB", result)]
         if gain < 0:  # the detail is taken where the first panel differs most from the last
             panels.reverse()
-        picture = side_by_side(dict([*panels, ("ground truth", gt)]))
         kind = "gain" if gain > 0 else "loss"
-        write_atomically(folder / f"most_{kind}_{image}.png", encode_png(picture))
+        picture = encode_png(side_by_side(dict([*panels, ("ground truth", gt)])))
+        write_atomically(folder / f"most_{kind}_{image}.png", picture)

@@ -44,12 +44,9 @@ NO_PAPER = "none"
 
 @dataclass(frozen=True)
 class Evaluation:
-    """A checked option file, to be tested.
+    """A checked option file, to be tested, with the arguments of `basicsr test` and the complete options.
 
-    Attributes:
-        arguments: those of `basicsr test`.
-        opt: the complete options.
-        paper: the row of the paper that it belongs to; None if there is none.
+    `paper` is the row of the paper that it belongs to; None if there is none.
     """
 
     file: Path

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from itertools import zip_longest
 from pathlib import Path
 from typing import Any
@@ -78,7 +78,10 @@ def run(args: argparse.Namespace) -> int:
     costs = _read_costs(args.cost) if args.cost else []
     evaluations = _plan(args, save_images=draws and args.baseline is not None)
     baseline = evaluations.pop() if args.baseline not in (None, BICUBIC) else None
-    problems = _data_problems(evaluations)
+    compared = [each for each in evaluations if each.paper]
+    folders = dict.fromkeys(folders for each in compared for folders in paired_folders(each.opt, each.file))
+    reports = [check_folders(each, _IMAGES_CHECKED) for each in folders if each.name in KNOWN_SETS]
+    problems = [f"{report.dataset} x{report.scale}: {problem}" for report in reports for problem in report.problems]
     for problem in problems:
         print_note(f"{problem} basicsr benchmark data says more.")
     results = run_all([*evaluations, *([baseline] if baseline else [])])
@@ -128,14 +131,6 @@ def _plan(args: argparse.Namespace, *, save_images: bool) -> list[Evaluation]:
             )
         planned[new.name] = new
     return list(planned.values())
-
-
-def _data_problems(evaluations: Sequence[Evaluation]) -> list[str]:
-    """Why scores on these data cannot be compared with the paper, from a look at some images."""
-    compared = [evaluation for evaluation in evaluations if evaluation.paper]
-    folders = dict.fromkeys(each for one in compared for each in paired_folders(one.opt, one.file))
-    reports = [check_folders(each, _IMAGES_CHECKED) for each in folders if each.name in KNOWN_SETS]
-    return [f"{report.dataset} x{report.scale}: {problem}" for report in reports for problem in report.problems]
 
 
 def _read_costs(file: Path) -> list[Mapping[str, Any]]:

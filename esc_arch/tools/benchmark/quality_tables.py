@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple
 
 from .paper import paper_scores
 from .quality import SetScores, bicubic_scores
@@ -21,13 +21,8 @@ _UNITS = 1.5
 
 def quality_table(results: Sequence[SetScores], problems: Sequence[str] = ()) -> Table:
     """Means over data sets compared with the paper; `problems` of the data are added to the notes."""
-    columns = [
-        Column("network"),
-        Column("protocol"),
-        Column("scale", style="g"),
-        Column("dataset", "data set"),
-        Column("images", style="d"),
-    ]
+    columns = [Column("network"), Column("protocol"), Column("scale", style="g"), Column("dataset", "data set")]
+    columns.append(Column("images", style="d"))
     for name, metric in {name: metric for each in results for name, metric in each.metrics.items()}.items():
         kind, digits = _PAPER_METRICS.get(metric["type"], ("", 4))
         columns.append(Column(name, name.upper(), ".3f" if kind == "psnr" else ".4f"))
@@ -35,10 +30,18 @@ def quality_table(results: Sequence[SetScores], problems: Sequence[str] = ()) ->
             columns.append(Column(f"{name}_paper", "paper", f".{digits}f"))
             columns.append(Column(f"{name}_difference", "difference", f"+.{max(digits, 3)}f"))
     columns += [Column("paper", "row of the paper"), Column("agrees")]
-    return Table(columns, [_quality_record(each) for each in results], [*_notes(results), *problems])
+    notes = [
+        "The paper: PSNR (dB) and SSIM on Y, as many pixels cropped at the border as the scale. Scores agree if all "
+        f"differ by at most {_UNITS} units of the last digit in the paper."
+    ]
+    records = [_quality_record(each, notes) for each in results]
+    if any(each.evaluation.protocol == "ensemble" and each.evaluation.paper for each in results):
+        notes.append("The paper's scores are without self-ensemble.")
+    return Table(columns, records, [*notes, *problems])
 
 
-def _quality_record(scores: SetScores) -> Record:
+def _quality_record(scores: SetScores, notes: list[str]) -> Record:
+    """The record of a data set; what is not compared with the paper, and why, is added to the notes."""
     evaluation, scale = scores.evaluation, scores.scale
     record: dict[str, Cell] = {
         "network": evaluation.name,
@@ -53,32 +56,14 @@ def _quality_record(scores: SetScores) -> Record:
     for name, metric in scores.metrics.items():
         record[name] = mean = scores.mean(name)
         kind, digits = _PAPER_METRICS.get(metric["type"], ("", 4))
-        if mean is not None and kind in published and not _deviates(scores, name):
+        if kind and not (metric.get("crop_border") == scores.border and metric.get("test_y_channel")):
+            what = f"{evaluation.name}: val:metrics:{name} is not measured as in the paper on {scores.dataset}"
+            notes.append(f"{what}, and is not compared.")
+        elif mean is not None and kind in published:
             difference = mean - published[kind]
             record |= {f"{name}_paper": published[kind], f"{name}_difference": difference}
             agree.append(abs(difference) <= _UNITS * 10**-digits)
     return record | {"agrees": ("yes" if all(agree) else "no") if agree else None}
-
-
-def _deviates(scores: SetScores, name: str) -> bool:
-    """True if one of the paper's metrics is not measured as in the paper."""
-    metric = scores.metrics[name]
-    is_paper_s = metric.get("crop_border") == scores.border and metric.get("test_y_channel")
-    return metric["type"] in _PAPER_METRICS and not is_paper_s
-
-
-def _notes(results: Sequence[SetScores]) -> Iterator[str]:
-    yield (
-        "The paper: PSNR (dB) and SSIM on Y, as many pixels cropped at the border as the scale. Scores agree if all "
-        f"differ by at most {_UNITS} units of the last digit in the paper."
-    )
-    for each in results:
-        for name in each.metrics:
-            if _deviates(each, name):
-                metric = f"{each.evaluation.name}: val:metrics:{name}"
-                yield f"{metric} is not measured as in the paper on {each.dataset}, and is not compared."
-    if any(each.evaluation.protocol == "ensemble" and each.evaluation.paper for each in results):
-        yield "The paper's scores are without self-ensemble."
 
 
 def per_image_table(results: Sequence[SetScores]) -> Table:
@@ -93,8 +78,7 @@ def per_image_table(results: Sequence[SetScores]) -> Table:
     return Table([*columns, *(Column(name, name.upper(), ".4f") for name in names)], records)
 
 
-@dataclass(frozen=True)
-class Gains:
+class Gains(NamedTuple):
     """Differences in PSNR (dB) from a baseline on each image, the largest first."""
 
     scores: SetScores
@@ -106,15 +90,16 @@ def compute_gains(results: Sequence[SetScores], baseline: Sequence[SetScores] | 
     gains = []
     for each in results:
         for below in [bicubic_scores(each)] if baseline is None else baseline:
-            if (below.dataset, below.scale) == (each.dataset, each.scale):
-                differences = {
-                    image: scores[each.psnr] - below.images[image][below.psnr]
-                    for image, scores in each.images.items()
-                    if each.psnr in scores and below.psnr in below.images.get(image, {})
-                }
-                finite = {image: gain for image, gain in differences.items() if math.isfinite(gain)}
-                if finite:
-                    gains.append(Gains(each, dict(sorted(finite.items(), key=lambda pair: -pair[1]))))
+            if (below.dataset, below.scale) != (each.dataset, each.scale):
+                continue
+            differences = {
+                image: scores[each.psnr] - below.images[image][below.psnr]
+                for image, scores in each.images.items()
+                if each.psnr in scores and below.psnr in below.images.get(image, {})
+            }
+            finite = [pair for pair in differences.items() if math.isfinite(pair[1])]
+            if finite:
+                gains.append(Gains(each, dict(sorted(finite, key=lambda pair: -pair[1]))))
     return gains
 
 

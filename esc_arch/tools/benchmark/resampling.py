@@ -6,7 +6,7 @@ a dB and more, and nothing says so.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Iterator
 from typing import cast
 
 import cv2
@@ -22,12 +22,22 @@ __all__ = ["MATLAB", "recognise_resampling"]
 
 MATLAB = "MATLAB's bicubic"
 
-Size = tuple[int, int]  # height, width
-Resize = Callable[[Image, Size], Image]
-
 #: Root mean square errors, in grey levels. Two computations of the same image differ by a level where a value lies
 #: between two; rounding between rows and columns, as MATLAB does for 8-bit images, makes up to about 0.4.
 _EQUAL, _CLOSE = 0.1, 0.6
+
+_PILLOW = {
+    "Pillow's bicubic": Pillow.Resampling.BICUBIC,
+    "Pillow's bilinear": Pillow.Resampling.BILINEAR,
+    "Pillow's Lanczos": Pillow.Resampling.LANCZOS,
+}
+_OPENCV = {
+    "OpenCV's INTER_CUBIC (no antialiasing)": cv2.INTER_CUBIC,
+    "OpenCV's INTER_AREA (means of blocks)": cv2.INTER_AREA,
+    "OpenCV's INTER_LINEAR (no antialiasing)": cv2.INTER_LINEAR,
+    "OpenCV's INTER_LANCZOS4 (no antialiasing)": cv2.INTER_LANCZOS4,
+    "single pixels (nearest)": cv2.INTER_NEAREST,
+}
 
 
 def recognise_resampling(hr: Image, lr: Image, scale: int) -> str:
@@ -35,64 +45,35 @@ def recognise_resampling(hr: Image, lr: Image, scale: int) -> str:
 
     Compared are the ways of MATLAB, Pillow, OpenCV and PyTorch on the top left H * scale x W * scale of `hr`.
     """
-    size = lr.shape[0], lr.shape[1]
-    part = hr[: size[0] * scale, : size[1] * scale]
-    if _rms(_matlab(part, size), lr) <= _EQUAL:
-        return MATLAB
-    error, _, name = min((_rms(resize(part, size), lr), rank, name) for rank, (name, resize) in enumerate(_WAYS))
-    return name if error <= _CLOSE else f"none of the known ways (the nearest is {name})"
+    height, width = lr.shape[:2]
+    smallest, nearest = np.inf, ""
+    for name, made in _candidates(np.ascontiguousarray(hr[: height * scale, : width * scale]), height, width):
+        error = np.sqrt(np.mean((made.astype(np.float32) - lr) ** 2))
+        if name == MATLAB and error <= _EQUAL:
+            return MATLAB
+        if error < smallest:
+            smallest, nearest = error, name
+    return nearest if smallest <= _CLOSE else f"none of the known ways (the nearest is {nearest})"
 
 
-def _rms(made: Image, lr: Image) -> float:
-    return float(np.sqrt(np.mean((made.astype(np.float32) - lr) ** 2)))
+def _candidates(image: Image, height: int, width: int) -> Iterator[tuple[str, Image]]:
+    """The image made small in all known ways; of equally near ones the first counts."""
+    tensor = torch.from_numpy(image).permute(2, 0, 1)[None].float()
+    yield MATLAB, _as_image(matlab_resize(tensor, (height, width)))
+    # As MATLAB does with 8-bit images: rounded after the height is done
+    rows, columns = resize_matrix(image.shape[0], height), resize_matrix(image.shape[1], width)
+    yield MATLAB, _as_image((rows @ tensor).clamp(0, 255).round() @ columns.T)
+    for name, resampling in _PILLOW.items():
+        yield name, np.asarray(Pillow.fromarray(image).resize((width, height), resampling))
+    for name, interpolation in _OPENCV.items():
+        yield name, cast(Image, cv2.resize(image, (width, height), interpolation=interpolation))
+    for mode, antialias in (("bicubic", True), ("bicubic", False), ("bilinear", True)):
+        made = F.interpolate(tensor, (height, width), mode=mode, antialias=antialias)
+        yield f"PyTorch's {mode} {'with' if antialias else 'without'} antialias", _as_image(made)
+    # Last: without antialiasing, other ways take single pixels where the scale is odd
+    single = Pillow.fromarray(image).resize((width, height), Pillow.Resampling.NEAREST)
+    yield "single pixels (nearest, of the middle)", np.asarray(single)
 
 
-def _tensor(image: Image) -> torch.Tensor:
-    return torch.from_numpy(np.ascontiguousarray(image)).permute(2, 0, 1)[None].float()
-
-
-def _image(tensor: torch.Tensor) -> Image:
+def _as_image(tensor: torch.Tensor) -> Image:
     return cast(Image, tensor[0].permute(1, 2, 0).clamp(0, 255).round().byte().numpy())
-
-
-def _matlab(image: Image, size: Size) -> Image:
-    return _image(matlab_resize(_tensor(image), size))
-
-
-def _matlab_rounded(image: Image, size: Size) -> Image:
-    """As MATLAB does with 8-bit images: rounded after the height is done."""
-    rows, columns = (resize_matrix(*sizes) for sizes in zip(image.shape[:2], size, strict=True))
-    return _image((rows @ _tensor(image)).clamp(0, 255).round() @ columns.T)
-
-
-def _pillow(filter_: Pillow.Resampling) -> Resize:
-    return lambda image, size: np.asarray(Pillow.fromarray(image).resize(size[::-1], filter_))
-
-
-def _opencv(interpolation: int) -> Resize:
-    return lambda image, size: cast(
-        Image, cv2.resize(np.ascontiguousarray(image), size[::-1], interpolation=interpolation)
-    )
-
-
-def _torch(mode: str, **options: bool) -> Resize:
-    return lambda image, size: _image(F.interpolate(_tensor(image), size, mode=mode, **options))
-
-
-#: Of equally near ones the first counts.
-_WAYS: Sequence[tuple[str, Resize]] = [
-    (MATLAB, _matlab),
-    (MATLAB, _matlab_rounded),
-    ("Pillow's bicubic", _pillow(Pillow.Resampling.BICUBIC)),
-    ("PyTorch's bicubic with antialias", _torch("bicubic", antialias=True)),
-    ("OpenCV's INTER_CUBIC (no antialiasing)", _opencv(cv2.INTER_CUBIC)),
-    ("PyTorch's bicubic without antialias", _torch("bicubic")),
-    ("OpenCV's INTER_AREA (means of blocks)", _opencv(cv2.INTER_AREA)),
-    ("OpenCV's INTER_LINEAR (no antialiasing)", _opencv(cv2.INTER_LINEAR)),
-    ("Pillow's bilinear", _pillow(Pillow.Resampling.BILINEAR)),
-    ("PyTorch's bilinear with antialias", _torch("bilinear", antialias=True)),
-    ("Pillow's Lanczos", _pillow(Pillow.Resampling.LANCZOS)),
-    ("OpenCV's INTER_LANCZOS4 (no antialiasing)", _opencv(cv2.INTER_LANCZOS4)),
-    ("single pixels (nearest)", _opencv(cv2.INTER_NEAREST)),
-    ("single pixels (nearest, of the middle)", _pillow(Pillow.Resampling.NEAREST)),
-]

@@ -11,8 +11,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from esc_arch.atomic_io import write_atomically
-from esc_arch.errors import UserError
+from esc_arch.checkpoints.conversion import check_output, write_file
 
 __all__ = ["TABLE_FORMATS", "Cell", "Column", "Record", "Table", "add_report_arguments", "check_report", "write_report"]
 
@@ -53,48 +52,39 @@ class Table:
 
     def render(self, form: str) -> str:
         """As one of `TABLE_FORMATS`, with a line break at its end."""
+        names = [column.name for column in self.columns]
         if form == "json":
-            records = [{each.name: _finite(record.get(each.name)) for each in self.columns} for record in self.records]
+            records = [{name: _finite(record.get(name)) for name in names} for record in self.records]
             return json.dumps(records, indent=1, ensure_ascii=False, allow_nan=False) + "\n"
         if form == "csv":
             text = io.StringIO()
-            names = [column.name for column in self.columns]
             writer = csv.DictWriter(text, names, extrasaction="ignore", lineterminator="\n")
             writer.writeheader()
             writer.writerows(self.records)
             return text.getvalue()
-        rows = [[_shown(record.get(each.name), each.style) for each in self.columns] for record in self.records]
-        rows.insert(0, [each.title or each.name for each in self.columns])
-        numeric = [
-            any(isinstance(record.get(each.name), int | float) for record in self.records) for each in self.columns
-        ]
-        lines = _markdown(rows, numeric) if form == "markdown" else _text(rows, numeric)
-        bullet = "- " if form == "markdown" else ""
-        notes = ["", *(bullet + note for note in self.notes)] if self.notes else []
-        return "\n".join([*lines, *notes]) + "\n"
+        columns, numeric = [], []
+        for column in self.columns:
+            cells = [record.get(column.name) for record in self.records]
+            numeric.append(any(isinstance(cell, int | float) for cell in cells))
+            columns.append([column.title or column.name, *(_shown(cell, column.style) for cell in cells)])
+        if form == "markdown":
+            columns = [[" ".join(cell.replace("|", r"\|").split()) for cell in column] for column in columns]
+            lines = [f"| {' | '.join(row)} |" for row in zip(*columns, strict=True)]
+            lines.insert(1, f"|{'|'.join('---:' if right else '---' for right in numeric)}|")
+            notes = [f"- {note}" for note in self.notes]
+        else:
+            widths = [max(map(len, column)) for column in columns]
+            aligned = [f"{'>' if right else '<'}{width}" for width, right in zip(widths, numeric, strict=True)]
+            lines = ["  ".join(map(format, row, aligned)).rstrip() for row in zip(*columns, strict=True)]
+            lines.insert(1, "  ".join("-" * width for width in widths))
+            notes = [*self.notes]
+        return "\n".join([*lines, *([""] if notes else []), *notes]) + "\n"
 
 
 def _shown(cell: Cell, style: str) -> str:
     if cell is None:
         return "-"
     return cell if isinstance(cell, str) else format(cell, style)
-
-
-def _text(rows: Sequence[Sequence[str]], numeric: Sequence[bool]) -> list[str]:
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    lines = [
-        "  ".join(
-            cell.rjust(width) if right else cell.ljust(width)
-            for cell, width, right in zip(row, widths, numeric, strict=True)
-        ).rstrip()
-        for row in rows
-    ]
-    return [lines[0], "  ".join("-" * width for width in widths), *lines[1:]]
-
-
-def _markdown(rows: Sequence[Sequence[str]], numeric: Sequence[bool]) -> list[str]:
-    lines = ["| " + " | ".join(" ".join(cell.replace("|", r"\|").split()) for cell in row) + " |" for row in rows]
-    return [lines[0], "|" + "|".join("---:" if right else "---" for right in numeric) + "|", *lines[1:]]
 
 
 def _finite(cell: Cell) -> Cell:
@@ -109,25 +99,14 @@ def add_report_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def check_report(output: Path | None) -> None:
-    """Check, before the work, that `write_report` can write there.
-
-    Raises:
-        UserError: it is not a file, or its folder does not exist.
-    """
-    if output is not None and ((output.exists() and not output.is_file()) or not output.parent.is_dir()):
-        raise UserError(f"Cannot write {output}: it must be a file in an existing folder.")
+    """Check, before the work, that a report can be written; raises UserError otherwise."""
+    if output is not None:
+        check_output(output, overwrite=True)
 
 
 def write_report(text: str, output: Path | None) -> None:
-    """Print a report, or write it to a file atomically.
-
-    Raises:
-        UserError: the file cannot be written.
-    """
+    """Print a report, or write it to a file atomically; raises UserError if that fails."""
     if output is None:
         print(text, end="")
-        return
-    try:
-        write_atomically(output, text.encode())
-    except OSError as error:
-        raise UserError(f"Cannot write {output}: {error.strerror}.") from None
+    else:
+        write_file(output, text.encode())

@@ -155,7 +155,7 @@ def _first_line(error: Exception) -> str:
 
 def operators(context: Context) -> Iterator[Finding]:
     """The C++ compiler and operators."""
-    yield from context.in_child("C++ operators", "machine:cpp_operators", advice=_WITHOUT_CPU)
+    return context.in_child("C++ operators", "machine:cpp_operators", advice=_WITHOUT_CPU)
 
 
 def cpp_operators() -> list[Finding]:

@@ -1,4 +1,4 @@
-"""What an option file names: folders, images, LMDBs, weights, and the room to write to."""
+"""What an option file names: folders, images, LMDBs, weights, and the space to write to."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from .subprocess_worker import JobFailed
 
 __all__ = ["examine"]
 
-#: Less room than this ends a training soon.
+#: With less space than this a training ends soon.
 _LITTLE_SPACE, _NO_SPACE = 10 * 2**30, 500 * 2**20
 _FEW_FILES_LEFT = 1000
 _WEIGHTS = "pretrain_network_"
@@ -31,9 +31,8 @@ def examine(context: Context) -> Iterator[Finding]:
     try:
         opt = context.worker.call("esc_arch.options.files:load_yaml", file)
     except JobFailed as failure:
-        yield Finding(
-            "file", str(failure).removeprefix("UserError: "), PROBLEM, "Give an option file that can be read."
-        )
+        text = str(failure).removeprefix("UserError: ")
+        yield Finding("file", text, PROBLEM, "Give an option file that can be read.")
         return
     yield Finding("file", f"{file}; `basicsr check -opt {file}` looks at its keys and values")
     yield from _outputs(opt)
@@ -49,20 +48,20 @@ def examine(context: Context) -> Iterator[Finding]:
 
 
 def _outputs(opt: dict[str, Any]) -> Iterator[Finding]:
-    """Whether the folder that a run writes to, which may not exist yet, can be written, and how much."""
+    """The folder that a run writes to, which may not exist yet: the space there, and a run of the same name."""
     verb, kind = ("train", "experiments") if opt.get("train") else ("test", "results")
     folder = Path(str((opt.get("path") or {}).get(f"{kind}_root") or kind)).expanduser().absolute()
     there = next(path for path in (folder, *folder.parents) if path.exists())
     usage, system = shutil.disk_usage(there), os.statvfs(there)
     text = f"{folder}, {size_text(usage.free)} of {size_text(usage.total)} free"
-    advice = "Checkpoints, states and images take room: logger: keep_last removes old checkpoints."
+    advice = "Checkpoints, states and images take space: logger: keep_last removes old checkpoints."
     found = warn_if(usage.free < _LITTLE_SPACE, f"{kind}_root", text, advice, usage._asdict())
     if not there.is_dir() or not os.access(there, os.W_OK | os.X_OK):
         text += f"; {there} cannot be written"
         found = found._replace(text=text, status=PROBLEM, advice="Change its rights, or start elsewhere.")
     elif usage.free < _NO_SPACE or (system.f_files and system.f_favail < _FEW_FILES_LEFT):
         text += ": too little, or too few files"
-        found = found._replace(text=text, status=PROBLEM, advice="Make room before a run.")
+        found = found._replace(text=text, status=PROBLEM, advice="Free some space before a run.")
     yield found
     run = folder / str(opt.get("name"))
     if run.exists():
@@ -105,7 +104,7 @@ def disk(key: str, root: str) -> list[Finding]:
 
 
 def lmdb(key: str, root: str) -> list[Finding]:
-    """An LMDB: whether it is whole, has the keys of its list, and images that can be decoded."""
+    """An LMDB: damage, keys that only it or its list has, and images that cannot be decoded."""
     from esc_arch.data.lmdb_check import contents_of, listed_sizes, lmdb_problem
 
     folder = Path(root)

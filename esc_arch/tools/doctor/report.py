@@ -14,7 +14,7 @@ from .subprocess_worker import JobFailed, Worker
 __all__ = ["OK", "PROBLEM", "WARNING", "Context", "Finding", "as_json", "as_text", "size_text", "warn_if"]
 
 OK, WARNING, PROBLEM = "ok", "warning", "problem"
-_COLOURS = {OK: "", WARNING: "\033[33m", PROBLEM: "\033[31m"}
+_COLOURS = {WARNING: "\033[33m", PROBLEM: "\033[31m"}
 #: Of the JSON; raised when a key changes its meaning.
 _FORMAT = 1
 _WIDEST_KEY = 30
@@ -60,18 +60,18 @@ class Context(NamedTuple):
 def as_json(sections: Mapping[str, Sequence[Finding]]) -> str:
     """The report for programs; docs/doctor.md describes the keys."""
     statuses = [finding.status for findings in sections.values() for finding in findings]
-    content: dict[str, Any] = {
+    content = {
         "format": _FORMAT,
         "status": next((status for status in (PROBLEM, WARNING) if status in statuses), OK),
         "problems": statuses.count(PROBLEM),
         "warnings": statuses.count(WARNING),
-        "sections": {},
+        "sections": {
+            name: [
+                {key: value for key, value in each._asdict().items() if value not in ("", None)} for each in findings
+            ]
+            for name, findings in sections.items()
+        },
     }
-    for name, findings in sections.items():
-        given = [
-            [(key, value) for key, value in each._asdict().items() if value not in ("", None)] for each in findings
-        ]
-        content["sections"][name] = [dict(each) for each in given]
     return _hide_home(json.dumps(content, indent=1, ensure_ascii=False, allow_nan=False))
 
 
@@ -80,18 +80,18 @@ def as_text(findings: Sequence[Finding], *, colours: bool = False) -> str:
 
     A key that begins with that of a line before and a colon is indented, without it.
     """
-    keys, parent = [], ""
-    for finding in findings:
-        if parent and finding.key.startswith(f"{parent}: "):
-            keys.append(f"  {finding.key.removeprefix(f'{parent}: ')}")
-        else:
-            keys.append(parent := finding.key)
+    keys: list[str] = []
+    parent = ""
+    for key in (finding.key for finding in findings):
+        below = key.removeprefix(f"{parent}: ")
+        parent = key if below == key else parent
+        keys.append(key if below == key else f"  {below}")
     width = min(max(map(len, keys), default=0), _WIDEST_KEY)
     lines, advice = [], ""
     for key, finding in zip(keys, findings, strict=True):
         mark = "-" if finding.status == OK else finding.status.upper()
         line = f"{mark} {key:<{width}}  {finding.text}".rstrip()
-        lines.append(f"{_COLOURS[finding.status]}{line}\033[0m" if colours and finding.status != OK else line)
+        lines.append(f"{_COLOURS[finding.status]}{line}\033[0m" if colours and mark != "-" else line)
         if finding.advice not in ("", advice):
             lines.append(f"    -> {finding.advice}")
         advice = finding.advice
@@ -108,7 +108,5 @@ def _hide_home(text: str) -> str:
 
 def size_text(size: float) -> str:
     """Bytes as text, such as 1.5 GiB."""
-    for unit, of in (("TiB", 2**40), ("GiB", 2**30), ("MiB", 2**20), ("KiB", 2**10)):
-        if size >= of:
-            return f"{size / of:.1f} {unit}"
-    return f"{size:.0f} bytes"
+    units = (("TiB", 2**40), ("GiB", 2**30), ("MiB", 2**20), ("KiB", 2**10))
+    return next((f"{size / of:.1f} {unit}" for unit, of in units if size >= of), f"{size:.0f} bytes")

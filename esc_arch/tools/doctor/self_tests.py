@@ -40,7 +40,7 @@ def dispatch(device: str) -> list[tuple[tuple[str, str, str], dict[str, str | No
 
 
 def examine(key: str, backend: str, target: tuple[str, str, str], test: bool, bad: str, advice: str) -> list[Finding]:
-    """Whether a backend can run, and if asked for, whether its results are right: otherwise `bad`, with `advice`."""
+    """Can a backend run, and with `test`, are its results right? A wrong one has the status `bad`, and `advice`."""
     explanations = _explain(*target)
     reasons, in_training = (found.reasons[backend] for found in explanations.values())
     if reasons:

@@ -49,11 +49,7 @@ class Worker:
         self.stop()
 
     def call(self, function: str, *arguments: Any) -> Any:
-        """Return the result of ``module:name``; arguments and result are what JSON can hold.
-
-        Raises:
-            JobFailed: it raised, crashed, or took too long.
-        """
+        """Return what ``module:name`` does, of what JSON can hold; JobFailed: it raised, crashed or took too long."""
         process = self._process = self._process or self._start()
         assert process.stdin is not None and process.stdout is not None
         with suppress(BrokenPipeError):

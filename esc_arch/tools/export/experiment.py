@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from esc_arch.checkpoints.conversion import Checkpoint
 from esc_arch.errors import UserError
@@ -20,12 +19,11 @@ __all__ = ["Training", "read_experiment"]
 COMPARED = ("type", "dim", "n_blocks", "upscaling_factor")
 
 
-@dataclass(frozen=True)
-class Training:
+class Training(NamedTuple):
     """How a network was trained, and what it reached.
 
     Attributes:
-        settings: of the option file, without paths: `data`, `gt_size`, `train` and others; unknown ones are left out.
+        settings: of the option file, without paths and those that are not known: `data`, `gt_size`, `train` and others.
         on_the_fly: True if LR images were degraded at random while training.
         scores: values measured at the iteration of the weights, by data set and metric.
     """
@@ -50,9 +48,9 @@ def read_experiment(folder: Path, weights: Path, checkpoint: Checkpoint) -> Trai
         raise UserError(f"--experiment {folder}: {what}. Give experiments/NAME of the training.")
     options = load_yaml(files[-1])
     given, ours = _section(options, "network_g"), checkpoint.network_g
-    theirs = {
-        key: str(given[key]).removeprefix(OWN) if key == "type" else given[key] for key in COMPARED if key in given
-    }
+    theirs = {key: given[key] for key in COMPARED if key in given}
+    if "type" in theirs:
+        theirs["type"] = str(theirs["type"]).removeprefix(OWN)
     if differing := [key for key in theirs if theirs[key] != ours.get(key)]:
         sides = (", ".join(f"{key}: {side.get(key)}" for key in differing) for side in (theirs, ours))
         raise UserError(
@@ -73,17 +71,15 @@ def read_experiment(folder: Path, weights: Path, checkpoint: Checkpoint) -> Trai
         "manual_seed": options.get("manual_seed"),
         "train": _without_paths(_section(options, "train")),
     }
-    return Training(
-        settings={name: value for name, value in settings.items() if value is not None},
-        on_the_fly=train_set.get("type") == "RealESRGANDataset",
-        scores={
-            (str(record["dataset"]), metric): float(value)
-            for record in records
-            if record["iter"] == iteration
-            for metric, value in record.items()
-            if metric != "iter" and isinstance(value, int | float)
-        },
-    )
+    scores = {
+        (str(record["dataset"]), metric): float(value)
+        for record in records
+        if record["iter"] == iteration
+        for metric, value in record.items()
+        if metric != "iter" and isinstance(value, int | float)
+    }
+    known = {name: value for name, value in settings.items() if value is not None}
+    return Training(known, train_set.get("type") == "RealESRGANDataset", scores)
 
 
 def _section(options: Mapping[str, Any], key: str) -> Mapping[str, Any]:

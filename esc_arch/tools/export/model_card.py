@@ -29,6 +29,14 @@ def model_card(model: Model, files: Sequence[PublishedFile]) -> str:
 
     name, info = model.identifier, model.info
     samples = [(f"![bicubic]({bicubic})", f"![{name}]({sr})") for _, bicubic, sr in model.samples]
+    with torch.device("meta"):
+        parameters = sum(parameter.numel() for parameter in build_network(model.network_g).parameters())
+    training = []
+    if model.training is not None:
+        training = ["## Training", _code("yaml", yaml.safe_dump(model.training.settings, sort_keys=False))]
+        scores = model.training.scores.items()
+        rows = [(dataset, metric.upper(), f"{value:.4f}") for (dataset, metric), value in scores]
+        training += [_table(("data set", "metric", "value"), rows)] if rows else []
     parts = [
         f"---\n{_metadata(model)}\n---",
         f"# {name}",
@@ -37,8 +45,10 @@ def model_card(model: Model, files: Sequence[PublishedFile]) -> str:
         f"By {', '.join(info.authors)}, {info.date}. Licence: {info.licence}. Trained on: {info.dataset}.",
         *([_table(("bicubic", name), samples)] if samples else []),
         *_usage(model),
-        *_network(model),
-        *_training(model),
+        "## Network",
+        f"{parameters:,} parameters; input and output are RGB in 0 .. 1.",
+        _code("yaml", yaml.safe_dump({"network_g": dict(model.network_g)}, sort_keys=False)),
+        *training,
         "## Files",
         _table(("file", "bytes", "SHA-256"), [(f"`{file}`", f"{size:,}", f"`{sha}`") for file, size, sha in files]),
         f"`test_{name}.yml` tests the network, `finetune_{name}.yml` trains it further on images of your own "
@@ -96,24 +106,6 @@ def _usage(model: Model) -> Iterable[str]:
     if model.onnx is not None:
         name, opset = model.onnx.path.name, model.onnx.metadata["opset"]
         yield f"In other runtimes: `{name}`, opset {opset}, images of any size. See its metadata for more."
-
-
-def _network(model: Model) -> Iterable[str]:
-    with torch.device("meta"):
-        parameters = sum(parameter.numel() for parameter in build_network(model.network_g).parameters())
-    yield "## Network"
-    yield f"{parameters:,} parameters; input and output are RGB in 0 .. 1."
-    yield _code("yaml", yaml.safe_dump({"network_g": dict(model.network_g)}, sort_keys=False))
-
-
-def _training(model: Model) -> Iterable[str]:
-    if model.training is None:
-        return
-    yield "## Training"
-    yield _code("yaml", yaml.safe_dump(model.training.settings, sort_keys=False))
-    rows = [(dataset, metric.upper(), f"{value:.4f}") for (dataset, metric), value in model.training.scores.items()]
-    if rows:
-        yield _table(("data set", "metric", "value"), rows)
 
 
 def _code(language: str, text: str) -> str:

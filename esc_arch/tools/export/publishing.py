@@ -26,9 +26,8 @@ from esc_arch.tools.upscale.image_reader import read_image
 from .checking import require
 from .experiment import read_experiment
 from .model_card import model_card
-from .model_info import TAGS, Model, ModelInfo, PublishedFile, complete, model_id
+from .model_info import TAGS, Model, ModelInfo, PublishedFile, complete, model_id, user_id
 from .onnx import export_onnx
-from .openmodeldb import entry
 from .option_files import option_files
 
 __all__ = ["ModelInfo", "Published", "publish"]
@@ -99,7 +98,7 @@ def publish(
         for option_file, text in options.items():
             write_file(place / option_file, text.encode())
         weights_first = [file for file in reversed(_files(place)) if file.name.endswith((".safetensors", ".onnx"))]
-        fields = entry(model, weights_first, urls)
+        fields = _entry(model, weights_first, urls)
         notes += _left_to_do(fields)
         write_file(place / f"{name}.json", f"{json.dumps(fields, indent=4, ensure_ascii=False)}\n".encode())
         write_file(place / "README.md", model_card(model, _files(place)).encode())
@@ -187,6 +186,57 @@ def _files(place: Path) -> list[PublishedFile]:
     names = sorted(path.relative_to(place).as_posix() for path in place.rglob("*") if path.is_file())
     contents = ((name, (place / name).read_bytes()) for name in names)
     return [PublishedFile(name, len(data), hashlib.sha256(data).hexdigest()) for name, data in contents]
+
+
+def _entry(model: Model, files: Sequence[PublishedFile], urls: Sequence[str]) -> dict[str, Any]:
+    """The model's entry in OpenModelDB, as JSON holds it: `data/models/ID.json` of OpenModelDB/open-model-database.
+
+    Fields are those of `src/lib/model-props.ts` there; the lists of users, tags and architectures are kept there, too.
+
+    Args:
+        files: the weights, and the ONNX file.
+        urls: addresses of these files, or of the folder of all files, which end in a slash.
+    """
+    info, section, training = model.info, model.network_g, model.training
+    authors = [user_id(author) for author in info.authors]
+    trained: dict[str, Any] = {}
+    if training is not None:
+        names = {"trainingIterations": "iterations", "trainingHRSize": "gt_size"}
+        trained = {field: training.settings[name] for field, name in names.items() if name in training.settings}
+        trained["trainingOTF"] = training.on_the_fly
+    resources = []
+    for file in files:
+        kind = file.name.rpartition(".")[2]
+        found = (url + file.name if url.endswith("/") else url for url in urls)
+        resources.append(
+            {
+                "platform": "onnx" if kind == "onnx" else "pytorch",
+                "type": kind,
+                "size": file.size,
+                "sha256": file.sha256,
+                "urls": [url for url in found if url.partition("?")[0].lower().endswith(f".{kind}")],
+            }
+        )
+    folder = next((url for url in urls if url.endswith("/")), None)
+    return {
+        "name": model.identifier.partition("-")[2],
+        "author": authors[0] if len(authors) == 1 else authors,
+        "license": info.licence,
+        "tags": list(dict.fromkeys(info.tags)),
+        "description": info.description + (f"\n\nPurpose: {info.purpose}" if info.purpose else ""),
+        "date": info.date,
+        "architecture": "esc",
+        "size": [section["type"], f"{section['dim']}dim", f"{section['n_blocks']}blocks"],
+        "scale": model.scale,
+        "inputChannels": 3,
+        "outputChannels": 3,
+        "resources": resources,
+        **trained,
+        "dataset": info.dataset,
+        "images": [
+            {"type": "paired", "LR": f"{folder}{lr}", "SR": f"{folder}{sr}"} for lr, _, sr in model.samples if folder
+        ],
+    }
 
 
 def _left_to_do(fields: Mapping[str, Any]) -> Iterator[str]:

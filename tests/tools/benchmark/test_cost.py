@@ -6,7 +6,6 @@ import csv
 import json
 import re
 import shlex
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +17,7 @@ from esc_arch.cli import main
 from esc_arch.tools.benchmark import cost
 from esc_arch.tools.benchmark.cost import network_cost
 from esc_arch.tools.benchmark.counting import Operations, count_operations
-from esc_arch.tools.benchmark.latency import Latency
+from esc_arch.tools.benchmark.latency import Latency, LatencyProtocol
 from esc_arch.tools.benchmark.networks import PRESET_SCALES, PRESETS, from_option_file, named
 from esc_arch.tools.benchmark.paper import paper_cost, paper_tables
 
@@ -44,38 +43,24 @@ def run_cost(capsys: pytest.CaptureFixture[str], *arguments: str, refused: bool 
     return printed.err
 
 
-@pytest.fixture(scope="module")
-def generated(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[str, list[Record]]]:
-    """What the command at the top of the document makes, and the costs that are in it."""
+def test_the_document_is_what_its_command_makes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And the numbers in it are the paper's."""
     costs: list[Record] = []
 
     def noting(*args: Any) -> Record:
         costs.append(network_cost(*args))
         return costs[-1]
 
-    written = re.search("^Made by `(.*)`", DOCUMENT.read_text(encoding="utf-8"), re.MULTILINE)
+    document = DOCUMENT.read_text(encoding="utf-8")
+    written = re.search("^Made by `(.*)`", document, re.MULTILINE)
     assert written is not None
-    with pytest.MonkeyPatch.context() as patch:
-        patch.chdir(tmp_path_factory.mktemp("root"))
-        Path("docs").mkdir()
-        patch.setattr(cost, "network_cost", noting)
-        patch.setattr("sys.argv", shlex.split(written[1]))
-        assert main() == 0
-        yield Path("docs/costs.md").read_text(encoding="utf-8"), costs
-
-
-def test_the_document_is_what_its_command_makes(generated: tuple[str, list[Record]]) -> None:
-    assert DOCUMENT.read_text(encoding="utf-8") == generated[0]
-
-
-def test_the_readme_has_lines_of_the_document() -> None:
-    table = [line for line in (ROOT / "README.md").read_text(encoding="utf-8").splitlines() if "1280x720 |" in line]
-    assert len(table) == 9
-    assert set(table) <= set(DOCUMENT.read_text(encoding="utf-8").splitlines())
-
-
-def test_the_papers_numbers(generated: tuple[str, list[Record]]) -> None:
-    compared = [record for record in generated[1] if "paper_g" in record]
+    monkeypatch.chdir(tmp_path)
+    Path("docs").mkdir()
+    monkeypatch.setattr(cost, "network_cost", noting)
+    monkeypatch.setattr("sys.argv", shlex.split(written[1]))
+    assert main() == 0
+    assert Path("docs/costs.md").read_text(encoding="utf-8") == document
+    compared = [record for record in costs if "paper_g" in record]
     for record in compared:
         thousands, paper = record["parameters"] / 1000, record["paper_g"]
         assert record["paper_parameters_k"] in (int(thousands), round(thousands)), record
@@ -86,6 +71,12 @@ def test_the_papers_numbers(generated: tuple[str, list[Record]]) -> None:
     networks = ("ESC", "ESC-light", "ESC-FP", "SwinIR-light")
     names = {(record["network"], record["scale"]) for record in compared}
     assert names == {(name, scale) for name in networks for scale in (2, 3, 4)}
+
+
+def test_the_readme_has_lines_of_the_document() -> None:
+    table = [line for line in (ROOT / "README.md").read_text(encoding="utf-8").splitlines() if "1280x720 |" in line]
+    assert len(table) == 9
+    assert set(table) <= set(DOCUMENT.read_text(encoding="utf-8").splitlines())
 
 
 def test_paper_tables() -> None:
@@ -148,8 +139,9 @@ def test_sizes_that_networks_are_run_on(monkeypatch: pytest.MonkeyPatch) -> None
     sizes = []
 
     def noting(*args: Any) -> Operations:
-        sizes.append((args[1:], count_operations(*args).output))
-        return count_operations(*args)
+        operations = count_operations(*args)
+        sizes.append((args[1:], operations.output))
+        return operations
 
     monkeypatch.setattr(cost, "count_operations", noting)
     (swinir,), (esc,) = named("SwinIR-light", [4]), named(f"ESC: {{{TINY}, upscaling_factor: 3}}", [])
@@ -176,17 +168,18 @@ def test_table(capsys: pytest.CaptureFixture[str]) -> None:
     assert small["paper_g"] is None
 
 
-def test_latency_is_compared_with_the_paper(
-    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("esc_arch.tools.benchmark.cost.measure_latency", lambda *_: Latency(60.45, 1.5, 1662.0))
-    arguments = ("--networks", "ESC-light", "ESC", "--scales", "2", "--device", "cpu", "--format")
-    _, esc = json.loads(run_cost(capsys, *arguments, "json"))
+def test_latency_is_compared_with_the_paper(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Counting is tested elsewhere."""
+    counted = Operations(0, 0, 0, (1, 3, 720, 1280))
+    monkeypatch.setattr(cost, "count_operations", lambda *_: counted)
+    (network,), protocol = named("ESC", [2]), LatencyProtocol("cpu")
+    monkeypatch.setattr(cost, "measure_latency", lambda *_: Latency(60.45, 1.5, 1662.0))
+    esc = network_cost(network, protocol=protocol)
     assert (esc["latency_ms"], esc["paper_latency_ms"], esc["latency_ratio"]) == (60.45, 120.9, 0.5)
     assert (esc["memory_mib"], esc["paper_memory_mb"], esc["memory_ratio"]) == (1662.0, 831, 2.0)
-    monkeypatch.setattr("esc_arch.tools.benchmark.cost.measure_latency", lambda *_: None)
-    light, _ = csv.DictReader(run_cost(capsys, *arguments, "csv").splitlines())
-    assert (light["latency_ms"], light["memory_mib"], light["precision"]) == ("out of memory", "", "fp32")
+    monkeypatch.setattr(cost, "measure_latency", lambda *_: None)
+    esc = network_cost(network, protocol=protocol)
+    assert (esc["latency_ms"], esc.get("memory_mib"), esc["precision"]) == ("out of memory", None, "fp32")
 
 
 def test_latency_is_left_to_gpus(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
