@@ -71,7 +71,7 @@ def test_too_few_runs_for_quartiles() -> None:
 
 @pytest.mark.parametrize("backend", ["naive", "SDPA"])
 def test_the_backend_is_used(backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    calls, module = [], {"naive": reference, "SDPA": sdpa}[backend]
+    calls, module = [], {"naive": naive, "SDPA": sdpa}[backend]
     forward = module.forward
     monkeypatch.setattr(module, "forward", lambda *args: calls.append(args) or forward(*args))
     measure_latency(ESC(**SMALL), 6, 5, LatencyProtocol(device="cpu", backend=backend, runs=1, warmup=0))
