@@ -11,6 +11,7 @@ from basicsr.utils import set_random_seed
 from basicsr.utils.dist_util import get_dist_info
 
 from esc_arch.errors import UserError
+from esc_arch.problems import Problem
 from esc_arch.project import add_import_argument
 from esc_arch.training.distributed import gather_objects, init_dist, print_note, resolve_launcher
 
@@ -18,7 +19,6 @@ from .checks import check_options
 from .data_checks import CheckScope
 from .files import Options, apply_force_yml, load_options, load_yaml
 from .inspection import inspect_options
-from .problems import Problem
 
 __all__ = [
     "CheckScope",

@@ -18,13 +18,13 @@ from basicsr.utils.registry import ARCH_REGISTRY, DATASET_REGISTRY, METRIC_REGIS
 from esc_arch.archs import ESCLTE
 from esc_arch.archs.base import ESCFamily
 from esc_arch.models.metrics import needs_ground_truth
-from esc_arch.suggestions import did_you_mean
+from esc_arch.names import did_you_mean
+from esc_arch.problems import Problem
 
 from .data_checks import CheckScope, check_data
 from .files import Options
 from .key_checks import check_keys
 from .keys import REQUIRED
-from .problems import Problem
 from .section_checks import check_call, check_type, entries, is_integer, is_known_code, sr_model
 from .training_checks import check_logger, check_training
 

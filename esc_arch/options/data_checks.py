@@ -7,13 +7,15 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from importlib.util import find_spec
 from typing import Any
 
 from basicsr.utils.file_client import FileClient
 
 from esc_arch.data.hr_images import as_list
-from esc_arch.suggestions import did_you_mean
+from esc_arch.names import did_you_mean
+from esc_arch.problems import Problem
 
 from .files import Options
 from .image_checks import (
@@ -26,7 +28,6 @@ from .image_checks import (
     check_images,
     list_key,
 )
-from .problems import Problem
 from .section_checks import is_integer, is_known_code
 
 __all__ = ["CheckScope", "check_data"]
@@ -52,8 +53,8 @@ def check_data(
         problems += _check_gt_size(path, dataset, scale)
     if option_problems := getattr(kind, "option_problems", None):  # a data set that has options of its own
         phase = "train" if is_train else "val"
-        texts = option_problems(dataset | {"phase": phase})
-        problems += [Problem.parse(f"{path}:{text}") for text in texts]
+        found = option_problems(dataset | {"phase": phase})
+        problems += [replace(problem, path=f"{path}:{problem.path}") for problem in found]
     elif dataset["type"] in ("PairedImageDataset", *HR_DATASETS) and not is_positive:
         problems.append(Problem("scale", f"{scale!r} given; must be a positive integer: {path} needs it"))
     yield from problems

@@ -17,10 +17,10 @@ from typing import Any
 import yaml
 
 from esc_arch.errors import UserError
+from esc_arch.problems import Place
 from esc_arch.project import import_modules
 
 from .positions import Positions
-from .problems import Place
 
 __all__ = ["Options", "YAMLError", "apply_force_yml", "load_options", "load_with_positions", "load_yaml"]
 

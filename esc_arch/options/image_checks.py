@@ -25,9 +25,9 @@ from esc_arch.data.name_lists import read_names
 from esc_arch.data.names import shown
 from esc_arch.errors import UserError
 from esc_arch.models.metrics import too_small
+from esc_arch.problems import Problem
 
 from .files import Options
-from .problems import Problem
 
 __all__ = [
     "HR_DATASETS",

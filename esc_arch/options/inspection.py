@@ -6,6 +6,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from esc_arch.errors import UserError
+from esc_arch.problems import Problem
 from esc_arch.project import import_modules
 
 from .checks import check_sections, check_shape, merge
@@ -15,7 +16,6 @@ from .files import Options, apply_force_yml, load_with_positions
 from .key_checks import check_keys
 from .network_checks import check_networks
 from .positions import Positions
-from .problems import Problem
 
 __all__ = ["Inspection", "inspect_options"]
 
@@ -77,7 +77,7 @@ def inspect_options(
     try:
         import_modules(opt.get("import"), "import")
     except UserError as error:  # what it would have registered is not known
-        return Inspection(opt, is_train, _located([Problem.parse(str(error))], positions))
+        return Inspection(opt, is_train, _located([Problem("import", str(error).removeprefix("import: "))], positions))
     problems = list(check_shape(opt))
     if any(problem.path != "name" for problem in problems):
         return Inspection(opt, is_train, _located(problems, positions))

@@ -12,11 +12,11 @@ from typing import Any
 from basicsr.utils.registry import DATASET_REGISTRY, LOSS_REGISTRY, METRIC_REGISTRY, MODEL_REGISTRY
 
 from esc_arch.models import ESCLTEModel
-from esc_arch.suggestions import nearest
+from esc_arch.names import nearest
+from esc_arch.problems import Problem
 
 from .files import Options
 from .keys import DATASET, IGNORED, KEYS, LOSS, METRIC, OLD_NAMES, Key, find_key
-from .problems import Problem
 from .section_checks import entries, is_esc_model, is_known_code, sr_model
 
 __all__ = ["check_keys"]

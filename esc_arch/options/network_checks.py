@@ -24,11 +24,11 @@ from esc_arch.ops.cpu import NOT_BUILT
 from esc_arch.ops.gradients import wants_gradients
 from esc_arch.ops.window_attention import WINDOW_ATTENTION
 from esc_arch.ops.window_attention.bias import parameters_of
+from esc_arch.problems import Problem
 from esc_arch.training.parameter_groups import freeze, pattern_problems
 
 from .data_checks import CheckScope
 from .files import Options
-from .problems import Problem
 from .section_checks import entries, is_esc_model, is_known_code
 
 __all__ = ["check_networks"]
@@ -58,7 +58,7 @@ def check_networks(opt: Options, is_train: bool, scope: CheckScope | None = None
             yield from _check_pretrained(opt, key, net, scope)
         yield from _published_defaults(key, opt[key])
         if is_train and key == "network_g" and is_esc_model(opt):
-            yield from map(Problem.parse, pattern_problems(net, opt["train"]))
+            yield from pattern_problems(net, opt["train"])
             freeze(net, opt["train"])
         if scope.with_files:
             yield from _check_backends(opt, key, net, is_train)

@@ -8,7 +8,7 @@ from dataclasses import replace
 
 import yaml
 
-from .problems import Place, Problem
+from esc_arch.problems import Place, Problem
 
 __all__ = ["Positions"]
 

@@ -10,11 +10,10 @@ from basicsr.models.sr_model import SRModel
 from basicsr.utils.registry import MODEL_REGISTRY
 
 from esc_arch.models import ESCModel
-from esc_arch.register import without_own
-from esc_arch.suggestions import did_you_mean
+from esc_arch.names import did_you_mean, without_own
+from esc_arch.problems import Problem
 
 from .files import Options
-from .problems import Problem
 
 __all__ = [
     "check_call",

@@ -15,12 +15,12 @@ from torch import nn
 
 from esc_arch.losses import ImageLoss
 from esc_arch.models import ESCLTEModel, ESCModel
+from esc_arch.problems import Problem
 from esc_arch.training import parameter_groups
 from esc_arch.training.optimizers import NO_MUON, OPTIMIZERS, build_optimizer
 from esc_arch.training.schedulers import SCHEDULERS, TORCH_SCHEDULERS, build_scheduler
 
 from .files import Options
-from .problems import Problem
 from .section_checks import check_call, entries, is_known_code, is_whole, sr_model
 
 __all__ = ["check_logger", "check_training"]
@@ -49,12 +49,12 @@ def check_training(opt: Options) -> Iterator[Problem]:
     network = opt.get("network_g") or {}
     if isinstance(network, dict) and isinstance(network.get("type"), str | None):
         option_problems = getattr(model, "option_problems", None)  # of a model that has options of its own
-        yield from map(Problem.parse, option_problems(opt) if option_problems else ())
+        yield from option_problems(opt) if option_problems else ()
     takes_losses = issubclass(model, ESCModel) and not issubclass(model, SRGANModel)  # a GAN's training is BasicSR's
     if takes_losses:
         yield from _check_extra_losses(train.get("losses"), model)
     if issubclass(model, ESCModel):
-        yield from map(Problem.parse, parameter_groups.option_problems(train))
+        yield from parameter_groups.option_problems(train)
     if not losses and not (takes_losses and train.get("losses")) and is_known_code(model.init_training_settings):
         more = ", or losses" if takes_losses else ""
         message = f"has no loss; give one of pixel_opt and perceptual_opt{more}, such as pixel_opt: {{type: L1Loss}}"

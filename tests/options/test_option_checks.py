@@ -16,9 +16,9 @@ from basicsr.utils.registry import DATASET_REGISTRY, MODEL_REGISTRY
 from PIL import Image
 
 import esc_arch  # noqa: F401  makes basicsr importable
+from esc_arch.names import did_you_mean, nearest
 from esc_arch.options import CheckScope, Options, check_options
 from esc_arch.options.checks import check_sections
-from esc_arch.suggestions import did_you_mean, nearest
 
 Change = Callable[[Options], Any]
 

@@ -42,9 +42,3 @@ class Problem:
 
     def __str__(self) -> str:
         return ": ".join(part for part in (str(self.place or ""), self.path, self.message) if part)
-
-    @classmethod
-    def parse(cls, text: str) -> Problem:
-        """Make an error of `KEY[:KEY...]: text`, the form in which models and data sets state what is wrong."""
-        path, _, message = text.partition(": ")
-        return cls(path, message)
