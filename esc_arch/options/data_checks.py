@@ -45,17 +45,16 @@ def check_data(
             yield from _check_roots_exist(path, dataset)
         return
     dataset = dataset | {"type": kind.__name__}  # it may be given as esc_arch.NAME
-    is_train, is_positive = path == "datasets:train", is_integer(scale, least=1)
+    is_train = path == "datasets:train"
     problems = [*_check_backend(path, dataset), *_check_roots(path, dataset)]
     if scope.with_files:
         problems += [*_check_roots_exist(path, dataset), *_check_list_file(path, dataset)]
     if is_train:
         problems += _check_gt_size(path, dataset, scale)
     if option_problems := getattr(kind, "option_problems", None):  # a data set that has options of its own
-        phase = "train" if is_train else "val"
-        found = option_problems(dataset | {"phase": phase})
+        found = option_problems(dataset | {"phase": "train" if is_train else "val"})
         problems += [replace(problem, path=f"{path}:{problem.path}") for problem in found]
-    elif dataset["type"] in ("PairedImageDataset", *HR_DATASETS) and not is_positive:
+    elif dataset["type"] in ("PairedImageDataset", *HR_DATASETS) and not is_integer(scale, least=1):
         problems.append(Problem("scale", f"{scale!r} given; must be a positive integer: {path} needs it"))
     yield from problems
     if problems or not scope.with_files:
@@ -64,8 +63,10 @@ def check_data(
         yield from check_hr_images(path, dataset, is_train, scope)
     elif dataset["type"] in ROOTS:
         rule = None
-        if is_positive and (metrics or is_train):
-            rule = SizeRule(scale, is_train, dataset.get("gt_size") if is_train else None, {} if is_train else metrics)
+        if is_train and dataset["type"] == "PairedImageDataset":
+            rule = SizeRule(scale, True, dataset["gt_size"], {})
+        elif metrics and not is_train and is_integer(scale, least=1):
+            rule = SizeRule(scale, False, None, metrics)
         yield from check_images(path, dataset, rule, scope)
 
 
@@ -75,9 +76,8 @@ def _check_backend(path: str, dataset: Options) -> Iterator[Problem]:
         message = f"{dataset['io_backend']!r} given; must have a known type. {did_you_mean(kind, FileClient._backends)}"
         yield Problem(f"{path}:io_backend", message)
     elif kind == "lmdb" and find_spec("lmdb") is None:
-        yield Problem(
-            f"{path}:io_backend:type", "lmdb needs the package lmdb, which is not installed: pip install lmdb"
-        )
+        message = "lmdb needs the package lmdb, which is not installed: pip install lmdb"
+        yield Problem(f"{path}:io_backend:type", message)
 
 
 def _check_roots(path: str, dataset: Options) -> Iterator[Problem]:
