@@ -11,9 +11,7 @@ from esc_arch.tools.upscale import load
 
 from .convert import add_weights_arguments, check_output
 
-__all__ = ["HELP", "add_arguments", "run"]
-
-HELP = "Write a checkpoint for other runtimes: ONNX, a torch.export program, an AOTInductor package."
+__all__ = ["add_arguments", "run"]
 
 EXPORT_SUFFIXES = {"onnx": ".onnx", "torch": ".pt2", "aoti": ".pt2"}
 

@@ -8,6 +8,8 @@ import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+import basicsr  # noqa: F401  first, so that without it the message names it, not what comes with it
+
 from ..data.benchmark import benchmark_folders, prepare_benchmark
 from ..data.image_files import folder_sources
 from ..data.lmdb_writer import read_shapes
@@ -16,9 +18,7 @@ from ..data.prepare import prepare_train
 from ..data.worker_pool import default_jobs
 from ..errors import INTERRUPTED, UserError
 
-__all__ = ["HELP", "add_arguments", "run"]
-
-HELP = "make LMDBs of sub-images for training, benchmark folders for testing, or a small demo of both"
+__all__ = ["add_arguments", "run"]
 
 _TRAIN = (
     "Cut HR images and their bicubic LR images into sub-images, in OUT/NAME_HR_sub.lmdb and "

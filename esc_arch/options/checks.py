@@ -19,7 +19,7 @@ from esc_arch.archs import ESCLTE
 from esc_arch.archs.base import ESCFamily
 from esc_arch.models.metrics import needs_ground_truth
 from esc_arch.names import did_you_mean
-from esc_arch.problems import Problem
+from esc_arch.problems import Problem, join, of_severity
 
 from .data_checks import CheckScope, check_data
 from .files import Options
@@ -42,7 +42,7 @@ def check_options(opt: Options, is_train: bool, scope: CheckScope | None = None)
     problems = list(check_shape(opt))
     if not problems:
         problems = merge(check_keys(opt, is_train), check_sections(opt, is_train, scope or CheckScope()))
-    return [problem for problem in problems if problem.severity == "error"]
+    return of_severity(problems, "error")
 
 
 def merge(of_keys: Iterable[Problem], of_sections: Iterable[Problem]) -> list[Problem]:
@@ -74,11 +74,11 @@ def check_shape(opt: Options) -> Iterator[Problem]:
 
 def _check_key_types(section: Mapping[Any, Any], path: str) -> Iterator[Problem]:
     for key, value in section.items():
+        inner = join(path, str(key))
         if not isinstance(key, str):  # BasicSR fails when it prints the options
-            message = f"the key is {type(key).__name__} {key!r}; keys must be text: put it in quotes"
-            yield Problem(f"{path}{key}", message)
+            yield Problem(inner, f"the key is {type(key).__name__} {key!r}; keys must be text: put it in quotes")
         if isinstance(value, dict):
-            yield from _check_key_types(value, f"{path}{key}:")
+            yield from _check_key_types(value, inner)
 
 
 def check_sections(opt: Options, is_train: bool, scope: CheckScope) -> Iterator[Problem]:

@@ -13,7 +13,7 @@ from basicsr.utils.registry import DATASET_REGISTRY, LOSS_REGISTRY, METRIC_REGIS
 
 from esc_arch.models import ESCLTEModel
 from esc_arch.names import nearest
-from esc_arch.problems import Problem
+from esc_arch.problems import Problem, join
 
 from .files import Options
 from .keys import DATASET, IGNORED, KEYS, LOSS, METRIC, OLD_NAMES, Key, find_key
@@ -62,7 +62,7 @@ def _check_section(
     labels = {"g", "d"} | {key.partition("_")[2] for key in section if key.startswith("network_")}
     names = {key.replace("*", label) for key in table for label in labels}
     for key, value in section.items():
-        where = _join(path, key)
+        where = join(path, key)
         if find_key(table, key) is not None or key in IGNORED:
             continue
         if new_name := OLD_NAMES.get(key):
@@ -83,7 +83,7 @@ def _check_values(path: str, section: Mapping[str, Any], table: Mapping[str, Key
         if key is not None and not key.accepts(value):
             guess = nearest(value, key.choices) if not key.kinds else None
             hint = f". Did you mean {guess!r}?" if guess else ""
-            yield Problem(_join(path, name), f"{value!r} given; must be {key.wanted}{hint}")
+            yield Problem(join(path, name), f"{value!r} given; must be {key.wanted}{hint}")
 
 
 def _check_esc_options(path: str, section: Mapping[str, Any], opt: Options) -> Iterator[Problem]:
@@ -93,7 +93,7 @@ def _check_esc_options(path: str, section: Mapping[str, Any], opt: Options) -> I
     for name, key in KEYS[path].items():
         if key.reader == "ESCModel" and section.get(name):
             message = f"{opt['model_type']} does not use it; ESCModel does. Change model_type, or remove it"
-            yield Problem(_join(path, name), message, "error" if name in _NEVER_IGNORED else "warning")
+            yield Problem(join(path, name), message, "error" if name in _NEVER_IGNORED else "warning")
 
 
 def _losses(train: Any) -> Iterator[tuple[str, Mapping[str, Any]]]:
@@ -119,7 +119,3 @@ def _check_metrics(opt: Options) -> Iterator[Problem]:
 
 def _is_known(registry: Any, name: Any) -> bool:
     return isinstance(name, str) and is_known_code(entries(registry).get(name))
-
-
-def _join(path: str, key: str) -> str:
-    return f"{path}:{key}" if path else key

@@ -60,13 +60,15 @@ try:
 except ImportError as error:
     print(error)
 assert main(["train", "-opt", "options.yml"]) == 2
+assert main(["prepare", "demo"]) == 2
 assert "basicsr" not in sys.modules
 """,
         tmp_path,
     )
     assert done.returncode == 0, done.stderr
     assert "ESCModel is for training. It needs BasicSR, which is not installed: pip install" in done.stdout
-    assert "basicsr train: It needs BasicSR, which is not installed: pip install" in done.stderr
+    for verb in ("train", "prepare"):
+        assert f"basicsr {verb}: It needs BasicSR, which is not installed: pip install" in done.stderr
 
 
 def test_parts_that_know_nothing_of_basicsr(tmp_path: Path) -> None:
