@@ -8,6 +8,7 @@ import time
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from basicsr.utils.registry import ARCH_REGISTRY
@@ -27,9 +28,6 @@ from esc_arch.options.section_checks import check_call, entries
 from esc_arch.project import add_import_argument
 
 __all__ = ["add_arguments", "run"]
-
-#: What is run without an option file.
-SCALES = (2, 3, 4)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -62,7 +60,7 @@ def run(args: argparse.Namespace) -> int:
     status = _build_operators()
     if device.type == "cuda":
         autotune_gpus(again=args.again)
-    for name, (net, speed) in (networks or {f"ESC x{s}": (ESC(upscaling_factor=s), None) for s in SCALES}).items():
+    for name, (net, speed) in (networks or {f"ESC x{s}": (ESC(upscaling_factor=s), None) for s in (2, 3, 4)}).items():
         _warm_up(name, net.to(device), speed, image)
     return status
 
@@ -81,11 +79,9 @@ def _from_option_file(file: str) -> tuple[nn.Module, PerformanceOptions | None]:
         UserError: there is no such network, or none with such options.
     """
     opt, types = load_options(file), entries(ARCH_REGISTRY)
-    section = opt.get("network_g")
+    section: Any = opt.get("network_g")
     problems = list(check_call("network_g", section, types))
-    if not problems:
-        problems = list(performance_problems(opt, types[section["type"]]))
-    if problems:
+    if problems := problems or list(performance_problems(opt, types[section["type"]])):
         raise UserError(f"{file}: {'; '.join(map(str, problems))}")
     try:
         net: nn.Module = types[section["type"]](**{key: value for key, value in section.items() if key != "type"})

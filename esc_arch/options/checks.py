@@ -25,7 +25,7 @@ from .data_checks import CheckScope, check_data
 from .files import Options
 from .key_checks import check_keys
 from .keys import REQUIRED
-from .section_checks import check_call, check_type, entries, is_integer, is_known_code, sr_model
+from .section_checks import check_call, check_type, entries, is_integer, is_known_code, metrics_of, sr_model
 from .training_checks import check_logger, check_training
 
 __all__ = ["check_options", "check_sections", "check_shape", "merge"]
@@ -98,11 +98,11 @@ def check_sections(opt: Options, is_train: bool, scope: CheckScope) -> Iterator[
 
 def _check_gpus(opt: Options) -> Iterator[Problem]:
     asked, available = opt.get("num_gpu", "auto"), torch.cuda.device_count()
-    if not is_integer(asked):
+    if not is_integer(asked) or asked <= available:
         return
-    if asked > 0 and available == 0:
+    if available == 0:
         yield Problem("num_gpu", f"{asked} given, but there is no CUDA device here. Set num_gpu: 0 or auto")
-    elif asked > available and not opt.get("dist"):  # distributed, it may count the GPUs of several machines
+    elif not opt.get("dist"):  # distributed, it may count the GPUs of several machines
         yield Problem("num_gpu", f"{asked} given, but there are {available} CUDA devices. Set {available} or auto")
 
 
@@ -162,9 +162,8 @@ def _check_dataset(path: str, dataset: Options, opt: Options, scope: CheckScope)
     kind = types.get(str(dataset.get("type")))
     if kind is None:
         return
-    metrics = (opt.get("val") or {}).get("metrics")
-    metrics = {k: v for k, v in metrics.items() if isinstance(v, dict)} if isinstance(metrics, dict) else {}
-    problems = list(check_data(path, dataset, kind, opt.get("scale", dataset.get("scale")), metrics, scope))
+    scale = opt.get("scale", dataset.get("scale"))
+    problems = list(check_data(path, dataset, kind, scale, metrics_of(opt), scope))
     yield from problems
     told = {problem.path for problem in problems}
     for key in REQUIRED.get(kind.__name__, ()) if is_known_code(kind) else ():
@@ -174,15 +173,12 @@ def _check_dataset(path: str, dataset: Options, opt: Options, scope: CheckScope)
 
 def _check_metrics(opt: Options) -> Iterator[Problem]:
     metrics = (opt.get("val") or {}).get("metrics")
-    if not isinstance(metrics, dict):
-        if metrics is not None:
-            yield Problem(
-                "val:metrics", f"{metrics!r} given; must be a mapping, such as psnr: {{type: calculate_psnr}}"
-            )
+    if not isinstance(metrics, dict | None):
+        yield Problem("val:metrics", f"{metrics!r} given; must be a mapping, such as psnr: {{type: calculate_psnr}}")
         return
     model, datasets = sr_model(opt), opt["datasets"].items()
     without_gt = [name for name, data in datasets if name != "train" and data.get("type") == "SingleImageDataset"]
-    for name, metric in metrics.items():
+    for name, metric in (metrics or {}).items():
         path = f"val:metrics:{name}"
         problems = list(check_call(path, metric, entries(METRIC_REGISTRY), supplied=["img", "img2"], extra=["better"]))
         yield from problems

@@ -36,7 +36,7 @@ __all__ = ["CheckScope", "check_data"]
 def check_data(
     path: str, dataset: Options, kind: type, scale: Any, metrics: Mapping[str, Options], scope: CheckScope
 ) -> Iterator[Problem]:
-    """What is wrong with the data of `dataset`, an instance of `kind` to be, at `path` in the option file.
+    """What is wrong with the data of `dataset`, the section at `path` of a data set of class `kind`.
 
     `metrics` are those of validation, by name; without them, the size of GT does not matter there.
     """

@@ -149,16 +149,13 @@ def check_images(path: str, dataset: Options, rule: SizeRule | None, scope: Chec
         message = f"{dataset.get('filename_tmpl')!r} given; must be text with {{}} for the GT's name, such as '{{}}x4'"
         yield Problem(f"{path}:filename_tmpl", message)
         return
-    lq, gt = names[keys[0]], names[keys[-1]]
-    if len(lq) != len(gt):
-        alone = sorted(set(lq) - {os.path.basename(file) for file, _ in images}) if len(lq) > len(gt) else []
-        message = (
-            f"{len(lq)} files in {dataset['dataroot_lq']!r}, but {len(gt)} in {dataset['dataroot_gt']!r}. "
-            f"There must be one LQ image for each GT image{f'; {alone[0]} has no GT image' if alone else ''}"
-        )
-        yield Problem(path, message)
     missing = list(_check_existence(path, dataset, images))
     yield from missing
+    lq, gt = names[keys[0]], names[keys[-1]]
+    if len(lq) > len(gt):  # where there are fewer, some are missing
+        alone = min(set(lq) - {os.path.basename(file) for file, _ in images})
+        where = f"{len(lq)} files in {dataset['dataroot_lq']!r}, but {len(gt)} in {dataset['dataroot_gt']!r}"
+        yield Problem(path, f"{where}. There must be one LQ image for each GT image; {alone} has no GT image")
     if not missing:
         yield from _check_headers(path, images, rule, scope)
 

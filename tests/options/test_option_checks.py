@@ -615,7 +615,6 @@ def test_more_gpus_than_there_are(monkeypatch: pytest.MonkeyPatch, dist: bool, c
 def test_counts_of_both_folders(folder: Path) -> None:
     write_images(folder / "gt", 32, ("c.png",))
     assert check(datasets(name="x") | {"val": None, "datasets": {"val": ...}}) == [
-        "datasets:train: 2 files in 'lq', but 3 in 'gt'. There must be one LQ image for each GT image",
         "datasets:train:dataroot_lq: 1 of 3 images are missing, the first is lq/c.png (filename_tmpl is '{}')",
     ]
 
