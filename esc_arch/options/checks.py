@@ -10,6 +10,7 @@ from __future__ import annotations
 import inspect
 import os
 from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -120,8 +121,8 @@ def _check_networks(opt: Options, is_train: bool) -> Iterator[Problem]:
         if is_integer(network.get(key)) and network[key] != scale:
             yield Problem(f"network_g:{key}", f"{network[key]} given, but scale is {scale}. Give both the same value")
     kind: Any = entries(ARCH_REGISTRY).get(str(network.get("type")))
-    has_scale = inspect.isclass(kind) and issubclass(kind, ESCFamily) and not issubclass(kind, ESCLTE)
-    if has_scale and "upscaling_factor" not in network:
+    is_esc = inspect.isclass(kind) and issubclass(kind, ESCFamily) and not issubclass(kind, ESCLTE)
+    if is_esc and "upscaling_factor" not in network:
         default = inspect.signature(kind).parameters["upscaling_factor"].default
         if is_integer(default) and default != scale:
             yield Problem("network_g:upscaling_factor", f"missing, and {default} by default; give scale, {scale}")
@@ -188,11 +189,8 @@ def _check_metrics(opt: Options) -> Iterator[Problem]:
         if kind in _OF_TENSORS:
             yield Problem(f"{path}:type", f"{kind} takes tensors, and validation has images. Give {kind[:-3]}")
         elif without_gt and needs_ground_truth(metric):
-            message = (
-                f"{kind} compares with ground truth, and datasets:{without_gt[0]} has none (SingleImageDataset). "
-                "Remove the metric, or the data set, or give PairedImageDataset with its GT"
-            )
-            yield Problem(path, message)
+            reason = f"{kind} compares with ground truth, and datasets:{without_gt[0]} has none (SingleImageDataset)"
+            yield Problem(path, f"{reason}. Remove the metric, or the data set, or give PairedImageDataset with its GT")
 
 
 def _check_paths(opt: Options, is_train: bool) -> Iterator[Problem]:
@@ -200,7 +198,9 @@ def _check_paths(opt: Options, is_train: bool) -> Iterator[Problem]:
     state = paths.get("resume_state")
     if is_train and state and not opt.get("auto_resume") and not os.path.isfile(str(state)):
         yield Problem("path:resume_state", f"{state!r} given, but there is no file {os.path.abspath(str(state))}")
-    resumed = is_train and (_has_states(paths) if opt.get("auto_resume") else bool(state))
+    if opt.get("auto_resume"):
+        state = next(Path(paths.get("training_states", "")).glob("*.state"), None)
+    resumed = is_train and state
     for key, file in paths.items():
         network = key.removeprefix("pretrain_")
         replaced = resumed and network not in (paths.get("ignore_resume_networks") or ())
@@ -208,9 +208,3 @@ def _check_paths(opt: Options, is_train: bool) -> Iterator[Problem]:
             continue
         if not isinstance(file, str) or not os.path.isfile(file):
             yield Problem(f"path:{key}", f"{file!r} given, but there is no file {os.path.abspath(str(file))}")
-
-
-def _has_states(paths: Options) -> bool:
-    """True if `--auto_resume` finds something to resume."""
-    folder = paths.get("training_states", "")
-    return os.path.isdir(folder) and any(name.endswith(".state") for name in os.listdir(folder))

@@ -8,7 +8,6 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
-from importlib.util import find_spec
 from typing import Any
 
 from basicsr.utils.file_client import FileClient
@@ -75,9 +74,6 @@ def _check_backend(path: str, dataset: Options) -> Iterator[Problem]:
     if kind not in FileClient._backends:
         message = f"{dataset['io_backend']!r} given; must have a known type. {did_you_mean(kind, FileClient._backends)}"
         yield Problem(f"{path}:io_backend", message)
-    elif kind == "lmdb" and find_spec("lmdb") is None:
-        message = "lmdb needs the package lmdb, which is not installed: pip install lmdb"
-        yield Problem(f"{path}:io_backend:type", message)
 
 
 def _check_roots(path: str, dataset: Options) -> Iterator[Problem]:

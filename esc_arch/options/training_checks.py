@@ -80,7 +80,7 @@ def _check_loss(path: str, section: Any, known: Mapping[str, Any], model: type[S
 
 
 def _check_extra_losses(section: Any, model: type[SRModel]) -> Iterator[Problem]:
-    if section is not None and not isinstance(section, dict):
+    if not isinstance(section, dict | None):
         example = "fft: {type: FFTLoss, loss_weight: 0.05}"
         yield Problem("train:losses", f"{section!r} given; must be a mapping of names, such as {example}")
         return
@@ -88,11 +88,8 @@ def _check_extra_losses(section: Any, model: type[SRModel]) -> Iterator[Problem]
     for name, loss in (section or {}).items():
         path = f"train:losses:{name}"
         if not name.isidentifier() or name in _LOGGED_NAMES:
-            message = (
-                "cannot be the name of a loss; must consist of letters, digits and _, and be none of "
-                f"{', '.join(_LOGGED_NAMES)}, which the log has already"
-            )
-            yield Problem(path, message)
+            taken = f"be none of {', '.join(_LOGGED_NAMES)}, which the log has already"
+            yield Problem(path, f"cannot be the name of a loss; must consist of letters, digits and _, and {taken}")
         kind = loss.get("type") if isinstance(loss, dict) else None
         if kind in _NOT_OF_PAIRS:
             message = (

@@ -671,14 +671,6 @@ def test_lmdb_that_is_not_whole(folder: Path) -> None:
     assert "dataroot_lq: 'lq.lmdb' is not a whole LMDB: it has no data.mdb and no meta_info.txt. Create" in problem
 
 
-def test_lmdb_without_its_package(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("esc_arch.options.data_checks.find_spec", lambda name: None)
-    problems = check(datasets(**lmdb()))
-    assert problems == [
-        "datasets:train:io_backend:type: lmdb needs the package lmdb, which is not installed: pip install lmdb"
-    ]
-
-
 def test_suggestions() -> None:
     assert nearest("srmodel", ["SRModel", "EDVRModel"]) == "SRModel"
     assert nearest("zzz", ["SRModel"]) is None
