@@ -74,10 +74,10 @@ def change(*keys: str, value: Any) -> Callable[[Path, Any], None]:
 FOUND_BEFORE_THE_RUN: dict[str, tuple[Callable[[Path, Any], None], list[str]]] = {
     "missing data folder": (
         change("datasets", "train", "dataroot_gt", value="nowhere"),
-        ["datasets:train:dataroot_gt", "nowhere", "current folder"],
+        ["datasets:train:dataroot_gt", "nowhere", "but there is no /"],
     ),
     "missing LMDB": (take_lmdb_that_is_missing, ["datasets:train:dataroot_gt", "none.lmdb"]),
-    "LQ and GT counts": (remove_an_image, ["datasets:train", "5 files", "6 in", "one LQ image for each GT"]),
+    "LQ and GT counts": (remove_an_image, ["datasets:train:dataroot_lq", "1 of 6 images are missing"]),
     "unreadable image": (write_garbage, ["train2x2.png", "cannot be read as an image", "replace or remove"]),
     "patch larger than an image": (
         change("datasets", "train", "gt_size", value=64),
