@@ -5,18 +5,14 @@ from __future__ import annotations
 import multiprocessing
 import os
 import warnings
-from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any
+
+from .names import OWN, without_own
 
 if TYPE_CHECKING:
     from basicsr.utils.registry import Registry
 
-__all__ = ["OWN", "others_of_our_names", "register", "register_all", "without_own"]
-
-Entry = TypeVar("Entry")
-
-#: Prefix of the second name of every class of ours, which no other package can take: `esc_arch.ESC`.
-OWN = "esc_arch."
+__all__ = ["others_of_our_names", "register", "register_all"]
 
 
 def register_all() -> None:
@@ -52,15 +48,6 @@ def register(registry: Registry, *classes: type, **aliases: type) -> None:
             registry._obj_map[name] = cls
         else:
             _warn(registry, name)
-
-
-def without_own(entries: Mapping[str, Entry]) -> dict[str, Entry]:
-    """Entries of a registry, without those under `OWN` + name that have the plain name as well."""
-    return {
-        name: entry
-        for name, entry in entries.items()
-        if not (name.startswith(OWN) and entries.get(name.removeprefix(OWN)) is entry)
-    }
 
 
 def others_of_our_names(registry: Registry) -> dict[str, Any]:

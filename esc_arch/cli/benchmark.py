@@ -6,9 +6,7 @@ import argparse
 
 from esc_arch.tools.benchmark import cost, data, quality_command
 
-__all__ = ["HELP", "add_arguments", "run"]
-
-HELP = "Reproduce the paper's tables, and show where its numbers and ours agree."
+__all__ = ["add_arguments", "run"]
 
 PARTS = {"cost": cost, "quality": quality_command, "data": data}
 

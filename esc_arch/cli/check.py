@@ -11,14 +11,13 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from esc_arch.errors import USER_ERROR, UserError
-from esc_arch.options import CheckScope, Problem, inspect_options
+from esc_arch.options import CheckScope, inspect_options
 from esc_arch.options.files import YAMLError
 from esc_arch.options.schema import options_schema
+from esc_arch.problems import Problem, of_severity
 from esc_arch.project import add_import_argument
 
-__all__ = ["HELP", "add_arguments", "run"]
-
-HELP = "Check option files and the data and weights they name, without running or writing anything."
+__all__ = ["add_arguments", "run"]
 
 _PURPOSES = {"train": True, "test": False, "auto": None}
 
@@ -56,8 +55,7 @@ def run(args: argparse.Namespace) -> int:
     else:
         for result in results:
             _print(*result)
-    errors = [problem for _, _, problems in results for problem in problems if problem.severity == "error"]
-    return USER_ERROR if errors else 0
+    return USER_ERROR if any(of_severity(problems, "error") for _, _, problems in results) else 0
 
 
 def _check(file: str, args: argparse.Namespace) -> tuple[str | None, Sequence[Problem]]:
@@ -77,30 +75,28 @@ def _check(file: str, args: argparse.Namespace) -> tuple[str | None, Sequence[Pr
 
 
 def _print(file: str, purpose: str | None, problems: Sequence[Problem]) -> None:
-    by_severity = {
-        severity: [p for p in problems if p.severity == severity] for severity in ("warning", "error", "note")
-    }
-    for problem in by_severity["warning"]:
+    for problem in of_severity(problems, "warning"):
         print(f"{problem} (warning)")
-    for problem in by_severity["error"]:
+    errors = of_severity(problems, "error")
+    for problem in errors:
         print(problem if problem.path else problem.message, file=sys.stderr)
-    for problem in by_severity["note"]:
+    for problem in of_severity(problems, "note"):
         print(f"OK  {file}: {problem.path}: {problem.message}")
-    if by_severity["error"]:
-        print(f"{file}: {len(by_severity['error'])} problem(s)", file=sys.stderr)
+    if errors:
+        print(f"{file}: {len(errors)} problem(s)", file=sys.stderr)
     else:
         print(f"OK  {file}: ready for basicsr {purpose}")
 
 
 def _as_json(file: str, purpose: str | None, problems: Sequence[Problem]) -> Mapping[str, Any]:
-    errors = [_problem_as_json(problem) for problem in problems if problem.severity == "error"]
+    errors = of_severity(problems, "error")
     return {
         "file": file,
         "for": purpose,
         "ok": not errors,
-        "errors": errors,
-        "warnings": [_problem_as_json(problem) for problem in problems if problem.severity == "warning"],
-        "checked": [f"{problem.path}: {problem.message}" for problem in problems if problem.severity == "note"],
+        "errors": list(map(_problem_as_json, errors)),
+        "warnings": list(map(_problem_as_json, of_severity(problems, "warning"))),
+        "checked": [f"{problem.path}: {problem.message}" for problem in of_severity(problems, "note")],
     }
 
 

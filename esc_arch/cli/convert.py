@@ -23,9 +23,7 @@ from esc_arch.checkpoints.factorisation import factorise, output_error
 from esc_arch.data.photographs import read_photograph
 from esc_arch.errors import UserError
 
-__all__ = ["HELP", "add_arguments", "add_weights_arguments", "run"]
-
-HELP = "Print the network_g section of a checkpoint, and convert it: .pth, .safetensors, folded, low-rank factors."
+__all__ = ["add_arguments", "add_weights_arguments", "run"]
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -12,9 +12,7 @@ from esc_arch.tools.upscale import load
 
 from .convert import add_weights_arguments
 
-__all__ = ["HELP", "add_arguments", "run"]
-
-HELP = "Write a checkpoint for other runtimes: ONNX, a torch.export program, an AOTInductor package."
+__all__ = ["add_arguments", "run"]
 
 EXPORT_SUFFIXES = {"onnx": ".onnx", "torch": ".pt2", "aoti": ".pt2"}
 

@@ -1,4 +1,4 @@
-"""``basicsr prepare``: make the data that option files name."""
+"""`basicsr prepare`: make the data that option files name."""
 
 from __future__ import annotations
 
@@ -8,6 +8,8 @@ import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+import basicsr  # noqa: F401  first, so that without it the message names it, not what comes with it
+
 from ..data.benchmark import benchmark_folders, prepare_benchmark
 from ..data.image_files import folder_sources
 from ..data.lmdb_writer import read_shapes
@@ -16,9 +18,7 @@ from ..data.prepare import prepare_train
 from ..data.worker_pool import default_jobs
 from ..errors import INTERRUPTED, UserError
 
-__all__ = ["HELP", "add_arguments", "run"]
-
-HELP = "make LMDBs of sub-images for training, benchmark folders for testing, or a small demo of both"
+__all__ = ["add_arguments", "run"]
 
 _TRAIN = (
     "Cut HR images and their bicubic LR images into sub-images, in OUT/NAME_HR_sub.lmdb and "
@@ -62,13 +62,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Make the data. Returns the exit status: 0, or 130 after Ctrl-C.
-
-    Raises:
-        UserError: see :mod:`esc_arch.data.prepare`.
-    """
+    """Make the data; returns the exit status: 0, or 130 after Ctrl-C."""
     if args.jobs < 1:
-        raise UserError(f"-j {args.jobs} is no number of processes. Give 1 or more.")
+        raise UserError(f"-j {args.jobs}: give 1 or more processes.")
     more = {"jobs": args.jobs, "overwrite": args.overwrite}
     try:
         if args.kind == "train":
@@ -116,17 +112,15 @@ def _print_train(lmdbs: Mapping[int, Path]) -> None:
     shapes = read_shapes(lmdbs[1]).values()
     count = f"{len(shapes)} sub-image{'s' if len(shapes) != 1 else ''} per scale"
     print(f"Training data: {count}. gt_size can be up to {min(min(shape[:2]) for shape in shapes)}.")
-    for scale in sorted(lmdbs.keys() - {1}):
-        _print_option_lines(scale, lmdbs, "lmdb")
+    _print_option_lines(lmdbs, "io_backend:\n      type: lmdb")
 
 
 def _print_benchmark(folders: Mapping[int, Path]) -> None:
     print(f"Benchmark: {len(list(folders[1].glob('*.png')))} images.")
-    for scale in sorted(folders.keys() - {1}):
-        _print_option_lines(scale, folders, "disk", f"filename_tmpl: '{{}}x{scale}'")
+    _print_option_lines(folders, "filename_tmpl: '{{}}x{scale}'\n    io_backend:\n      type: disk")
 
 
-def _print_option_lines(scale: int, paths: Mapping[int, Path], backend: str, *further: str) -> None:
-    print(f"  In an option file with scale: {scale}")
-    lines = [f"dataroot_gt: {paths[1]}", f"dataroot_lq: {paths[scale]}", *further, "io_backend:", f"  type: {backend}"]
-    print("\n".join("    " + line for line in lines))
+def _print_option_lines(paths: Mapping[int, Path], further: str) -> None:
+    for scale in sorted(paths.keys() - {1}):
+        print(f"  In an option file with scale: {scale}\n    dataroot_gt: {paths[1]}\n    dataroot_lq: {paths[scale]}")
+        print(f"    {further.format(scale=scale)}")

@@ -9,9 +9,7 @@ from esc_arch.tools.export.publishing import ModelInfo, publish
 
 from .convert import add_weights_arguments
 
-__all__ = ["HELP", "add_arguments", "run"]
-
-HELP = "Make a folder to share a network: weights, ONNX, option files, model card, and the entry for OpenModelDB."
+__all__ = ["add_arguments", "run"]
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

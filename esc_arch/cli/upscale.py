@@ -19,9 +19,7 @@ from esc_arch.tools.upscale.network import load
 from esc_arch.tools.upscale.upscaling import ALPHAS, Settings
 from esc_arch.tools.video import upscaling as video
 
-__all__ = ["HELP", "add_arguments", "run"]
-
-HELP = "Enlarge images and videos with the network of a checkpoint."
+__all__ = ["add_arguments", "run"]
 
 #: Names of failed files that the last line has room for.
 NAMED = 20

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import re
 import time
 from collections.abc import Iterator
 from dataclasses import replace
@@ -13,7 +14,7 @@ import torch
 from basicsr.utils.registry import ARCH_REGISTRY
 from torch import Tensor, nn
 
-from esc_arch.checkpoints.conversion import build_network
+from esc_arch.archs import ESC
 from esc_arch.errors import FAULT, UserError
 from esc_arch.models.performance import PerformanceOptions, performance_problems
 from esc_arch.modules.window_attention import WindowAttention
@@ -27,9 +28,6 @@ from esc_arch.options.section_checks import check_call, entries
 from esc_arch.project import add_import_argument
 
 __all__ = ["add_arguments", "run"]
-
-#: What is run without an option file.
-SCALES = (2, 3, 4)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -53,21 +51,18 @@ def run(args: argparse.Namespace) -> int:
         UserError: the size, the device or the option file cannot be used, or it names an attention backend that
             cannot run here.
     """
-    size, device = _size(args.size), _device(args.device)
-    networks = list(_networks(args.opt))
+    size = re.fullmatch(r"([1-9]\d*)x([1-9]\d*)", args.size.lower())
+    if size is None:
+        raise UserError(f"--size {args.size}: give rows and columns of the LR image, such as 128x128.")
+    device = _device(args.device)
+    image = torch.rand(1, 3, int(size[1]), int(size[2]), device=device)
+    networks = {Path(args.opt).name: _from_option_file(args.opt)} if args.opt else {}
     status = _build_operators()
     if device.type == "cuda":
         autotune_gpus(again=args.again)
-    for name, net, speed in networks:
-        _warm_up(name, net.to(device), speed, torch.rand(1, 3, *size, device=device))
+    for name, (net, speed) in (networks or {f"ESC x{s}": (ESC(upscaling_factor=s), None) for s in (2, 3, 4)}).items():
+        _warm_up(name, net.to(device), speed, image)
     return status
-
-
-def _size(text: str) -> tuple[int, int]:
-    parts = text.lower().split("x")
-    if len(parts) != 2 or not all(part.isdecimal() and int(part) > 0 for part in parts):
-        raise UserError(f"--size {text}: give rows and columns of the LR image, such as 128x128.")
-    return int(parts[0]), int(parts[1])
 
 
 def _device(name: str) -> torch.device:
@@ -77,34 +72,22 @@ def _device(name: str) -> torch.device:
     return torch.device("cuda" if available and name != "cpu" else "cpu")
 
 
-def _networks(file: str | None) -> Iterator[tuple[str, nn.Module, PerformanceOptions | None]]:
-    """What to run by name, and how it is trained if it is."""
-    if file is None:
-        for scale in SCALES:
-            yield f"ESC x{scale}", build_network({"type": "ESC", "upscaling_factor": scale}), None
-        return
-    opt = load_options(file)
-    net = _named_network(file, opt.get("network_g"))
-    problems = list(performance_problems(opt, type(net)))
-    if problems:
-        raise UserError(f"{file}: {'; '.join(map(str, problems))}")
-    yield Path(file).name, net, PerformanceOptions.of(opt) if opt.get("train") else None
-
-
-def _named_network(file: str, section: Any) -> nn.Module:
-    """The network of an option file, which may be another package's.
+def _from_option_file(file: str) -> tuple[nn.Module, PerformanceOptions | None]:
+    """The network of an option file, which may be another package's, and how it is trained if it is.
 
     Raises:
         UserError: there is no such network, or none with such options.
     """
-    types = entries(ARCH_REGISTRY)
-    if problems := list(check_call("network_g", section, types)):
+    opt, types = load_options(file), entries(ARCH_REGISTRY)
+    section: Any = opt.get("network_g")
+    problems = list(check_call("network_g", section, types))
+    if problems := problems or list(performance_problems(opt, types[section["type"]])):
         raise UserError(f"{file}: {'; '.join(map(str, problems))}")
     try:
         net: nn.Module = types[section["type"]](**{key: value for key, value in section.items() if key != "type"})
     except (TypeError, ValueError) as error:
         raise UserError(f"{file}: network_g: {error}") from None
-    return net
+    return net, PerformanceOptions.of(opt) if opt.get("train") else None
 
 
 def _build_operators() -> int:
@@ -114,16 +97,10 @@ def _build_operators() -> int:
     try:
         seconds = cpu.build()
     except RuntimeError as error:
-        print(f"{error}\nCPUs use PyTorch's own operators in their place: slower, with the same results.")
+        print(f"{error}\nPyTorch's own operators are used instead: slower, with the same results.")
         return FAULT if error.__cause__ is not None else 0  # what was tried failed, or there is nothing to try with
-    print(f"C++ operators: ready after {seconds:.1f} s, kept in {_library().parent}")
+    print(f"C++ operators: ready after {seconds:.1f} s, kept in {building.cache_folder()}")
     return 0
-
-
-def _library() -> Path:
-    library = building.built_library(building.recipe())
-    assert library is not None
-    return library
 
 
 def _warm_up(name: str, net: nn.Module, speed: PerformanceOptions | None, image: Tensor) -> None:
@@ -163,12 +140,11 @@ def _attention(net: nn.Module, image: Tensor, speed: PerformanceOptions | None) 
     dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(speed.amp or "" if speed else "", torch.float32)
     with torch.set_grad_enabled(speed is not None):
         qkv = image.new_empty((1, module.to_qkv.out_channels, *image.shape[-2:]), dtype=dtype)
-        bias = module.position_bias()
-        found = WINDOW_ATTENTION.explain(qkv, bias, module.window_size, module.num_heads)
+        found = WINDOW_ATTENTION.explain(qkv, module.position_bias(), module.window_size, module.num_heads)
     chosen = found.chosen if module.attn_type == "auto" else module.attn_type
-    yield f"window attention ({str(dtype).removeprefix('torch.')}): {chosen}, by attn_type: {module.attn_type}"
+    yield f"window attention in {str(dtype).removeprefix('torch.')}: {chosen} (attn_type: {module.attn_type})"
     for name, why in found.reasons.items():
         if why:
-            yield f"not {name}: {'; '.join(why)}"
+            yield f"{name} cannot run here: {'; '.join(why)}"
     for name, why in found.auto_skip_reasons.items():
-        yield f"{name} can run, but auto does not take it: {'; '.join(why)}"
+        yield f"auto skips {name}: {'; '.join(why)}"

@@ -15,6 +15,7 @@ from torch.utils.data import Dataset
 
 from esc_arch.errors import UserError
 from esc_arch.ops.resize import matlab_resize, round_to_8bit, scale_pair, scaled_size
+from esc_arch.problems import Problem
 
 from .hr_images import HRImages, random_start
 
@@ -38,29 +39,24 @@ class ScaleRange:
 
     @classmethod
     def of(cls, opt: Mapping[str, Any]) -> ScaleRange:
-        """Those of a training set's options.
+        """Those of a training set's options."""
+        return cls(**{name: opt[name] for name in cls.__dataclass_fields__ if opt.get(name) is not None})
 
-        Raises:
-            UserError: with everything that is wrong with them.
-        """
-        given = cls(**{name: opt[name] for name in cls.__dataclass_fields__ if opt.get(name) is not None})
-        if problems := list(given._problems()):
-            raise UserError("; ".join(problems) + ".")
-        return given
-
-    def _problems(self) -> Iterator[str]:
+    def problems(self) -> Iterator[Problem]:
+        """Everything that is wrong with them."""
         if not _is_number(self.lq_size, int):
-            yield f"lq_size: {self.lq_size!r} given; must be a positive integer: the side of the LQ patches"
+            yield Problem("lq_size", f"{self.lq_size!r} given; must be a positive integer: the side of the LQ patches")
         for name in ("scale_min", "scale_max"):
             if not _is_number(getattr(self, name), int | float):
-                yield f"{name}: {getattr(self, name)!r} given; must be a number of at least 1"
+                yield Problem(name, f"{getattr(self, name)!r} given; must be a number of at least 1")
                 return
         if self.scale_min > self.scale_max:
-            yield f"scale_min: {self.scale_min} is larger than scale_max {self.scale_max}. Swap them"
+            yield Problem("scale_min", f"{self.scale_min} is larger than scale_max {self.scale_max}. Swap them")
         if self.sample_q is not None and _is_number(self.lq_size, int):
             fewest = round(self.lq_size * self.scale_min) ** 2
             if not _is_number(self.sample_q, int) or self.sample_q > fewest:
-                yield f"sample_q: {self.sample_q!r} given; must be an integer from 1 to {fewest}: pixels at scale_min"
+                message = f"{self.sample_q!r} given; must be an integer from 1 to {fewest}: pixels at scale_min"
+                yield Problem("sample_q", message)
 
     @property
     def hr_size(self) -> int:
@@ -98,24 +94,25 @@ class ArbitraryScaleDataset(Dataset[dict[str, Any]]):
 
     def __init__(self, opt: dict[str, Any]) -> None:
         self.opt = opt  # BasicSR looks the name up
-        if problems := self.option_problems(opt):
-            raise UserError("; ".join(problems) + ".")
+        if problems := list(self.option_problems(opt)):
+            raise UserError("; ".join(map(str, problems)) + ".")
         self.is_train: bool = opt["phase"] == "train"
         self.images = HRImages(opt)
 
     @staticmethod
-    def option_problems(opt: Mapping[str, Any]) -> list[str]:
-        """What is wrong with a data set's options, except those of `HRImages`; a sentence each without full stop."""
+    def option_problems(opt: Mapping[str, Any]) -> Iterator[Problem]:
+        """What is wrong with a data set's options, except those of `HRImages`; paths are those in its section."""
+        if opt["phase"] == "train":
+            yield from ScaleRange.of(opt).problems()
+            return
         try:
-            if opt["phase"] == "train":
-                ScaleRange.of(opt)
-            elif min(scale_pair(opt.get("scale"))) < 1:  # type: ignore[arg-type]  # which is what it looks at
-                raise ValueError
-        except UserError as error:
-            return [str(error).removesuffix(".")]
+            fits = min(scale_pair(opt.get("scale"))) >= 1  # type: ignore[arg-type]  # which is what it looks at
         except ValueError:
-            return [f"scale: {opt.get('scale')!r} given; must be a number of at least 1, or two: [height, width]"]
-        return []
+            fits = False
+        if not fits:
+            yield Problem(
+                "scale", f"{opt.get('scale')!r} given; must be a number of at least 1, or two: [height, width]"
+            )
 
     def __len__(self) -> int:
         return len(self.images)

@@ -14,6 +14,7 @@ from esc_arch.data.arbitrary_scale_dataset import ScaleRange
 from esc_arch.models.esc_model import ESCModel
 from esc_arch.modules.lte import query_grid
 from esc_arch.ops.resize import matlab_resize, round_to_8bit, scale_pair, scaled_size
+from esc_arch.problems import Problem
 
 __all__ = ["ESCLTEModel", "draw_batch"]
 
@@ -40,10 +41,11 @@ class ESCLTEModel(ESCModel):
         self._query: dict[str, Tensor] = {}
 
     @classmethod
-    def option_problems(cls, opt: Mapping[str, Any]) -> Iterator[str]:
+    def option_problems(cls, opt: Mapping[str, Any]) -> Iterator[Problem]:
         yield from super().option_problems(opt)
         if (opt.get("train") or {}).get("perceptual_opt"):
-            yield "train:perceptual_opt: ESCLTEModel trains on single pixels, and has no images for it. Remove it"
+            message = "ESCLTEModel trains on single pixels, and has no images for it. Remove it"
+            yield Problem("train:perceptual_opt", message)
 
     def resume_training(self, resume_state: dict[str, Any]) -> None:
         super().resume_training(resume_state)

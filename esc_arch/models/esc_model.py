@@ -39,6 +39,7 @@ from esc_arch.models.performance import (
 )
 from esc_arch.ops.float32 import float32_products
 from esc_arch.ops.padding import reflect_pad_to_multiple
+from esc_arch.problems import Problem
 from esc_arch.training.distributed import gather_objects
 from esc_arch.training.parameter_groups import freeze, parameter_groups
 from esc_arch.training.run import current_run, what_is_saved
@@ -112,7 +113,7 @@ class ESCModel(SRModel):
         self.window_size: int = opt["network_g"].get("window_size", getattr(net, "window_size", 1))
 
     @classmethod
-    def option_problems(cls, opt: Mapping[str, Any]) -> Iterator[str]:
+    def option_problems(cls, opt: Mapping[str, Any]) -> Iterator[Problem]:
         """Options of a training that this model cannot use: the key, the value and the fix."""
         network = (opt.get("network_g") or {}).get("type")
         yield from performance_problems(opt, ARCH_REGISTRY.get(network) if network in ARCH_REGISTRY else None)

@@ -12,7 +12,8 @@ import torch
 from torch import nn
 
 from esc_arch.archs.base import ESCFamily
-from esc_arch.register import OWN
+from esc_arch.names import OWN
+from esc_arch.problems import Problem
 
 __all__ = [
     "COMPILE_MODES",
@@ -126,30 +127,35 @@ _UNSUPPORTED = {
 }
 
 
-def performance_problems(opt: Mapping[str, Any], net: type[Any] | None) -> Iterator[str]:
+def performance_problems(opt: Mapping[str, Any], net: type[Any] | None) -> Iterator[Problem]:
     """What does not go together in these options and those of the published model; `net` is network_g's class."""
     train = opt.get("train") or {}
     for key, (choices, listed) in _CHOICES.items():
         if train.get(key) not in (None, *choices):
-            yield f"train:{key}: {train[key]!r} given; must be {listed}"
+            yield Problem(f"train:{key}", f"{train[key]!r} given; must be {listed}")
     parts, perceptual = train.get("accumulate_grad"), train.get("perceptual_opt")
     if isinstance(parts, int) and parts > 1:
         batch = (opt["datasets"].get("train") or {}).get("batch_size_per_gpu")
         if isinstance(batch, int) and batch % parts:
-            yield (
-                f"train:accumulate_grad: {parts} given; it must divide datasets:train:batch_size_per_gpu, {batch}, "
-                f"because it is the number of equal parts that a batch is computed in"
+            message = (
+                f"{parts} given; it must divide datasets:train:batch_size_per_gpu, {batch}, because it is the number "
+                f"of equal parts that a batch is computed in"
             )
+            yield Problem("train:accumulate_grad", message)
         if isinstance(perceptual, Mapping) and perceptual.get("criterion") == "fro":
-            yield "train:accumulate_grad: does not go with perceptual_opt:criterion: fro, a norm over the whole batch"
+            message = "does not go with perceptual_opt:criterion: fro, a norm over the whole batch"
+            yield Problem("train:accumulate_grad", message)
     if train.get("activation_checkpointing") and net is not None and not issubclass(net, ESCFamily):
-        yield f"train:activation_checkpointing: only for networks of the ESC family, not for {net.__name__}. Remove it"
-    yield from (f"train:{key}: {advice}" for key, advice in _UNSUPPORTED.items() if train.get(key))
+        message = f"only for networks of the ESC family, not for {net.__name__}. Remove it"
+        yield Problem("train:activation_checkpointing", message)
+    yield from (Problem(f"train:{key}", advice) for key, advice in _UNSUPPORTED.items() if train.get(key))
     if train.get("use_amp") and not is_published_model(opt):
-        yield f"train:use_amp: {PUBLISHED_MODEL} has it. Give amp: fp16 or amp: bf16"
+        yield Problem("train:use_amp", f"{PUBLISHED_MODEL} has it. Give amp: fp16 or amp: bf16")
     elif train.get("use_amp") and train.get("amp") not in (None, PUBLISHED_AMP):
-        yield f"train:use_amp: it is amp: {PUBLISHED_AMP}, and amp: {train['amp']} is given, too. Remove one of the two"
+        message = f"it is amp: {PUBLISHED_AMP}, and amp: {train['amp']} is given, too. Remove one of the two"
+        yield Problem("train:use_amp", message)
     use_ema, decay = train.get("use_ema"), train.get("ema_decay") or 0
     if use_ema is not None and bool(use_ema) != (decay != 0):
         wanted = "give ema_decay, such as 0.999" if use_ema else "give ema_decay: 0 for no average"
-        yield f"train:use_ema: {use_ema} given, and ema_decay is {decay}. Remove use_ema, or {wanted}"
+        message = f"{use_ema} given, and ema_decay is {decay}. Remove use_ema, or {wanted}"
+        yield Problem("train:use_ema", message)

@@ -17,6 +17,7 @@ from basicsr.utils import DiffJPEG, USMSharp
 from torch import Tensor
 
 from esc_arch.models.esc_model import ESCModel
+from esc_arch.problems import Problem
 
 __all__ = ["ESCRealGANModel", "ESCRealMSEModel", "PairPool"]
 
@@ -111,23 +112,24 @@ class _RealTraining:
         self.pool = PairPool(int(opt.get("queue_size", 180)))
 
     @classmethod
-    def option_problems(cls, opt: Mapping[str, Any]) -> Iterator[str]:
+    def option_problems(cls, opt: Mapping[str, Any]) -> Iterator[Problem]:
         """Invalid options of the degradations, with which BasicSR would fail in its first iterations."""
         yield from super().option_problems(opt)  # type: ignore[misc]
         if not opt.get("high_order_degradation", True):
             return
         for key in cls.usm_options:
             if not isinstance(opt.get(key), bool):
-                yield f"{key}: {opt.get(key)!r} given; must be true or false: true sharpens this target"
+                yield Problem(key, f"{opt.get(key)!r} given; must be true or false: true sharpens this target")
         for key in _NEEDED:
             if opt.get(key) is None:
-                yield f"{key}: missing; {opt['model_type']} makes LQ images with it"
+                yield Problem(key, f"missing; {opt['model_type']} makes LQ images with it")
         size, scale = opt.get("gt_size"), opt.get("scale")
         if isinstance(size, int) and isinstance(scale, int) and scale >= 1:
             if size < 1 or size % scale:
-                yield f"gt_size: {size} given; must be a multiple of scale {scale}, such as {64 * scale}"
+                yield Problem("gt_size", f"{size} given; must be a multiple of scale {scale}, such as {64 * scale}")
             if opt["datasets"].get("train", {}).get("type") == "RealESRGANDataset" and size > _DATASET_SIZE:
-                yield f"gt_size: {size} given; RealESRGANDataset cuts images to {_DATASET_SIZE} pixels: give no more"
+                message = f"{size} given; RealESRGANDataset cuts images to {_DATASET_SIZE} pixels: give no more"
+                yield Problem("gt_size", message)
 
     def feed_data(self, data: dict[str, Any]) -> None:
         """Take a batch; in training LQ is made of it on the device: `gt` (B, 3, H, W), blur kernels (B, k, k)."""
@@ -172,17 +174,19 @@ class ESCRealGANModel(_RealTraining, RealESRGANModel, ESCModel):
         self.optimizers.append(self.optimizer_d)
 
     @classmethod
-    def option_problems(cls, opt: Mapping[str, Any]) -> Iterator[str]:
+    def option_problems(cls, opt: Mapping[str, Any]) -> Iterator[Problem]:
         yield from super().option_problems(opt)
         train = opt["train"]
         for key, neutral in _STEP_OPTIONS.items():
             if train.get(key) not in (None, *neutral):
-                yield (
-                    f"train:{key}: {train[key]!r} given; {opt['model_type']}, whose step is BasicSR's, does not "
-                    f"have it. Remove it (amp: bf16 and the other options of speed work)"
+                message = (
+                    f"{train[key]!r} given; {opt['model_type']}, whose step is BasicSR's, does not have it. Remove it "
+                    f"(amp: bf16 and the other options of speed work)"
                 )
+                yield Problem(f"train:{key}", message)
         if not opt.get("network_d"):
-            yield "network_d: missing; this model needs the discriminator, such as {type: UNetDiscriminatorSN, ...}"
+            message = "missing; this model needs the discriminator, such as {type: UNetDiscriminatorSN, ...}"
+            yield Problem("network_d", message)
         for key in ("gan_opt", "optim_d"):
             if not train.get(key):
-                yield f"train:{key}: missing; {opt['model_type']} needs it"
+                yield Problem(f"train:{key}", f"missing; {opt['model_type']} needs it")

@@ -11,6 +11,7 @@ from basicsr.utils import set_random_seed
 from basicsr.utils.dist_util import get_dist_info
 
 from esc_arch.errors import UserError
+from esc_arch.problems import Problem, of_severity
 from esc_arch.project import add_import_argument
 from esc_arch.training.distributed import gather_objects, init_dist, print_note, resolve_launcher
 
@@ -18,7 +19,6 @@ from .checks import check_options
 from .data_checks import CheckScope
 from .files import Options, apply_force_yml, load_options, load_yaml
 from .inspection import inspect_options
-from .problems import Problem
 
 __all__ = [
     "CheckScope",
@@ -67,9 +67,8 @@ def parse_options(root_path: str, is_train: bool, args: argparse.Namespace) -> t
     written before or by this: BasicSR puts an old experiment's folder aside right after (fault 42).
 
     Args:
-        root_path: the folder that `experiments/` and `results/` are in; with `--auto_resume` it must be
-            the current folder (fault 7).
-        is_train: whether the run trains or tests.
+        root_path: the folder that `experiments/` and `results/` are in; with `--auto_resume` the current one (fault 7).
+        is_train: True to train, False to test.
         args: what a parser made by `add_arguments` returns; its launcher is replaced by the real one.
 
     Raises:
@@ -101,9 +100,9 @@ def checked_options(root_path: str, is_train: bool, args: argparse.Namespace) ->
         debug=args.debug,
         dist=args.launcher != "none",
     )
-    for warning in inspection.warnings:
+    for warning in of_severity(inspection.problems, "warning"):
         print_note(f"{warning}.")
-    if inspection.errors:
-        lines = "".join(f"\n{error}" for error in inspection.errors)
-        raise UserError(f"{args.opt}: {len(inspection.errors)} problem(s):{lines}")
+    if errors := of_severity(inspection.problems, "error"):
+        lines = "".join(f"\n{error}" for error in errors)
+        raise UserError(f"{args.opt}: {len(errors)} problem(s):{lines}")
     return inspection.opt

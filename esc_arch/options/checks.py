@@ -10,6 +10,7 @@ from __future__ import annotations
 import inspect
 import os
 from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -18,14 +19,14 @@ from basicsr.utils.registry import ARCH_REGISTRY, DATASET_REGISTRY, METRIC_REGIS
 from esc_arch.archs import ESCLTE
 from esc_arch.archs.base import ESCFamily
 from esc_arch.models.metrics import needs_ground_truth
-from esc_arch.suggestions import did_you_mean
+from esc_arch.names import did_you_mean
+from esc_arch.problems import Problem, join, of_severity
 
 from .data_checks import CheckScope, check_data
 from .files import Options
 from .key_checks import check_keys
 from .keys import REQUIRED
-from .problems import Problem
-from .section_checks import check_call, check_type, entries, is_integer, is_known_code, sr_model
+from .section_checks import check_call, check_type, entries, is_integer, is_known_code, metrics_of, sr_model
 from .training_checks import check_logger, check_training
 
 __all__ = ["check_options", "check_sections", "check_shape", "merge"]
@@ -42,7 +43,7 @@ def check_options(opt: Options, is_train: bool, scope: CheckScope | None = None)
     problems = list(check_shape(opt))
     if not problems:
         problems = merge(check_keys(opt, is_train), check_sections(opt, is_train, scope or CheckScope()))
-    return [problem for problem in problems if problem.severity == "error"]
+    return of_severity(problems, "error")
 
 
 def merge(of_keys: Iterable[Problem], of_sections: Iterable[Problem]) -> list[Problem]:
@@ -74,11 +75,11 @@ def check_shape(opt: Options) -> Iterator[Problem]:
 
 def _check_key_types(section: Mapping[Any, Any], path: str) -> Iterator[Problem]:
     for key, value in section.items():
+        inner = join(path, str(key))
         if not isinstance(key, str):  # BasicSR fails when it prints the options
-            message = f"the key is {type(key).__name__} {key!r}; keys must be text: put it in quotes"
-            yield Problem(f"{path}{key}", message)
+            yield Problem(inner, f"the key is {type(key).__name__} {key!r}; keys must be text: put it in quotes")
         if isinstance(value, dict):
-            yield from _check_key_types(value, f"{path}{key}:")
+            yield from _check_key_types(value, inner)
 
 
 def check_sections(opt: Options, is_train: bool, scope: CheckScope) -> Iterator[Problem]:
@@ -98,11 +99,11 @@ def check_sections(opt: Options, is_train: bool, scope: CheckScope) -> Iterator[
 
 def _check_gpus(opt: Options) -> Iterator[Problem]:
     asked, available = opt.get("num_gpu", "auto"), torch.cuda.device_count()
-    if not is_integer(asked):
+    if not is_integer(asked) or asked <= available:
         return
-    if asked > 0 and available == 0:
+    if available == 0:
         yield Problem("num_gpu", f"{asked} given, but there is no CUDA device here. Set num_gpu: 0 or auto")
-    elif asked > available and not opt.get("dist"):  # distributed, it may count the GPUs of several machines
+    elif not opt.get("dist"):  # distributed, it may count the GPUs of several machines
         yield Problem("num_gpu", f"{asked} given, but there are {available} CUDA devices. Set {available} or auto")
 
 
@@ -120,8 +121,8 @@ def _check_networks(opt: Options, is_train: bool) -> Iterator[Problem]:
         if is_integer(network.get(key)) and network[key] != scale:
             yield Problem(f"network_g:{key}", f"{network[key]} given, but scale is {scale}. Give both the same value")
     kind: Any = entries(ARCH_REGISTRY).get(str(network.get("type")))
-    has_scale = inspect.isclass(kind) and issubclass(kind, ESCFamily) and not issubclass(kind, ESCLTE)
-    if has_scale and "upscaling_factor" not in network:
+    is_esc = inspect.isclass(kind) and issubclass(kind, ESCFamily) and not issubclass(kind, ESCLTE)
+    if is_esc and "upscaling_factor" not in network:
         default = inspect.signature(kind).parameters["upscaling_factor"].default
         if is_integer(default) and default != scale:
             yield Problem("network_g:upscaling_factor", f"missing, and {default} by default; give scale, {scale}")
@@ -162,9 +163,8 @@ def _check_dataset(path: str, dataset: Options, opt: Options, scope: CheckScope)
     kind = types.get(str(dataset.get("type")))
     if kind is None:
         return
-    metrics = (opt.get("val") or {}).get("metrics")
-    metrics = {k: v for k, v in metrics.items() if isinstance(v, dict)} if isinstance(metrics, dict) else {}
-    problems = list(check_data(path, dataset, kind, opt.get("scale", dataset.get("scale")), metrics, scope))
+    scale = opt.get("scale", dataset.get("scale"))
+    problems = list(check_data(path, dataset, kind, scale, metrics_of(opt), scope))
     yield from problems
     told = {problem.path for problem in problems}
     for key in REQUIRED.get(kind.__name__, ()) if is_known_code(kind) else ():
@@ -174,15 +174,12 @@ def _check_dataset(path: str, dataset: Options, opt: Options, scope: CheckScope)
 
 def _check_metrics(opt: Options) -> Iterator[Problem]:
     metrics = (opt.get("val") or {}).get("metrics")
-    if not isinstance(metrics, dict):
-        if metrics is not None:
-            yield Problem(
-                "val:metrics", f"{metrics!r} given; must be a mapping, such as psnr: {{type: calculate_psnr}}"
-            )
+    if not isinstance(metrics, dict | None):
+        yield Problem("val:metrics", f"{metrics!r} given; must be a mapping, such as psnr: {{type: calculate_psnr}}")
         return
     model, datasets = sr_model(opt), opt["datasets"].items()
     without_gt = [name for name, data in datasets if name != "train" and data.get("type") == "SingleImageDataset"]
-    for name, metric in metrics.items():
+    for name, metric in (metrics or {}).items():
         path = f"val:metrics:{name}"
         problems = list(check_call(path, metric, entries(METRIC_REGISTRY), supplied=["img", "img2"], extra=["better"]))
         yield from problems
@@ -192,11 +189,8 @@ def _check_metrics(opt: Options) -> Iterator[Problem]:
         if kind in _OF_TENSORS:
             yield Problem(f"{path}:type", f"{kind} takes tensors, and validation has images. Give {kind[:-3]}")
         elif without_gt and needs_ground_truth(metric):
-            message = (
-                f"{kind} compares with ground truth, and datasets:{without_gt[0]} has none (SingleImageDataset). "
-                "Remove the metric, or the data set, or give PairedImageDataset with its GT"
-            )
-            yield Problem(path, message)
+            reason = f"{kind} compares with ground truth, and datasets:{without_gt[0]} has none (SingleImageDataset)"
+            yield Problem(path, f"{reason}. Remove the metric, or the data set, or give PairedImageDataset with its GT")
 
 
 def _check_paths(opt: Options, is_train: bool) -> Iterator[Problem]:
@@ -204,7 +198,9 @@ def _check_paths(opt: Options, is_train: bool) -> Iterator[Problem]:
     state = paths.get("resume_state")
     if is_train and state and not opt.get("auto_resume") and not os.path.isfile(str(state)):
         yield Problem("path:resume_state", f"{state!r} given, but there is no file {os.path.abspath(str(state))}")
-    resumed = is_train and (_has_states(paths) if opt.get("auto_resume") else bool(state))
+    if opt.get("auto_resume"):
+        state = next(Path(paths.get("training_states", "")).glob("*.state"), None)
+    resumed = is_train and state
     for key, file in paths.items():
         network = key.removeprefix("pretrain_")
         replaced = resumed and network not in (paths.get("ignore_resume_networks") or ())
@@ -212,9 +208,3 @@ def _check_paths(opt: Options, is_train: bool) -> Iterator[Problem]:
             continue
         if not isinstance(file, str) or not os.path.isfile(file):
             yield Problem(f"path:{key}", f"{file!r} given, but there is no file {os.path.abspath(str(file))}")
-
-
-def _has_states(paths: Options) -> bool:
-    """True if `--auto_resume` finds something to resume."""
-    folder = paths.get("training_states", "")
-    return os.path.isdir(folder) and any(name.endswith(".state") for name in os.listdir(folder))

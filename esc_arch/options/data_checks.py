@@ -7,13 +7,14 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator, Mapping
-from importlib.util import find_spec
+from dataclasses import replace
 from typing import Any
 
 from basicsr.utils.file_client import FileClient
 
 from esc_arch.data.hr_images import as_list
-from esc_arch.suggestions import did_you_mean
+from esc_arch.names import did_you_mean
+from esc_arch.problems import Problem
 
 from .files import Options
 from .image_checks import (
@@ -26,7 +27,6 @@ from .image_checks import (
     check_images,
     list_key,
 )
-from .problems import Problem
 from .section_checks import is_integer, is_known_code
 
 __all__ = ["CheckScope", "check_data"]
@@ -35,7 +35,7 @@ __all__ = ["CheckScope", "check_data"]
 def check_data(
     path: str, dataset: Options, kind: type, scale: Any, metrics: Mapping[str, Options], scope: CheckScope
 ) -> Iterator[Problem]:
-    """What is wrong with the data of `dataset`, an instance of `kind` to be, at `path` in the option file.
+    """What is wrong with the data of `dataset`, the section at `path` of a data set of class `kind`.
 
     `metrics` are those of validation, by name; without them, the size of GT does not matter there.
     """
@@ -44,17 +44,16 @@ def check_data(
             yield from _check_roots_exist(path, dataset)
         return
     dataset = dataset | {"type": kind.__name__}  # it may be given as esc_arch.NAME
-    is_train, is_positive = path == "datasets:train", is_integer(scale, least=1)
+    is_train = path == "datasets:train"
     problems = [*_check_backend(path, dataset), *_check_roots(path, dataset)]
     if scope.with_files:
         problems += [*_check_roots_exist(path, dataset), *_check_list_file(path, dataset)]
     if is_train:
         problems += _check_gt_size(path, dataset, scale)
     if option_problems := getattr(kind, "option_problems", None):  # a data set that has options of its own
-        phase = "train" if is_train else "val"
-        texts = option_problems(dataset | {"phase": phase})
-        problems += [Problem.parse(f"{path}:{text}") for text in texts]
-    elif dataset["type"] in ("PairedImageDataset", *HR_DATASETS) and not is_positive:
+        found = option_problems(dataset | {"phase": "train" if is_train else "val"})
+        problems += [replace(problem, path=f"{path}:{problem.path}") for problem in found]
+    elif dataset["type"] in ("PairedImageDataset", *HR_DATASETS) and not is_integer(scale, least=1):
         problems.append(Problem("scale", f"{scale!r} given; must be a positive integer: {path} needs it"))
     yield from problems
     if problems or not scope.with_files:
@@ -63,8 +62,10 @@ def check_data(
         yield from check_hr_images(path, dataset, is_train, scope)
     elif dataset["type"] in ROOTS:
         rule = None
-        if is_positive and (metrics or is_train):
-            rule = SizeRule(scale, is_train, dataset.get("gt_size") if is_train else None, {} if is_train else metrics)
+        if is_train and dataset["type"] == "PairedImageDataset":
+            rule = SizeRule(scale, True, dataset["gt_size"], {})
+        elif metrics and not is_train and is_integer(scale, least=1):
+            rule = SizeRule(scale, False, None, metrics)
         yield from check_images(path, dataset, rule, scope)
 
 
@@ -73,10 +74,6 @@ def _check_backend(path: str, dataset: Options) -> Iterator[Problem]:
     if kind not in FileClient._backends:
         message = f"{dataset['io_backend']!r} given; must have a known type. {did_you_mean(kind, FileClient._backends)}"
         yield Problem(f"{path}:io_backend", message)
-    elif kind == "lmdb" and find_spec("lmdb") is None:
-        yield Problem(
-            f"{path}:io_backend:type", "lmdb needs the package lmdb, which is not installed: pip install lmdb"
-        )
 
 
 def _check_roots(path: str, dataset: Options) -> Iterator[Problem]:

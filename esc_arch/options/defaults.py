@@ -36,8 +36,8 @@ def set_defaults(opt: Options, is_train: bool) -> None:
         _fill(opt["train"], "ema_decay", 0)  # BasicSR compares it with 0, and cannot compare null
     if not is_train or opt.get("val") is not None:  # when training, no `val` means no validation
         opt["val"] = _VAL_DEFAULTS | (opt.get("val") or {})
-    shown = is_train and is_esc_model(opt) and (opt.get("val") or {}).get("tb_images")
-    if shown and not opt["logger"]["use_tb_logger"]:
+    tb_images = is_train and is_esc_model(opt) and (opt.get("val") or {}).get("tb_images")
+    if tb_images and not opt["logger"]["use_tb_logger"]:
         print_note("val:tb_images shows nothing: TensorBoard is off (logger:use_tb_logger: true turns it on).")
     if not is_train:
         _set_tested_weights(opt)
@@ -50,13 +50,11 @@ def _set_tested_weights(opt: Options) -> None:
 
     A model of another package may read weights in a way of its own, and BasicSR's default, `params`, stays.
     """
-    paths, model = opt["path"], sr_model(opt)
-    if not paths.get("pretrain_network_g") or "param_key_g" in paths:
-        return
-    if model is not None and is_known_code(model.load_network):
-        train = opt.get("train")
-        use_ema = train.get("use_ema") if isinstance(train, dict) else None
-        paths["param_key_g"] = "params" if use_ema is False else "params_ema"
+    paths, model, train = opt["path"], sr_model(opt), opt.get("train")
+    is_open = paths.get("pretrain_network_g") and "param_key_g" not in paths
+    if is_open and model is not None and is_known_code(model.load_network):
+        wants_params = isinstance(train, dict) and train.get("use_ema") is False
+        paths["param_key_g"] = "params" if wants_params else "params_ema"
 
 
 def set_debug(opt: Options, asked: bool, is_train: bool) -> None:
@@ -82,10 +80,7 @@ def set_paths(opt: Options, root_path: str, is_train: bool) -> None:
         for key, value in opt["path"].items()
         if find_key(KEYS["path"], key) or (read_by_others and isinstance(value, str))
     }
-    bases = {
-        "experiments_root": paths.pop("experiments_root", None) or "experiments",
-        "results_root": paths.pop("results_root", None) or "results",
-    }
+    bases = {key: paths.pop(key, None) or KEYS["path"][key].default for key in ("experiments_root", "results_root")}
     root_key = "experiments_root" if is_train else "results_root"
     root = os.path.join(root_path, str(bases[root_key]), opt["name"])
     folders = ("models", "training_states", "visualization") if is_train else ("visualization",)
@@ -121,12 +116,12 @@ def _set_dataset_defaults(phase: str, dataset: Options, opt: Options) -> None:
 
 def _adapt_loading(phase: str, dataset: Options) -> None:
     """Turn off what this machine, or a loader without workers, cannot do."""
-    cuda = torch.cuda.is_available()
+    cuda, is_train = torch.cuda.is_available(), dataset["phase"] == "train"
     # BasicSR loads validation images without workers whatever the option file says.
-    workers = dataset.get("num_worker_per_gpu") if dataset["phase"] == "train" else 0
-    if dataset["phase"] == "train" and workers and "persistent_workers" not in dataset:
-        dataset["persistent_workers"] = True  # in distributed training, restarting them takes seconds (fault 21)
-    if dataset["phase"] == "train" and dataset.get("prefetch_mode") == "cpu" and workers == 0:
+    workers = dataset.get("num_worker_per_gpu") if is_train else 0
+    if workers:
+        dataset.setdefault("persistent_workers", True)  # in distributed training, restarting takes seconds (fault 21)
+    if is_train and dataset.get("prefetch_mode") == "cpu" and workers == 0:
         # Its thread would draw random numbers at the same time as the training: no run could be repeated
         print_note(f"datasets:{phase}:prefetch_mode is off: without workers there is nothing to fetch from.")
         dataset["prefetch_mode"] = None

@@ -17,10 +17,10 @@ from typing import Any
 import yaml
 
 from esc_arch.errors import UserError
+from esc_arch.problems import Place
 from esc_arch.project import import_modules
 
 from .positions import Positions
-from .problems import Place
 
 __all__ = ["Options", "YAMLError", "apply_force_yml", "load_options", "load_with_positions", "load_yaml"]
 
@@ -31,15 +31,13 @@ _MAX_VALUES = 100_000
 _MAX_DEPTH = 100
 _TOO_DEEP = f"more than {_MAX_DEPTH} levels of lists and mappings in each other; take some out"
 
-_FLOAT_TAG = "tag:yaml.org,2002:float"
 _FORCE_FORM = "--force_yml takes KEY[:KEY...]=VALUE, such as train:ema_decay=0.999"
-_FILE = "option file "
 
 
 class YAMLError(UserError):
-    """A mistake in the YAML of an option file, with its place if that is known."""
+    """A mistake in the YAML of an option file, with its place."""
 
-    def __init__(self, message: str, place: Place | None = None) -> None:
+    def __init__(self, message: str, place: Place) -> None:
         super().__init__(message)
         self.place = place
 
@@ -75,7 +73,7 @@ def _refuse_tag(_loader: Any, node: yaml.Node) -> None:
 _OptionLoader.add_constructor(None, _refuse_tag)
 # YAML 1.1 wants a dot in the number and a sign in its exponent, and leaves 5e-4, 1E3 and 1.5e3 as text.
 _OptionLoader.add_implicit_resolver(
-    _FLOAT_TAG, re.compile(r"[-+]?(?:[0-9]+\.?[0-9]*|\.[0-9]+)[eE][-+]?[0-9]+$"), list("-+.0123456789")
+    "tag:yaml.org,2002:float", re.compile(r"[-+]?(?:[0-9]+\.?[0-9]*|\.[0-9]+)[eE][-+]?[0-9]+$"), list("-+.0123456789")
 )
 
 
@@ -90,13 +88,11 @@ def load_yaml(text_or_path: str | os.PathLike[str]) -> Options:
             other than those of plain data (fault 14); its top level is not a mapping.
     """
     if isinstance(text_or_path, str) and "\n" in text_or_path:
-        source, text = "the option text", text_or_path
+        options, positions = _load(text_or_path, "the option text", "the option text")
     else:
-        source, text = f"{_FILE}{os.fspath(text_or_path)}", _read_text(Path(text_or_path))
-    options, positions = _options(source, text)
+        options, positions = load_with_positions(text_or_path)
     for problem in positions.repeated.values():
-        line = problem.place.line if problem.place else None
-        logging.getLogger("basicsr").warning("%s, line %s: %s %s.", source, line, problem.path, problem.message)
+        logging.getLogger("basicsr").warning("%s.", problem)
     return options
 
 
@@ -114,11 +110,22 @@ def load_options(path: str | os.PathLike[str], force_yml: Iterable[str] = ()) ->
 
 def load_with_positions(path: str | os.PathLike[str]) -> tuple[Options, Positions]:
     """The mapping in an option file, and where its keys are; otherwise as `load_yaml`."""
-    return _options(f"{_FILE}{os.fspath(path)}", _read_text(Path(path)))
+    file = os.fspath(path)
+    try:
+        text = Path(path).read_text(encoding="utf-8-sig")
+    except FileNotFoundError:
+        raise UserError(f"option file {file} does not exist (looked for {Path(path).absolute()}).") from None
+    except UnicodeDecodeError as error:
+        raise UserError(
+            f"option file {file} is not UTF-8 text: {error.reason} at byte {error.start}. Save it as UTF-8."
+        ) from None
+    except OSError as error:
+        raise UserError(f"option file {file} cannot be read: {error.strerror}. Give the path of a .yml file.") from None
+    return _load(text, f"option file {file}", file)
 
 
-def _options(source: str, text: str) -> tuple[Options, Positions]:
-    options, positions = _parse(text, source)
+def _load(text: str, source: str, file: str) -> tuple[Options, Positions]:
+    options, positions = _parse(text, source, file)
     if options is None:
         raise UserError(f"{source} is empty. Write the options into it as 'key: value' lines.")
     if not isinstance(options, dict):
@@ -138,58 +145,35 @@ def apply_force_yml(opt: Options, entries: Iterable[str], positions: Positions |
             leads through something that is not a mapping.
     """
     for entry in entries:
+        source = f"--force_yml entry {entry!r}"
         key_path, equals, text = entry.partition("=")
-        keys = [key.strip() for key in key_path.split(":")]
-        if not equals or not all(keys):
-            raise UserError(f"--force_yml entry {entry!r} cannot be read: {_FORCE_FORM}.")
-        parent, value = _enter(opt, keys[:-1], entry), _forced_value(text.strip(), entry)
-        if value is None and keys[:-1] == ["datasets"] and keys[-1] in parent:
-            del parent[keys[-1]]
+        *sections, key = (part.strip() for part in key_path.split(":"))
+        if not equals or not all((*sections, key)):
+            raise UserError(f"{source} cannot be read: {_FORCE_FORM}.")
+        section: Any = opt
+        for depth, name in enumerate(sections, start=1):
+            if section.get(name) is None:
+                section[name] = {}
+            section = section[name]
+            if not isinstance(section, dict):
+                raise UserError(
+                    f"{source} leads through {':'.join(sections[:depth])}, which is {section!r} and no mapping: "
+                    f"{_FORCE_FORM}, where every KEY but the last names a mapping."
+                )
+        try:
+            value = None if text.strip().lower() == "none" else _parse(text.strip(), source, "")[0]
+        except UserError as error:
+            hint = "to give text with special characters: \"KEY='TEXT'\""
+            raise UserError(f"{error}. {_FORCE_FORM}; {hint}.") from None
+        if value is None and sections == ["datasets"] and key in section:
+            del section[key]
         else:
-            parent[keys[-1]] = value
+            section[key] = value
         if positions is not None:
-            positions.add_forced(keys, entry)
+            positions.add_forced(":".join((*sections, key)), entry)
 
 
-def _enter(opt: Options, keys: list[str], entry: str) -> Options:
-    """The mapping at `keys` below `opt`, made where there is none or null."""
-    for depth, key in enumerate(keys, start=1):
-        if opt.get(key) is None:
-            opt[key] = {}
-        opt = opt[key]
-        if not isinstance(opt, dict):
-            raise UserError(
-                f"--force_yml entry {entry!r} leads through {':'.join(keys[:depth])}, which is {opt!r} and no mapping: "
-                f"{_FORCE_FORM}, where every KEY but the last names a mapping."
-            )
-    return opt
-
-
-def _forced_value(text: str, entry: str) -> Any:
-    if text.lower() == "none":
-        return None
-    source = f"--force_yml entry {entry!r}"
-    try:
-        return _parse(text, source)[0]
-    except UserError as error:
-        raise UserError(f"{error}. {_FORCE_FORM}; to give text with special characters: \"KEY='TEXT'\".") from None
-
-
-def _read_text(path: Path) -> str:
-    try:
-        return path.read_text(encoding="utf-8-sig")
-    except FileNotFoundError:
-        raise UserError(f"option file {path} does not exist (looked for {path.absolute()}).") from None
-    except UnicodeDecodeError as error:
-        raise UserError(
-            f"option file {path} is not UTF-8 text: {error.reason} at byte {error.start}. Save it as UTF-8."
-        ) from None
-    except OSError as error:
-        raise UserError(f"option file {path} cannot be read: {error.strerror}. Give the path of a .yml file.") from None
-
-
-def _parse(text: str, source: str) -> tuple[Any, Positions]:
-    file = source.removeprefix(_FILE)
+def _parse(text: str, source: str, file: str) -> tuple[Any, Positions]:
     try:
         loader = _OptionLoader(text)
         try:
@@ -202,20 +186,13 @@ def _parse(text: str, source: str) -> tuple[Any, Positions]:
         finally:
             loader.dispose()
     except yaml.MarkedYAMLError as error:
-        raise _error_at(error.problem_mark or error.context_mark, source, str(error.problem)) from None
+        mark = error.problem_mark or error.context_mark
+        place = Place(source, mark.line + 1, mark.column + 1) if mark else Place(source)
+        raise YAMLError(f"{place}: {error.problem}", place) from None
     except RecursionError:
-        raise YAMLError(f"{source}: {_TOO_DEEP}") from None
+        raise YAMLError(f"{source}: {_TOO_DEEP}", Place(source)) from None
     except (yaml.YAMLError, ValueError, TypeError, OverflowError) as error:  # such as characters that YAML forbids
-        raise YAMLError(f"{source}: {error}") from None
-
-
-def _error_at(mark: Any, source: str, problem: str) -> YAMLError:
-    if mark is None:
-        return YAMLError(f"{source}: {problem}")
-    line, column = mark.line + 1, mark.column + 1
-    if source.startswith(_FILE):
-        return YAMLError(f"{source}:{line}:{column}: {problem}", Place(source.removeprefix(_FILE), line, column))
-    return YAMLError(f"{source}, line {line}, column {column}: {problem}")
+        raise YAMLError(f"{source}: {error}", Place(source)) from None
 
 
 def _check_aliases(node: yaml.Node, above: tuple[yaml.Node, ...], values: Iterator[int]) -> None:

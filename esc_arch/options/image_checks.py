@@ -6,28 +6,27 @@ decoded; `basicsr check` takes the time for more, see `CheckScope`.
 
 from __future__ import annotations
 
+import functools
 import os
 import warnings
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, TypeVar
 
-import cv2
-import numpy as np
-from PIL import Image
+from PIL import ExifTags, Image
 
 from esc_arch.data.arbitrary_scale_dataset import ScaleRange
-from esc_arch.data.decoding import reason_against
 from esc_arch.data.hr_images import HRImages, as_list
-from esc_arch.data.image_files import IMAGE_SUFFIXES
+from esc_arch.data.image_files import IMAGE_SUFFIXES, read_image
 from esc_arch.data.lmdb_check import contents_of, listed_sizes, lmdb_problem
 from esc_arch.data.name_lists import read_names
 from esc_arch.data.names import shown
 from esc_arch.errors import UserError
 from esc_arch.models.metrics import too_small
+from esc_arch.problems import Problem
 
 from .files import Options
-from .problems import Problem
 
 __all__ = [
     "HR_DATASETS",
@@ -58,8 +57,6 @@ _IMAGES_MEASURED_AT_MOST = 4000
 #: Of each LMDB, by `basicsr check`.
 _IMAGES_DECODED = 16
 _AGAIN = "Create it again: basicsr prepare"
-_EXIF_ORIENTATION = 0x0112
-_FIRST_TRANSPOSED_ORIENTATION = 5
 
 
 @dataclass(frozen=True)
@@ -96,22 +93,22 @@ class SizeRule:
     scale: int
     is_train: bool
     patch: int | None
-    metrics: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    metrics: Mapping[str, Options]
     patch_name: str = "gt_size"
 
     def __str__(self) -> str:
         return f"scale {self.scale}" + (f" and {self.patch_name} {self.patch}" if self.patch is not None else "")
 
-    def problem(self, lq: Size, gt: Size | None) -> str | None:
-        """What is wrong with the sizes of a pair, or of an LQ image alone."""
+    def problem(self, sizes: Sequence[Size]) -> str | None:
+        """What is wrong with the sizes of an LQ and a GT image, or of the only image."""
+        lq, gt = sizes[0], sizes[-1]
         height, width = lq[0] * self.scale, lq[1] * self.scale
-        if gt is not None:
-            fits = gt == (height, width) if self.is_train else gt[0] >= height and gt[1] >= width
-            if not fits:
-                wanted = ("" if self.is_train else "at least ") + _shape((height, width))
-                return f"LQ is {_shape(lq)} and GT {_shape(gt)}; with scale {self.scale} GT must be {wanted}"
-            if self.patch is not None and min(gt) < self.patch:
-                return f"GT is {_shape(gt)}, smaller than {self.patch_name} {self.patch}"
+        fits = gt == (height, width) if self.is_train else gt[0] >= height and gt[1] >= width
+        if len(sizes) > 1 and not fits:
+            wanted = ("" if self.is_train else "at least ") + _shape((height, width))
+            return f"LQ is {_shape(lq)} and GT {_shape(gt)}; with scale {self.scale} GT must be {wanted}"
+        if self.patch is not None and min(gt) < self.patch:
+            return f"GT is {_shape(gt)}, smaller than {self.patch_name} {self.patch}"
         for name, metric in self.metrics.items():
             if (reason := too_small(metric, height, width)) is not None:
                 return f"its result will have {width}x{height} pixels; for val:metrics:{name}, {reason}"
@@ -130,32 +127,36 @@ def list_key(dataset: Options) -> str:
 
 def check_images(path: str, dataset: Options, rule: SizeRule | None, scope: CheckScope) -> Iterator[Problem]:
     """There must be images, LQ and GT ones for each other, and, with a rule, of sizes that go together."""
-    roots = {key: dataset[key] for key in ROOTS[dataset["type"]]}
+    keys = ROOTS[dataset["type"]]
     if backend_type(dataset) == "lmdb":
-        yield from _check_lmdbs(path, roots, rule, scope)
+        yield from _check_lmdbs(path, {key: dataset[key] for key in keys}, rule, scope)
         return
     if (list_file := dataset.get(list_key(dataset))) is not None:
-        names = dict.fromkeys(roots, read_names(list_file))
-        empty = {list_key(dataset): f"{list_file!r} cannot be used: it names no image"}
+        names = dict.fromkeys(keys, read_names(list_file))
+        if not names[keys[-1]]:
+            yield Problem(f"{path}:{list_key(dataset)}", f"{list_file!r} cannot be used: it names no image")
     else:
-        suffixes = IMAGE_SUFFIXES if dataset["type"] == "RealESRGANDataset" else ("",)
-        names = {key: _list_files(folder, suffixes) for key, folder in roots.items()}
-        what = "files" if suffixes == ("",) else "images"
-        empty = {key: f"the folder {roots[key]!r} has no {what}" for key in roots if not names[key]}
+        suffixes, what = (IMAGE_SUFFIXES, "images") if dataset["type"] == "RealESRGANDataset" else (("",), "files")
+        names = {key: _list_files(dataset[key], suffixes) for key in keys}
+        for key in keys:
+            if not names[key]:
+                yield Problem(f"{path}:{key}", f"the folder {dataset[key]!r} has no {what}")
     if not all(names.values()):
-        for key, message in empty.items():
-            yield Problem(f"{path}:{key}", message)
         return
-    *_, last = roots  # GT, which LQ is named after, if there are both
     try:
-        images = [_files(dataset, name) for name in names[last]]
+        images = [_files(dataset, name) for name in names[keys[-1]]]
     except (AttributeError, IndexError, KeyError, ValueError):
         message = f"{dataset.get('filename_tmpl')!r} given; must be text with {{}} for the GT's name, such as '{{}}x4'"
         yield Problem(f"{path}:filename_tmpl", message)
         return
-    missing = list(_check_existence(path, dataset, images, names))
+    missing = list(_check_existence(path, dataset, images))
     yield from missing
-    if not any(problem.path != path for problem in missing):
+    lq, gt = names[keys[0]], names[keys[-1]]
+    if len(lq) > len(gt):  # where there are fewer, some are missing
+        alone = min(set(lq) - {os.path.basename(file) for file, _ in images})
+        where = f"{len(lq)} files in {dataset['dataroot_lq']!r}, but {len(gt)} in {dataset['dataroot_gt']!r}"
+        yield Problem(path, f"{where}. There must be one LQ image for each GT image; {alone} has no GT image")
+    if not missing:
         yield from _check_headers(path, images, rule, scope)
 
 
@@ -179,63 +180,48 @@ def _files(dataset: Options, name: str) -> list[str]:
     return files
 
 
-def _check_existence(
-    path: str, dataset: Options, images: list[list[str]], names: Mapping[str, list[str]]
-) -> Iterator[Problem]:
-    lq, gt = names.get("dataroot_lq", []), names.get("dataroot_gt", [])
-    if len(names) == 2 and len(lq) != len(gt):
-        alone = sorted(set(lq) - {os.path.basename(file) for file, _ in images}) if len(lq) > len(gt) else []
-        message = (
-            f"{len(lq)} files in {dataset['dataroot_lq']!r}, but {len(gt)} in {dataset['dataroot_gt']!r}. "
-            f"There must be one LQ image for each GT image{f'; {alone[0]} has no GT image' if alone else ''}"
-        )
-        yield Problem(path, message)
-    listed: dict[str, set[str]] = {}  # listing a folder once is far quicker than asking for every file
-    for index, key in enumerate(names):
-        missing = []
-        for file in (files[index] for files in images):
-            folder, name = os.path.split(file)
-            if folder not in listed:
-                listed[folder] = set(os.listdir(folder)) if os.path.isdir(folder) else set()
-            if name not in listed[folder]:
-                missing.append(file)
+def _check_existence(path: str, dataset: Options, images: list[list[str]]) -> Iterator[Problem]:
+    @functools.cache  # listing a folder once is far quicker than asking for every file
+    def names_in(folder: str) -> set[str]:
+        return set(os.listdir(folder)) if os.path.isdir(folder) else set()
+
+    for key, files in zip(ROOTS[dataset["type"]], zip(*images, strict=True), strict=True):
+        missing = [file for file in files if os.path.basename(file) not in names_in(os.path.dirname(file))]
         if missing:
             template = f" (filename_tmpl is {dataset.get('filename_tmpl', '{}')!r})"
             message = f"{len(missing)} of {len(images)} images are missing, the first is {shown(missing[0])}"
-            yield Problem(f"{path}:{key}", message + (template if index < len(names) - 1 else ""))
+            is_lq_of_pair = key == "dataroot_lq" and len(images[0]) > 1
+            yield Problem(f"{path}:{key}", message + template * is_lq_of_pair)
 
 
 def _check_headers(path: str, images: list[list[str]], rule: SizeRule | None, scope: CheckScope) -> Iterator[Problem]:
-    is_paired = len(images[0]) > 1
-    measured = scope.sample(images) if rule and (is_paired or rule.metrics) else []
-    pairs = []
-    for files in measured:
-        sizes = [image_size(file) for file in files]
-        for file, size in zip(files, sizes, strict=True):
+    sizes = {}
+    for files in scope.sample(images) if rule else ():
+        sizes[files[-1]] = [image_size(file) for file in files]
+        for file, size in zip(files, sizes[files[-1]], strict=True):
             if size is None:
                 yield Problem(path, f"{file} cannot be read as an image; replace or remove it")
-        if all(sizes):
-            pairs.append((files[-1], sizes[0], sizes[-1] if is_paired else None))
-    yield from _check_sizes(path, pairs, len(images), rule, is_paired)
+    yield from _check_sizes(path, sizes, len(images), rule, is_paired=len(images[0]) > 1)
 
 
 def _check_sizes(
-    path: str, pairs: list[tuple[str, Size | None, Size | None]], total: int, rule: SizeRule | None, is_paired: bool
+    path: str, sizes: Mapping[str, Sequence[Size | None]], total: int, rule: SizeRule | None, is_paired: bool
 ) -> Iterator[Problem]:
     """One problem for all images, since with a wrong scale every image has one; or what was checked of how many.
 
-    `pairs` are the names and sizes of those that were measured: LQ, and GT or None.
+    `sizes` are those of LQ and GT, or of the only image, by name: None where not known.
     """
     wrong = []
-    for name, lq, gt in pairs:
-        if rule and lq and (problem := rule.problem(lq, gt)):
+    for name, measured in sizes.items():
+        known = [size for size in measured if size is not None]
+        if rule and len(known) == len(measured) and (problem := rule.problem(known)):
             wrong.append(f"{name}: {problem}")
     if wrong:
-        yield Problem(path, f"{len(wrong)} of {len(pairs)} images checked have a wrong size, the first is {wrong[0]}")
+        yield Problem(path, f"{len(wrong)} of {len(sizes)} images checked have a wrong size, the first is {wrong[0]}")
     elif not is_paired:
         yield Problem(path, f"{total:,} images", "note")
     elif rule:
-        share = "all sizes match" if len(pairs) == total else f"{len(pairs):,} sizes checked, all match"
+        share = "all sizes match" if len(sizes) == total else f"{len(sizes):,} sizes checked, all match"
         yield Problem(path, f"{total:,} pairs, {share} {rule}", "note")
 
 
@@ -246,18 +232,15 @@ def image_size(file: str) -> Size | None:
             warnings.simplefilter("ignore")  # of images that Pillow finds suspiciously large
             width, height = image.size
             # OpenCV turns photographs upright. Only for JPEG is the orientation known without decoding.
-            orientation = image.getexif().get(_EXIF_ORIENTATION, 1) if image.format == "JPEG" else 1
-            return (width, height) if orientation >= _FIRST_TRANSPOSED_ORIENTATION else (height, width)
+            is_turned = image.format == "JPEG" and image.getexif().get(ExifTags.Base.Orientation, 1) >= 5
+            return (width, height) if is_turned else (height, width)
     except Exception:  # in all ways, of damaged headers; OpenCV, which will read it, may know better
         pass
     try:
-        content = np.fromfile(file, np.uint8)
-        decoded = None
-        if content.size and reason_against(content.tobytes()) is None:
-            decoded = cv2.imdecode(content, cv2.IMREAD_COLOR)
-    except (OSError, cv2.error):
+        height, width, _ = read_image(Path(file)).shape
+    except UserError:
         return None
-    return None if decoded is None else (decoded.shape[0], decoded.shape[1])
+    return height, width
 
 
 def _check_lmdbs(path: str, roots: dict[str, str], rule: SizeRule | None, scope: CheckScope) -> Iterator[Problem]:
@@ -265,12 +248,12 @@ def _check_lmdbs(path: str, roots: dict[str, str], rule: SizeRule | None, scope:
     yield from problems
     if problems:
         return
-    sizes = {key: listed_sizes(folder) for key, folder in roots.items()}
+    listed = [listed_sizes(folder) for folder in roots.values()]
     if scope.thorough:
-        for key, folder in roots.items():
-            yield from _check_lmdb_content(f"{path}:{key}", folder, sizes[key])
-    lq, gt = next(iter(sizes.values())), sizes.get("dataroot_gt", {})
-    if len(roots) > 1 and (odd := sorted(lq.keys() ^ gt.keys())):
+        for (key, folder), sizes in zip(roots.items(), listed, strict=True):
+            yield from _check_lmdb_content(f"{path}:{key}", folder, sizes)
+    lq, gt = listed[0], listed[-1]
+    if odd := sorted(lq.keys() ^ gt.keys()):
         where = roots["dataroot_gt" if odd[0] in lq else "dataroot_lq"]
         message = (
             f"{len(lq)} images in {roots['dataroot_lq']!r} and {len(gt)} in {roots['dataroot_gt']!r}, "
@@ -278,9 +261,8 @@ def _check_lmdbs(path: str, roots: dict[str, str], rule: SizeRule | None, scope:
         )
         yield Problem(path, message)
         return
-    is_paired = len(roots) > 1
-    pairs = [(name, size, gt[name] if is_paired else None) for name, size in lq.items()]
-    yield from _check_sizes(path, pairs, len(pairs), rule, is_paired)
+    images = {name: [sizes[name] for sizes in listed] for name in lq}
+    yield from _check_sizes(path, images, len(images), rule, is_paired=len(roots) > 1)
 
 
 def _check_lmdb_folder(path: str, folder: str) -> Iterator[Problem]:
@@ -295,28 +277,17 @@ def _check_lmdb_folder(path: str, folder: str) -> Iterator[Problem]:
 
 def _check_lmdb_content(path: str, folder: str, listed: Mapping[str, Size | None]) -> Iterator[Problem]:
     """All keys are compared with the list meta_info.txt; a few images from all over it are decoded."""
-    import lmdb
-
     if (problem := lmdb_problem(folder)) is not None:  # reading on could end the process
         yield Problem(path, f"{folder!r} is damaged: {problem}. {_AGAIN}")
         return
-    try:
-        found = contents_of(folder, listed, _IMAGES_DECODED)
-    except lmdb.Error as error:
-        yield Problem(path, f"{folder!r} cannot be read: {error}. {_AGAIN}")
-        return
-    if found.missing:
-        message = (
-            f"{len(found.missing)} of the {len(listed)} images that {folder!r} lists in meta_info.txt are "
-            f"missing, the first is {found.missing[0]!r}. {_AGAIN}"
-        )
-        yield Problem(path, message)
-    if found.unlisted:
-        message = (
-            f"{len(found.unlisted)} of the {found.keys} images in {folder!r} are not in its meta_info.txt, "
-            f"the first is {found.unlisted[0]!r}. {_AGAIN}"
-        )
-        yield Problem(path, message)
+    found = contents_of(folder, listed, _IMAGES_DECODED)
+    differences = {
+        f"of the {len(listed)} images that {folder!r} lists in meta_info.txt are missing": found.missing,
+        f"of the {found.keys} images in {folder!r} are not in its meta_info.txt": found.unlisted,
+    }
+    for what, keys in differences.items():
+        if keys:
+            yield Problem(path, f"{len(keys)} {what}, the first is {keys[0]!r}. {_AGAIN}")
     for key, problem in found.bad.items():
         yield Problem(path, f"{key!r} in {folder!r} {problem}. {_AGAIN}")
 
@@ -328,24 +299,21 @@ def check_hr_images(path: str, dataset: Options, is_train: bool, scope: CheckSco
     except UserError as error:
         yield Problem(path, str(error))
         return
-    sizes: dict[str, Size | None] = {}
-    if backend_type(dataset) == "lmdb":
-        for root in as_list(dataset["dataroot_gt"]):
-            of_root = listed_sizes(root)
-            sizes |= {f"{key} in {root}": size for key, size in of_root.items()}
-            if scope.thorough:
-                yield from _check_lmdb_content(f"{path}:dataroot_gt", root, of_root)
-    elif is_train:
-        sizes = {file: image_size(file) for file in scope.sample(images.paths)}
-        for file in [file for file, size in sizes.items() if size is None]:
-            yield Problem(path, f"{file} cannot be read as an image; replace or remove it")
     rule = None
     if is_train and dataset["type"] == "ArbitraryScaleDataset":
-        rule = SizeRule(1, True, ScaleRange.of(dataset).hr_size, patch_name="lq_size * scale_max")
+        rule = SizeRule(1, True, ScaleRange.of(dataset).hr_size, {}, patch_name="lq_size * scale_max")
     elif is_train:
-        rule = SizeRule(1, True, dataset["gt_size"])
-    pairs = [(name, size, size) for name, size in sizes.items()]
-    yield from _check_sizes(path, pairs, len(images), rule, is_paired=False)
+        rule = SizeRule(1, True, dataset["gt_size"], {})
+    if backend_type(dataset) != "lmdb":
+        yield from _check_headers(path, [[file] for file in images.paths], rule, scope)
+        return
+    sizes: dict[str, list[Size | None]] = {}
+    for root in as_list(dataset["dataroot_gt"]):
+        listed = listed_sizes(root)
+        sizes |= {f"{key} in {root}": [size] for key, size in listed.items()}
+        if scope.thorough:
+            yield from _check_lmdb_content(f"{path}:dataroot_gt", root, listed)
+    yield from _check_sizes(path, sizes, len(images), rule, is_paired=False)
 
 
 def _shape(size: Size) -> str:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from esc_arch.errors import UserError
+from esc_arch.problems import Problem
 from esc_arch.project import import_modules
 
 from .checks import check_sections, check_shape, merge
@@ -14,8 +15,6 @@ from .defaults import set_debug, set_defaults, set_paths
 from .files import Options, apply_force_yml, load_with_positions
 from .key_checks import check_keys
 from .network_checks import check_networks
-from .positions import Positions
-from .problems import Problem
 
 __all__ = ["Inspection", "inspect_options"]
 
@@ -26,25 +25,13 @@ class Inspection:
 
     Attributes:
         opt: the options; complete for BasicSR's pipelines if there are no errors.
-        is_train: whether they were checked as those of a training.
+        is_train: True if they were checked as those of a training, False as those of a test.
         problems: all findings with their places, in the order of the file.
     """
 
     opt: Options
     is_train: bool
     problems: Sequence[Problem]
-
-    @property
-    def errors(self) -> list[Problem]:
-        return [problem for problem in self.problems if problem.severity == "error"]
-
-    @property
-    def warnings(self) -> list[Problem]:
-        return [problem for problem in self.problems if problem.severity == "warning"]
-
-    @property
-    def notes(self) -> list[Problem]:
-        return [problem for problem in self.problems if problem.severity == "note"]
 
 
 def inspect_options(
@@ -62,7 +49,7 @@ def inspect_options(
 
     Args:
         root_path: the folder that `experiments/` and `results/` are in.
-        is_train: whether it is to train or to test; None: to train if it has anything to train.
+        is_train: True to train, False to test; None: to train if it has anything to train.
         scope: how much of the data is checked; by default as much as takes next to no time.
 
     Raises:
@@ -76,29 +63,25 @@ def inspect_options(
         is_train = isinstance(opt.get("train"), dict) or (isinstance(datasets, dict) and "train" in datasets)
     try:
         import_modules(opt.get("import"), "import")
-    except UserError as error:  # what it would have registered is not known
-        return Inspection(opt, is_train, _located([Problem.parse(str(error))], positions))
-    problems = list(check_shape(opt))
-    if any(problem.path != "name" for problem in problems):
-        return Inspection(opt, is_train, _located(problems, positions))
-    if problems:
-        opt["name"] = "unnamed"  # so that the rest can be checked
-    of_keys = list(check_keys(opt, is_train))
-    opt |= {"dist": dist, "auto_resume": auto_resume, "is_train": is_train}
-    set_defaults(opt, is_train)
-    set_debug(opt, debug, is_train)
-    set_paths(opt, root_path, is_train)
-    problems += merge(of_keys, check_sections(opt, is_train, scope))
-    in_the_way = ("network_", "path", "train")
-    if not any(problem.severity == "error" and problem.path.startswith(in_the_way) for problem in problems):
-        problems += check_networks(opt, is_train, scope)
-    problems += positions.repeated.values()
-    return Inspection(opt, is_train, _located(merge(positions.odd_numbers(), problems), positions))
+        problems = list(check_shape(opt))
+    except UserError as error:  # what the modules would have registered is not known
+        problems = [Problem("import", str(error).removeprefix("import: "))]
+    if all(problem.path == "name" for problem in problems):
+        if problems:
+            opt["name"] = "unnamed"  # so that the rest can be checked
+        of_keys = list(check_keys(opt, is_train))
+        opt |= {"dist": dist, "auto_resume": auto_resume, "is_train": is_train}
+        set_defaults(opt, is_train)
+        set_debug(opt, debug, is_train)
+        set_paths(opt, root_path, is_train)
+        problems += merge(of_keys, check_sections(opt, is_train, scope))
+        in_the_way = ("network_", "path", "train")
+        if not any(problem.severity == "error" and problem.path.startswith(in_the_way) for problem in problems):
+            problems += check_networks(opt, is_train, scope)
+        problems = merge(positions.odd_numbers(), [*problems, *positions.repeated.values()])
+    return Inspection(opt, is_train, sorted(map(positions.locate, problems), key=_order))
 
 
-def _located(problems: Iterable[Problem], positions: Positions) -> list[Problem]:
-    """The problems with their places, in the order of the file."""
-    located = map(positions.locate, problems)
-    return sorted(
-        located, key=lambda problem: (problem.place.line or 0, problem.place.column or 0) if problem.place else (0, 0)
-    )
+def _order(problem: Problem) -> tuple[int, int]:
+    place = problem.place
+    return (place and place.line) or 0, (place and place.column) or 0

@@ -12,12 +12,12 @@ from typing import Any
 from basicsr.utils.registry import DATASET_REGISTRY, LOSS_REGISTRY, METRIC_REGISTRY, MODEL_REGISTRY
 
 from esc_arch.models import ESCLTEModel
-from esc_arch.suggestions import nearest
+from esc_arch.names import nearest
+from esc_arch.problems import Problem, join
 
 from .files import Options
 from .keys import DATASET, IGNORED, KEYS, LOSS, METRIC, OLD_NAMES, Key, find_key
-from .problems import Problem
-from .section_checks import entries, is_esc_model, is_known_code, sr_model
+from .section_checks import is_esc_model, is_known, metrics_of, sr_model
 
 __all__ = ["check_keys"]
 
@@ -34,7 +34,7 @@ def check_keys(opt: Options, is_train: bool) -> Iterator[Problem]:
     Arguments of networks, losses, metrics, optimisers and schedulers are compared with constructors elsewhere. Sections
     that a test does not read are not checked.
     """
-    model_is_known = _is_known(MODEL_REGISTRY, opt.get("model_type"))
+    model_is_known = is_known(MODEL_REGISTRY, opt.get("model_type"))
     for name in ("", "path", "train", "val", "logger") if is_train else ("", "path", "val"):
         section = opt if not name else opt.get(name)
         if isinstance(section, dict):
@@ -45,10 +45,10 @@ def check_keys(opt: Options, is_train: bool) -> Iterator[Problem]:
         read = wandb if wandb.get("project") is not None else dict.fromkeys(wandb)  # without it, no value is read
         yield from _check_section("logger:wandb", read, KEYS["logger:wandb"], True)
     for phase, dataset in opt["datasets"].items():
-        known = _is_known(DATASET_REGISTRY, dataset.get("type"))
+        known = is_known(DATASET_REGISTRY, dataset.get("type"))
         yield from _check_section(f"datasets:{phase}", dataset, DATASET, known)
-    for path, loss in _losses(opt.get("train")) if is_train else ():
-        if _is_known(LOSS_REGISTRY, loss.get("type")):
+    for path, loss in _losses(opt.get("train") if is_train else None).items():
+        if is_known(LOSS_REGISTRY, loss.get("type")):
             yield from _check_values(path, loss, LOSS)
     yield from _check_metrics(opt)
 
@@ -62,7 +62,7 @@ def _check_section(
     labels = {"g", "d"} | {key.partition("_")[2] for key in section if key.startswith("network_")}
     names = {key.replace("*", label) for key in table for label in labels}
     for key, value in section.items():
-        where = _join(path, key)
+        where = join(path, key)
         if find_key(table, key) is not None or key in IGNORED:
             continue
         if new_name := OLD_NAMES.get(key):
@@ -70,11 +70,10 @@ def _check_section(
             continue
         guess = nearest(key, names)
         hint = f". Did you mean {guess!r}?" if guess else ""
-        if nearest(key, names, cutoff=_MISTYPED) is None:
-            if reader_is_known:
-                yield Problem(where, f"unknown key; it will be ignored{hint}", "warning")
-        else:  # null asks for nothing: no harm is done if it is ignored
+        if nearest(key, names, cutoff=_MISTYPED):  # null asks for nothing: no harm is done if it is ignored
             yield Problem(where, f"unknown key{hint}", "error" if reader_is_known and value is not None else "warning")
+        elif reader_is_known:
+            yield Problem(where, f"unknown key; it will be ignored{hint}", "warning")
 
 
 def _check_values(path: str, section: Mapping[str, Any], table: Mapping[str, Key]) -> Iterator[Problem]:
@@ -83,43 +82,33 @@ def _check_values(path: str, section: Mapping[str, Any], table: Mapping[str, Key
         if key is not None and not key.accepts(value):
             guess = nearest(value, key.choices) if not key.kinds else None
             hint = f". Did you mean {guess!r}?" if guess else ""
-            yield Problem(_join(path, name), f"{value!r} given; must be {key.wanted}{hint}")
+            yield Problem(join(path, name), f"{value!r} given; must be {key.wanted}{hint}")
 
 
 def _check_esc_options(path: str, section: Mapping[str, Any], opt: Options) -> Iterator[Problem]:
     """Options of ESCModel that are given to another model of BasicSR's."""
-    if is_esc_model(opt) or not _is_known(MODEL_REGISTRY, opt.get("model_type")):
+    if is_esc_model(opt) or not is_known(MODEL_REGISTRY, opt.get("model_type")):
         return
     for name, key in KEYS[path].items():
         if key.reader == "ESCModel" and section.get(name):
             message = f"{opt['model_type']} does not use it; ESCModel does. Change model_type, or remove it"
-            yield Problem(_join(path, name), message, "error" if name in _NEVER_IGNORED else "warning")
+            yield Problem(join(path, name), message, "error" if name in _NEVER_IGNORED else "warning")
 
 
-def _losses(train: Any) -> Iterator[tuple[str, Mapping[str, Any]]]:
-    """The losses in `train:`, with their keys."""
+def _losses(train: Any) -> dict[str, Mapping[str, Any]]:
+    """The losses in `train:`, by their paths."""
     sections = train if isinstance(train, dict) else {}
     named = sections.get("losses")
-    found = [(f"train:{name}", loss) for name, loss in sections.items() if name.endswith("_opt")]
-    found += [(f"train:losses:{name}", loss) for name, loss in (named if isinstance(named, dict) else {}).items()]
-    yield from ((path, loss) for path, loss in found if isinstance(loss, dict))
+    found = {f"train:{name}": loss for name, loss in sections.items() if name.endswith("_opt")}
+    found |= {f"train:losses:{name}": loss for name, loss in (named if isinstance(named, dict) else {}).items()}
+    return {path: loss for path, loss in found.items() if isinstance(loss, dict)}
 
 
 def _check_metrics(opt: Options) -> Iterator[Problem]:
-    metrics = (opt.get("val") or {}).get("metrics")
-    model = opt.get("model_type")
-    has_its_scale = not _is_known(MODEL_REGISTRY, model) or sr_model(opt) is ESCLTEModel
-    for name, metric in metrics.items() if isinstance(metrics, dict) else ():
-        if isinstance(metric, dict) and _is_known(METRIC_REGISTRY, metric.get("type")):
+    has_its_scale = not is_known(MODEL_REGISTRY, opt.get("model_type")) or sr_model(opt) is ESCLTEModel
+    for name, metric in metrics_of(opt).items():
+        if is_known(METRIC_REGISTRY, metric.get("type")):
             path = f"val:metrics:{name}"
             yield from _check_values(path, metric, METRIC)
             if metric.get("crop_border") == "scale" and not has_its_scale:
                 yield Problem(f"{path}:crop_border", "'scale' given, which only ESCLTEModel knows; give a number")
-
-
-def _is_known(registry: Any, name: Any) -> bool:
-    return isinstance(name, str) and is_known_code(entries(registry).get(name))
-
-
-def _join(path: str, key: str) -> str:
-    return f"{path}:{key}" if path else key

@@ -82,16 +82,15 @@ class Key:
     def accepts(self, value: Any) -> bool:
         if value is None:
             return self.nullable
-        fits = any(KINDS[kind].accepts(value) for kind in self.kinds.split()) and self._in_range(value)
-        return fits or any(value == choice and type(value) is type(choice) for choice in self.choices)
-
-    def _in_range(self, value: Any) -> bool:
+        if any(value == choice and type(value) is type(choice) for choice in self.choices):
+            return True
         parts = value if isinstance(value, list) else [value]
         return (
-            (self.length is None or not isinstance(value, list) or len(value) == self.length)
-            and (self.least is None or all(part >= self.least for part in parts))
-            and (self.most is None or all(part <= self.most for part in parts))
-            and (self.above is None or all(part > self.above for part in parts))
+            any(KINDS[kind].accepts(value) for kind in self.kinds.split())
+            and not (self.length is not None and isinstance(value, list) and len(value) != self.length)
+            and all(self.least is None or part >= self.least for part in parts)
+            and all(self.most is None or part <= self.most for part in parts)
+            and all(self.above is None or part > self.above for part in parts)
         )
 
     @property

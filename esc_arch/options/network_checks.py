@@ -24,11 +24,11 @@ from esc_arch.ops.cpu import NOT_BUILT
 from esc_arch.ops.gradients import wants_gradients
 from esc_arch.ops.window_attention import WINDOW_ATTENTION
 from esc_arch.ops.window_attention.bias import parameters_of
+from esc_arch.problems import Problem
 from esc_arch.training.parameter_groups import freeze, pattern_problems
 
 from .data_checks import CheckScope
 from .files import Options
-from .problems import Problem
 from .section_checks import entries, is_esc_model, is_known_code
 
 __all__ = ["check_networks"]
@@ -43,28 +43,29 @@ def check_networks(opt: Options, is_train: bool, scope: CheckScope | None = None
     left to BasicSR; or, when `scope` is thorough, built with memory.
     """
     scope = scope or CheckScope()
+    is_resumed = opt.get("auto_resume") or opt["path"].get("resume_state")  # then the run loads its own weights
     keys = [key for key in opt if key.startswith("network_") and (is_train or key == "network_g")]
-    for key in [key for key in keys if isinstance(opt[key], dict)]:
-        net = _build(opt[key], scope)
+    for key, section in ((key, opt[key]) for key in keys if isinstance(opt[key], dict)):
+        net = _build(section, scope)
         if isinstance(net, str):
             yield Problem(key, net)
         if not isinstance(net, nn.Module):
             continue
+        pretrained = None if is_resumed else opt["path"].get(f"pretrain_{key}")
         if scope.thorough:
             count = sum(parameter.numel() for parameter in net.parameters())
             whose = "" if is_known_code(type(net)) else f" of {type(net).__module__}"
-            yield Problem(key, f"{opt[key]['type']}{whose} can be built, {count:,} parameters", "note")
-        if scope.with_files:
-            yield from _check_pretrained(opt, key, net, scope)
-        yield from _published_defaults(key, opt[key])
+            yield Problem(key, f"{section['type']}{whose} can be built, {count:,} parameters", "note")
+        if scope.with_files and pretrained:
+            yield from _check_pretrained(opt, key, net, pretrained, scope)
+        yield from _published_defaults(key, section)
         if is_train and key == "network_g" and is_esc_model(opt):
-            yield from map(Problem.parse, pattern_problems(net, opt["train"]))
+            yield from pattern_problems(net, opt["train"])
             freeze(net, opt["train"])
         if scope.with_files:
             yield from _check_backends(opt, key, net, is_train)
-        from_scratch = is_train and _pretrained(opt, key) is None and not _is_resumed(opt)
         factors = (module for module in net.modules() if isinstance(module, FactorBiasWindowAttention))
-        if from_scratch and not all(module.scaled for module in factors):
+        if is_train and not pretrained and not is_resumed and not all(module.scaled for module in factors):
             message = (
                 "FlashBias's factors start at zero, where their gradients are zero, too, so "
                 "positions would never be learned: name weights with bias tables as path:pretrain_network_g"
@@ -75,15 +76,12 @@ def check_networks(opt: Options, is_train: bool, scope: CheckScope | None = None
 def _published_defaults(key: str, section: Options) -> Iterator[Problem]:
     """Warn where an option is left out whose default is another one in the published code."""
     kind = entries(ARCH_REGISTRY)[section["type"]]
-    parameters = inspect.signature(kind).parameters
     factors = str(section.get("attn_type")).lower() == "flashbias"
     for name, published in getattr(kind, "published_defaults", {}).items():
         if name not in section and not (factors and name.startswith("rib_")):
-            message = (
-                f"not given, so {parameters[name].default!r} is taken; the published code takes {published}. "
-                "Give it to build the same network everywhere"
-            )
-            yield Problem(f"{key}:{name}", message, "warning")
+            default = inspect.signature(kind).parameters[name].default
+            message = f"not given, so {default!r} is taken; the published code takes {published}"
+            yield Problem(f"{key}:{name}", f"{message}. Give it to build the same network everywhere", "warning")
 
 
 def _build(section: Options, scope: CheckScope) -> nn.Module | str | None:
@@ -136,28 +134,13 @@ def _check_backends(opt: Options, key: str, net: nn.Module, is_train: bool) -> I
             reasons = WINDOW_ATTENTION.unsupported_reasons(layer.attn_type, *inputs)
         if reasons := [reason for reason in reasons if reason != NOT_BUILT]:
             option = "backend" if str(opt[key].get("backend")).lower() == layer.attn_type else "attn_type"
-            message = (
-                f"{layer.attn_type} given, which cannot {'train' if is_train else 'test'} here: {'; '.join(reasons)}. "
-                "Give auto to have one chosen"
-            )
-            yield Problem(f"{key}:{option}", message)
+            what = f"{layer.attn_type} given, which cannot {'train' if is_train else 'test'} here"
+            yield Problem(f"{key}:{option}", f"{what}: {'; '.join(reasons)}. Give auto to have one chosen")
             return
 
 
-def _pretrained(opt: Options, key: str) -> str | None:
-    source = opt["path"].get(f"pretrain_{key}")
-    return source if isinstance(source, str) and not _is_resumed(opt) else None
-
-
-def _is_resumed(opt: Options) -> bool:
-    """True if the run loads its own weights."""
-    return bool(opt.get("auto_resume") or opt["path"].get("resume_state"))
-
-
-def _check_pretrained(opt: Options, key: str, net: nn.Module, scope: CheckScope) -> Iterator[Problem]:
-    paths, label, source = opt["path"], key.removeprefix("network_"), _pretrained(opt, key)
-    if source is None:
-        return
+def _check_pretrained(opt: Options, key: str, net: nn.Module, source: str, scope: CheckScope) -> Iterator[Problem]:
+    paths, label = opt["path"], key.removeprefix("network_")
     try:
         found, weights = find_weights(read_checkpoint(source), paths.get(f"param_key_{label}", "params"), source)
     except UserError as error:

@@ -8,15 +8,11 @@ from dataclasses import replace
 
 import yaml
 
-from .problems import Place, Problem
+from esc_arch.problems import Place, Problem, join
 
 __all__ = ["Positions"]
 
-Keys = tuple[str, ...]
-
-_BOOL, _INT, _FLOAT, _TIME, _MERGE = (
-    f"tag:yaml.org,2002:{name}" for name in ("bool", "int", "float", "timestamp", "merge")
-)
+_BOOL, _INT, _FLOAT, _TIME, _MERGE = (f"tag:yaml.org,2002:{t}" for t in ("bool", "int", "float", "timestamp", "merge"))
 _OCTAL = re.compile(r"[-+]?0[0-7_]+")
 _BOOLEANS = {"yes": "true", "on": "true", "no": "false", "off": "false"}
 
@@ -26,7 +22,7 @@ class Positions:
 
     Args:
         file: its name, for messages.
-        root: the node of its top level, as the parser returns it: merge keys (`<<`) not yet resolved.
+        root: the node of its top level, as the parser returns it: merge keys (`<<`) not yet resolved; None if empty.
 
     Attributes:
         repeated: a warning for each key that its mapping has before, by its place.
@@ -34,22 +30,22 @@ class Positions:
 
     def __init__(self, file: str, root: yaml.Node | None) -> None:
         self.file = file
-        self._nodes: dict[Keys, tuple[yaml.Node, yaml.Node]] = {}
         self.repeated: dict[tuple[int, int], Problem] = {}
-        self._forced: list[tuple[Keys, str]] = []
+        self._nodes: dict[str, tuple[yaml.Node, yaml.Node]] = {}
+        self._forced: list[tuple[str, str]] = []
         if root is not None:
-            self._add((), root, root)
+            self._add("", root, root)
 
-    def _add(self, path: Keys, key: yaml.Node, value: yaml.Node) -> None:
+    def _add(self, path: str, key: yaml.Node, value: yaml.Node) -> None:
         self._nodes[path] = key, value
         if isinstance(value, yaml.MappingNode):
             for name, pair in self._pairs(value, path).items():
-                self._add((*path, name), *pair)
+                self._add(join(path, name), *pair)
         elif isinstance(value, yaml.SequenceNode):
             for index, part in enumerate(value.value):
-                self._add((*path, str(index)), part, part)
+                self._add(join(path, str(index)), part, part)
 
-    def _pairs(self, mapping: yaml.MappingNode, path: Keys) -> dict[str, tuple[yaml.Node, yaml.Node]]:
+    def _pairs(self, mapping: yaml.MappingNode, path: str) -> dict[str, tuple[yaml.Node, yaml.Node]]:
         """The entries that count: the last of repeated keys, and those merged by `<<` where there is no own one."""
         own: dict[str, tuple[yaml.Node, yaml.Node]] = {}
         merged: dict[str, tuple[yaml.Node, yaml.Node]] = {}
@@ -61,27 +57,25 @@ class Positions:
             elif isinstance(key, yaml.ScalarNode):
                 if key.value in own:
                     message = f"is also given in line {_place(own[key.value][0])[0]}; the last one counts"
-                    place = Place(self.file, *_place(key))
-                    problem = Problem(":".join((*path, key.value)), message, "warning", place)
+                    problem = Problem(join(path, key.value), message, "warning", Place(self.file, *_place(key)))
                     self.repeated.setdefault(_place(key), problem)  # once, though aliases may lead here again
                 own[key.value] = key, value
         return merged | own
 
-    def add_forced(self, keys: list[str], entry: str) -> None:
-        """Note that `entry` set the value at `keys`, whatever the file says there."""
-        self._forced.append((tuple(keys), entry))
+    def add_forced(self, path: str, entry: str) -> None:
+        """Note that `entry` set the value at `path`, whatever the file says there."""
+        self._forced.append((path, entry))
 
     def place(self, path: str) -> Place:
         """The place of a key `KEY[:KEY...]`; if it is missing, of the innermost section around it that is given."""
-        keys = tuple(path.split(":"))
-        if (entry := self._entry(keys)) is not None:
+        entry, found = self._entry(path), path
+        while found and found not in self._nodes:
+            found = found.rpartition(":")[0]
+        if entry is None and found != path:  # a section that the file lacks may have been made by an entry
+            entry = next((entry for forced, entry in self._forced if _is_within(forced, path)), None)
+        if entry is not None:
             return Place(self.file, entry=entry)
-        found = next((keys[:depth] for depth in range(len(keys), -1, -1) if keys[:depth] in self._nodes), None)
-        if found != keys:  # a section that the file lacks may have been made by an entry
-            for forced, entry in self._forced:
-                if forced[: len(keys)] == keys:
-                    return Place(self.file, entry=entry)
-        return Place(self.file) if found is None else Place(self.file, *_place(self._nodes[found][0]))
+        return Place(self.file, *_place(self._nodes[found][0]))
 
     def locate(self, problem: Problem) -> Problem:
         """The same problem with its place, and with how YAML reads the value where that is not what it looks like.
@@ -90,30 +84,31 @@ class Positions:
         """
         if problem.place is not None:
             return problem
-        inner = f"{problem.path}:{problem.message.split(' ', 1)[0].rstrip(':')}"
-        path = inner if tuple(inner.split(":")) in self._nodes else problem.path
+        inner = join(problem.path, problem.message.split(" ", 1)[0].rstrip(":"))
         message = ". ".join(filter(None, [problem.message, self.reading(problem.path)]))
-        return replace(problem, message=message, place=self.place(path))
+        return replace(problem, message=message, place=self.place(inner if inner in self._nodes else problem.path))
 
     def reading(self, path: str) -> str | None:
         """How YAML 1.1 reads the value at `path`, where that is not what it looks like."""
-        keys = tuple(path.split(":"))
-        return _surprise(self._nodes[keys][1]) if keys in self._nodes and self._entry(keys) is None else None
+        return _surprise(self._nodes[path][1]) if path in self._nodes and self._entry(path) is None else None
 
     def odd_numbers(self) -> Iterator[Problem]:
         """A warning for each number written in octal or to base 60, which is rarely meant."""
         told = set()  # merged values are in several mappings
-        for keys, (_, value) in self._nodes.items():
+        for path, (_, value) in self._nodes.items():
             odd = value.tag in (_INT, _FLOAT) and (":" in value.value or _OCTAL.fullmatch(value.value))
-            surprise = _surprise(value) if odd and id(value) not in told and self._entry(keys) is None else None
-            if surprise is not None:
+            if odd and id(value) not in told and (surprise := self.reading(path)) is not None:
                 told.add(id(value))
-                path = ":".join(keys)
                 yield Problem(path, surprise, "warning", self.place(path))
 
-    def _entry(self, keys: Keys) -> str | None:
-        """The entry of `--force_yml` that set the value at `keys`, or a section above it."""
-        return next((entry for forced, entry in reversed(self._forced) if keys[: len(forced)] == forced), None)
+    def _entry(self, path: str) -> str | None:
+        """The entry of `--force_yml` that set the value at `path`, or a section above it."""
+        return next((entry for forced, entry in reversed(self._forced) if _is_within(path, forced)), None)
+
+
+def _is_within(path: str, section: str) -> bool:
+    """True if `path` is `section` or in it."""
+    return f"{path}:".startswith(f"{section}:")
 
 
 def _place(node: yaml.Node) -> tuple[int, int]:

@@ -36,16 +36,17 @@ def options_schema() -> Schema:
     known_models, known_datasets = (all(map(is_known_code, kinds.values())) for kinds in (models, datasets))
     losses = {name: _or_null("loss") for name in KEYS["train"] if name.endswith("_opt")}
     dataset = _section(DATASET, known_datasets, ["type"], {"type": {"enum": _names(datasets)}})
-    special: dict[str, dict[str, Schema]] = {
-        "path": {},
-        "train": losses
-        | {"losses": _named("loss"), "scheduler": {"$ref": "#/$defs/scheduler"}, "optim_*": _or_null("optimizer")},
-        "val": {"metrics": _named("metric")},
-        "logger": {"wandb": _or_null(_section(KEYS["logger:wandb"]))},
+    train = losses | {
+        "losses": _named("loss"),
+        "scheduler": {"$ref": "#/$defs/scheduler"},
+        "optim_*": _or_null("optimizer"),
     }
-    sections = {name: _or_null(_section(KEYS[name], known_models, (), inner)) for name, inner in special.items()}
-    sections["train"] = _or_null(_section(KEYS["train"], known_models, ["total_iter"], special["train"]))
-    sections |= {
+    wandb = {"wandb": _or_null(_section(KEYS["logger:wandb"]))}
+    sections = {
+        "path": _or_null(_section(KEYS["path"], known_models)),
+        "train": _or_null(_section(KEYS["train"], known_models, ["total_iter"], train)),
+        "val": _or_null(_section(KEYS["val"], known_models, (), {"metrics": _named("metric")})),
+        "logger": _or_null(_section(KEYS["logger"], known_models, (), wandb)),
         "model_type": {"enum": _names(models)},
         "network_*": _or_null("network"),
         "datasets": {

@@ -10,11 +10,10 @@ from basicsr.models.sr_model import SRModel
 from basicsr.utils.registry import MODEL_REGISTRY
 
 from esc_arch.models import ESCModel
-from esc_arch.register import without_own
-from esc_arch.suggestions import did_you_mean
+from esc_arch.names import did_you_mean, without_own
+from esc_arch.problems import Problem
 
 from .files import Options
-from .problems import Problem
 
 __all__ = [
     "check_call",
@@ -22,8 +21,9 @@ __all__ = [
     "entries",
     "is_esc_model",
     "is_integer",
+    "is_known",
     "is_known_code",
-    "is_whole",
+    "metrics_of",
     "shown_names",
     "sr_model",
 ]
@@ -101,15 +101,21 @@ def is_esc_model(opt: Options) -> bool:
     return model is not None and issubclass(model, ESCModel)
 
 
+def metrics_of(opt: Options) -> dict[str, Options]:
+    """The sections of `val: metrics:`, those that are mappings."""
+    metrics = (opt.get("val") or {}).get("metrics")
+    return {k: v for k, v in metrics.items() if isinstance(v, dict)} if isinstance(metrics, dict) else {}
+
+
 def is_known_code(thing: Any) -> bool:
     """True if a class, or a method, is BasicSR's or ours, so that what it does with options is known."""
     return str(getattr(thing, "__module__", "")).partition(".")[0] in ("basicsr", "esc_arch")
 
 
+def is_known(registry: Any, name: Any) -> bool:
+    """True if a name in a registry is that of known code."""
+    return isinstance(name, str) and is_known_code(entries(registry).get(name))
+
+
 def is_integer(value: Any, least: int | None = None) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and (least is None or value >= least)
-
-
-def is_whole(value: Any) -> bool:
-    """A positive integer, or a float like `!!float 5e5` that is one."""
-    return is_integer(value, least=1) or (isinstance(value, float) and value >= 1 and value.is_integer())

@@ -15,13 +15,14 @@ from torch import nn
 
 from esc_arch.losses import ImageLoss
 from esc_arch.models import ESCLTEModel, ESCModel
+from esc_arch.problems import Problem
 from esc_arch.training import parameter_groups
 from esc_arch.training.optimizers import NO_MUON, OPTIMIZERS, build_optimizer
 from esc_arch.training.schedulers import SCHEDULERS, TORCH_SCHEDULERS, build_scheduler
 
 from .files import Options
-from .problems import Problem
-from .section_checks import check_call, entries, is_known_code, is_whole, sr_model
+from .keys import KINDS
+from .section_checks import check_call, entries, is_known_code, sr_model
 
 __all__ = ["check_logger", "check_training"]
 
@@ -34,9 +35,8 @@ _LOGGED_NAMES = ("pix", "percep", "style")
 def check_training(opt: Options) -> Iterator[Problem]:
     train = opt.get("train")
     if not train:
-        yield Problem(
-            "train", "missing; training needs this section, with total_iter, optim_g, scheduler and pixel_opt"
-        )
+        message = "missing; training needs this section, with total_iter, optim_g, scheduler and pixel_opt"
+        yield Problem("train", message)
         return
     if "total_iter" not in train:
         yield Problem("train:total_iter", "missing; give a whole number of at least 1, such as 500000")
@@ -46,15 +46,14 @@ def check_training(opt: Options) -> Iterator[Problem]:
         yield from _check_loss(f"train:{key}", train[key], entries(LOSS_REGISTRY), model)
     if model is None:
         return
-    network = opt.get("network_g") or {}
-    if isinstance(network, dict) and isinstance(network.get("type"), str | None):
-        option_problems = getattr(model, "option_problems", None)  # of a model that has options of its own
-        yield from map(Problem.parse, option_problems(opt) if option_problems else ())
     takes_losses = issubclass(model, ESCModel) and not issubclass(model, SRGANModel)  # a GAN's training is BasicSR's
     if takes_losses:
         yield from _check_extra_losses(train.get("losses"), model)
     if issubclass(model, ESCModel):
-        yield from map(Problem.parse, parameter_groups.option_problems(train))
+        network = opt.get("network_g") or {}
+        if isinstance(network, dict) and isinstance(network.get("type"), str | None):
+            yield from model.option_problems(opt)
+        yield from parameter_groups.option_problems(train)
     if not losses and not (takes_losses and train.get("losses")) and is_known_code(model.init_training_settings):
         more = ", or losses" if takes_losses else ""
         message = f"has no loss; give one of pixel_opt and perceptual_opt{more}, such as pixel_opt: {{type: L1Loss}}"
@@ -81,7 +80,7 @@ def _check_loss(path: str, section: Any, known: Mapping[str, Any], model: type[S
 
 
 def _check_extra_losses(section: Any, model: type[SRModel]) -> Iterator[Problem]:
-    if section is not None and not isinstance(section, dict):
+    if not isinstance(section, dict | None):
         example = "fft: {type: FFTLoss, loss_weight: 0.05}"
         yield Problem("train:losses", f"{section!r} given; must be a mapping of names, such as {example}")
         return
@@ -89,11 +88,8 @@ def _check_extra_losses(section: Any, model: type[SRModel]) -> Iterator[Problem]
     for name, loss in (section or {}).items():
         path = f"train:losses:{name}"
         if not name.isidentifier() or name in _LOGGED_NAMES:
-            message = (
-                "cannot be the name of a loss; must consist of letters, digits and _, and be none of "
-                f"{', '.join(_LOGGED_NAMES)}, which the log has already"
-            )
-            yield Problem(path, message)
+            taken = f"be none of {', '.join(_LOGGED_NAMES)}, which the log has already"
+            yield Problem(path, f"cannot be the name of a loss; must consist of letters, digits and _, and {taken}")
         kind = loss.get("type") if isinstance(loss, dict) else None
         if kind in _NOT_OF_PAIRS:
             message = (
@@ -133,7 +129,7 @@ def _reason(error: Exception) -> str:
 def _check_scheduler(train: Options) -> Iterator[Problem]:
     path = "train:scheduler"
     section: Any = train.get("scheduler")
-    total: Any = train.get("total_iter")
+    total = train.get("total_iter")
     supplied = ["optimizer", "last_epoch", "scale_fn"]
     problems = list(check_call(path, section, SCHEDULERS, supplied=supplied, registered=False))
     yield from problems
@@ -141,7 +137,7 @@ def _check_scheduler(train: Options) -> Iterator[Problem]:
         return
     options = {key: value for key, value in section.items() if key != "type"}
     kind, periods = section["type"], options.get("periods")
-    if periods is not None and not (isinstance(periods, list) and all(map(is_whole, periods))):
+    if periods is not None and not (isinstance(periods, list) and all(map(_is_count, periods))):
         message = f"{periods!r} given; must be a list of iterations, such as [{total or 500000}]"
         yield Problem(f"{path}:periods", message)
         return
@@ -157,9 +153,13 @@ def _check_scheduler(train: Options) -> Iterator[Problem]:
         return
     # BasicSR first steps a schedule in the second iteration
     last: Any = sum(periods) + 1 if periods else getattr(schedule, "total_steps", None)
-    if last is not None and is_whole(total) and last < total:
+    if last is not None and _is_count(total) and last < total:
         longer = "periods" if periods else "total_steps"
         yield Problem(path, f"{kind} ends after {last} iterations, before train:total_iter {total}. Raise {longer}")
+
+
+def _is_count(value: Any) -> bool:
+    return KINDS["int"].accepts(value) and value >= 1
 
 
 def check_logger(opt: Options) -> Iterator[Problem]:
@@ -170,14 +170,8 @@ def check_logger(opt: Options) -> Iterator[Problem]:
         return
     path = "logger:wandb:project"
     if logger.get("use_tb_logger") is not True:
-        message = (
-            f"{project!r} given, but TensorBoard is off, and wandb takes its numbers from there. Set "
-            "logger:use_tb_logger: true, or project: ~"
-        )
-        yield Problem(path, message)
+        reason = "TensorBoard is off, and wandb takes its numbers from there. Set logger:use_tb_logger: true"
+        yield Problem(path, f"{project!r} given, but {reason}, or project: ~")
     if (found := importlib.util.find_spec("wandb")) is None or found.origin is None:  # no origin: a folder of that name
-        message = (
-            f"{project!r} given, but wandb is not installed. Install it with "
-            'pip install "esc-arch[wandb]", or set project: ~'
-        )
-        yield Problem(path, message)
+        reason = 'wandb is not installed. Install it with pip install "esc-arch[wandb]"'
+        yield Problem(path, f"{project!r} given, but {reason}, or set project: ~")

@@ -14,24 +14,28 @@ from typing import Any
 from torch import nn
 
 from esc_arch.errors import UserError
+from esc_arch.problems import Problem
 
 __all__ = ["freeze", "option_problems", "parameter_groups", "pattern_problems"]
 
 
-def option_problems(train_options: Mapping[str, Any]) -> Iterator[str]:
+def option_problems(train_options: Mapping[str, Any]) -> Iterator[Problem]:
     """Invalid forms of `freeze` and `lr_factors`."""
     patterns, factors = train_options.get("freeze"), train_options.get("lr_factors")
     if patterns is not None and not (isinstance(patterns, list) and all(isinstance(entry, str) for entry in patterns)):
-        yield f"train:freeze: {patterns!r} given; must be a list of patterns of parameter names, such as ['blocks.0.*']"
+        message = f"{patterns!r} given; must be a list of patterns of parameter names, such as ['blocks.0.*']"
+        yield Problem("train:freeze", message)
     if factors is not None and not isinstance(factors, dict):
-        yield f"train:lr_factors: {factors!r} given; must be a mapping of patterns, such as {{'to_img.*': 10}}"
+        message = f"{factors!r} given; must be a mapping of patterns, such as {{'to_img.*': 10}}"
+        yield Problem("train:lr_factors", message)
         return
     for pattern, factor in (factors or {}).items():
         if not isinstance(factor, int | float) or isinstance(factor, bool) or factor <= 0:
-            yield f"train:lr_factors:{pattern}: {factor!r} given; must be a number above 0. To keep it as it is: freeze"
+            message = f"{factor!r} given; must be a number above 0. To keep it as it is: freeze"
+            yield Problem(f"train:lr_factors:{pattern}", message)
 
 
-def pattern_problems(net: nn.Module, train_options: Mapping[str, Any]) -> Iterator[str]:
+def pattern_problems(net: nn.Module, train_options: Mapping[str, Any]) -> Iterator[Problem]:
     """Patterns of `freeze` and `lr_factors` that match nothing of a network, or change nothing."""
     names, kind = [name for name, _ in net.named_parameters()], type(net).__name__
     patterns, factors = _options(train_options)
@@ -39,20 +43,22 @@ def pattern_problems(net: nn.Module, train_options: Mapping[str, Any]) -> Iterat
         for pattern in given:
             if not any(fnmatchcase(name, pattern) for name in names):
                 some = ", ".join(names[:: max(1, len(names) // 5)])
-                yield (
-                    f"train:{key}: {pattern!r} matches no parameter of {kind}, which has {some} and others. Give a "
-                    f"whole name, or a pattern such as 'blocks.0.*'"
+                message = (
+                    f"{pattern!r} matches no parameter of {kind}, which has {some} and others. Give a whole name, or a "
+                    f"pattern such as 'blocks.0.*'"
                 )
+                yield Problem(f"train:{key}", message)
     rest = [name for name in names if not any(fnmatchcase(name, pattern) for pattern in patterns)]
     if not rest:
-        yield f"train:freeze: {patterns} leave no parameter of {kind} to be trained. Take one out"
+        yield Problem("train:freeze", f"{patterns} leave no parameter of {kind} to be trained. Take one out")
     for pattern in factors:
         left = [name for name in rest if not fnmatchcase(name, pattern)]
         if left == rest and any(fnmatchcase(name, pattern) for name in names):
-            yield (
-                f"train:lr_factors: {pattern!r} changes nothing: all that it matches is frozen or follows an earlier "
-                f"pattern. Put it before the others, or take it out"
+            message = (
+                f"{pattern!r} changes nothing: all that it matches is frozen or follows an earlier pattern. Put it "
+                f"before the others, or take it out"
             )
+            yield Problem("train:lr_factors", message)
         rest = left
 
 
@@ -81,7 +87,7 @@ def parameter_groups(net: nn.Module, train_options: Mapping[str, Any]) -> list[d
         UserError: a pattern that matches nothing or changes nothing, or nothing is left to train.
     """
     if problems := list(pattern_problems(net, train_options)):
-        raise UserError("; ".join(problems) + ".")
+        raise UserError("; ".join(map(str, problems)) + ".")
     freeze(net, train_options)
     patterns, factors = _options(train_options)
     groups: dict[str, list[nn.Parameter]] = {"": [], **{pattern: [] for pattern in factors}}

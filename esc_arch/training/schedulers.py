@@ -10,7 +10,7 @@ from torch.optim import lr_scheduler
 from torch.optim.lr_scheduler import LRScheduler
 
 from esc_arch.errors import UserError
-from esc_arch.suggestions import did_you_mean
+from esc_arch.names import did_you_mean
 
 __all__ = ["BASICSR_SCHEDULERS", "SCHEDULERS", "TORCH_SCHEDULERS", "build_scheduler"]
 

@@ -17,7 +17,8 @@ from other_packages import OUR_NAMES, write_project
 
 import esc_arch
 from esc_arch.checkpoints.conversion import build_network as build_recognised
-from esc_arch.register import others_of_our_names, register, without_own
+from esc_arch.names import without_own
+from esc_arch.register import others_of_our_names, register
 from esc_arch.tools.benchmark.networks import named as networks_to_measure
 
 ATTENTION = {"dim": 16, "window_size": 8, "num_heads": 2}

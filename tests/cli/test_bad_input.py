@@ -18,7 +18,6 @@ import pytest
 import torch
 
 from esc_arch import ESC, cli
-from esc_arch.cli import check
 
 
 def remove_an_image(folder: Path, options: Any) -> None:
@@ -78,7 +77,7 @@ FOUND_BEFORE_THE_RUN: dict[str, tuple[Callable[[Path, Any], None], list[str]]] =
         ["datasets:train:dataroot_gt", "there is no", "/nowhere"],
     ),
     "missing LMDB": (take_lmdb_that_is_missing, ["datasets:train:dataroot_gt", "none.lmdb"]),
-    "LQ and GT counts": (remove_an_image, ["datasets:train", "5 files", "6 in", "one LQ image for each GT"]),
+    "LQ and GT counts": (remove_an_image, ["datasets:train:dataroot_lq", "1 of 6 images are missing"]),
     "unreadable image": (write_garbage, ["train2x2.png", "cannot be read as an image", "replace or remove"]),
     "patch larger than an image": (
         change("datasets", "train", "gt_size", value=64),
@@ -240,7 +239,7 @@ FOUND_WHILE_READING: dict[str, tuple[Callable[[Path, Any], None], list[str]]] = 
     "image in an LMDB": (damage_an_lmdb_entry, [r"b in lq\.lmdb is not an image", r"10 bytes"]),
     "missing in an LMDB": (remove_an_lmdb_entry, [r"lq\.lmdb has no image 'b'", "create it again"]),
     "LMDB": (damage_an_lmdb, [r"Cannot open the LMDB lq\.lmdb", "basicsr prepare"]),
-    "small image": (one_small_image_behind_many, [r"zzz\.png \(LQ 7 x 7, GT 14 x 14", "gt_size 16"]),
+    "small image": (one_small_image_behind_many, [r"zzz\.png: GT is 14x14", "gt_size 16"]),
     "batch larger than the data set": (
         change("datasets", "train", "batch_size_per_gpu", value=7),
         ["6 images, fewer than one batch of 7", "Lower batch_size_per_gpu"],
@@ -327,7 +326,7 @@ def test_a_reader_that_has_gone(text: str, monkeypatch: pytest.MonkeyPatch) -> N
     """As of `basicsr doctor | head`: no traceback, and the status that a shell gives such programs."""
     reader, writer = os.pipe()
     os.close(reader)
-    monkeypatch.setattr(check, "run", lambda args: print(text) or 0)
+    monkeypatch.setattr("esc_arch.cli.check.run", lambda args: print(text) or 0)
     with open(writer, "w") as stream:
         monkeypatch.setattr(sys, "stdout", stream)
         assert cli.main(["check", "-opt", "any.yml"]) == 141
@@ -337,6 +336,6 @@ def test_a_pipe_of_a_verb_s_own_is_not_taken_for_that(monkeypatch: pytest.Monkey
     def run(args: Any) -> int:
         raise BrokenPipeError("of a child process")
 
-    monkeypatch.setattr(check, "run", run)
+    monkeypatch.setattr("esc_arch.cli.check.run", run)
     with pytest.raises(BrokenPipeError, match="of a child process"):
         cli.main(["check", "-opt", "any.yml"])

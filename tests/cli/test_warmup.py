@@ -21,7 +21,7 @@ def building(monkeypatch: pytest.MonkeyPatch) -> Callable[[Callable[[], float]],
     def replace(build: Callable[[], float]) -> None:
         monkeypatch.setattr(warmup.cpu, "ready", lambda: False)
         monkeypatch.setattr(warmup.cpu, "build", build)
-        monkeypatch.setattr(warmup, "_library", lambda: Path("/cache/native-1/operators.so"))
+        monkeypatch.setattr(warmup.building, "cache_folder", lambda: Path("/cache/native-1"))
 
     replace(lambda: 31.4)
     return replace
@@ -41,8 +41,8 @@ def test_base_networks_without_an_option_file(capsys: pytest.CaptureFixture[str]
     assert "C++ operators: ready after 31.4 s, kept in /cache/native-1\n" in out
     for scale in (2, 3, 4):
         assert f"ESC x{scale} on cpu: ready. The first image took " in out
-    assert "by attn_type: auto" in out
-    assert "not triton: it runs on GPUs" in out
+    assert "(attn_type: auto)" in out
+    assert "triton cannot run here: it runs on GPUs" in out
 
 
 @pytest.mark.parametrize(("cause", "status"), [(None, 0), (OSError("the disk is full"), 1)])
@@ -53,7 +53,7 @@ def test_operators_that_cannot_be_built(
     run = run_basicsr("warmup", train_options, "--size", "8x8", "--device", "cpu")
     assert run.status == status
     assert "The C++ operators cannot be built: the reason." in run.out
-    assert "CPUs use PyTorch's own operators in their place" in run.out
+    assert "PyTorch's own operators are used instead" in run.out
     assert "trial.yml on cpu: ready" in run.out
 
 
@@ -62,14 +62,14 @@ def test_a_network_to_train_runs_backward_in_its_precision(
     run_basicsr: Any, train_options: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     train_options["train"] |= {"amp": "bf16", "channels_last": True, "compile": True}
-    made: list[nn.Module] = []
-    original = warmup._named_network
-    monkeypatch.setattr(warmup, "_named_network", lambda *named: made.append(original(*named)) or made[0])
+    made: list[Any] = []
+    original = warmup._from_option_file
+    monkeypatch.setattr(warmup, "_from_option_file", lambda file: made.extend(original(file)) or tuple(made))
     run = run_basicsr("warmup", train_options, "--size", "8x8", "--device", "cpu")
     assert run.status == 0, run.err
     assert "trial.yml on cpu: ready. The first forward and backward pass took " in run.out
-    assert "window attention (bfloat16): " in run.out
-    assert "not flex: PyTorch's flex attention has no backward pass on the CPU" in run.out
+    assert "window attention in bfloat16: " in run.out
+    assert "flex cannot run here: PyTorch's flex attention has no backward pass on the CPU" in run.out
     assert made[0].proj.weight.grad.abs().sum() > 0
     assert made[0].blocks[0].attn.to_qkv.weight.is_contiguous(memory_format=torch.channels_last)
 
@@ -100,7 +100,7 @@ def test_a_backend_that_auto_leaves_is_told(
         warmup.WINDOW_ATTENTION.backends["sdpa"], "auto_skip_reasons", lambda *_: ["it is slower"], raising=False
     )
     run = run_basicsr("warmup", test_options, "--size", "8x8", "--device", "cpu")
-    assert "  sdpa can run, but auto does not take it: it is slower\n" in run.out
+    assert "  auto skips sdpa: it is slower\n" in run.out
 
 
 @pytest.mark.usefixtures("building")
@@ -109,7 +109,7 @@ def test_a_network_to_test_has_no_backward_pass(run_basicsr: Any, test_options: 
     run = run_basicsr("warmup", test_options, "--size", "8x8", "--device", "cpu")
     assert run.status == 0
     assert "The first image took " in run.out
-    assert "window attention (float32): naive, by attn_type: naive" in run.out
+    assert "window attention in float32: naive (attn_type: naive)" in run.out
 
 
 @pytest.mark.usefixtures("building")

@@ -164,9 +164,10 @@ def test_checks_of_option_files(train_options: Options, photographs: Any) -> Non
     assert checked(train_options, photographs, {"lq_size": 12}, {"scale": 2.5}) == []
     assert checked(train_options, photographs, {"lq_size": 12}, {"scale": [2, 3.5]}) == []
     problems = checked(train_options, photographs, {"lq_size": 12.5, "scale_min": 0}, {"scale": "2"})
-    assert len(problems) == 3  # the list of all keys says so of scale_min, too
-    assert "datasets:train:lq_size: 12.5 given" in problems[0] and "scale_min: 0 given" in problems[0]
-    assert "datasets:val:scale: '2' given" in problems[1]
+    assert len(problems) == 3
+    assert problems[0].startswith("datasets:train:lq_size: 12.5 given; must be a positive integer")
+    assert problems[1].startswith("datasets:train:scale_min: 0 given; must be a number of at least 1")
+    assert "datasets:val:scale: '2' given" in problems[2]
     (problem,) = checked(train_options, photographs, {"lq_size": 16}, {"scale": 2})
     assert "GT is 48x48, smaller than lq_size * scale_max 64" in problem
 

@@ -140,7 +140,7 @@ def test_what_published_files_may_give(name: str, train_options: Any) -> None:
     assert list(performance_problems(train_options, ESC)) == []
     train_options["train"]["amp"] = "bf16"
     (problem,) = performance_problems(train_options, ESC)
-    assert problem.startswith("train:use_amp: it is amp: fp16, and amp: bf16 is given, too. Remove one")
+    assert str(problem).startswith("train:use_amp: it is amp: fp16, and amp: bf16 is given, too. Remove one")
 
 
 def test_parts_of_a_batch_are_run_one_after_the_other(train: Any) -> None:
@@ -382,7 +382,7 @@ WRONG = [
 @pytest.mark.parametrize(("options", "message"), WRONG, ids=lambda case: str(case)[:40])
 def test_wrong_options_are_told_before_the_run(options: Any, message: str, train_options: Any) -> None:
     train_options["train"] |= options
-    assert any(problem.startswith(message) for problem in performance_problems(train_options, ESC))
+    assert any(str(problem).startswith(message) for problem in performance_problems(train_options, ESC))
     assert any(str(problem).startswith(message) for problem in check_options(train_options, is_train=True))
 
 

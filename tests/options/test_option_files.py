@@ -9,6 +9,7 @@ import subprocess
 import sys
 from pathlib import Path
 from typing import Any
+from unittest.mock import MagicMock
 
 import pytest
 import torch
@@ -189,7 +190,7 @@ def test_duplicate_keys_warn_and_the_last_counts(caplog: pytest.LogCaptureFixtur
     with caplog.at_level(logging.WARNING, logger="basicsr"):
         read = load_yaml(text)
     assert read["a"] == {"x": 2, "y": 1} and read["b"] == {"z": 2}
-    assert caplog.messages == ["the option text, line 7: b:z is also given in line 6; the last one counts."]
+    assert caplog.messages == ["the option text:7:3: b:z: is also given in line 6; the last one counts."]
 
 
 # --- --force_yml -----------------------------------------------------------------------------------------------
@@ -251,7 +252,7 @@ def test_force_yml_takes_lists_and_mappings(entry: str, value: Any) -> None:
         ("=1", "entry '=1' cannot be read"),
         ("train:=1", "entry 'train:=1' cannot be read"),
         ("name:x=1", "leads through name, which is 'trial' and no mapping.*every KEY but the last names a mapping"),
-        ("x={}x4", "'x={}x4', line 1, column 3: .*such as train.*to give text with special characters: \"KEY='TEXT'"),
+        ("x={}x4", "'x={}x4':1:3: .*such as train.*to give text with special characters: \"KEY='TEXT'"),
         ("x=!!python/object/apply:os.system [ls]", "the tag '!!python/object/apply:os.system' is not allowed"),
     ],
 )
@@ -328,7 +329,10 @@ def joined(folder: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
     """What the process group was asked to be; the start method is left alone."""
     asked: dict[str, Any] = {}
     monkeypatch.setattr(torch.distributed, "init_process_group", lambda **given: asked.update(given))
-    monkeypatch.setattr(distributed.launch, "_accompany", lambda: None)
+    for name in ("open_control_group", "own_connection", "_get_default_store", "FailureMonitor", "_monitor"):
+        monkeypatch.setattr(distributed.launch, name, MagicMock())
+    for name in ("PrefixStore", "get_rank", "get_world_size"):
+        monkeypatch.setattr(torch.distributed, name, MagicMock())
     monkeypatch.setattr(torch.multiprocessing, "get_start_method", lambda allow_none: None)
     monkeypatch.setattr(torch.multiprocessing, "set_start_method", lambda method: asked.update(start=method))
     monkeypatch.setattr(torch.cuda, "set_device", lambda device: asked.update(device=device))

@@ -14,6 +14,7 @@ from other_packages import write_project
 
 import esc_arch
 from esc_arch.options import inspect_options
+from esc_arch.problems import of_severity
 
 REGISTRIES = ("ARCH", "MODEL", "DATASET", "LOSS")
 
@@ -37,7 +38,7 @@ def hat(work_folder: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 def messages(opt: Any, run_basicsr: Any, is_train: bool = True) -> list[str]:
     inspection = inspect_options(run_basicsr.option_file(opt), root_path=".", is_train=is_train)
-    return [f"{problem.path}: {problem.message}" for problem in [*inspection.errors, *inspection.warnings]]
+    return [f"{problem.path}: {problem.message}" for problem in inspection.problems if problem.severity != "note"]
 
 
 @pytest.mark.usefixtures("hat")
@@ -108,7 +109,7 @@ def test_arbitrary_scales_by_the_other_name(run_basicsr: Any, train_options: Any
     }
     del opt["network_g"]["upscaling_factor"]
     inspection = inspect_options(run_basicsr.option_file(opt), root_path=".", is_train=False)
-    assert inspection.errors == []
+    assert of_severity(inspection.problems, "error") == []
     assert inspection.opt["datasets"]["test_1"]["scale"] == 2.5
     assert esc_arch.ESCLTE is registry.ARCH_REGISTRY.get("esc_arch.ESCLTE")
 

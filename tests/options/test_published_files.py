@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from esc_arch.options import CheckScope, inspect_options
+from esc_arch.problems import of_severity
 
 FILES = sorted((Path(__file__).parent / "published").glob("*.yml"))
 SHIPPED = sorted((Path(__file__).parents[2] / "options").glob("*.yml"))
@@ -24,8 +25,8 @@ def test_there_are_some() -> None:
 @pytest.mark.parametrize("file", FILES, ids=lambda file: file.stem)
 def test_published_files_pass(file: Path, work_folder: Path) -> None:
     inspection = inspect_options(str(file), root_path=str(work_folder), is_train=None, scope=NO_FILES)
-    assert list(map(str, inspection.errors)) == []
-    assert [warning.path for warning in inspection.warnings] == WARNINGS.get(file.stem, [])
+    assert of_severity(inspection.problems, "error") == []
+    assert [warning.path for warning in of_severity(inspection.problems, "warning")] == WARNINGS.get(file.stem, [])
     assert inspection.is_train == file.name.startswith("train_")
     assert list(work_folder.iterdir()) == []
 
@@ -33,6 +34,7 @@ def test_published_files_pass(file: Path, work_folder: Path) -> None:
 @pytest.mark.parametrize("file", SHIPPED, ids=lambda file: file.stem)
 def test_ours_pass_without_a_warning(file: Path, work_folder: Path) -> None:
     inspection = inspect_options(str(file), root_path=str(work_folder), is_train=None, scope=NO_FILES)
-    assert list(map(str, inspection.errors + inspection.warnings)) == []
+    notes = of_severity(inspection.problems, "note")
+    assert inspection.problems == notes
     assert inspection.is_train == file.name.startswith("train_")
-    assert any(note.path == "network_g" and note.message.startswith("ESC") for note in inspection.notes)
+    assert any(note.path == "network_g" and note.message.startswith("ESC") for note in notes)

@@ -69,6 +69,12 @@ assert "basicsr" not in sys.modules
     assert "basicsr train: It needs BasicSR, which is not installed: pip install" in done.stderr
 
 
+def test_preparing_data_says_what_it_needs(tmp_path: Path) -> None:
+    done = run('from esc_arch.cli import main\nassert main(["prepare", "demo"]) == 2', tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "basicsr prepare: It needs BasicSR, which is not installed: pip install" in done.stderr
+
+
 def test_parts_that_know_nothing_of_basicsr(tmp_path: Path) -> None:
     done = run(
         """

@@ -98,7 +98,7 @@ PROBLEMS = [
 @pytest.mark.parametrize(("changes", "message"), PROBLEMS)
 def test_patterns_that_do_not_go_with_the_network(changes: Any, message: str) -> None:
     (problem,) = pattern_problems(small_esc(), options(**changes))
-    assert re.search(message, problem)
+    assert re.search(message, str(problem))
     with pytest.raises(UserError, match=message):
         parameter_groups(small_esc(), options(**changes))
 

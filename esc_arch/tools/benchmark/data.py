@@ -17,9 +17,9 @@ from tqdm import tqdm
 
 from esc_arch.data.image_files import IMAGE_SUFFIXES, read_image
 from esc_arch.errors import UserError
+from esc_arch.names import did_you_mean
 from esc_arch.options import load_options
 from esc_arch.project import add_import_argument
-from esc_arch.suggestions import did_you_mean
 
 from .resampling import MATLAB, recognise_resampling
 from .tables import Column, Table, add_report_arguments, check_report, write_report

@@ -14,9 +14,9 @@ from torch import nn
 
 from esc_arch.archs.base import ESCFamily
 from esc_arch.errors import UserError
+from esc_arch.names import did_you_mean
 from esc_arch.options.files import load_options, load_yaml
 from esc_arch.options.section_checks import check_call, entries, shown_names
-from esc_arch.suggestions import did_you_mean
 
 __all__ = ["PRESETS", "PRESET_SCALES", "NetworkSpec", "from_option_file", "named"]
 

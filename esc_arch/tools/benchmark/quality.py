@@ -26,10 +26,10 @@ from esc_arch.data.names import image_name
 from esc_arch.errors import UserError, describe
 from esc_arch.models.esc_model import PROTOCOLS
 from esc_arch.models.metrics import image_measured, measure
+from esc_arch.names import did_you_mean
 from esc_arch.ops.resize import matlab_resize, scale_pair
 from esc_arch.options import Options, checked_options, load_options
 from esc_arch.options.section_checks import is_esc_model
-from esc_arch.suggestions import did_you_mean
 from esc_arch.training.distributed import abort_all_ranks
 from esc_arch.training.pipeline import run_within
 

@@ -177,7 +177,8 @@ def registered_names(context: Context) -> Iterator[Finding]:
         return
     from basicsr.utils import registry
 
-    from esc_arch.register import OWN, others_of_our_names, without_own
+    from esc_arch.names import OWN, without_own
+    from esc_arch.register import others_of_our_names
 
     named = {"--import": context.args.imports}
     if context.args.opt is not None:

@@ -9,8 +9,8 @@ from typing import Any, NamedTuple
 
 from esc_arch.checkpoints.conversion import Checkpoint
 from esc_arch.errors import UserError
+from esc_arch.names import OWN
 from esc_arch.options import load_yaml
-from esc_arch.register import OWN
 from esc_arch.training.history import History
 
 __all__ = ["Training", "read_experiment"]

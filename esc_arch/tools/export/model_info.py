@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 from esc_arch.errors import UserError
-from esc_arch.suggestions import did_you_mean
+from esc_arch.names import did_you_mean
 
 from .checking import ExportResult
 from .experiment import Training

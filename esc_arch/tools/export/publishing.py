@@ -19,7 +19,7 @@ from PIL import Image
 from esc_arch.atomic_io import fsync_folder, remove
 from esc_arch.checkpoints.conversion import Checkpoint, open_checkpoint, save_checkpoint, write_file
 from esc_arch.errors import UserError
-from esc_arch.suggestions import did_you_mean
+from esc_arch.names import did_you_mean
 from esc_arch.tools.upscale import Upscaler, load, upscale
 from esc_arch.tools.upscale.image_reader import read_image
 

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Literal
 
-__all__ = ["Place", "Problem"]
+__all__ = ["Place", "Problem", "join", "of_severity"]
 
 
 @dataclass(frozen=True)
@@ -43,8 +44,11 @@ class Problem:
     def __str__(self) -> str:
         return ": ".join(part for part in (str(self.place or ""), self.path, self.message) if part)
 
-    @classmethod
-    def parse(cls, text: str) -> Problem:
-        """Make an error of `KEY[:KEY...]: text`, the form in which models and data sets state what is wrong."""
-        path, _, message = text.partition(": ")
-        return cls(path, message)
+
+def of_severity(problems: Iterable[Problem], severity: str) -> list[Problem]:
+    return [problem for problem in problems if problem.severity == severity]
+
+
+def join(path: str, key: str) -> str:
+    """The path of a key of the section at `path`, which is empty at the top level."""
+    return f"{path}:{key}" if path else key

@@ -1,11 +1,26 @@
-"""The known word that a mistyped one was probably meant to be."""
+"""Names in BasicSR's registries, and the known name that a mistyped one was probably meant to be."""
 
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from typing import TypeVar
 
-__all__ = ["did_you_mean", "nearest"]
+__all__ = ["OWN", "did_you_mean", "nearest", "without_own"]
+
+Entry = TypeVar("Entry")
+
+#: Prefix of the second name of every class of ours, which no other package can take: `esc_arch.ESC`.
+OWN = "esc_arch."
+
+
+def without_own(entries: Mapping[str, Entry]) -> dict[str, Entry]:
+    """Entries of a registry, without those under `OWN` + name that have the plain name as well."""
+    return {
+        name: entry
+        for name, entry in entries.items()
+        if not (name.startswith(OWN) and entries.get(name.removeprefix(OWN)) is entry)
+    }
 
 
 def nearest(word: object, allowed: Iterable[str], cutoff: float = 0.6) -> str | None:
