@@ -487,7 +487,7 @@ def test_a_clock_that_goes_back(run_basicsr: Any, options: Any, monkeypatch: Any
 
 
 def test_durations_are_of_a_steady_clock(monkeypatch: Any) -> None:
-    steady = iter([10.0, 13.0, 18.0])
+    steady = iter([10.0, 13.0, 13.0, 18.0, 18.0])
     monkeypatch.setattr(time, "monotonic", lambda: next(steady))
     monkeypatch.setattr(time, "time", lambda: 0.0)
     timer = AvgTimer(window=1)
