@@ -87,7 +87,13 @@ class HRImages:
 
     def _paths_of(self, root: str, list_file: str | None) -> list[str]:
         if self._backend["type"] == "lmdb":
-            paths = _images_of_lmdb(root)
+            from basicsr.data.data_util import paths_from_lmdb
+
+            if not root.endswith(".lmdb") or not Path(root, "meta_info.txt").is_file():
+                raise UserError(
+                    f"{root} is not an LMDB that BasicSR can read: a folder NAME.lmdb with a meta_info.txt in it."
+                )
+            paths = paths_from_lmdb(root)
         elif list_file is not None:
             paths = [os.path.join(root, name) for name in read_names(list_file)]
         else:
@@ -116,15 +122,6 @@ def random_start(image: Image, size: int, step: int, path: str) -> tuple[int, in
             f"are cut from it. Remove it from the data set, or cut smaller patches."
         )
     return random.randint(0, (height - size) // step) * step, random.randint(0, (width - size) // step) * step
-
-
-def _images_of_lmdb(root: str) -> list[str]:
-    from basicsr.data.data_util import paths_from_lmdb
-
-    if not root.endswith(".lmdb") or not Path(root, "meta_info.txt").is_file():
-        raise UserError(f"{root} is not an LMDB that BasicSR can read: a folder NAME.lmdb with a meta_info.txt in it.")
-    keys: list[str] = paths_from_lmdb(root)
-    return keys
 
 
 def _images_below(root: str) -> list[str]:

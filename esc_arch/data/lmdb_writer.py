@@ -113,7 +113,6 @@ def why_not_reusable(path: Path, settings: Settings) -> str | None:
     ]
     if changed:
         return "it was made with other settings: " + "; ".join(changed)
-    # It was complete when it was moved there, so only a later accident can make it incomplete.
     missing = [name for name in ("data.mdb", META_FILE) if not (path / name).is_file()]
     return f"it has no {' and no '.join(missing)}" if missing else None
 

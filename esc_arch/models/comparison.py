@@ -33,8 +33,6 @@ def write_comparison(file: Path, network: str, visuals: Mapping[str, Tensor]) ->
     PSNR is on Y, with a border of as many pixels cropped as the scale is, as in the paper.
 
     Args:
-        file: replaced if it exists.
-        network: the name in the result's caption.
         visuals: `lq` (1, 3, H, W), `result` and `gt` (1, 3, H * s, W * s), RGB in 0 .. 1.
     """
     result, gt = tensor2img([visuals["result"]]), tensor2img([visuals["gt"]])

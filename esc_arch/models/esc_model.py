@@ -8,7 +8,6 @@ import functools
 import io
 import logging
 import math
-from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -151,7 +150,7 @@ class ESCModel(SRModel):
         """One step: the batch in `accumulate_grad` parts, then the optimiser, then the average."""
         self.optimizer_g.zero_grad()
         parts = self.speed.accumulate_grad
-        sums: OrderedDict[str, Tensor] = OrderedDict()
+        sums: dict[str, Tensor] = {}
         for part in range(parts):
             share = slice(part * len(self.lq) // parts, (part + 1) * len(self.lq) // parts)
             # Processes exchange gradients once, with the last part
@@ -172,9 +171,9 @@ class ESCModel(SRModel):
         output: Tensor = net(self.lq[share])
         return output
 
-    def losses_of(self, output: Tensor, gt: Tensor, parts: int = 1) -> OrderedDict[str, Tensor]:
+    def losses_of(self, output: Tensor, gt: Tensor, parts: int = 1) -> dict[str, Tensor]:
         """All losses by their names in the log; means over images are divided by the number of `parts`."""
-        losses: OrderedDict[str, Tensor] = OrderedDict()
+        losses: dict[str, Tensor] = {}
         if self.cri_pix:
             losses[self._pixel_loss] = _part_of_mean(self.cri_pix, self.cri_pix(output, gt), parts)
         if self.cri_perceptual:
@@ -423,18 +422,13 @@ def self_ensemble(enlarge: Callable[[Tensor], Tensor], image: Tensor, *, transpo
     """The mean of eight results: of the image, of its mirror images, and of the transposed ones of these.
 
     Each result is turned back before, and none is clipped or rounded (Timofte et al., CVPR 2016; "+" in tables).
-
-    Args:
-        enlarge: (B, C, H, W) -> (B, C, H', W'), for any H and W.
-        image: (B, C, H, W).
-        transpose: False averages four, for networks that enlarge height and width differently.
+    `enlarge` takes (B, C, H, W), for any H and W; without `transpose` the mean is of four, for networks that enlarge
+    height and width differently.
     """
-    turns = (False, True) if transpose else (False,)
-    total: Any = 0.0
+    total = torch.zeros((), device=image.device)
     for flips in ((), (-1,), (-2,), (-2, -1)):
         version = image.flip(flips)
-        for turned in turns:
-            result = enlarge(version.transpose(-2, -1).contiguous() if turned else version)
-            total = total + (result.transpose(-2, -1) if turned else result).flip(flips)
-    mean: Tensor = total / (4 * len(turns))
-    return mean
+        total = total + enlarge(version).flip(flips)
+        if transpose:
+            total = total + enlarge(version.mT.contiguous()).mT.flip(flips)
+    return total / (8 if transpose else 4)
