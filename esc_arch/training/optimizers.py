@@ -93,7 +93,6 @@ class ConvMuon(torch.optim.Optimizer):
         adamw.state = self.state
         adamw.param_groups = [adamw.defaults | group for group in self.param_groups if group["rule"] == "adamw"]
         loss: float | None = adamw.step(closure)
-        muon.param_groups, muon.state = [], defaultdict(dict)
         matrices = {}
         for group in (group for group in self.param_groups if group["rule"] == "muon"):
             of_group = []
@@ -108,6 +107,7 @@ class ConvMuon(torch.optim.Optimizer):
                 of_group.append(matrix)
             muon.param_groups.append(muon.defaults | group | {"params": of_group})
         muon.step()
+        muon.param_groups, muon.state = [], defaultdict(dict)  # or gradients would stay in memory
         for parameter, matrix in matrices.items():
             if matrix.data_ptr() != parameter.data_ptr():
                 parameter.copy_(matrix.view(parameter.shape))
