@@ -33,9 +33,12 @@ def add_missing_modules() -> None:
     """Add every stand-in whose original cannot be imported."""
     for name, (attribute, source, source_attribute) in _STAND_INS.items():
         if not _importable(name):
-            module = ModuleType(name)
-            setattr(module, attribute, getattr(importlib.import_module(source), source_attribute))
-            _install(name, module)
+            stand_in = sys.modules[name] = ModuleType(name)
+            setattr(stand_in, attribute, getattr(importlib.import_module(source), source_attribute))
+            parent, _, child = name.rpartition(".")
+            if not _importable(parent):
+                sys.modules[parent] = ModuleType(parent)
+            setattr(sys.modules[parent], child, stand_in)  # for `from parent import child`
             logger.debug("basicsr needs the module %s, which is gone: using a stand-in.", name)
 
 
@@ -50,12 +53,3 @@ def _importable(name: str) -> bool:
     except ImportError:
         return False
     return True
-
-
-def _install(name: str, module: ModuleType) -> None:
-    """Put `module` at `name`, and make it an attribute of its parent package (`from parent import child`)."""
-    parent_name, _, child = name.rpartition(".")
-    if not _importable(parent_name):
-        sys.modules[parent_name] = ModuleType(parent_name)
-    setattr(sys.modules[parent_name], child, module)
-    sys.modules[name] = module

@@ -64,10 +64,7 @@ def how_to_separate(installed: dict[str, Distribution]) -> str:
 
 
 def warn_about_script() -> None:
-    """Say that `python basicsr/train.py` runs functions of its own (a `UserWarning`).
-
-    What is defined in the main module is not what `import basicsr.train` gives, and is made after esc_arch is imported.
-    """
+    """Say that `python basicsr/train.py` runs functions of its own, not those of `basicsr.train` (a `UserWarning`)."""
     script = Path(getattr(sys.modules["__main__"], "__file__", None) or ".").resolve()
     if script.parent.name == "basicsr" and script.name in ("train.py", "test.py"):
         warnings.warn(
@@ -78,10 +75,9 @@ def warn_about_script() -> None:
 
 
 def forget_failed_import() -> None:
-    """Drop what an `import basicsr` that failed half-way left behind.
+    """Drop the sub-modules that an `import basicsr` that failed half-way left behind, with their registries.
 
-    Its sub-modules stay in `sys.modules` although the package is gone, with registries filled in part; the
-    next attempt would register the same names again, which BasicSR refuses.
+    The next attempt would register the same names again, which BasicSR refuses.
     """
     if "basicsr" not in sys.modules:
         for name in [name for name in sys.modules if name.startswith("basicsr.")]:

@@ -49,7 +49,11 @@ def get(original: Original, self: Any, filepath: str, client_key: str = "default
     name = source = shown(filepath)
     try:
         if self.backend == "disk":
-            _require_regular_file(str(filepath))
+            status = os.stat(filepath)
+            if not stat.S_ISREG(status.st_mode):  # opening would wait for a pipe, and /dev/zero never ends
+                raise ValueError("it is a folder, a pipe or a device, not a file")
+            if status.st_size > _LONGEST_FILE:
+                raise ValueError(f"it has {status.st_size:,} bytes, more than OpenCV decodes")
         content = original(self, filepath, client_key)
     except OSError as error:
         raise UserError(f"Cannot read the image {name}: {error.strerror or error}.") from error
@@ -63,15 +67,6 @@ def get(original: Original, self: Any, filepath: str, client_key: str = "default
     named = _NamedBytes(content)
     named.source = source
     return named
-
-
-def _require_regular_file(path: str) -> None:
-    """Refuse what opening would wait for (a pipe), what never ends (/dev/zero) and what is too long: a ValueError."""
-    status = os.stat(path)
-    if not stat.S_ISREG(status.st_mode):
-        raise ValueError("it is a folder, a pipe or a device, not a file")
-    if status.st_size > _LONGEST_FILE:
-        raise ValueError(f"it has {status.st_size:,} bytes, more than OpenCV decodes")
 
 
 @patch("basicsr.utils.file_client", "LmdbBackend.__init__", "one LMDB can serve several data sets of a process")

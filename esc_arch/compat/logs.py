@@ -8,6 +8,7 @@ import logging
 import sys
 import time
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 
 from esc_arch.training.distributed import take_notes
@@ -50,21 +51,9 @@ def init_wandb_logger(_: Original, opt: dict[str, Any]) -> None:
     init_wandb(opt)
 
 
-@patch(_MODULE, "AvgTimer.start", "times per iteration do not depend on the system's clock")
-def timer_start(_: Original, self: Any) -> None:
-    self.start_time = self.tic = time.monotonic()
-
-
-@patch(_MODULE, "AvgTimer.record", "times per iteration do not depend on the system's clock")
-def timer_record(_: Original, self: Any) -> None:
-    self.toc = time.monotonic()
-    self.current_time = self.toc - self.tic
-    self.tic = self.toc
-    self.count += 1
-    self.total_time += self.current_time
-    self.avg_time = self.total_time / self.count
-    if self.count > self.window:
-        self.count, self.total_time = 0, 0.0
+@replace(_MODULE, "time", "times of a run do not depend on the system's clock")
+def monotonic_time(_: Any) -> Any:
+    return SimpleNamespace(time=lambda: time.monotonic())  # the only function of it that is used
 
 
 @patch(_MODULE, "get_root_logger", "log files are UTF-8, overwrite none, and outlive a full disk")
@@ -83,16 +72,17 @@ def get_root_logger(
 
 def _tell_once(handler: Any) -> Callable[[logging.LogRecord], None]:
     """What a log file does that cannot be written: one line on stderr, instead of a traceback for each line."""
-    told: list[str] = []
+
+    @functools.cache
+    def tell(reason: str) -> None:
+        note = f"Note: the log {handler.baseFilename} cannot be written ({reason}); lines may be missing there."
+        print(note, file=sys.stderr, flush=True)
 
     def handle_error(record: logging.LogRecord) -> None:
-        error, file = sys.exc_info()[1], handler.baseFilename
-        if not isinstance(error, OSError):
+        if isinstance(error := sys.exc_info()[1], OSError):
+            tell(error.strerror or str(error))
+        else:
             logging.Handler.handleError(handler, record)
-        elif not told:
-            told.append(file)
-            note = f"Note: the log {file} cannot be written ({error.strerror or error}); lines may be missing there."
-            print(note, file=sys.stderr, flush=True)
 
     return handle_error
 
@@ -115,15 +105,10 @@ class _ForgivingWriter:
         return functools.partial(self._call, value) if callable(value) else value
 
     def _call(self, method: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        if self._has_failed:
-            return None
         try:
-            return method(*args, **kwargs)
+            return None if self._has_failed else method(*args, **kwargs)
         except OSError as error:
             self._has_failed = True
-            logger.warning(
-                "TensorBoard's log in %s cannot be written (%s) and ends here. The run goes on.",
-                self._writer.log_dir,
-                error.strerror or error,
-            )
+            message = "TensorBoard's log in %s cannot be written (%s) and ends here. The run goes on."
+            logger.warning(message, self._writer.log_dir, error.strerror or error)
             return None

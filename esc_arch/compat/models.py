@@ -126,8 +126,8 @@ def save_training_state(_: Original, self: Any, epoch: int, current_iter: int) -
 def _save_atomically(content: Any, path: Path, *, is_last: bool) -> bool:
     """Write a checkpoint whole or not at all; True if it was written.
 
-    A disk that is full for a while must not end a training of days: the failure is logged and the next checkpoint
-    tries again. Only the last one, after which nothing follows, raises.
+    A disk that is full for a while must not end a training of days: the failure is logged, and the next checkpoint
+    tries again. Only the last one raises.
     """
     try:
         with writing_to(path.parent), replacing(path) as file:
@@ -152,12 +152,9 @@ def resume_training(original: Original, self: Any, resume_state: dict[str, Any])
 @patch(_BASE_MODEL, "BaseModel.validation", "none is done twice, and one that fails loses no iteration")
 def validation(original: Original, self: Any, dataloader: Any, current_iter: Any, *args: Any, **kwargs: Any) -> None:
     run = current_run()
-    if run is not None and run.is_validated(dataloader, current_iter):
-        return
-    with rescuing():
-        original(self, dataloader, current_iter, *args, **kwargs)
-    if run is not None:
-        run.has_validated(dataloader, current_iter)
+    if run is None or run.begins_validation(dataloader, current_iter):
+        with rescuing():
+            original(self, dataloader, current_iter, *args, **kwargs)
 
 
 @patch(_SR_MODEL, "SRModel.dist_validation", "while one process validates, the others wait for it")
@@ -175,8 +172,7 @@ class _WithSafeNames:
     """A loader whose images have paths from which safe names for files follow."""
 
     def __init__(self, loader: Any) -> None:
-        self.dataset = loader.dataset
-        self._loader = loader
+        self.dataset, self._loader = loader.dataset, loader
 
     def __len__(self) -> int:
         return len(self._loader)

@@ -4,7 +4,7 @@ The patches are in modules named after the parts of basicsr that they are for, w
 applied, so after basicsr. A replacement that only adds a check or a message calls the original. What a run that works
 computes stays the same, but for two faults: a run ended before `total_iter`, and its workers drew the same random crops
 in every epoch. All patches are for this version, and none is applied to another, or to one that lacks a function of
-them or has other arguments there.
+them.
 """
 
 from __future__ import annotations
@@ -33,10 +33,7 @@ PATCHES: list[tuple[str, str, Callable[[Any], Any], str]] = []
 
 
 def patch(module: str, name: str, fixes: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
-    """Register the decorated function as a patch: it gets the original, and then the arguments of the call.
-
-    Its own parameters, unless it has `*args`, are those that the original must have.
-    """
+    """Register the decorated function as a patch: it gets the original, and then the arguments of the call."""
 
     def register(function: Callable[..., Any]) -> Callable[..., Any]:
         PATCHES.append((module, name, functools.partial(_with_original, function), fixes))
@@ -46,7 +43,7 @@ def patch(module: str, name: str, fixes: str) -> Callable[[Callable[..., Any]], 
 
 
 def replace(module: str, name: str, fixes: str) -> Callable[[Callable[[Any], Any]], Callable[[Any], Any]]:
-    """Register a class's replacement: the decorated function gets the original class and returns another."""
+    """Register the replacement of a class or module: the decorated function gets the original and returns another."""
 
     def register(make: Callable[[Any], Any]) -> Callable[[Any], Any]:
         PATCHES.append((module, name, make, fixes))
@@ -73,11 +70,11 @@ def apply_patches() -> None:
         return
     for module, name, make, fixes in PATCHES:
         owner, attribute, current = _find(module, name)
-        original = _original_of(current)  # after a re-import: never patch a patch
+        original = getattr(current, "_esc_arch_original", current)  # after a re-import: never patch a patch
         replacement = make(original)
         replacement._esc_arch_original = original
         setattr(owner, attribute, replacement)
-        if attribute == name:
+        if attribute == name and not inspect.ismodule(current):
             _replace_imported_names(name, current, replacement)
         logger.debug("basicsr: %s.%s replaced: %s", module, name, fixes)
 
@@ -89,13 +86,11 @@ def reason_against_patches() -> str:
         return f"this is {version}"
     from . import archs, data, files, logs, models, prefetch, training  # noqa: F401  they register their patches
 
-    for module, name, make, _ in PATCHES:  # distributions of other names have the version, and may have other contents
+    for module, name, *_ in PATCHES:  # distributions of other names have the version, and may have other contents
         try:
-            original = _original_of(_find(module, name)[2])
+            _find(module, name)
         except (ImportError, AttributeError):
             return f"it has no {module}.{name}"
-        if isinstance(make, functools.partial) and not _takes(original, make.args[0]):
-            return f"its {module}.{name} takes other arguments"
     return ""
 
 
@@ -104,18 +99,6 @@ def _find(module: str, name: str) -> tuple[Any, str, Any]:
     *parents, attribute = name.split(".")
     owner = functools.reduce(getattr, parents, importlib.import_module(module))
     return owner, attribute, getattr(owner, attribute)
-
-
-def _original_of(current: Any) -> Any:
-    return getattr(current, "_esc_arch_original", current)
-
-
-def _takes(original: Original, function: Callable[..., Any]) -> bool:
-    """True if the original has the parameters of a patch, or if the patch takes any."""
-    _, *own = inspect.signature(function).parameters.values()
-    if any(parameter.kind is parameter.VAR_POSITIONAL for parameter in own):
-        return True
-    return list(inspect.signature(original).parameters) == [parameter.name for parameter in own]
 
 
 def _replace_imported_names(name: str, current: object, replacement: object) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import weakref
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -34,7 +34,7 @@ def prefetcher_reset(original: Original, self: Any) -> None:
     stop_prefetching()  # persistent workers must not be asked by two threads
     run = current_run()
     if run is not None:
-        run.epoch_begins()
+        run.batches_of_epoch = 0
     if run is None or not run.is_over:
         original(self)
 
@@ -53,30 +53,18 @@ def prefetcher_next(original: Original, self: Any) -> Any:
 
 
 @replace(_MODULE, "PrefetchGenerator", "its thread can be ended, and what fails in it is raised")
-def prefetch_generator(_: type[Any]) -> type[Any]:
-    return PrefetchGenerator
+def prefetch_generator(_: type[Any]) -> Callable[[Iterator[Any], int], Iterator[Any]]:
+    return prefetched
 
 
-class PrefetchGenerator:
+def prefetched(generator: Iterator[Any], num_prefetch_queue: int) -> Iterator[Any]:
     """The items of a generator, so many of them computed ahead in a thread."""
-
-    def __init__(self, generator: Iterator[Any], num_prefetch_queue: int) -> None:
-        self._generator = generator
-        self._executor = ThreadPoolExecutor(1)
-        _executors.add(self._executor)
-        self._ahead = deque(self._submit() for _ in range(num_prefetch_queue + 1))
-
-    def _submit(self) -> Any:
-        return self._executor.submit(next, self._generator, None)
-
-    def __iter__(self) -> Iterator[Any]:
-        return self
-
-    def __next__(self) -> Any:
-        if (item := self._ahead.popleft().result()) is None:
-            raise StopIteration
-        self._ahead.append(self._submit())
-        return item
+    executor = ThreadPoolExecutor(1)
+    _executors.add(executor)
+    ahead = deque(executor.submit(next, generator, None) for _ in range(num_prefetch_queue + 1))
+    while (item := ahead.popleft().result()) is not None:
+        ahead.append(executor.submit(next, generator, None))
+        yield item
 
 
 def stop_prefetching() -> None:

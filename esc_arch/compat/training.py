@@ -16,7 +16,7 @@ from esc_arch.atomic_io import remove_partial
 from esc_arch.checkpoints import read_checkpoint
 from esc_arch.errors import UserError
 from esc_arch.training.data_order import EpochSampler
-from esc_arch.training.run import current_run, training_run
+from esc_arch.training.run import current_run, saved_states, training_run
 
 from .failures import system_faults_named
 from .patches import Original, patch, replace
@@ -75,7 +75,7 @@ def create_train_val_dataloader(original: Original, opt: dict[str, Any], logger:
 def build_model(original: Original, opt: dict[str, Any]) -> Any:
     model = original(opt)
     if (run := current_run()) is not None:
-        run.has_model(model)
+        run.model = model
     return model
 
 
@@ -110,8 +110,7 @@ def _newest_state(opt: dict[str, Any]) -> tuple[Path, dict[str, Any]] | None:
     """The newest training state of a run that can be used, with its content; None if the run saved none."""
     folder = Path(opt["path"]["training_states"])
     problems = []
-    saved = (path for path in folder.glob("*.state") if path.stem.isdigit())
-    for path in sorted(saved, key=lambda path: int(path.stem), reverse=True):
+    for path in reversed(saved_states(folder)):
         try:
             state = _read_state(path)
             _require_networks(opt, path, state["iter"])

@@ -72,11 +72,9 @@ class ScaleRange:
 class ArbitraryScaleDataset(Dataset[dict[str, Any]]):
     """HR images for training at scales drawn per batch, and for testing at any real scale.
 
-    For training the items are HR patches large enough for the largest scale. A whole batch has one scale, which no
-    item knows of, so `ESCLTEModel` draws it and makes the LQ patches, on its device.
-
-    For validation and testing LQ is made from the whole image, by MATLAB's bicubic with antialiasing, rounded to 8
-    bit. It has floor(H / scale) rows; GT is cropped to as many as this times the scale makes, rounded.
+    For training the items are HR patches large enough for the largest scale; `ESCLTEModel` draws the scale of a batch
+    and makes the LQ patches. For validation and testing LQ is made from the whole image, by MATLAB's bicubic with
+    antialiasing, rounded to 8 bit. It has floor(H / scale) rows; GT is cropped to this times the scale, rounded.
 
     Args:
         opt: the data set's options:
@@ -87,9 +85,7 @@ class ArbitraryScaleDataset(Dataset[dict[str, Any]]):
             - ``use_hflip``, ``use_rot``: flip and turn patches at random (true); for training only.
             - ``scale``: a number of at least 1, or two: of height and width; not for training.
 
-    Raises:
-        UserError: images are missing, or an option cannot be used; when read, an image cannot be decoded or is too
-            small.
+    UserError if images are missing or an option is invalid; when read, if an image cannot be decoded or is too small.
     """
 
     def __init__(self, opt: dict[str, Any]) -> None:

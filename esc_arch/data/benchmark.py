@@ -1,8 +1,4 @@
-"""Making what BasicSR validates and tests on: folders of HR images and their LR images.
-
-Dictionaries by scale have the HR images (ground truth, GT) under 1 and the LR images (low quality, LQ) of
-scale s under s.
-"""
+"""Making what BasicSR validates and tests on: folders of HR images and their LR images, by scale; 1 stands for HR."""
 
 from __future__ import annotations
 
@@ -11,7 +7,7 @@ import json
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import closing
-from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from esc_arch.atomic_io import locked, write_atomically, writing_to
@@ -45,24 +41,27 @@ def prepare_benchmark(
 
     ``HR/NAME.png`` is cropped at the bottom and right to a multiple of all scales, ``LR_bicubic/Xs/NAMExs.png`` made
     from that (MATLAB's bicubic). With `per_scale` HR is not cropped, and the LR of each scale is made from as much of
-    it as that scale divides, as published LR are; BasicSR's paired data set crops HR to fit, unless it trains.
-    ``prepare.json`` in `out` notes what was made from what: files with the same settings are kept, others are never
-    touched without `overwrite`. Each file is written in full or not at all, by `jobs` processes.
+    it as that scale divides, as published LR are. ``prepare.json`` in `out` notes what was made from what: files with
+    the same settings are kept, others are never touched without `overwrite`. `jobs` is the number of processes.
 
-    Returns:
-        The folders by scale, see :func:`benchmark_folders`.
-
-    Raises:
-        UserError: an image or `out` cannot be used, files are in the way, or the folders hold other images.
+    Returns the folders by scale. UserError if an image or `out` cannot be used, files are in the way, or the folders
+    hold other images.
     """
+    import basicsr
+
     scales = checked_scales(scales)
     folders = benchmark_folders(out, scales)
     patterns = {1: "HR/{}.png"} | {s: f"LR_bicubic/X{s}/{{}}x{s}.png" for s in scales}
-    tasks = []
-    for source in sources:
-        names = {scale: pattern.format(source.stem) for scale, pattern in patterns.items()}
-        tasks.append(_Task(source, names, scales, per_scale))
-    recipes = {name: recipe for task in tasks for name, recipe in task.recipes().items()}
+    tasks = [
+        (source, {scale: pattern.format(source.stem) for scale, pattern in patterns.items()}) for source in sources
+    ]
+    crop = "per-scale" if per_scale else math.lcm(*scales)
+    #: For each file to make, a digest of all that its content depends on
+    recipes = {
+        name: _digest(FORMAT, basicsr.__version__, source.identity, crop, scale)
+        for source, names in tasks
+        for scale, name in names.items()
+    }
     _refuse_other_images(folders.values(), {out / name for name in recipes})
     with locked(out), writing_to(out):
         record = _read_record(out)
@@ -74,7 +73,7 @@ def prepare_benchmark(
                 f"{out / min(in_the_way)} exists, and was not made by this command with these settings (one of "
                 f"{len(in_the_way)} such files). Give --overwrite to replace them, or another folder."
             )
-        remaining = [task for task in tasks if not set(task.names.values()) <= made]
+        remaining = [(source, names) for source, names in tasks if not made.issuperset(names.values())]
         for folder in folders.values():
             folder.mkdir(parents=True, exist_ok=True)
         # Noted before they are made, so that after a kill they are known. Of those to be replaced nothing is
@@ -82,7 +81,7 @@ def prepare_benchmark(
         _write_record(out, record | recipes | dict.fromkeys(in_the_way))
         with (
             progress_bar(len(tasks), len(tasks) - len(remaining)) as progress,
-            closing(map_in_order(_encoded, remaining, jobs)) as results,
+            closing(map_in_order(partial(_encoded, scales=scales, per_scale=per_scale), remaining, jobs)) as results,
         ):
             for files in results:
                 for name in files.keys() - made:
@@ -92,28 +91,15 @@ def prepare_benchmark(
     return folders
 
 
-@dataclass(frozen=True)
-class _Task:
-    """An HR image, and the files to make of it by scale: their names, relative to the output folder."""
-
-    source: Source
-    names: Mapping[int, str]
-    scales: tuple[int, ...]
-    per_scale: bool
-
-    def recipes(self) -> dict[str, str]:
-        """For each file to make, a digest of all that its content depends on."""
-        import basicsr
-
-        crop = "per-scale" if self.per_scale else math.lcm(*self.scales)
-        common = [FORMAT, basicsr.__version__, self.source.identity, crop]
-        digests = ((name, hashlib.sha256(json.dumps([*common, scale]).encode())) for scale, name in self.names.items())
-        return {name: digest.hexdigest() for name, digest in digests}
+def _digest(*values: object) -> str:
+    return hashlib.sha256(json.dumps(values).encode()).hexdigest()
 
 
-def _encoded(task: _Task) -> dict[str, bytes]:
-    hr = read_hr(task.source, task.scales, crop=not task.per_scale)
-    images = ((name, hr if s == 1 else downscale(crop_to_multiple(hr, s), s)) for s, name in task.names.items())
+def _encoded(task: tuple[Source, Mapping[int, str]], *, scales: Sequence[int], per_scale: bool) -> dict[str, bytes]:
+    """The PNG files of an HR image, by the names that they are to have, which are given by scale."""
+    source, names = task
+    hr = read_hr(source, scales, crop=not per_scale)
+    images = ((name, hr if s == 1 else downscale(crop_to_multiple(hr, s), s)) for s, name in names.items())
     return {name: encode_png(image) for name, image in images}
 
 

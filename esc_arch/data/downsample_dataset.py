@@ -13,7 +13,7 @@ from torch.utils.data import Dataset
 from esc_arch.ops.resize import matlab_resize, round_to_8bit
 
 from .hr_images import FloatImage, HRImages, random_start
-from .image_files import Image
+from .image_files import Image, crop_to_multiple
 
 __all__ = ["DownsampleImageDataset"]
 
@@ -25,10 +25,9 @@ class DownsampleImageDataset(Dataset[dict[str, Any]]):
     """HR images, and their LR images by MATLAB's bicubic with antialiasing; takes the place of PairedImageDataset.
 
     A patch is reduced together with what the kernel reaches around it, so that the pair is that of prepared data: LQ
-    is within 1e-6 of the same place in the whole image's LR image, and, rounded to 8 bit, the same unless the exact
-    value lies that close to the middle between two levels. Patches are drawn as in PairedImageDataset: the same seeds
-    give the same pairs. Of sub-images, the kernel sees nothing beyond their borders, unlike in LR images that were cut
-    like them; whole images give exact pairs everywhere.
+    is within 1e-6 of the same place in the whole image's LR image. Patches are drawn as in PairedImageDataset: the
+    same seeds give the same pairs. Of sub-images, the kernel sees nothing beyond their borders, unlike in LR images
+    that were cut like them; whole images give exact pairs everywhere.
 
     Args:
         opt: the data set's options:
@@ -40,8 +39,7 @@ class DownsampleImageDataset(Dataset[dict[str, Any]]):
             - ``use_hflip``, ``use_rot``: flip and turn patches at random (true).
             - ``round_lq``: round LQ to 8 bit, as files are (true).
 
-    Raises:
-        UserError: images are missing; when read, one cannot be decoded or is smaller than ``gt_size``.
+    UserError if images are missing; when read, if one cannot be decoded or is smaller than ``gt_size``.
     """
 
     def __init__(self, opt: dict[str, Any]) -> None:
@@ -57,15 +55,13 @@ class DownsampleImageDataset(Dataset[dict[str, Any]]):
     def __getitem__(self, index: int) -> dict[str, Any]:
         """`gt` (3, H, W) and `lq` (3, H / scale, W / scale), RGB in 0 .. 1; `gt_path` and `lq_path`, the HR image's."""
         path = self.images.paths[index]
-        image = self.images.read_uint8(index)
-        height, width = (length - length % self.scale for length in image.shape[:2])
-        image = image[:height, :width]
+        image = crop_to_multiple(self.images.read_uint8(index), self.scale)
         if self.is_train:
             size: int = self.opt["gt_size"]
             pair = self.cut(image, *random_start(image, size, self.scale, path), size, size)
             gt, lq = augment(list(pair), self.opt.get("use_hflip", True), self.opt.get("use_rot", True))
         else:
-            gt, lq = self.cut(image, 0, 0, height, width)
+            gt, lq = self.cut(image, 0, 0, *image.shape[:2])
         gt, lq = img2tensor([gt, lq], bgr2rgb=True, float32=True)
         return {"gt": gt, "lq": lq, "gt_path": path, "lq_path": path}
 
@@ -81,14 +77,8 @@ class DownsampleImageDataset(Dataset[dict[str, Any]]):
         around /= 255
         y, x = top - first[0], left - first[1]
         gt = around[y : y + height, x : x + width]
-        lq = self._reduce(around)
+        reduced_size = (around.shape[0] // self.scale, around.shape[1] // self.scale)
+        reduced = matlab_resize(torch.from_numpy(around).permute(2, 0, 1)[None], reduced_size)
+        lq = (round_to_8bit(reduced) if self.round_lq else reduced)[0].permute(1, 2, 0).numpy()
         y, x, height, width = (number // self.scale for number in (y, x, height, width))
         return np.ascontiguousarray(gt), np.ascontiguousarray(lq[y : y + height, x : x + width])
-
-    def _reduce(self, image: FloatImage) -> FloatImage:
-        height, width, _ = image.shape
-        reduced = matlab_resize(
-            torch.from_numpy(image).permute(2, 0, 1)[None], (height // self.scale, width // self.scale)
-        )[0].permute(1, 2, 0)
-        result: FloatImage = (round_to_8bit(reduced) if self.round_lq else reduced).numpy()
-        return result

@@ -23,8 +23,8 @@ FloatImage = npt.NDArray[np.float32]
 class HRImages:
     """The images under a data set's `dataroot_gt`, in a fixed order: root by root, and by name in each.
 
-    Nothing is opened before the first image is read, and what is open is not pickled: an instance can be handed to
-    worker processes.
+    What is open is not pickled: an instance can be handed to worker processes. UserError if a root or a list is
+    missing, has no images, or does not go with the others.
 
     Args:
         opt: a data set's options, of which these are used:
@@ -38,9 +38,6 @@ class HRImages:
 
     Attributes:
         paths: of each image, the file, or its key in an LMDB.
-
-    Raises:
-        UserError: a root or a list is missing, has no images, or does not go with the others.
     """
 
     def __init__(self, opt: Mapping[str, Any]) -> None:
@@ -72,11 +69,7 @@ class HRImages:
         return vars(self) | {"_client": None}
 
     def read_uint8(self, index: int) -> Image:
-        """The image `index`: (H, W, 3), BGR in 0 .. 255, grey as three equal channels.
-
-        Raises:
-            UserError: it is missing or cannot be decoded.
-        """
+        """The image `index`: (H, W, 3), BGR in 0 .. 255; UserError if it is missing or cannot be decoded."""
         from basicsr.utils import FileClient, imfrombytes
 
         if self._client is None:
@@ -94,7 +87,13 @@ class HRImages:
 
     def _paths_of(self, root: str, list_file: str | None) -> list[str]:
         if self._backend["type"] == "lmdb":
-            paths = _images_of_lmdb(root)
+            from basicsr.data.data_util import paths_from_lmdb
+
+            if not root.endswith(".lmdb") or not Path(root, "meta_info.txt").is_file():
+                raise UserError(
+                    f"{root} is not an LMDB that BasicSR can read: a folder NAME.lmdb with a meta_info.txt in it."
+                )
+            paths = paths_from_lmdb(root)
         elif list_file is not None:
             paths = [os.path.join(root, name) for name in read_names(list_file)]
         else:
@@ -114,10 +113,7 @@ def as_list(value: Any) -> list[Any]:
 def random_start(image: Image, size: int, step: int, path: str) -> tuple[int, int]:
     """Top and left of a random patch of `size` x `size` pixels of `image` (H, W, 3), both multiples of `step`.
 
-    Drawn with Python's `random`, which BasicSR seeds, the top first.
-
-    Raises:
-        UserError: the image is smaller; the message names it by `path`.
+    Drawn with Python's `random`, which BasicSR seeds, the top first. UserError, with `path`, if the image is smaller.
     """
     height, width = image.shape[:2]
     if min(height, width) < size:
@@ -126,15 +122,6 @@ def random_start(image: Image, size: int, step: int, path: str) -> tuple[int, in
             f"are cut from it. Remove it from the data set, or cut smaller patches."
         )
     return random.randint(0, (height - size) // step) * step, random.randint(0, (width - size) // step) * step
-
-
-def _images_of_lmdb(root: str) -> list[str]:
-    from basicsr.data.data_util import paths_from_lmdb
-
-    if not root.endswith(".lmdb") or not Path(root, "meta_info.txt").is_file():
-        raise UserError(f"{root} is not an LMDB that BasicSR can read: a folder NAME.lmdb with a meta_info.txt in it.")
-    keys: list[str] = paths_from_lmdb(root)
-    return keys
 
 
 def _images_below(root: str) -> list[str]:

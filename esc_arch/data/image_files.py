@@ -33,16 +33,11 @@ PNG_COMPRESSION = 1
 
 @dataclass(frozen=True)
 class Source:
-    """One image to prepare, not read yet.
-
-    Attributes:
-        name: file name, or a name that can stand for one; messages use it.
-        read: returns the image (H, W, 3); can be pickled, raises UserError.
-        identity: what changes when the image may have changed; values that JSON can hold.
-    """
+    """One image to prepare, not read yet; `read`, which can be pickled, returns it (H, W, 3), or raises UserError."""
 
     name: str
     read: Callable[[], Image]
+    #: What changes when the image may have changed; values that JSON can hold.
     identity: tuple[str | int, ...]
 
     @property
@@ -71,9 +66,9 @@ def folder_sources(folder: Path) -> list[Source]:
 
 
 def keys_of(sources: Iterable[Source]) -> dict[str, str]:
-    """The LMDB key of every source, by its name: the stem, with '_' for what BasicSR cannot read back.
+    """The LMDB key of every source, by its name: the stem, with '_' for what BasicSR cannot read back in a key.
 
-    BasicSR cuts a key at its first dot, encodes it as ASCII and lists keys in lines. UserError if two would be equal.
+    UserError if two would be equal.
     """
     keys = {source.name: re.sub(r"[^ -~]|\.", "_", source.stem) for source in sources}
     _refuse_equal((key, name) for name, key in keys.items())
@@ -120,9 +115,9 @@ def downscale(image: Image, scale: int) -> Image:
 
 
 def sub_image_starts(length: int, size: int, step: int) -> list[int]:
-    """Where sub-images of `size` pixels start along `length` pixels: every `step`, and a last one ends with the image.
+    """Where sub-images of `size` pixels start along `length`: every `step`, and a last one ends with the image.
 
-    As in BasicSR's extract_subimages. A `length` below `size` makes one sub-image, of the whole length.
+    A `length` below `size` makes one sub-image, of the whole length.
     """
     last = max(length - size, 0)
     return [*range(0, last, step), last]

@@ -50,9 +50,9 @@ def _walk_in_child(folder: Path, _size: int, _time: int) -> str | None:
 
 
 def listed_sizes(path: str | Path) -> dict[str, tuple[int, int] | None]:
-    """The keys that an LMDB's meta_info.txt lists, by BasicSR's rule, with height and width where they are told.
+    """The keys that an LMDB's meta_info.txt lists, with height and width where they are told; or an OSError.
 
-    Its lines are like `0001.png (480,480,3) 1`. An OSError, if it cannot be read.
+    Its lines are like `0001.png (480,480,3) 1`.
     """
     sizes: dict[str, tuple[int, int] | None] = {}
     with open(Path(path, "meta_info.txt"), encoding="utf-8", errors="surrogateescape") as lines:
@@ -80,10 +80,7 @@ class Contents(NamedTuple):
 
 
 def contents_of(path: str | Path, listed: Mapping[str, tuple[int, int] | None], most: int) -> Contents:
-    """Compare an LMDB in which `lmdb_problem` finds nothing with its list, as of `listed_sizes`.
-
-    Up to `most` images, from all over the list, are decoded. An lmdb.Error, if it cannot be opened.
-    """
+    """Compare an LMDB, sound by `lmdb_problem`, with its list; up to `most` images are decoded. Or an lmdb.Error."""
     import lmdb
 
     from .decoding import image_problem
@@ -100,11 +97,7 @@ def contents_of(path: str | Path, listed: Mapping[str, tuple[int, int] | None], 
 
 
 def _walk(folder: str) -> None:
-    """Find every key as LMDB does, and touch the last byte of all values; crashes or raises where LMDB would.
-
-    Raises:
-        lmdb.Error: the file is damaged.
-    """
+    """Find every key as LMDB does, and touch the last byte of all values; crashes or raises lmdb.Error for damage."""
     import lmdb
     import numpy as np
 

@@ -33,13 +33,11 @@ class LmdbWriter:
 
     Until :meth:`finish`, nothing or the former LMDB is at `path`, and the new one beside it in ``.NAME.partial``.
     There, a writer with the same `settings` continues with what was written, and one with others starts over. One
-    process at a time may write an LMDB; see `esc_arch.atomic_io.locked`.
+    process at a time may write an LMDB; see `esc_arch.atomic_io.locked`. All methods raise UserError when the disk is
+    full or cannot be written.
 
     Attributes:
         sizes: (H, W) of every image written so far, by its key.
-
-    Raises:
-        UserError: from every method, when the disk is full or cannot be written.
     """
 
     def __init__(self, path: Path, settings: Settings) -> None:
@@ -115,7 +113,6 @@ def why_not_reusable(path: Path, settings: Settings) -> str | None:
     ]
     if changed:
         return "it was made with other settings: " + "; ".join(changed)
-    # It was complete when it was moved there, so only a later accident can make it incomplete.
     missing = [name for name in ("data.mdb", META_FILE) if not (path / name).is_file()]
     return f"it has no {' and no '.join(missing)}" if missing else None
 

@@ -17,11 +17,7 @@ _NAME = re.compile(rf".+?(?:{_SUFFIXES})(?=\s|$)", re.IGNORECASE)
 
 
 def read_names(file: str) -> list[str]:
-    """The names in a list, in its order; empty lines are left out.
-
-    Raises:
-        UserError: the file cannot be read.
-    """
+    """The names in a list, in its order, without empty lines; UserError if the file cannot be read."""
     try:
         with open(file, encoding="utf-8", errors="surrogateescape") as lines:
             return [_name(line.strip()) for line in lines if line.strip()]

@@ -1,8 +1,4 @@
-"""A small data set of real photographs, for trying things out without downloading anything.
-
-The photographs come with scikit-image. Which of them train and which validate is fixed, so results of the demo
-can be compared.
-"""
+"""A small data set of real photographs, which come with scikit-image, for trying things out without any download."""
 
 from __future__ import annotations
 
@@ -66,8 +62,7 @@ def photograph_sources(names: tuple[str, ...]) -> list[Source]:
 def read_photograph(name: str) -> Image:
     """The photograph of the function ``skimage.data.NAME`` as (H, W, 3) uint8 BGR; grey as three equal channels.
 
-    Raises:
-        UserError: the installed scikit-image does not have it.
+    UserError if the installed scikit-image does not have it.
     """
     try:
         photograph = getattr(skimage.data, name)()

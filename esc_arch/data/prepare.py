@@ -1,17 +1,14 @@
-"""Making what BasicSR trains on: LMDBs of sub-images.
-
-Dictionaries by scale have the HR images (ground truth, GT) under 1 and the LR images (low quality, LQ) of
-scale s under s.
-"""
+"""Making what BasicSR trains on: LMDBs of sub-images, by scale; 1 stands for HR."""
 
 from __future__ import annotations
 
 import math
 import os
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack, closing
-from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
+from typing import NamedTuple
 
 from esc_arch.atomic_io import locked
 
@@ -66,15 +63,13 @@ def prepare_train(
     Args:
         sources: the HR images.
         out, name: where the LMDBs are written, see :func:`train_lmdbs`.
-        scales: of the LR images.
         crop_size: side of an HR sub-image in pixels; a multiple of all scales. Smaller images are one sub-image.
         overlap: of neighbouring sub-images in pixels; `crop_size` less this is a multiple of all scales too.
         lr_folders: for some scales a folder of LR images to use, instead of reducing the HR images.
         jobs: number of processes.
         overwrite: replace LMDBs that were made with other settings, each when its new one is complete.
 
-    Raises:
-        UserError: a setting, an image or `out` cannot be used, or an LMDB exists and `overwrite` is not given.
+    UserError if a setting, an image or `out` cannot be used, or an LMDB exists and `overwrite` is not given.
     """
     import basicsr
 
@@ -99,7 +94,7 @@ def prepare_train(
         raise UserError(f"LR folders are given for the scales {sorted(given)}, but the scales are {list(scales)}.")
 
     lmdbs = train_lmdbs(out, name, scales)
-    settings = {
+    settings: dict[int, Settings] = {
         scale: {
             "format": FORMAT,
             "basicsr": basicsr.__version__,
@@ -113,14 +108,16 @@ def prepare_train(
         }
         for scale in lmdbs
     }
-    with locked(out):
+    with locked(out), ExitStack() as stack:
         wanted = _lmdbs_to_make(lmdbs, settings, overwrite)
-        tasks = []
-        for source in sources:
-            lr_sources = {scale: found[source.name] for scale, found in given.items()}
-            tasks.append(_Task(source, keys[source.name], scales, wanted, crop_size, overlap, lr_sources))
-        if wanted:
-            _write_lmdbs({scale: lmdbs[scale] for scale in wanted}, settings, tasks, jobs)
+        writers = {scale: stack.enter_context(LmdbWriter(lmdbs[scale], settings[scale])) for scale in wanted}
+        if writers:
+            images = [
+                _TrainImage(source, keys[source.name], {scale: found[source.name] for scale, found in given.items()})
+                for source in sources
+            ]
+            cut = partial(_sub_images, scales=scales, wanted=wanted, crop_size=crop_size, overlap=overlap)
+            _write_lmdbs(writers, cut, images, jobs)
     return lmdbs
 
 
@@ -139,55 +136,46 @@ def match_lr(sources: Iterable[Source], folder: Path, scale: int) -> dict[str, S
     return matches
 
 
-@dataclass(frozen=True)
-class _Task:
-    """What to make of one HR image: the sub-images for the scales `wanted`; lengths are in HR pixels."""
+class _TrainImage(NamedTuple):
+    """An HR image, the beginning of its sub-images' keys, and the LR images that are given, by scale."""
 
-    source: Source
+    hr: Source
     key: str
-    scales: tuple[int, ...]
-    wanted: tuple[int, ...]
-    crop_size: int
-    overlap: int
-    lr_sources: Mapping[int, Source]
+    given: Mapping[int, Source]
 
 
-def _sub_images(task: _Task) -> dict[int, dict[str, bytes]]:
-    """All sub-images of one HR image, as PNG by key and scale."""
-    hr = read_hr(task.source, task.scales)
+def _sub_images(
+    image: _TrainImage, *, scales: Sequence[int], wanted: Sequence[int], crop_size: int, overlap: int
+) -> dict[int, dict[str, bytes]]:
+    """All sub-images of an image, row by row, as PNG by key and scale; lengths are in HR pixels."""
+    hr = read_hr(image.hr, scales)
     made = {}
-    for scale in task.wanted:
-        pieces = _cut(_image(task, hr, scale), task.crop_size // scale, task.overlap // scale)
-        made[scale] = {f"{task.key}_s{index:03d}": encode_png(piece) for index, piece in enumerate(pieces, start=1)}
+    for scale in wanted:
+        if scale in image.given:
+            whole = _given_lr(image, hr, scale, spare=math.lcm(*scales) // scale)
+        else:
+            whole = hr if scale == 1 else downscale(hr, scale)
+        size, step = crop_size // scale, (crop_size - overlap) // scale
+        tops, lefts = (sub_image_starts(length, size, step) for length in whole.shape[:2])
+        pieces = (whole[top : top + size, left : left + size] for top in tops for left in lefts)
+        made[scale] = {f"{image.key}_s{index:03d}": encode_png(piece) for index, piece in enumerate(pieces, start=1)}
     return made
 
 
-def _cut(image: Image, size: int, overlap: int) -> Iterator[Image]:
-    """Sub-images of `image`, row by row."""
-    for top in sub_image_starts(image.shape[0], size, size - overlap):
-        for left in sub_image_starts(image.shape[1], size, size - overlap):
-            yield image[top : top + size, left : left + size]
-
-
-def _image(task: _Task, hr: Image, scale: int) -> Image:
-    """The whole image at a scale."""
-    if scale == 1:
-        return hr
-    if scale not in task.lr_sources:
-        return downscale(hr, scale)
-    lr = task.lr_sources[scale].read()
+def _given_lr(image: _TrainImage, hr: Image, scale: int, spare: int) -> Image:
+    """The LR image that is given, without up to `spare` rows and columns that the cropped HR image does not have."""
+    lr = image.given[scale].read()
     height, width = hr.shape[0] // scale, hr.shape[1] // scale
-    spare = math.lcm(*task.scales) // scale
     if not (0 <= lr.shape[0] - height <= spare and 0 <= lr.shape[1] - width <= spare):
         raise UserError(
-            f"The LR image {task.lr_sources[scale].name} has {lr.shape[0]} x {lr.shape[1]} pixels (height x width) "
-            f"and does not fit {task.source.name} at scale {scale}: {height} x {width} pixels are needed, and "
+            f"The LR image {image.given[scale].name} has {lr.shape[0]} x {lr.shape[1]} pixels (height x width) "
+            f"and does not fit {image.hr.name} at scale {scale}: {height} x {width} pixels are needed, and "
             f"no more than {spare} can be cut off. Replace or remove both."
         )
     return lr[:height, :width]
 
 
-def _lmdbs_to_make(lmdbs: Mapping[int, Path], settings: Mapping[int, Settings], overwrite: bool) -> tuple[int, ...]:
+def _lmdbs_to_make(lmdbs: Mapping[int, Path], settings: Mapping[int, Settings], overwrite: bool) -> list[int]:
     """The scales whose LMDB does not exist yet."""
     wanted, in_the_way = [], []
     for scale, path in lmdbs.items():
@@ -200,28 +188,31 @@ def _lmdbs_to_make(lmdbs: Mapping[int, Path], settings: Mapping[int, Settings], 
             print(f"{path} is complete already.")
     if in_the_way and not overwrite:
         raise UserError("\n".join([*in_the_way, "Give --overwrite to replace it, or another folder or name."]))
-    return tuple(wanted)
+    return wanted
 
 
 def _write_lmdbs(
-    lmdbs: Mapping[int, Path], settings: Mapping[int, Settings], tasks: Sequence[_Task], jobs: int
+    writers: Mapping[int, LmdbWriter],
+    cut: Callable[[_TrainImage], dict[int, dict[str, bytes]]],
+    images: Sequence[_TrainImage],
+    jobs: int,
 ) -> None:
-    with ExitStack() as stack:
-        writers = {s: stack.enter_context(LmdbWriter(path, settings[s])) for s, path in lmdbs.items()}
-        # All sub-images of an image are written together
-        finished = set.intersection(*({key.rpartition("_s")[0] for key in writer.sizes} for writer in writers.values()))
-        remaining = [task for task in tasks if task.key not in finished]
-        progress = stack.enter_context(progress_bar(len(tasks), len(tasks) - len(remaining)))
-        results = stack.enter_context(closing(map_in_order(_sub_images, remaining, jobs)))
-        pending: dict[int, dict[str, bytes]] = {scale: {} for scale in writers}
-        for number, images in enumerate(results, start=1):
+    # All sub-images of an image are written together
+    finished = set.intersection(*({key.rpartition("_s")[0] for key in writer.sizes} for writer in writers.values()))
+    remaining = [image for image in images if image.key not in finished]
+    pending: dict[int, dict[str, bytes]] = {scale: {} for scale in writers}
+    with (
+        progress_bar(len(images), len(images) - len(remaining)) as progress,
+        closing(map_in_order(cut, remaining, jobs)) as results,
+    ):
+        for number, made in enumerate(results, start=1):
             for scale in writers:
-                pending[scale] |= images[scale]
+                pending[scale] |= made[scale]
             size = sum(len(png) for of_scale in pending.values() for png in of_scale.values())
             if size >= WRITE_BYTES or number == len(remaining):
                 for scale, writer in writers.items():
                     writer.write(pending[scale])
                     pending[scale].clear()
             progress.update()
-        for writer in writers.values():
-            writer.finish()
+    for writer in writers.values():
+        writer.finish()

@@ -38,8 +38,7 @@ def map_in_order(function: Callable[[Task], Result], tasks: Sequence[Task], jobs
     With one job, or too few tasks to be worth more, everything happens in this process; otherwise at most ``jobs + 2``
     results wait in memory. Close the iterator (``contextlib.closing``) to end the processes when it is left early.
 
-    Raises:
-        UserError: a process was killed; also what `function` raises.
+    UserError if a process was killed; also what `function` raises.
     """
     jobs = min(jobs, len(tasks) // TASKS_PER_PROCESS)
     if jobs <= 1:

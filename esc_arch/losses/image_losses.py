@@ -1,33 +1,39 @@
-"""Losses of whole images beyond BasicSR's: frequencies and structural similarity."""
+"""Losses of whole images beyond BasicSR's: frequencies, structural similarity, learned features."""
 
 from __future__ import annotations
 
+import importlib.util
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from esc_arch.compat.archs import tensors_only
 from esc_arch.errors import UserError
 
-__all__ = ["FFTLoss", "ImageLoss", "SSIMLoss"]
+__all__ = ["FFTLoss", "ImageLoss", "LPIPSLoss", "SSIMLoss"]
 
 _WINDOW, _SIGMA = 11, 1.5  # of SSIM
 _C1, _C2 = 0.01**2, 0.03**2  # (K1 L)^2 and (K2 L)^2 for the data range L = 1
+
+#: net -> the file of torchvision's weights, and the smallest images that reach its last features
+_BACKBONES = {
+    "alex": ("alexnet-owt-7be5be79.pth", 31),
+    "vgg": ("vgg16-397923af.pth", 16),
+    "squeeze": ("squeezenet1_1-b8a52dc0.pth", 17),
+}
+_MISSING = 'LPIPSLoss needs the package lpips: pip install "esc-arch[lpips]", or leave this loss out'
 
 
 class ImageLoss(nn.Module, ABC):
     """A loss of whole images, always computed in float32: differences of squares do not survive less.
 
-    Shapes: (B, C, H, W) twice, of values in 0 .. 1, to a scalar.
-
-    Args:
-        loss_weight: factor of the result.
-
-    Raises:
-        UserError: when called with images that have a side below `smallest_side`.
+    Shapes: (B, C, H, W) twice, of values in 0 .. 1, to a scalar, times `loss_weight`. UserError when called with
+    images that have a side below `smallest_side`.
     """
 
     #: Over the images of a batch; `accumulate_grad` needs to know.
@@ -68,13 +74,9 @@ class FFTLoss(ImageLoss):
     The transform has H * (W // 2 + 1) frequencies; the rest are their conjugates.
 
     Args:
-        loss_weight: see `ImageLoss`.
-        reduction: mean or sum, over images, channels, frequencies and the two parts.
+        reduction: mean or sum, over images, channels, frequencies and the two parts; otherwise a ValueError.
         norm: the transform's scaling, as of `torch.fft.rfft2`: backward (none), ortho (1 / sqrt(H W)) or
-            forward (1 / (H W)).
-
-    Raises:
-        ValueError: an invalid reduction or norm.
+            forward (1 / (H W)); otherwise a ValueError.
     """
 
     def __init__(self, loss_weight: float = 1.0, reduction: str = "mean", norm: str = "backward") -> None:
@@ -97,9 +99,6 @@ class SSIMLoss(ImageLoss):
 
     Gaussian window of 11 x 11 pixels and sigma 1.5, for values in 0 .. 1; only windows within the image count.
     Channels are compared one by one: of RGB images this is not the SSIM of the Y channel that papers report.
-
-    Args:
-        loss_weight: see `ImageLoss`.
     """
 
     smallest_side = _WINDOW
@@ -126,3 +125,53 @@ class SSIMLoss(ImageLoss):
         # would round to TF32 where that is allowed, and leave nothing of the differences of squares.
         x = F.conv2d(x.contiguous(), kernel, groups=channels)
         return F.conv2d(x, kernel.transpose(-2, -1).contiguous(), groups=channels)
+
+
+class LPIPSLoss(ImageLoss):
+    """Learned perceptual distance (Zhang et al., 2018, arXiv 1801.03924), the mean over images.
+
+    Needs the package lpips (``pip install "esc-arch[lpips]"``), and its backbone's weights, which torchvision
+    downloads once.
+
+    `net` is the backbone: alex, vgg or squeeze; its authors recommend alex to measure and vgg to train.
+
+    Raises:
+        ValueError: an invalid net.
+        UserError: lpips is not installed, or the backbone's weights cannot be downloaded.
+    """
+
+    def __init__(self, loss_weight: float = 1.0, net: str = "vgg") -> None:
+        super().__init__(loss_weight)
+        if net not in _BACKBONES:
+            raise ValueError(_unknown(net))
+        file, self.smallest_side = _BACKBONES[net]
+        folder = Path(torch.hub.get_dir(), "checkpoints")
+        try:
+            import lpips
+        except ImportError as error:
+            raise UserError(f"{_MISSING} ({error})") from error
+        try:
+            with tensors_only(f"LPIPSLoss's backbone ({folder / file})"):
+                self.net = lpips.LPIPS(net=net, verbose=False)
+        except OSError as error:  # URLError and time-outs are OSErrors
+            raise UserError(
+                f"The weights of LPIPSLoss's backbone could not be downloaded ({error}). Get the file {file} from "
+                f"https://download.pytorch.org/models/{file} on another machine and put it in {folder}."
+            ) from error
+        self.net.requires_grad_(False)  # lpips leaves its own layers trainable
+
+    @classmethod
+    def option_problems(cls, *, net: str = "vgg", **_: object) -> Iterator[str]:
+        # Building one would download the backbone
+        if net not in _BACKBONES:
+            yield _unknown(net)
+        if importlib.util.find_spec("lpips") is None:
+            yield _MISSING
+
+    def compute(self, pred: Tensor, target: Tensor) -> Tensor:
+        distance: Tensor = self.net(2 * pred - 1, 2 * target - 1)  # it takes values in -1 .. 1
+        return distance.mean()
+
+
+def _unknown(net: object) -> str:
+    return f"net is {net!r}; LPIPSLoss takes {', '.join(_BACKBONES)}."

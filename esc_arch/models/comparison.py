@@ -17,10 +17,9 @@ from esc_arch.ops.resize import matlab_resize
 
 __all__ = ["comparison_summary", "side_by_side", "validation_picture", "write_comparison"]
 
-#: Panels of comparisons are at most this high and wide (pixels); of larger images the middle is shown.
-PANEL = 512
-#: Magnification of the detail below an image.
-ZOOM = 4
+#: Panels of comparisons are at most this high and wide (pixels); of larger images the middle is shown. Below it is a
+#: detail, magnified.
+PANEL, ZOOM = 512, 4
 #: Sides (pixels of the output) and magnification of what TensorBoard shows.
 TB_CROP, TB_ZOOM = 128, 2
 CAPTION, GAP = 26, 4
@@ -34,8 +33,6 @@ def write_comparison(file: Path, network: str, visuals: Mapping[str, Tensor]) ->
     PSNR is on Y, with a border of as many pixels cropped as the scale is, as in the paper.
 
     Args:
-        file: replaced if it exists.
-        network: the name in the result's caption.
         visuals: `lq` (1, 3, H, W), `result` and `gt` (1, 3, H * s, W * s), RGB in 0 .. 1.
     """
     result, gt = tensor2img([visuals["result"]]), tensor2img([visuals["gt"]])
@@ -79,22 +76,19 @@ def side_by_side(panels: Mapping[str, Image]) -> Image:
     height, width = images[0].shape[:2]
     detail = _worst_crop(images[0], images[-1], max(1, height // ZOOM), max(1, width // ZOOM))
     gap = np.full((GAP, width, 3), 255, np.uint8)
-    columns = []
-    for caption, image in zip(panels, images, strict=True):
-        enlarged = cv2.resize(image[detail], (width, height), interpolation=cv2.INTER_NEAREST)
-        columns.append(np.concatenate([_captioned(caption, image), gap, enlarged]))
-    return _in_a_row(columns)
+    enlarged = [cv2.resize(image[detail], (width, height), interpolation=cv2.INTER_NEAREST) for image in images]
+    captioned = [_captioned(caption, image) for caption, image in zip(panels, images, strict=True)]
+    return _in_a_row([np.concatenate([above, gap, below]) for above, below in zip(captioned, enlarged, strict=True)])
 
 
 def validation_picture(visuals: Mapping[str, Tensor], name: str) -> Image:
     """LR, SR and GT in a row, where SR differs most from GT; of an image without GT, where it differs most from LR.
 
-    LR is enlarged by nearest neighbour, so that its pixels are seen.
+    LR is enlarged by nearest neighbour, so that its pixels are seen. `name` is the image's, for the caption.
 
     Args:
         visuals: `lq` (1, C, h, w), `result` and, if there is one, `gt` (1, C, H, W), with C 1 (grey) or 3 (RGB), in
             0 .. 1.
-        name: of the image, for the caption.
 
     Returns:
         (H, W, 3) uint8, RGB.

@@ -28,10 +28,7 @@ class ESCLTEModel(ESCModel):
 
     Validation and testing: every data set at its own `scale` (without one, `upscaling_factor`). The image is padded as
     by `ESCModel`; only the pixels of the enlarged image are queried, so that they lie where they do without padding.
-
-    Options beyond ESCModel's:
-
-     - ``val: metrics: ...: crop_border: scale`` crops what the data set's scale is, rounded up.
+    ``val: metrics: ...: crop_border: scale`` crops what the data set's scale is, rounded up.
     """
 
     def __init__(self, opt: dict[str, Any]) -> None:

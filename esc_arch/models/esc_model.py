@@ -8,9 +8,8 @@ import functools
 import io
 import logging
 import math
-from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -64,7 +63,7 @@ class _Validated:
 
     index: int
     name: str
-    metrics: dict[str, float] = field(default_factory=dict)
+    metrics: dict[str, float]
     psnr: tuple[float, float] | None = None  # of bicubic and the result, for the comparison
     picture: Any = None  # for TensorBoard
 
@@ -73,13 +72,11 @@ class ESCModel(SRModel):
     """BasicSR's SRModel with the evaluation protocol of the paper. `ESRModel` is its name in published option files.
 
     The low-resolution image is padded at the bottom and the right by reflection to a multiple of the window, the
-    network runs on all of it, and the output is cropped. SRModel runs the network on the image as it is, which
-    gives another PSNR: the convolutions and the global pools see the padding.
+    network runs on all of it, and the output is cropped. With several processes each validates its share of the
+    images; means are those of one process to the last bit.
 
     Options beyond SRModel's are listed in the README ("Options of training"). Named `ESRModel`, it takes published
     option files: ``train: use_amp`` is ``amp: fp16``, and ``gradient_clip`` is halved after 50,000 iterations.
-
-    With several processes each validates its share of the images; means are those of one process to the last bit.
     """
 
     lq: Tensor
@@ -93,14 +90,9 @@ class ESCModel(SRModel):
         self.speed.set_globals()
         self._clip_halves = is_published_model(opt)
         if self._clip_halves and opt["is_train"] and self.speed.gradient_clip is not None:
-            logger.info(
-                "train: gradient_clip is halved after %d iterations, as published for %s. ESCModel does not halve it.",
-                CLIP_HALVES_AFTER,
-                PUBLISHED_MODEL,
-            )
-        self.skipped = 0
-        self._skipped_in_a_row = 0
-        self._iteration = 0
+            message = "train: gradient_clip is halved after %d iterations, as published for %s, but not by ESCModel."
+            logger.info(message, CLIP_HALVES_AFTER, PUBLISHED_MODEL)
+        self.skipped = self._skipped_in_a_row = self._iteration = 0
         self._first_nonfinite: Tensor | None = None
         self.losses: dict[str, nn.Module] = {}
         self._pixel_loss = "l_pix"
@@ -159,7 +151,7 @@ class ESCModel(SRModel):
         """One step: the batch in `accumulate_grad` parts, then the optimiser, then the average."""
         self.optimizer_g.zero_grad()
         parts = self.speed.accumulate_grad
-        sums: OrderedDict[str, Tensor] = OrderedDict()
+        sums: dict[str, Tensor] = {}
         for part in range(parts):
             share = slice(part * len(self.lq) // parts, (part + 1) * len(self.lq) // parts)
             # Processes exchange gradients once, with the last part
@@ -180,9 +172,9 @@ class ESCModel(SRModel):
         output: Tensor = net(self.lq[share])
         return output
 
-    def losses_of(self, output: Tensor, gt: Tensor, parts: int = 1) -> OrderedDict[str, Tensor]:
+    def losses_of(self, output: Tensor, gt: Tensor, parts: int = 1) -> dict[str, Tensor]:
         """All losses by their names in the log; means over images are divided by the number of `parts`."""
-        losses: OrderedDict[str, Tensor] = OrderedDict()
+        losses: dict[str, Tensor] = {}
         if self.cri_pix:
             losses[self._pixel_loss] = _part_of_mean(self.cri_pix, self.cri_pix(output, gt), parts)
         if self.cri_perceptual:
@@ -194,11 +186,7 @@ class ESCModel(SRModel):
         return losses
 
     def _step(self) -> bool:
-        """The optimiser's step; True if it was done, and not skipped.
-
-        Raises:
-            UserError: too many steps in a row were skipped.
-        """
+        """The optimiser's step; False if it was skipped, and UserError after too many in a row."""
         clip, skip = self.speed.gradient_clip, self.speed.nonfinite == "skip"
         if clip is not None and self._clip_halves and self._iteration > CLIP_HALVES_AFTER:
             clip /= 2
@@ -236,8 +224,7 @@ class ESCModel(SRModel):
     def get_current_log(self) -> dict[str, float]:
         """The losses of the last iteration, averaged over the processes; the number of skipped steps, if there are.
 
-        Raises:
-            UserError: one since the last call was infinite or NaN (fault 41); it names the last state.
+        UserError if one since the last call was infinite or NaN (fault 41); it names the last state.
         """
         values = torch.stack(list(self.log_dict.values()))
         first = None if self._first_nonfinite is None else self._first_nonfinite.clone()
@@ -264,11 +251,7 @@ class ESCModel(SRModel):
     # --- saving -----------------------------------------------------------------------------------------------------
 
     def save_network(self, net: Any, net_label: str, current_iter: int, param_key: Any = "params") -> None:
-        """As BasicSR's; a network that has diverged does not replace a good one.
-
-        Raises:
-            UserError: a weight is infinite or NaN.
-        """
+        """As BasicSR's; UserError if a weight is infinite or NaN: it does not replace a good network."""
         for each in net if isinstance(net, list) else [net]:
             if not torch.stack([weight.isfinite().all() for weight in each.parameters()]).all():
                 raise self._stopped(
@@ -278,7 +261,7 @@ class ESCModel(SRModel):
         super().save_network(net, net_label, current_iter, param_key)
 
     def extra_state(self) -> dict[str, Any]:
-        """What a training state holds of this model beyond BasicSR's; `load_extra_state` takes it back."""
+        """What a training state holds beyond BasicSR's; `load_extra_state` takes it back."""
         return {"scaler": self.scaler.state_dict(), "skipped": self.skipped}
 
     def load_extra_state(self, state: Mapping[str, Any]) -> None:
@@ -338,12 +321,12 @@ class ESCModel(SRModel):
         name = dataset.opt["name"]
         if self.opt["val"].get("metrics") is not None:
             self._initialize_best_metric_results(name)
-        places = range(rank, len(dataset), self.opt["world_size"])
+        indices = range(rank, len(dataset), self.opt["world_size"])
         # With a generator, iterating leaves the random numbers of the process alone
-        share = DataLoader(Subset(dataset, places), pin_memory=dataloader.pin_memory, generator=torch.Generator())
+        share = DataLoader(Subset(dataset, indices), pin_memory=dataloader.pin_memory, generator=torch.Generator())
         done: list[_Validated] = []
         with_bar = self.opt["val"].get("pbar") and rank == 0
-        for index, data in tqdm(zip(places, share, strict=True), unit="image", desc=name, disable=not with_bar):
+        for index, data in tqdm(zip(indices, share, strict=True), unit="image", desc=name, disable=not with_bar):
             if run is not None and run.stop:
                 break
             done.append(self._validate_image(index, data, current_iter, save_img, name))
@@ -366,9 +349,7 @@ class ESCModel(SRModel):
         self.feed_data(data)
         self.test()
         visuals = self.get_current_visuals()
-        images = {"img": tensor2img([visuals["result"]])}
-        if "gt" in visuals:
-            images["img2"] = tensor2img([visuals["gt"]])
+        images = {key: tensor2img([visuals[of]]) for key, of in (("img", "result"), ("img2", "gt")) if of in visuals}
         del self.lq, self.output
         folder = Path(self.opt["path"]["visualization"])
         if save_img:  # where BasicSR saves it
@@ -378,10 +359,11 @@ class ESCModel(SRModel):
         finite = bool(visuals["result"].isfinite().all())
         if not finite:
             logger.warning("The result for %s of %s has infinite or NaN pixels: it has no PSNR.", name, dataset)
-        validated = _Validated(index, name)
-        for key, metric in (val.get("metrics") or {}).items():
-            value = calculate_metric(images, self.metric_options(metric)) if finite else math.nan
-            validated.metrics[key] = float(value)
+        metrics = {
+            key: float(calculate_metric(images, self.metric_options(metric))) if finite else math.nan
+            for key, metric in (val.get("metrics") or {}).items()
+        }
+        validated = _Validated(index, name, metrics)
         if val.get("comparison") and "gt" in visuals:
             file = folder / "comparison" / dataset / f"{name}.png"
             validated.psnr = write_comparison(file, self.opt["network_g"]["type"], visuals)
@@ -427,9 +409,8 @@ class ESCModel(SRModel):
             return
         best = any(record["iter"] == iteration for record in self.best_metric_results[dataset].values())
         if best and not Path(self.opt["path"]["models"], f"net_g_{iteration}.pth").is_file():
-            nets = {"params": self.net_g}
-            if hasattr(self, "net_g_ema"):
-                nets["params_ema"] = self.net_g_ema
+            nets = {"params": self.net_g, "params_ema": getattr(self, "net_g_ema", None)}
+            nets = {key: net for key, net in nets.items() if net is not None}
             self.save_network(list(nets.values()), "net_g", iteration, list(nets))
 
 
@@ -442,18 +423,13 @@ def self_ensemble(enlarge: Callable[[Tensor], Tensor], image: Tensor, *, transpo
     """The mean of eight results: of the image, of its mirror images, and of the transposed ones of these.
 
     Each result is turned back before, and none is clipped or rounded (Timofte et al., CVPR 2016; "+" in tables).
-
-    Args:
-        enlarge: (B, C, H, W) -> (B, C, H', W'), for any H and W.
-        image: (B, C, H, W).
-        transpose: False averages four, for networks that enlarge height and width differently.
+    `enlarge` takes (B, C, H, W), for any H and W; without `transpose` the mean is of four, for networks that enlarge
+    height and width differently.
     """
-    turns = (False, True) if transpose else (False,)
-    total: Any = 0.0
+    total = torch.zeros((), device=image.device)
     for flips in ((), (-1,), (-2,), (-2, -1)):
         version = image.flip(flips)
-        for turned in turns:
-            result = enlarge(version.transpose(-2, -1).contiguous() if turned else version)
-            total = total + (result.transpose(-2, -1) if turned else result).flip(flips)
-    mean: Tensor = total / (4 * len(turns))
-    return mean
+        total = total + enlarge(version).flip(flips)
+        if transpose:
+            total = total + enlarge(version.mT.contiguous()).mT.flip(flips)
+    return total / (8 if transpose else 4)

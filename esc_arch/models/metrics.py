@@ -52,14 +52,13 @@ def too_small(metric: Mapping[str, Any], height: int, width: int) -> str | None:
 def measure(calculate: Callable[[Any, Any], Any], images: Mapping[str, Any], metric: Mapping[str, Any]) -> Any:
     """A metric of an image: `calculate(images, metric)`; NaN and a warning where the metric is not defined for it.
 
+    UserError if it needs ground truth, and there is none, or of another size.
+
     Args:
         calculate: BasicSR's `calculate_metric`.
         images: `img`, the result, and `img2`, the ground truth, if there is one: (H, W, C) or (H, W), uint8. Other
             types are passed on as they are.
         metric: its entry of `val: metrics:`.
-
-    Raises:
-        UserError: it needs ground truth, and there is none, or of another size.
     """
     kind, name, image, truth = metric.get("type"), image_measured.get(), images.get("img"), images.get("img2")
     if truth is None and needs_ground_truth(metric):

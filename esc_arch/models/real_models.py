@@ -6,7 +6,6 @@ files, which ESC's are made after, name the two types `RealHATMSEModel` and `Rea
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -43,13 +42,13 @@ class PairPool:
     pool. This does what BasicSR's queue does, draw for draw, without its condition that the batch divides the size:
     what is over stays unused.
 
-    Args:
+    Attributes:
         size: in pairs; less than a batch makes no pool.
+        filled: how many pairs are in the pool.
     """
 
     def __init__(self, size: int) -> None:
         self.size = size
-        #: How many pairs are in the pool.
         self.filled = 0
         self._slots: list[Tensor] = []
         #: Shuffled in place of the pairs, which may be hundreds of megabytes.
@@ -63,37 +62,28 @@ class PairPool:
         """
         batch = len(lq)
         if not self._slots:
-            capacity = self.size // batch * batch
-            self._order = torch.arange(capacity)
-            self._slots = [new.new_empty(capacity, *new.shape[1:]) for new in (lq, gt)]
-            if capacity < self.size:
-                logging.getLogger("basicsr").info(
-                    "The training-pair pool holds %d pairs: queue_size %d is no multiple of the batch of %d.",
-                    capacity,
-                    self.size,
-                    batch,
-                )
+            self._order = torch.arange(self.size // batch * batch)
+            self._slots = [new.new_empty(len(self._order), *new.shape[1:]) for new in (lq, gt)]
         if not len(self._order):
             return lq, gt
         if self.filled < len(self._order):
-            places, out = self._order[self.filled : self.filled + batch], (lq, gt)
+            chosen, out = self._order[self.filled : self.filled + batch], (lq, gt)
             self.filled += batch
         else:
             self._order = self._order[torch.randperm(len(self._order))]
-            places = self._order[:batch]
-            out = self._slots[0][places], self._slots[1][places]
+            chosen = self._order[:batch]
+            out = self._slots[0][chosen], self._slots[1][chosen]
         for slots, new in zip(self._slots, (lq, gt), strict=True):
-            slots[places] = new
+            slots[chosen] = new
         return out
 
 
 class _RealTraining:
     """Changes of BasicSR's two models; goes before them among the bases, and `ESCModel` after them.
 
-    - They run on the device of the options, not on CUDA only (fault 23).
-    - The training-pair pool takes any queue size (`PairPool`). It is not saved: a resumed run fills it again.
-    - Validation is `ESCModel`'s, for images of any size and with its options; sharpening, which needs more than 25
-      pixels a side, is left to training.
+    They run on the device of the options, not on CUDA only (fault 23). The pool of pairs takes any queue size; it is
+    not saved, and a resumed run fills it again. Validation is `ESCModel`'s; sharpening, which needs more than 25
+    pixels a side, is left to training.
     """
 
     usm_options: tuple[str, ...]
@@ -146,13 +136,9 @@ class _RealTraining:
 class ESCRealMSEModel(_RealTraining, RealESRNetModel, ESCModel):
     """The first stage: an L1 loss. BasicSR's `RealESRNetModel`, with the changes of `_RealTraining`.
 
-    Options beyond `ESCModel`'s stand at the top level of the file:
-
-     - ``gt_usm``: true sharpens the target (unsharp masking).
-     - ``queue_size``: pairs in the training-pair pool (180).
-     - ``gt_size`` and the degradations' probabilities and ranges, by Real-ESRGAN's names; see
-       options/train_ESC_Real_x4_mse.yml.
-     - ``high_order_degradation: false`` trains with the pairs of the data set as they are.
+    Options beyond `ESCModel`'s stand at the top level of the file: ``gt_usm`` (true: sharpen the target),
+    ``queue_size`` (pairs in the pool, 180), ``gt_size`` and the degradations' probabilities and ranges, as in
+    options/train_ESC_Real_x4_mse.yml. ``high_order_degradation: false`` trains with the data set's pairs as they are.
     """
 
     usm_options = ("gt_usm",)

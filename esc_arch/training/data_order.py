@@ -32,18 +32,13 @@ class Draw(int):
 
 
 class EpochSampler(EnlargedSampler):
-    """BasicSR's sampler, in BasicSR's order, that can begin an epoch in the middle.
+    """BasicSR's sampler, in BasicSR's order, that can begin an epoch in the middle."""
 
-    Attributes:
-        seed: of the run.
-        start: samples of this process to skip in the current epoch, because they came before the resumption.
-    """
-
-    def __init__(self, dataset: Any, num_replicas: int, rank: int, ratio: int = 1) -> None:
-        super().__init__(dataset, num_replicas, rank, ratio)
-        self.seed = 0
-        self.start = 0
-        self._resumed_epoch = -1
+    #: Of the run.
+    seed = 0
+    #: Samples of this process to skip in the current epoch, because they came before the resumption.
+    start = 0
+    _resumed_epoch = -1
 
     def resume(self, epoch: int, samples: int) -> None:
         """Begin `epoch` after `samples` of it, counted over all processes."""

@@ -24,10 +24,8 @@ class History:
     ``{"iter": 5000, "dataset": "Set5", "psnr": 37.9, "ssim": 0.96}``. Numbers that are not finite are written as null.
 
     A line is in the file, safe from the death of the process, when `append` returns. What cannot be written (full disk)
-    is lost with one warning: no training ends for it. Only one process of a distributed run may write.
-
-    Args:
-        path: the file, in an existing folder. It need not exist.
+    is lost with one warning: no training ends for it. Only one process of a distributed run may write. The file need
+    not exist, its folder has to.
     """
 
     def __init__(self, path: str | Path) -> None:
@@ -35,8 +33,9 @@ class History:
         self._warned = False
 
     def append(self, record: Mapping[str, Any]) -> None:
-        """Add a line. Values: numbers, also numpy's and one-element tensors, text, lists and mappings of these."""
-        line = json.dumps(_plain(record), ensure_ascii=False).encode() + b"\n"
+        """Add a line. Values: numbers, also numpy's and one-element tensors, text, and lists of these."""
+        plain = {key: _plain(value) for key, value in record.items()}
+        line = json.dumps(plain, ensure_ascii=False).encode() + b"\n"
         try:
             with open(self.path, "a+b") as file:
                 if file.seek(0, os.SEEK_END):
@@ -50,9 +49,7 @@ class History:
     def records(self) -> list[Record]:
         """All records; a line that was cut off, when the process was killed or the disk was full, is left out."""
         try:
-            lines = self.path.read_bytes().splitlines()
-        except FileNotFoundError:
-            return []
+            lines = self.path.read_bytes().splitlines() if self.path.exists() else []
         except OSError as error:
             self._warn(error)
             return []
@@ -89,8 +86,6 @@ def _parse(line: bytes) -> Record | None:
 
 def _plain(value: Any) -> Any:
     """What JSON can hold: Python's own numbers, and null for those that are not finite."""
-    if isinstance(value, Mapping):
-        return {str(key): _plain(entry) for key, entry in value.items()}
     if isinstance(value, list | tuple):
         return [_plain(entry) for entry in value]
     if hasattr(value, "item"):

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import inspect
+from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, nn
-from torch.optim.adamw import adamw
+from torch import nn
 
 from esc_arch.archs.base import ESCFamily, earlier_order
 from esc_arch.errors import UserError
@@ -30,8 +30,6 @@ _UNUSABLE = ("LBFGS", "SparseAdam")
 _HOW = {"params", "param_names", "initial_lr", "foreach", "fused", "capturable", "differentiable", "maximize"}
 #: The one that tells AdamW from Adam.
 _DECOUPLED = "decoupled_weight_decay"
-#: Options of ConvMuon's groups for Muon.
-_MUON = ("weight_decay", "momentum", "nesterov", "ns_coefficients", "eps", "ns_steps", "adjust_lr_fn")
 NO_MUON = f"Muon comes with PyTorch 2.9, and this is {torch.__version__}"
 
 
@@ -39,7 +37,7 @@ class ConvMuon(torch.optim.Optimizer):
     """`torch.optim.Muon` for kernels of convolutions, and AdamW for everything else, as one optimiser.
 
     A kernel is to Muon the matrix (out channels, in channels * height * width): Jordan et al.,
-    https://kellerjordan.github.io/posts/muon/. The arithmetic of both rules is torch's own.
+    https://kellerjordan.github.io/posts/muon/. Both rules are computed by torch's own optimisers.
 
     Args:
         params: groups with a key ``rule``, muon or adamw, as `muon_groups` makes them. Where a group has a learning
@@ -49,8 +47,7 @@ class ConvMuon(torch.optim.Optimizer):
             suits both.
         adamw_betas, adamw_eps, adamw_weight_decay: of AdamW.
 
-    Raises:
-        ValueError: a value that torch's optimisers refuse, or an lr of 0.
+    ValueError for what torch's optimisers refuse, and for an lr of 0.
     """
 
     def __init__(
@@ -72,12 +69,18 @@ class ConvMuon(torch.optim.Optimizer):
         if not lr > 0:
             raise ValueError(f"lr is {lr}; Muon's must be above 0.")
         adamw_lr = lr if adamw_lr is None else adamw_lr
-        values = (weight_decay, momentum, nesterov, ns_coefficients, eps, ns_steps, adjust_lr_fn)
-        muon: dict[str, Any] = dict(zip(_MUON, values, strict=True))
+        muon: dict[str, Any] = {
+            "weight_decay": weight_decay,
+            "momentum": momentum,
+            "nesterov": nesterov,
+            "ns_coefficients": ns_coefficients,
+            "eps": eps,
+            "ns_steps": ns_steps,
+            "adjust_lr_fn": adjust_lr_fn,
+        }
         adam: dict[str, Any] = {"betas": adamw_betas, "eps": adamw_eps, "weight_decay": adamw_weight_decay}
-        probe = [torch.zeros(1, 1)]  # torch's own constructors check the values
-        torch.optim.Muon(probe, lr=lr, **muon)
-        torch.optim.AdamW(probe, lr=adamw_lr, **adam)
+        probe = [torch.zeros(1, 1)]  # torch's own constructors check the values; parameters come with each step
+        self._muon, self._adamw = torch.optim.Muon(probe, lr=lr, **muon), torch.optim.AdamW(probe, adamw_lr, **adam)
         groups = []
         for group in params:
             options, rate = (muon, lr) if group["rule"] == "muon" else (adam, adamw_lr)
@@ -86,70 +89,37 @@ class ConvMuon(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
-        for group in self.param_groups:
-            parameters = [parameter for parameter in group["params"] if parameter.grad is not None]
-            gradients = [parameter.grad for parameter in parameters]
-            (self._muon_step if group["rule"] == "muon" else self._adamw_step)(group, parameters, gradients)
-        return loss
-
-    def _muon_step(self, group: dict[str, Any], parameters: list[Tensor], gradients: list[Tensor]) -> None:
-        from torch.optim._muon import muon
-
-        # Copies where a kernel is laid out channels last; the momentum stays a plain matrix, so that its state can be
-        # resumed with either layout
-        matrices = [parameter.flatten(1) for parameter in parameters]
-        for parameter, matrix in zip(parameters, matrices, strict=True):
-            if "momentum_buffer" not in self.state[parameter]:
-                momentum = torch.zeros_like(matrix, memory_format=torch.contiguous_format)
-                self.state[parameter]["momentum_buffer"] = momentum
-        muon(
-            matrices,
-            [gradient.flatten(1) for gradient in gradients],
-            [self.state[parameter]["momentum_buffer"] for parameter in parameters],
-            lr=group["lr"],
-            has_complex=False,
-            **{key: group[key] for key in _MUON} | {"ns_coefficients": tuple(group["ns_coefficients"])},
-        )
-        for parameter, matrix in zip(parameters, matrices, strict=True):
+        adamw, muon = self._adamw, self._muon
+        adamw.state = self.state
+        adamw.param_groups = [adamw.defaults | group for group in self.param_groups if group["rule"] == "adamw"]
+        loss: float | None = adamw.step(closure)
+        matrices = {}
+        for group in (group for group in self.param_groups if group["rule"] == "muon"):
+            of_group = []
+            for parameter in (each for each in group["params"] if each.grad is not None):
+                # A copy where a kernel is laid out channels last; the momentum stays a plain matrix, so that its state
+                # can be resumed with either layout
+                matrix = matrices[parameter] = parameter.flatten(1)
+                matrix.grad = parameter.grad.flatten(1)
+                if not self.state[parameter]:
+                    self.state[parameter]["momentum_buffer"] = torch.zeros_like(matrix.contiguous())
+                muon.state[matrix] = self.state[parameter]
+                of_group.append(matrix)
+            muon.param_groups.append(muon.defaults | group | {"params": of_group})
+        muon.step()
+        muon.param_groups, muon.state = [], defaultdict(dict)  # or gradients would stay in memory
+        for parameter, matrix in matrices.items():
             if matrix.data_ptr() != parameter.data_ptr():
                 parameter.copy_(matrix.view(parameter.shape))
-
-    def _adamw_step(self, group: dict[str, Any], parameters: list[Tensor], gradients: list[Tensor]) -> None:
-        states = [self.state[parameter] for parameter in parameters]
-        for parameter, state in zip(parameters, states, strict=True):
-            if not state:
-                state["step"] = torch.tensor(0.0)
-                state["exp_avg"], state["exp_avg_sq"] = torch.zeros_like(parameter), torch.zeros_like(parameter)
-        averages, squares, steps = ([state[key] for state in states] for key in ("exp_avg", "exp_avg_sq", "step"))
-        beta1, beta2 = group["betas"]
-        adamw(
-            parameters,
-            gradients,
-            averages,
-            squares,
-            [],
-            steps,
-            amsgrad=False,
-            beta1=beta1,
-            beta2=beta2,
-            lr=group["lr"],
-            weight_decay=group["weight_decay"],
-            eps=group["eps"],
-            maximize=False,
-        )
+        return loss
 
 
 def hidden_kernels(net: nn.Module) -> list[nn.Parameter]:
-    """The parameters that Muon is for: kernels and matrices between a network's first and its last convolution.
+    """The parameters that Muon is for: kernels and matrices between a network's first and its last layer.
 
     These are of convolutions over more than one channel, large kernels that layers share, and linear layers; not
-    biases, norms, depth-wise kernels and tables of position biases; and, as torch's documentation says, neither the
-    layer that takes the input nor the one that makes the output. (Networks of the family count in their earlier order,
-    so that states of earlier versions keep their groups.)
+    biases, norms, depth-wise kernels and tables of position biases. (Networks of the family count in their earlier
+    order, so that states of earlier versions keep their groups.)
     """
     layers = {
         f"{name}.weight": module for name, module in net.named_modules() if isinstance(module, nn.Conv2d | nn.Linear)
@@ -189,18 +159,14 @@ if "Muon" in OPTIMIZERS:
 
 
 def build_optimizer(kind: str, params: Any, *, nets: Iterable[nn.Module], **options: Any) -> torch.optim.Optimizer:
-    """The optimiser that an option file names.
+    """The optimiser that an option file names; UserError if there is none, or it needs another training loop.
 
     Args:
         kind: a class of torch.optim.
         params: parameters, or groups of them with options of their own, such as ``lr``.
         nets: the networks that they are of, by which Muon tells what each parameter is.
-        options: of the class; lists stand for tuples. On the CPU `fused` is true unless it, or `foreach`, is given:
-            one pass over parameters and states in place of ten.
-
-    Raises:
-        UserError: torch.optim has no such class, or one that needs another training loop.
-        ValueError, TypeError: invalid options of the class.
+        options: of the class, which raises ValueError or TypeError for invalid ones. On the CPU `fused` is true unless
+            it, or `foreach`, is given: one pass over parameters and states in place of ten.
     """
     cls: Any = OPTIMIZERS.get(kind)
     if cls is None:

@@ -78,13 +78,9 @@ def parameter_groups(net: nn.Module, train_options: Mapping[str, Any]) -> list[d
 
     Without `lr_factors` it is one group. With them, a group for what no pattern matches comes first, then one for each
     pattern, with ``lr`` = ``optim_g: lr`` times its factor; of several patterns that match a name the first counts.
+    `net` is not wrapped for distributed training, so that its names are those of the checkpoints.
 
-    Args:
-        net: not wrapped for distributed training, so that its names are those of the checkpoints.
-        train_options: the section `train`.
-
-    Raises:
-        UserError: a pattern that matches nothing or changes nothing, or nothing is left to train.
+    UserError if a pattern matches nothing or changes nothing, or nothing is left to train.
     """
     if problems := list(pattern_problems(net, train_options)):
         raise UserError("; ".join(map(str, problems)) + ".")

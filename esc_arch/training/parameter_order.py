@@ -43,12 +43,8 @@ def named_state(model: Any, optimizer: Any) -> dict[str, Any]:
 def in_order_of(model: Any, states: Sequence[Mapping[str, Any]], *, earlier: bool) -> list[dict[str, Any]]:
     """The states of a model's optimisers, as it can load them: each entry in the place of its parameter.
 
-    Args:
-        states: with names (`named_state`), or without.
-        earlier: where states without names fit in both orders, they are in the earlier one.
-
-    Raises:
-        ValueError: they are of other optimisers, parameters or groups.
+    Where states without names fit in both orders, they are in the `earlier` one, or not. ValueError if they are of
+    other optimisers, parameters or groups.
     """
     if len(states) != len(model.optimizers):
         raise ValueError(f"it has {len(states)} optimisers, and the option file makes {len(model.optimizers)}")
@@ -73,14 +69,13 @@ def _in_order(model: Any, optimizer: torch.optim.Optimizer, state: Mapping[str, 
         more = f"; and {len(misfits) - LISTED} more" if len(misfits) > LISTED else ""
         raise ValueError(f"{option}: {'; '.join(misfits[:LISTED])}{more}")
     entries = {
-        name: state["state"][place]
+        name: dict(state["state"][place])
         for of_group, group in zip(order, groups, strict=True)
         for name, place in zip(of_group, group["params"], strict=True)
         if place in state["state"]
     }
     if "type" not in state and order == orders[1]:
-        for name in _factors_with_another_scale(model) & entries.keys():
-            entries[name] = _rescaled(entries[name], shapes[name][-1])
+        _rescale_factors(model, entries)
     places = {name: place for place, name in enumerate(shapes)}
     return {
         "state": {place: entries[name] for name, place in places.items() if name in entries},
@@ -122,22 +117,16 @@ def _fits(key: str, shape: torch.Size, parameter: torch.Size) -> bool:
     return shape.numel() == 1 or shape == parameter or shape == (*parameter[:1], parameter[1:].numel())
 
 
-def _factors_with_another_scale(model: Any) -> set[str]:
-    """The q factors of FlashBias that earlier versions divided by sqrt(rank) when they were used."""
-    return {
-        f"{network}.{path}.flashbias_q"
-        for network, net in _networks(model).items()
-        for path, module in net.named_modules()
-        if isinstance(module, FactorBiasWindowAttention) and not module.scaled
-    }
-
-
-def _rescaled(entry: Mapping[str, Any], rank: int) -> dict[str, Any]:
-    """The entry of a parameter that was divided by sqrt(rank), so that gradients grew by that."""
-    return {
-        key: value * (rank if "sq" in key else rank**0.5) if isinstance(value, Tensor) and value.ndim else value
-        for key, value in entry.items()
-    }
+def _rescale_factors(model: Any, entries: dict[str, Any]) -> None:
+    """FlashBias's q factors, which earlier versions divided by sqrt(rank) when used: gradients have grown by that."""
+    for network, net in _networks(model).items():
+        for path, module in net.named_modules():
+            entry = entries.get(f"{network}.{path}.flashbias_q")
+            if entry is not None and isinstance(module, FactorBiasWindowAttention) and not module.scaled:
+                rank = module.flashbias_q.shape[-1]
+                for key, value in entry.items():
+                    if isinstance(value, Tensor) and value.ndim:
+                        entry[key] = value * (rank if "sq" in key else rank**0.5)
 
 
 def _networks(model: Any) -> dict[str, nn.Module]:

@@ -19,11 +19,7 @@ __all__ = ["run_pipeline", "run_within"]
 def run_pipeline(module: ModuleType, pipeline: Callable[[str], None], args: argparse.Namespace) -> int:
     """Run `pipeline` of basicsr's `module` with the current folder as its root; returns the exit status.
 
-    Outputs go to experiments/, tb_logger/ and results/ under the folder where the command is run, and relative
-    paths of option files start from there.
-
-    Raises:
-        UserError: invalid options, data or checkpoints.
+    UserError for invalid options, data or checkpoints.
     """
     with abort_all_ranks(describe):
         run_within(module, pipeline, args)
@@ -31,11 +27,7 @@ def run_pipeline(module: ModuleType, pipeline: Callable[[str], None], args: argp
 
 
 def run_within(module: ModuleType, pipeline: Callable[[str], None], args: argparse.Namespace) -> None:
-    """`run_pipeline` for a caller that is within `abort_all_ranks`, and may run several one after the other.
-
-    Raises:
-        UserError: as `run_pipeline`.
-    """
+    """`run_pipeline` for a caller that is within `abort_all_ranks`, and may run several one after the other."""
 
     def parse_options(root_path: str, is_train: bool) -> tuple[dict[str, Any], argparse.Namespace]:
         return options.parse_options(root_path, is_train, args)

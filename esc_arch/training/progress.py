@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import logging
+import re
+import resource
 import secrets
 import sys
-import time
 from collections.abc import Mapping
 from contextlib import ExitStack
 from pathlib import Path
@@ -23,8 +24,6 @@ from .history import History
 
 __all__ = ["TrainingLog", "images_per_iteration", "init_wandb", "losses_of", "peak_memory"]
 
-_STATUS = Path("/proc/self/status")
-
 #: BasicSR's own class also where its name already stands for this module's.
 _BasicsrLog: Any = getattr(MessageLogger, "_esc_arch_original", MessageLogger)
 
@@ -33,23 +32,15 @@ class TrainingLog(_BasicsrLog):
     """BasicSR's log of a training, and a progress bar where there is a terminal.
 
     Each line ends with images per second and peak memory: `[images/s: 81.3, memory: 2.41 GiB]`. TensorBoard gets `lr`
-    (`lr/0`, `lr/1`, ... when groups of parameters differ) and `images_per_s` as well, and the history all of it.
-
-    When stderr is a terminal, `step` shows a bar there. These lines then go to the log file alone, and other lines of
-    the log appear above the bar.
-
-    Args:
-        opt: the options of the run.
-        start_iter: iterations done before.
-        tb_logger: TensorBoard's writer, if there is one.
-        history: where the numbers are collected, if anywhere; may be set later.
+    (`lr/0`, `lr/1`, ... when groups of parameters differ) and `images_per_s` as well, and `history`, which may be set
+    later, all of it. When stderr is a terminal, `step` shows a bar there. These lines then go to the log file alone,
+    and other lines of the log appear above the bar.
     """
 
     def __init__(
         self, opt: dict[str, Any], start_iter: int = 1, tb_logger: Any = None, *, history: History | None = None
     ) -> None:
         super().__init__(opt, start_iter, tb_logger)
-        self._begun = time.monotonic()
         self.history = history
         self._lines = _IterationLines(get_root_logger())
         self.logger = self._lines
@@ -62,14 +53,11 @@ class TrainingLog(_BasicsrLog):
     @master_only
     def __call__(self, log_vars: dict[str, Any]) -> None:
         """Log an iteration: `epoch`, `iter`, `lrs`, `time` and `data_time` (seconds per iteration), and losses."""
-        record = _record(log_vars, self._images, self._on_gpu)
-        costs = []
+        record = self._record(dict(log_vars))
+        costs = f"memory: {record['memory_gib']:.2f} GiB"
         if "images_per_s" in record:
-            costs.append(f"images/s: {record['images_per_s']:.1f}")
-        if "memory_gib" in record:
-            costs.append(f"memory: {record['memory_gib']:.2f} GiB")
-        self._lines.suffix = f"[{', '.join(costs)}] " if costs else ""
-        self.start_time = time.time() - (time.monotonic() - self._begun)  # the clock may have been put back
+            costs = f"images/s: {record['images_per_s']:.1f}, {costs}"
+        self._lines.suffix = f"[{costs}] "
         super().__call__(dict(log_vars))
         if self.use_tb_logger and "debug" not in self.exp_name:
             scalars = {f"lr/{index}": rate for index, rate in enumerate(record.get("lrs", ()))} or {"lr": record["lr"]}
@@ -82,7 +70,17 @@ class TrainingLog(_BasicsrLog):
         if self._bar is not None:
             losses = list(losses_of(record).items())[:3]
             shown = [f"{name if len(losses) > 1 else 'loss'} {value:.3e}" for name, value in losses]
-            self._bar.set_postfix_str(", ".join([*shown, f"lr {record['lr']:.2e}", *costs]))
+            self._bar.set_postfix_str(", ".join([*shown, f"lr {record['lr']:.2e}", costs]))
+
+    def _record(self, rest: dict[str, Any]) -> dict[str, Any]:
+        """An iteration as a record of the history."""
+        rates = rest.pop("lrs")
+        record = {"iter": rest.pop("iter"), "epoch": rest.pop("epoch"), "lr": rates[0]}
+        if len(set(rates)) > 1:
+            record["lrs"] = list(rates)
+        if rest.get("time"):
+            record["images_per_s"] = self._images / rest["time"]
+        return record | {"memory_gib": round(peak_memory(self._on_gpu) / 2**30, 3)} | rest
 
     def step(self, iteration: int) -> None:
         """Move the bar, if there is one, to `iteration` finished iterations. Cheap, and never waits for a GPU."""
@@ -106,7 +104,6 @@ class TrainingLog(_BasicsrLog):
     def reset_start_time(self) -> None:
         """The first iteration is done, and no measure of the others: it compiles and fills caches."""
         super().reset_start_time()
-        self._begun = time.monotonic()
         if self._bar is not None:
             self._bar.unpause()
 
@@ -139,19 +136,14 @@ def images_per_iteration(opt: Mapping[str, Any]) -> int:
     return int(opt["datasets"]["train"]["batch_size_per_gpu"] * replicas)
 
 
-def peak_memory(on_gpu: bool) -> int | None:
-    """The most memory this process has had so far, in bytes: of its GPU, or its resident set; None on Windows."""
+def peak_memory(on_gpu: bool) -> int:
+    """The most memory that this process has had so far, in bytes: of its GPU, or its resident set."""
     if on_gpu:
         return torch.cuda.max_memory_allocated()
-    try:  # Linux; getrusage there begins with the peak of the process that started this one
-        lines = _STATUS.read_text(encoding="ascii").splitlines()
-        return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM:"))
-    except (OSError, StopIteration):
-        pass
-    try:
-        import resource
-    except ImportError:
-        return None
+    # On Linux getrusage begins with the peak of the process that started this one
+    status = Path("/proc/self/status")
+    if status.exists() and (found := re.search(r"^VmHWM:\s+(\d+)", status.read_text("ascii"), re.MULTILINE)):
+        return int(found[1]) * 1024
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024  # KiB elsewhere
 
@@ -161,29 +153,12 @@ def losses_of(record: Mapping[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in record.items() if name.startswith("l_")}
 
 
-def _record(log_vars: Mapping[str, Any], images: int, on_gpu: bool) -> dict[str, Any]:
-    """An iteration as a record of the history."""
-    rest = dict(log_vars)
-    rates = rest.pop("lrs")
-    record = {"iter": rest.pop("iter"), "epoch": rest.pop("epoch"), "lr": rates[0]}
-    if len(set(rates)) > 1:
-        record["lrs"] = list(rates)
-    if rest.get("time"):
-        record["images_per_s"] = images / rest["time"]
-    if (memory := peak_memory(on_gpu)) is not None:
-        record["memory_gib"] = round(memory / 2**30, 3)
-    return record | rest
-
-
 @master_only
 def init_wandb(opt: dict[str, Any]) -> None:
     """Have wandb follow TensorBoard, as BasicSR's init_wandb_logger does with old releases of wandb.
 
     A resumed run goes on in its wandb run, whose id is kept in its folder (`wandb_id.txt`), unless
-    `logger: wandb: resume_id` names another.
-
-    Raises:
-        UserError: wandb does not start: not logged in, or no network.
+    `logger: wandb: resume_id` names another. UserError if wandb does not start: not logged in, or no network.
     """
     import wandb
 

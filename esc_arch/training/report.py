@@ -6,7 +6,6 @@ import datetime
 import io
 import logging
 import math
-import os
 import statistics
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -42,7 +41,7 @@ class _Curve:
     def is_logarithmic(self) -> bool:
         """True for a loss that spans more than a decade."""
         finite = [value for value in self.values if not math.isnan(value)]
-        return self.is_loss and bool(finite) and min(finite) > 0 and max(finite) > 10 * min(finite)
+        return self.is_loss and 0 < 10 * min(finite, default=0) < max(finite, default=0)
 
 
 def write_report(
@@ -59,9 +58,8 @@ def write_report(
     What goes wrong is a warning in the log: the training itself is done and saved.
 
     Args:
-        folder: of the experiment; the summary names other places relative to it.
-        opt: the options of the run.
-        history: its numbers.
+        folder: of the experiment.
+        opt, history: options and numbers of the run.
         seconds: what this run took, since its start or since it was resumed.
         skipped: steps that were left out because their loss was not finite.
         parameters: how many the network has.
@@ -84,10 +82,14 @@ def write_report(
             *_measured(training),
             *([("skipped steps", f"{skipped:,} (their loss was not finite)")] if skipped else []),
         ]
-        parts = [f"# {opt['name']}", _table(("training", ""), rows), _places(folder, opt)]
+        parts = [f"# {opt['name']}", _table(("training", ""), rows)]
         if metrics:
-            parts.insert(2, _metrics_table(metrics))
-        text = "\n\n".join(parts) + "\n"
+            cells = []
+            for key, curve in metrics.items():
+                last, best = ((f"{curve.values[i]:.4f}", f"{curve.iterations[i]:,}") for i in (-1, curve.best or 0))
+                cells.append((*key, *last, *best))
+            parts.append(_table(("data set", "metric", "last", "at iteration", "best", "at iteration"), cells))
+        text = "\n\n".join([*parts, f"In {folder}."]) + "\n"
         write_atomically(folder / "summary.md", text.encode())
     with _warning_of(folder / "training.png"):
         try:
@@ -109,9 +111,6 @@ def _warning_of(path: Path) -> Iterator[None]:
         logger.warning("%s could not be written: %s: %s", path, type(error).__name__, error)
 
 
-# --- the summary ----------------------------------------------------------------------------------------------------
-
-
 def _measured(training: Sequence[Record]) -> Iterator[tuple[str, str]]:
     """Speed, memory and final losses, as far as they were logged."""
     if speeds := [record["images_per_s"] for record in training if record.get("images_per_s")]:
@@ -122,14 +121,6 @@ def _measured(training: Sequence[Record]) -> Iterator[tuple[str, str]]:
     for name in losses_of(last[-1]) if last else ():
         if values := [record[name] for record in last if record.get(name) is not None]:
             yield f"final {name}", f"{statistics.fmean(values):.4e} (mean of the last {len(values)} logged)"
-
-
-def _metrics_table(metrics: Mapping[tuple[str, str], _Curve]) -> str:
-    rows = []
-    for key, curve in metrics.items():
-        points = ((curve.values[i], curve.iterations[i]) for i in (-1, curve.best or 0))
-        rows.append((*key, *(cell for value, at in points for cell in (f"{value:.4f}", f"{at:,}"))))
-    return _table(("data set", "metric", "last", "at iteration", "best", "at iteration"), rows)
 
 
 def _metrics(records: Sequence[Record], opt: Mapping[str, Any]) -> dict[tuple[str, str], _Curve]:
@@ -149,28 +140,12 @@ def _metrics(records: Sequence[Record], opt: Mapping[str, Any]) -> dict[tuple[st
     return curves
 
 
-def _places(folder: Path, opt: Mapping[str, Any]) -> str:
-    models, states = (os.path.relpath(opt["path"][key], folder) for key in ("models", "training_states"))
-    logs = sorted(folder.glob("*.log"), key=lambda path: path.stat().st_mtime)
-    lines = [
-        f"In {folder}:\n",
-        f"- {models}: checkpoints; net_g_latest.pth is the last",
-        f"- {states}: states to resume from",
-        "- metrics.jsonl: all numbers; training.png: their curves",
-        *(f"- {path.name}: the log" for path in logs[-1:]),
-    ]
-    return "\n".join(lines)
-
-
 def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     """A Markdown table whose columns are aligned in plain text, too."""
     widths = [max(3, *(len(row[index]) for row in [head, *rows])) for index in range(len(head))]
     lines = [" | ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) for row in [head, *rows]]
     lines.insert(1, " | ".join("-" * width for width in widths))
     return "\n".join(f"| {line} |" for line in lines)
-
-
-# --- curves ---------------------------------------------------------------------------------------------------------
 
 
 def _training_panels(training: Sequence[Record]) -> Iterator[list[_Curve]]:

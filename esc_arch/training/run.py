@@ -1,8 +1,6 @@
-"""The training that is going on in this process, as far as BasicSR's loop does not pass it on.
+"""The training that is going on in this process: what BasicSR's loop lacks, such as stopping when asked, and a report.
 
-BasicSR's loop calls, for each iteration: the prefetcher's `next`, the model, the log, `save`, `validation`. What it
-lacks (stopping when asked, the place in the epoch, a progress bar, a report) hangs on those calls; see
-`compat.training` and `compat.prefetch`.
+It hangs on what the loop calls: the prefetcher's `next`, the model, the log; see `compat.training`, `compat.prefetch`.
 """
 
 from __future__ import annotations
@@ -19,13 +17,12 @@ import torch
 from esc_arch.errors import UserError
 from esc_arch.training.distributed import Agreement, gather_objects
 
-from .data_order import EpochSampler
 from .history import History
 from .progress import TrainingLog
 from .report import write_report
 from .stopping import Stopped, StopRequest
 
-__all__ = ["TrainingRun", "current_run", "training_run", "what_is_saved"]
+__all__ = ["TrainingRun", "current_run", "saved_states", "training_run", "what_is_saved"]
 
 logger = logging.getLogger("basicsr")
 
@@ -56,40 +53,39 @@ class TrainingRun:
     Attributes:
         stop: true once it is asked to stop, with the signal.
         history: its numbers; None on all processes but the first.
-        start_iteration: of the state that it was resumed from; otherwise 0.
+        model, sampler: set once the loop has made them; the sampler is an `EpochSampler`.
         saved_iteration: of the last state that was saved.
+        batches_of_epoch: how many were taken in the current epoch since it began or was resumed.
     """
 
     def __init__(self) -> None:
         self.stop = StopRequest()
         self.history: History | None = None
-        self.start_iteration = 0
+        self.model: Any = None
+        self.sampler: Any = None
         self.saved_iteration = -1
+        self.batches_of_epoch = 0
         self._agreement = Agreement()
         self._started = time.monotonic()
         self._opt: dict[str, Any] = {}
-        self._loader: Any = None
         self._val_loaders: list[Any] = []
-        self._model: Any = None
         self._log: TrainingLog | None = None
-        self._batches = self._batches_of_epoch = 0
+        self._start_iteration = self._batches = self._batch_size = 0
         self._validated: set[tuple[str, int]] = set()
 
     # What the loop makes before it begins, in this order
 
     def has_data(self, opt: dict[str, Any], loader: Any, val_loaders: list[Any]) -> None:
         """The data are ready. From now on drawing from them leaves the process's own random numbers alone."""
-        self._opt, self._loader, self._val_loaders = opt, loader, val_loaders
-        self._sampler.seed = opt["manual_seed"]
+        self._opt, self._val_loaders = opt, val_loaders
+        self.sampler, self._batch_size = loader.sampler, loader.batch_size
+        self.sampler.seed = opt["manual_seed"]
         for each in (loader, *val_loaders):
             each.generator = torch.Generator()
 
-    def has_model(self, model: Any) -> None:
-        self._model = model
-
     def begins(self, log: TrainingLog, iteration: int) -> None:
         """The loop is about to begin after `iteration`, and will log to `log`."""
-        self.start_iteration = iteration
+        self._start_iteration = iteration
         self._log = log
         if self._opt["rank"] == 0:
             self.history = log.history = History(Path(self._opt["path"]["experiments_root"], "metrics.jsonl"))
@@ -101,16 +97,12 @@ class TrainingRun:
 
     # What the prefetcher calls
 
-    def epoch_begins(self) -> None:
-        self._batches_of_epoch = 0
-
     def before_batch(self) -> bool:
         """An iteration, if there was one, is over; True if another is to follow.
 
-        Raises:
-            Stopped: the training was asked to stop; everything is saved.
+        Raises `Stopped`, after everything is saved, if the training was asked to stop.
         """
-        if self._batches == 0 and self.start_iteration and self._opt.get("val") is not None:
+        if self._batches == 0 and self._start_iteration and self._opt.get("val") is not None:
             self._catch_up()
         if self._log is not None:
             self._log.step(self.iteration)
@@ -125,7 +117,7 @@ class TrainingRun:
 
     def has_batch(self) -> None:
         self._batches += 1
-        self._batches_of_epoch += 1
+        self.batches_of_epoch += 1
 
     @property
     def is_over(self) -> bool:
@@ -135,33 +127,28 @@ class TrainingRun:
     @property
     def iteration(self) -> int:
         """How many iterations are finished; while one is going on, its number."""
-        return self.start_iteration + self._batches
+        return self._start_iteration + self._batches
 
     @property
     def samples(self) -> int:
         """How many samples of the current epoch are used, counted over all processes."""
-        of_process = self._sampler.start + self._batches_of_epoch * self._loader.batch_size
-        return int(of_process) * self._sampler.num_replicas
+        of_process = self.sampler.start + self.batches_of_epoch * self._batch_size
+        return int(of_process) * int(self.sampler.num_replicas)
 
-    def resume(self, epoch: int, samples: int) -> None:
-        """Begin in an epoch after `samples` of it."""
-        self._sampler.resume(epoch, samples)
-
-    def is_validated(self, loader: Any, iteration: int) -> bool:
-        """True if a set was validated at this iteration: BasicSR's loop does so once more at its end."""
-        return (_name_of(loader), iteration) in self._validated
-
-    def has_validated(self, loader: Any, iteration: int) -> None:
-        self._validated.add((_name_of(loader), iteration))
+    def begins_validation(self, loader: Any, iteration: int) -> bool:
+        """True if a set was not validated at this iteration yet: BasicSR's loop does so once more at its end."""
+        validation = (_name_of(loader), iteration)
+        is_first = validation not in self._validated
+        self._validated.add(validation)
+        return is_first
 
     def rescue(self) -> str:
         """Save what was trained since the last state, as the run is about to fail between two iterations.
 
-        Returns:
-            Where to go on from, a sentence for the message of the failure.
+        Returns a sentence for the message of the failure: where to go on from.
         """
         # Several processes save together, and the others do not know of the failure
-        if self._model is not None and not self._opt["dist"]:
+        if self.model is not None and not self._opt["dist"]:
             try:
                 self._save()
             except UserError as error:  # the weights have diverged, too
@@ -175,9 +162,9 @@ class TrainingRun:
         root = Path(self._opt["path"]["experiments_root"])
         # Of a run that found nothing left to do, the report would have no times
         if self.history is not None and (self._batches or not (root / "summary.md").is_file()):
-            net = getattr(self._model, "net_g", None)  # models of other kinds than BasicSR's may have none
+            net = getattr(self.model, "net_g", None)  # models of other kinds than BasicSR's may have none
             count = None if net is None else sum(parameter.numel() for parameter in net.parameters())
-            seconds, skipped = time.monotonic() - self._started, getattr(self._model, "skipped", 0)
+            seconds, skipped = time.monotonic() - self._started, getattr(self.model, "skipped", 0)
             logger.info(write_report(root, self._opt, self.history, seconds=seconds, skipped=skipped, parameters=count))
         if self.stop:  # during the last validation
             raise Stopped(self.stop.signum or 0)
@@ -189,32 +176,27 @@ class TrainingRun:
             self._log.close()
             if self._log.tb_logger:
                 self._log.tb_logger.flush()  # it writes every two minutes, and loses the rest when the process ends
-        self._model = self._loader = None
+        self.model = self.sampler = None
         self._val_loaders = []
-
-    @property
-    def _sampler(self) -> EpochSampler:
-        sampler: EpochSampler = self._loader.sampler
-        return sampler
 
     def _catch_up(self) -> None:
         """Do the validations of the state's iteration that the end of the run before cut off."""
         records = [] if self.history is None else self.history.records()
-        here = {record.get("dataset") for record in records if record["iter"] == self.start_iteration}
+        here = {record.get("dataset") for record in records if record["iter"] == self._start_iteration}
         done, has_records = gather_objects((here, bool(records)))[0]
-        due = self.is_over or self.start_iteration % int(self._opt["val"]["val_freq"]) == 0
+        due = self.is_over or self._start_iteration % int(self._opt["val"]["val_freq"]) == 0
         for loader in self._val_loaders:
             if _name_of(loader) in done:
-                self.has_validated(loader, self.start_iteration)
-            elif due and has_records and getattr(self._model, "logs_complete_validations", False):
+                self.begins_validation(loader, self._start_iteration)
+            elif due and has_records and getattr(self.model, "logs_complete_validations", False):
                 tb_logger = self._log.tb_logger if self._log is not None else None
-                self._model.validation(loader, self.start_iteration, tb_logger, self._opt["val"]["save_img"])
+                self.model.validation(loader, self._start_iteration, tb_logger, self._opt["val"]["save_img"])
 
     def _save(self) -> bool:
         """Save a state, unless there is one of this iteration; True if it was done."""
-        if self.iteration in (self.start_iteration, self.saved_iteration):
+        if self.iteration in (self._start_iteration, self.saved_iteration):
             return False
-        self._model.save(self._sampler.epoch, self.iteration)
+        self.model.save(self.sampler.epoch, self.iteration)
         return True
 
 
@@ -225,7 +207,12 @@ def _name_of(loader: Any) -> str:
 
 def what_is_saved(opt: Mapping[str, Any]) -> str:
     """Where a training that fails can go on from, a sentence."""
-    states = [path for path in Path(opt["path"]["training_states"]).glob("*.state") if path.stem.isdigit()]
+    states = saved_states(Path(opt["path"]["training_states"]))
     if not states:
         return "Nothing was saved before."
-    return f"The last state is {max(states, key=lambda path: int(path.stem))}: go on from it with --auto_resume."
+    return f"The last state is {states[-1]}: go on from it with --auto_resume."
+
+
+def saved_states(folder: Path) -> list[Path]:
+    """The files `ITERATION.state` in a folder, the newest last."""
+    return sorted((path for path in folder.glob("*.state") if path.stem.isdigit()), key=lambda path: int(path.stem))

@@ -32,9 +32,8 @@ _RATES = {"OneCycleLR": ("max_lr",), "CyclicLR": ("base_lr", "max_lr")}
 
 
 class _OwnRate:
-    """A schedule that goes on from its own last rate, whatever the optimiser's groups were given in between.
+    """A schedule that goes on from its own last rate, not from that which a warm-up of BasicSR's put in its place.
 
-    Most of torch's schedules compute a rate from the one before, which a warm-up of BasicSR's has replaced.
     (BasicSR's own two go on from the warm-up's; published results were made with them.)
     """
 
@@ -52,11 +51,7 @@ def build_scheduler(kind: str, optimizer: torch.optim.Optimizer, **options: Any)
         kind: one of `TORCH_SCHEDULERS`.
         optimizer: whose groups it sets. Rates of OneCycleLR and CyclicLR are those of a group with the optimiser's own
             rate; groups of another rate get the same multiple of them.
-        options: of its constructor.
-
-    Raises:
-        UserError: an unknown schedule, or one that needs more than plain values.
-        ValueError, TypeError: invalid options of the class.
+        options: of its constructor, which raises ValueError or TypeError for invalid ones.
     """
     if kind not in TORCH_SCHEDULERS:
         raise UserError(f"The schedule {kind!r} is not known. {did_you_mean(kind, SCHEDULERS)}.")

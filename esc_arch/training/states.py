@@ -15,7 +15,7 @@ from esc_arch.errors import UserError
 from esc_arch.training.distributed import gather_objects
 
 from .parameter_order import in_order_of, named_state
-from .run import current_run
+from .run import current_run, saved_states
 from .schedulers import SCHEDULERS
 
 __all__ = ["apply_state", "prune", "training_state"]
@@ -81,8 +81,7 @@ def _plain_numbers(results: Any) -> Any:
 def apply_state(model: Any, state: Mapping[str, Any], load: Callable[[Any, Any], None]) -> None:
     """Go on from `state`; `load` is BasicSR's part of it. States that BasicSR wrote have no more than that.
 
-    Raises:
-        UserError: the state is of other optimisers, parameters or schedules, or is damaged.
+    UserError if the state is of other optimisers, parameters or schedules, or is damaged.
     """
     file = model.opt["path"].get("resume_state")
     try:
@@ -105,7 +104,7 @@ def apply_state(model: Any, state: Mapping[str, Any], load: Callable[[Any, Any],
             model.load_extra_state(state["model"])
         run = current_run()
         if run is not None and state.get("samples") is not None:
-            run.resume(state["epoch"], state["samples"])
+            run.sampler.resume(state["epoch"], state["samples"])
         states, rank = state.get("random") or [], model.opt["rank"]
         if rank < len(states):
             _restore_random_state(states[rank])
@@ -117,11 +116,7 @@ def apply_state(model: Any, state: Mapping[str, Any], load: Callable[[Any, Any],
 
 
 def _refuse_other_schedules(model: Any, state: Mapping[str, Any]) -> None:
-    """A schedule of one type that goes on with the numbers of another follows neither, or fails in its first step.
-
-    Raises:
-        ValueError: a state's numbers are not those of the schedule.
-    """
+    """ValueError for the numbers of another schedule: going on with them follows neither, or fails at once."""
     for scheduler, saved in zip(model.schedulers, state["schedulers"], strict=False):
         if (name := type(scheduler).__name__) not in SCHEDULERS:
             continue  # of another package, whose numbers may come and go with its versions
@@ -174,10 +169,8 @@ def prune(model: Any) -> None:
     if not keep:
         return
     models, states = (Path(model.opt["path"][key]) for key in ("models", "training_states"))
-    numbered = {path: int(path.stem) for path in states.glob("*.state") if path.stem.isdigit()}
-    newest = sorted(numbered.values())[-keep:]
-    if not newest:
-        return
+    numbered = {path: int(path.stem) for path in saved_states(states)}
+    oldest_kept = min(sorted(numbered.values())[-keep:], default=0)
     results = getattr(model, "best_metric_results", None) or {}
     best = {record["iter"] for of_set in results.values() for record in of_set.values()}
     for path in models.glob("net_*_*.pth"):
@@ -186,7 +179,7 @@ def prune(model: Any) -> None:
             numbered[path] = int(number)
     try:
         for path, iteration in numbered.items():
-            if iteration < newest[0]:
+            if iteration < oldest_kept:
                 path.unlink(missing_ok=True)
     except OSError as error:  # no reason to end a training
         logger.warning("%s cannot be removed: %s.", error.filename, error.strerror)

@@ -10,7 +10,6 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
-from typing import Any
 
 __all__ = ["StopRequest", "Stopped", "shield_worker"]
 
@@ -61,13 +60,12 @@ class StopRequest:
                 sys.__stderr__.fileno() if sys.__stderr__ else 2,
                 f"\n{signal.Signals(signum).name}: finishing the iteration, then saving{again}.\n".encode(),
             )
-        elif signum == signal.SIGINT and time.monotonic() - self._since > _SAME_REQUEST and not _has_agent():
+        elif signum == signal.SIGINT and time.monotonic() - self._since > _SAME_REQUEST and not _is_of_torchrun():
             raise KeyboardInterrupt
 
 
-def _has_agent() -> bool:
-    """True if torchrun started this process, which sends on each signal more than once."""
-    return "TORCHELASTIC_RUN_ID" in os.environ
+def _is_of_torchrun() -> bool:
+    return "TORCHELASTIC_RUN_ID" in os.environ  # it sends each signal on more than once
 
 
 def shield_worker() -> None:
@@ -78,8 +76,4 @@ def shield_worker() -> None:
     """
     if threading.current_thread() is threading.main_thread():
         signal.signal(signal.SIGINT, signal.SIG_IGN)
-        signal.signal(signal.SIGTERM, _obey_the_next)
-
-
-def _obey_the_next(*_: Any) -> None:
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        signal.signal(signal.SIGTERM, lambda *_: signal.signal(signal.SIGTERM, signal.SIG_DFL))

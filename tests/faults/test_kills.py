@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import contextlib
+import multiprocessing
 import os
 import random
 import signal
-import subprocess
 import sys
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,21 +24,13 @@ KILLS = 100 if LONG else 3
 
 pytestmark = [
     pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork here"),
-    pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning"),
     pytest.mark.timeout(3000 if LONG else 300),
 ]
 
 
-@pytest.fixture(autouse=True)
-def in_a_process_that_can_fork(request: pytest.FixtureRequest) -> None:
-    """Where tests before have started autograd's threads, which no fork survives, run the test in another process."""
-    if not any(path.read_text().startswith("pt_autograd") for path in Path("/proc/self/task").glob("*/comm")):
-        return
-    environment = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_")}
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", request.node.nodeid]
-    done = subprocess.run(command, cwd=request.config.rootpath, env=environment, capture_output=True, text=True)
-    assert done.returncode == 0, done.stdout[-5000:]
-    pytest.skip("passed in a process of its own: this one has threads of autograd's")
+#: Its processes are forked from one in which all is imported, and that has no threads.
+SERVER = multiprocessing.get_context("forkserver")
+SERVER.set_forkserver_preload(["esc_arch.cli.train", "pytest"])
 
 
 @pytest.fixture
@@ -49,36 +41,43 @@ def options(train_options: Any) -> Any:
     return train_options
 
 
+def train(folder: Path, argv: list[str], before: Callable[[], None] | None) -> None:
+    """In a process of its own."""
+    status = 9
+    try:
+        os.setpgid(0, 0)
+        os.chdir(folder)
+        with open("out.txt", "a") as out:
+            os.dup2(out.fileno(), 1)
+            os.dup2(out.fileno(), 2)
+        sys.stdout, sys.stderr = sys.__stdout__, sys.__stderr__
+        torch.set_num_threads(1)
+        if before is not None:
+            before()
+        status = main(["train", *argv])
+    except BaseException as error:
+        os.write(2, f"Traceback: {error!r}\n".encode())
+    finally:
+        os._exit(status)
+
+
 @pytest.fixture
-def start(run_basicsr: Any, options: Any) -> Callable[..., int]:
-    """Starts a training in a process of its own, in which all is imported already; returns its id."""
+def start(run_basicsr: Any, options: Any) -> Callable[..., Any]:
+    """Starts a training in a process of its own."""
     file = run_basicsr.option_file(options)
 
-    def fork(*arguments: str, before: Callable[[], None] | None = None) -> int:
-        child = os.fork()
-        if child:
-            return child
-        status = 9
-        try:
-            os.setpgid(0, 0)
-            with open("out.txt", "a") as out:
-                os.dup2(out.fileno(), 1)
-                os.dup2(out.fileno(), 2)
-            sys.stdout, sys.stderr = sys.__stdout__, sys.__stderr__
-            if before is not None:
-                before()
-            status = main(["train", "-opt", file, *arguments])
-        except BaseException as error:
-            os.write(2, f"Traceback: {error!r}\n".encode())
-        finally:
-            os._exit(status)
+    def start(*arguments: str, before: Callable[[], None] | None = None) -> Any:
+        process = SERVER.Process(target=train, args=(run_basicsr.folder, ["-opt", file, *arguments], before))
+        process.start()
+        return process
 
-    return fork
+    return start
 
 
-def end_of(child: int) -> int:
+def end_of(process: Any) -> int:
     """The exit status, negative for a signal."""
-    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    process.join()
+    return int(process.exitcode)
 
 
 def experiment() -> Path:
@@ -128,8 +127,10 @@ def test_kills_at_random_moments(workers: int, start: Any, options: Any, run_bas
         child = start("--auto_resume")
         # Now and then before anything is saved; most often while it trains
         time.sleep(drawn.uniform(0.0, 1.5))
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(child, signal.SIGKILL)
+        try:
+            os.killpg(child.pid, signal.SIGKILL)
+        except ProcessLookupError:  # it has no group yet, or has ended
+            child.kill()
         status = end_of(child)
         if status == 0:  # it was done before
             break
@@ -145,25 +146,35 @@ def test_kills_at_random_moments(workers: int, start: Any, options: Any, run_bas
     assert "Traceback" not in Path("out.txt").read_text()
 
 
-def kill_at(call: int, names: tuple[str, ...]) -> Callable[[], None]:
-    """Kills the process at one of its calls that write checkpoints: before the call, numbered from the second save."""
+def kill_at(call: int, names: tuple[str, ...]) -> None:
+    """Kill this process at one of its calls that write checkpoints: before the call, numbered from the second save."""
+    count = iter(range(10**9))
 
-    def arrange() -> None:
-        count = iter(range(10**9))
+    def counted(original: Callable[..., Any]) -> Callable[..., Any]:
+        def function(*args: Any, **kwargs: Any) -> Any:
+            if newest_number() >= 2 and next(count) == call:
+                os.kill(os.getpid(), signal.SIGKILL)
+            return original(*args, **kwargs)
 
-        def counted(original: Callable[..., Any]) -> Callable[..., Any]:
-            def function(*args: Any, **kwargs: Any) -> Any:
-                if newest_number() >= 2 and next(count) == call:
-                    os.kill(os.getpid(), signal.SIGKILL)
-                return original(*args, **kwargs)
+        return function
 
-            return function
+    for name in names:
+        owner: Any = torch if name == "save" else Path if name == "unlink" else os
+        setattr(owner, name, counted(getattr(owner, name)))
 
-        for name in names:
-            owner: Any = torch if name == "save" else Path if name == "unlink" else os
-            setattr(owner, name, counted(getattr(owner, name)))
 
-    return arrange
+def kill_within_a_save() -> None:
+    """Kill this process when half of its second checkpoint is written."""
+    save = torch.save
+
+    def write_half(content: Any, file: Any) -> None:
+        if newest_number() >= 2:
+            file.write(b"PK half a checkpoint")
+            file.flush()
+            os.kill(os.getpid(), signal.SIGKILL)
+        save(content, file)
+
+    torch.save = write_half
 
 
 def newest_number() -> int:
@@ -182,7 +193,7 @@ def test_kills_between_all_calls_of_a_save(start: Any, options: Any, run_basicsr
         range(14) if LONG else (0, 2, 4, 5, 7)
     )  # of two saves; short: of the network, the state, and the first after
     for call in calls:
-        child = start(before=kill_at(call, ("save", "fsync", "replace", "unlink")))
+        child = start(before=partial(kill_at, call, ("save", "fsync", "replace", "unlink")))
         status = end_of(child)
         assert status in (0, -signal.SIGKILL)
         killed += status != 0
@@ -199,19 +210,7 @@ def test_a_kill_in_the_middle_of_a_file(start: Any, options: Any, run_basicsr: A
     run_basicsr.option_file(options)
     expected = whole(start)
 
-    def half() -> None:
-        save = torch.save
-
-        def write_half(content: Any, file: Any) -> None:
-            if newest_number() >= 2:
-                file.write(b"PK half a checkpoint")
-                file.flush()
-                os.kill(os.getpid(), signal.SIGKILL)
-            save(content, file)
-
-        torch.save = write_half
-
-    assert end_of(start(before=half)) == -signal.SIGKILL
+    assert end_of(start(before=kill_within_a_save)) == -signal.SIGKILL
     assert [path.name for path in experiment().rglob(".*")] == [".net_g_4.pth.partial"]
     assert newest_state() == 2
     assert end_of(start("--auto_resume")) == 0

@@ -77,10 +77,3 @@ def test_shares_no_memory() -> None:
     assert sorted(numbers_in(*back)) == [0, 1]
     back[0].fill_(9)
     assert sorted(numbers_in(*pool.exchange(*pairs(4, 2)))) == [2, 3]
-
-
-def test_says_when_queue_size_is_not_used_up(basicsr_log: pytest.LogCaptureFixture) -> None:
-    PairPool(180).exchange(*pairs(0, 12))
-    assert not basicsr_log.records
-    PairPool(180).exchange(*pairs(0, 16))
-    assert "holds 176 pairs: queue_size 180 is no multiple of the batch of 16" in basicsr_log.text

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import os
+import shutil
 import signal
 import warnings
 from collections.abc import Callable
@@ -44,9 +45,9 @@ def stop_at(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
     return arrange
 
 
-def records(run: Any) -> list[dict[str, Any]]:
+def records(run: Any, name: str = "trial") -> list[dict[str, Any]]:
     """The history of a run, without what depends on time."""
-    lines = (run.experiment() / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+    lines = (run.experiment(name) / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
     timed = ("images_per_s", "time", "data_time", "memory_gib")
     return [{key: value for key, value in json.loads(line).items() if key not in timed} for line in lines]
 
@@ -55,6 +56,39 @@ def interrupted(run_basicsr: Any, options: Any, status: int = 128 + signal.SIGTE
     with pytest.raises(Stopped) as stopped:
         run_basicsr("train", options)
     assert stopped.value.code == status
+
+
+@pytest.fixture(scope="module")
+def kept(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder for what several tests look at, made by the first of them."""
+    return tmp_path_factory.mktemp("kept")
+
+
+@pytest.fixture
+def stopped_at_3(kept: Path, run_basicsr: Any, options: Any, stop_at: Callable[..., None]) -> None:
+    """A run of `options` that was interrupted after its third iteration."""
+    if not (kept / "experiments").exists():
+        stop_at(3)
+        interrupted(run_basicsr, copy.deepcopy(options))
+        stop_at(None)
+        shutil.copytree(run_basicsr.folder / "experiments", kept / "experiments")
+    else:
+        shutil.copytree(kept / "experiments", run_basicsr.folder / "experiments")
+
+
+@pytest.fixture
+def whole_run(kept: Path, run_basicsr: Any, options: Any) -> tuple[list[Any], Any]:
+    """Weights and numbers of a run of `options` that was not interrupted, validated every three iterations."""
+    file = kept / "whole.pth"
+    if not file.exists():
+        whole = copy.deepcopy(options)
+        whole["val"]["val_freq"] = 3
+        run = run_basicsr("train", whole | {"name": "whole"})
+        assert run.status == 0, run.err
+        weights = [run.weights(key=key, name="whole") for key in ("params", "params_ema")]
+        torch.save((weights, records(run, "whole")), file)
+    expected: tuple[list[Any], Any] = torch.load(file, weights_only=True)
+    return expected
 
 
 IN_MAIN_PROCESS = {"num_worker_per_gpu": 0}
@@ -74,15 +108,12 @@ WORKERS = {"num_worker_per_gpu": 2, "persistent_workers": False}
     ],
 )
 def test_30_a_resumed_run_is_bit_identical(
-    loading: Any, iteration: int, run_basicsr: Any, options: Any, stop_at: Callable[..., None]
+    loading: Any, iteration: int, run_basicsr: Any, options: Any, stop_at: Callable[..., None], whole_run: Any
 ) -> None:
+    """To one that loads its data in the main process, too."""
+    assert any("dataset" in record for record in whole_run[1])
     options["datasets"]["train"] |= loading
     options["val"]["val_freq"] = 3
-    whole = run_basicsr("train", options)
-    assert whole.status == 0, whole.err
-    expected = [whole.weights(key=key) for key in ("params", "params_ema")], records(whole)
-    assert any("dataset" in record for record in expected[1])
-
     stop_at(iteration)
     interrupted(run_basicsr, options)
     folder = run_basicsr.folder / "experiments" / "trial"
@@ -92,17 +123,16 @@ def test_30_a_resumed_run_is_bit_identical(
     resumed = run_basicsr("train", options, "--auto_resume")
     assert resumed.status == 0, resumed.err
     assert f"iter: {iteration}." in resumed.log()
-    for key, weights in zip(("params", "params_ema"), expected[0], strict=True):
+    for key, weights in zip(("params", "params_ema"), whole_run[0], strict=True):
         assert all(torch.equal(weights[name], value) for name, value in resumed.weights(key=key).items())
-    assert records(resumed) == expected[1]
+    assert records(resumed) == whole_run[1]
 
 
 def test_a_signal_during_a_validation_does_not_wait_for_its_end(
-    run_basicsr: Any, options: Any, monkeypatch: pytest.MonkeyPatch
+    run_basicsr: Any, options: Any, whole_run: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The state is saved, nothing half is logged, and the validation is done when the run is resumed."""
     options["val"]["val_freq"] = 3
-    whole = records(run_basicsr("train", options))
     test, asked = ESCModel.test, []
 
     def stop_once(self: Any) -> None:
@@ -116,7 +146,7 @@ def test_a_signal_during_a_validation_does_not_wait_for_its_end(
     assert len(asked) == 1  # of two images
     resumed = run_basicsr("train", options, "--auto_resume")
     assert resumed.status == 0, resumed.err
-    assert records(resumed) == whole
+    assert records(resumed) == whole_run[1]
 
 
 def test_a_signal_between_two_saves_saves_only_once(run_basicsr: Any, options: Any, stop_at: Any) -> None:
@@ -155,11 +185,8 @@ def test_a_second_ctrl_c_stops_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
     assert signal.getsignal(signal.SIGINT) is before
 
 
-def test_32_the_last_validation_is_of_the_last_iteration(run_basicsr: Any, options: Any) -> None:
-    run = run_basicsr("train", options)
-    last = [record for record in records(run) if "dataset" in record][-1]
-    assert last["iter"] == TOTAL
-    assert f"@ {TOTAL} iter" in run.log() and f"@ {TOTAL + 1} iter" not in run.log()
+def test_32_the_last_validation_is_of_the_last_iteration(whole_run: Any) -> None:
+    assert [record["iter"] for record in whole_run[1] if "dataset" in record] == [3, 6, TOTAL]
 
 
 @pytest.mark.parametrize(
@@ -190,10 +217,8 @@ def test_a_finished_run_is_called_so_and_repeats_nothing(
     assert further.status == 0 and "training is finished" not in further.log() and "# psnr" in further.log()
 
 
-def test_28_edited_rates_are_warned_of(run_basicsr: Any, options: Any, stop_at: Any) -> None:
-    stop_at(3)
-    interrupted(run_basicsr, options)
-    stop_at(None)
+@pytest.mark.usefixtures("stopped_at_3")
+def test_28_edited_rates_are_warned_of(run_basicsr: Any, options: Any) -> None:
     options["train"]["optim_g"]["lr"] = 1e-3
     options["train"]["scheduler"] |= {"milestones": [5], "gamma": 0.1}
     run = run_basicsr("train", options, "--auto_resume")
@@ -204,16 +229,13 @@ def test_28_edited_rates_are_warned_of(run_basicsr: Any, options: Any, stop_at: 
     assert "train:scheduler:gamma of the option file (0.1) is ignored" in log
 
 
-def test_nothing_is_warned_of_when_nothing_was_edited(run_basicsr: Any, options: Any, stop_at: Any) -> None:
-    stop_at(3)
-    interrupted(run_basicsr, options)
-    stop_at(None)
+@pytest.mark.usefixtures("stopped_at_3")
+def test_nothing_is_warned_of_when_nothing_was_edited(run_basicsr: Any, options: Any) -> None:
     assert "is ignored" not in run_basicsr("train", options, "--auto_resume").log()
 
 
-def test_a_state_of_another_optimiser_is_refused(run_basicsr: Any, options: Any, stop_at: Any) -> None:
-    stop_at(3)
-    interrupted(run_basicsr, options)
+@pytest.mark.usefixtures("stopped_at_3")
+def test_a_state_of_another_optimiser_is_refused(run_basicsr: Any, options: Any) -> None:
     options["train"]["freeze"] = ["proj.*"]
     run = run_basicsr("train", options, "--auto_resume")
     assert run.status == 2
@@ -229,20 +251,14 @@ def test_a_state_of_another_optimiser_is_refused(run_basicsr: Any, options: Any,
     ],
     ids=lambda section: section["type"],
 )
-def test_a_state_of_another_schedule_is_refused(section: Any, run_basicsr: Any, options: Any, stop_at: Any) -> None:
+@pytest.mark.usefixtures("stopped_at_3")
+def test_a_state_of_another_schedule_is_refused(section: Any, run_basicsr: Any, options: Any) -> None:
     """Half of either would be followed, and OneCycleLR miss what it keeps in the optimiser."""
-    stop_at(3)
-    interrupted(run_basicsr, options)
-    before = options["train"]["scheduler"]
     options["train"]["scheduler"] = section
     run = run_basicsr("train", options, "--auto_resume")
     assert run.status == 2 and "Traceback" not in run.err
     assert f"train: scheduler: type is {section['type']}, and the state was saved by another, which has" in run.err
     assert "milestones" in run.err and "is ignored" not in run.err
-    stop_at(None)
-    assert (
-        run_basicsr("train", options | {"train": options["train"] | {"scheduler": before}}, "--auto_resume").status == 0
-    )
 
 
 def test_a_drawn_seed_is_kept(run_basicsr: Any, options: Any, stop_at: Any) -> None:
@@ -295,12 +311,10 @@ def test_the_best_is_there_though_its_iteration_saves_nothing(
     assert run.weights(4).keys() == run.weights(4, "params_ema").keys()
 
 
-def test_a_run_that_basicsr_saved_can_be_resumed(run_basicsr: Any, options: Any, stop_at: Any) -> None:
+@pytest.mark.usefixtures("stopped_at_3")
+def test_a_run_that_basicsr_saved_can_be_resumed(run_basicsr: Any, options: Any) -> None:
     """Its states have four entries; the epoch then starts over."""
-    stop_at(4)
-    interrupted(run_basicsr, options)
-    stop_at(None)
-    path = run_basicsr.folder / "experiments/trial/training_states/4.state"
+    path = run_basicsr.folder / "experiments/trial/training_states/3.state"
     state = torch.load(path, weights_only=True)
     torch.save({key: state[key] for key in ("epoch", "iter", "optimizers", "schedulers")}, path)
     run = run_basicsr("train", options, "--auto_resume")

@@ -4,8 +4,7 @@ They have a process group of their own, of gloo, beside the one that carries gra
 and a wait may last. NCCL would end a run in which one process validates for longer than its timeout (fault 18), while
 gloo notices at once when a process dies.
 
-Without a process group all of this is trivial: a process agrees with itself. All functions raise RuntimeError when
-another process is gone.
+Without a process group a process agrees with itself. All functions raise RuntimeError when another process is gone.
 """
 
 from __future__ import annotations
@@ -49,8 +48,7 @@ class Agreement:
     def any_rank(self, flag: bool) -> bool:
         """True if any process gave a true `flag` in the call before: at the same call for all; False at the first.
 
-        The answer to this call is on its way meanwhile, and there at the next one. A process that is alone has it
-        at once: without a process group, `flag` is returned.
+        The answer to this call is on its way meanwhile. A process that is alone has it at once.
         """
         if _group is None:
             return flag

@@ -1,9 +1,7 @@
 """A thread in every process of a run that ends it when another one fails or shows no sign of life.
 
-The message of a process that fails goes through a store of keys that all processes reach: the one of the rendezvous,
-which torchrun's agent on the first machine serves, or without an agent (Slurm) the process of rank 0. In every process
-a thread looks there once a second, so that a process whose main thread waits in a collective notices as well.
-
+The message of a process that fails goes through the store of the rendezvous, which torchrun's agent on the first
+machine serves, or without an agent (Slurm) the process of rank 0. In every process a thread looks there once a second.
 A process that is killed (SIGKILL, out of memory), stopped or cut off says nothing. Each one watches the next one's
 count of looks, and reports a failure in its place when that stands still.
 """
@@ -53,15 +51,11 @@ def own_connection(store: dist.Store) -> dist.Store:
 class FailureMonitor:
     """A thread that ends this process when another one has failed, or when it hangs after its own failure.
 
-    Args:
-        store: of these processes alone, and with a connection that the main thread does not use.
+    `store` is of these processes alone, and has a connection that the main thread does not use.
     """
 
     def __init__(self, store: dist.Store, rank: int, world_size: int, *, poll: float = _POLL) -> None:
-        self._store = store
-        self._rank = rank
-        self._world_size = world_size
-        self._poll = poll
+        self._store, self._rank, self._world_size, self._poll = store, rank, world_size, poll
         self._next = (rank + 1) % world_size
         self._looks, self._heard = -1, time.monotonic()  # the next process's, and since when
         self._stopping = threading.Event()
@@ -79,10 +73,7 @@ class FailureMonitor:
             self._store.add(f"looks/{self._rank}", _FINISHED)
 
     def fail(self, status: int, message: str) -> None:
-        """Tell the others that this process ends with `status`, and make sure that it does.
-
-        Does not return if another one failed first.
-        """
+        """Tell the others that this process ends with `status`, and make sure that it does, unless one failed first."""
         mine = json.dumps({"rank": self._rank, "status": status, "message": message})
         with suppress(RuntimeError):  # the store may be gone with its process
             if self._store.compare_set(_FAILURE, "", mine).decode() != mine:

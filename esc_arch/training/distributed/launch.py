@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
 import socket
 import struct
@@ -57,10 +58,7 @@ def take_notes() -> list[str]:
 
 
 def print_note(text: str) -> None:
-    """Print `Note: text` to stderr, once among all processes, and keep it for the log of the run.
-
-    Before the log file is open nothing may go through BasicSR's logger, or it would stay without one.
-    """
+    """Print `Note: text` to stderr, once among all processes, and keep it for the log, which is not open yet."""
     _notes.append(text)
     if os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0")) == "0":
         print(f"Note: {text}", file=sys.stderr, flush=True)
@@ -70,10 +68,8 @@ def resolve_launcher(launcher: str, environ: Mapping[str, str]) -> str:
     """The launcher in use: `none`, `pytorch` or `slurm`.
 
     `none` among processes started by torchrun means `pytorch`: BasicSR would train as rank 0 in each
-    of them, and each would archive the others' folder (fault 20).
-
-    Raises:
-        UserError: the environment lacks what the launcher sets; the message has the command to use.
+    of them, and each would archive the others' folder (fault 20). UserError if the environment lacks what the launcher
+    sets; the message has the command to use.
     """
     if launcher == "none" and {"RANK", "LOCAL_RANK"} <= environ.keys() and int(environ.get("WORLD_SIZE", 1)) > 1:
         print_note(f"started by torchrun with {environ['WORLD_SIZE']} processes: using --launcher pytorch.")
@@ -92,11 +88,8 @@ def init_dist(launcher: str, backend: str = "nccl", port: int | None = None, **p
     Without CUDA the processes use gloo whatever `backend` says (fault 17). `port` is for Slurm
     only; torchrun chooses its own. Further arguments go to `torch.distributed.init_process_group`.
 
-    To be called within `abort_all_ranks`, which undoes it: from now on a thread watches the other processes.
-
-    Raises:
-        UserError: more processes on this machine than GPUs; Slurm's `scontrol` cannot name the nodes; the
-            processes do not find each other.
+    To be called within `abort_all_ranks`, which undoes it: from now on a thread watches the other processes. UserError
+    if there are fewer GPUs than processes, Slurm's `scontrol` names no nodes, or the processes do not find each other.
     """
     global _monitor
     if torch.multiprocessing.get_start_method(allow_none=True) is None:
@@ -132,9 +125,8 @@ def abort_all_ranks(describe: Callable[[BaseException], tuple[int, str]]) -> Ite
 
     Left normally or by SystemExit, which all processes have to do, it waits for the others, then ends the monitor and
     the process group. Another exception, with the exit status and message that `describe` gives for it, is told to the
-    others, which end within about two seconds, and raised, to be printed before the process exits. The rest of Python's
-    exit is skipped then, where a process group that waits for dead peers would hang. If another process failed before,
-    the exception is taken for a consequence, and the process ends with the other's message.
+    others, which end within about two seconds, and raised, to be printed before the process exits. If another process
+    failed before, it is taken for a consequence, and the process ends with the other's message.
     """
     global _monitor
     ended: SystemExit | None = None
@@ -161,8 +153,8 @@ def abort_all_ranks(describe: Callable[[BaseException], tuple[int, str]]) -> Ite
 def _choose_gloo_interface() -> None:
     """Let gloo use the network interface by which rank 0 is reached, if the user has not chosen one.
 
-    By itself it takes the address that the machine's name has, which many systems set to a loopback address: other
-    machines could not connect then. Where rank 0's name is such a one on its own machine, the default route counts.
+    By itself it takes the address of the machine's name, on many systems a loopback address, to which other machines
+    could not connect. Where rank 0's name is such a one on its own machine, the default route counts.
     """
     host = os.environ.get("MASTER_ADDR")
     if host is None or "GLOO_SOCKET_IFNAME" in os.environ:
@@ -182,18 +174,14 @@ def _address_towards(host: str) -> str:
     """This machine's address on the way to another; nothing is sent."""
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
         probe.connect((host, int(_DEFAULT_PORT)))
-        address: str = probe.getsockname()[0]
-        return address
+        return str(probe.getsockname()[0])
 
 
 def _address_of(interface: str) -> str | None:
-    """The IPv4 address of an interface, if it has one and the system is Linux."""
-    if sys.platform == "linux":
-        import fcntl
-
-        with suppress(OSError), socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as any_socket:
-            answer = fcntl.ioctl(any_socket, _SIOCGIFADDR, struct.pack("256s", interface.encode()[:15]))
-            return socket.inet_ntoa(answer[20:24])
+    """The IPv4 address of an interface; None if it has none, or on macOS, which has other requests."""
+    with suppress(OSError), socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as any_socket:
+        answer = fcntl.ioctl(any_socket, _SIOCGIFADDR, struct.pack("256s", interface.encode()[:15]))
+        return socket.inet_ntoa(answer[20:24])
     return None
 
 
