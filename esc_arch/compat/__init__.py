@@ -7,8 +7,9 @@ in site-packages is edited, and nothing changes what a working BasicSR experimen
 from __future__ import annotations
 
 from .aliases import add_missing_modules
+from .application import apply_patches
 from .duplicate_installs import forget_failed_import, warn_about_copies, warn_about_script
-from .patches import PATCHES, apply_patches
+from .patches import PATCHES
 
 __all__ = ["PATCHES", "apply_patches", "prepare_import"]
 
