@@ -59,7 +59,7 @@ setup(
             "ruff>=0.9",
             "mypy>=1.13",
             "codespell>=2.3",
-            "import-linter>=2.17",
+            "import-linter>=2.6",
             "types-PyYAML",
             "types-tqdm",
             "hypothesis>=6.100",
