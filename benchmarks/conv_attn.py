@@ -62,7 +62,7 @@ def formulations(example: tuple[Tensor, Tensor, Tensor]) -> dict[str, Convolutio
     def of(backend: str) -> Convolutions:
         return lambda *inputs: conv_attention(*inputs, symmetric=True, backend=backend)
 
-    able = [name for name, module in CONV_ATTN.backends.items() if not module.unsupported_reasons(*example, True)]
+    able = [name for name, reasons in CONV_ATTN.explain(*example, True).reasons.items() if not reasons]
     return {name: of(name) for name in able} | {"28 taps": folded_to_28_taps, "torch.fft": by_torch_fft}
 
 

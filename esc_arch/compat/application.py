@@ -1,4 +1,4 @@
-"""Putting the patches of `PATCHES` in the place of basicsr's functions."""
+"""Putting the patches of `patches.PATCHES` in the place of basicsr's functions."""
 
 from __future__ import annotations
 
@@ -10,7 +10,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from .patches import PATCHES, SUPPORTED_VERSION
+from . import patches
+from .patches import SUPPORTED_VERSION
 
 __all__ = ["apply_patches", "reason_against_patches"]
 
@@ -25,7 +26,7 @@ def apply_patches() -> None:
             "esc_arch fixes faults of basicsr %s; %s is left as it is: %s.", SUPPORTED_VERSION, folder, reason
         )
         return
-    for module, name, make, fixes in PATCHES:
+    for module, name, make, fixes in patches.PATCHES:
         owner, attribute, current = _find(module, name)
         original = getattr(current, "_esc_arch_original", current)  # after a re-import: never patch a patch
         replacement = make(original)
@@ -43,7 +44,7 @@ def reason_against_patches() -> str:
         return f"this is {version}"
     from . import archs, data, files, logs, models, prefetch, training  # noqa: F401  they register their patches
 
-    for module, name, *_ in PATCHES:  # distributions of other names have the version, and may have other contents
+    for module, name, *_ in patches.PATCHES:  # distributions of other names have the version, and may have other contents
         try:
             _find(module, name)
         except (ImportError, AttributeError):

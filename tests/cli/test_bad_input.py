@@ -239,7 +239,7 @@ FOUND_WHILE_READING: dict[str, tuple[Callable[[Path, Any], None], list[str]]] = 
     "image in an LMDB": (damage_an_lmdb_entry, [r"b in lq\.lmdb is not an image", r"10 bytes"]),
     "missing in an LMDB": (remove_an_lmdb_entry, [r"lq\.lmdb has no image 'b'", "create it again"]),
     "LMDB": (damage_an_lmdb, [r"Cannot open the LMDB lq\.lmdb", "basicsr prepare"]),
-    "small image": (one_small_image_behind_many, [r"zzz\.png: GT is 14x14", "gt_size 16"]),
+    "small image": (one_small_image_behind_many, [r"zzz\.png \(LQ 7 x 7, GT 14 x 14", "gt_size 16"]),
     "batch larger than the data set": (
         change("datasets", "train", "batch_size_per_gpu", value=7),
         ["6 images, fewer than one batch of 7", "Lower batch_size_per_gpu"],

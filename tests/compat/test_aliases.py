@@ -286,14 +286,14 @@ def test_a_script_of_a_clone_says_how_to_start_instead(
     script: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     path = tmp_path / "basicsr" / f"{script}.py"
-    monkeypatch.setattr(sys.modules["__main__"], "__file__", str(path))
+    monkeypatch.setattr(sys.modules["__main__"], "__file__", str(path), raising=False)
     with pytest.warns(UserWarning, match=f"{path} is run as a script.* Start `basicsr {script} -opt FILE` instead"):
         duplicate_installs.warn_about_script()
 
 
 @pytest.mark.parametrize("path", [None, "train.py", "basicsr/other.py"])
 def test_other_scripts_do_not(path: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sys.modules["__main__"], "__file__", path)
+    monkeypatch.setattr(sys.modules["__main__"], "__file__", path, raising=False)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         duplicate_installs.warn_about_script()
