@@ -44,7 +44,8 @@ def reason_against_patches() -> str:
         return f"this is {version}"
     from . import archs, data, files, logs, models, prefetch, training  # noqa: F401  they register their patches
 
-    for module, name, *_ in patches.PATCHES:  # distributions of other names have the version, and may have other contents
+    # Distributions of other names have the version, and may have other contents
+    for module, name, *_ in patches.PATCHES:
         try:
             _find(module, name)
         except (ImportError, AttributeError):

@@ -218,7 +218,7 @@ class TiledExecutor:
         sums: list[Tensor],
         tile: Region,
     ) -> None:
-        """A pair, and what follows where its result is available: the sums for the next pair, or the end of the block."""
+        """A pair, then, of its result, the sums for the next pair or the end of the block."""
         inner = tile.expand(1, self.size)
         region = inner.expand(1 + large_kernel_reach(block, pair), self.size)
         x = self.read(source, region)
