@@ -43,7 +43,7 @@ IGNORED = ".ignore"
 #: All networks that were imported, of this package and of others, the last one first.
 NETWORKS: list[type[ESCFamily]] = []
 
-Network = TypeVar("Network", bound="SharedKernelNetwork")
+_Net = TypeVar("_Net", bound="SharedKernelNetwork")
 
 
 class ESCFamily(nn.Module):
@@ -284,7 +284,7 @@ class SharedKernelNetwork(ESCFamily):
         return (symmetrise(self.plk_filter),)
 
     @torch.no_grad()
-    def fold(self: Network) -> Network:
+    def fold(self: _Net) -> _Net:
         """Store the symmetrised large kernel in place of the free one, for inference; returns the network.
 
         The output stays the same, and so it does when folded again. Train the free kernel, not the folded one.

@@ -12,7 +12,7 @@ import torch
 from tqdm import tqdm
 
 from esc_arch.errors import FAULT, UserError
-from esc_arch.tools.upscale.batch import EXTENSIONS, Options, Summary, Task, find_tasks, upscale_files
+from esc_arch.tools.upscale.batch import EXTENSIONS, BatchOptions, Summary, Task, find_tasks, upscale_files
 from esc_arch.tools.upscale.image_writer import EncodeSpec
 from esc_arch.tools.upscale.memory import parse_memory
 from esc_arch.tools.upscale.network import load
@@ -97,7 +97,7 @@ def run(args: argparse.Namespace) -> int:
     return FAULT if summary.failed else 0
 
 
-def _options(args: argparse.Namespace) -> Options:
+def _options(args: argparse.Namespace) -> BatchOptions:
     if args.batch is not None and args.batch < 1:
         raise UserError(f"--batch {args.batch}: give a number of images, 1 or more.")
     if not 1 <= args.quality <= 100:
@@ -106,7 +106,7 @@ def _options(args: argparse.Namespace) -> Options:
         raise UserError(f"--suffix {args.suffix}: a suffix is a part of a name, not of a path.")
     memory = None if args.max_memory is None else parse_memory(args.max_memory)
     settings = Settings(args.outscale, args.tile, args.pre_pad, memory, args.alpha_upsampler)
-    return Options(settings, args.quality, args.lossless, args.batch, args.overwrite)
+    return BatchOptions(settings, args.quality, args.lossless, args.batch, args.overwrite)
 
 
 def _device(gpu: int | None) -> str:

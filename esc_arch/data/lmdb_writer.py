@@ -18,9 +18,9 @@ from .decoding import size_in_header
 from .image_files import PNG_COMPRESSION
 from .lmdb_check import lmdb_problem
 
-__all__ = ["LmdbWriter", "Settings", "read_shapes", "why_not_reusable"]
+__all__ = ["LmdbSettings", "LmdbWriter", "read_shapes", "why_not_reusable"]
 
-Settings = Mapping[str, str | int | None]
+LmdbSettings = Mapping[str, str | int | None]
 """All that the content of an LMDB depends on. Equal settings make equal content."""
 
 SETTINGS_FILE = "prepare.json"
@@ -40,7 +40,7 @@ class LmdbWriter:
         sizes: (H, W) of every image written so far, by its key.
     """
 
-    def __init__(self, path: Path, settings: Settings) -> None:
+    def __init__(self, path: Path, settings: LmdbSettings) -> None:
         self.path = path
         self.partial = path.with_name(f".{path.name}.partial")
         with _writing_to(path.parent):
@@ -101,7 +101,7 @@ def _writing_to(folder: Path) -> Iterator[None]:
             raise OSError(str(error)) from error
 
 
-def why_not_reusable(path: Path, settings: Settings) -> str | None:
+def why_not_reusable(path: Path, settings: LmdbSettings) -> str | None:
     """Why the LMDB `path` is not, in full, what `settings` would make; None when it is."""
     made_with = _read_settings(path)
     if made_with is None:

@@ -26,7 +26,7 @@ from .image_files import (
     read_hr,
     sub_image_starts,
 )
-from .lmdb_writer import LmdbWriter, Settings, why_not_reusable
+from .lmdb_writer import LmdbSettings, LmdbWriter, why_not_reusable
 from .worker_pool import map_in_order, progress_bar
 
 __all__ = ["match_lr", "prepare_train", "train_lmdbs"]
@@ -94,7 +94,7 @@ def prepare_train(
         raise UserError(f"LR folders are given for the scales {sorted(given)}, but the scales are {list(scales)}.")
 
     lmdbs = train_lmdbs(out, name, scales)
-    settings: dict[int, Settings] = {
+    settings: dict[int, LmdbSettings] = {
         scale: {
             "format": FORMAT,
             "basicsr": basicsr.__version__,
@@ -175,7 +175,7 @@ def _given_lr(image: _TrainImage, hr: Image, scale: int, spare: int) -> Image:
     return lr[:height, :width]
 
 
-def _lmdbs_to_make(lmdbs: Mapping[int, Path], settings: Mapping[int, Settings], overwrite: bool) -> list[int]:
+def _lmdbs_to_make(lmdbs: Mapping[int, Path], settings: Mapping[int, LmdbSettings], overwrite: bool) -> list[int]:
     """The scales whose LMDB does not exist yet."""
     wanted, in_the_way = [], []
     for scale, path in lmdbs.items():

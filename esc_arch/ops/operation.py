@@ -14,7 +14,16 @@ from esc_arch.errors import UserError
 from esc_arch.ops import cpu
 from esc_arch.ops.float32 import tf32_in_convolutions, tf32_in_products
 
-__all__ = ["Explanation", "Operation", "Shapes", "UnusableBackend", "check_norm", "check_shapes", "forget", "normal"]
+__all__ = [
+    "Explanation",
+    "Operation",
+    "SampleShapes",
+    "UnusableBackend",
+    "check_norm",
+    "check_shapes",
+    "forget",
+    "normal",
+]
 
 #: Other spellings of backends.
 ALIASES = {"cpp": "cpu"}
@@ -44,7 +53,7 @@ class Explanation(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Shapes:
+class SampleShapes:
     """Sizes that a network computes with: attention's, ConvAttn's and ConvFFN's; rank 0 stands for a bias table."""
 
     channels: int = 64
@@ -78,9 +87,9 @@ class Operation:
     option: str
     backends: dict[str, ModuleType]
     order: tuple[str, ...]
-    inputs: Callable[[Shapes, Size], list[Tensor]]
+    inputs: Callable[[SampleShapes, Size], list[Tensor]]
     parts: tuple[str, ...]
-    arguments: Callable[[Shapes, Sequence[Tensor]], tuple[Any, ...]] = lambda shapes, tensors: tuple(tensors)
+    arguments: Callable[[SampleShapes, Sequence[Tensor]], tuple[Any, ...]] = lambda shapes, tensors: tuple(tensors)
     parameters_stay_float32: bool = False
     roundings: int = 4
     canonicalise: Callable[[int, Tensor], Tensor] = lambda number, gradient: gradient
@@ -163,7 +172,7 @@ class Operation:
 
     def sample(
         self,
-        shapes: Shapes,
+        shapes: SampleShapes,
         size: Size,
         *,
         device: torch.device | str = "cpu",

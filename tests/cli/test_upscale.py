@@ -26,7 +26,7 @@ import esc_arch
 from esc_arch import ESC
 from esc_arch.cli import main, upscale
 from esc_arch.tools.upscale import batch, image_writer, large_images
-from esc_arch.tools.upscale.batch import Options, Task
+from esc_arch.tools.upscale.batch import BatchOptions, Task
 from esc_arch.tools.upscale.network import Upscaler
 
 PHOTOGRAPH = astronaut()[40:70, 170:205]
@@ -338,11 +338,11 @@ def test_pictures_of_one_size_run_together(run: Upscale, weights: Path, monkeypa
 
 def test_how_many_run_together(weights: Path) -> None:
     upscaler = esc_arch.load(weights, device="cpu")
-    assert Options().batch_of(upscaler, 64, 64) == 1
-    assert Options(batch=7).batch_of(upscaler, 64, 64) == 7
+    assert BatchOptions().batch_of(upscaler, 64, 64) == 1
+    assert BatchOptions(batch=7).batch_of(upscaler, 64, 64) == 7
     object.__setattr__(upscaler, "device", torch.device("cuda"))
-    assert [Options().batch_of(upscaler, side, side) for side in (64, 256, 1024)] == [16, 4, 1]
-    assert Options(batch.Settings(tile=8), batch=7).batch_of(upscaler, 64, 64) == 1
+    assert [BatchOptions().batch_of(upscaler, side, side) for side in (64, 256, 1024)] == [16, 4, 1]
+    assert BatchOptions(batch.Settings(tile=8), batch=7).batch_of(upscaler, 64, 64) == 1
 
 
 def test_one_of_a_batch_that_fails(run: Upscale, monkeypatch: pytest.MonkeyPatch) -> None:

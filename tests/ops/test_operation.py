@@ -13,9 +13,9 @@ from torch import Tensor
 
 from esc_arch.ops import operation
 from esc_arch.ops.dispatch import OPERATIONS
-from esc_arch.ops.operation import Operation, Shapes, forget
+from esc_arch.ops.operation import Operation, SampleShapes, forget
 
-SHAPES = Shapes(channels=8, heads=2, window=4, pdim=4, kernel_size=5, hidden=10)
+SHAPES = SampleShapes(channels=8, heads=2, window=4, pdim=4, kernel_size=5, hidden=10)
 
 
 @pytest.fixture

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from esc_arch.ops.operation import Shapes, Size
+from esc_arch.ops.operation import SampleShapes, Size
 
 __all__ = ["NETWORKS", "Network", "nearest"]
 
 
 @dataclass(frozen=True)
-class Network(Shapes):
+class Network(SampleShapes):
     """Shapes that a network computes with.
 
     Attributes:

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from esc_arch.ops.operation import Operation, Shapes, Size, check_shapes, normal
+from esc_arch.ops.operation import Operation, SampleShapes, Size, check_shapes, normal
 
 from . import cpu, reference, triton, triton_folded
 from .depthwise import per_image_depthwise
@@ -24,14 +24,14 @@ __all__ = [
 ]
 
 
-def _inputs(shapes: Shapes, size: Size) -> list[Tensor]:
+def _inputs(shapes: SampleShapes, size: Size) -> list[Tensor]:
     """A map of which the first channels are convolved, a symmetric large kernel, and the dynamic one."""
     (batch, height, width), pdim, side = size, shapes.pdim, shapes.kernel_size
     x, large, dynamic = normal((batch, shapes.channels, height, width), (pdim, pdim, side, side), (batch, pdim, 3, 3))
     return [x, symmetrise(large), dynamic]
 
 
-def _arguments(shapes: Shapes, tensors: Sequence[Tensor]) -> tuple[Any, ...]:
+def _arguments(shapes: SampleShapes, tensors: Sequence[Tensor]) -> tuple[Any, ...]:
     x, large, dynamic = tensors
     return x[:, : shapes.pdim], large, dynamic, True
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from esc_arch.ops.operation import Operation, Shapes, Size, check_norm, check_shapes, normal
+from esc_arch.ops.operation import Operation, SampleShapes, Size, check_norm, check_shapes, normal
 
 from . import cpu, reference
 
@@ -22,7 +22,7 @@ SHAPES = {
 STEP_SHAPES = SHAPES | {"norm_weight": "C", "norm_bias": "C"}
 
 
-def _inputs(shapes: Shapes, size: Size) -> list[Tensor]:
+def _inputs(shapes: SampleShapes, size: Size) -> list[Tensor]:
     sizes = dict(zip("BHW", size, strict=True)) | {"C": shapes.channels, "M": shapes.hidden, "1": 1, "3": 3}
     return normal(*(tuple(sizes[letter] for letter in shape) for shape in SHAPES.values()))
 

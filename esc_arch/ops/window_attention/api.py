@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
-from esc_arch.ops.operation import Operation, Shapes, Size, check_shapes, normal
+from esc_arch.ops.operation import Operation, SampleShapes, Size, check_shapes, normal
 
 from . import cpu, flash, flex, flex_flash, reference, sdpa, triton
 from .bias import Bias
@@ -16,7 +16,7 @@ from .cpu import Norm, Projection
 __all__ = ["WINDOW_ATTENTION", "attention_layer", "window_attention"]
 
 
-def _inputs(shapes: Shapes, size: Size) -> list[Tensor]:
+def _inputs(shapes: SampleShapes, size: Size) -> list[Tensor]:
     """The projection, and biases with which the weights are neither flat nor all on one token."""
     batch, height, width = size
     table, factors = (shapes.heads, (2 * shapes.window - 1) ** 2), (shapes.heads, shapes.window**2, shapes.rank)
@@ -24,7 +24,7 @@ def _inputs(shapes: Shapes, size: Size) -> list[Tensor]:
     return [qkv, *bias] if shapes.rank else [qkv, 2 * bias[0]]
 
 
-def _arguments(shapes: Shapes, tensors: Sequence[Tensor]) -> tuple[Any, ...]:
+def _arguments(shapes: SampleShapes, tensors: Sequence[Tensor]) -> tuple[Any, ...]:
     qkv, *bias = tensors
     return qkv, tuple(bias) if shapes.rank else bias[0], shapes.window, shapes.heads
 

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from esc_arch.ops.autotune.comparison import largest_difference, results
 from esc_arch.ops.dispatch import OPERATIONS as TABLE
-from esc_arch.ops.operation import Explanation, Shapes
+from esc_arch.ops.operation import Explanation, SampleShapes
 
 from .report import Finding
 
@@ -21,7 +21,7 @@ __all__ = ["OPERATIONS", "TOLERANCES", "compare", "dispatch", "examine"]
 
 #: The largest difference from the reference, relative to the reference's largest number: some ten roundings.
 TOLERANCES = {"float32": 2e-5, "bfloat16": 5e-2}
-_SIZE, _SHAPES = (2, 21, 18), Shapes(channels=32, heads=2, window=8, pdim=16, hidden=40)
+_SIZE, _SHAPES = (2, 21, 18), SampleShapes(channels=32, heads=2, window=8, pdim=16, hidden=40)
 #: The operations with the shapes that they are computed with; attention with both kinds of bias.
 OPERATIONS = {name: (operation, _SHAPES) for name, operation in TABLE.items()}
 OPERATIONS["window attention, factors"] = (TABLE["window attention"], replace(_SHAPES, rank=8))

@@ -21,7 +21,7 @@ from .image_writer import WRITABLE_SUFFIXES, EncodeSpec, encode_spec, write_imag
 from .network import Upscaler
 from .upscaling import Settings, enlarge_many, enlarge_pixels, enlarged_size
 
-__all__ = ["EXTENSIONS", "BatchListener", "Options", "Summary", "Task", "find_tasks", "upscale_files"]
+__all__ = ["EXTENSIONS", "BatchListener", "BatchOptions", "Summary", "Task", "find_tasks", "upscale_files"]
 
 #: What `--ext` may be; auto is the input's own.
 EXTENSIONS = ("auto", "png", "jpg", "webp", "tiff")
@@ -43,7 +43,7 @@ class Task:
 
 
 @dataclass(frozen=True)
-class Options:
+class BatchOptions:
     """How images are run.
 
     Attributes:
@@ -198,7 +198,7 @@ class _Work:
 def upscale_files(
     upscaler: Upscaler,
     tasks: Sequence[Task],
-    options: Options,
+    options: BatchOptions,
     listener: BatchListener,
     upscale_video: Callable[[Path, Path], None] | None = None,
 ) -> Summary:
@@ -222,7 +222,7 @@ def upscale_files(
 class _Run:
     """The state of `upscale_files`."""
 
-    def __init__(self, upscaler: Upscaler, options: Options, listener: BatchListener) -> None:
+    def __init__(self, upscaler: Upscaler, options: BatchOptions, listener: BatchListener) -> None:
         self.upscaler, self.options, self.listener = upscaler, options, listener
         self.summary = Summary()
         self.writing: deque[tuple[_Work, Future[None]]] = deque()
