@@ -107,8 +107,8 @@ class Head:
         return self.out_size[0] * self.net.unshuffle_factor / self.image_size[0]
 
     def prepare(self, feat: Tensor, image: Tensor) -> Tensor:
-        """For heads that `prepares`: a map from features and image, whose pixels depend on `margin` around them."""
-        raise NotImplementedError
+        """What `block` reads in place of the features, from `margin` pixels around each; by default they themselves."""
+        return feat
 
     def block(self, out: Region, features: Read, image: Read) -> Tensor:
         """A region of the enlarged image.
