@@ -18,31 +18,37 @@ def attach_to_basicsr() -> None:
 
     So that networks and tools, which need no BasicSR, do not wait for it: it takes longer to import than they do.
     """
-    if _Finder not in sys.meta_path:
-        sys.meta_path.insert(0, _Finder)
+    if _FINDER not in sys.meta_path:
+        sys.meta_path.insert(0, _FINDER)
     if "basicsr" in sys.modules:
         _prepare()
         _complete()
+    else:
+        # An import that failed half-way left its modules behind: they would be taken without the rest
+        for name in [name for name in sys.modules if name.startswith("basicsr.")]:
+            del sys.modules[name]
 
 
 class _Finder(importlib.abc.MetaPathFinder):
     """Finds BasicSR as the other finders do, and sees to what comes before its import and after it."""
 
-    @classmethod
     def find_spec(
-        cls, name: str, path: Sequence[str] | None = None, target: ModuleType | None = None
+        self, name: str, path: Sequence[str] | None = None, target: ModuleType | None = None
     ) -> ModuleSpec | None:
         if name != "basicsr":
             return None
-        sys.meta_path.remove(cls)
+        sys.meta_path.remove(self)
         try:
             spec = importlib.util.find_spec(name)
             if spec is not None and spec.loader is not None:
                 _prepare()
                 _wrap(spec.loader)
         finally:
-            sys.meta_path.insert(0, cls)
+            sys.meta_path.insert(0, self)
         return spec
+
+
+_FINDER = _Finder()
 
 
 def _wrap(loader: Any) -> None:
