@@ -1,40 +1,23 @@
 """ESC image super-resolution (ICCV 2025, arXiv 2503.06671) as a plugin of BasicSR.
 
-Importing this package is all that an existing BasicSR set-up needs: it makes basicsr 1.4.2 importable with
-current libraries and registers the networks, layers, data sets and models below, so that option files can name them.
-That is its only side effect. Without BasicSR there are the networks, layers and tools; training says what is missing.
+Importing this package is all that an existing BasicSR set-up needs: from then on, basicsr 1.4.2 can be imported with
+current libraries, and has the networks, layers, data sets and models below registered, so that option files can name
+them. That is its only side effect. Without BasicSR there are the networks, layers and tools; training says what is
+missing.
 """
 
 from __future__ import annotations
 
 import importlib
-import importlib.util
 from typing import TYPE_CHECKING, Any
 
 from .errors import NO_BASICSR, UserError
+from .on_import import attach_to_basicsr
+from .project import find_as_parent_process
 from .version import __version__
 
-if importlib.util.find_spec("basicsr") is not None:
-    try:
-        # The order of these imports is the point: basicsr can only be imported in between
-        from . import compat, project
-
-        compat.prepare_import()
-
-        import basicsr  # noqa: F401
-
-        compat.apply_patches()
-        project.find_as_parent_process()
-
-        from .register import register_all
-
-        register_all()
-    except Exception as error:
-        # What keeps BasicSR from being imported is what `basicsr doctor` is asked for: it ends the process, if it is it
-        from .tools.doctor.command import run_where_the_import_failed
-
-        run_where_the_import_failed(error)
-        raise
+attach_to_basicsr()
+find_as_parent_process()
 
 if TYPE_CHECKING:
     from .archs import ESC, ESCFP, ESCLTE, ESCRIB, ConvAttn, DecomposedConvAttn, ESCReal, ESCRealM, FlashWindowAttention

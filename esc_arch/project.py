@@ -58,20 +58,22 @@ def import_modules(names: object, where: str) -> None:
 def find_as_parent_process() -> None:
     """Find the modules that the parent process finds: what it sends, such as a data set, may be of them."""
     _FOLDERS.update(json.loads(os.environ.get(_VARIABLE, "{}")))
-    if _FOLDERS and _Finder not in sys.meta_path:
-        sys.meta_path.insert(0, _Finder)
+    if _FOLDERS and _FINDER not in sys.meta_path:
+        sys.meta_path.insert(0, _FINDER)
 
 
 class _Finder(importlib.abc.MetaPathFinder):
     """Looks for top-level modules in the folders of `_FOLDERS`."""
 
-    @classmethod
-    def find_spec(cls, name: str, path: Any = None, target: Any = None) -> ModuleSpec | None:
+    def find_spec(self, name: str, path: Any = None, target: Any = None) -> ModuleSpec | None:
         if name not in _FOLDERS:
             return None
         spec = PathFinder.find_spec(name, [_FOLDERS[name]])
         # A folder without __init__.py gives way to a package elsewhere, as everywhere in Python
         return PathFinder.find_spec(name) or spec if spec is not None and spec.loader is None else spec
+
+
+_FINDER = _Finder()
 
 
 def _import(name: str, where: str) -> None:

@@ -19,19 +19,26 @@ def register_all() -> None:
     """Register every class of esc_arch that option files can name."""
     from basicsr.utils import registry
 
-    from . import archs, data, losses, models
+    # From where they are defined: one of the packages may be in the midst of its import, which led here
+    from . import archs
+    from .data.arbitrary_scale_dataset import ArbitraryScaleDataset
+    from .data.downsample_dataset import DownsampleImageDataset
+    from .losses.image_losses import FFTLoss, LPIPSLoss, SSIMLoss
+    from .models.esc_lte_model import ESCLTEModel
+    from .models.esc_model import ESCModel
+    from .models.real_models import ESCRealGANModel, ESCRealMSEModel
 
     register(registry.ARCH_REGISTRY, *(getattr(archs, name) for name in archs.__all__))
     register(
         registry.MODEL_REGISTRY,
-        *(models.ESCModel, models.ESCLTEModel, models.ESCRealMSEModel, models.ESCRealGANModel),
+        *(ESCModel, ESCLTEModel, ESCRealMSEModel, ESCRealGANModel),
         # Their names in published option files
-        ESRModel=models.ESCModel,
-        RealHATMSEModel=models.ESCRealMSEModel,
-        RealHATGANModel=models.ESCRealGANModel,
+        ESRModel=ESCModel,
+        RealHATMSEModel=ESCRealMSEModel,
+        RealHATGANModel=ESCRealGANModel,
     )
-    register(registry.DATASET_REGISTRY, data.ArbitraryScaleDataset, data.DownsampleImageDataset)
-    register(registry.LOSS_REGISTRY, losses.FFTLoss, losses.LPIPSLoss, losses.SSIMLoss)
+    register(registry.DATASET_REGISTRY, ArbitraryScaleDataset, DownsampleImageDataset)
+    register(registry.LOSS_REGISTRY, FFTLoss, LPIPSLoss, SSIMLoss)
 
 
 def register(registry: Registry, *classes: type, **aliases: type) -> None:

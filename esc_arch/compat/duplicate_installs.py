@@ -14,7 +14,7 @@ import warnings
 from importlib.metadata import Distribution, distributions
 from pathlib import Path
 
-__all__ = ["find_copies", "find_distributions", "forget_failed_import", "warn_about_copies", "warn_about_script"]
+__all__ = ["find_copies", "find_distributions", "warn_about_copies", "warn_about_script"]
 
 
 def find_copies() -> list[Path]:
@@ -72,13 +72,3 @@ def warn_about_script() -> None:
             f"instance, will fail. Start `basicsr {script.stem} -opt FILE` instead.",
             stacklevel=4,
         )
-
-
-def forget_failed_import() -> None:
-    """Drop the sub-modules that an `import basicsr` that failed half-way left behind, with their registries.
-
-    The next attempt would register the same names again, which BasicSR refuses.
-    """
-    if "basicsr" not in sys.modules:
-        for name in [name for name in sys.modules if name.startswith("basicsr.")]:
-            del sys.modules[name]

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from typing import TYPE_CHECKING, Any
+
+with suppress(ModuleNotFoundError):  # some modules need none
+    import basicsr  # noqa: F401  first: what comes with it imports modules of this package
 
 if TYPE_CHECKING:
     from .arbitrary_scale_dataset import ArbitraryScaleDataset

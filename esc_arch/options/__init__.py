@@ -6,6 +6,7 @@ import argparse
 import os
 import random
 
+import basicsr  # noqa: F401  first: what comes with it imports modules of this package
 import torch.distributed
 from basicsr.utils import set_random_seed
 from basicsr.utils.dist_util import get_dist_info

@@ -1,0 +1,75 @@
+"""What `import basicsr` brings besides BasicSR, once esc_arch has been imported: the patches, and our classes."""
+
+from __future__ import annotations
+
+import importlib.abc
+import importlib.util
+import sys
+from collections.abc import Sequence
+from importlib.machinery import ModuleSpec
+from types import ModuleType
+from typing import Any
+
+__all__ = ["attach_to_basicsr"]
+
+
+def attach_to_basicsr() -> None:
+    """Patch BasicSR and register our classes: now if it is imported, else when it is.
+
+    So that networks and tools, which need no BasicSR, do not wait for it: it takes longer to import than they do.
+    """
+    if _FINDER not in sys.meta_path:
+        sys.meta_path.insert(0, _FINDER)
+    if "basicsr" in sys.modules:
+        _prepare()
+        _complete()
+    else:
+        # An import that failed half-way left its modules behind: they would be taken without the rest
+        for name in [name for name in sys.modules if name.startswith("basicsr.")]:
+            del sys.modules[name]
+
+
+class _Finder(importlib.abc.MetaPathFinder):
+    """Finds BasicSR as the other finders do, and sees to what comes before its import and after it."""
+
+    def find_spec(
+        self, name: str, path: Sequence[str] | None = None, target: ModuleType | None = None
+    ) -> ModuleSpec | None:
+        if name != "basicsr":
+            return None
+        sys.meta_path.remove(self)
+        try:
+            spec = importlib.util.find_spec(name)
+            if spec is not None and spec.loader is not None:
+                _prepare()
+                _wrap(spec.loader)
+        finally:
+            sys.meta_path.insert(0, self)
+        return spec
+
+
+_FINDER = _Finder()
+
+
+def _wrap(loader: Any) -> None:
+    execute = loader.exec_module
+
+    def exec_module(module: ModuleType) -> None:
+        execute(module)
+        _complete()
+
+    loader.exec_module = exec_module
+
+
+def _prepare() -> None:
+    from . import compat
+
+    compat.prepare_import()
+
+
+def _complete() -> None:
+    from . import compat
+    from .register import register_all
+
+    compat.apply_patches()
+    register_all()
