@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 import weakref
 from collections import deque
-from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -15,23 +14,20 @@ from torch import Tensor
 from esc_arch.archs.heads import Region
 from esc_arch.errors import UserError
 
-from .feature_maps import FeatureMap
 from .memory import available, format_memory, peak_of, resident
 from .network import Upscaler
 from .regions import PaddedImage, cuts
 from .tiled_executor import MAPS, Plan, TiledExecutor, large_kernel_reach
 
-__all__ = ["Cost", "Costs", "costs_of", "fits", "plan_for", "whole"]
+__all__ = ["Cost", "PeakMemory", "fits", "peak_memory", "plan_for", "whole"]
 
 #: Tiles of this side have margins of a few percent; larger ones gain nothing.
 LARGEST_TILE = 512
 #: Tiles are not made smaller than this to keep features in memory rather than in files.
 LEAST_TILE_FOR_MEMORY = 192
-#: Blocks of the result are not made of smaller tiles than this.
-LEAST_HEAD_TILE = 8
 #: What operators take for themselves, and what the allocator loses, beside the tensors that can be counted.
 OVERHEAD = 1.3
-#: Of the memory that is free, so much is used where nobody says how much.
+#: The share of free memory that is used where nobody says how much.
 SHARE = 0.7
 
 
@@ -45,57 +41,50 @@ class Cost(NamedTuple):
         return OVERHEAD * (self.fixed + self.per_pixel * pixels)
 
 
-class Costs(NamedTuple):
-    """Of a network: the whole at once, a tile of the features in its most expensive step, a block of the result."""
+class PeakMemory(NamedTuple):
+    """What a network takes: for an image at once, for a tile or a block of the result; and channels of its features."""
 
     whole: Cost
-    tile: Cost
-    block: Cost
+    part: Cost
     channels: int
 
 
-_costs: weakref.WeakKeyDictionary[Upscaler, dict[float | None, Costs]] = weakref.WeakKeyDictionary()
+_measured: weakref.WeakKeyDictionary[Upscaler, dict[float | None, PeakMemory]] = weakref.WeakKeyDictionary()
 
 
-def costs_of(upscaler: Upscaler, scale: float | None) -> Costs:
+def peak_memory(upscaler: Upscaler, scale: float | None) -> PeakMemory:
     """Measured once for each network and scale, on two small images."""
-    of_network = _costs.setdefault(upscaler, {})
+    of_network = _measured.setdefault(upscaler, {})
     if scale not in of_network:
         unit = upscaler.net.window_size * upscaler.net.unshuffle_factor
         # LTE computes so many points at a time, which both images should have
         least = 32 if not upscaler.any_scale else max(32, min(64, 128 / (scale or upscaler.scale)))
         side = math.ceil(least / unit) * unit
-        small, large = (_Measured(upscaler, side * factor, scale) for factor in (1, 2))
+        small, large = _peaks(upscaler, side, scale), _peaks(upscaler, 2 * side, scale)
         costs = []
-        for first, second in zip(small.peaks, large.peaks, strict=True):
+        for first, second in zip(small[:2], large[:2], strict=True):
             per_pixel = max(0, second - first) / (large.pixels - small.pixels)
             costs.append(Cost(max(0.0, first - per_pixel * small.pixels), per_pixel))
-        at_once, tile, block = costs
-        of_network[scale] = Costs(at_once, tile, block, large.channels)
+        of_network[scale] = PeakMemory(*costs, large.channels)
     return of_network[scale]
 
 
-class _Measured(TiledExecutor):
-    """A small black image, of one block, and `peaks`: the most bytes of the whole, of a tile, of a block at a time."""
+class _Peaks(NamedTuple):
+    whole: int
+    part: int
+    pixels: int
+    channels: int
 
-    def __init__(self, upscaler: Upscaler, side: int, scale: float | None) -> None:
-        black = np.zeros((side, side, 3), np.uint8)
-        size = upscaler.output_size(side, side, scale)
-        super().__init__(upscaler, PaddedImage(black), size, Plan(side, side, MAPS))
-        self.blocks = self.blocks[:1]  # the others are like it
-        self.pixels, self.peak = self.size[0] * self.size[1], 0
-        self.peaks = [peak_of(lambda: whole(upscaler, black, scale), upscaler.device)]
-        deque(self.run(), maxlen=0)
-        self.peaks.append(self.peak)
 
-    def attempt(self, compute: Callable[[Region], None], tile: Region, align: int) -> None:
-        attempt = super().attempt
-        self.peak = max(self.peak, peak_of(lambda: attempt(compute, tile, align), self.device))
-
-    def rows(self, features: FeatureMap) -> Iterator[Tensor]:
-        self.peaks.append(self.peak)
-        self.peak = 0
-        return super().rows(features)
+def _peaks(upscaler: Upscaler, side: int, scale: float | None) -> _Peaks:
+    """Of a black image, at once and as a single part. The latter includes its share of the maps and the result."""
+    black = np.zeros((side, side, 3), np.uint8)
+    size = upscaler.output_size(side, side, scale)
+    executor = TiledExecutor(upscaler, PaddedImage(black), size, Plan(side))
+    executor.blocks = executor.blocks[:1]  # the others are like it
+    at_once = peak_of(lambda: whole(upscaler, black, scale), upscaler.device)
+    part = peak_of(lambda: deque(executor.run(), maxlen=0), upscaler.device)
+    return _Peaks(at_once, part, executor.size[0] * executor.size[1], executor.channels)
 
 
 def whole(upscaler: Upscaler, image: Any, scale: float | None) -> Tensor:
@@ -109,7 +98,7 @@ def fits(upscaler: Upscaler, image: PaddedImage, scale: float | None, max_memory
     """True if the whole image can be enlarged at once."""
     pixels = image.height * image.width // upscaler.net.unshuffle_factor**2
     on_cpu = upscaler.device.type == "cpu"
-    return costs_of(upscaler, scale).whole.of(pixels) <= (_host(max_memory) if on_cpu else _device(upscaler.device))
+    return peak_memory(upscaler, scale).whole.of(pixels) <= (_host(max_memory) if on_cpu else _device(upscaler.device))
 
 
 def plan_for(
@@ -120,7 +109,7 @@ def plan_for(
     max_memory: int | None,
     tile: int = 0,
 ) -> Plan:
-    """The largest tiles that fit, and as many maps in memory as fit beside them.
+    """The largest tiles that fit, with the feature maps in memory if they fit beside large ones.
 
     Args:
         out_size: (H', W') of the result.
@@ -128,67 +117,49 @@ def plan_for(
         tile: above 0, the largest side in pixels of the image, rounded up to whole windows.
 
     Raises:
-        UserError: not even the smallest do.
+        UserError: not even the smallest tiles fit.
     """
-    net, costs = upscaler.net, costs_of(upscaler, scale)
+    net, peak, host = upscaler.net, peak_memory(upscaler, scale), _host(max_memory)
     window, size = net.window_size, (image.height // net.unshuffle_factor, image.width // net.unshuffle_factor)
     head = net.head((image.image.shape[0], image.image.shape[1]), size, out_size)
     reaches = [large_kernel_reach(block, pair) for block in net.blocks for pair in range(len(block.pconvs))]  # type: ignore[arg-type]
-    margin = max(2 + max(reaches, default=0), head.margin if head.prepares else 0)
-    largest = LARGEST_TILE if not tile else min(LARGEST_TILE, -(-tile // (window * net.unshuffle_factor)) * window)
-    on_cpu = upscaler.device.type == "cpu"
+    margin = max(2 + max(reaches, default=0), head.margin)
+    largest = min(LARGEST_TILE, -(-tile // (window * net.unshuffle_factor)) * window) if tile else LARGEST_TILE
+    sides = range(max(largest // window, 1) * window, 0, -window)
 
-    def area(side: int) -> int:
-        """Pixels of the largest tile with its margin."""
+    def part_bytes(side: int) -> float:
+        """Of the largest tile, with its margin."""
         rows, columns = (min(_longest(length, side, window) + 2 * margin, length) for length in size)
-        return rows * columns
+        return peak.part.of(rows * columns)
 
     def band_bytes(side: int) -> int:
+        """Of the rows of the result that are computed together."""
         return 12 * _longest(out_size[0], round(side * head.enlargement), head.align) * out_size[1]
 
-    def tile_bytes(side: int) -> float:
-        return costs.tile.of(area(side))
-
-    def block_bytes(side: int) -> float:
-        rows, columns = (
-            min(_longest(length, round(side * head.enlargement), head.align) / head.enlargement + 2 * head.margin, most)
-            for length, most in zip(out_size, size, strict=True)
-        )
-        return costs.block.of(math.ceil(rows * columns)) + (band_bytes(side) if on_cpu else 0)
-
-    def largest_sides(budget: float) -> tuple[int | None, int | None]:
-        tiles = range(max(largest // window, 1) * window, 0, -window)
-        blocks = range(max(largest, LEAST_HEAD_TILE), LEAST_HEAD_TILE - 1, -LEAST_HEAD_TILE)
-        return (
-            next((side for side in tiles if tile_bytes(side) <= budget), None),
-            next((side for side in blocks if block_bytes(side) <= budget), None),
-        )
-
-    host = _host(max_memory)
-    map_bytes = size[0] * size[1] * costs.channels * upscaler.precision.itemsize
-    if not on_cpu:  # tiles are in the device's memory, maps in the host's, with copies of a tile on the way
-        side, block = largest_sides(_device(upscaler.device))
-        side, block = side or window, block or LEAST_HEAD_TILE  # what is free there changes: it is tried
-        copies = 4 * area(side) * costs.channels * 4 + band_bytes(block)
-        return Plan(side, block, max(0, min(MAPS, int((host - copies) // map_bytes))))
-    side, block = largest_sides(host - MAPS * map_bytes)
-    if side and block and side >= min(LEAST_TILE_FOR_MEMORY, largest, max(size)):
-        return Plan(side, block, MAPS)
-    side, block = largest_sides(host)
-    if side is None or block is None:
-        needed, name = max(tile_bytes(window), block_bytes(LEAST_HEAD_TILE)), upscaler.source.name
-        if max_memory is None:
-            raise UserError(
-                f"There is too little memory: {name} needs {format_memory(needed)} for its smallest parts, and may "
-                f"take {format_memory(max(host, 0))} of what is free."
-            )
-        taken = max_memory - host
+    maps = MAPS * size[0] * size[1] * peak.channels * upscaler.precision.itemsize
+    if (
+        upscaler.device.type != "cpu"
+    ):  # maps are in the host's memory; what is free in the device's changes: it is tried
+        free = _device(upscaler.device)
+        side = next((side for side in sides if part_bytes(side) <= free), window)
+        return Plan(side, maps + part_bytes(side) + band_bytes(side) > host)
+    needed = {side: part_bytes(side) + band_bytes(side) for side in sides}
+    side = next((side for side in sides if needed[side] + maps <= host), 0)
+    if side >= min(LEAST_TILE_FOR_MEMORY, sides[0], max(size)):
+        return Plan(side)
+    if side := next((side for side in sides if needed[side] <= host), 0):
+        return Plan(side, in_files=True)
+    name, least = upscaler.source.name, needed[sides[-1]]
+    if max_memory is None:
         raise UserError(
-            f"max_memory: {format_memory(max_memory)} given; {name} needs at least {format_memory(taken + needed)}, of "
-            f"which the program takes {format_memory(taken)} already."
+            f"There is too little memory: {name} needs {format_memory(least)} for its smallest parts, and may take "
+            f"{format_memory(max(host, 0))} of what is free."
         )
-    rest = host - max(tile_bytes(side), block_bytes(block))
-    return Plan(side, block, min(MAPS, int(rest // map_bytes)))
+    taken = max_memory - host
+    raise UserError(
+        f"max_memory: {format_memory(max_memory)} given; {name} needs at least {format_memory(taken + least)}, of "
+        f"which the program takes {format_memory(taken)} already."
+    )
 
 
 def _longest(length: int, largest: int, align: int) -> int:

@@ -17,7 +17,7 @@ from esc_arch.errors import UserError
 from esc_arch.modules import ESCBlock, fused
 from esc_arch.ops.window_attention import window_attention
 
-from .feature_maps import FeatureMap, FeatureMapInFile, check_space
+from .feature_maps import FeatureMap
 from .memory import is_out_of_memory, release, trim_heap
 from .network import Upscaler
 from .regions import PaddedImage, cuts, grid
@@ -32,14 +32,12 @@ class Plan(NamedTuple):
     """How an image is computed in parts.
 
     Attributes:
-        tile: side of the tiles of the features, in pixels of these.
-        head_tile: the same of the blocks of the result.
-        maps_in_memory: how many of `MAPS` feature maps are in memory; the others are in files.
+        tile: side of the tiles, and of what blocks of the result are made of, in pixels of the features.
+        in_files: True if feature maps are in temporary files.
     """
 
     tile: int
-    head_tile: int
-    maps_in_memory: int
+    in_files: bool = False
 
 
 class TiledExecutor:
@@ -77,7 +75,7 @@ class TiledExecutor:
         """Rows of the result from the top to the bottom, (3, h, W'), float32 on the CPU."""
         self.channels = self.net.shallow_features(self.read_image(Region(0, 0, 1, 1))).shape[1]
         with ExitStack() as stack:
-            maps = [self.new_map(self.channels, number, stack) for number in range(MAPS)]
+            maps = [self.new_map(self.channels, stack) for _ in range(MAPS)]
             features, *others = maps
             self.each(lambda tile: features.write(tile, self._shallow(tile)))
             for block in self.blocks:
@@ -97,17 +95,15 @@ class TiledExecutor:
         """The image by a region of the features."""
         return self.image.read(region.times(self.net.unshuffle_factor), self.device)
 
-    def new_map(self, channels: int, number: int, stack: ExitStack) -> FeatureMap:
-        """The map of this number of `MAPS`, which `stack` closes."""
-        dtype, pinned, in_files = self.upscaler.precision, self.device.type == "cuda", MAPS - self.plan.maps_in_memory
-        made: FeatureMap
-        if number < self.plan.maps_in_memory:
-            made = FeatureMap(channels, self.size, dtype, pinned=pinned)
-        else:
-            needed = in_files * channels * dtype.itemsize * self.size[0] * self.size[1]
-            if number == self.plan.maps_in_memory:
-                check_space(self.scratch, needed)
-            made = FeatureMapInFile(channels, self.size, dtype, pinned=pinned, folder=self.scratch, needed=needed)
+    def new_map(self, channels: int, stack: ExitStack) -> FeatureMap:
+        """A map of the features' size, which `stack` closes."""
+        made = FeatureMap(
+            channels,
+            self.size,
+            self.upscaler.precision,
+            pinned=self.device.type == "cuda",
+            folder=self.scratch if self.plan.in_files else None,
+        )
         stack.callback(made.close)
         return made
 
@@ -176,7 +172,7 @@ class TiledExecutor:
         """The last pass: from features to blocks of the result, put together to whole rows."""
         self.largest_area = float("inf")
         height, width = self.head.out_size
-        largest = round(self.plan.head_tile * self.head.enlargement)
+        largest = round(self.plan.tile * self.head.enlargement)
         for top, bottom in cuts(height, largest, self.head.align):
             band, shown = torch.empty(3, bottom - top, width), Region(top, 0, bottom, width)
 
@@ -238,7 +234,7 @@ class TiledExecutor:
         region = tile.expand(self.head.margin, self.size)
         x = self.head.prepare(self.read(features, region), self.read_image(region))
         if not prepared:
-            prepared.append(self.new_map(x.shape[1], 1, stack))  # in the place of one that is closed
+            prepared.append(self.new_map(x.shape[1], stack))
         prepared[0].write(tile, tile.crop(x, region))
 
 
