@@ -19,6 +19,7 @@ from esc_arch.ops.resize import scaled_size
 from esc_arch.tools.upscale import large_images
 from esc_arch.tools.upscale.memory import is_out_of_memory, release
 from esc_arch.tools.upscale.network import Upscaler
+from esc_arch.tools.upscale.stages import overlapped
 from esc_arch.tools.upscale.upscaling import Settings
 
 from .encoding import CONTAINERS, Encoder, VideoSpec, container_format, video_spec
@@ -26,7 +27,6 @@ from .frames import Coding, Planes, frame_of, import_av
 from .muxing import join
 from .reading import Batch, VideoReader, open_video
 from .segments import WorkFolder
-from .stages import overlapped
 
 __all__ = ["RESULT_SUFFIXES", "upscale_video"]
 
