@@ -20,12 +20,11 @@ from torch import Tensor
 from esc_arch.archs.esc_fp_arch import bicubic_matrix
 from esc_arch.archs.heads import Region
 from esc_arch.errors import UserError
-from esc_arch.tools.upscale import planning
+from esc_arch.tools.upscale import large_images
 from esc_arch.tools.upscale.feature_maps import FeatureMap
-from esc_arch.tools.upscale.large_images import enlarge
+from esc_arch.tools.upscale.large_images import costs_of, enlarge, plan_for, whole
 from esc_arch.tools.upscale.memory import format_memory, is_out_of_memory, parse_memory, peak_of, resident
 from esc_arch.tools.upscale.network import Upscaler
-from esc_arch.tools.upscale.planning import peak_memory, plan_for, whole
 from esc_arch.tools.upscale.regions import PaddedImage, cuts, grid
 from esc_arch.tools.upscale.tiled_executor import Plan, TiledExecutor
 
@@ -226,7 +225,7 @@ def run_out_above(monkeypatch: pytest.MonkeyPatch, area: int) -> list[int]:
 
 def planned(upscaler: Upscaler, height: int, width: int, budget: float, monkeypatch: pytest.MonkeyPatch) -> Plan:
     """The plan for a budget beyond what this process has."""
-    monkeypatch.setattr(planning, "resident", lambda: 0)
+    monkeypatch.setattr(large_images, "resident", lambda: 0)
     image = np.broadcast_to(np.zeros((1, 1, 3), np.uint8), (height, width, 3))
     size = upscaler.output_size(height, width)
     return plan_for(upscaler, PaddedImage(image, upscaler.net.window_size), size, None, int(budget))
@@ -237,7 +236,7 @@ def test_tiles_grow_with_the_budget(monkeypatch: pytest.MonkeyPatch) -> None:
     plans = [planned(upscaler, 4000, 6000, budget * 2**20, monkeypatch) for budget in (16, 32, 300, 3000, 30000)]
     tiles = [plan.tile for plan in plans]
     assert tiles == sorted(tiles)
-    assert tiles[0] < tiles[-1] == planning.LARGEST_TILE
+    assert tiles[0] < tiles[-1] == large_images.LARGEST_TILE
     assert [plan.in_files for plan in plans] == [True, True, True, False, False]
 
 
@@ -247,13 +246,13 @@ def test_narrow_images_are_bounded_too(size: tuple[int, int], monkeypatch: pytes
     rows = 12 * (4 * 8) * (4 * size[1])  # of the result, as few as there may be at a time
     plan = planned(upscaler, *size, 20 * 2**20 + rows, monkeypatch)
     largest = max(tile.expand(6, size).area for tile in grid(size, plan.tile, 8))
-    assert peak_memory(upscaler, None).part.of(largest) <= 20 * 2**20 + rows
+    assert costs_of(upscaler, None)[1].of(largest) <= 20 * 2**20 + rows
 
 
 @pytest.mark.parametrize("kind", ["ESC", "ESCReal", "ESCFP", "ESCLTE"])
 def test_no_tile_takes_more_than_planned(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
     upscaler = upscaler_of(kind, **({"hidden_dim": 16, "mlp_dims": (16,)} if kind == "ESCLTE" else {}))
-    budget = peak_memory(upscaler, None).part.of(60 * 60) + 12 * 4 * 60 * 4 * 170
+    budget = costs_of(upscaler, None)[1].of(60 * 60) + 12 * 4 * 60 * 4 * 170
     plan = planned(upscaler, 150, 170, budget, monkeypatch)
     peaks: list[int] = []
     attempt = TiledExecutor.attempt
@@ -272,7 +271,7 @@ def test_too_little_memory_names_the_least(monkeypatch: pytest.MonkeyPatch) -> N
         planned(upscaler, 100, 100, 1e5, monkeypatch)
     least = parse_memory(str(e.value).split("needs at least ")[1].split(",")[0])
     assert planned(upscaler, 100, 100, least, monkeypatch) == Plan(8, in_files=True)
-    monkeypatch.setattr(planning, "available", lambda: 1000)
+    monkeypatch.setattr(large_images, "available", lambda: 1000)
     with pytest.raises(
         UserError, match=r"There is too little memory: trial.pth needs .* may take 0.7K of what is free"
     ):
@@ -281,7 +280,7 @@ def test_too_little_memory_names_the_least(monkeypatch: pytest.MonkeyPatch) -> N
 
 def test_the_process_counts(monkeypatch: pytest.MonkeyPatch) -> None:
     upscaler = upscaler_of("ESC")
-    monkeypatch.setattr(planning, "resident", lambda: 2**30)
+    monkeypatch.setattr(large_images, "resident", lambda: 2**30)
     with pytest.raises(UserError, match=r"max_memory: 512M given; .* of which the program takes 1\.0G already"):
         list(enlarge(upscaler, picture(9, 9), max_memory=2**29))
 
@@ -313,8 +312,8 @@ def test_what_fits_is_computed_at_once() -> None:
 def test_what_does_not_fit_is_computed_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
     upscaler = upscaler_of("ESC", upscaling_factor=2)
     image = picture(230, 190)
-    monkeypatch.setattr(planning, "resident", lambda: 0)
-    blocks = list(enlarge(upscaler, image, max_memory=int(peak_memory(upscaler, None).whole.of(230 * 190) / 4)))
+    monkeypatch.setattr(large_images, "resident", lambda: 0)
+    blocks = list(enlarge(upscaler, image, max_memory=int(costs_of(upscaler, None)[0].of(230 * 190) / 4)))
     assert len(blocks) > 1
     assert max_error(joined(blocks, (460, 380)), plain(upscaler, image)) < 1e-5
 
@@ -334,7 +333,7 @@ def test_memory_that_runs_out_is_answered_by_parts(
     upscaler = upscaler_of("ESC", upscaling_factor=2)
     image = picture(30, 20)
     expected = plain(upscaler, image)
-    assert peak_memory(upscaler, None)  # which calls the network as a whole too
+    assert costs_of(upscaler, None)  # which calls the network as a whole too
     fail_at_once(monkeypatch, error)
     with caplog.at_level(logging.WARNING, "esc_arch"):
         parts = joined(enlarge(upscaler, image), (60, 40))
@@ -347,7 +346,7 @@ def test_memory_that_runs_out_is_answered_by_parts(
 
 def test_other_failures_are_not_hidden(monkeypatch: pytest.MonkeyPatch) -> None:
     upscaler = upscaler_of("ESC")
-    assert peak_memory(upscaler, None)
+    assert costs_of(upscaler, None)
     fail_at_once(monkeypatch, RuntimeError("mat1 and mat2 shapes cannot be multiplied"))
     with pytest.raises(RuntimeError, match="mat1"):
         list(enlarge(upscaler, picture(8, 8)))
@@ -377,7 +376,7 @@ def test_tile_bounds_the_parts(kind: str, tile: int, largest: int, monkeypatch: 
     image = picture(45, 60)
     plans: list[Plan] = []
     run = TiledExecutor.run
-    assert peak_memory(upscaler, None)  # which is measured by one too
+    assert costs_of(upscaler, None)  # which is measured by one too
     monkeypatch.setattr(TiledExecutor, "run", lambda self: plans.append(self.plan) or run(self))
     parts = joined(enlarge(upscaler, image, tile=tile), (90, 120))
     assert max_error(parts, plain(upscaler, image)) < 1e-5
@@ -519,7 +518,7 @@ def test_the_whole_is_measured_as_a_whole() -> None:
     upscaler = upscaler_of("ESC", upscaling_factor=2)
     image = picture(80, 80)
     peak = peak_of(lambda: whole(upscaler, image, None), torch.device("cpu"))
-    assert peak < peak_memory(upscaler, None).whole.of(80 * 80) < 2 * peak
+    assert peak < costs_of(upscaler, None)[0].of(80 * 80) < 2 * peak
 
 
 def test_a_picture_is_padded_without_a_copy() -> None:

@@ -161,7 +161,7 @@ def test_sizes_that_formats_ask_for(pixel_format: str, padded: tuple[int, int]) 
         ("libsvtav1", "yuv444p10le", "yuv420p10le"),
         ("ffv1", "yuv444p12le", "yuv444p12le"),
         ("ffv1", "bgr24", "bgr0"),
-        ("ffv1", "rgb48le", "gbrp16le"),
+        ("ffv1", "rgb48le", "rgb48le"),
         ("prores_ks", "yuv420p", "yuv422p10le"),
     ],
 )
