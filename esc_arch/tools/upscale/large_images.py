@@ -26,8 +26,7 @@ from esc_arch.errors import UserError
 
 from .memory import available, format_memory, is_out_of_memory, peak_of, release, resident
 from .network import Upscaler
-from .regions import PaddedImage, cuts
-from .tiled_executor import MAPS, Plan, TiledExecutor, large_kernel_reach
+from .tiled_executor import MAPS, PaddedImage, Plan, TiledExecutor, cuts, large_kernel_reach
 
 __all__ = ["Cost", "costs_of", "enlarge", "plan_for", "whole"]
 

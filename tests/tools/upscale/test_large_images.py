@@ -25,8 +25,7 @@ from esc_arch.tools.upscale.feature_maps import FeatureMap
 from esc_arch.tools.upscale.large_images import costs_of, enlarge, plan_for, whole
 from esc_arch.tools.upscale.memory import format_memory, is_out_of_memory, parse_memory, peak_of, resident
 from esc_arch.tools.upscale.network import Upscaler
-from esc_arch.tools.upscale.regions import PaddedImage, cuts, grid
-from esc_arch.tools.upscale.tiled_executor import Plan, TiledExecutor
+from esc_arch.tools.upscale.tiled_executor import PaddedImage, Plan, TiledExecutor, cuts, grid
 
 #: Many tiles in both directions.
 SMALL = Plan(tile=8)
