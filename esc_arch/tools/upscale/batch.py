@@ -27,9 +27,6 @@ EXTENSIONS = ("auto", "png", "jpg", "webp", "tiff")
 #: Files that are written while the next image is computed, and the most values of a result that waits for that.
 WRITERS, LARGEST_WAITING = 2, 2**29
 
-#: What names of images may end in, and what those of results then end in.
-IMAGES = {suffix: suffix if suffix in WRITABLE_SUFFIXES else ".png" for suffix in READABLE_SUFFIXES}
-
 
 @dataclass(frozen=True)
 class UpscaleTask:
@@ -43,14 +40,7 @@ class UpscaleTask:
 
 @dataclass(frozen=True)
 class BatchOptions:
-    """How images are run.
-
-    Attributes:
-        settings: how they are enlarged.
-        quality, lossless: of what is written, see `EncodeSpec`.
-        batch: images of equal size that run together; None for what suits the device.
-        overwrite: replace existing results.
-    """
+    """How images are run; `batch` of equal size run together, None for what suits the device."""
 
     settings: Settings = field(default_factory=Settings)
     quality: int = 95
@@ -100,8 +90,7 @@ def find_tasks(
     Files in folders keep their place below the folder; hidden ones do not count, nor do results of earlier runs.
 
     Args:
-        inputs: files and folders; `-` stands for `listed`.
-        listed: lines that name a file or folder each.
+        inputs: files and folders; `-` stands for `listed`, lines that name a file or folder each.
         output: a folder; or a file, with a suffix, when the input is one file.
         suffix: what names of results end in, after an underscore; may be empty.
         ext: of `EXTENSIONS`.
@@ -125,14 +114,13 @@ def find_tasks(
     elif is_file:
         raise UserError(f"Several inputs need a folder: -o FOLDER, not {output}.")
     else:
-        endings = dict(videos) if ext != "auto" else {**IMAGES, **videos}
-        found = [each for name in names for each in _files(Path(name), output, {*IMAGES, *videos})]
+        found = [each for name in names for each in _files(Path(name), output, {*READABLE_SUFFIXES, *videos})]
         tasks = []
         for source, place in found:
             own = source.suffix.lower()
-            ending = endings.get(own, ".png" if ext == "auto" else f".{ext}")
-            ending = source.suffix if endings.get(own) == own else ending
-            name = f"{source.stem}{'_' * bool(suffix)}{suffix}{ending}"
+            image_ending = f".{ext}" if ext != "auto" else own if own in WRITABLE_SUFFIXES else ".png"
+            ending = videos.get(own, image_ending)
+            name = f"{source.stem}{'_' * bool(suffix)}{suffix}{source.suffix if ending == own else ending}"
             tasks.append(UpscaleTask(source, output / place / name, own in videos))
     if not tasks:
         raise UserError(

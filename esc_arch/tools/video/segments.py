@@ -28,12 +28,7 @@ MANIFEST, LOCK = "manifest.json", "lock"
 
 
 class Packet(NamedTuple):
-    """An encoded frame.
-
-    Attributes:
-        pts, duration: when, and for how long if known, it is shown, in units of the source's time base.
-        is_key: True if it needs no other.
-    """
+    """An encoded frame; when, and for how long if known, it is shown, in units of the source's time base."""
 
     pts: int
     duration: int | None
@@ -81,9 +76,7 @@ class WorkFolder:
     def opened(cls, target: Path, settings: Mapping[str, str], length: int) -> Iterator[WorkFolder]:
         """The folder of a target, with what an earlier run left that had the same settings.
 
-        Args:
-            settings: all that the result depends on.
-            length: frames in a segment, of a new folder.
+        `settings` are all that the result depends on; `length` is that of a new folder.
 
         Raises:
             UserError: another process is at the same target.
@@ -146,10 +139,7 @@ def decoding_times(shown: Sequence[int]) -> list[int]:
     """When packets are to be decoded: growing, and never after they are shown.
 
     An encoder's own times restart with each segment. These are the times of all frames in order, put off by as many
-    frames as the order of decoding needs.
-
-    Args:
-        shown: when each packet is shown, in the order of decoding; no time twice.
+    frames as the order of decoding needs. `shown` says when each packet is shown, in that order.
     """
     ordered = sorted(shown)
     place = {time: index for index, time in enumerate(ordered)}

@@ -174,7 +174,7 @@ class _Network:
         self.in_parts = False
 
     def __call__(self, planes: Planes) -> Planes:
-        """(B, 3, H, W) to (B, 3, H', W'). Once memory has run out, frames are run alone and in parts."""
+        """(B, 3, H, W) to (B, 3, H', W'). Where memory runs out, in smaller batches, and then in parts of a frame."""
         # PyTorch does little with 16 bits without a sign
         samples = torch.from_numpy(planes if planes.dtype == np.uint8 else planes.astype(np.int32))
         if self.max_memory is None and not self.in_parts:
@@ -184,11 +184,10 @@ class _Network:
                 if not is_out_of_memory(error):
                     raise
             release(self.upscaler.device)  # after the exception, whose frames hold tensors
-            logger.warning(
-                "Memory ran out for %d frames together: they are run in parts, with the same result. Where several run "
-                "together, a smaller batch is faster.",
-                len(planes),
-            )
+            if len(planes) > 1:
+                logger.warning("Memory ran out for %d frames together: they are run in two halves.", len(planes))
+                return np.concatenate([self(half) for half in np.array_split(planes, 2)])
+            logger.warning("Memory ran out for a frame as a whole: frames are run in parts, with the same result.")
             self.in_parts = True
         options: dict[str, Any] = {"scale": self.scale, "max_memory": self.max_memory, "at_once": not self.in_parts}
         frames = [np.ascontiguousarray(each.permute(1, 2, 0).numpy()) for each in self.source.to_rgb(samples)]
