@@ -22,21 +22,15 @@ class FeatureMap:
     """(1, C, H, W), with the channels innermost, in memory or in a temporary file.
 
     Args:
-        pinned: what is read lies where a GPU can fetch it from by itself.
+        device: where what is read goes.
         folder: where the file is; None for memory. The file has no name, and ends with the process or the map.
     """
 
     def __init__(
-        self,
-        channels: int,
-        size: tuple[int, int],
-        dtype: torch.dtype,
-        *,
-        pinned: bool = False,
-        folder: Path | None = None,
+        self, channels: int, size: tuple[int, int], dtype: torch.dtype, device: torch.device, folder: Path | None = None
     ) -> None:
         shape = (*size, channels)
-        self.dtype, self.pinned = dtype, pinned
+        self.dtype, self.device = dtype, device
         self._mapped: mmap.mmap | None = None
         if folder is None:
             self._rows = torch.empty(shape, dtype=dtype)
@@ -44,12 +38,13 @@ class FeatureMap:
             self._mapped = _mapped_file(folder, size[0] * size[1] * channels * dtype.itemsize)
             self._rows = torch.frombuffer(self._mapped, dtype=dtype).view(shape)
 
-    def read(self, region: Region, device: torch.device) -> Tensor:
+    def read(self, region: Region) -> Tensor:
         """A region (1, C, h, w), channels_last, as a tensor of its own."""
         part = self._part(region)
-        rows = torch.empty(part.shape, dtype=self.dtype, pin_memory=self.pinned).copy_(part)
+        pinned = self.device.type == "cuda"  # where a GPU can fetch it from by itself
+        rows = torch.empty(part.shape, dtype=self.dtype, pin_memory=pinned).copy_(part)
         self._untouch()
-        return rows.permute(2, 0, 1)[None].to(device, non_blocking=self.pinned)
+        return rows.permute(2, 0, 1)[None].to(self.device, non_blocking=pinned)
 
     def write(self, region: Region, x: Tensor) -> None:
         """Set a region to x (1, C, h, w)."""

@@ -80,7 +80,9 @@ def enlarge(
     padded = PaddedImage(image, upscaler.net.window_size, upscaler.net.unshuffle_factor)
     height, width = image.shape[:2]
     out_size = upscaler.output_size(height, width, scale)
-    if at_once and not 0 < tile < max(height, width) and fits(upscaler, padded, scale, max_memory):
+    free = _host(max_memory) if upscaler.device.type == "cpu" else _device(upscaler.device)
+    pixels = padded.height * padded.width // upscaler.net.unshuffle_factor**2
+    if at_once and not 0 < tile < max(height, width) and costs_of(upscaler, scale)[0].of(pixels) <= free:
         try:
             enlarged = whole(upscaler, image, scale)
         except Exception as error:
@@ -152,13 +154,6 @@ def whole(upscaler: Upscaler, image: Any, scale: float | None) -> Tensor:
     padded = PaddedImage(image)
     x = padded.read(Region(0, 0, padded.height, padded.width), upscaler.device)
     return upscaler(x, scale)[0].cpu()
-
-
-def fits(upscaler: Upscaler, image: PaddedImage, scale: float | None, max_memory: int | None) -> bool:
-    """True if the whole image can be enlarged at once."""
-    pixels = image.height * image.width // upscaler.net.unshuffle_factor**2
-    on_cpu = upscaler.device.type == "cpu"
-    return costs_of(upscaler, scale)[0].of(pixels) <= (_host(max_memory) if on_cpu else _device(upscaler.device))
 
 
 def plan_for(

@@ -70,16 +70,16 @@ class TiledExecutor:
         factor = self.net.unshuffle_factor
         self.size = image.height // factor, image.width // factor
         self.head = self.net.head((image.image.shape[0], image.image.shape[1]), self.size, out_size)
-        self.done = self.channels = 0
+        self.done = 0
         #: A larger tile did not fit into the device's memory.
         self.largest_area = float("inf")
 
     @torch.no_grad()
     def run(self) -> Iterator[Tensor]:
         """Rows of the result from the top to the bottom, (3, h, W'), float32 on the CPU."""
-        self.channels = self.net.shallow_features(self.read_image(Region(0, 0, 1, 1))).shape[1]
+        channels = self.net.shallow_features(self.read_image(Region(0, 0, 1, 1))).shape[1]
         with ExitStack() as stack:
-            maps = [self.new_map(self.channels, stack) for _ in range(MAPS)]
+            maps = [self.new_map(channels, stack) for _ in range(MAPS)]
             features, *others = maps
             self.each(lambda tile: features.write(tile, self._shallow(tile)))
             for block in self.blocks:
@@ -87,13 +87,12 @@ class TiledExecutor:
             for other in others:
                 other.close()
             if self.head.prepares:
-                prepared: list[FeatureMap] = []
-                self.each(lambda tile: self._prepare(tile, features, prepared, stack))
-                features = prepared[0]
+                pixel = Region(0, 0, 1, 1)
+                channels = self.head.prepare(features.read(pixel), self.read_image(pixel)).shape[1]
+                prepared = self.new_map(channels, stack)
+                self.each(lambda tile: prepared.write(tile, self._prepare(features, tile)))
+                features = prepared
             yield from self.rows(features)
-
-    def read(self, source: FeatureMap, region: Region) -> Tensor:
-        return source.read(region, self.device)
 
     def read_image(self, region: Region) -> Tensor:
         """The image by a region of the features."""
@@ -101,13 +100,8 @@ class TiledExecutor:
 
     def new_map(self, channels: int, stack: ExitStack) -> FeatureMap:
         """A map of the features' size, which `stack` closes."""
-        made = FeatureMap(
-            channels,
-            self.size,
-            self.upscaler.precision,
-            pinned=self.device.type == "cuda",
-            folder=self.scratch if self.plan.in_files else None,
-        )
+        folder = self.scratch if self.plan.in_files else None
+        made = FeatureMap(channels, self.size, self.upscaler.precision, self.device, folder)
         stack.callback(made.close)
         return made
 
@@ -159,7 +153,7 @@ class TiledExecutor:
 
         def pool(tile: Region) -> None:
             region = tile.expand(1, self.size)
-            sums.append(_channel_sums(block, 0, self.read(x, region), tile, region))
+            sums.append(_channel_sums(block, 0, x.read(region), tile, region))
 
         if pairs:  # the sums for the other pairs are made where the pair before is computed
             self.each(pool)
@@ -181,7 +175,7 @@ class TiledExecutor:
             band, shown = torch.empty(3, bottom - top, width), Region(top, 0, bottom, width)
 
             def compute(out: Region, band: Tensor = band, shown: Region = shown) -> None:
-                block = self.head.block(out, partial(self.read, features), self.read_image)
+                block = self.head.block(out, features.read, self.read_image)
                 out.crop(band, shown).copy_(block)
 
             for left, right in cuts(width, largest, self.head.align):
@@ -200,7 +194,7 @@ class TiledExecutor:
         """The block's first ConvFFN and its attention, whose windows no tile cuts."""
         attn = block.attn
         region = tile.expand(1 if attn.gate is None else 2, self.size)
-        x = fused.first_ffn(block, self.read(source, region))
+        x = fused.first_ffn(block, source.read(region))
         if attn.gate is None:
             return fused.window_attention(attn, block.ln_attn, _cropped(tile, region, x))
         normed = block.ln_attn(x)  # the gate sees neighbours of what attention sees
@@ -221,10 +215,10 @@ class TiledExecutor:
         """A pair, then, of its result, the sums for the next pair or the end of the block."""
         inner = tile.expand(1, self.size)
         region = inner.expand(1 + large_kernel_reach(block, pair), self.size)
-        x = self.read(source, region)
+        x = source.read(region)
         x = _cropped(inner, region, fused.convolve(block, pair, x, fused.mix(block, pair, x)[0], means, *self.kernels))
         if pair == len(block.pconvs) - 1:
-            x = fused.finish(block, x, self.read(target, inner))
+            x = fused.finish(block, x, target.read(inner))
         else:
             sums.append(_channel_sums(block, pair + 1, x, tile, inner))
         target.write(tile, tile.crop(x, inner))
@@ -232,14 +226,11 @@ class TiledExecutor:
     def _finish(self, block: ESCBlock, source: FeatureMap, skip: FeatureMap, tile: Region) -> None:
         """The end of a block without pairs."""
         region = tile.expand(1, self.size)
-        skip.write(tile, tile.crop(fused.finish(block, self.read(source, region), self.read(skip, region)), region))
+        skip.write(tile, tile.crop(fused.finish(block, source.read(region), skip.read(region)), region))
 
-    def _prepare(self, tile: Region, features: FeatureMap, prepared: list[FeatureMap], stack: ExitStack) -> None:
+    def _prepare(self, features: FeatureMap, tile: Region) -> Tensor:
         region = tile.expand(self.head.margin, self.size)
-        x = self.head.prepare(self.read(features, region), self.read_image(region))
-        if not prepared:
-            prepared.append(self.new_map(x.shape[1], stack))
-        prepared[0].write(tile, tile.crop(x, region))
+        return tile.crop(self.head.prepare(features.read(region), self.read_image(region)), region)
 
 
 def large_kernel_reach(block: ESCBlock, pair: int) -> int:

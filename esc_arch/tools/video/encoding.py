@@ -79,7 +79,6 @@ class VideoSpec:
 
     Attributes:
         primaries, transfer: as in ITU-T H.273.
-        time_base, rate: the unit of times (s), and frames per second on average.
         aspect: width of a pixel by its height, if known.
         display_matrix: how players are to turn it: 9 numbers of FFmpeg's, or None.
         tag: the codec's name in the container; None for FFmpeg's choice.
@@ -196,16 +195,10 @@ def choose_pixel_format(asked: str, codec: str, source: Any) -> str:
 def _is_usable(pixel_format: Any) -> bool:
     """True if it has colours, no alpha, and is one of the formats that players know of those that differ in order."""
     parts = pixel_format.components
-    if (
-        len(parts) != 3
-        or min(part.bits for part in parts) < 8
-        or pixel_format.is_big_endian
-        or pixel_format.has_palette
-        or pixel_format.is_bayer
-    ):
-        return False
     planar = len({part.plane for part in parts}) == 3
-    return not pixel_format.name.startswith("yuvj") and (planar or bool(pixel_format.is_rgb))
+    odd = pixel_format.is_big_endian or pixel_format.has_palette or pixel_format.is_bayer
+    known = not odd and not pixel_format.name.startswith("yuvj") and (planar or bool(pixel_format.is_rgb))
+    return known and len(parts) == 3 and min(part.bits for part in parts) >= 8
 
 
 def padded_size(size: tuple[int, int], pixel_format: str) -> tuple[int, int]:

@@ -80,10 +80,6 @@ class VideoReader:
             return round(Fraction(self.container.duration, MICROSECONDS) * rate) or None
         return int(self.stream.frames) or None
 
-    def planes(self, frame: Any) -> Planes:
-        """The samples of a frame, (3, H, W), by `coding`."""
-        return planes_of(frame, self.coding, self.first.height, self.first.width)
-
     def batches(self, done: int, batch: int, length: int) -> Iterator[Batch]:
         """All frames, once, but for the first `done`.
 
@@ -94,7 +90,8 @@ class VideoReader:
         for number, frame in enumerate(chain([self.first], self._frames), 1):
             if number > done:
                 self._note_losses(frame)
-                waiting.append((frame.pts, frame.duration or None, self.planes(frame)))
+                planes = planes_of(frame, self.coding, self.first.height, self.first.width)
+                waiting.append((frame.pts, frame.duration or None, planes))
             if waiting and (len(waiting) == batch or number % length == 0):
                 yield Batch.of(waiting)
                 waiting = []

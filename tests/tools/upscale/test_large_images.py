@@ -209,11 +209,11 @@ def run_out_above(monkeypatch: pytest.MonkeyPatch, area: int) -> list[int]:
     areas: list[int] = []
     read = FeatureMap.read
 
-    def limited(self: FeatureMap, region: Region, device: torch.device) -> Tensor:
+    def limited(self: FeatureMap, region: Region) -> Tensor:
         areas.append(region.area)
         if region.area > area:
             raise torch.OutOfMemoryError("CUDA out of memory.")
-        return read(self, region, device)
+        return read(self, region)
 
     monkeypatch.setattr(FeatureMap, "read", limited)
     return areas
@@ -402,15 +402,14 @@ def test_what_is_no_picture(image: np.ndarray) -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("in_file", [False, True])
 def test_maps_give_back_what_they_got(in_file: bool, dtype: torch.dtype, tmp_path: Path) -> None:
-    stored = FeatureMap(3, (5, 7), dtype, folder=tmp_path if in_file else None)
+    stored = FeatureMap(3, (5, 7), dtype, torch.device("cpu"), tmp_path if in_file else None)
     x = torch.randn(1, 3, 5, 7)
-    device = torch.device("cpu")
     for region in (Region(0, 0, 5, 7), Region(1, 0, 3, 7), Region(2, 3, 5, 6)):
         stored.write(region, region.crop(x, Region(0, 0, 5, 7)))
-        back = stored.read(region, device)
+        back = stored.read(region)
         assert back.is_contiguous(memory_format=torch.channels_last)
         assert torch.equal(back, region.crop(x, Region(0, 0, 5, 7)).to(dtype))
-    assert torch.equal(stored.read(Region(0, 0, 5, 7), device), x.to(dtype))
+    assert torch.equal(stored.read(Region(0, 0, 5, 7)), x.to(dtype))
     stored.close()
 
 
@@ -436,11 +435,11 @@ def test_files_are_removed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
 
 
 def test_what_was_read_of_files_is_no_memory_of_the_process(tmp_path: Path) -> None:
-    stored = FeatureMap(64, (512, 512), torch.float32, folder=tmp_path)
+    stored = FeatureMap(64, (512, 512), torch.float32, torch.device("cpu"), tmp_path)
     before = resident()
     for region in grid((512, 512), 64):
         stored.write(region, torch.ones(1, 64, 64, 64))
-        stored.read(region, torch.device("cpu"))
+        stored.read(region)
     assert resident() - before < 2**24  # of 64 MiB
     stored.close()
 

@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from esc_arch.errors import UserError
+from esc_arch.tools.upscale.stages import WAITING, overlapped
 from esc_arch.tools.video import encoding
 from esc_arch.tools.video.encoding import (
     choose_codec,
@@ -22,7 +23,6 @@ from esc_arch.tools.video.encoding import (
 )
 from esc_arch.tools.video.frames import Coding, frame_of, planes_of
 from esc_arch.tools.video.segments import Packet, WorkFolder, decoding_times, read_segment, write_segment
-from esc_arch.tools.upscale.stages import WAITING, overlapped
 
 av = pytest.importorskip("av", reason="PyAV is not installed")
 
