@@ -271,23 +271,24 @@ class _Run(NamedTuple):
         for index, work in enumerate(group):
             with self.reporting(work.task):
                 work.task.target.parent.mkdir(parents=True, exist_ok=True)
-                rows = iter([together[index]]) if together else self._rows(work)
                 spec = work.spec
+                rows: Iterable[Pixels] = (
+                    [together[index]]
+                    if together
+                    else enlarge_pixels(
+                        self.upscaler,
+                        work.image.pixels,
+                        settings,
+                        dtype=spec.dtype,
+                        scratch=work.task.target.parent,
+                        progress=self.report.progress,
+                    )
+                )
                 if settings.max_memory is not None or spec.height * spec.width * spec.channels > LARGEST_WAITING:
                     self.write([(work, rows)])
                 else:
                     found.append((work, list(rows)))
         return found
-
-    def _rows(self, work: _Work) -> Iterator[Pixels]:
-        return enlarge_pixels(
-            self.upscaler,
-            work.image.pixels,
-            self.options.settings,
-            dtype=work.spec.dtype,
-            scratch=work.task.target.parent,
-            progress=self.report.progress,
-        )
 
     def write(self, images: Sequence[tuple[_Work, Iterable[Pixels]]]) -> None:
         for work, rows in images:

@@ -93,6 +93,7 @@ def _read_other(path: Path, file: IO[bytes]) -> DecodedImage:
         if frames > 1 and image.format != "MPO":
             raise UserError(f"animated ({frames} frames). Save the frames as images, or make a video of them.")
         metadata, notes = image_metadata(image)
+        found = None
         if image.format == "PNG":
             place = file.tell()
             metadata = replace(metadata, png_colour=png_colour(file))
@@ -100,9 +101,8 @@ def _read_other(path: Path, file: IO[bytes]) -> DecodedImage:
             depth, colour_type = file.read(2)
             file.seek(place)
             if depth == 16:
-                pixels = _deep_png(path, image, grey=colour_type in (0, 4))
-                return DecodedImage(_upright(pixels, metadata), metadata, notes)
-        found = decoded(image, metadata, notes)
+                found = DecodedImage(_deep_png(path, image, grey=colour_type in (0, 4)), metadata, notes)
+        found = found or decoded(image, metadata, notes)
         return replace(found, pixels=_upright(found.pixels, metadata))
 
 
@@ -122,8 +122,7 @@ def _open(file: IO[bytes]) -> Iterator[Image.Image]:
 def _check_size(height: int, width: int) -> None:
     if height * width > LARGEST_INPUT:
         raise UserError(
-            f"claims {width:,} x {height:,} pixels; up to {LARGEST_INPUT:,} are read. Cut it into parts, or take it "
-            "out if that cannot be."
+            f"claims {width:,} x {height:,} pixels; up to {LARGEST_INPUT:,} are read. Cut it into parts, or remove it."
         )
 
 
@@ -153,7 +152,7 @@ def decoded(image: Image.Image, metadata: Metadata, notes: tuple[str, ...] = ())
 
 
 def to_srgb(image: Image.Image, icc: bytes | None) -> tuple[Image.Image, bool]:
-    """An image of 8 bits as sRGB by its profile, and whether that could be; a plain formula is used otherwise."""
+    """An image of 8 bits as sRGB, and True if by its profile; a plain formula is used otherwise."""
     try:
         source = (
             ImageCms.ImageCmsProfile(io.BytesIO(icc or b"")) if image.mode != "LAB" else ImageCms.createProfile("LAB")

@@ -96,7 +96,7 @@ class WorkFolder:
                     if packets is None:
                         logger.warning("%s is damaged: its frames, and those behind, are made again.", segment)
                         break
-                    folder.add(packets, written=True)
+                    folder._keep(packets)
             elif earlier:
                 logger.warning("%s: an earlier run had another %s; starting over.", target, ", ".join(changed))
             for each in path.iterdir():
@@ -107,12 +107,13 @@ class WorkFolder:
                 write_atomically(path / MANIFEST, json.dumps({**settings, "segment": length}).encode())
             yield folder
 
-    def add(self, packets: Sequence[Packet], *, written: bool = False) -> None:
-        """Keep the next segment, which may be `written` already."""
-        path = self._next_file()
-        if not written:
-            write_segment(path, packets)
-        self._files.append(path)
+    def add(self, packets: Sequence[Packet]) -> None:
+        """Write the next segment."""
+        write_segment(self._next_file(), packets)
+        self._keep(packets)
+
+    def _keep(self, packets: Sequence[Packet]) -> None:
+        self._files.append(self._next_file())
         self.shown += [packet.pts for packet in packets]
 
     def _next_file(self) -> Path:

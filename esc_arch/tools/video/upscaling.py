@@ -140,7 +140,7 @@ def _run(
 
     def compute(found: Batch) -> Batch:
         nonlocal done
-        enlarged = network(found.planes)
+        enlarged = list(network(np.stack(found.planes)))
         done += len(found.times)
         if total:
             report(min(done / total, 1.0))
