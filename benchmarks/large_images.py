@@ -30,10 +30,9 @@ from common import MIB, Trial
 from torch import Tensor
 
 from esc_arch.options.files import load_yaml
-from esc_arch.tools.upscale.large_images import enlarge
+from esc_arch.tools.upscale.large_images import enlarge, whole
 from esc_arch.tools.upscale.memory import parse_memory
 from esc_arch.tools.upscale.network import PRECISIONS, Upscaler, load
-from esc_arch.tools.upscale.planning import whole
 
 OPTIONS = Path(__file__).parents[1] / "options"
 MEGAPIXELS = (1, 4, 16, 64, 100, 200, 400)

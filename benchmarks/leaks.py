@@ -34,7 +34,7 @@ from skimage.data import astronaut
 from esc_arch.cli import main as basicsr
 from esc_arch.models import ESCModel
 from esc_arch.options import checked_options
-from esc_arch.tools.upscale.batch import Options, Summary, find_tasks, upscale_files
+from esc_arch.tools.upscale.batch import BatchOptions, BatchReport, find_tasks, upscale_files
 
 #: Readings of each kind of work, besides those at its beginning.
 READINGS = 40
@@ -58,13 +58,6 @@ KINDS = [(".png", "RGB", (64, 48)), (".jpg", "RGB", (50, 70)), (".webp", "RGBA",
 
 #: Units of work done -> resident bytes.
 Readings = dict[int, int]
-
-
-class Silent:
-    """A report that says nothing."""
-
-    def __getattr__(self, name: str) -> Callable[..., None]:
-        return lambda *_, **__: None
 
 
 def main() -> None:
@@ -118,8 +111,9 @@ def pictures(number: int) -> Readings:
     readings, done = {0: resident()}, 0
     while done < number:
         tasks = find_tasks(["in"], [], Path("out"), suffix="", ext="auto")
-        summary: Summary = upscale_files(upscaler, tasks, Options(overwrite=True), Silent())
-        done += len(summary.done) + len(summary.failed)
+        report = BatchReport()
+        upscale_files(upscaler, tasks, BatchOptions(overwrite=True), report)
+        done += len(report.done) + len(report.failed)
         if done // (number // READINGS or 1) >= len(readings):
             readings[done] = resident()
     return readings

@@ -12,7 +12,7 @@ import torch
 from tqdm import tqdm
 
 from esc_arch.errors import FAULT, UserError
-from esc_arch.tools.upscale.batch import EXTENSIONS, BatchOptions, Summary, Task, find_tasks, upscale_files
+from esc_arch.tools.upscale.batch import EXTENSIONS, BatchOptions, BatchReport, UpscaleTask, find_tasks, upscale_files
 from esc_arch.tools.upscale.image_writer import EncodeSpec
 from esc_arch.tools.upscale.memory import parse_memory
 from esc_arch.tools.upscale.network import load
@@ -89,12 +89,12 @@ def run(args: argparse.Namespace) -> int:
     logger = logging.getLogger("esc_arch")
     logger.addHandler(progress)
     try:
-        summary = upscale_files(upscaler, tasks, options, progress, upscale_video)
+        upscale_files(upscaler, tasks, options, progress, upscale_video)
     finally:
         logger.removeHandler(progress)
         progress.bar.close()
-    print(_last_line(summary))
-    return FAULT if summary.failed else 0
+    print(_last_line(progress))
+    return FAULT if progress.failed else 0
 
 
 def _options(args: argparse.Namespace) -> BatchOptions:
@@ -120,10 +120,10 @@ def _device(gpu: int | None) -> str:
     return f"cuda:{gpu}"
 
 
-def _last_line(summary: Summary) -> str:
-    line = f"{len(summary.done)} done, {len(summary.skipped)} skipped (there already), {len(summary.failed)} failed"
-    names = ", ".join(_shown(str(path)) for path in summary.failed[:NAMED])
-    more = f" and {len(summary.failed) - NAMED} more" if len(summary.failed) > NAMED else ""
+def _last_line(report: BatchReport) -> str:
+    line = f"{len(report.done)} done, {len(report.skipped)} skipped (there already), {len(report.failed)} failed"
+    names = ", ".join(_shown(str(path)) for path in report.failed[:NAMED])
+    more = f" and {len(report.failed) - NAMED} more" if len(report.failed) > NAMED else ""
     return f"{line}: {names}{more}" if names else line
 
 
@@ -132,23 +132,27 @@ def _shown(text: str) -> str:
     return "".join(character if character.isprintable() else "?" for character in text)
 
 
-class _Progress(logging.Handler):
+class _Progress(BatchReport, logging.Handler):
     """A bar with the time that is left on a terminal, a line for each file elsewhere; warnings of the package."""
 
     def __init__(self, total: int) -> None:
-        super().__init__(logging.WARNING)
-        self.finished, self.at_terminal = 0, sys.stderr.isatty()
+        BatchReport.__init__(self)
+        logging.Handler.__init__(self, logging.WARNING)
+        self.at_terminal = sys.stderr.isatty()
         layout = "{percentage:3.0f}% |{bar}| {n:.0f}/{total} {elapsed} < {remaining}"
         self.bar = tqdm(total=total, bar_format=layout, disable=not self.at_terminal)
 
-    def done(self, task: Task, spec: EncodeSpec | None) -> None:
+    def add_done(self, task: UpscaleTask, spec: EncodeSpec | None) -> None:
+        super().add_done(task, spec)
         self._next(f"{task.source} -> {task.target}" + (f" ({spec.width} x {spec.height})" if spec else ""))
 
-    def skipped(self, task: Task) -> None:
+    def add_skipped(self, task: UpscaleTask) -> None:
+        super().add_skipped(task)
         self._next(f"{task.source}: skipped, {task.target} is there")
 
-    def failed(self, message: str) -> None:
-        self._next()
+    def add_failed(self, task: UpscaleTask, message: str) -> None:
+        super().add_failed(task, message)
+        self.progress(0)
         self.note(message)
 
     def note(self, message: str) -> None:
@@ -159,12 +163,12 @@ class _Progress(logging.Handler):
 
     def progress(self, part: float) -> None:
         # A file may end while the next is half done
-        self.bar.update(max(self.finished + min(part, 1.0) - self.bar.n, 0))
+        finished = len(self.done) + len(self.skipped) + len(self.failed)
+        self.bar.update(max(finished + min(part, 1.0) - self.bar.n, 0))
 
-    def _next(self, line: str | None = None) -> None:
-        self.finished += 1
+    def _next(self, line: str) -> None:
         self.progress(0)
-        if line is not None and not self.at_terminal:
+        if not self.at_terminal:
             self._say(line)
 
     def _say(self, line: str, *, error: bool = False) -> None:

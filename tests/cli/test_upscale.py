@@ -26,7 +26,7 @@ import esc_arch
 from esc_arch import ESC
 from esc_arch.cli import main, upscale
 from esc_arch.tools.upscale import batch, image_writer, large_images
-from esc_arch.tools.upscale.batch import BatchOptions, Task
+from esc_arch.tools.upscale.batch import BatchOptions, UpscaleTask
 from esc_arch.tools.upscale.network import Upscaler
 
 PHOTOGRAPH = astronaut()[40:70, 170:205]
@@ -448,10 +448,10 @@ def test_a_signal_ends_the_process(work_folder: Path, weights: Path) -> None:
 def test_a_bar_on_a_terminal(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
     report = upscale._Progress(2)
-    task = Task(Path("a.png"), Path("b.png"))
+    task = UpscaleTask(Path("a.png"), Path("b.png"))
     report.progress(0.5)
-    report.done(task, None)
-    report.failed("a.png: bad")
+    report.add_done(task, None)
+    report.add_failed(task, "a.png: bad")
     report.bar.close()
     out, err = capsys.readouterr()
     assert "-> b.png" not in out

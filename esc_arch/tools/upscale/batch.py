@@ -4,36 +4,32 @@ from __future__ import annotations
 
 import os
 import tempfile
-from collections import deque
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from itertools import groupby, islice
 from pathlib import Path
 from types import MappingProxyType
-from typing import Protocol
+from typing import NamedTuple
 
 from esc_arch.errors import UserError
 
 from .image_reader import READABLE_SUFFIXES, DecodedImage, Pixels, read_image
 from .image_writer import WRITABLE_SUFFIXES, EncodeSpec, encode_spec, write_image
 from .network import Upscaler
+from .stages import overlapped
 from .upscaling import Settings, enlarge_many, enlarge_pixels, enlarged_size
 
-__all__ = ["EXTENSIONS", "BatchListener", "BatchOptions", "Summary", "Task", "find_tasks", "upscale_files"]
+__all__ = ["EXTENSIONS", "BatchOptions", "BatchReport", "UpscaleTask", "find_tasks", "upscale_files"]
 
 #: What `--ext` may be; auto is the input's own.
 EXTENSIONS = ("auto", "png", "jpg", "webp", "tiff")
 #: Files that are written while the next image is computed, and the most values of a result that waits for that.
 WRITERS, LARGEST_WAITING = 2, 2**29
 
-#: What names of images may end in, and what those of results then end in.
-IMAGES = {suffix: suffix if suffix in WRITABLE_SUFFIXES else ".png" for suffix in READABLE_SUFFIXES}
-
 
 @dataclass(frozen=True)
-class Task:
+class UpscaleTask:
     """A file to enlarge, and where the result goes; `problem` says why it cannot go there."""
 
     source: Path
@@ -44,14 +40,7 @@ class Task:
 
 @dataclass(frozen=True)
 class BatchOptions:
-    """How images are run.
-
-    Attributes:
-        settings: how they are enlarged.
-        quality, lossless: of what is written, see `EncodeSpec`.
-        batch: images of equal size that run together; None for what suits the device.
-        overwrite: replace existing results.
-    """
+    """How images are run; `batch` of equal size run together, None for what suits the device."""
 
     settings: Settings = field(default_factory=Settings)
     quality: int = 95
@@ -66,21 +55,23 @@ class BatchOptions:
         return self.batch or upscaler.batch_size(height, width)
 
 
-@dataclass
-class Summary:
-    """What became of the files."""
+class BatchReport:
+    """What became of the files. It says nothing; subclasses do, in whichever thread they are called."""
 
-    done: list[Path] = field(default_factory=list)
-    skipped: list[Path] = field(default_factory=list)
-    failed: list[Path] = field(default_factory=list)
+    def __init__(self) -> None:
+        self.done: list[Path] = []
+        self.skipped: list[Path] = []
+        self.failed: list[Path] = []
 
+    def add_done(self, task: UpscaleTask, spec: EncodeSpec | None) -> None:
+        self.done.append(task.source)
 
-class BatchListener(Protocol):
-    """Is told what happens."""
+    def add_skipped(self, task: UpscaleTask) -> None:
+        self.skipped.append(task.source)
 
-    def done(self, task: Task, spec: EncodeSpec | None) -> None: ...
-    def skipped(self, task: Task) -> None: ...
-    def failed(self, message: str) -> None: ...
+    def add_failed(self, task: UpscaleTask, message: str) -> None:
+        self.failed.append(task.source)
+
     def note(self, message: str) -> None: ...
     def progress(self, part: float) -> None: ...
 
@@ -93,14 +84,13 @@ def find_tasks(
     suffix: str,
     ext: str,
     videos: Mapping[str, str] = MappingProxyType({}),
-) -> list[Task]:
+) -> list[UpscaleTask]:
     """What to enlarge, and where to.
 
     Files in folders keep their place below the folder; hidden ones do not count, nor do results of earlier runs.
 
     Args:
-        inputs: files and folders; `-` stands for `listed`.
-        listed: lines that name a file or folder each.
+        inputs: files and folders; `-` stands for `listed`, lines that name a file or folder each.
         output: a folder; or a file, with a suffix, when the input is one file.
         suffix: what names of results end in, after an underscore; may be empty.
         ext: of `EXTENSIONS`.
@@ -120,19 +110,18 @@ def find_tasks(
         if not (is_video or is_file):
             allowed = " ".join(WRITABLE_SUFFIXES)
             raise UserError(f"{output}: not a format that can be written; allowed: {allowed}, or a folder.")
-        tasks, folder = [Task(source, output, is_video)], output.parent
+        tasks, folder = [UpscaleTask(source, output, is_video)], output.parent
     elif is_file:
         raise UserError(f"Several inputs need a folder: -o FOLDER, not {output}.")
     else:
-        endings = dict(videos) if ext != "auto" else {**IMAGES, **videos}
-        found = [each for name in names for each in _files(Path(name), output, {*IMAGES, *videos})]
+        found = [each for name in names for each in _files(Path(name), output, {*READABLE_SUFFIXES, *videos})]
         tasks = []
         for source, place in found:
             own = source.suffix.lower()
-            ending = endings.get(own, ".png" if ext == "auto" else f".{ext}")
-            ending = source.suffix if endings.get(own) == own else ending
-            name = f"{source.stem}{'_' * bool(suffix)}{suffix}{ending}"
-            tasks.append(Task(source, output / place / name, own in videos))
+            image_ending = f".{ext}" if ext != "auto" else own if own in WRITABLE_SUFFIXES else ".png"
+            ending = videos.get(own, image_ending)
+            name = f"{source.stem}{'_' * bool(suffix)}{suffix}{source.suffix if ending == own else ending}"
+            tasks.append(UpscaleTask(source, output / place / name, own in videos))
     if not tasks:
         raise UserError(
             f"{', '.join(names) or 'The list of inputs'}: no image found ({' '.join(READABLE_SUFFIXES)}; hidden files "
@@ -163,7 +152,7 @@ def _files(path: Path, output: Path, known: Collection[str]) -> Iterator[tuple[P
                 yield file, here.relative_to(path)
 
 
-def _without_conflicts(tasks: list[Task], given: set[Path]) -> list[Task]:
+def _without_conflicts(tasks: list[UpscaleTask], given: set[Path]) -> list[UpscaleTask]:
     """Tasks of which none writes over an input, or over another's result.
 
     What was found in a folder and has the name of another's result is that result, of an earlier run.
@@ -186,139 +175,123 @@ def _without_conflicts(tasks: list[Task], given: set[Path]) -> list[Task]:
     return checked
 
 
-@dataclass
-class _Work:
+class _Work(NamedTuple):
     """An image on its way."""
 
-    task: Task
+    task: UpscaleTask
     image: DecodedImage
     spec: EncodeSpec
 
 
 def upscale_files(
     upscaler: Upscaler,
-    tasks: Sequence[Task],
+    tasks: Sequence[UpscaleTask],
     options: BatchOptions,
-    listener: BatchListener,
+    report: BatchReport,
     upscale_video: Callable[[Path, Path], None] | None = None,
-) -> Summary:
+) -> None:
     """Enlarge files, images first: the next are read, and the last written, while one is computed.
 
     What is there already is skipped: files are written whole or not at all. A file that fails is reported, and the
     rest is done. When this is interrupted, what is computed is still written.
     """
-    run = _Run(upscaler, options, listener)
+    run = _Run(upscaler, options, report)
     waiting = [task for task in tasks if run.is_to_do(task)]
-    run.images([task for task in waiting if not task.is_video])
+    groups = run.groups([task for task in waiting if not task.is_video])
+    if options.settings.max_memory is None:
+        overlapped(groups, run.enlarge, run.write, WRITERS)
+    else:  # whatever waits would take memory
+        for group in groups:
+            run.enlarge(group)
     for task in waiting:
         if task.is_video and upscale_video is not None:
             with run.reporting(task):
                 task.target.parent.mkdir(parents=True, exist_ok=True)
                 upscale_video(task.source, task.target)
-                run.finish(task, None)
-    return run.summary
+                report.add_done(task, None)
 
 
-class _Run:
-    """The state of `upscale_files`."""
+class _Run(NamedTuple):
+    """The steps of `upscale_files`."""
 
-    def __init__(self, upscaler: Upscaler, options: BatchOptions, listener: BatchListener) -> None:
-        self.upscaler, self.options, self.listener = upscaler, options, listener
-        self.summary = Summary()
-        self.writing: deque[tuple[_Work, Future[None]]] = deque()
+    upscaler: Upscaler
+    options: BatchOptions
+    report: BatchReport
 
-    def is_to_do(self, task: Task) -> bool:
+    def is_to_do(self, task: UpscaleTask) -> bool:
         with self.reporting(task):
             if task.problem is not None:
                 raise UserError(task.problem)
             if not task.target.exists() or self.options.overwrite:
                 return True
-            self.summary.skipped.append(task.source)
-            self.listener.skipped(task)
+            self.report.add_skipped(task)
         return False
 
     @contextmanager
-    def reporting(self, task: Task) -> Iterator[None]:
+    def reporting(self, task: UpscaleTask) -> Iterator[None]:
         """What goes wrong in the block is the task's failure, and does not end the run."""
         try:
             yield
         except Exception as error:
-            self.summary.failed.append(task.source)
             line = " ".join(f"{'' if isinstance(error, UserError) else f'{type(error).__name__}: '}{error}".split())
-            self.listener.failed(line if line.startswith(str(task.source)) else f"{task.source}: {line}")
+            self.report.add_failed(task, line if line.startswith(str(task.source)) else f"{task.source}: {line}")
 
-    def finish(self, task: Task, spec: EncodeSpec | None) -> None:
-        self.summary.done.append(task.source)
-        self.listener.done(task, spec)
+    def groups(self, tasks: Sequence[UpscaleTask]) -> Iterator[list[_Work]]:
+        """Images that run together: neighbours of one size."""
+        for size, neighbours in groupby(self._read(tasks), lambda work: work.image.pixels.shape[:2]):
+            while group := list(islice(neighbours, self.options.batch_of(self.upscaler, *size))):
+                yield group
 
-    def images(self, tasks: Sequence[Task]) -> None:
-        reader, writer = ThreadPoolExecutor(1, "read"), ThreadPoolExecutor(WRITERS, "write")
-        try:
-            for size, neighbours in groupby(self._read(tasks, reader), lambda work: work.image.pixels.shape[:2]):
-                while group := list(islice(neighbours, self.options.batch_of(self.upscaler, *size))):
-                    self._enlarge(group, writer)
-                    self._finish_writing(WRITERS)
-        finally:
-            reader.shutdown(wait=False, cancel_futures=True)
-            self._finish_writing(0)
-            writer.shutdown()
-
-    def _read(self, tasks: Sequence[Task], reader: ThreadPoolExecutor) -> Iterator[_Work]:
-        """Images with what they become, the next of which are read ahead."""
-        settings, options = self.options.settings, self.options
-        ahead = 1 if settings.max_memory is not None else 2 + (options.batch or 1)
-        reading: deque[Future[DecodedImage]] = deque()
-        upcoming = iter(tasks)
+    def _read(self, tasks: Sequence[UpscaleTask]) -> Iterator[_Work]:
+        """Images with what they become."""
+        settings = self.options.settings
         for task in tasks:
-            reading += [reader.submit(read_image, each.source) for each in islice(upcoming, ahead - len(reading))]
             with self.reporting(task):
-                image = reading.popleft().result()
+                image = read_image(task.source)
                 spec = encode_spec(
                     task.target,
                     image,
                     enlarged_size(self.upscaler, image.pixels, settings),
-                    quality=options.quality,
-                    lossless=options.lossless,
+                    quality=self.options.quality,
+                    lossless=self.options.lossless,
                     max_memory=settings.max_memory,
                 )
                 for note in (*image.notes, *spec.notes):
-                    self.listener.note(f"{task.source}: {note}.")
+                    self.report.note(f"{task.source}: {note}.")
                 yield _Work(task, image, spec)
 
-    def _enlarge(self, group: list[_Work], writer: ThreadPoolExecutor) -> None:
-        """Enlarge images of one size, and have them written: large ones as they are computed, others meanwhile."""
+    def enlarge(self, group: list[_Work]) -> list[tuple[_Work, list[Pixels]]]:
+        """Enlarge images of one size; gives what is still to be written. Large results are written as they come."""
+        settings, found = self.options.settings, []
         together: Sequence[Pixels] = ()
         if len(group) > 1:
             pixels, dtypes = [work.image.pixels for work in group], [work.spec.dtype for work in group]
             with suppress(Exception):  # whichever it was that failed, the others need not
-                together = enlarge_many(self.upscaler, pixels, self.options.settings, dtypes)
+                together = enlarge_many(self.upscaler, pixels, settings, dtypes)
         for index, work in enumerate(group):
-            target, spec = work.task.target, work.spec
             with self.reporting(work.task):
-                target.parent.mkdir(parents=True, exist_ok=True)
-                rows = [together[index]] if together else self._rows(work)
-                large = spec.height * spec.width * spec.channels > LARGEST_WAITING
-                if large or self.options.settings.max_memory is not None:
-                    write_image(target, spec, rows)
-                    self.finish(work.task, spec)
+                work.task.target.parent.mkdir(parents=True, exist_ok=True)
+                spec = work.spec
+                rows: Iterable[Pixels] = (
+                    [together[index]]
+                    if together
+                    else enlarge_pixels(
+                        self.upscaler,
+                        work.image.pixels,
+                        settings,
+                        dtype=spec.dtype,
+                        scratch=work.task.target.parent,
+                        progress=self.report.progress,
+                    )
+                )
+                if settings.max_memory is not None or spec.height * spec.width * spec.channels > LARGEST_WAITING:
+                    self.write([(work, rows)])
                 else:
-                    self.writing.append((work, writer.submit(write_image, target, spec, list(rows))))
+                    found.append((work, list(rows)))
+        return found
 
-    def _rows(self, work: _Work) -> Iterator[Pixels]:
-        return enlarge_pixels(
-            self.upscaler,
-            work.image.pixels,
-            self.options.settings,
-            dtype=work.spec.dtype,
-            scratch=work.task.target.parent,
-            progress=self.listener.progress,
-        )
-
-    def _finish_writing(self, most: int) -> None:
-        """Wait until at most so many files are being written."""
-        while len(self.writing) > most:
-            work, written = self.writing[0]  # it stays there while it is waited for, lest an interruption forget it
+    def write(self, images: Sequence[tuple[_Work, Iterable[Pixels]]]) -> None:
+        for work, rows in images:
             with self.reporting(work.task):
-                written.result()
-                self.finish(work.task, work.spec)
-            self.writing.popleft()
+                write_image(work.task.target, work.spec, rows)
+                self.report.add_done(work.task, work.spec)

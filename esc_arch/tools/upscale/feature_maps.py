@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import errno
-import shutil
+import mmap
+import os
 import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
-from typing import IO
 
 import torch
 from torch import Tensor
@@ -18,124 +15,64 @@ from esc_arch.errors import UserError
 
 from .memory import format_memory
 
-__all__ = ["FeatureMap", "FeatureMapInFile", "check_space"]
+__all__ = ["FeatureMap"]
 
 
 class FeatureMap:
-    """(1, C, H, W), with the channels innermost, in memory.
+    """(1, C, H, W), with the channels innermost, in memory or in a temporary file.
 
     Args:
-        pinned: what is read lies where a GPU can fetch it from by itself.
+        device: where what is read goes.
+        folder: where the file is; None for memory. The file has no name, and ends with the process or the map.
     """
 
     def __init__(
-        self, channels: int, size: tuple[int, int], dtype: torch.dtype, *, pinned: bool = False, stored: bool = True
+        self, channels: int, size: tuple[int, int], dtype: torch.dtype, device: torch.device, folder: Path | None = None
     ) -> None:
-        self.shape, self.dtype, self.pinned = (*size, channels), dtype, pinned
-        self._rows = torch.empty(self.shape if stored else 0, dtype=dtype)
+        shape = (*size, channels)
+        self.dtype, self.device = dtype, device
+        self._mapped: mmap.mmap | None = None
+        if folder is None:
+            self._rows = torch.empty(shape, dtype=dtype)
+        else:
+            self._mapped = _mapped_file(folder, size[0] * size[1] * channels * dtype.itemsize)
+            self._rows = torch.frombuffer(self._mapped, dtype=dtype).view(shape)
 
-    def read(self, region: Region, device: torch.device) -> Tensor:
+    def read(self, region: Region) -> Tensor:
         """A region (1, C, h, w), channels_last, as a tensor of its own."""
-        rows = torch.empty((region.height, region.width, self.shape[2]), dtype=self.dtype, pin_memory=self.pinned)
-        self._read(region, rows)
-        return rows.permute(2, 0, 1)[None].to(device, non_blocking=self.pinned)
+        part = self._part(region)
+        pinned = self.device.type == "cuda"  # where a GPU can fetch it from by itself
+        rows = torch.empty(part.shape, dtype=self.dtype, pin_memory=pinned).copy_(part)
+        self._untouch()
+        return rows.permute(2, 0, 1)[None].to(self.device, non_blocking=pinned)
 
     def write(self, region: Region, x: Tensor) -> None:
         """Set a region to x (1, C, h, w)."""
-        self._write(region, x[0].permute(1, 2, 0).to("cpu", self.dtype).contiguous())
+        self._part(region).copy_(x[0].permute(1, 2, 0))
+        self._untouch()
 
-    def _read(self, region: Region, rows: Tensor) -> None:
-        rows.copy_(self._rows[region.top : region.bottom, region.left : region.right])
+    def _part(self, region: Region) -> Tensor:
+        return self._rows[region.top : region.bottom, region.left : region.right]
 
-    def _write(self, region: Region, rows: Tensor) -> None:
-        self._rows[region.top : region.bottom, region.left : region.right] = rows
+    def _untouch(self) -> None:
+        if self._mapped is not None:  # pages that were touched count as memory of the process
+            self._mapped.madvise(mmap.MADV_DONTNEED)
 
     def close(self) -> None:
         """Give back what it takes. It must not be used after."""
-        self._rows = torch.empty(0)
+        self._rows, self._mapped = torch.empty(0), None
 
 
-class FeatureMapInFile(FeatureMap):
-    """In a temporary file without a name, which the system removes however the process ends.
-
-    It is read and written explicitly: what of a mapped file has been touched counts as memory of the process.
-
-    Args:
-        folder: where the file is.
-        needed: bytes of all files that are written side by side, for the message when there is no room.
-    """
-
-    def __init__(
-        self,
-        channels: int,
-        size: tuple[int, int],
-        dtype: torch.dtype,
-        *,
-        pinned: bool = False,
-        folder: Path,
-        needed: int,
-    ) -> None:
-        super().__init__(channels, size, dtype, pinned=pinned, stored=False)
-        self.folder, self.needed = folder, needed
-        with _writing(folder, needed):
-            self._file: IO[bytes] = tempfile.TemporaryFile(  # noqa: SIM115  `close` closes it
-                dir=folder, prefix="esc_arch_", buffering=0
-            )
-
-    def _read(self, region: Region, rows: Tensor) -> None:
-        for part in self._parts(region, rows):
-            while part:  # the system may give less than is asked for
-                count = self._file.readinto(part)  # type: ignore[attr-defined]  # of unbuffered files
-                if not count:
-                    part[:] = bytes(len(part))  # beyond what has been written
-                    break
-                part = part[count:]
-
-    def _write(self, region: Region, rows: Tensor) -> None:
-        with _writing(self.folder, self.needed):
-            for part in self._parts(region, rows):
-                while part:
-                    part = part[self._file.write(part) :]
-
-    def _parts(self, region: Region, rows: Tensor) -> Iterator[memoryview]:
-        """The bytes of `rows` that lie together in the file, which is moved there: a row, or all if rows are whole."""
-        _, width, channels = self.shape
-        pixel = channels * self.dtype.itemsize
-        numbers = memoryview(rows.view(torch.uint8).numpy().reshape(-1).data)
-        count, length = (1, rows.nbytes) if region.width == width else (region.height, region.width * pixel)
-        for row in range(count):
-            self._file.seek(((region.top + row) * width + region.left) * pixel)
-            yield numbers[row * length : (row + 1) * length]
-
-    def close(self) -> None:
-        self._file.close()
-
-
-def check_space(folder: Path, needed: int) -> None:
-    """Check that temporary files have room.
-
-    Raises:
-        UserError: they have not, or there is no such folder.
-    """
-    if not folder.is_dir():
-        raise UserError(f"scratch: {folder} is not a folder; name one for temporary files of {format_memory(needed)}.")
-    if shutil.disk_usage(folder).free < needed:
-        raise _full(folder, needed)
-
-
-def _full(folder: Path, needed: int) -> UserError:
-    free = format_memory(shutil.disk_usage(folder).free)
-    return UserError(
-        f"The features of this image need {format_memory(needed)} of temporary files in {folder}, where {free} are "
-        "free: make room, name another folder (scratch), or allow more memory (max_memory)."
-    )
-
-
-@contextmanager
-def _writing(folder: Path, needed: int) -> Iterator[None]:
+def _mapped_file(folder: Path, size: int) -> mmap.mmap:
     try:
-        yield
+        with tempfile.TemporaryFile(dir=folder, prefix="esc_arch_") as file:
+            if hasattr(os, "posix_fallocate"):  # writing to a mapped file for which there is no room ends the process
+                os.posix_fallocate(file.fileno(), 0, size)
+            else:
+                file.truncate(size)
+            return mmap.mmap(file.fileno(), size)
     except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            raise _full(folder, needed) from error
-        raise UserError(f"scratch: temporary files cannot be written in {folder}: {error}.") from error
+        raise UserError(
+            f"scratch: a temporary file of {format_memory(size)} for features cannot be made in {folder}: "
+            f"{error.strerror}. Make room there, name another folder (scratch), or allow more memory (max_memory)."
+        ) from error

@@ -8,10 +8,7 @@ from __future__ import annotations
 
 import io
 import logging
-import struct
-import threading
 import warnings
-import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -41,8 +38,6 @@ LARGEST_INPUT = 2**29
 TIFF_STARTS = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
 #: Of Pillow's modes, those that are kept, and those that become one of these.
 KEPT, CONVERTED = ("L", "LA", "RGB", "RGBA"), ("1", "La", "P", "PA", "RGBa", "RGBX", "YCbCr")
-
-_pillow_limit = threading.Lock()
 
 
 @dataclass(frozen=True)
@@ -85,19 +80,10 @@ def read_image(path: Path) -> DecodedImage:
         ) from error
     except MemoryError as error:
         raise UserError(f"{path}: too large for the memory here. Cut it into parts.") from error
-    except OSError as error:
-        if error.errno is not None:
+    except Exception as error:  # decoders raise whatever content without sense leads to
+        if isinstance(error, OSError) and error.errno is not None:
             raise UserError(f"{path}: cannot be read: {error.strerror}.") from error
-        raise _damaged(path, error) from error
-    except (
-        *(ValueError, LookupError, ArithmeticError, TypeError, RuntimeError, EOFError, SyntaxError),
-        *(struct.error, zlib.error, cv2.error),
-    ) as error:  # what decoders raise for content that makes no sense
-        raise _damaged(path, error) from error
-
-
-def _damaged(path: Path, error: Exception) -> UserError:
-    return UserError(f"{path}: damaged ({first_line(error)}). Replace it.")
+        raise UserError(f"{path}: damaged ({first_line(error)}). Replace it.") from error
 
 
 def _read_other(path: Path, file: IO[bytes]) -> DecodedImage:
@@ -107,6 +93,7 @@ def _read_other(path: Path, file: IO[bytes]) -> DecodedImage:
         if frames > 1 and image.format != "MPO":
             raise UserError(f"animated ({frames} frames). Save the frames as images, or make a video of them.")
         metadata, notes = image_metadata(image)
+        found = None
         if image.format == "PNG":
             place = file.tell()
             metadata = replace(metadata, png_colour=png_colour(file))
@@ -114,30 +101,28 @@ def _read_other(path: Path, file: IO[bytes]) -> DecodedImage:
             depth, colour_type = file.read(2)
             file.seek(place)
             if depth == 16:
-                pixels = _deep_png(path, image, grey=colour_type in (0, 4))
-                return DecodedImage(_upright(pixels, metadata), metadata, notes)
-        found = decoded(image, metadata, notes)
+                found = DecodedImage(_deep_png(path, image, grey=colour_type in (0, 4)), metadata, notes)
+        found = found or decoded(image, metadata, notes)
         return replace(found, pixels=_upright(found.pixels, metadata))
 
 
 @contextmanager
 def _open(file: IO[bytes]) -> Iterator[Image.Image]:
     """The image in a file, to be loaded within the block."""
-    with _pillow_limit:  # Pillow's own limit is below what is enlarged here, and can only be set for all
-        limit, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, None
-        try:
-            with Image.open(file, formats=READABLE_FORMATS) as image:
-                _check_size(image.height, image.width)
-                yield image
-        finally:
-            Image.MAX_IMAGE_PIXELS = limit
+    # Pillow's own limit is below what is enlarged here, and can only be set for all
+    limit, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, None
+    try:
+        with Image.open(file, formats=READABLE_FORMATS) as image:
+            _check_size(image.height, image.width)
+            yield image
+    finally:
+        Image.MAX_IMAGE_PIXELS = limit
 
 
 def _check_size(height: int, width: int) -> None:
     if height * width > LARGEST_INPUT:
         raise UserError(
-            f"claims {width:,} x {height:,} pixels; up to {LARGEST_INPUT:,} are read. Cut it into parts, or take it "
-            "out if that cannot be."
+            f"claims {width:,} x {height:,} pixels; up to {LARGEST_INPUT:,} are read. Cut it into parts, or remove it."
         )
 
 
@@ -167,7 +152,7 @@ def decoded(image: Image.Image, metadata: Metadata, notes: tuple[str, ...] = ())
 
 
 def to_srgb(image: Image.Image, icc: bytes | None) -> tuple[Image.Image, bool]:
-    """An image of 8 bits as sRGB by its profile, and whether that could be; a plain formula is used otherwise."""
+    """An image of 8 bits as sRGB, and True if by its profile; a plain formula is used otherwise."""
     try:
         source = (
             ImageCms.ImageCmsProfile(io.BytesIO(icc or b"")) if image.mode != "LAB" else ImageCms.createProfile("LAB")

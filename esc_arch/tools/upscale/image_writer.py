@@ -32,23 +32,17 @@ ENCODING = 8
 COMPRESSION = 4
 #: Rows that are compressed together; those of a TIFF's strips.
 STRIP = 64
+#: Bytes of pixels in a TIFF file whose places have 32 bits; the rest is left for all else.
+LARGEST_CLASSIC_TIFF = 2**32 - 2**26
 #: What JPEG's markers hold.
 LARGEST_JPEG_EXIF = 65533 - len(EXIF_MARKER)
 
 
 @dataclass(frozen=True)
 class EncodeSpec:
-    """What an image file is to be.
+    """What an image file is to be: of a kind of `LARGEST_SIDE`, with pixels as in `DecodedImage`.
 
-    Attributes:
-        kind: a key of `LARGEST_SIDE`.
-        height, width: in pixels.
-        channels: 1 grey, 2 grey and alpha, 3 RGB, 4 RGBA.
-        dtype: uint8 or uint16.
-        metadata: of the result.
-        quality: 1 .. 100, of JPEG and WebP.
-        lossless: of WebP.
-        notes: what the format cannot hold, a sentence each.
+    `notes` say what the format cannot hold, a sentence each.
     """
 
     kind: str
@@ -60,6 +54,11 @@ class EncodeSpec:
     quality: int = 95
     lossless: bool = False
     notes: tuple[str, ...] = ()
+
+    @property
+    def is_big(self) -> bool:
+        """True if it needs BigTIFF."""
+        return self.height * self.width * self.channels * np.dtype(self.dtype).itemsize > LARGEST_CLASSIC_TIFF
 
 
 def encode_spec(
@@ -160,7 +159,7 @@ def _write_tiff(file: IO[bytes], spec: EncodeSpec, rows: Iterable[Pixels]) -> No
     """TIFF 6.0, or BigTIFF beyond its 4 GiB: strips, differences along rows (predictor 2), deflate."""
     import tifffile
 
-    icc, exif, big = spec.metadata.icc, spec.metadata.exif, _is_big(spec)
+    icc, exif, big = spec.metadata.icc, spec.metadata.exif, spec.is_big
     tags: list[tuple[int | str, int, int, object, bool]] = []
     if icc is not None:
         tags.append((0x8773, 7, len(icc), icc, True))
@@ -189,10 +188,6 @@ def _write_tiff(file: IO[bytes], spec: EncodeSpec, rows: Iterable[Pixels]) -> No
             metadata=None,
             extratags=tags,
         )
-
-
-def _is_big(spec: EncodeSpec) -> bool:
-    return spec.height * spec.width * spec.channels * np.dtype(spec.dtype).itemsize > 2**32 - 2**26
 
 
 def _deflated(rows: Iterable[Pixels]) -> Iterator[bytes]:

@@ -9,22 +9,37 @@ needs are summed on the way. At the borders of the image the layers' own padding
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator
+import math
+import weakref
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
+import numpy as np
 import numpy.typing as npt
+import torch
 from torch import Tensor
 
-from .memory import is_out_of_memory, release
-from .network import Upscaler
-from .planning import fits, plan_for, whole
-from .regions import PaddedImage
-from .tiled_executor import TiledExecutor
+from esc_arch.archs.heads import Region
+from esc_arch.errors import UserError
 
-__all__ = ["enlarge"]
+from .memory import available, format_memory, is_out_of_memory, peak_of, release, resident
+from .network import Upscaler
+from .tiled_executor import MAPS, PaddedImage, Plan, TiledExecutor, cuts, large_kernel_reach
+
+__all__ = ["Cost", "costs_of", "enlarge", "plan_for", "whole"]
 
 logger = logging.getLogger("esc_arch")
+
+#: Tiles of this side have margins of a few percent; larger ones gain nothing.
+LARGEST_TILE = 512
+#: Tiles are not made smaller than this to keep features in memory rather than in files.
+LEAST_TILE_FOR_MEMORY = 192
+#: What operators take for themselves, and what the allocator loses, beside the tensors that can be counted.
+OVERHEAD = 1.3
+#: The share of free memory that is used where nobody says how much.
+SHARE = 0.7
 
 
 def enlarge(
@@ -65,7 +80,9 @@ def enlarge(
     padded = PaddedImage(image, upscaler.net.window_size, upscaler.net.unshuffle_factor)
     height, width = image.shape[:2]
     out_size = upscaler.output_size(height, width, scale)
-    if at_once and not 0 < tile < max(height, width) and fits(upscaler, padded, scale, max_memory):
+    free = _host(max_memory) if upscaler.device.type == "cpu" else _device(upscaler.device)
+    pixels = padded.height * padded.width // upscaler.net.unshuffle_factor**2
+    if at_once and not 0 < tile < max(height, width) and costs_of(upscaler, scale)[0].of(pixels) <= free:
         try:
             enlarged = whole(upscaler, image, scale)
         except Exception as error:
@@ -84,3 +101,132 @@ def enlarge(
         release(upscaler.device)  # after the exception, whose frames hold tensors
     plan = plan_for(upscaler, padded, out_size, scale, max_memory, tile)
     yield from TiledExecutor(upscaler, padded, out_size, plan, scratch, progress).run()
+
+
+class Cost(NamedTuple):
+    """The bytes that a computation takes: for itself, and for each pixel of the features."""
+
+    fixed: float
+    per_pixel: float
+
+    @classmethod
+    def through(cls, pixels: Sequence[int], peaks: Sequence[int]) -> Cost:
+        """Of what two images take."""
+        per_pixel = max(0, peaks[1] - peaks[0]) / (pixels[1] - pixels[0])
+        return cls(max(0.0, peaks[0] - per_pixel * pixels[0]), per_pixel)
+
+    def of(self, pixels: int) -> float:
+        return OVERHEAD * (self.fixed + self.per_pixel * pixels)
+
+
+_costs: weakref.WeakKeyDictionary[Upscaler, dict[float | None, tuple[Cost, Cost]]] = weakref.WeakKeyDictionary()
+
+
+def costs_of(upscaler: Upscaler, scale: float | None) -> tuple[Cost, Cost]:
+    """What a network takes for an image at once, and for a part: measured once for each scale, on two black images.
+
+    That of a part includes its share of the feature maps and of the result.
+    """
+    of_network = _costs.setdefault(upscaler, {})
+    if scale not in of_network:
+        unit = upscaler.net.window_size * upscaler.net.unshuffle_factor
+        # LTE computes so many points at a time, which both images should have
+        least = 32 if not upscaler.any_scale else max(32, min(64, 128 / (scale or upscaler.scale)))
+        side = math.ceil(least / unit) * unit
+        pixels, at_once, part = zip(*(_peaks(upscaler, factor * side, scale) for factor in (1, 2)), strict=True)
+        of_network[scale] = Cost.through(pixels, at_once), Cost.through(pixels, part)
+    return of_network[scale]
+
+
+def _peaks(upscaler: Upscaler, side: int, scale: float | None) -> tuple[int, int, int]:
+    """Pixels of the features, and the most bytes at once and as a single part."""
+    black = np.zeros((side, side, 3), np.uint8)
+    size = upscaler.output_size(side, side, scale)
+    executor = TiledExecutor(upscaler, PaddedImage(black), size, Plan(side))
+    executor.blocks = executor.blocks[:1]  # the others are like it
+    at_once = peak_of(lambda: whole(upscaler, black, scale), upscaler.device)
+    part = peak_of(lambda: deque(executor.run(), maxlen=0), upscaler.device)
+    return executor.size[0] * executor.size[1], at_once, part
+
+
+def whole(upscaler: Upscaler, image: Any, scale: float | None) -> Tensor:
+    """The image enlarged at once, (3, H', W'), on the CPU."""
+    padded = PaddedImage(image)
+    x = padded.read(Region(0, 0, padded.height, padded.width), upscaler.device)
+    return upscaler(x, scale)[0].cpu()
+
+
+def plan_for(
+    upscaler: Upscaler,
+    image: PaddedImage,
+    out_size: tuple[int, int],
+    scale: float | None,
+    max_memory: int | None,
+    tile: int = 0,
+) -> Plan:
+    """The largest tiles that fit, with the feature maps in memory if they fit beside large ones.
+
+    Args:
+        out_size: (H', W') of the result.
+        max_memory: bytes of the host's memory that the process may have in all; None for most of what is free.
+        tile: above 0, the largest side in pixels of the image, rounded up to whole windows.
+
+    Raises:
+        UserError: not even the smallest tiles fit.
+    """
+    net, cost, host = upscaler.net, costs_of(upscaler, scale)[1], _host(max_memory)
+    window, size = net.window_size, (image.height // net.unshuffle_factor, image.width // net.unshuffle_factor)
+    head = net.head((image.image.shape[0], image.image.shape[1]), size, out_size)
+    reaches = [large_kernel_reach(block, pair) for block in net.blocks for pair in range(len(block.pconvs))]  # type: ignore[arg-type]
+    margin = max(2 + max(reaches, default=0), head.margin)
+    largest = min(LARGEST_TILE, -(-tile // (window * net.unshuffle_factor)) * window) if tile else LARGEST_TILE
+    sides = range(max(largest // window, 1) * window, 0, -window)
+
+    def part_bytes(side: int) -> float:
+        """Of the largest tile, with its margin."""
+        rows, columns = (min(_longest(length, side, window) + 2 * margin, length) for length in size)
+        return cost.of(rows * columns)
+
+    def band_bytes(side: int) -> int:
+        """Of the rows of the result that are computed together."""
+        return 12 * _longest(out_size[0], round(side * head.enlargement), head.align) * out_size[1]
+
+    pixel = image.read(Region(0, 0, 1, 1).times(net.unshuffle_factor), upscaler.device)
+    maps = MAPS * size[0] * size[1] * net.shallow_features(pixel).shape[1] * upscaler.precision.itemsize
+    if (
+        upscaler.device.type != "cpu"
+    ):  # maps are in the host's memory; what is free in the device's changes: it is tried
+        free = _device(upscaler.device)
+        side = next((side for side in sides if part_bytes(side) <= free), window)
+        return Plan(side, maps + part_bytes(side) + band_bytes(side) > host)
+    needed = {side: part_bytes(side) + band_bytes(side) for side in sides}
+    side = next((side for side in sides if needed[side] + maps <= host), 0)
+    if side >= min(LEAST_TILE_FOR_MEMORY, sides[0], max(size)):
+        return Plan(side)
+    if side := next((side for side in sides if needed[side] <= host), 0):
+        return Plan(side, in_files=True)
+    name, least = upscaler.source.name, needed[sides[-1]]
+    if max_memory is None:
+        raise UserError(
+            f"There is too little memory: {name} needs {format_memory(least)} for its smallest parts, and may take "
+            f"{format_memory(max(host, 0))} of what is free."
+        )
+    taken = max_memory - host
+    raise UserError(
+        f"max_memory: {format_memory(max_memory)} given; {name} needs at least {format_memory(taken + least)}, of "
+        f"which the program takes {format_memory(taken)} already."
+    )
+
+
+def _longest(length: int, largest: int, align: int) -> int:
+    """Longest tile along one side."""
+    return max(last - first for first, last in cuts(length, largest, align))
+
+
+def _host(max_memory: int | None) -> float:
+    return SHARE * available() if max_memory is None else max_memory - resident()
+
+
+def _device(device: torch.device) -> float:
+    free = torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device)
+    return SHARE * (free - torch.cuda.memory_allocated(device))

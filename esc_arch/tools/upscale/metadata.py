@@ -51,12 +51,7 @@ PNG_COLOUR = (b"cICP", b"sRGB", b"gAMA", b"cHRM")
 
 @dataclass(frozen=True)
 class Exif:
-    """A directory of tags.
-
-    Attributes:
-        tags: type (TIFF 6.0) and value (as Pillow has it) of each.
-        directories: the directories below, by their tag.
-    """
+    """A directory of tags, with type (TIFF 6.0) and value (as Pillow has it) of each, and the directories below."""
 
     tags: dict[int, tuple[int, Any]]
     directories: dict[int, Exif] = field(default_factory=dict)
@@ -104,7 +99,6 @@ class Metadata:
 
     Attributes:
         icc: the colour profile, byte for byte.
-        exif: camera data.
         dpi: resolution in pixels per inch, horizontal and vertical.
         png_colour: chunks of `PNG_COLOUR`, name and content.
     """

@@ -6,9 +6,12 @@ import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from functools import partial
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, NamedTuple, cast
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
@@ -17,13 +20,14 @@ from esc_arch.errors import UserError
 from esc_arch.modules import ESCBlock, fused
 from esc_arch.ops.window_attention import window_attention
 
-from .feature_maps import FeatureMap, FeatureMapInFile, check_space
+from .feature_maps import FeatureMap
 from .memory import is_out_of_memory, release, trim_heap
 from .network import Upscaler
-from .regions import PaddedImage, cuts, grid
 
-__all__ = ["MAPS", "Plan", "TiledExecutor", "large_kernel_reach"]
+__all__ = ["MAPS", "PaddedImage", "Plan", "TiledExecutor", "cuts", "grid", "large_kernel_reach"]
 
+#: The largest value of each type that images may have.
+PEAKS = {np.dtype("uint8"): 255, np.dtype("uint16"): 65535, np.dtype("float32"): 1}
 #: Maps that the blocks need: a block's input, and what a pair of layers reads and writes.
 MAPS = 3
 
@@ -32,14 +36,12 @@ class Plan(NamedTuple):
     """How an image is computed in parts.
 
     Attributes:
-        tile: side of the tiles of the features, in pixels of these.
-        head_tile: the same of the blocks of the result.
-        maps_in_memory: how many of `MAPS` feature maps are in memory; the others are in files.
+        tile: side of the tiles, and of what blocks of the result are made of, in pixels of the features.
+        in_files: True if feature maps are in temporary files.
     """
 
     tile: int
-    head_tile: int
-    maps_in_memory: int
+    in_files: bool = False
 
 
 class TiledExecutor:
@@ -68,16 +70,16 @@ class TiledExecutor:
         factor = self.net.unshuffle_factor
         self.size = image.height // factor, image.width // factor
         self.head = self.net.head((image.image.shape[0], image.image.shape[1]), self.size, out_size)
-        self.done = self.channels = 0
+        self.done = 0
         #: A larger tile did not fit into the device's memory.
         self.largest_area = float("inf")
 
     @torch.no_grad()
     def run(self) -> Iterator[Tensor]:
         """Rows of the result from the top to the bottom, (3, h, W'), float32 on the CPU."""
-        self.channels = self.net.shallow_features(self.read_image(Region(0, 0, 1, 1))).shape[1]
+        channels = self.net.shallow_features(self.read_image(Region(0, 0, 1, 1))).shape[1]
         with ExitStack() as stack:
-            maps = [self.new_map(self.channels, number, stack) for number in range(MAPS)]
+            maps = [self.new_map(channels, stack) for _ in range(MAPS)]
             features, *others = maps
             self.each(lambda tile: features.write(tile, self._shallow(tile)))
             for block in self.blocks:
@@ -85,29 +87,21 @@ class TiledExecutor:
             for other in others:
                 other.close()
             if self.head.prepares:
-                prepared: list[FeatureMap] = []
-                self.each(lambda tile: self._prepare(tile, features, prepared, stack))
-                features = prepared[0]
+                pixel = Region(0, 0, 1, 1)
+                channels = self.head.prepare(features.read(pixel), self.read_image(pixel)).shape[1]
+                prepared = self.new_map(channels, stack)
+                self.each(lambda tile: prepared.write(tile, self._prepare(features, tile)))
+                features = prepared
             yield from self.rows(features)
-
-    def read(self, source: FeatureMap, region: Region) -> Tensor:
-        return source.read(region, self.device)
 
     def read_image(self, region: Region) -> Tensor:
         """The image by a region of the features."""
         return self.image.read(region.times(self.net.unshuffle_factor), self.device)
 
-    def new_map(self, channels: int, number: int, stack: ExitStack) -> FeatureMap:
-        """The map of this number of `MAPS`, which `stack` closes."""
-        dtype, pinned, in_files = self.upscaler.precision, self.device.type == "cuda", MAPS - self.plan.maps_in_memory
-        made: FeatureMap
-        if number < self.plan.maps_in_memory:
-            made = FeatureMap(channels, self.size, dtype, pinned=pinned)
-        else:
-            needed = in_files * channels * dtype.itemsize * self.size[0] * self.size[1]
-            if number == self.plan.maps_in_memory:
-                check_space(self.scratch, needed)
-            made = FeatureMapInFile(channels, self.size, dtype, pinned=pinned, folder=self.scratch, needed=needed)
+    def new_map(self, channels: int, stack: ExitStack) -> FeatureMap:
+        """A map of the features' size, which `stack` closes."""
+        folder = self.scratch if self.plan.in_files else None
+        made = FeatureMap(channels, self.size, self.upscaler.precision, self.device, folder)
         stack.callback(made.close)
         return made
 
@@ -159,7 +153,7 @@ class TiledExecutor:
 
         def pool(tile: Region) -> None:
             region = tile.expand(1, self.size)
-            sums.append(_channel_sums(block, 0, self.read(x, region), tile, region))
+            sums.append(_channel_sums(block, 0, x.read(region), tile, region))
 
         if pairs:  # the sums for the other pairs are made where the pair before is computed
             self.each(pool)
@@ -176,12 +170,12 @@ class TiledExecutor:
         """The last pass: from features to blocks of the result, put together to whole rows."""
         self.largest_area = float("inf")
         height, width = self.head.out_size
-        largest = round(self.plan.head_tile * self.head.enlargement)
+        largest = round(self.plan.tile * self.head.enlargement)
         for top, bottom in cuts(height, largest, self.head.align):
             band, shown = torch.empty(3, bottom - top, width), Region(top, 0, bottom, width)
 
             def compute(out: Region, band: Tensor = band, shown: Region = shown) -> None:
-                block = self.head.block(out, partial(self.read, features), self.read_image)
+                block = self.head.block(out, features.read, self.read_image)
                 out.crop(band, shown).copy_(block)
 
             for left, right in cuts(width, largest, self.head.align):
@@ -200,7 +194,7 @@ class TiledExecutor:
         """The block's first ConvFFN and its attention, whose windows no tile cuts."""
         attn = block.attn
         region = tile.expand(1 if attn.gate is None else 2, self.size)
-        x = fused.first_ffn(block, self.read(source, region))
+        x = fused.first_ffn(block, source.read(region))
         if attn.gate is None:
             return fused.window_attention(attn, block.ln_attn, _cropped(tile, region, x))
         normed = block.ln_attn(x)  # the gate sees neighbours of what attention sees
@@ -221,10 +215,10 @@ class TiledExecutor:
         """A pair, then, of its result, the sums for the next pair or the end of the block."""
         inner = tile.expand(1, self.size)
         region = inner.expand(1 + large_kernel_reach(block, pair), self.size)
-        x = self.read(source, region)
+        x = source.read(region)
         x = _cropped(inner, region, fused.convolve(block, pair, x, fused.mix(block, pair, x)[0], means, *self.kernels))
         if pair == len(block.pconvs) - 1:
-            x = fused.finish(block, x, self.read(target, inner))
+            x = fused.finish(block, x, target.read(inner))
         else:
             sums.append(_channel_sums(block, pair + 1, x, tile, inner))
         target.write(tile, tile.crop(x, inner))
@@ -232,14 +226,11 @@ class TiledExecutor:
     def _finish(self, block: ESCBlock, source: FeatureMap, skip: FeatureMap, tile: Region) -> None:
         """The end of a block without pairs."""
         region = tile.expand(1, self.size)
-        skip.write(tile, tile.crop(fused.finish(block, self.read(source, region), self.read(skip, region)), region))
+        skip.write(tile, tile.crop(fused.finish(block, source.read(region), skip.read(region)), region))
 
-    def _prepare(self, tile: Region, features: FeatureMap, prepared: list[FeatureMap], stack: ExitStack) -> None:
+    def _prepare(self, features: FeatureMap, tile: Region) -> Tensor:
         region = tile.expand(self.head.margin, self.size)
-        x = self.head.prepare(self.read(features, region), self.read_image(region))
-        if not prepared:
-            prepared.append(self.new_map(x.shape[1], 1, stack))  # in the place of one that is closed
-        prepared[0].write(tile, tile.crop(x, region))
+        return tile.crop(self.head.prepare(features.read(region), self.read_image(region)), region)
 
 
 def large_kernel_reach(block: ESCBlock, pair: int) -> int:
@@ -256,3 +247,60 @@ def _channel_sums(block: ESCBlock, pair: int, x: Tensor, tile: Region, region: R
     """Sums (1, pdim) over a tile of what a pair's kernel is made from; x shows `region`."""
     mixed, _ = fused.mix(block, pair, x)
     return tile.crop(mixed[:, : fused.channels_pooled(block, pair)], region).sum((2, 3), dtype=torch.float64)
+
+
+def cuts(length: int, largest: int, align: int = 1) -> list[tuple[int, int]]:
+    """Cut 0 .. length into nearly equal parts, at multiples of `align`.
+
+    A remainder of less than `align` at the end belongs to the last part and is not counted: attention reflects the map
+    there, and what it reflects has to be in the same part.
+
+    Args:
+        largest: the longest part, at least `align`.
+    """
+    units = max(length // align, 1)
+    count = -(-units // max(largest // align, 1))
+    edges = [units * index // count * align for index in range(count)] + [length]
+    return list(pairwise(edges))
+
+
+def grid(size: tuple[int, int], largest: int, align: int = 1) -> list[Region]:
+    """A map of this height and width cut both ways by `cuts`, row by row."""
+    rows, columns = (cuts(length, largest, align) for length in size)
+    return [Region(top, left, bottom, right) for top, bottom in rows for left, right in columns]
+
+
+class PaddedImage:
+    """An image as a network sees it, padded by reflection, read a region at a time and never padded as a whole.
+
+    Args:
+        image: (H, W, 3), RGB; uint8, uint16, or float32 in 0 .. 1.
+        multiples: what height and width are padded to multiples of, one after the other.
+
+    Raises:
+        UserError: the array is not such an image.
+    """
+
+    def __init__(self, image: npt.NDArray[Any], *multiples: int) -> None:
+        if image.ndim != 3 or image.shape[2] != 3 or 0 in image.shape or image.dtype not in PEAKS:
+            raise UserError(
+                f"The image is an array {tuple(image.shape)} of {image.dtype}; it must be (height, width, 3), RGB, of "
+                f"{', '.join(map(str, PEAKS))}."
+            )
+        self.image = image
+        self.rows, self.columns = (_padded(length, multiples) for length in image.shape[:2])
+        self.height, self.width = len(self.rows), len(self.columns)
+
+    def read(self, region: Region, device: torch.device) -> Tensor:
+        """(1, 3, h, w), float32 in 0 .. 1."""
+        rows, columns = self.rows[region.top : region.bottom], self.columns[region.left : region.right]
+        pixels = self.image[np.ix_(rows, columns)].astype(np.float32) / np.float32(PEAKS[self.image.dtype])
+        return torch.from_numpy(pixels).permute(2, 0, 1)[None].contiguous().to(device)
+
+
+def _padded(length: int, multiples: tuple[int, ...]) -> npt.NDArray[np.int64]:
+    """The pixel that each one of a padded side shows."""
+    index = np.arange(length)
+    for multiple in multiples:
+        index = np.pad(index, (0, -len(index) % multiple), mode="reflect")  # to and fro, as the network's own padding
+    return index

@@ -108,26 +108,24 @@ def enlarge_pixels(
     Raises:
         UserError: the network does not have the scale; parts do not fit.
     """
-    scale, size = settings.asked(upscaler), enlarged_size(upscaler, pixels, settings)
-    source = upscaler.output_size(pixels.shape[0], pixels.shape[1], scale)
     inputs = _inputs(pixels, settings)
 
     def rows(image: Pixels, done: int) -> Iterator[Tensor]:
         blocks = large_images.enlarge(
             upscaler,
-            _padded(image, settings.pre_pad),
-            scale=scale,
+            image,
+            scale=settings.asked(upscaler),
             max_memory=settings.max_memory,
             tile=settings.tile,
             scratch=scratch,
             progress=progress and (lambda part: progress((done + part) / len(inputs))),
         )
-        margin = round(settings.pre_pad * (upscaler.scale if scale is None else scale))
-        return _resized(_cropped(blocks, margin, source) if margin else blocks, source, size)
+        return _fitted(blocks, upscaler, pixels, settings)
 
     # Alpha, the last of the inputs, is computed first: it is joined to the rows of the colours
     outputs = [rows(image, len(inputs) - 1 - index) for index, image in enumerate(inputs)]
-    return _assembled(pixels, size, outputs, dtype, scratch if settings.max_memory is not None else None)
+    size, folder = enlarged_size(upscaler, pixels, settings), scratch if settings.max_memory is not None else None
+    return _assembled(pixels, size, outputs, dtype, folder)
 
 
 def enlarge_many(
@@ -141,33 +139,30 @@ def enlarge_many(
         dtypes: of the results; those of the images when None.
     """
     inputs = [_inputs(pixels, settings) for pixels in images]
-    outputs = _batch(upscaler, [each for group in inputs for each in group], settings)
+    batch = [torch.from_numpy(_floating(each)).permute(2, 0, 1) for group in inputs for each in group]
+    enlarged: Iterator[Tensor] | None = None
+    try:
+        enlarged = iter(upscaler(torch.stack(batch), settings.asked(upscaler)).cpu())
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error):
+            raise
     results = []
     for pixels, group, dtype in zip(images, inputs, dtypes or [None] * len(images), strict=True):
-        if outputs is None:
+        if enlarged is None:
             rows = enlarge_pixels(upscaler, pixels, settings, dtype=dtype)
         else:
-            size = enlarged_size(upscaler, pixels, settings)
-            whole = [outputs.pop(0) for _ in group]
-            resized = [_resized([each], (each.shape[1], each.shape[2]), size) for each in whole]
-            rows = _assembled(pixels, size, resized, dtype)
+            outputs = [_fitted([next(enlarged)], upscaler, pixels, settings) for _ in group]
+            rows = _assembled(pixels, enlarged_size(upscaler, pixels, settings), outputs, dtype)
         results.append(np.concatenate(list(rows)))
     return results
 
 
-def _batch(upscaler: Upscaler, images: list[Pixels], settings: Settings) -> list[Tensor] | None:
-    """(3, H', W') for each image (H, W, 3), as the network gives them; None when memory is too short for all."""
+def _fitted(blocks: Iterable[Tensor], upscaler: Upscaler, pixels: Pixels, settings: Settings) -> Iterator[Tensor]:
+    """What the network made of an image, without the padding and resized to what was asked for."""
     scale = settings.asked(upscaler)
-    pad, factor = settings.pre_pad, upscaler.scale if scale is None else scale
-    try:
-        batch = [torch.from_numpy(_floating(_padded(image, pad))).permute(2, 0, 1) for image in images]
-        found = upscaler(torch.stack(batch), scale)
-    except (RuntimeError, MemoryError) as error:
-        if not is_out_of_memory(error):
-            raise
-        return None
-    top, (height, width) = round(pad * factor), upscaler.output_size(images[0].shape[0], images[0].shape[1], scale)
-    return list(found[..., top : top + height, top : top + width].cpu())
+    source = upscaler.output_size(pixels.shape[0], pixels.shape[1], scale)
+    margin = round(settings.pre_pad * (upscaler.scale if scale is None else scale))
+    return _resized(_cropped(blocks, margin, source), source, enlarged_size(upscaler, pixels, settings))
 
 
 def _assembled(
@@ -217,12 +212,8 @@ def _floating(image: Pixels) -> Pixels:
     return image.astype(np.float32) / np.float32(peak)
 
 
-def _padded(image: Pixels, pad: int) -> Pixels:
-    return np.pad(image, ((pad, pad), (pad, pad), (0, 0)), mode="reflect") if pad else image
-
-
 def _inputs(pixels: Pixels, settings: Settings) -> list[Pixels]:
-    """What goes through the network, (H, W, 3): the colours, and alpha if it is needed."""
+    """What goes through the network, (H, W, 3): the colours, and alpha if it is needed; padded."""
     # Floating types other than float32 are no gain inside a network
     pixels = pixels.astype(np.float32, copy=False) if np.issubdtype(pixels.dtype, np.floating) else pixels
     planes = [pixels]
@@ -236,8 +227,11 @@ def _inputs(pixels: Pixels, settings: Settings) -> list[Pixels]:
             colour = colour[rows, columns]
         through = settings.alpha == "network" and alpha.min() != alpha.max()
         planes = [colour, alpha[..., None]] if through else [colour]
-    shape = (*pixels.shape[:2], 3)
-    return [np.require(np.broadcast_to(plane, shape), requirements=["C", "W"]) for plane in planes]
+    pad, shape = settings.pre_pad, (*pixels.shape[:2], 3)
+    planes = [np.broadcast_to(each, shape) for each in planes]
+    if pad:
+        planes = [np.pad(each, ((pad, pad), (pad, pad), (0, 0)), mode="reflect") for each in planes]
+    return [np.require(each, requirements=["C", "W"]) for each in planes]
 
 
 def _quantised(block: Tensor, dtype: np.dtype[Any]) -> Pixels:

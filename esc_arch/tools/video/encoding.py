@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-import math
 import os
 import struct
 from collections.abc import Iterator, Mapping
@@ -15,7 +14,20 @@ from typing import Any, NamedTuple
 
 from esc_arch.errors import UserError
 
-from .frames import FULL, LIMITED, RGB, Coding, depth_of, exact, guessed_matrix, import_av, is_rgb, side_data_of
+from .frames import (
+    FULL,
+    LIMITED,
+    RGB,
+    Coding,
+    channels_of,
+    depth_of,
+    exact,
+    guessed_matrix,
+    import_av,
+    is_rgb,
+    named,
+    side_data_of,
+)
 from .segments import Packet
 
 __all__ = ["CONTAINERS", "Encoder", "VideoSpec", "container_format", "scheduling_kept", "video_spec"]
@@ -67,7 +79,6 @@ class VideoSpec:
 
     Attributes:
         primaries, transfer: as in ITU-T H.273.
-        time_base, rate: the unit of times (s), and frames per second on average.
         aspect: width of a pixel by its height, if known.
         display_matrix: how players are to turn it: 9 numbers of FFmpeg's, or None.
         tag: the codec's name in the container; None for FFmpeg's choice.
@@ -175,42 +186,25 @@ def choose_pixel_format(asked: str, codec: str, source: Any) -> str:
         return asked
     # RGB is kept where nothing is to be lost; elsewhere hardly a player shows it
     rgb = is_rgb(source) and encoder.lossless and not encoder.lossy
-    least, depth = math.prod(_subsampling(source)), depth_of(source)
-
-    def losses(each: Any) -> tuple[Any, ...]:
-        more_chroma, more_depth = least / math.prod(_subsampling(each)) - 1, depth_of(each) - depth
-        return is_rgb(each) != rgb, max(-more_depth, 0), max(-more_chroma, 0), more_depth, more_chroma
-
-    return str(min(usable, key=losses).name)
+    alike = [each.name for each in usable if is_rgb(each) == rgb]
+    # Grey has no chroma, so the least will do
+    like = named("yuv420p", depth_of(source)) if channels_of(source) == 1 and not is_rgb(source) else source.name
+    return str(import_av().codec.codec.find_best_pix_fmt_of_list(alike or names, like)[0].name)
 
 
 def _is_usable(pixel_format: Any) -> bool:
     """True if it has colours, no alpha, and is one of the formats that players know of those that differ in order."""
     parts = pixel_format.components
-    if (
-        len(parts) != 3
-        or min(part.bits for part in parts) < 8
-        or pixel_format.is_big_endian
-        or pixel_format.has_palette
-        or pixel_format.is_bayer
-    ):
-        return False
     planar = len({part.plane for part in parts}) == 3
-    return not pixel_format.name.startswith("yuvj") and (planar or bool(pixel_format.is_rgb))
-
-
-def _subsampling(pixel_format: Any) -> tuple[int, int]:
-    """Rows and columns of luma for each of chroma; grey counts as having little chroma."""
-    if is_rgb(pixel_format):
-        return 1, 1
-    if len([part for part in pixel_format.components if not part.is_alpha]) == 1:
-        return 2, 2
-    return 8 // pixel_format.chroma_height(8), 8 // pixel_format.chroma_width(8)
+    odd = pixel_format.is_big_endian or pixel_format.has_palette or pixel_format.is_bayer
+    known = not odd and not pixel_format.name.startswith("yuvj") and (planar or bool(pixel_format.is_rgb))
+    return known and len(parts) == 3 and min(part.bits for part in parts) >= 8
 
 
 def padded_size(size: tuple[int, int], pixel_format: str) -> tuple[int, int]:
     """Height and width made larger, where need be, by the row and the column that subsampled chroma asks for."""
-    rows, columns = _subsampling(import_av().VideoFormat(pixel_format))
+    chosen = import_av().VideoFormat(pixel_format)
+    rows, columns = (1, 1) if chosen.is_rgb else (8 // chosen.chroma_height(8), 8 // chosen.chroma_width(8))
     return size[0] + -size[0] % rows, size[1] + -size[1] % columns
 
 

@@ -121,8 +121,8 @@ class Coding:
     def layout(self) -> tuple[str, tuple[int, int, int]]:
         """The pixel format, with full chroma, that frames have here, and which planes its own are."""
         if self.matrix == RGB:
-            return _named("gbrp", self.depth), (1, 2, 0)
-        return _named("yuv444p", self.depth), (0, 1, 2)
+            return named("gbrp", self.depth), (1, 2, 0)
+        return named("yuv444p", self.depth), (0, 1, 2)
 
     @property
     def dtype(self) -> np.dtype[Any]:
@@ -181,6 +181,11 @@ def depth_of(pixel_format: Any) -> int:
     return next((depth for depth in DEPTHS if depth >= bits), DEPTHS[-1])
 
 
+def channels_of(pixel_format: Any) -> int:
+    """Components without alpha."""
+    return sum(not part.is_alpha for part in pixel_format.components)
+
+
 def planes_of(frame: Any, coding: Coding, height: int, width: int) -> Planes:
     """A frame's samples with full chroma, (3, H, W), uint8 or uint16: luma and chroma, or red, green and blue.
 
@@ -188,8 +193,8 @@ def planes_of(frame: Any, coding: Coding, height: int, width: int) -> Planes:
     """
     layout, order = coding.layout
     planes = np.full((3, height, width), 128 * 2 ** (coding.depth - 8), coding.dtype)
-    if len([part for part in frame.format.components if not part.is_alpha]) == 1 and coding.matrix != RGB:
-        layout, order = _named("gray", coding.depth), (0, 1, 2)
+    if channels_of(frame.format) == 1 and coding.matrix != RGB:
+        layout, order = named("gray", coding.depth), (0, 1, 2)
     for index, plane in zip(order, _relaid(frame, layout, coding, height, width).planes, strict=False):
         planes[index] = _samples(plane, coding)
     return planes
@@ -224,5 +229,5 @@ def _relaid(frame: Any, pixel_format: str, coding: Coding, height: int, width: i
     return frame.reformat(width, height, pixel_format, interpolation=SCALER, **spaces, **ranges)
 
 
-def _named(layout: str, depth: int) -> str:
+def named(layout: str, depth: int) -> str:
     return layout if depth == 8 else f"{layout}{depth}le"

@@ -10,8 +10,6 @@ from itertools import chain
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import numpy as np
-
 from esc_arch.errors import UserError
 
 from .frames import MICROSECONDS, Coding, Planes, exact, import_av, open_to_read, planes_of, side_data_of
@@ -35,16 +33,11 @@ LEFT_OUT = {
 
 
 class Batch(NamedTuple):
-    """Frames that run together: when they are shown, for how long (None where it is not known), and (B, 3, H, W)."""
+    """Frames that run together: when they are shown, for how long (None where it is not known), and (3, H, W)."""
 
     times: list[int]
     durations: list[int | None]
-    planes: Planes
-
-    @classmethod
-    def of(cls, frames: list[tuple[int, int | None, Planes]]) -> Batch:
-        times, durations, planes = zip(*frames, strict=True)
-        return cls(list(times), list(durations), np.stack(planes))
+    planes: list[Planes]
 
 
 class VideoReader:
@@ -80,26 +73,23 @@ class VideoReader:
             return round(Fraction(self.container.duration, MICROSECONDS) * rate) or None
         return int(self.stream.frames) or None
 
-    def planes(self, frame: Any) -> Planes:
-        """The samples of a frame, (3, H, W), by `coding`."""
-        return planes_of(frame, self.coding, self.first.height, self.first.width)
-
     def batches(self, done: int, batch: int, length: int) -> Iterator[Batch]:
         """All frames, once, but for the first `done`.
 
         Batches end where segments of this length do, so that they are the same after a resumption.
         """
-        waiting: list[tuple[int, int | None, Planes]] = []
-        number = 0
+        number, waiting = 0, Batch([], [], [])
         for number, frame in enumerate(chain([self.first], self._frames), 1):
             if number > done:
                 self._note_losses(frame)
-                waiting.append((frame.pts, frame.duration or None, self.planes(frame)))
-            if waiting and (len(waiting) == batch or number % length == 0):
-                yield Batch.of(waiting)
-                waiting = []
-        if waiting:
-            yield Batch.of(waiting)
+                waiting.times.append(frame.pts)
+                waiting.durations.append(frame.duration or None)
+                waiting.planes.append(planes_of(frame, self.coding, self.first.height, self.first.width))
+            if waiting.times and (len(waiting.times) == batch or number % length == 0):
+                yield waiting
+                waiting = Batch([], [], [])
+        if waiting.times:
+            yield waiting
         self._note_faults(number)
 
     def _in_order(self) -> Iterator[Any]:

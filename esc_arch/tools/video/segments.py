@@ -28,12 +28,7 @@ MANIFEST, LOCK = "manifest.json", "lock"
 
 
 class Packet(NamedTuple):
-    """An encoded frame.
-
-    Attributes:
-        pts, duration: when, and for how long if known, it is shown, in units of the source's time base.
-        is_key: True if it needs no other.
-    """
+    """An encoded frame; when, and for how long if known, it is shown, in units of the source's time base."""
 
     pts: int
     duration: int | None
@@ -81,9 +76,7 @@ class WorkFolder:
     def opened(cls, target: Path, settings: Mapping[str, str], length: int) -> Iterator[WorkFolder]:
         """The folder of a target, with what an earlier run left that had the same settings.
 
-        Args:
-            settings: all that the result depends on.
-            length: frames in a segment, of a new folder.
+        `settings` are all that the result depends on; `length` is that of a new folder.
 
         Raises:
             UserError: another process is at the same target.
@@ -103,7 +96,7 @@ class WorkFolder:
                     if packets is None:
                         logger.warning("%s is damaged: its frames, and those behind, are made again.", segment)
                         break
-                    folder.add(packets, written=True)
+                    folder._keep(packets)
             elif earlier:
                 logger.warning("%s: an earlier run had another %s; starting over.", target, ", ".join(changed))
             for each in path.iterdir():
@@ -114,12 +107,13 @@ class WorkFolder:
                 write_atomically(path / MANIFEST, json.dumps({**settings, "segment": length}).encode())
             yield folder
 
-    def add(self, packets: Sequence[Packet], *, written: bool = False) -> None:
-        """Keep the next segment, which may be `written` already."""
-        path = self._next_file()
-        if not written:
-            write_segment(path, packets)
-        self._files.append(path)
+    def add(self, packets: Sequence[Packet]) -> None:
+        """Write the next segment."""
+        write_segment(self._next_file(), packets)
+        self._keep(packets)
+
+    def _keep(self, packets: Sequence[Packet]) -> None:
+        self._files.append(self._next_file())
         self.shown += [packet.pts for packet in packets]
 
     def _next_file(self) -> Path:
@@ -146,10 +140,7 @@ def decoding_times(shown: Sequence[int]) -> list[int]:
     """When packets are to be decoded: growing, and never after they are shown.
 
     An encoder's own times restart with each segment. These are the times of all frames in order, put off by as many
-    frames as the order of decoding needs.
-
-    Args:
-        shown: when each packet is shown, in the order of decoding; no time twice.
+    frames as the order of decoding needs. `shown` says when each packet is shown, in that order.
     """
     ordered = sorted(shown)
     place = {time: index for index, time in enumerate(ordered)}

@@ -19,6 +19,7 @@ from esc_arch.ops.resize import scaled_size
 from esc_arch.tools.upscale import large_images
 from esc_arch.tools.upscale.memory import is_out_of_memory, release
 from esc_arch.tools.upscale.network import Upscaler
+from esc_arch.tools.upscale.stages import overlapped
 from esc_arch.tools.upscale.upscaling import Settings
 
 from .encoding import CONTAINERS, Encoder, VideoSpec, container_format, video_spec
@@ -26,7 +27,6 @@ from .frames import Coding, Planes, frame_of, import_av
 from .muxing import join
 from .reading import Batch, VideoReader, open_video
 from .segments import WorkFolder
-from .stages import overlapped
 
 __all__ = ["RESULT_SUFFIXES", "upscale_video"]
 
@@ -140,7 +140,7 @@ def _run(
 
     def compute(found: Batch) -> Batch:
         nonlocal done
-        enlarged = network(found.planes)
+        enlarged = list(network(np.stack(found.planes)))
         done += len(found.times)
         if total:
             report(min(done / total, 1.0))
@@ -175,32 +175,27 @@ class _Network:
 
     def __call__(self, planes: Planes) -> Planes:
         """(B, 3, H, W) to (B, 3, H', W'). Where memory runs out, in smaller batches, and then in parts of a frame."""
-        rgb = _tensor(planes)
+        # PyTorch does little with 16 bits without a sign
+        samples = torch.from_numpy(planes if planes.dtype == np.uint8 else planes.astype(np.int32))
         if self.max_memory is None and not self.in_parts:
             try:
-                return self._samples(self.upscaler(self.source.to_rgb(rgb.to(self.upscaler.device)), self.scale))
+                return self._samples(self.upscaler(self.source.to_rgb(samples.to(self.upscaler.device)), self.scale))
             except Exception as error:
                 if not is_out_of_memory(error):
                     raise
             release(self.upscaler.device)  # after the exception, whose frames hold tensors
             if len(planes) > 1:
                 logger.warning("Memory ran out for %d frames together: they are run in two halves.", len(planes))
-                middle = len(planes) // 2
-                return np.concatenate([self(planes[:middle]), self(planes[middle:])])
+                return np.concatenate([self(half) for half in np.array_split(planes, 2)])
             logger.warning("Memory ran out for a frame as a whole: frames are run in parts, with the same result.")
             self.in_parts = True
         options: dict[str, Any] = {"scale": self.scale, "max_memory": self.max_memory, "at_once": not self.in_parts}
-        frames = [np.ascontiguousarray(each.permute(1, 2, 0).numpy()) for each in self.source.to_rgb(rgb)]
+        frames = [np.ascontiguousarray(each.permute(1, 2, 0).numpy()) for each in self.source.to_rgb(samples)]
         parts = [map(self._samples, large_images.enlarge(self.upscaler, frame, **options)) for frame in frames]
         return np.stack([np.concatenate(list(rows), axis=1) for rows in parts])
 
     def _samples(self, rgb: Tensor) -> Planes:
         return self.result.from_rgb(rgb).cpu().numpy().astype(self.result.dtype, copy=False)
-
-
-def _tensor(planes: Planes) -> Tensor:
-    # PyTorch does little with 16 bits without a sign
-    return torch.from_numpy(planes if planes.dtype == np.uint8 else planes.astype(np.int32))
 
 
 def _settings(upscaler: Upscaler, video: VideoReader, spec: VideoSpec) -> dict[str, str]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import logging
+import os
 import tempfile
 from itertools import pairwise
 from pathlib import Path
@@ -19,17 +20,15 @@ from torch import Tensor
 from esc_arch.archs.esc_fp_arch import bicubic_matrix
 from esc_arch.archs.heads import Region
 from esc_arch.errors import UserError
-from esc_arch.tools.upscale import feature_maps, planning
-from esc_arch.tools.upscale.feature_maps import FeatureMap, FeatureMapInFile
-from esc_arch.tools.upscale.large_images import enlarge
+from esc_arch.tools.upscale import large_images
+from esc_arch.tools.upscale.feature_maps import FeatureMap
+from esc_arch.tools.upscale.large_images import costs_of, enlarge, plan_for, whole
 from esc_arch.tools.upscale.memory import format_memory, is_out_of_memory, parse_memory, peak_of, resident
 from esc_arch.tools.upscale.network import Upscaler
-from esc_arch.tools.upscale.planning import costs_of, plan_for, whole
-from esc_arch.tools.upscale.regions import PaddedImage, cuts, grid
-from esc_arch.tools.upscale.tiled_executor import Plan, TiledExecutor
+from esc_arch.tools.upscale.tiled_executor import PaddedImage, Plan, TiledExecutor, cuts, grid
 
-#: Many tiles in both directions, of both kinds, which no border of the other meets.
-SMALL_TILES = {"tile": 8, "head_tile": 5}
+#: Many tiles in both directions.
+SMALL = Plan(tile=8)
 
 
 def in_parts(upscaler: Upscaler, image: np.ndarray, plan: Plan, scale: float | None = None, **options: Any) -> Tensor:
@@ -69,9 +68,9 @@ def tolerance(options: dict[str, Any]) -> float:
 @pytest.mark.parametrize(("kind", "options"), NETWORKS)
 def test_parts_are_the_whole(kind: str, options: dict[str, Any]) -> None:
     upscaler = upscaler_of(kind, **options)
-    for height, width, maps_in_memory in ((45, 27, 3), (21, 43, 0)):
+    for height, width, in_files in ((45, 27, False), (21, 43, True)):
         image = picture(height, width)
-        parts = in_parts(upscaler, image, Plan(**SMALL_TILES, maps_in_memory=maps_in_memory))
+        parts = in_parts(upscaler, image, Plan(8, in_files))
         assert max_error(parts, plain(upscaler, image)) < tolerance(options)
 
 
@@ -80,15 +79,15 @@ def test_parts_are_the_whole(kind: str, options: dict[str, Any]) -> None:
 def test_any_size(kind: str, size: tuple[int, int]) -> None:
     upscaler = upscaler_of(kind, upscaling_factor=2)
     image = picture(*size)
-    parts = in_parts(upscaler, image, Plan(**SMALL_TILES, maps_in_memory=1))
+    parts = in_parts(upscaler, image, SMALL)
     assert max_error(parts, plain(upscaler, image)) < 1e-5
 
 
-@pytest.mark.parametrize("plan", [(8, 8), (16, 40), (24, 3), (512, 512)])
-def test_any_tile(plan: tuple[int, int]) -> None:
+@pytest.mark.parametrize("tile", [16, 24, 512])
+def test_any_tile(tile: int) -> None:
     upscaler = upscaler_of("ESCReal")
     image = picture(45, 27)
-    parts = in_parts(upscaler, image, Plan(*plan, maps_in_memory=3))
+    parts = in_parts(upscaler, image, Plan(tile))
     assert max_error(parts, plain(upscaler, image)) < 1e-5
 
 
@@ -98,7 +97,7 @@ def test_every_type_of_picture(dtype: str, tmp_path: Path) -> None:
     image = picture(20, 30, dtype)
     mapped = np.memmap(tmp_path / "picture", dtype, "w+", shape=image.shape)
     mapped[:] = image
-    parts = in_parts(upscaler, mapped, Plan(**SMALL_TILES, maps_in_memory=3))
+    parts = in_parts(upscaler, mapped, SMALL)
     assert max_error(parts, plain(upscaler, image)) < 1e-5
 
 
@@ -106,7 +105,7 @@ def test_every_type_of_picture(dtype: str, tmp_path: Path) -> None:
 def test_any_scale(scale: float) -> None:
     upscaler = upscaler_of("ESCLTE", hidden_dim=16, mlp_dims=(16,))
     image = picture(23, 31)
-    parts = in_parts(upscaler, image, Plan(**SMALL_TILES, maps_in_memory=3), scale)
+    parts = in_parts(upscaler, image, SMALL, scale)
     assert max_error(parts, plain(upscaler, image, scale)) < 1e-5
 
 
@@ -116,7 +115,7 @@ def test_places_far_away() -> None:
     sampler = upscaler.net.to_img
     sampler.offset.weight.mul_(3)  # tens of pixels
     image = picture(90, 70)
-    parts = in_parts(upscaler, image, Plan(16, 4, maps_in_memory=3))
+    parts = in_parts(upscaler, image, Plan(16))
     # Places have the rounding of the features times 50, and steps between neighbours are as large as the features
     assert max_error(parts, plain(upscaler, image)) < 1e-3
 
@@ -147,7 +146,7 @@ def test_means_are_of_the_whole_image() -> None:
     """That tiles have means of their own would be seen: a network without the pooled kernels' part fails this."""
     upscaler = upscaler_of("ESC", upscaling_factor=2)
     left, right = picture(16, 32), picture(16, 32) // 8
-    both = in_parts(upscaler, np.concatenate([left, right], 1), Plan(**SMALL_TILES, maps_in_memory=3))
+    both = in_parts(upscaler, np.concatenate([left, right], 1), SMALL)
     alone = plain(upscaler, left)
     assert max_error(both[:, :16, :16], alone[:, :16, :16]) > 1e-2
 
@@ -155,7 +154,7 @@ def test_means_are_of_the_whole_image() -> None:
 def test_progress_rises_to_one() -> None:
     told: list[float] = []
     upscaler = upscaler_of("ESCReal", use_dysample=True)
-    in_parts(upscaler, picture(20, 20), Plan(**SMALL_TILES, maps_in_memory=3), progress=told.append)
+    in_parts(upscaler, picture(20, 20), SMALL, progress=told.append)
     assert told == sorted(told)
     assert told[0] < 0.05
     assert told[-1] == pytest.approx(1)
@@ -169,7 +168,7 @@ def test_half_precision_is_near() -> None:
     exact = plain(upscaler_of("ESC", upscaling_factor=2), image)
     half = upscaler_of("ESC", upscaling_factor=2, precision=torch.bfloat16)
     of_whole = max_error(plain(half, image), exact)
-    assert 0 < max_error(in_parts(half, image, Plan(**SMALL_TILES, maps_in_memory=0)), exact) < 2 * of_whole
+    assert 0 < max_error(in_parts(half, image, Plan(8, in_files=True)), exact) < 2 * of_whole
 
 
 @needs_cuda
@@ -177,7 +176,7 @@ def test_half_precision_is_near() -> None:
 def test_parts_on_a_gpu(kind: str) -> None:
     upscaler = upscaler_of(kind, upscaling_factor=2, device="cuda")
     image = picture(45, 27)
-    parts = in_parts(upscaler, image, Plan(**SMALL_TILES, maps_in_memory=1))
+    parts = in_parts(upscaler, image, SMALL)
     assert max_error(parts, plain(upscaler, image)) < 1e-4  # convolutions there choose their algorithm by the size
 
 
@@ -193,7 +192,7 @@ def test_device_memory_that_runs_out_makes_smaller_tiles(monkeypatch: pytest.Mon
     upscaler = upscaler_of("ESCRealM", upscaling_factor=2)
     image = picture(60, 90)
     areas = run_out_above(monkeypatch, 30 * 30)
-    parts = in_parts(upscaler, image, Plan(512, 512, maps_in_memory=3))
+    parts = in_parts(upscaler, image, Plan(512))
     assert max_error(parts, plain(upscaler, image)) < 1e-5
     assert sum(area > 30 * 30 for area in areas) <= 5  # it does not try what is too large again
 
@@ -202,7 +201,7 @@ def test_device_memory_that_is_too_little_is_reported(monkeypatch: pytest.Monkey
     upscaler = upscaler_of("ESC")
     run_out_above(monkeypatch, 0)
     with pytest.raises(UserError, match="Memory ran out for a tile of 8 x 8 pixels of cpu, and it cannot be smaller"):
-        in_parts(upscaler, picture(16, 16), Plan(**SMALL_TILES, maps_in_memory=3))
+        in_parts(upscaler, picture(16, 16), SMALL)
 
 
 def run_out_above(monkeypatch: pytest.MonkeyPatch, area: int) -> list[int]:
@@ -210,11 +209,11 @@ def run_out_above(monkeypatch: pytest.MonkeyPatch, area: int) -> list[int]:
     areas: list[int] = []
     read = FeatureMap.read
 
-    def limited(self: FeatureMap, region: Region, device: torch.device) -> Tensor:
+    def limited(self: FeatureMap, region: Region) -> Tensor:
         areas.append(region.area)
         if region.area > area:
             raise torch.OutOfMemoryError("CUDA out of memory.")
-        return read(self, region, device)
+        return read(self, region)
 
     monkeypatch.setattr(FeatureMap, "read", limited)
     return areas
@@ -225,7 +224,7 @@ def run_out_above(monkeypatch: pytest.MonkeyPatch, area: int) -> list[int]:
 
 def planned(upscaler: Upscaler, height: int, width: int, budget: float, monkeypatch: pytest.MonkeyPatch) -> Plan:
     """The plan for a budget beyond what this process has."""
-    monkeypatch.setattr(planning, "resident", lambda: 0)
+    monkeypatch.setattr(large_images, "resident", lambda: 0)
     image = np.broadcast_to(np.zeros((1, 1, 3), np.uint8), (height, width, 3))
     size = upscaler.output_size(height, width)
     return plan_for(upscaler, PaddedImage(image, upscaler.net.window_size), size, None, int(budget))
@@ -236,17 +235,8 @@ def test_tiles_grow_with_the_budget(monkeypatch: pytest.MonkeyPatch) -> None:
     plans = [planned(upscaler, 4000, 6000, budget * 2**20, monkeypatch) for budget in (16, 32, 300, 3000, 30000)]
     tiles = [plan.tile for plan in plans]
     assert tiles == sorted(tiles)
-    assert tiles[0] < tiles[-1] == planning.LARGEST_TILE
-    assert [plan.maps_in_memory for plan in plans] == [0, 0, 0, 3, 3]
-
-
-def test_a_map_that_fits_is_in_memory(monkeypatch: pytest.MonkeyPatch) -> None:
-    upscaler = upscaler_of("ESC")
-    map_bytes = 4000 * 4000 * 8 * 4
-    large = costs_of(upscaler, None)
-    rows_of_blocks = 12 * (4 * 512) * (4 * 4000)
-    tile = max(large.tile.of(600**2), large.block.of(600**2) + rows_of_blocks)
-    assert planned(upscaler, 4000, 4000, tile + 1.5 * map_bytes, monkeypatch).maps_in_memory == 1
+    assert tiles[0] < tiles[-1] == large_images.LARGEST_TILE
+    assert [plan.in_files for plan in plans] == [True, True, True, False, False]
 
 
 @pytest.mark.parametrize("size", [(64, 200000), (200000, 64)])
@@ -255,14 +245,13 @@ def test_narrow_images_are_bounded_too(size: tuple[int, int], monkeypatch: pytes
     rows = 12 * (4 * 8) * (4 * size[1])  # of the result, as few as there may be at a time
     plan = planned(upscaler, *size, 20 * 2**20 + rows, monkeypatch)
     largest = max(tile.expand(6, size).area for tile in grid(size, plan.tile, 8))
-    assert costs_of(upscaler, None).tile.of(largest) <= 20 * 2**20 + rows
+    assert costs_of(upscaler, None)[1].of(largest) <= 20 * 2**20 + rows
 
 
 @pytest.mark.parametrize("kind", ["ESC", "ESCReal", "ESCFP", "ESCLTE"])
 def test_no_tile_takes_more_than_planned(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
     upscaler = upscaler_of(kind, **({"hidden_dim": 16, "mlp_dims": (16,)} if kind == "ESCLTE" else {}))
-    costs = costs_of(upscaler, None)
-    budget = max(costs.tile.of(60 * 60), costs.block.of(60 * 60))
+    budget = costs_of(upscaler, None)[1].of(60 * 60) + 12 * 4 * 60 * 4 * 170
     plan = planned(upscaler, 150, 170, budget, monkeypatch)
     peaks: list[int] = []
     attempt = TiledExecutor.attempt
@@ -271,7 +260,7 @@ def test_no_tile_takes_more_than_planned(kind: str, monkeypatch: pytest.MonkeyPa
         peaks.append(peak_of(lambda: attempt(self, *args), torch.device("cpu")))
 
     monkeypatch.setattr(TiledExecutor, "attempt", measured)
-    in_parts(upscaler, picture(150, 170), Plan(plan.tile, plan.head_tile, 0))
+    in_parts(upscaler, picture(150, 170), plan)
     assert budget / 4 < max(peaks) < budget
 
 
@@ -280,8 +269,8 @@ def test_too_little_memory_names_the_least(monkeypatch: pytest.MonkeyPatch) -> N
     with pytest.raises(UserError, match=r"max_memory: 98K given; trial\.pth needs at least [0-9.]+[KM], of which") as e:
         planned(upscaler, 100, 100, 1e5, monkeypatch)
     least = parse_memory(str(e.value).split("needs at least ")[1].split(",")[0])
-    assert planned(upscaler, 100, 100, least, monkeypatch).head_tile == 8
-    monkeypatch.setattr(planning, "available", lambda: 1000)
+    assert planned(upscaler, 100, 100, least, monkeypatch) == Plan(8, in_files=True)
+    monkeypatch.setattr(large_images, "available", lambda: 1000)
     with pytest.raises(
         UserError, match=r"There is too little memory: trial.pth needs .* may take 0.7K of what is free"
     ):
@@ -290,7 +279,7 @@ def test_too_little_memory_names_the_least(monkeypatch: pytest.MonkeyPatch) -> N
 
 def test_the_process_counts(monkeypatch: pytest.MonkeyPatch) -> None:
     upscaler = upscaler_of("ESC")
-    monkeypatch.setattr(planning, "resident", lambda: 2**30)
+    monkeypatch.setattr(large_images, "resident", lambda: 2**30)
     with pytest.raises(UserError, match=r"max_memory: 512M given; .* of which the program takes 1\.0G already"):
         list(enlarge(upscaler, picture(9, 9), max_memory=2**29))
 
@@ -322,8 +311,8 @@ def test_what_fits_is_computed_at_once() -> None:
 def test_what_does_not_fit_is_computed_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
     upscaler = upscaler_of("ESC", upscaling_factor=2)
     image = picture(230, 190)
-    monkeypatch.setattr(planning, "resident", lambda: 0)
-    blocks = list(enlarge(upscaler, image, max_memory=int(costs_of(upscaler, None).whole.of(230 * 190) / 4)))
+    monkeypatch.setattr(large_images, "resident", lambda: 0)
+    blocks = list(enlarge(upscaler, image, max_memory=int(costs_of(upscaler, None)[0].of(230 * 190) / 4)))
     assert len(blocks) > 1
     assert max_error(joined(blocks, (460, 380)), plain(upscaler, image)) < 1e-5
 
@@ -391,7 +380,7 @@ def test_tile_bounds_the_parts(kind: str, tile: int, largest: int, monkeypatch: 
     parts = joined(enlarge(upscaler, image, tile=tile), (90, 120))
     assert max_error(parts, plain(upscaler, image)) < 1e-5
     unshuffle = 2 if kind == "ESCRealM" else 1
-    assert [(plan.tile, plan.head_tile) for plan in plans] == [(largest // unshuffle, largest // unshuffle)]
+    assert [plan.tile for plan in plans] == [largest // unshuffle]
     joined(enlarge(upscaler, image[:9, :9], tile=tile), (18, 18))
     assert len(plans) == 1
 
@@ -413,16 +402,14 @@ def test_what_is_no_picture(image: np.ndarray) -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("in_file", [False, True])
 def test_maps_give_back_what_they_got(in_file: bool, dtype: torch.dtype, tmp_path: Path) -> None:
-    options: dict[str, Any] = {"folder": tmp_path, "needed": 0}
-    stored = FeatureMapInFile(3, (5, 7), dtype, **options) if in_file else FeatureMap(3, (5, 7), dtype)
+    stored = FeatureMap(3, (5, 7), dtype, torch.device("cpu"), tmp_path if in_file else None)
     x = torch.randn(1, 3, 5, 7)
-    device = torch.device("cpu")
     for region in (Region(0, 0, 5, 7), Region(1, 0, 3, 7), Region(2, 3, 5, 6)):
         stored.write(region, region.crop(x, Region(0, 0, 5, 7)))
-        back = stored.read(region, device)
+        back = stored.read(region)
         assert back.is_contiguous(memory_format=torch.channels_last)
         assert torch.equal(back, region.crop(x, Region(0, 0, 5, 7)).to(dtype))
-    assert torch.equal(stored.read(Region(0, 0, 5, 7), device), x.to(dtype))
+    assert torch.equal(stored.read(Region(0, 0, 5, 7)), x.to(dtype))
     stored.close()
 
 
@@ -437,53 +424,51 @@ def test_files_are_removed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
         return made[-1]
 
     monkeypatch.setattr(tempfile, "TemporaryFile", file)
-    plan = Plan(**SMALL_TILES, maps_in_memory=0)
+    plan = Plan(8, in_files=True)
     in_parts(upscaler, picture(20, 20), plan, scratch=tmp_path)
     run_out_above(monkeypatch, 0)
     with pytest.raises(UserError):
         in_parts(upscaler, picture(20, 20), plan, scratch=tmp_path)
     assert len(made) == 6
-    assert all(each.closed for each in made)
+    assert str(tmp_path) not in Path("/proc/self/maps").read_text()
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_full_disk_names_what_is_needed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Known before anything is computed; and told in the same way where it fills up later."""
-    upscaler, plan = upscaler_of("ESC"), Plan(**SMALL_TILES, maps_in_memory=1)
-    needed = format_memory(2 * 24 * 24 * 8 * 4)
-    message = rf"need {needed} of temporary files in .*, where .* are free: make room, name another folder \(scratch\)"
-
-    class Full:
-        def write(self, data: Any) -> int:
-            raise OSError(errno.ENOSPC, "No space left on device")
-
-        def seek(self, offset: int) -> None: ...
-
-        def close(self) -> None: ...
-
-    with monkeypatch.context() as patch:
-        patch.setattr(tempfile, "TemporaryFile", lambda **_: Full())
-        with pytest.raises(UserError, match=message):
-            in_parts(upscaler, picture(20, 20), plan, scratch=tmp_path)
-    usage = feature_maps.shutil.disk_usage(tmp_path)
-    monkeypatch.setattr(feature_maps.shutil, "disk_usage", lambda _: usage._replace(free=1000))
-    with pytest.raises(UserError, match=message):
-        in_parts(upscaler, picture(20, 20), plan, scratch=tmp_path)
+def test_what_was_read_of_files_is_no_memory_of_the_process(tmp_path: Path) -> None:
+    stored = FeatureMap(64, (512, 512), torch.float32, torch.device("cpu"), tmp_path)
+    before = resident()
+    for region in grid((512, 512), 64):
+        stored.write(region, torch.ones(1, 64, 64, 64))
+        stored.read(region)
+    assert resident() - before < 2**24  # of 64 MiB
+    stored.close()
 
 
-def test_a_folder_that_cannot_be_written(tmp_path: Path) -> None:
-    upscaler, plan = upscaler_of("ESC"), Plan(**SMALL_TILES, maps_in_memory=0)
-    with pytest.raises(UserError, match=r"scratch: .*missing is not a folder; name one for temporary files of"):
-        in_parts(upscaler, picture(20, 20), plan, scratch=tmp_path / "missing")
+@pytest.mark.parametrize(
+    ("error", "message"),
+    [
+        (errno.ENOSPC, "No space left on device"),
+        (errno.EACCES, "Permission denied"),
+        (None, "No such file or directory"),
+    ],
+)
+def test_files_that_cannot_be_made(
+    error: int | None, message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Known before anything is computed."""
+    needed = format_memory(24 * 24 * 8 * 4)
 
+    def refuse(*_: Any) -> None:
+        assert error is not None
+        raise OSError(error, os.strerror(error))
 
-def test_a_file_that_cannot_be_made(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def refuse(**_: Any) -> None:
-        raise PermissionError(errno.EACCES, "Permission denied")
-
-    monkeypatch.setattr(tempfile, "TemporaryFile", refuse)
-    with pytest.raises(UserError, match=r"scratch: temporary files cannot be written in .*: .*Permission denied"):
-        in_parts(upscaler_of("ESC"), picture(20, 20), Plan(**SMALL_TILES, maps_in_memory=0), scratch=tmp_path)
+    monkeypatch.setattr(os, "posix_fallocate", refuse)
+    with pytest.raises(
+        UserError,
+        match=rf"scratch: a temporary file of {needed} for features cannot be made in .*: {message}\. Make room there",
+    ):
+        folder = tmp_path if error else tmp_path / "missing"
+        in_parts(upscaler_of("ESC"), picture(20, 20), Plan(8, in_files=True), scratch=folder)
 
 
 # --- numbers --------------------------------------------------------------------------------------------------------
@@ -531,7 +516,7 @@ def test_the_whole_is_measured_as_a_whole() -> None:
     upscaler = upscaler_of("ESC", upscaling_factor=2)
     image = picture(80, 80)
     peak = peak_of(lambda: whole(upscaler, image, None), torch.device("cpu"))
-    assert peak < costs_of(upscaler, None).whole.of(80 * 80) < 2 * peak
+    assert peak < costs_of(upscaler, None)[0].of(80 * 80) < 2 * peak
 
 
 def test_a_picture_is_padded_without_a_copy() -> None:

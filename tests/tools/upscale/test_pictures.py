@@ -117,9 +117,9 @@ def test_pictures_of_a_pixel(tmp_path: Path, suffix: str) -> None:
 def test_tiff_beyond_4_gib_is_bigtiff(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     image = DecodedImage(deep(PHOTOGRAPH), Metadata(SRGB, exif_of(camera_data()).fitted(100, 140)))
     path = tmp_path / "big.tif"
-    assert not image_writer._is_big(encode_spec(path, image, (100, 140)))
-    assert image_writer._is_big(encode_spec(path, image, (2**15, 2**15)))
-    monkeypatch.setattr(image_writer, "_is_big", lambda spec: True)
+    assert not encode_spec(path, image, (100, 140)).is_big
+    assert encode_spec(path, image, (2**15, 2**15)).is_big
+    monkeypatch.setattr(image_writer, "LARGEST_CLASSIC_TIFF", 0)
     again = as_written(path, image)
     with tifffile.TiffFile(path) as tiff:
         assert tiff.is_bigtiff

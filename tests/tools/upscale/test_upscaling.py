@@ -49,7 +49,7 @@ def model(weights: Path) -> Upscaler:
 @pytest.fixture(scope="module")
 def any_scale(tmp_path_factory: pytest.TempPathFactory) -> Upscaler:
     options: dict[str, Any] = {"dim": 8, "pdim": 4, "kernel_size": 3, "n_blocks": 1, "conv_blocks": 1}
-    options |= {"window_size": 4, "num_heads": 2}
+    options |= {"window_size": 4, "num_heads": 2, "hidden_dim": 16, "mlp_dims": (16,)}
     torch.manual_seed(0)
     net = ESCLTE(**options)
     path = tmp_path_factory.mktemp("weights") / "lte.pth"

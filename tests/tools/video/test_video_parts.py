@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from esc_arch.errors import UserError
+from esc_arch.tools.upscale.stages import WAITING, overlapped
 from esc_arch.tools.video import encoding
 from esc_arch.tools.video.encoding import (
     choose_codec,
@@ -22,7 +23,6 @@ from esc_arch.tools.video.encoding import (
 )
 from esc_arch.tools.video.frames import Coding, frame_of, planes_of
 from esc_arch.tools.video.segments import Packet, WorkFolder, decoding_times, read_segment, write_segment
-from esc_arch.tools.video.stages import WAITING, overlapped
 
 av = pytest.importorskip("av", reason="PyAV is not installed")
 
@@ -161,7 +161,7 @@ def test_sizes_that_formats_ask_for(pixel_format: str, padded: tuple[int, int]) 
         ("libsvtav1", "yuv444p10le", "yuv420p10le"),
         ("ffv1", "yuv444p12le", "yuv444p12le"),
         ("ffv1", "bgr24", "bgr0"),
-        ("ffv1", "rgb48le", "gbrp16le"),
+        ("ffv1", "rgb48le", "rgb48le"),
         ("prores_ks", "yuv420p", "yuv422p10le"),
     ],
 )
