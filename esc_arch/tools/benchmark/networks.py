@@ -24,7 +24,7 @@ _EXAMPLE = "as in --networks 'SwinIR: {upscale: 2, window_size: 8}'"
 #: What constructors call the scale.
 _SCALE_KEYS = ("upscaling_factor", "upscale", "scale")
 #: Options other than those of the network itself.
-_COMPUTATION = ("attn_type", "backend", "query_chunk", *_SCALE_KEYS)
+_COMPUTATION = ("attn_type", "backend", "query_chunk", "rank", "flashbias_rank", *_SCALE_KEYS)
 
 #: `network_g` of published networks, without the scale, by the paper's names: what is measured when none is named.
 PRESETS: Mapping[str, Mapping[str, Any]] = {
@@ -163,13 +163,11 @@ def _arguments(options: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _identity(options: Mapping[str, Any]) -> dict[str, Any]:
-    """What distinguishes networks other than the scale."""
-    kind, has_factors = _constructor(options), str(options.get("attn_type")).lower() == "flashbias"
+    """What distinguishes networks other than the scale, how attention is computed, and the rank of its factors."""
     complete = {
         key: list(value) if isinstance(value, tuple) else value
         for key, value in _arguments(options).items()
         if key not in _COMPUTATION
     }
-    if not has_factors and "flashbias_rank" in complete:  # without factors these options have no effect
-        complete = {key: value for key, value in complete.items() if key not in ("rank", "flashbias_rank")}
-    return complete | {"type": kind, "factors": has_factors}
+    has_factors = str(options.get("attn_type")).lower() == "flashbias"
+    return complete | {"type": _constructor(options), "factors": has_factors}

@@ -17,7 +17,7 @@ from esc_arch.cli import main
 from esc_arch.tools.benchmark import cost
 from esc_arch.tools.benchmark.cost import network_cost
 from esc_arch.tools.benchmark.counting import Operations, count_operations
-from esc_arch.tools.benchmark.latency import Latency, LatencyProtocol
+from esc_arch.tools.benchmark.latency import LatencyProtocol
 from esc_arch.tools.benchmark.networks import PRESET_SCALES, PRESETS, from_option_file, named
 from esc_arch.tools.benchmark.paper import paper_cost, paper_tables
 
@@ -173,7 +173,7 @@ def test_latency_is_compared_with_the_paper(monkeypatch: pytest.MonkeyPatch) -> 
     counted = Operations(0, 0, 0, (1, 3, 720, 1280))
     monkeypatch.setattr(cost, "count_operations", lambda *_: counted)
     (network,), protocol = named("ESC", [2]), LatencyProtocol("cpu")
-    monkeypatch.setattr(cost, "measure_latency", lambda *_: Latency(60.45, 1.5, 1662.0))
+    monkeypatch.setattr(cost, "measure_latency", lambda *_: {"latency_ms": 60.45, "memory_mib": 1662.0})
     esc = network_cost(network, protocol=protocol)
     assert (esc["latency_ms"], esc["paper_latency_ms"], esc["latency_ratio"]) == (60.45, 120.9, 0.5)
     assert (esc["memory_mib"], esc["paper_memory_mb"], esc["memory_ratio"]) == (1662.0, 831, 2.0)
