@@ -45,10 +45,8 @@ _MEASURED = (
     Column("latency_ms", "latency (ms)", ".2f"),
     Column("latency_spread_ms", "spread (ms)", ".2f"),
     Column("paper_latency_ms", "paper (ms)", ".1f"),
-    Column("latency_ratio", "of the paper's", ".2f"),
     Column("memory_mib", "memory (MiB)", ".0f"),
     Column("paper_memory_mb", "paper (MB)", ".0f"),
-    Column("memory_ratio", "of the paper's", ".2f"),
     Column("precision"),
     Column("backend"),
     Column("device"),
@@ -99,8 +97,6 @@ def run(args: argparse.Namespace) -> int:
         raise UserError(f"--scales {min(args.scales)}: a scale is an integer of at least 1.")
     names = args.networks if args.networks is not None else [] if args.opt else PRESETS
     networks = [*(network for name in names for network in named(name, args.scales)), *map(from_option_file, args.opt)]
-    if not networks:
-        raise UserError(f"None of these networks has a scale of --scales {' '.join(map(str, args.scales))}.")
     pairs = list(product(networks, map(_output_size, args.output)))
     device = "cuda" if args.device == "auto" and torch.cuda.is_available() else args.device
     protocol = None
@@ -186,15 +182,7 @@ def network_cost(
     if protocol is None:
         return cost
     cost |= {"precision": protocol.precision, "backend": protocol.backend.lower(), "device": protocol.device_name}
-    measured = measure_latency(network.build(), *padded, protocol)
-    if measured is None:
-        return cost | {"latency_ms": "out of memory"}
-    cost |= measured
-    if paper:
-        cost["latency_ratio"] = measured["latency_ms"] / paper["latency_ms"]
-        if "memory_mib" in measured:
-            cost["memory_ratio"] = measured["memory_mib"] / paper["memory_mb"]
-    return cost
+    return cost | (measure_latency(network.build(), *padded, protocol) or {"latency_ms": "out of memory"})
 
 
 def _latency_notes(protocol: LatencyProtocol | None) -> Iterator[str]:

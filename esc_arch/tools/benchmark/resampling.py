@@ -26,6 +26,7 @@ MATLAB = "MATLAB's bicubic"
 #: between two; rounding between rows and columns, as MATLAB does for 8-bit images, makes up to about 0.4.
 _EQUAL, _CLOSE = 0.1, 0.6
 
+
 def recognise_resampling(hr: Image, lr: Image, scale: int) -> str:
     """How `lr` (H, W, 3) was made from `hr` (at least H * scale, W * scale), both uint8: `MATLAB`, or another way.
 

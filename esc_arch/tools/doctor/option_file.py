@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from .report import OK, PROBLEM, WARNING, Context, Finding, size_text
-from .subprocess_worker import JobFailed, how_it_ended
+from .subprocess_worker import IMPORT_LIMIT, JobFailed, how_it_ended
 
 __all__ = ["examine"]
 
@@ -47,7 +47,7 @@ def _check(context: Context) -> Iterator[Finding]:
     command = [sys.executable, "-c", code, "check", "--json", "-opt", context.args.opt]
     command += ["--import", *context.args.imports] if context.args.imports else []
     try:
-        done = subprocess.run(command, capture_output=True, timeout=context.args.timeout)
+        done = subprocess.run(command, capture_output=True, timeout=IMPORT_LIMIT + context.args.timeout)
         (result,) = json.loads(done.stdout)["files"]
     except subprocess.TimeoutExpired:
         text = f"not finished after {context.args.timeout:g} s of running"

@@ -14,11 +14,20 @@ from pathlib import Path
 from types import ModuleType
 from typing import IO, Any
 
-__all__ = ["JobFailed", "Worker", "describe", "how_it_ended", "import_failure", "serve", "skip_package_imports"]
+__all__ = [
+    "IMPORT_LIMIT",
+    "JobFailed",
+    "Worker",
+    "describe",
+    "how_it_ended",
+    "import_failure",
+    "serve",
+    "skip_package_imports",
+]
 
 _LONGEST = 500
-#: Seconds for the import of a call's module: torch alone takes a minute from a slow network disk.
-_IMPORT_LIMIT = 180.0
+#: Seconds for imports before a call: torch alone takes a minute from a slow network disk.
+IMPORT_LIMIT = 180.0
 #: Packages whose `__init__` needs BasicSR, though some of their modules do not.
 _PACKAGES = ("", ".checkpoints", ".compat", ".data", ".options", ".tools.upscale")
 
@@ -96,7 +105,7 @@ def serve() -> None:
         function, arguments, seconds = json.loads(line)
         module, _, name = function.partition(":")
         try:
-            signal.setitimer(signal.ITIMER_REAL, _IMPORT_LIMIT)  # SIGALRM ends the process, whatever it is doing
+            signal.setitimer(signal.ITIMER_REAL, IMPORT_LIMIT)  # SIGALRM ends the process, whatever it is doing
             call = getattr(importlib.import_module(module), name)
             signal.setitimer(signal.ITIMER_REAL, seconds)
             answer = {"result": call(*arguments)}
