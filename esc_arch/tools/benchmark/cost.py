@@ -182,7 +182,10 @@ def network_cost(
     if protocol is None:
         return cost
     cost |= {"precision": protocol.precision, "backend": protocol.backend.lower(), "device": protocol.device_name}
-    return cost | (measure_latency(network.build(), *padded, protocol) or {"latency_ms": "out of memory"})
+    measured = measure_latency(network.build(), padded[0], padded[1], protocol)
+    cost["latency_ms"] = "out of memory"
+    cost.update(measured or {})
+    return cost
 
 
 def _latency_notes(protocol: LatencyProtocol | None) -> Iterator[str]:
