@@ -157,7 +157,7 @@ def measure(args: argparse.Namespace, window: int, backward: bool, ceilings: com
 
 def costs_of(args: argparse.Namespace, window: int, backward: bool) -> Costs:
     """The backward pass has five products for two, and reads and writes twice what the forward pass does."""
-    costs = window_attention_costs((1, args.heads * args.head_dim, *args.map), window)
+    costs = window_attention_costs((args.heads * args.head_dim, *args.map), window)
     return Costs(costs.multiply_adds * 7 // 2, costs.symmetric * 7 // 2, costs.numbers * 3) if backward else costs
 
 

@@ -1,115 +1,70 @@
-"""What a network has to do at least: multiply-adds and bytes, counted from the shapes its layers meet.
+"""What a network has to do at least: multiply-adds and numbers moved, counted from the shapes its layers meet.
 
-Nothing is computed: the network runs on PyTorch's fake tensors, which have shapes and no values.
+Nothing is computed: see `esc_arch.tools.benchmark.counting`, which counts the multiply-adds.
 """
 
 from __future__ import annotations
 
 import copy
 from dataclasses import dataclass
-from typing import Any
 
 import esc_arch  # isort: skip  # noqa: F401  makes basicsr importable
-import torch
 from basicsr.archs import swinir_arch
-from common import plain_operations
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensorMode
 
-from esc_arch.modules.conv_attn import DYNAMIC_KERNEL_SIZE, ConvAttn, DecomposedConvAttn
+from esc_arch.modules.conv_attn import ConvAttn, DecomposedConvAttn
 from esc_arch.modules.conv_ffn import ConvFFN
 from esc_arch.modules.window_attention import WindowAttention
+from esc_arch.tools.benchmark.counting import count_operations
 
 __all__ = ["Costs", "costs_of", "window_attention_costs"]
 
 
 @dataclass
 class Costs:
-    """Of one forward pass.
+    """Of one forward pass of one image.
 
     Attributes:
-        multiply_adds: as papers count them (and call FLOPs): the sums of convolutions, linear layers and attention
-            products, the whole large kernel and the padding to whole windows included.
+        multiply_adds: of convolutions, linear layers and attention products, the whole large kernel included.
         symmetric: the same, when of the large kernel only the taps that differ are multiplied.
         numbers: tensor elements that are moved when each layer is one kernel that reads its input and its weights
             once and writes its output once: what is less needs several layers in a kernel.
     """
 
-    multiply_adds: int = 0
-    symmetric: int = 0
-    numbers: int = 0
-
-    def add(self, multiply_adds: int, symmetric: int | None = None) -> None:
-        self.multiply_adds += multiply_adds
-        self.symmetric += multiply_adds if symmetric is None else symmetric
+    multiply_adds: int
+    symmetric: int
+    numbers: int
 
 
-def window_attention_costs(shape: tuple[int, ...], window: int) -> Costs:
-    """Of attention alone, from the projection (B, 3C, H, W) to the map of this shape, (B, C, H, W)."""
-    batch, channels, height, width = shape
-    costs = Costs(numbers=batch * 4 * channels * height * width)
+def window_attention_costs(shape: tuple[int, int, int], window: int) -> Costs:
+    """Of attention alone, from the projection (1, 3C, H, W) to the map of this shape, (C, H, W)."""
+    channels, height, width = shape
     tokens = window**2 * -(-height // window) * -(-width // window)
-    costs.add(2 * batch * tokens * window**2 * channels)  # q k^T and the weighted sum of v
-    return costs
+    products = 2 * tokens * window**2 * channels  # q k^T and the weighted sum of v
+    return Costs(products, products, 4 * channels * height * width)
 
 
-def costs_of(net: nn.Module, image: tuple[int, ...]) -> Costs:
-    """Costs of a network of the ESC family or of SwinIR for an image (B, 3, H, W)."""
-    costs = Costs()
-    counted = copy.deepcopy(net).cpu().float().eval()
-    inside = {inner for module in counted.modules() if isinstance(module, _LAYERS) for inner in _below(module)}
+def costs_of(net: nn.Module, height: int, width: int) -> Costs:
+    """Costs of a network for an image (1, 3, H, W)."""
+    counted = copy.deepcopy(net)
+    inside = {part for module in counted.modules() if isinstance(module, _LAYERS) for part in [*module.modules()][1:]}
+    numbers = saved = 0
 
-    def count(module: nn.Module, inputs: tuple[Any, ...], output: Tensor) -> None:
+    def count(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+        nonlocal numbers, saved
         weights = sum(parameter.numel() for parameter in module.parameters())
-        costs.numbers += inputs[0].numel() + output.numel() + weights
-        costs.add(*_multiply_adds(module, inputs[0], output))
+        numbers += inputs[0].numel() + output.numel() + weights
+        if isinstance(module, ConvAttn):
+            reach = module.kernel_size // 2
+            equal = module.kernel_size**2 - (reach + 1) * (reach + 2) // 2
+            saved += output[0, 0].numel() * module.pdim**2 * equal
 
     for module in counted.modules():
         if isinstance(module, (*_LAYERS, nn.Conv2d)) and module not in inside:
             module.register_forward_hook(count)
-    with torch.no_grad(), plain_operations(counted), FakeTensorMode(allow_non_fake_inputs=True):
-        counted(torch.empty(image))
-    return costs
+    products = count_operations(counted, height, width).products
+    return Costs(products, products - saved, numbers)
 
 
-#: Layers of several steps. What is inside is counted with them: backends compute some steps without their modules.
+#: Layers of several steps, which a kernel may compute at once.
 _LAYERS = (ConvFFN, WindowAttention, ConvAttn, DecomposedConvAttn, swinir_arch.WindowAttention, swinir_arch.Mlp)
-
-
-def _below(module: nn.Module) -> set[nn.Module]:
-    return set(module.modules()) - {module}
-
-
-def _multiply_adds(module: nn.Module, x: Tensor, output: Tensor) -> tuple[int, int]:
-    """Of a layer: all, and with the large kernel's symmetry."""
-    if isinstance(module, nn.Conv2d):
-        products = output.numel() * module.weight[0].numel()
-        return products, products
-    # Every weight of a convolution or a linear layer multiplies once at each pixel, but for those of the pooled map
-    pixels = output.numel() // output.shape[-1 if isinstance(module, _SWINIR) else 1]
-    dense = [layer for layer in module.modules() if isinstance(layer, (nn.Conv2d, nn.Linear))]
-    pooled = _below(module.plk) if isinstance(module, (ConvAttn, DecomposedConvAttn)) else set()
-    products = sum(layer.weight.numel() * (x.shape[0] if layer in pooled else pixels) for layer in dense)
-    if isinstance(module, swinir_arch.WindowAttention):
-        products += 2 * x.numel() * x.shape[1]
-    elif isinstance(module, WindowAttention):
-        products += _attention_products(module, x)
-    elif isinstance(module, DecomposedConvAttn):
-        products += pixels * module.pdim * (module.pdim + module.kernel_size**2)
-    elif isinstance(module, ConvAttn):
-        products += pixels * module.pdim * DYNAMIC_KERNEL_SIZE**2
-        reach = module.kernel_size // 2
-        taps, distinct = module.kernel_size**2, (reach + 1) * (reach + 2) // 2
-        return products + pixels * module.pdim**2 * taps, products + pixels * module.pdim**2 * distinct
-    return products, products
-
-
-_SWINIR = (swinir_arch.WindowAttention, swinir_arch.Mlp)
-
-
-def _attention_products(module: WindowAttention, x: Tensor) -> int:
-    """With the projection of the padding, which the formula has and some backends save."""
-    height, width = (-(-side // module.window_size) * module.window_size for side in x.shape[-2:])
-    padding = x.shape[0] * (height * width - x.shape[-2] * x.shape[-1])
-    products = window_attention_costs(tuple(x.shape), module.window_size).multiply_adds
-    return products + module.to_qkv.weight.numel() * padding

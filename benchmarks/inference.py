@@ -302,7 +302,7 @@ def measure(args: argparse.Namespace, name: str, scale: int, ceilings: common.Ce
     common.take_turns(trials, contexts, args.rounds)
     torch.compiler.reset()  # torch keeps compiled code, and only for so many networks
 
-    costs = {swinir: costs_of(net, tuple(image.shape)) for swinir, net in nets.items()}
+    costs = {swinir: costs_of(net, height, width) for swinir, net in nets.items()}
     bounds = [
         ceilings.least_seconds(cost.multiply_adds, cost.numbers, setting.precision)
         for setting in chosen_settings(args)

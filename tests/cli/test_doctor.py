@@ -45,7 +45,7 @@ def test_a_whole_report(run_basicsr: Any, train_options: Any) -> None:
     assert list(report["sections"]) == SECTIONS
     assert run.status == (report["status"] == "problem")
     assert by_key(report, "installation")["import"]["status"] == "ok"
-    assert by_key(report, "option file")["datasets:val:dataroot_gt"]["status"] == "ok"
+    assert by_key(report, "option file")["basicsr check"]["text"] == "ready for basicsr train"
     assert by_key(report, "backends")["window attention, cpu float32: naive"]["text"] == "can run"
 
 
@@ -94,8 +94,7 @@ def test_a_time_that_is_none(given: str, capsys: pytest.CaptureFixture[str]) -> 
 
 
 def test_basicsr_is_broken(tmp_path: Path) -> None:
-    (tmp_path / "images").mkdir()
-    (tmp_path / "trial.yml").write_text("name: trial\ndatasets:\n  val: {dataroot_gt: images}\n")
+    (tmp_path / "trial.yml").write_text("name: trial\n")
     run = run_beside(
         stub(tmp_path, "basicsr", "raise ImportError('it is broken')"), "-opt", "trial.yml", "--json", "--no-test"
     )
@@ -108,7 +107,9 @@ def test_basicsr_is_broken(tmp_path: Path) -> None:
     assert by_key(report, "installation")["basicsr"]["text"].startswith(str((tmp_path / "basicsr").resolve()))
     naive = by_key(report, "backends")["window attention, cpu float32: naive"]
     assert naive["text"] == "can run"
-    assert by_key(report, "option file")["datasets:val:dataroot_gt"]["text"].endswith("images has no files")
+    option_file = by_key(report, "option file")
+    assert option_file["basicsr check"]["text"] == "not known: esc_arch cannot be imported"
+    assert option_file["results_root"]["text"].startswith(str(tmp_path / "results"))
 
 
 @pytest.mark.parametrize(("package", "error"), [("torchvision", "undefined symbol"), ("torch", "libc10.so is missing")])

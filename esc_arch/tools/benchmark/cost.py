@@ -12,11 +12,11 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from esc_arch.errors import UserError
+from esc_arch.errors import UserError, first_line
 from esc_arch.project import add_import_argument
 
 from .counting import count_operations
-from .latency import PRECISIONS, LatencyProtocol, measure_latency
+from .latency import LATENCY_PRECISIONS, LatencyProtocol, measure_latency
 from .networks import PRESETS, NetworkSpec, from_option_file, named
 from .paper import HD, paper_cost
 from .tables import Cell, Column, Table, add_report_arguments, check_report, write_report
@@ -45,10 +45,8 @@ _MEASURED = (
     Column("latency_ms", "latency (ms)", ".2f"),
     Column("latency_spread_ms", "spread (ms)", ".2f"),
     Column("paper_latency_ms", "paper (ms)", ".1f"),
-    Column("latency_ratio", "of the paper's", ".2f"),
     Column("memory_mib", "memory (MiB)", ".0f"),
     Column("paper_memory_mb", "paper (MB)", ".0f"),
-    Column("memory_ratio", "of the paper's", ".2f"),
     Column("precision"),
     Column("backend"),
     Column("device"),
@@ -86,7 +84,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--device", choices=("auto", "cpu", "cuda"), default="auto", help="for latency; auto measures only on a GPU"
     )
-    parser.add_argument("--precision", choices=PRECISIONS, default="fp32", help="for latency (%(default)s)")
+    parser.add_argument("--precision", choices=LATENCY_PRECISIONS, default="fp32", help="for latency (%(default)s)")
     parser.add_argument("--backend", default="auto", help="of ESC's window attention, as attn_type (%(default)s)")
     parser.add_argument("--runs", type=int, default=20, metavar="N", help="timed runs (%(default)s)")
     parser.add_argument("--warmup", type=int, default=5, metavar="N", help="untimed runs before them (%(default)s)")
@@ -99,8 +97,6 @@ def run(args: argparse.Namespace) -> int:
         raise UserError(f"--scales {min(args.scales)}: a scale is an integer of at least 1.")
     names = args.networks if args.networks is not None else [] if args.opt else PRESETS
     networks = [*(network for name in names for network in named(name, args.scales)), *map(from_option_file, args.opt)]
-    if not networks:
-        raise UserError(f"None of these networks has a scale of --scales {' '.join(map(str, args.scales))}.")
     pairs = list(product(networks, map(_output_size, args.output)))
     device = "cuda" if args.device == "auto" and torch.cuda.is_available() else args.device
     protocol = None
@@ -146,31 +142,27 @@ def network_cost(
         UserError: the network cannot be built, cannot be run on images of this size, or does not enlarge by its scale.
     """
     width, height = (int(side / network.scale) for side in output)
+    name, size = f"{network.name} x{network.scale:g}", f"{output[0]}x{output[1]}"
     if min(width, height) < 1:
-        raise UserError(
-            f"--output {output[0]}x{output[1]} is too small for x{network.scale:g}: the input would be empty."
-        )
-    height_padded, width_padded = (-(-side // network.multiple) * network.multiple for side in (height, width))
+        raise UserError(f"--output {size} is too small for x{network.scale:g}: the input would be empty.")
+    padded = [-(-side // network.multiple) * network.multiple for side in (height, width)]
     net = network.build()
     try:
-        operations = count_operations(net, height_padded, width_padded)
+        operations = count_operations(net, *padded)
     except Exception as error:  # networks of other packages may raise anything
-        reason = next(iter(str(error).splitlines()), "")
-        raise UserError(
-            f"Cannot count the operations of {network.name} x{network.scale:g} for an RGB image of {width_padded} x "
-            f"{height_padded}: {type(error).__name__}: {reason}"
-        ) from error
-    given = (1, 3, height_padded, width_padded)
-    enlarged = (1, 3, round(height_padded * network.scale), round(width_padded * network.scale))
+        problem = f"{type(error).__name__}: {first_line(error)}"
+        image = f"an RGB image of {padded[1]} x {padded[0]}"
+        raise UserError(f"Cannot count the operations of {name} for {image}: {problem}") from error
+    enlarged = (1, 3, *(round(side * network.scale) for side in padded))
     if operations.output != enlarged:
         raise UserError(
-            f"{network.name} x{network.scale:g} makes {operations.output} of {given}, not {enlarged}. Only networks "
-            "for super-resolution can be measured, at their scale."
+            f"{name} makes {operations.output} of {(1, 3, *padded)}, not {enlarged}. Only networks for "
+            "super-resolution can be measured, at their scale."
         )
     cost: dict[str, Cell] = {
         "network": network.name,
         "scale": network.scale,
-        "output": f"{output[0]}x{output[1]}",
+        "output": size,
         "input": f"{width}x{height}",
         "parameters": operations.parameters,
         "multiply_adds_g": operations.products / 1e9,
@@ -190,14 +182,9 @@ def network_cost(
     if protocol is None:
         return cost
     cost |= {"precision": protocol.precision, "backend": protocol.backend.lower(), "device": protocol.device_name}
+    measured = measure_latency(network.build(), padded[0], padded[1], protocol)
     cost["latency_ms"] = "out of memory"
-    if latency := measure_latency(network.build(), height_padded, width_padded, protocol):
-        cost["latency_ms"] = latency.median_ms
-        cost["latency_spread_ms"] = latency.spread_ms
-        cost["memory_mib"] = latency.memory_mib
-        if paper:
-            cost["latency_ratio"] = latency.median_ms / paper["latency_ms"]
-            cost["memory_ratio"] = latency.memory_mib and latency.memory_mib / paper["memory_mb"]
+    cost.update(measured or {})
     return cost
 
 
@@ -211,5 +198,5 @@ def _latency_notes(protocol: LatencyProtocol | None) -> Iterator[str]:
         f"{protocol.runs} runs, each waited for. Memory: peak of what PyTorch allocated on the GPU, weights included. "
         f"{protocol.device_name}, PyTorch {torch.__version__}."
     )
-    yield f"{protocol.precision}: {PRECISIONS[protocol.precision]}. {paper}"
+    yield f"{protocol.precision}: {LATENCY_PRECISIONS[protocol.precision]}. {paper}"
     yield "Backend: of window attention in ESC's networks."

@@ -1,4 +1,4 @@
-"""Multiply-adds of a network, counted on fake tensors: nothing is computed, whatever the size of the image."""
+"""Multiply-adds of a network, counted on the meta device: nothing is computed, whatever the size of the image."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ from math import prod
 
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.modules.module import register_module_forward_pre_hook
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -39,7 +38,7 @@ class Operations:
 
 
 def count_operations(net: nn.Module, height: int, width: int) -> Operations:
-    """Count the operations of one image, attention by the plain formula. The network is changed, so pass a new one.
+    """Count the operations of one image, attention by the plain formula. The network loses its weights: pass a new one.
 
     Args:
         net: (1, 3, H, W) -> a tensor.
@@ -60,7 +59,7 @@ def count_operations(net: nn.Module, height: int, width: int) -> Operations:
             padded = -(-rows // window) * -(-columns // window) * window**2
             extra += (padded - rows * columns) * 3 * channels**2
 
-    net.eval().double()  # no fused operator takes float64, so every product is an operator of PyTorch
+    net.eval().double().to("meta")  # no fused operator takes float64, so every product is an operator of PyTorch
     for module in net.modules():
         if isinstance(module, WindowAttention):
             module.attn_type = "naive"
@@ -68,9 +67,8 @@ def count_operations(net: nn.Module, height: int, width: int) -> Operations:
             module.query_chunk = None  # the same work in one part, which is traced sooner than many
     flops = {_LAYER_NORM: lambda shape, *_, **__: 2 * 5 * prod(shape)}
     counter = FlopCounterMode(display=False, custom_mapping=flops)
-    fake = FakeTensorMode(allow_non_fake_inputs=True)  # weights, and constants that are not buffers
-    with torch.no_grad(), register_module_forward_pre_hook(count_extra), fake, counter:
-        output = net(torch.empty(1, 3, height, width, dtype=torch.float64))
+    with torch.no_grad(), register_module_forward_pre_hook(count_extra), counter:
+        output = net(torch.empty(1, 3, height, width, dtype=torch.float64, device="meta"))
     norms = counter.get_flop_counts()["Global"].get(_LAYER_NORM, 0)
     products = (counter.get_total_flops() - norms) // 2  # a multiply-add is two FLOPs of PyTorch's counter
     parameters = sum(parameter.numel() for parameter in net.parameters())

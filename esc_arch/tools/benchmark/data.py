@@ -1,4 +1,4 @@
-"""`basicsr benchmark data`: are these the benchmark data that published scores were measured on?."""
+"""`basicsr benchmark data`: are these the data that published scores were measured on?"""
 
 from __future__ import annotations
 
@@ -6,19 +6,19 @@ import argparse
 import operator
 import re
 import shlex
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from itertools import product
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from PIL import Image as Pillow
 from tqdm import tqdm
 
 from esc_arch.data.image_files import IMAGE_SUFFIXES, read_image
 from esc_arch.errors import UserError
 from esc_arch.names import did_you_mean
 from esc_arch.options import load_options
+from esc_arch.options.image_checks import image_size
 from esc_arch.project import add_import_argument
 
 from .resampling import MATLAB, recognise_resampling
@@ -28,17 +28,11 @@ __all__ = ["HELP", "KNOWN_SETS", "add_arguments", "check_folders", "paired_folde
 
 HELP = "Check benchmark data: images, names, sizes, and how LR images were made."
 
-Pair = tuple[Path, Path]  # HR, LR
-
 
 class KnownSet(NamedTuple):
-    """A data set that papers use.
+    """A data set that papers use: how many images, what they are called, and who made it, by which to find it.
 
-    Attributes:
-        images: how many it has.
-        files: what they are called, in words.
-        source: who made it, by which to find it.
-        pattern: the names without suffix, as a regular expression; default: those listed in `files`.
+    `pattern` is a regular expression for the names without suffix; by default those listed in `files`.
     """
 
     images: int
@@ -46,9 +40,6 @@ class KnownSet(NamedTuple):
     source: str
     pattern: str = ""
 
-
-BENCHMARKS = ("Set5", "Set14", "B100", "Urban100", "Manga109")
-_DIV2K_SOURCE = "Agustsson and Timofte, NTIRE 2017 at CVPR: the archives {0}_HR, {0}_LR_bicubic_X2, _X3, _X4"
 
 KNOWN_SETS: Mapping[str, KnownSet] = {
     "Set5": KnownSet(
@@ -79,8 +70,6 @@ KNOWN_SETS: Mapping[str, KnownSet] = {
         "Matsui et al., Multimedia Tools and Applications 2017, sketch-based manga retrieval, who give it on request",
         ".+",
     ),
-    "DIV2K_train": KnownSet(800, "0001 ... 0800", _DIV2K_SOURCE.format("DIV2K_train"), r"0[0-7]\d\d|0800"),
-    "DIV2K_valid": KnownSet(100, "0801 ... 0900", _DIV2K_SOURCE.format("DIV2K_valid"), r"08\d\d|0900"),
 }
 #: What files of published archives have after their names.
 _NAME_ENDINGS = r"(_HR|_GT|_SRF_[234]_HR)?"
@@ -89,11 +78,7 @@ _COMMON_MULTIPLE = 12
 
 
 class PairedFolders(NamedTuple):
-    """HR images and their LR images of one scale.
-
-    Attributes:
-        template: name of an LR file, made from the name of the HR file, as `filename_tmpl` of option files.
-    """
+    """HR images and their LR images of one scale; `template` makes LR names of HR names, as `filename_tmpl`."""
 
     name: str
     scale: int
@@ -125,19 +110,19 @@ class DataReport:
 
     Attributes:
         expected: number of images of the published set; None for unknown sets.
-        hr_images: number of HR images.
-        images: those of them that have LR images.
+        images: number of HR images that have LR images.
         resampling: how the LR images were made; None if none was compared.
         problems: why published scores cannot be reproduced with it, a sentence each.
         notes: what else is good to know.
+        fix: the command that makes the set again, once the HR images are there.
     """
 
     dataset: str
     scale: int
     expected: int | None = None
-    hr_images: int = 0
     images: int = 0
     resampling: str | None = None
+    fix: str = ""
     problems: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
 
@@ -154,7 +139,7 @@ def check_folders(folders: PairedFolders, most: int | None = None) -> DataReport
     known = KNOWN_SETS.get(folders.name)
     source = f" It is the set of {known.source}; its files: {known.files}." if known else ""
     hr_files, lr_files = images_in(folders.hr), set(images_in(folders.lr))
-    report = DataReport(folders.name, folders.scale, known.images if known else None, len(hr_files))
+    report = DataReport(folders.name, folders.scale, known and known.images, fix=_fix(folders, len(hr_files), known))
     if not hr_files:
         report.problems.append(f"There are no HR images in {folders.hr}.{source}")
         return report
@@ -172,14 +157,36 @@ def check_folders(folders: PairedFolders, most: int | None = None) -> DataReport
         report.problems.append(f"LR images are missing: {_some(missing)}.")
     if unpaired := lr_files.difference(partners.values()):
         report.problems.append(f"LR images belong to no HR image: {_some(unpaired)}.")
-    pairs = [pair for pair in partners.items() if pair[1] in lr_files]
+    pairs = {hr: lr for hr, lr in partners.items() if lr in lr_files}
     report.images = len(pairs)
     fitting = _check_sizes(report, pairs)
     step = 1 if most is None else -(-len(fitting) // most) or 1
-    _check_resampling(report, fitting[::step])
     if step > 1:
         report.notes.append(f"One in {step} of its LR images was compared with HR.")
+    found: dict[str, list[Path]] = {}
+    for hr in tqdm(fitting[::step], unit="image", leave=False, disable=None):  # None: shown on a terminal only
+        way = recognise_resampling(read_image(hr), read_image(pairs[hr]), report.scale)
+        found.setdefault(way, []).append(pairs[hr])
+    others = sorted(found.keys() - {MATLAB}, key=lambda way: -len(found[way]))
+    report.resampling = next(iter([*others, *found]), None)
+    for way in others[:3]:
+        report.problems.append(
+            f"{len(found[way])} of {len(fitting[::step])} LR images compared were not made by {MATLAB}, but by {way}: "
+            f"{_some(found[way])}."
+        )
     return report
+
+
+def _fix(folders: PairedFolders, hr_images: int, known: KnownSet | None) -> str:
+    """The command that makes the set again, beside what is there."""
+    folder = folders.hr.parent
+    is_complete = hr_images == known.images if known else hr_images > 0
+    source = folders.hr if is_complete else folder if images_in(folder) else "FOLDER_OF_ALL_HR_IMAGES"
+    prepare = f"basicsr prepare benchmark -i {shlex.quote(str(source))} -o"
+    if not (folders.hr.exists() or folders.lr.parent.exists()):
+        return f"{prepare} {shlex.quote(str(folder))}"
+    new = shlex.quote(f"{folder}_new")
+    return f"{prepare} {new}, then use its folders in place of {folders.hr} and {folders.lr.parent}."
 
 
 def images_in(folder: Path) -> list[Path]:
@@ -193,18 +200,21 @@ def _some(files: Iterable[Path]) -> str:
     return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
 
 
-def _check_sizes(report: DataReport, pairs: Sequence[Pair]) -> list[Pair]:
-    """The pairs whose sizes fit: LR may be made from as much of HR as the scale, or 12, divides."""
-    fitting, wrong, is_cropped = [], "", len(pairs) > 2 and report.dataset in BENCHMARKS
-    for hr, lr in pairs:
-        (height, width), small = _size_of(hr), _size_of(lr)
+def _check_sizes(report: DataReport, pairs: Mapping[Path, Path]) -> list[Path]:
+    """The HR images whose LR fits: made from as much of HR as the scale, or 12, divides."""
+    fitting, wrong, is_cropped = [], "", len(pairs) > 2 and report.dataset in KNOWN_SETS
+    for hr, lr in pairs.items():
+        size, small = image_size(str(hr)), image_size(str(lr))
+        if size is None or small is None:
+            raise UserError(f"{lr if size else hr} cannot be read as an image. Replace or remove it.")
+        height, width = size
         is_cropped &= height % _COMMON_MULTIPLE == width % _COMMON_MULTIPLE == 0
         expected, other = (
             (height // multiple * multiple // report.scale, width // multiple * multiple // report.scale)
             for multiple in (report.scale, _COMMON_MULTIPLE)
         )
         if small in (expected, other):
-            fitting.append((hr, lr))
+            fitting.append(hr)
         elif not wrong:
             wrong = (
                 f"{lr.name} is {small[1]} x {small[0]}, but {hr.name} is {width} x {height}, which makes {expected[1]} "
@@ -221,33 +231,8 @@ def _check_sizes(report: DataReport, pairs: Sequence[Pair]) -> list[Pair]:
     return fitting
 
 
-def _size_of(path: Path) -> tuple[int, int]:
-    """Height and width."""
-    try:
-        with Pillow.open(path) as image:
-            return image.height, image.width
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path} cannot be read as an image: {error}. Replace or remove it.") from None
-
-
-def _check_resampling(report: DataReport, pairs: Sequence[Pair]) -> None:
-    found: dict[str, list[Path]] = {}
-    for hr, lr in tqdm(pairs, unit="image", leave=False, disable=None):  # None: shown on a terminal only
-        way = recognise_resampling(read_image(hr), read_image(lr), report.scale)
-        found.setdefault(way, []).append(lr)
-    others = sorted((way for way in found if way != MATLAB), key=lambda way: -len(found[way]))
-    report.resampling = next(iter([*others, *found]), None)
-    for way in others[:3]:
-        report.problems.append(
-            f"{len(found[way])} of {len(pairs)} LR images compared were not made by {MATLAB}, but by {way}: "
-            f"{_some(found[way])}."
-        )
-
-
 # --- the command ----------------------------------------------------------------------------------------------------
 
-#: LR images of DIV2K that are compared with HR: they are large, and were made by one program.
-_MOST_OF_DIV2K = 20
 _COLUMNS = (
     Column("dataset", "data set"),
     Column("scale", style="d"),
@@ -268,10 +253,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--root", type=Path, default=Path("datasets/benchmark"), metavar="FOLDER", help="of the five sets (%(default)s)"
     )
     parser.add_argument(
-        "--div2k", type=Path, default=Path("datasets/DIV2K"), metavar="FOLDER", help="of DIV2K (%(default)s)"
-    )
-    parser.add_argument(
-        "--sets", nargs="+", metavar="NAME", help=f"of {', '.join(KNOWN_SETS)} (all, but DIV2K only if it is there)"
+        "--sets", nargs="+", default=[*KNOWN_SETS], metavar="NAME", help=f"of {', '.join(KNOWN_SETS)} (all)"
     )
     parser.add_argument("--scales", nargs="+", type=int, default=[2, 3, 4], metavar="S", help="(2 3 4)")
     add_report_arguments(parser)
@@ -291,7 +273,7 @@ def run(args: argparse.Namespace) -> int:
             raise UserError(f"{files}: no data set of type PairedImageDataset in folders; only these are checked.")
     else:
         folders = dict.fromkeys(_folders_of_sets(args))
-    reports = [check_folders(each, None if args.opt or each.name in BENCHMARKS else _MOST_OF_DIV2K) for each in folders]
+    reports = [check_folders(each) for each in folders]
     scales: dict[tuple[str, str], list[str]] = {}
     records = []
     for report in reports:
@@ -303,7 +285,8 @@ def run(args: argparse.Namespace) -> int:
         table = Table(_COLUMNS, records)
     else:
         remarks = [f"{name} {', '.join(those)}: {remark}" for (name, remark), those in scales.items()]
-        table = Table(_COLUMNS[:-2], records, [*remarks, *_fixes(reports, args)])
+        fixes = {report.dataset: f"To fix {report.dataset}: {report.fix}" for report in reports if report.problems}
+        table = Table(_COLUMNS[:-2], records, [*remarks, *fixes.values()])
     write_report(table.render(args.format), args.report)
     return 1 if any(report.problems for report in reports) else 0
 
@@ -311,32 +294,8 @@ def run(args: argparse.Namespace) -> int:
 def _folders_of_sets(args: argparse.Namespace) -> Iterator[PairedFolders]:
     if min(args.scales) < 2:
         raise UserError(f"--scales {min(args.scales)}: benchmark data have scales from 2 on.")
-    there = [name for name in KNOWN_SETS if name in BENCHMARKS or (args.div2k / f"{name}_HR").is_dir()]
-    for name, scale in product(there if args.sets is None else args.sets, args.scales):
+    for name, scale in product(args.sets, args.scales):
         if name not in KNOWN_SETS:
             raise UserError(f"--sets {name} is not known. {did_you_mean(name, KNOWN_SETS)}.")
-        start = f"{args.root / name}/" if name in BENCHMARKS else f"{args.div2k / name}_"
-        yield PairedFolders(name, scale, Path(f"{start}HR"), Path(f"{start}LR_bicubic/X{scale}"), f"{{}}x{scale}")
-
-
-def _fixes(reports: Sequence[DataReport], args: argparse.Namespace) -> Iterator[str]:
-    """The commands that create faulty sets again."""
-    for name, report in {report.dataset: report for report in reports if report.problems}.items():
-        if not args.opt and name in BENCHMARKS:
-            yield f"To fix {name}: {_prepare_benchmark(args.root / name, report)}"
-        elif args.opt and report.hr_images:
-            prepare = "basicsr prepare benchmark -i HR_FOLDER -o NEW_FOLDER"
-            yield f"To fix {name}: {prepare}, then NEW_FOLDER/HR and NEW_FOLDER/LR_bicubic/X... in the option file."
-        elif name == "DIV2K_train" and report.hr_images:
-            source, target = shlex.quote(f"{args.div2k}/{name}_HR"), shlex.quote(str(args.div2k))
-            yield f"To fix {name}: basicsr prepare train -i {source} -o {target}, which makes its own LR images."
-
-
-def _prepare_benchmark(folder: Path, report: DataReport) -> str:
-    """The command that creates a set; an existing one is kept under another name."""
-    target, old = shlex.quote(str(folder)), shlex.quote(f"{folder}_old")
-    move, source = "", target if images_in(folder) else None
-    if (folder / "HR").is_dir() or (folder / "LR_bicubic").is_dir():
-        move, source = f"mv {target} {old} && ", f"{old}/HR" if report.hr_images == report.expected else None
-    get = "" if source else "put all of its HR images in FOLDER, and "
-    return f"{get}{move}basicsr prepare benchmark -i {source or 'FOLDER'} -o {target}"
+        folder = args.root / name
+        yield PairedFolders(name, scale, folder / "HR", folder / f"LR_bicubic/X{scale}", f"{{}}x{scale}")

@@ -6,7 +6,6 @@ import statistics
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -17,9 +16,9 @@ from esc_arch.ops.float32 import float32_products
 from esc_arch.ops.operation import UnusableBackend
 from esc_arch.ops.window_attention import WINDOW_ATTENTION
 
-__all__ = ["PRECISIONS", "Latency", "LatencyProtocol", "measure_latency"]
+__all__ = ["LATENCY_PRECISIONS", "LatencyProtocol", "measure_latency"]
 
-PRECISIONS = {
+LATENCY_PRECISIONS = {
     "fp32": "float32, without TF32",
     "tf32": "float32 with TF32 in convolutions and matrix products",
     "bf16": "autocast to bfloat16",
@@ -30,7 +29,7 @@ _AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 @dataclass(frozen=True)
 class LatencyProtocol:
-    """How to measure: on cpu or cuda, in one of `PRECISIONS`, after `warmup` untimed runs.
+    """How to measure: on cpu or cuda, in one of `LATENCY_PRECISIONS`, after `warmup` untimed runs.
 
     Raises:
         UserError: there is no such device or backend, or a number is too small.
@@ -52,9 +51,8 @@ class LatencyProtocol:
         try:
             WINDOW_ATTENTION.resolve(self.backend)
         except ValueError:
-            raise UserError(
-                f"--backend {self.backend}: not known. Allowed: auto, {', '.join(WINDOW_ATTENTION.backends)}."
-            ) from None
+            allowed = ", ".join(WINDOW_ATTENTION.backends)
+            raise UserError(f"--backend {self.backend}: not known. Allowed: auto, {allowed}.") from None
 
     @property
     def device_name(self) -> str:
@@ -63,35 +61,27 @@ class LatencyProtocol:
         return f"CPU, {torch.get_num_threads()} threads"
 
 
-class Latency(NamedTuple):
-    """Milliseconds for one image, and the GPU memory in MiB that PyTorch allocated at most, weights included.
-
-    The spread is the interquartile range of the runs, None for fewer than 4; the memory is None on the CPU.
-    """
-
-    median_ms: float
-    spread_ms: float | None
-    memory_mib: float | None
-
-
-def measure_latency(net: nn.Module, height: int, width: int, protocol: LatencyProtocol) -> Latency | None:
+def measure_latency(net: nn.Module, height: int, width: int, protocol: LatencyProtocol) -> dict[str, float] | None:
     """Time a network on a random image; None if the GPU's memory does not suffice.
 
     Args:
         net: (1, 3, H, W) -> anything; moved to the device, its attention set to the backend.
         height, width: H and W.
 
+    Returns:
+        `latency_ms`, the median; `latency_spread_ms`, the interquartile range of 4 runs or more; on a GPU `memory_mib`,
+        the most that PyTorch allocated, weights included.
+
     Raises:
         UserError: the backend cannot be used here.
     """
-    on_gpu = protocol.device == "cuda"
     for module in net.modules():
         if isinstance(module, WindowAttention):
             module.attn_type = WINDOW_ATTENTION.resolve(protocol.backend)
     try:
         net.to(protocol.device).eval()
         image = torch.rand(1, 3, height, width, device=protocol.device)
-        if on_gpu:
+        if image.is_cuda:
             torch.cuda.reset_peak_memory_stats()
         autocast = _AUTOCAST.get(protocol.precision)
         with (
@@ -99,18 +89,18 @@ def measure_latency(net: nn.Module, height: int, width: int, protocol: LatencyPr
             float32_products(tf32=protocol.precision == "tf32"),
             torch.autocast(protocol.device, autocast, enabled=autocast is not None),
         ):
-            times = [_milliseconds(net, image) for _ in range(1 + protocol.warmup + protocol.runs)]
+            times = [_milliseconds(net, image) for _ in range(1 + protocol.warmup + protocol.runs)][-protocol.runs :]
     except torch.cuda.OutOfMemoryError:
         return None
     except UnusableBackend as error:
         raise UserError(f"--backend {protocol.backend}: {error}") from None
-    times = times[-protocol.runs :]
-    quartiles = statistics.quantiles(times, n=4) if len(times) >= 4 else None
-    return Latency(
-        statistics.median(times),
-        quartiles[2] - quartiles[0] if quartiles else None,
-        torch.cuda.max_memory_allocated() / 2**20 if on_gpu else None,
-    )
+    measured = {"latency_ms": statistics.median(times)}
+    if len(times) >= 4:
+        lower, _, upper = statistics.quantiles(times, n=4)
+        measured["latency_spread_ms"] = upper - lower
+    if image.is_cuda:
+        measured["memory_mib"] = torch.cuda.max_memory_allocated() / 2**20
+    return measured
 
 
 def _milliseconds(net: Callable[[Tensor], object], image: Tensor) -> float:

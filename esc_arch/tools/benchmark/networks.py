@@ -18,15 +18,15 @@ from esc_arch.names import did_you_mean
 from esc_arch.options.files import load_options, load_yaml
 from esc_arch.options.section_checks import check_call, entries, shown_names
 
-__all__ = ["PRESETS", "PRESET_SCALES", "NetworkSpec", "from_option_file", "named"]
+__all__ = ["PRESETS", "NetworkSpec", "from_option_file", "named"]
 
 _EXAMPLE = "as in --networks 'SwinIR: {upscale: 2, window_size: 8}'"
 #: What constructors call the scale.
 _SCALE_KEYS = ("upscaling_factor", "upscale", "scale")
 #: Options other than those of the network itself.
-_COMPUTATION = ("attn_type", "backend", "query_chunk", *_SCALE_KEYS)
+_COMPUTATION = ("attn_type", "backend", "query_chunk", "rank", "flashbias_rank", *_SCALE_KEYS)
 
-#: `network_g` of published networks, without the scale, by the paper's names: what is measured when none is named.
+#: `network_g` of published networks by the paper's names, most without a scale: what is measured when none is named.
 PRESETS: Mapping[str, Mapping[str, Any]] = {
     "ESC-FP": {"type": "esc_arch.ESCFP"},
     "ESC-light": {"type": "esc_arch.ESC", "n_blocks": 3},
@@ -42,7 +42,7 @@ PRESETS: Mapping[str, Mapping[str, Any]] = {
         "num_heads": 12,
         "use_ln": True,
     },
-    "ESC-Real": {"type": "esc_arch.ESCReal"},
+    "ESC-Real": {"type": "esc_arch.ESCReal", "upscaling_factor": 4},
     "ESC-LTE": {"type": "esc_arch.ESCLTE"},
     "SwinIR-light": {
         "type": "SwinIR",
@@ -55,10 +55,8 @@ PRESETS: Mapping[str, Mapping[str, Any]] = {
         "upsampler": "pixelshuffledirect",
     },
     "EDSR-baseline": {"type": "EDSR", "num_in_ch": 3, "num_out_ch": 3},
-    "RRDBNet": {"type": "RRDBNet", "num_in_ch": 3, "num_out_ch": 3},
+    "RRDBNet": {"type": "RRDBNet", "num_in_ch": 3, "num_out_ch": 3, "scale": 4},
 }
-#: Of presets that do not have every scale.
-PRESET_SCALES: Mapping[str, Sequence[int]] = {"ESC-Real": (4,), "RRDBNet": (2, 4)}
 
 
 @dataclass(frozen=True)
@@ -103,14 +101,13 @@ def named(text: str, scales: Sequence[int]) -> list[NetworkSpec]:
     Args:
         text: a name of `PRESETS`, a type of ARCH_REGISTRY, or a type with options as in an option file, such as
             "SwinIR: {upscale: 2, window_size: 8}".
-        scales: wanted; a preset may have only some of them, and options with a scale have that one.
+        scales: wanted; options with a scale have that one.
 
     Raises:
         UserError: the name is not known, the network does not take the options, or the text is invalid.
     """
     if text in PRESETS:
-        available = [scale for scale in scales if scale in PRESET_SCALES.get(text, scales)]
-        return _at_scales(text, PRESETS[text], available) if available else []
+        return _at_scales(text, PRESETS[text], scales)
     name, colon, _ = text.partition(":")
     given = load_yaml(f"{text}\n").get(name) if colon else {}
     if not isinstance(given, dict):
@@ -163,13 +160,11 @@ def _arguments(options: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _identity(options: Mapping[str, Any]) -> dict[str, Any]:
-    """What distinguishes networks other than the scale."""
-    kind, has_factors = _constructor(options), str(options.get("attn_type")).lower() == "flashbias"
+    """What distinguishes networks other than the scale, how attention is computed, and the rank of its factors."""
     complete = {
         key: list(value) if isinstance(value, tuple) else value
         for key, value in _arguments(options).items()
         if key not in _COMPUTATION
     }
-    if not has_factors and "flashbias_rank" in complete:  # without factors these options have no effect
-        complete = {key: value for key, value in complete.items() if key not in ("rank", "flashbias_rank")}
-    return complete | {"type": kind, "factors": has_factors}
+    has_factors = str(options.get("attn_type")).lower() == "flashbias"
+    return complete | {"type": _constructor(options), "factors": has_factors}

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import io
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
@@ -24,14 +25,11 @@ from .quality_tables import Gains
 __all__ = ["plot_gains", "plot_quality", "require_matplotlib", "write_crops"]
 
 Data = TypeVar("Data")
-#: Records of `basicsr benchmark cost --format json`.
-Costs = Sequence[Mapping[str, Any]]
 
 _COLUMNS = 3
 _PANEL = (5.0, 3.8)  # inches
 _OURS, _PAPER, _LOSS = "#1f5a8a", "0.55", "#b5432a"
-#: Areas (square points) of the largest marker, and of one whose memory is not known.
-_LARGEST, _UNKNOWN = 900.0, 60.0
+_LARGEST = 900.0  # square points
 _MOST_LABELS = 40  # of bars; more cannot be read
 
 
@@ -46,62 +44,66 @@ def require_matplotlib() -> None:
 
 
 class _Point(NamedTuple):
-    """A network in a plot, ours or the paper's; its area shows the memory, if known."""
+    """A network in a plot, ours or the paper's; its area (square points) shows the memory, if known."""
 
     label: str
     cost: float
     psnr: float
-    memory: float | None = None
+    area: float = 60.0
     color: str = _OURS
 
 
-def plot_quality(folder: Path, results: Sequence[SetScores], costs: Costs) -> None:
-    """PSNR against latency if `costs` are given, otherwise against multiply-adds: a PNG for each scale."""
-    name, label = "latency", "latency, ms (area: memory)"
+def plot_quality(folder: Path, results: Sequence[SetScores], costs: Sequence[Mapping[str, Any]]) -> None:
+    """PSNR against latency in `costs`, or without any against multiply-adds: a PNG for each scale.
+
+    `costs` are records of `basicsr benchmark cost --format json`.
+    """
+    name, key, label = "latency", "latency_ms", "latency, ms (area: memory)"
     if not costs:
-        name, label = "multiply_adds", "multiply-adds for an HD image, G (grey: the paper)"
-    for scale in dict.fromkeys(each.evaluation.network.scale for each in results):
-        panels: dict[str, list[_Point]] = {}
-        for each in results:
-            psnr = each.mean(each.psnr) if each.evaluation.network.scale == scale else None
-            cost = None if psnr is None else _cost_of(each.evaluation, costs)
-            if psnr is not None and cost is not None:
-                panels.setdefault(each.dataset, []).append(_Point(each.evaluation.name, cost[0], psnr, cost[1]))
-        for dataset, points in panels.items():
-            for row in () if costs else PAPER_ROWS:
+        name, key, label = "multiply_adds", "paper_convention_g", "multiply-adds for an HD image, G (grey: the paper)"
+        costs = list(_count_operations(results))
+    most_memory = max(cost.get("memory_mib") or 0 for cost in costs) if costs else 0
+    panels: dict[float, dict[str, list[_Point]]] = {}  # by scale and data set
+    for each in results:
+        psnr, cost, scale = each.mean(each.psnr), _cost_of(each.evaluation, key, costs), each.evaluation.network.scale
+        if psnr is not None and cost is not None:
+            area = {"area": _LARGEST * cost["memory_mib"] / most_memory} if cost.get("memory_mib") else {}
+            point = _Point(each.evaluation.name, cost[key], psnr, **area)
+            panels.setdefault(scale, {}).setdefault(each.dataset, []).append(point)
+
+    def draw(axes: Any, points: Sequence[_Point]) -> None:
+        for point in points:
+            place, face = (point.cost, point.psnr), "none" if point.color == _PAPER else point.color
+            axes.scatter(*place, s=point.area, edgecolors=point.color, facecolors=face, alpha=0.8)
+            axes.annotate(point.label, place, (4, 6), textcoords="offset points", fontsize=8, color=point.color)
+        axes.set_xscale("log")
+        axes.margins(0.25)
+        axes.set_xlabel(label, fontsize=9)
+        axes.set_ylabel("PSNR, dB", fontsize=9)
+
+    for scale, of_scale in panels.items():
+        for dataset, points in of_scale.items() if name == "multiply_adds" else ():
+            for row in PAPER_ROWS:
                 published, scores = paper_cost(row, scale), paper_scores(row, dataset, scale)
                 if published and scores:
                     points.append(_Point(row, published["flops_g"], scores["psnr"], color=_PAPER))
-        largest = max((point.memory or 0 for points in panels.values() for point in points), default=0)
-
-        def draw(axes: Any, points: Sequence[_Point], largest: float = largest) -> None:
-            for point in points:
-                place, area = (point.cost, point.psnr), _LARGEST * point.memory / largest if point.memory else _UNKNOWN
-                face = "none" if point.color == _PAPER else point.color
-                axes.scatter(*place, s=area, edgecolors=point.color, facecolors=face, alpha=0.8)
-                axes.annotate(point.label, place, (4, 6), textcoords="offset points", fontsize=8, color=point.color)
-            axes.set_xscale("log")
-            axes.margins(0.25)
-            axes.set_xlabel(label, fontsize=9)
-            axes.set_ylabel("PSNR, dB", fontsize=9)
-
-        if panels:
-            _plot(folder / f"psnr_against_{name}_x{scale:g}.png", panels, draw)
+        _plot(folder / f"psnr_against_{name}_x{scale:g}.png", of_scale, draw)
 
 
-def _cost_of(evaluation: Evaluation, costs: Costs) -> tuple[float, float | None] | None:
-    """Latency (ms) and memory in `costs`, or without any 10^9 multiply-adds; None if unknown, as at any scale."""
+def _count_operations(results: Sequence[SetScores]) -> Iterator[Mapping[str, Any]]:
+    for network in {each.evaluation.name: each.evaluation.network for each in results}.values():
+        with suppress(UserError):  # a network of any scale
+            yield network_cost(network)
+
+
+def _cost_of(evaluation: Evaluation, key: str, costs: Sequence[Mapping[str, Any]]) -> Mapping[str, Any] | None:
+    """The record of a network that has a number under a key."""
     network, names = evaluation.network, (evaluation.name, evaluation.file.stem, evaluation.network.published)
-    if not costs:
-        try:
-            return float(network_cost(network)["paper_convention_g"] or 0), None
-        except UserError:
-            return None
     for cost in costs:
         is_same = cost["network"] in names and cost["scale"] == network.scale and cost["output"] == "1280x720"
-        if is_same and isinstance(cost["latency_ms"], int | float):
-            return cost["latency_ms"], cost.get("memory_mib")
-    print_note(f"{evaluation.name}: --cost has no latency at x{network.scale:g} and 1280x720, so it is not plotted.")
+        if is_same and isinstance(cost[key], int | float):
+            return cost
+    print_note(f"{evaluation.name} is not plotted: there is no {key} of it at x{network.scale:g} and 1280x720.")
     return None
 
 

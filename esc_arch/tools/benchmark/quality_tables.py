@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 from .paper import paper_scores
 from .quality import SetScores, bicubic_scores
-from .tables import Cell, Column, Record, Table
+from .tables import Cell, Column, Row, Table
 
 __all__ = ["Gains", "compute_gains", "gain_table", "per_image_table", "quality_table"]
 
@@ -40,7 +40,7 @@ def quality_table(results: Sequence[SetScores], problems: Sequence[str] = ()) ->
     return Table(columns, records, [*notes, *problems])
 
 
-def _quality_record(scores: SetScores, notes: list[str]) -> Record:
+def _quality_record(scores: SetScores, notes: list[str]) -> Row:
     """The record of a data set; what is not compared with the paper, and why, is added to the notes."""
     evaluation, scale = scores.evaluation, scores.scale
     record: dict[str, Cell] = {
@@ -70,7 +70,7 @@ def per_image_table(results: Sequence[SetScores]) -> Table:
     """The metrics of each image."""
     names = dict.fromkeys(name for each in results for name in each.metrics)
     columns = [Column("network"), Column("dataset", "data set"), Column("image")]
-    records: list[Record] = [
+    records: list[Row] = [
         {"network": each.evaluation.name, "dataset": each.dataset, "image": image, **metrics}
         for each in results
         for image, metrics in each.images.items()
@@ -116,11 +116,11 @@ def gain_table(gains: Sequence[Gains], baseline: str) -> Table:
         Column("least_gained", "worst on"),
         Column("least_gained_db", "by (dB)", "+.3f"),
     )
-    records: list[Record] = []
+    rows: list[Row] = []
     for each in gains:
-        ((best, largest), *_), (*_, (worst, smallest)) = each.images.items(), each.images.items()
-        mean, better = statistics.fmean(each.images.values()), sum(gain > 0 for gain in each.images.values())
-        cells: list[Cell] = [each.scores.evaluation.name, each.scores.dataset, len(each.images), mean, better]
-        cells += [best, largest, worst, smallest]
-        records.append({column.name: cell for column, cell in zip(columns, cells, strict=True)})
-    return Table(columns, records)
+        (best, *_), (*_, worst) = each.images, each.images
+        values = each.images.values()
+        cells: list[Cell] = [each.scores.evaluation.name, each.scores.dataset, len(values), statistics.fmean(values)]
+        cells += [sum(gain > 0 for gain in values), best, each.images[best], worst, each.images[worst]]
+        rows.append({column.name: cell for column, cell in zip(columns, cells, strict=True)})
+    return Table(columns, rows)

@@ -26,19 +26,6 @@ MATLAB = "MATLAB's bicubic"
 #: between two; rounding between rows and columns, as MATLAB does for 8-bit images, makes up to about 0.4.
 _EQUAL, _CLOSE = 0.1, 0.6
 
-_PILLOW = {
-    "Pillow's bicubic": Pillow.Resampling.BICUBIC,
-    "Pillow's bilinear": Pillow.Resampling.BILINEAR,
-    "Pillow's Lanczos": Pillow.Resampling.LANCZOS,
-}
-_OPENCV = {
-    "OpenCV's INTER_CUBIC (no antialiasing)": cv2.INTER_CUBIC,
-    "OpenCV's INTER_AREA (means of blocks)": cv2.INTER_AREA,
-    "OpenCV's INTER_LINEAR (no antialiasing)": cv2.INTER_LINEAR,
-    "OpenCV's INTER_LANCZOS4 (no antialiasing)": cv2.INTER_LANCZOS4,
-    "single pixels (nearest)": cv2.INTER_NEAREST,
-}
-
 
 def recognise_resampling(hr: Image, lr: Image, scale: int) -> str:
     """How `lr` (H, W, 3) was made from `hr` (at least H * scale, W * scale), both uint8: `MATLAB`, or another way.
@@ -63,10 +50,11 @@ def _candidates(image: Image, height: int, width: int) -> Iterator[tuple[str, Im
     # As MATLAB does with 8-bit images: rounded after the height is done
     rows, columns = resize_matrix(image.shape[0], height), resize_matrix(image.shape[1], width)
     yield MATLAB, _as_image((rows @ tensor).clamp(0, 255).round() @ columns.T)
-    for name, resampling in _PILLOW.items():
-        yield name, np.asarray(Pillow.fromarray(image).resize((width, height), resampling))
-    for name, interpolation in _OPENCV.items():
-        yield name, cast(Image, cv2.resize(image, (width, height), interpolation=interpolation))
+    for name in ("bicubic", "bilinear", "Lanczos"):
+        method = Pillow.Resampling[name.upper()]
+        yield f"Pillow's {name}", np.asarray(Pillow.fromarray(image).resize((width, height), method))
+    for name in ("INTER_CUBIC", "INTER_AREA", "INTER_LINEAR", "INTER_LANCZOS4", "INTER_NEAREST"):
+        yield f"OpenCV's {name}", cast(Image, cv2.resize(image, (width, height), interpolation=getattr(cv2, name)))
     for mode, antialias in (("bicubic", True), ("bicubic", False), ("bilinear", True)):
         made = F.interpolate(tensor, (height, width), mode=mode, antialias=antialias)
         yield f"PyTorch's {mode} {'with' if antialias else 'without'} antialias", _as_image(made)

@@ -13,14 +13,14 @@ from pathlib import Path
 
 from esc_arch.checkpoints.conversion import check_output, write_file
 
-__all__ = ["TABLE_FORMATS", "Cell", "Column", "Record", "Table", "add_report_arguments", "check_report", "write_report"]
+__all__ = ["TABLE_FORMATS", "Cell", "Column", "Row", "Table", "add_report_arguments", "check_report", "write_report"]
 
 TABLE_FORMATS = ("text", "markdown", "csv", "json")
 
 #: None if there is no value; a text may say why a number is missing.
 Cell = str | int | float | None
 #: Cells by column names; a missing one is None.
-Record = Mapping[str, Cell]
+Row = Mapping[str, Cell]
 
 
 @dataclass(frozen=True)
@@ -43,7 +43,7 @@ class Table:
     """Records under columns, with notes below them in text and Markdown."""
 
     columns: Sequence[Column]
-    records: Sequence[Record]
+    records: Sequence[Row]
     notes: Sequence[str] = ()
 
     def without_empty_columns(self) -> Table:

@@ -35,13 +35,13 @@ SECTIONS: dict[str, Callable[[Context], Iterable[Finding]]] = {
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the option file, the form of the report, and how far it goes."""
-    parser.add_argument("-opt", metavar="FILE", help="option file whose data, weights and folders are looked at, too")
+    parser.add_argument("-opt", metavar="FILE", help="also this option file, its data, weights and folders")
     add_import_argument(parser)
     parser.add_argument("--json", action="store_true", help="the report as JSON, see docs/doctor.md")
     parser.add_argument("--no-test", action="store_true", help="do not compare backends with their references")
     parser.add_argument(
         "--timeout", type=_seconds, default=60.0, metavar="S",
-        help="seconds for each self-test and data set (60); flex and Triton kernels are compiled the first time",
+        help="seconds for each self-test and for the option file (60); the first time kernels are compiled",
     )  # fmt: skip
 
 

@@ -7,9 +7,8 @@ import hashlib
 import importlib.metadata
 import platform
 import re
-import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import suppress
 from importlib.metadata import Distribution
 from pathlib import Path
@@ -42,53 +41,65 @@ _LISTED = 6
 
 
 def versions(context: Context) -> Iterator[Finding]:
-    """Of Python, required libraries and extras; what cannot be imported, and what pip finds at odds."""
+    """Of Python, required libraries and extras; what cannot be imported, and what does not fit together."""
     text = f"{platform.python_version()} ({platform.python_implementation()})"
     advice = "esc_arch was not tested with it: use Python 3.10 to 3.13."
     yield warn_if(sys.version_info[:2] > _NEWEST_PYTHON, "python", text, advice)
     yield Finding("system", f"{platform.platform()}, {platform.machine()}")
     yield Finding("esc-arch", _version("esc-arch") or f"{__version__}, a folder on the path, not installed")
-    requirements = _requirements()
-    for name, extra in requirements.items():
-        yield _library(context, name, extra)
+    extras = _requirements()
+    for name, extra in extras.items():
+        if extra:
+            yield Finding(name, _version(name) or f"not installed (extra {extra})")
+        else:
+            yield _library(context, name)
     yield Finding("triton", _version("triton") or "not installed")
     yield from context.in_child("torch build", "machine:torch_build", advice="Reinstall torch.")
     several = [name for name in _OPENCV if _version(name)]
     if len(several) > 1:
         advice = f"They overwrite each other's files: pip uninstall {' '.join(several)}, then install one of them."
         yield Finding("opencv", f"installed more than once: {', '.join(several)}", WARNING, advice)
-    done = subprocess.run([sys.executable, "-m", "pip", "check"], capture_output=True, text=True)
-    for line in done.stdout.splitlines() if done.returncode else []:
-        if not requirements.keys().isdisjoint(re.split(r"[^\w-]+", line.lower())):
-            yield Finding(f"pip check, {line.partition(',')[0]}", line, PROBLEM, "Install versions that fit together.")
+    for number, text in enumerate(_conflicts(["esc-arch", *extras]), start=1):
+        yield Finding(f"conflict {number}", text, PROBLEM, "Install versions that fit together.")
 
 
 def _requirements() -> dict[str, str]:
-    """The names of what esc_arch requires, and the extra for which; as a clone or pip's notes say."""
-    lines = (_ROOT / "requirements.txt").read_text().splitlines() if (_ROOT / "requirements.txt").is_file() else []
-    with suppress(importlib.metadata.PackageNotFoundError):
-        lines += importlib.metadata.requires("esc-arch") or []
+    """What esc_arch requires, by name, and the extra for which, or nothing; as pip or a clone says."""
+    try:
+        lines = importlib.metadata.requires("esc-arch") or []
+    except importlib.metadata.PackageNotFoundError:
+        lines = (_ROOT / "requirements.txt").read_text().splitlines()
     found = [re.findall(r'^[\w-]+|(?<=extra == ").*(?=")', line) for line in lines]
     return {name: "".join(extra) for name, *extra in found if extra != ["test"]}
 
 
-def _library(context: Context, name: str, extra: str) -> Finding:
+def _conflicts(names: Iterable[str]) -> Iterator[str]:
+    """Which of these libraries require another version of a library than is installed."""
+    from packaging.requirements import Requirement  # which scikit-image requires
+
+    for name in filter(_version, names):
+        for required in map(Requirement, importlib.metadata.requires(name) or []):
+            there = _version(required.name)
+            is_meant = required.marker is None or required.marker.evaluate({"extra": ""})
+            if there and is_meant and not required.specifier.contains(there, prereleases=True):
+                yield f"{name} {_version(name)} requires {required}, but {there} is installed"
+
+
+def _library(context: Context, name: str) -> Finding:
+    """Its version. If this process has it not yet, the child process imports it; but BasicSR, see `copies`."""
     version = next(filter(None, map(_version, _OPENCV if name == "opencv-python" else [name])), None)
-    if extra:
-        return Finding(name, version or f"not installed (extra {extra})")
-    failure = context.import_failure
-    if name != "basicsr":  # which esc_arch makes importable, see `copies`
-        failure = ""
+    module = _MODULES.get(name, name)
+    failure = ""
+    if name != "basicsr" and module not in sys.modules:
         try:
-            context.worker.call("importlib:import_module", _MODULES.get(name, name))
+            context.worker.call("importlib:import_module", module)
         except JobFailed as error:
             failure = str(error)
-    if version is None:
-        there = Finding(name, "not installed under this name, but can be imported")
-        return Finding(name, "not installed", PROBLEM, f"pip install {name}") if failure else there
-    if failure and name != "basicsr":
+    if version and failure:
         return Finding(name, f"{version}, cannot be imported: {failure}", PROBLEM, _hint(failure))
-    return Finding(name, version)
+    if failure or (name == "basicsr" and not version and context.import_failure):
+        return Finding(name, "not installed", PROBLEM, f"pip install {name}")
+    return Finding(name, version or "not installed under this name, but can be imported")
 
 
 def _hint(failure: str) -> str:
@@ -143,27 +154,24 @@ def _copies_of_basicsr() -> Iterator[Finding]:
 def _used_basicsr(folder: Path, installed: list[Distribution]) -> Finding:
     """Compare the files of a BasicSR with what pip noted of it, or else of another one."""
     installed.sort(key=lambda each: Path(str(each.locate_file("basicsr"))).resolve() != folder)
-    published = next((each for each in installed if _digests(each)), None)
-    if published is None:
+    for published in installed:
+        files = [file for file in published.files or [] if file.parts[0] == "basicsr" and file.suffix == ".py"]
+        noted = {"/".join(file.parts[1:]): file.hash.value for file in files if file.hash}
+        if noted:  # of an editable installation there is nothing
+            break
+    else:
         return Finding("basicsr", f"{folder}, nothing to compare its files with")
-    noted = _digests(published)
-    there = {path.relative_to(folder): _digest(path) for path in folder.rglob("*.py")}
+    there = {path.relative_to(folder).as_posix(): _digest(path) for path in folder.rglob("*.py")}
     changes = [
         f"{path} ({'added' if path not in noted else 'changed' if path in there else 'missing'})"
-        for path in sorted(there.keys() | noted.keys())
-        if there.get(path) != noted.get(path) and path.name != "version.py"  # which differs from build to build
+        for path in sorted((there.keys() | noted.keys()) - {"version.py"})  # which differs from build to build
+        if there.get(path) != noted.get(path)
     ]
     name = f"{published.metadata['Name']} {published.version}"
     more = f" and {len(changes) - _LISTED} more" if len(changes) > _LISTED else ""
     told = f"{len(changes)} files differ from {name}: {', '.join(changes[:_LISTED])}{more}"
     advice = "esc_arch is made for BasicSR 1.4.2 as it was published: check the report with it."
     return warn_if(changes, "basicsr", f"{folder}, {told if changes else f'files as of {name}'}", advice, changes)
-
-
-def _digests(distribution: Distribution) -> dict[Path, str]:
-    """What pip noted of the Python files in `basicsr/`; of an editable installation nothing."""
-    files = [file for file in distribution.files or [] if file.parts[0] == "basicsr" and file.suffix == ".py"]
-    return {Path(*file.parts[1:]): file.hash.value for file in files if file.hash}
 
 
 def _digest(path: Path) -> str:

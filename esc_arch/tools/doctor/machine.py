@@ -12,6 +12,8 @@ from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
 
+from esc_arch.errors import first_line
+
 from .report import OK, PROBLEM, WARNING, Context, Finding, size_text, warn_if
 from .subprocess_worker import JobFailed
 
@@ -129,7 +131,7 @@ def torch_gpus(driver: str) -> list[Finding]:
     try:
         torch.cuda.init()
     except (AssertionError, RuntimeError) as error:
-        text += f": {_first_line(error)}"
+        text += f": {first_line(error)}"
     return [warn_if(driver, "gpus", text, f"Unset CUDA_VISIBLE_DEVICES if it hides them. {_GET_PYTORCH}")]
 
 
@@ -142,15 +144,11 @@ def _gpu(index: int) -> Finding:
         torch.ones(8, device=f"cuda:{index}").sum().item()
         free, total = torch.cuda.mem_get_info(index)
     except RuntimeError as error:
-        text += f"; PyTorch, built for {' '.join(torch.cuda.get_arch_list())}, cannot use it: {_first_line(error)}"
+        text += f"; PyTorch, built for {' '.join(torch.cuda.get_arch_list())}, cannot use it: {first_line(error)}"
         return Finding(key, text, PROBLEM, f"Look at nvidia-smi. {_GET_PYTORCH}")
     text += f", {size_text(free)} of {size_text(total)} free"
     advice = "Another program uses it: see nvidia-smi."
     return warn_if(free < total // 2, key, text, advice, {"memory": total, "free": free})
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).partition("\n")[0]
 
 
 def operators(context: Context) -> Iterator[Finding]:

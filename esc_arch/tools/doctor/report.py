@@ -15,8 +15,8 @@ __all__ = ["OK", "PROBLEM", "WARNING", "Context", "Finding", "as_json", "as_text
 
 OK, WARNING, PROBLEM = "ok", "warning", "problem"
 _COLOURS = {WARNING: "\033[33m", PROBLEM: "\033[31m"}
-#: Of the JSON; raised when a key changes its meaning.
-_FORMAT = 1
+#: Raised when a key changes its meaning.
+_JSON_FORMAT = 1
 _WIDEST_KEY = 30
 
 
@@ -61,7 +61,7 @@ def as_json(sections: Mapping[str, Sequence[Finding]]) -> str:
     """The report for programs; docs/doctor.md describes the keys."""
     statuses = [finding.status for findings in sections.values() for finding in findings]
     content = {
-        "format": _FORMAT,
+        "format": _JSON_FORMAT,
         "status": next((status for status in (PROBLEM, WARNING) if status in statuses), OK),
         "problems": statuses.count(PROBLEM),
         "warnings": statuses.count(WARNING),

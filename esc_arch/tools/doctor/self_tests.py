@@ -12,28 +12,28 @@ import torch
 from torch import Tensor
 
 from esc_arch.ops.autotune.comparison import largest_difference, results
-from esc_arch.ops.dispatch import OPERATIONS as TABLE
+from esc_arch.ops.dispatch import OPERATIONS
 from esc_arch.ops.operation import Explanation, SampleShapes
 
 from .report import Finding
 
-__all__ = ["OPERATIONS", "TOLERANCES", "compare", "dispatch", "examine"]
+__all__ = ["CASES", "TOLERANCES", "compare", "dispatch", "examine"]
 
 #: The largest difference from the reference, relative to the reference's largest number: some ten roundings.
 TOLERANCES = {"float32": 2e-5, "bfloat16": 5e-2}
 _SIZE, _SHAPES = (2, 21, 18), SampleShapes(channels=32, heads=2, window=8, pdim=16, hidden=40)
-#: The operations with the shapes that they are computed with; attention with both kinds of bias.
-OPERATIONS = {name: (operation, _SHAPES) for name, operation in TABLE.items()}
-OPERATIONS["window attention, factors"] = (TABLE["window attention"], replace(_SHAPES, rank=8))
+#: What is tested: operations with the shapes that they are computed with; attention with both kinds of bias.
+CASES = {name: (operation, _SHAPES) for name, operation in OPERATIONS.items()}
+CASES["window attention, factors"] = (OPERATIONS["window attention"], replace(_SHAPES, rank=8))
 
 
 def dispatch(device: str) -> list[tuple[tuple[str, str, str], dict[str, str | None], list[str]]]:
-    """For each operation and type of numbers: what auto takes in inference and in training, and all backends."""
+    """For each case and type of numbers: what auto takes in inference and in training, and all backends."""
     if device == "cuda" and not torch.cuda.is_available():
         return []
     lines = []
     for dtype in TOLERANCES if device == "cuda" else ["float32"]:
-        for name, (operation, _) in OPERATIONS.items():
+        for name, (operation, _) in CASES.items():
             auto = {mode: found.chosen for mode, found in _explain(name, device, dtype).items()}
             lines.append(((name, device, dtype), auto, list(operation.backends)))
     return lines
@@ -63,9 +63,9 @@ def examine(key: str, backend: str, target: tuple[str, str, str], test: bool, ba
     return [Finding(key, text, data=data)]
 
 
-def _explain(name: str, device: str, dtype: str) -> dict[str, Explanation]:
-    """What can compute an operation, in inference and in training."""
-    operation, shapes = OPERATIONS[name]
+def _explain(case: str, device: str, dtype: str) -> dict[str, Explanation]:
+    """What can compute it, in inference and in training."""
+    operation, shapes = CASES[case]
     found = {}
     for mode in ("inference", "training"):
         with torch.set_grad_enabled(mode == "training"):
@@ -75,20 +75,20 @@ def _explain(name: str, device: str, dtype: str) -> dict[str, Explanation]:
     return found
 
 
-def compare(operation: str, device: str, dtype: str, backend: str, *, gradients: bool) -> dict[str, float]:
+def compare(case: str, device: str, dtype: str, backend: str, *, gradients: bool) -> dict[str, float]:
     """The largest differences from the reference, relative to its largest number: `forward`, and maybe `gradients`."""
     torch.backends.cudnn.allow_tf32 = False
-    (described, shapes), kind = OPERATIONS[operation], getattr(torch, dtype)
-    tensors = described.sample(shapes, _SIZE, device=device, dtype=kind)
+    (operation, shapes), kind = CASES[case], getattr(torch, dtype)
+    tensors = operation.sample(shapes, _SIZE, device=device, dtype=kind)
 
     def run(module: ModuleType, tensors: Sequence[Tensor]) -> list[Tensor]:
         def forward(*leaves: Tensor) -> Any:
-            return module.forward(*described.arguments(shapes, leaves))
+            return module.forward(*operation.arguments(shapes, leaves))
 
         found = results(forward, tensors, gradients=gradients, kind=kind)
-        return [described.canonicalise(number, tensor) for number, tensor in enumerate(found)]
+        return [operation.canonicalise(number, tensor) for number, tensor in enumerate(found)]
 
-    exact = run(described.reference, [tensor.double().cpu() for tensor in tensors])
-    found = run(described.backends[backend], tensors)
+    exact = run(operation.reference, [tensor.double().cpu() for tensor in tensors])
+    found = run(operation.backends[backend], tensors)
     errors = [largest_difference(a, b) / b.abs().max().item() for a, b in zip(found, exact, strict=True)]
     return {"forward": errors[0]} | ({"gradients": max(errors[1:])} if gradients else {})

@@ -14,11 +14,20 @@ from pathlib import Path
 from types import ModuleType
 from typing import IO, Any
 
-__all__ = ["JobFailed", "Worker", "describe", "import_failure", "serve", "skip_package_imports"]
+__all__ = [
+    "IMPORT_LIMIT",
+    "JobFailed",
+    "Worker",
+    "describe",
+    "how_it_ended",
+    "import_failure",
+    "serve",
+    "skip_package_imports",
+]
 
 _LONGEST = 500
-#: Seconds for the import of a call's module: torch alone takes a minute from a slow network disk.
-_IMPORT_LIMIT = 180.0
+#: Seconds for imports before a call: torch alone takes a minute from a slow network disk.
+IMPORT_LIMIT = 180.0
 #: Packages whose `__init__` needs BasicSR, though some of their modules do not.
 _PACKAGES = ("", ".checkpoints", ".compat", ".data", ".options", ".tools.upscale")
 
@@ -60,7 +69,7 @@ class Worker:
             if process.returncode == -signal.SIGALRM:
                 raise JobFailed(f"not finished after {self.timeout:g} s of running", late=True)
             self._errors.seek(0)
-            raise JobFailed(_how_it_ended(process.returncode, self._errors.read()))
+            raise JobFailed(how_it_ended(process.returncode, self._errors.read()))
         answer = json.loads(line)
         if "error" in answer:
             raise JobFailed(answer["error"])
@@ -96,7 +105,7 @@ def serve() -> None:
         function, arguments, seconds = json.loads(line)
         module, _, name = function.partition(":")
         try:
-            signal.setitimer(signal.ITIMER_REAL, _IMPORT_LIMIT)  # SIGALRM ends the process, whatever it is doing
+            signal.setitimer(signal.ITIMER_REAL, IMPORT_LIMIT)  # SIGALRM ends the process, whatever it is doing
             call = getattr(importlib.import_module(module), name)
             signal.setitimer(signal.ITIMER_REAL, seconds)
             answer = {"result": call(*arguments)}
@@ -119,7 +128,7 @@ def import_failure(module: str) -> str:
     """Why a process of its own cannot import a module, in one line; empty if it can."""
     code = f"import sys; sys.path[:] = {sys.path!r}; import {module}"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True)
-    return _how_it_ended(done.returncode, done.stderr) if done.returncode else ""
+    return how_it_ended(done.returncode, done.stderr) if done.returncode else ""
 
 
 def describe(error: BaseException) -> str:
@@ -127,7 +136,8 @@ def describe(error: BaseException) -> str:
     return " ".join(f"{type(error).__name__}: {error}".split()).removesuffix(":")[:_LONGEST]
 
 
-def _how_it_ended(status: int, said: bytes) -> str:
+def how_it_ended(status: int, said: bytes) -> str:
+    """The exit status or signal of a process, and the last line of its standard error."""
     last = said.decode(errors="replace").strip().rpartition("\n")[2]
     cause = f"signal {signal.Signals(-status).name}" if status < 0 else f"status {status}"
     return f"the process ended with {cause}{f' ({last[:_LONGEST]})' if last else ''}"

@@ -10,10 +10,10 @@ from pathlib import Path
 import pytest
 
 from esc_arch.errors import UserError
-from esc_arch.tools.benchmark.tables import TABLE_FORMATS, Column, Record, Table, check_report, write_report
+from esc_arch.tools.benchmark.tables import TABLE_FORMATS, Column, Row, Table, check_report, write_report
 
 COLUMNS = [Column("name"), Column("psnr", "PSNR (dB)", ".2f"), Column("difference", style="+.1%"), Column("count")]
-RECORDS: list[Record] = [
+RECORDS: list[Row] = [
     {"name": "a|b", "psnr": 38.3549, "difference": -0.01, "count": 12},
     {"name": "longer\nname", "difference": 0.5, "count": "none left", "unknown": 1},
 ]

@@ -14,13 +14,13 @@ from torch import Tensor
 from esc_arch.ops.operation import Explanation
 from esc_arch.tools.doctor import machine, self_tests
 from esc_arch.tools.doctor.report import Finding
-from esc_arch.tools.doctor.self_tests import OPERATIONS, TOLERANCES, compare, dispatch
+from esc_arch.tools.doctor.self_tests import CASES, TOLERANCES, compare, dispatch
 from esc_arch.tools.doctor.subprocess_worker import JobFailed
 
 SLOW = ("flex", "flex_flash", "triton", "triton_folded", "cpu")
 QUICK = [
     (operation, name)
-    for operation, (described, _) in OPERATIONS.items()
+    for operation, (described, _) in CASES.items()
     for name in described.backends
     if name not in SLOW and (name, operation) != ("flash", "window attention")
 ]
@@ -38,10 +38,10 @@ def test_backends_agree_with_their_reference(operation: str, backend: str) -> No
 @pytest.mark.usefixtures("native")
 def test_the_cpp_operators_are_chosen_and_agree() -> None:
     found = dispatch("cpu")
-    assert [target for target, *_ in found] == [(operation, "cpu", "float32") for operation in OPERATIONS]
+    assert [target for target, *_ in found] == [(operation, "cpu", "float32") for operation in CASES]
     for (operation, *kind), auto, names in found:
         assert auto == {"inference": "cpu", "training": "cpu"}
-        assert names == list(OPERATIONS[operation][0].backends)
+        assert names == list(CASES[operation][0].backends)
         assert max(compare(operation, *kind, "cpu", gradients=True).values()) < TOLERANCES["float32"]
 
 
@@ -56,7 +56,7 @@ def section(no_test: bool = False, **answers: Any) -> dict[str, Finding]:
 
 def test_no_test_only_asks() -> None:
     found = section(no_test=True)
-    assert {f"{operation}, cpu float32" for operation in OPERATIONS} <= found.keys()
+    assert {f"{operation}, cpu float32" for operation in CASES} <= found.keys()
     assert found["window attention, cpu float32: naive"].text == "can run"
     assert found["window attention, cpu float32: flash"].text.startswith("cannot run: flash kernels take biases that")
 
@@ -66,7 +66,7 @@ def replace(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
     """Replaces the backends of LayerNorm, the only operation then; the reference stays."""
 
     def replace(order: tuple[str, ...], *, in_training: tuple[str, ...] = (), **others: Callable[..., Tensor]) -> None:
-        described, _ = OPERATIONS["LayerNorm"]
+        described, _ = CASES["LayerNorm"]
 
         def reasons(*_: Any) -> list[str]:
             return list(in_training) if torch.is_grad_enabled() else []
@@ -74,7 +74,7 @@ def replace(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
         made = {name: SimpleNamespace(unsupported_reasons=reasons, forward=each) for name, each in others.items()}
         monkeypatch.setattr(described, "backends", {"reference": described.reference} | made)
         monkeypatch.setattr(described, "order", (*order, "reference"))
-        monkeypatch.setattr(self_tests, "OPERATIONS", {"LayerNorm": OPERATIONS["LayerNorm"]})
+        monkeypatch.setattr(self_tests, "CASES", {"LayerNorm": CASES["LayerNorm"]})
 
     return replace
 
@@ -155,7 +155,7 @@ def test_a_backend_that_auto_leaves(
         skipped = in_training if torch.is_grad_enabled() else in_inference
         return Explanation("reference", {"reference": [], "other": []}, {"other": skipped} if skipped else {})
 
-    monkeypatch.setattr(OPERATIONS["LayerNorm"][0], "explain", explain)
+    monkeypatch.setattr(CASES["LayerNorm"][0], "explain", explain)
     other = section(no_test)[f"{KEY}: other"]
     assert other.text.startswith("can run" if no_test else "self-test: error ")
     assert other.text.endswith(said) and ("auto" in other.text) == bool(said)
@@ -172,7 +172,7 @@ def test_a_gpu_is_looked_at_in_two_types(monkeypatch: pytest.MonkeyPatch) -> Non
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(self_tests, "_explain", lambda *target: {})
     found = [target for target, *_ in dispatch("cuda")]
-    assert found == [(operation, "cuda", dtype) for dtype in ("float32", "bfloat16") for operation in OPERATIONS]
+    assert found == [(operation, "cuda", dtype) for dtype in ("float32", "bfloat16") for operation in CASES]
 
 
 # --- the C++ operators --------------------------------------------------------------------------------------------

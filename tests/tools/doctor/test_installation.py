@@ -7,7 +7,7 @@ import shutil
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from types import ModuleType, SimpleNamespace
+from types import ModuleType
 from typing import Any
 
 import basicsr
@@ -31,53 +31,59 @@ ROOT = Path(__file__).parents[3]
 def pretend(monkeypatch: pytest.MonkeyPatch) -> Callable[..., dict[str, Any]]:
     """The section with other versions of libraries; None for those that are not installed."""
 
-    def examine(
-        requires: dict[str, list[str]] | None = None, failing: str = "", conflicts: str = "", **others: str | None
-    ) -> Any:
-        real = importlib.metadata.version
+    def examine(requires: dict[str, list[str]] | None = None, failing: str = "", **others: str | None) -> Any:
+        real = importlib.metadata.version, importlib.metadata.requires
 
         def version(name: str) -> str:
             key = name.replace("-", "_")
             if key in others and others[key] is None:
                 raise importlib.metadata.PackageNotFoundError(name)
-            return str(others.get(key) or real(name))
+            return str(others.get(key) or real[0](name))
+
+        def required(name: str) -> list[str] | None:
+            version(name)
+            return real[1](name) if requires is None or name not in requires else requires[name]
 
         def import_module(module: str) -> None:
             if module == failing:
                 raise JobFailed("ImportError: libGL.so.1: cannot open shared object file")
 
         monkeypatch.setattr(importlib.metadata, "version", version)
-        checked = SimpleNamespace(returncode=bool(conflicts), stdout=conflicts)
-        monkeypatch.setattr(installation.subprocess, "run", lambda *_, **__: checked)
-        if requires is not None:
-            monkeypatch.setattr(importlib.metadata, "requires", lambda name: requires.get(name, []))
-        return by_key(installation.versions(context(import_module=import_module)))
+        monkeypatch.setattr(importlib.metadata, "requires", required)
+        with monkeypatch.context() as patched:
+            patched.delitem(sys.modules, failing, raising=False)
+            return by_key(installation.versions(context(import_module=import_module)))
 
     return examine
 
 
 def test_versions_are_told(pretend: Any) -> None:
-    requires = {"esc-arch": ['wandb>=0.15; extra == "wandb"', 'pytest>=8; extra == "test"']}
-    found = pretend(requires, torch="2.9.0", wandb=None, triton=None, numpy="2.4.0")
+    requires = {"esc-arch": ["torch>=2.7", 'wandb>=0.15; extra == "wandb"', 'pytest>=8; extra == "test"']}
+    found = pretend(requires, torch="2.9.0", wandb=None, triton=None)
     assert found["torch"].text == "2.9.0"
     assert found["wandb"].text == "not installed (extra wandb)" and found["wandb"].status == "ok"
     assert found["triton"].text == "not installed"
     assert "git " in found["torch build"].text
     assert "pytest" not in found
-    needed = {line.partition(">")[0].partition("=")[0] for line in (ROOT / "requirements.txt").read_text().split()}
-    assert needed <= found.keys()
 
 
 def test_requirements_that_are_not_met(pretend: Any) -> None:
-    said = "torchvision 0.29.1 has requirement torch==2.14.1, but you have torch 2.9.0."
-    found = pretend(conflicts=f"{said}\njupyter 1 requires other, which is not installed.\n")
-    found = {key: finding for key, finding in found.items() if key.startswith("pip check")}
-    assert [finding.text for finding in found.values()] == [said]
-    assert {finding.status for finding in found.values()} == {PROBLEM}
+    """Those of what esc_arch requires; not those of extras or of other systems, nor what is not installed at all."""
+    further = ['numpy>=9; extra == "all"', 'numpy>=9; sys_platform == "none"', "tb-nightly"]
+    requires = {"torchvision": ["torch==2.14.1", "numpy>=1", *further], "esc-arch": ["torch>=2.7", "torchvision"]}
+    found = pretend(requires, torch="2.9.0", torchvision="0.29.1")
+    conflicts = [finding for key, finding in found.items() if key.startswith("conflict")]
+    assert [finding.text for finding in conflicts] == [
+        "torchvision 0.29.1 requires torch==2.14.1, but 2.9.0 is installed"
+    ]
+    assert conflicts[0].status == PROBLEM
 
 
 def test_a_clone_that_is_not_installed(pretend: Any) -> None:
-    assert pretend({}, esc_arch=None)["esc-arch"].text.endswith("a folder on the path, not installed")
+    found = pretend(esc_arch=None)
+    assert found["esc-arch"].text.endswith("a folder on the path, not installed")
+    needed = {line.partition(">")[0].partition("=")[0] for line in (ROOT / "requirements.txt").read_text().split()}
+    assert needed <= found.keys()
 
 
 def test_a_library_that_cannot_be_imported(pretend: Any) -> None:
@@ -163,7 +169,7 @@ def test_a_distribution_of_another_name(clone: Path, monkeypatch: pytest.MonkeyP
     assert several.advice.startswith("Keep one: pip uninstall basicsr-fixed basicsr")
 
 
-def test_functions_that_are_not_mended(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_functions_that_are_not_patched(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(basicsr, "__version__", "1.3.5")
     found = by_key(installation.copies(context()))["patched functions"]
     assert found.status == WARNING and found.text == "none of this BasicSR: this is 1.3.5"
