@@ -102,13 +102,13 @@ def test_basicsr_is_broken(tmp_path: Path) -> None:
     assert run.status == 1, run.err
     failure = by_key(report, "installation")["import"]
     assert failure["status"] == "problem"
-    assert failure["text"].startswith("esc_arch cannot be imported: ImportError: it is broken (")
+    assert failure["text"].startswith("BasicSR cannot be imported: ImportError: it is broken (")
     assert by_key(report, "installation")["copies of basicsr"]["status"] == "warning"
     assert by_key(report, "installation")["basicsr"]["text"].startswith(str((tmp_path / "basicsr").resolve()))
     naive = by_key(report, "backends")["window attention, cpu float32: naive"]
     assert naive["text"] == "can run"
     option_file = by_key(report, "option file")
-    assert option_file["basicsr check"]["text"] == "not known: esc_arch cannot be imported"
+    assert option_file["basicsr check"]["text"] == "not known: BasicSR cannot be imported"
     assert option_file["results_root"]["text"].startswith(str(tmp_path / "results"))
 
 
@@ -117,7 +117,7 @@ def test_a_library_is_broken(tmp_path: Path, package: str, error: str) -> None:
     run = run_beside(stub(tmp_path, package, f"raise OSError({error!r})"), "--no-test")
     assert run.status == 1, run.err
     assert "Traceback" not in run.out + run.err
-    assert f"esc_arch cannot be imported: OSError: {error}" in run.out
+    assert f"BasicSR cannot be imported: OSError: {error}" in run.out
     assert f"{package} " in run.out.partition(f", cannot be imported: OSError: {error}")[0].splitlines()[-1]
     assert [line for line in run.out.splitlines() if line.startswith("[")] == [f"[{name}]" for name in SECTIONS]
 
@@ -129,27 +129,10 @@ def test_another_command_ends_with_the_error(tmp_path: Path) -> None:
     assert run.out == ""
 
 
-@pytest.mark.parametrize(
-    ("argv", "original", "expected"),
-    [
-        (["/env/bin/basicsr", "doctor", "--json"], [], ["--json"]),
-        (["-m", "doctor"], ["python", "-m", "esc_arch", "doctor"], []),
-        (["-m", "doctor"], ["python", "-m", "other", "doctor"], None),
-        (["/env/bin/other", "doctor"], [], None),
-        (["/env/bin/basicsr", "train", "doctor"], [], None),
-        (["/env/bin/basicsr"], [], None),
-        ([], [], None),
-    ],
-)
-def test_which_processes_are_the_doctor(argv: list[str], original: list[str], expected: list[str] | None) -> None:
-    assert command._arguments_of_doctor(argv, original) == expected
-
-
 def test_an_import_that_ends_the_process(tmp_path: Path) -> None:
-    """Then the folder is started, which imports nothing itself."""
     stubs = stub(tmp_path, "torch", "import os; os.abort()")
-    run = run_beside(stubs, "--no-test", start=(str(ROOT / "esc_arch" / "tools" / "doctor"),))
+    run = run_beside(stubs, "--no-test")
     assert run.status == 1, run.err
-    assert "esc_arch cannot be imported: the process ended with signal SIGABRT" in run.out
+    assert "BasicSR cannot be imported: the process ended with signal SIGABRT" in run.out
     assert "cannot be imported: the process ended with signal SIGABRT" in run.out
     assert "[option file]" in run.out

@@ -6,19 +6,15 @@ import argparse
 import io
 import math
 import sys
-import traceback
-from collections.abc import Callable, Iterable, Sequence
-from pathlib import Path
+from collections.abc import Callable, Iterable
 
 from esc_arch.project import add_import_argument
 
 from . import installation, machine, option_file
 from .report import PROBLEM, WARNING, Context, Finding, as_json, as_text
-from .subprocess_worker import Worker, describe, skip_package_imports
+from .subprocess_worker import Worker, describe
 
-__all__ = ["HELP", "add_arguments", "main", "run", "run_where_the_import_failed"]
-
-HELP = "Say what is installed, what can run here, and what is wrong with it: to be pasted into a bug report."
+__all__ = ["add_arguments", "run"]
 
 SECTIONS: dict[str, Callable[[Context], Iterable[Finding]]] = {
     "versions": installation.versions,
@@ -55,13 +51,13 @@ def _seconds(text: str) -> float:
     return seconds
 
 
-def run(args: argparse.Namespace, import_failure: str = "") -> int:
+def run(args: argparse.Namespace) -> int:
     """Print the report, a section as soon as it is known; returns the exit status: 1 if there is a problem, else 0."""
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")  # for a terminal or a pipe that takes ASCII alone
     found: dict[str, list[Finding]] = {}
     with Worker(args.timeout) as worker:
-        context = Context(args, import_failure, worker)
+        context = Context(args, installation.basicsr_failure(worker), worker)
         show = (lambda _: None) if args.json else print
         for name, section in SECTIONS.items():
             show(f"[{name}]")
@@ -77,25 +73,3 @@ def run(args: argparse.Namespace, import_failure: str = "") -> int:
     told = ", ".join(f"{count} {status}{'s' * (count > 1)}" for count, status in counts) or "Nothing is wrong"
     print(as_json(found) if args.json else f"{told}.")
     return int(PROBLEM in statuses)
-
-
-def main(argv: Sequence[str], import_failure: str = "") -> int:
-    """`basicsr doctor` where esc_arch cannot be imported."""
-    parser = argparse.ArgumentParser(prog="basicsr doctor", description=HELP)
-    add_arguments(parser)
-    return run(parser.parse_args(argv), import_failure)
-
-
-def run_where_the_import_failed(error: Exception) -> None:
-    """If this process is `basicsr doctor`, end it with the report: `import esc_arch` failed with `error`."""
-    arguments = _arguments_of_doctor(sys.argv, sys.orig_argv)
-    if arguments is not None:
-        skip_package_imports()
-        place = traceback.extract_tb(error.__traceback__)[-1]
-        sys.exit(main(arguments, f"{describe(error)} ({place.filename}, line {place.lineno})"))
-
-
-def _arguments_of_doctor(argv: Sequence[str], original: Sequence[str]) -> Sequence[str] | None:
-    """What follows `basicsr doctor` or `python -m esc_arch doctor`; None for other commands."""
-    is_ours = (argv[:1] == ["-m"] and "esc_arch" in original) or Path(*argv[:1]).name == "basicsr"
-    return argv[2:] if is_ours and argv[1:2] == ["doctor"] else None

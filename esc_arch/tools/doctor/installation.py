@@ -8,6 +8,7 @@ import importlib.metadata
 import platform
 import re
 import sys
+import traceback
 from collections.abc import Iterable, Iterator
 from contextlib import suppress
 from importlib.metadata import Distribution
@@ -18,9 +19,9 @@ from esc_arch.project import import_modules
 from esc_arch.version import __version__
 
 from .report import PROBLEM, WARNING, Context, Finding, warn_if
-from .subprocess_worker import JobFailed
+from .subprocess_worker import JobFailed, Worker, describe
 
-__all__ = ["copies", "registered_names", "versions"]
+__all__ = ["basicsr_failure", "copies", "import_basicsr", "registered_names", "versions"]
 
 _ROOT = Path(__file__).resolve().parents[3]
 _NEWEST_PYTHON = (3, 13)
@@ -38,6 +39,24 @@ _HINTS = {
     "": "Reinstall it, or fix this first: the rest follows.",
 }
 _LISTED = 6
+
+
+def basicsr_failure(worker: Worker) -> str:
+    """Why BasicSR cannot be imported, found in a child process, which may crash; empty if it can."""
+    try:
+        return str(worker.call(f"{__name__}:import_basicsr"))
+    except JobFailed as failure:
+        return str(failure)
+
+
+def import_basicsr() -> str:
+    """In the child process: why the import fails, and where."""
+    try:
+        import basicsr  # noqa: F401
+    except Exception as error:
+        place = traceback.extract_tb(error.__traceback__)[-1]
+        return f"{describe(error)} ({place.filename}, line {place.lineno})"
+    return ""
 
 
 def versions(context: Context) -> Iterator[Finding]:
@@ -116,7 +135,7 @@ def _version(name: str) -> str | None:
 def copies(context: Context) -> Iterator[Finding]:
     """The import, where both packages are imported from, and what esc_arch fixes in BasicSR."""
     if failure := context.import_failure:
-        yield Finding("import", f"esc_arch cannot be imported: {failure}", PROBLEM, _hint(failure))
+        yield Finding("import", f"BasicSR cannot be imported: {failure}", PROBLEM, _hint(failure))
     else:
         yield Finding("import", "esc_arch and BasicSR can be imported")
     yield Finding("esc_arch", f"{_ROOT / 'esc_arch'}, {__version__}")
@@ -182,7 +201,7 @@ def _digest(path: Path) -> str:
 def registered_names(context: Context) -> Iterator[Finding]:
     """What option files can name, with its files; names of ours that others have; modules that cannot be imported."""
     if context.import_failure:
-        yield Finding("names", "not known: esc_arch cannot be imported", WARNING)
+        yield Finding("names", "not known: BasicSR cannot be imported", WARNING)
         return
     from basicsr.utils import registry
 

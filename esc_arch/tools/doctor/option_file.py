@@ -27,6 +27,9 @@ def examine(context: Context) -> Iterator[Finding]:
     if file is None:
         yield Finding("file", "none given: -opt FILE looks at its keys, data, weights and folders")
         return
+    if context.import_failure:
+        yield Finding("basicsr check", "not known: BasicSR cannot be imported", WARNING)
+        return
     try:
         opt = context.worker.call("esc_arch.options.files:load_yaml", file)
     except JobFailed as failure:
@@ -34,10 +37,7 @@ def examine(context: Context) -> Iterator[Finding]:
         yield Finding("file", text, PROBLEM, "Give an option file that can be read.")
         return
     yield Finding("file", file)
-    if context.import_failure:
-        yield Finding("basicsr check", "not known: esc_arch cannot be imported", WARNING)
-    else:
-        yield from _check(context)
+    yield from _check(context)
     yield from _outputs(opt)
 
 

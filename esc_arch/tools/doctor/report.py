@@ -36,7 +36,7 @@ def warn_if(condition: object, key: str, text: str, advice: str, data: Any = Non
 
 
 class Context(NamedTuple):
-    """What sections share: the command's arguments, why `import esc_arch` failed ("": it did not), and a worker."""
+    """What sections share: the command's arguments, why BasicSR cannot be imported ("": it can), and a worker."""
 
     args: argparse.Namespace
     import_failure: str

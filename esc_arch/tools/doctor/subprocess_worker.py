@@ -10,26 +10,13 @@ import subprocess
 import sys
 import tempfile
 from contextlib import suppress
-from pathlib import Path
-from types import ModuleType
 from typing import IO, Any
 
-__all__ = [
-    "IMPORT_LIMIT",
-    "JobFailed",
-    "Worker",
-    "describe",
-    "how_it_ended",
-    "import_failure",
-    "serve",
-    "skip_package_imports",
-]
+__all__ = ["IMPORT_LIMIT", "JobFailed", "Worker", "describe", "how_it_ended", "serve"]
 
 _LONGEST = 500
 #: Seconds for imports before a call: torch alone takes a minute from a slow network disk.
 IMPORT_LIMIT = 180.0
-#: Packages whose `__init__` needs BasicSR, though some of their modules do not.
-_PACKAGES = ("", ".checkpoints", ".compat", ".data", ".options", ".tools.upscale")
 
 
 class JobFailed(Exception):
@@ -77,8 +64,9 @@ class Worker:
 
     def _start(self) -> subprocess.Popen[str]:
         self._errors: IO[bytes] = tempfile.TemporaryFile()  # noqa: SIM115  (closed with the worker)
+        code = f"import sys; sys.path[:] = {sys.path!r}; from {__name__} import serve; serve()"
         return subprocess.Popen(
-            [sys.executable, str(Path(__file__).parent), "--child", json.dumps(sys.path)],
+            [sys.executable, "-c", code],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=self._errors,
@@ -113,22 +101,6 @@ def serve() -> None:
             answer = {"error": describe(error)}
         signal.setitimer(signal.ITIMER_REAL, 0)
         print(json.dumps(answer, default=str), file=answers, flush=True)
-
-
-def skip_package_imports() -> None:
-    """Put an empty package in place of each of `_PACKAGES` that is not imported yet, or failed to be."""
-    root = Path(__file__).parents[2]
-    for name in _PACKAGES:
-        package = ModuleType(f"esc_arch{name}")
-        package.__path__ = [str(root.joinpath(*name.split(".")))]
-        sys.modules.setdefault(package.__name__, package)
-
-
-def import_failure(module: str) -> str:
-    """Why a process of its own cannot import a module, in one line; empty if it can."""
-    code = f"import sys; sys.path[:] = {sys.path!r}; import {module}"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True)
-    return how_it_ended(done.returncode, done.stderr) if done.returncode else ""
 
 
 def describe(error: BaseException) -> str:

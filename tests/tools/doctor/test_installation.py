@@ -186,7 +186,7 @@ def test_functions_that_are_not_patched(monkeypatch: pytest.MonkeyPatch) -> None
 )
 def test_a_failed_import(failure: str, advice: str) -> None:
     found = by_key(installation.copies(context(failure)))
-    assert found["import"].text == f"esc_arch cannot be imported: {failure}"
+    assert found["import"].text == f"BasicSR cannot be imported: {failure}"
     assert found["import"].status == PROBLEM and advice in found["import"].advice
     assert "patched functions" not in found
 

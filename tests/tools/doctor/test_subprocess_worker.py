@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from esc_arch.tools.doctor.subprocess_worker import JobFailed, Worker, import_failure
+from esc_arch.tools.doctor.subprocess_worker import JobFailed, Worker
 
 
 @pytest.fixture(scope="module")
@@ -72,8 +72,3 @@ def test_esc_arch_is_there_without_what_its_start_imports(worker: Worker) -> Non
         assert status == "ok" and text.startswith("self-test: error forward ")
     code = "import sys; assert 'basicsr' not in sys.modules, 'it is there'"
     assert worker.call("builtins:exec", code) is None
-
-
-def test_why_a_process_cannot_import() -> None:
-    assert import_failure("json") == ""
-    assert "No module named 'there_is_none'" in import_failure("there_is_none")
