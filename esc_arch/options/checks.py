@@ -18,15 +18,26 @@ from basicsr.utils.registry import ARCH_REGISTRY, DATASET_REGISTRY, METRIC_REGIS
 
 from esc_arch.archs import ESCLTE
 from esc_arch.archs.base import ESCFamily
+from esc_arch.models import ESCLTEModel
 from esc_arch.models.metrics import needs_ground_truth
 from esc_arch.names import did_you_mean
-from esc_arch.problems import Problem, join, of_severity
+from esc_arch.problems import Problem, join, of_severity, wrong_value
 
 from .data_checks import CheckScope, check_data
 from .files import Options
 from .key_checks import check_keys
-from .keys import REQUIRED
-from .section_checks import check_call, check_type, entries, is_integer, is_known_code, metrics_of, sr_model
+from .keys import KEYS, REQUIRED
+from .section_checks import (
+    check_call,
+    check_type,
+    check_values,
+    entries,
+    is_integer,
+    is_known_code,
+    metrics_of,
+    missing_keys,
+    sr_model,
+)
 from .training_checks import check_logger, check_training
 
 __all__ = ["check_options", "check_sections", "check_shape", "merge"]
@@ -55,21 +66,14 @@ def merge(of_keys: Iterable[Problem], of_sections: Iterable[Problem]) -> list[Pr
 
 def check_shape(opt: Options) -> Iterator[Problem]:
     """What must be fixed before anything else can be checked: the name, sections that are no mappings, odd keys."""
-    name = opt.get("name")
-    if not isinstance(name, str) or not name:
-        yield Problem("name", f"{name!r} given; must be text, in quotes if it looks like a number")
-    elif "/" in name or os.sep in name or name in (".", ".."):
-        yield Problem("name", f"{name!r} given; must be one folder's name, without path separators")
-    for key in ("path", "logger", "val", "train"):
-        if not isinstance(opt.get(key, {}), dict | None):
-            yield Problem(key, f"{opt[key]!r} given; must be a mapping of 'key: value' lines")
+    for key in ("name", "path", "logger", "val", "train", "datasets"):
+        yield from check_values("", {key: opt.get(key)}, KEYS[""])
     datasets = opt.get("datasets")
-    if isinstance(datasets, dict) and datasets:
-        for phase, dataset in datasets.items():
-            if not isinstance(dataset, dict):
-                yield Problem(f"datasets:{phase}", f"{dataset!r} given; must be a mapping with type, dataroot_gt, ...")
-    else:
-        yield Problem("datasets", f"{datasets!r} given; must be a mapping with a section for each data set")
+    if datasets == {}:
+        yield Problem("datasets", "empty; give a section for each data set")
+    for phase, dataset in datasets.items() if isinstance(datasets, dict) else ():
+        if not isinstance(dataset, dict):
+            yield wrong_value(f"datasets:{phase}", dataset, "a mapping with type, dataroot_gt, ...")
     yield from _check_key_types(opt, "")
 
 
@@ -158,34 +162,29 @@ def _phase_problem(phase: str, is_train: bool) -> str | None:
 def _check_dataset(path: str, dataset: Options, opt: Options, scope: CheckScope) -> Iterator[Problem]:
     types, is_train = entries(DATASET_REGISTRY), path == "datasets:train"
     yield from check_type(f"{path}:type", dataset.get("type"), types)
-    if is_train and dataset.get("batch_size_per_gpu") is None:
-        yield Problem(f"{path}:batch_size_per_gpu", "missing; give a whole number of at least 1, such as 16")
     kind = types.get(str(dataset.get("type")))
-    if kind is None:
-        return
-    scale = opt.get("scale", dataset.get("scale"))
-    problems = list(check_data(path, dataset, kind, scale, metrics_of(opt), scope))
-    yield from problems
-    told = {problem.path for problem in problems}
-    for key in REQUIRED.get(kind.__name__, ()) if is_known_code(kind) else ():
-        if dataset.get(key) is None and f"{path}:{key}" not in told:
-            yield Problem(f"{path}:{key}", f"missing; {dataset['type']} needs it")
+    required = ["batch_size_per_gpu"] if is_train else []
+    if kind is not None:
+        scale = opt.get("scale", dataset.get("scale"))
+        yield from check_data(path, dataset, kind, scale, metrics_of(opt), scope)
+        required += REQUIRED.get(kind.__name__, []) if is_known_code(kind) else []
+    yield from missing_keys(path, dataset, KEYS["datasets:*"], required)
 
 
 def _check_metrics(opt: Options) -> Iterator[Problem]:
-    metrics = (opt.get("val") or {}).get("metrics")
-    if not isinstance(metrics, dict | None):
-        yield Problem("val:metrics", f"{metrics!r} given; must be a mapping, such as psnr: {{type: calculate_psnr}}")
-        return
     model, datasets = sr_model(opt), opt["datasets"].items()
     without_gt = [name for name, data in datasets if name != "train" and data.get("type") == "SingleImageDataset"]
-    for name, metric in (metrics or {}).items():
+    options: Any = {"supplied": ["img", "img2"], "extra": ["better"], "table": KEYS["val:metrics:*"]}
+    metrics = (opt.get("val") or {}).get("metrics")
+    for name, metric in metrics.items() if isinstance(metrics, dict) else ():
         path = f"val:metrics:{name}"
-        problems = list(check_call(path, metric, entries(METRIC_REGISTRY), supplied=["img", "img2"], extra=["better"]))
+        problems = list(check_call(path, metric, entries(METRIC_REGISTRY), **options))
         yield from problems
         if problems or model is None or not is_known_code(model.nondist_validation):
             continue
         kind = metric["type"]
+        if metric.get("crop_border") == "scale" and not issubclass(model, ESCLTEModel):
+            yield Problem(f"{path}:crop_border", "'scale' given, which only ESCLTEModel knows; give a number")
         if kind in _OF_TENSORS:
             yield Problem(f"{path}:type", f"{kind} takes tensors, and validation has images. Give {kind[:-3]}")
         elif without_gt and needs_ground_truth(metric):

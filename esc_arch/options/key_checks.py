@@ -9,15 +9,14 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from basicsr.utils.registry import DATASET_REGISTRY, LOSS_REGISTRY, METRIC_REGISTRY, MODEL_REGISTRY
+from basicsr.utils.registry import DATASET_REGISTRY, MODEL_REGISTRY
 
-from esc_arch.models import ESCLTEModel
 from esc_arch.names import nearest
 from esc_arch.problems import Problem, join
 
 from .files import Options
-from .keys import DATASET, IGNORED, KEYS, LOSS, METRIC, OLD_NAMES, Key, find_key
-from .section_checks import is_esc_model, is_known, metrics_of, sr_model
+from .keys import IGNORED, KEYS, OLD_NAMES, Key, find_key
+from .section_checks import check_values, is_esc_model, is_known
 
 __all__ = ["check_keys"]
 
@@ -36,28 +35,24 @@ def check_keys(opt: Options, is_train: bool) -> Iterator[Problem]:
     """
     model_is_known = is_known(MODEL_REGISTRY, opt.get("model_type"))
     for name in ("", "path", "train", "val", "logger") if is_train else ("", "path", "val"):
-        section = opt if not name else opt.get(name)
-        if isinstance(section, dict):
-            yield from _check_section(name, section, KEYS[name], model_is_known)
-            yield from _check_esc_options(name, section, opt)
+        section = (opt.get(name) if name else opt) or {}
+        yield from _check_section(name, section, KEYS[name], model_is_known)
+        if model_is_known and not is_esc_model(opt):
+            yield from _unused_options(name, section, opt["model_type"])
     wandb = (opt.get("logger") or {}).get("wandb")
     if is_train and isinstance(wandb, dict):
         read = wandb if wandb.get("project") is not None else dict.fromkeys(wandb)  # without it, no value is read
         yield from _check_section("logger:wandb", read, KEYS["logger:wandb"], True)
     for phase, dataset in opt["datasets"].items():
         known = is_known(DATASET_REGISTRY, dataset.get("type"))
-        yield from _check_section(f"datasets:{phase}", dataset, DATASET, known)
-    for path, loss in _losses(opt.get("train") if is_train else None).items():
-        if is_known(LOSS_REGISTRY, loss.get("type")):
-            yield from _check_values(path, loss, LOSS)
-    yield from _check_metrics(opt)
+        yield from _check_section(f"datasets:{phase}", dataset, KEYS["datasets:*"], known)
 
 
 def _check_section(
     path: str, section: Mapping[str, Any], table: Mapping[str, Key], reader_is_known: bool
 ) -> Iterator[Problem]:
     known = {key: entry for key, entry in table.items() if reader_is_known or not entry.reader}
-    yield from _check_values(path, section, known)
+    yield from check_values(path, section, known)
     # Names for patterns such as optim_*: those of the networks, and of the two that every GAN has
     labels = {"g", "d"} | {key.partition("_")[2] for key in section if key.startswith("network_")}
     names = {key.replace("*", label) for key in table for label in labels}
@@ -76,39 +71,9 @@ def _check_section(
             yield Problem(where, f"unknown key; it will be ignored{hint}", "warning")
 
 
-def _check_values(path: str, section: Mapping[str, Any], table: Mapping[str, Key]) -> Iterator[Problem]:
-    for name, value in section.items():
-        key = find_key(table, name)
-        if key is not None and not key.accepts(value):
-            guess = nearest(value, key.choices) if not key.kinds else None
-            hint = f". Did you mean {guess!r}?" if guess else ""
-            yield Problem(join(path, name), f"{value!r} given; must be {key.wanted}{hint}")
-
-
-def _check_esc_options(path: str, section: Mapping[str, Any], opt: Options) -> Iterator[Problem]:
+def _unused_options(path: str, section: Mapping[str, Any], model_type: str) -> Iterator[Problem]:
     """Options of ESCModel that are given to another model of BasicSR's."""
-    if is_esc_model(opt) or not is_known(MODEL_REGISTRY, opt.get("model_type")):
-        return
     for name, key in KEYS[path].items():
         if key.reader == "ESCModel" and section.get(name):
-            message = f"{opt['model_type']} does not use it; ESCModel does. Change model_type, or remove it"
+            message = f"{model_type} does not use it; ESCModel does. Change model_type, or remove it"
             yield Problem(join(path, name), message, "error" if name in _NEVER_IGNORED else "warning")
-
-
-def _losses(train: Any) -> dict[str, Mapping[str, Any]]:
-    """The losses in `train:`, by their paths."""
-    sections = train if isinstance(train, dict) else {}
-    named = sections.get("losses")
-    found = {f"train:{name}": loss for name, loss in sections.items() if name.endswith("_opt")}
-    found |= {f"train:losses:{name}": loss for name, loss in (named if isinstance(named, dict) else {}).items()}
-    return {path: loss for path, loss in found.items() if isinstance(loss, dict)}
-
-
-def _check_metrics(opt: Options) -> Iterator[Problem]:
-    has_its_scale = not is_known(MODEL_REGISTRY, opt.get("model_type")) or sr_model(opt) is ESCLTEModel
-    for name, metric in metrics_of(opt).items():
-        if is_known(METRIC_REGISTRY, metric.get("type")):
-            path = f"val:metrics:{name}"
-            yield from _check_values(path, metric, METRIC)
-            if metric.get("crop_border") == "scale" and not has_its_scale:
-                yield Problem(f"{path}:crop_border", "'scale' given, which only ESCLTEModel knows; give a number")

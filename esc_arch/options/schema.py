@@ -15,7 +15,7 @@ from basicsr.utils.registry import ARCH_REGISTRY, DATASET_REGISTRY, LOSS_REGISTR
 from esc_arch.training.optimizers import OPTIMIZERS
 from esc_arch.training.schedulers import SCHEDULERS
 
-from .keys import DATASET, IGNORED, KEYS, KINDS, OLD_NAMES, Key
+from .keys import IGNORED, KEYS, KINDS, OLD_NAMES, Key
 from .section_checks import entries, is_known_code
 
 __all__ = ["options_schema"]
@@ -35,7 +35,7 @@ def options_schema() -> Schema:
     models, datasets = entries(MODEL_REGISTRY), entries(DATASET_REGISTRY)
     known_models, known_datasets = (all(map(is_known_code, kinds.values())) for kinds in (models, datasets))
     losses = {name: _or_null("loss") for name in KEYS["train"] if name.endswith("_opt")}
-    dataset = _section(DATASET, known_datasets, ["type"], {"type": {"enum": _names(datasets)}})
+    dataset = _section(KEYS["datasets:*"], known_datasets, ["type"], {"type": {"enum": _names(datasets)}})
     train = losses | {
         "losses": _named("loss"),
         "scheduler": {"$ref": "#/$defs/scheduler"},

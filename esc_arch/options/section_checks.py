@@ -1,4 +1,4 @@
-"""What the checks of an option file share: registered names, arguments that fit a constructor, kinds of numbers."""
+"""What the checks of an option file share: values that the table of keys allows, registered names, arguments."""
 
 from __future__ import annotations
 
@@ -10,23 +10,43 @@ from basicsr.models.sr_model import SRModel
 from basicsr.utils.registry import MODEL_REGISTRY
 
 from esc_arch.models import ESCModel
-from esc_arch.names import did_you_mean, without_own
-from esc_arch.problems import Problem
+from esc_arch.names import did_you_mean, nearest, without_own
+from esc_arch.problems import Problem, join, wrong_value
 
 from .files import Options
+from .keys import Key, find_key
 
 __all__ = [
     "check_call",
     "check_type",
+    "check_values",
     "entries",
     "is_esc_model",
     "is_integer",
     "is_known",
     "is_known_code",
     "metrics_of",
+    "missing_keys",
     "shown_names",
     "sr_model",
 ]
+
+
+def check_values(path: str, section: Mapping[str, Any], table: Mapping[str, Key]) -> Iterator[Problem]:
+    """Check those values of the section at `path` whose keys are in the table."""
+    for name, value in section.items():
+        key = find_key(table, name)
+        if key is not None and not key.accepts(value):
+            guess = nearest(value, key.choices) if not key.kinds else None
+            yield wrong_value(join(path, name), value, key.wanted + (f". Did you mean {guess!r}?" if guess else ""))
+
+
+def missing_keys(
+    path: str, section: Mapping[str, Any], table: Mapping[str, Key], required: Iterable[str]
+) -> Iterator[Problem]:
+    for name in required:
+        if section.get(name) is None:
+            yield Problem(join(path, name), f"missing; give {table[name].wanted}")
 
 
 def check_type(path: str, name: Any, known: Mapping[str, Any], *, registered: bool = True) -> Iterator[Problem]:
@@ -48,14 +68,16 @@ def check_call(
     needed: Iterable[str] = (),
     extra: Iterable[str] = (),
     registered: bool = True,
+    table: Mapping[str, Key] | None = None,
 ) -> Iterator[Problem]:
     """Check that `known[section['type']]` can be called with the rest of `section`.
 
     BasicSR supplies the arguments `supplied` itself and takes the keys `extra` out; keys `needed` must
-    be given though the callable has defaults for them. `registered` is as of `check_type`.
+    be given though the callable has defaults for them. `registered` is as of `check_type`. The table has values that
+    BasicSR's classes and ours take.
     """
     if not isinstance(section, dict):
-        yield Problem(path, f"{section!r} given; must be a mapping with type and its arguments")
+        yield wrong_value(path, section, "a mapping with type and its arguments")
         return
     problems = list(check_type(f"{path}:type", section.get("type"), known, registered=registered))
     yield from problems
@@ -75,6 +97,8 @@ def check_call(
     required = {name for name, entry in named.items() if entry.default is entry.empty}
     for key in sorted(required.union(needed) - section.keys()):
         yield Problem(f"{path}:{key}", f"missing; {section['type']} needs it")
+    if table and is_known_code(kind):
+        yield from check_values(path, section, table)
 
 
 def entries(registry: Any) -> dict[str, Any]:

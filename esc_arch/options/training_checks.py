@@ -21,8 +21,8 @@ from esc_arch.training.optimizers import NO_MUON, OPTIMIZERS, build_optimizer
 from esc_arch.training.schedulers import SCHEDULERS, TORCH_SCHEDULERS, build_scheduler
 
 from .files import Options
-from .keys import KINDS
-from .section_checks import check_call, entries, is_known_code, sr_model
+from .keys import KEYS, KINDS
+from .section_checks import check_call, entries, is_known_code, missing_keys, sr_model
 
 __all__ = ["check_logger", "check_training"]
 
@@ -38,8 +38,7 @@ def check_training(opt: Options) -> Iterator[Problem]:
         message = "missing; training needs this section, with total_iter, optim_g, scheduler and pixel_opt"
         yield Problem("train", message)
         return
-    if "total_iter" not in train:
-        yield Problem("train:total_iter", "missing; give a whole number of at least 1, such as 500000")
+    yield from missing_keys("train", train, KEYS["train"], ["total_iter"])
     model = sr_model(opt)
     losses = [key for key in _LOSS_KEYS if train.get(key)]
     for key in losses:
@@ -66,7 +65,7 @@ def check_training(opt: Options) -> Iterator[Problem]:
 
 
 def _check_loss(path: str, section: Any, known: Mapping[str, Any], model: type[SRModel] | None) -> Iterator[Problem]:
-    problems = list(check_call(path, section, known))
+    problems = list(check_call(path, section, known, table=KEYS["train:losses:*"]))
     yield from problems
     loss = None if problems else known[section["type"]]
     if not (inspect.isclass(loss) and issubclass(loss, ImageLoss)):
@@ -80,12 +79,8 @@ def _check_loss(path: str, section: Any, known: Mapping[str, Any], model: type[S
 
 
 def _check_extra_losses(section: Any, model: type[SRModel]) -> Iterator[Problem]:
-    if not isinstance(section, dict | None):
-        example = "fft: {type: FFTLoss, loss_weight: 0.05}"
-        yield Problem("train:losses", f"{section!r} given; must be a mapping of names, such as {example}")
-        return
     known = {name: entry for name, entry in entries(LOSS_REGISTRY).items() if name not in _NOT_OF_PAIRS}
-    for name, loss in (section or {}).items():
+    for name, loss in section.items() if isinstance(section, dict) else ():
         path = f"train:losses:{name}"
         if not name.isidentifier() or name in _LOGGED_NAMES:
             taken = f"be none of {', '.join(_LOGGED_NAMES)}, which the log has already"
