@@ -16,9 +16,9 @@ from esc_arch.project import add_import_argument
 from esc_arch.training.distributed import gather_objects, init_dist, print_note, resolve_launcher
 
 from .checks import check_options
-from .data_checks import CheckScope
 from .files import Options, apply_force_yml, load_options, load_yaml
 from .inspection import inspect_options
+from .section_checks import CheckScope
 
 __all__ = [
     "CheckScope",

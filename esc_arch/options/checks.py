@@ -23,11 +23,12 @@ from esc_arch.models.metrics import needs_ground_truth
 from esc_arch.names import did_you_mean
 from esc_arch.problems import Problem, join, of_severity, wrong_value
 
-from .data_checks import CheckScope, check_data
+from .data_checks import check_data
 from .files import Options
 from .key_checks import check_keys
 from .keys import KEYS, REQUIRED
 from .section_checks import (
+    CheckScope,
     check_call,
     check_type,
     check_values,

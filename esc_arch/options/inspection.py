@@ -10,11 +10,11 @@ from esc_arch.problems import Problem
 from esc_arch.project import import_modules
 
 from .checks import check_sections, check_shape, merge
-from .data_checks import CheckScope
 from .defaults import set_debug, set_defaults, set_paths
 from .files import Options, apply_force_yml, load_with_positions
 from .key_checks import check_keys
 from .network_checks import check_networks
+from .section_checks import CheckScope
 
 __all__ = ["Inspection", "inspect_options"]
 

@@ -27,9 +27,8 @@ from esc_arch.ops.window_attention.bias import parameters_of
 from esc_arch.problems import Problem
 from esc_arch.training.parameter_groups import freeze, pattern_problems
 
-from .data_checks import CheckScope
 from .files import Options
-from .section_checks import entries, is_esc_model, is_known_code
+from .section_checks import CheckScope, entries, is_esc_model, is_known_code
 
 __all__ = ["check_networks"]
 

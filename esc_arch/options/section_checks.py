@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 from basicsr.models.sr_model import SRModel
@@ -17,6 +18,7 @@ from .files import Options
 from .keys import Key, find_key
 
 __all__ = [
+    "CheckScope",
     "check_call",
     "check_type",
     "check_values",
@@ -30,6 +32,20 @@ __all__ = [
     "shown_names",
     "sr_model",
 ]
+
+
+@dataclass(frozen=True)
+class CheckScope:
+    """How much of what an option file names is checked.
+
+    Attributes:
+        thorough: the sizes of up to 4,000 pairs of each data set instead of 64; what is in LMDBs and not only their
+            lists; networks of other packages that cannot be built without memory.
+        with_files: the data, weights and GPUs that the file names, too.
+    """
+
+    thorough: bool = False
+    with_files: bool = True
 
 
 def check_values(path: str, section: Mapping[str, Any], table: Mapping[str, Key]) -> Iterator[Problem]:
