@@ -15,9 +15,8 @@ from esc_arch.problems import Problem, of_severity
 from esc_arch.project import add_import_argument
 from esc_arch.training.distributed import gather_objects, init_dist, print_note, resolve_launcher
 
-from .checks import check_options
+from .checks import check_options, inspect_options
 from .files import Options, apply_force_yml, load_options, load_yaml
-from .inspection import inspect_options
 from .section_checks import CheckScope
 
 __all__ = [

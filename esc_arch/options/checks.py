@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import inspect
 import os
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,18 +19,23 @@ from basicsr.utils.registry import ARCH_REGISTRY, DATASET_REGISTRY, METRIC_REGIS
 
 from esc_arch.archs import ESCLTE
 from esc_arch.archs.base import ESCFamily
+from esc_arch.errors import UserError
 from esc_arch.models import ESCLTEModel
 from esc_arch.models.metrics import needs_ground_truth
 from esc_arch.names import did_you_mean
 from esc_arch.problems import Problem, join, of_severity, wrong_value
+from esc_arch.project import import_modules
 
 from .data_checks import check_data
-from .files import Options
-from .key_checks import check_keys
+from .defaults import set_debug, set_defaults, set_paths
+from .files import Options, apply_force_yml, load_with_positions
 from .keys import KEYS, REQUIRED
+from .network_checks import check_networks
 from .section_checks import (
+    QUICK,
     CheckScope,
     check_call,
+    check_keys,
     check_type,
     check_values,
     entries,
@@ -41,24 +47,90 @@ from .section_checks import (
 )
 from .training_checks import check_logger, check_training
 
-__all__ = ["check_options", "check_sections", "check_shape", "merge"]
+__all__ = ["Inspection", "check_options", "check_sections", "inspect_options"]
 
 #: Metrics of BasicSR that its models cannot use.
 _OF_TENSORS = ("calculate_psnr_pt", "calculate_ssim_pt")
 
 
-def check_options(opt: Options, is_train: bool, scope: CheckScope | None = None) -> list[Problem]:
-    """All errors of `opt` for training or testing; `scope` says how much of the data is checked.
+@dataclass(frozen=True)
+class Inspection:
+    """What was found in an option file.
+
+    Attributes:
+        opt: the options; complete for BasicSR's pipelines if there are no errors.
+        is_train: True if they were checked as those of a training, False as those of a test.
+        problems: all findings with their places, in the order of the file.
+    """
+
+    opt: Options
+    is_train: bool
+    problems: Sequence[Problem]
+
+
+def inspect_options(
+    file: str,
+    *,
+    root_path: str,
+    is_train: bool | None,
+    force_yml: Sequence[str] = (),
+    auto_resume: bool = False,
+    debug: bool = False,
+    dist: bool = False,
+    scope: CheckScope = QUICK,
+) -> Inspection:
+    """Read an option file, complete it, and check all of it.
+
+    Args:
+        root_path: the folder that `experiments/` and `results/` are in.
+        is_train: True to train, False to test; None: to train if it has anything to train.
+
+    Raises:
+        UserError: the file or an entry of `force_yml` cannot be read at all.
+    """
+    opt, positions = load_with_positions(file)
+    apply_force_yml(opt, force_yml, positions)
+    if is_train is None:
+        datasets = opt.get("datasets")
+        is_train = isinstance(opt.get("train"), dict) or (isinstance(datasets, dict) and "train" in datasets)
+    try:
+        import_modules(opt.get("import"), "import")
+        problems = list(check_shape(opt))
+    except UserError as error:  # what the modules would have registered is not known
+        problems = [Problem("import", str(error).removeprefix("import: "))]
+    if all(problem.path == "name" for problem in problems):
+        if problems:
+            opt["name"] = "unnamed"  # so that the rest can be checked
+        of_keys = list(check_keys(opt, is_train))
+        opt |= {"dist": dist, "auto_resume": auto_resume, "is_train": is_train}
+        set_defaults(opt, is_train)
+        set_debug(opt, debug, is_train)
+        set_paths(opt, root_path, is_train)
+        problems += _merge(of_keys, check_sections(opt, is_train, scope))
+        in_the_way = ("network_", "path", "train")
+        if not any(problem.severity == "error" and problem.path.startswith(in_the_way) for problem in problems):
+            problems += check_networks(opt, is_train, scope)
+        problems = _merge(positions.odd_numbers(), [*problems, *positions.repeated.values()])
+    return Inspection(opt, is_train, sorted(map(positions.locate, problems), key=_order))
+
+
+def _order(problem: Problem) -> tuple[int, int]:
+    place = problem.place
+    return (place and place.line) or 0, (place and place.column) or 0
+
+
+def check_options(opt: Options, is_train: bool, scope: CheckScope = QUICK) -> list[Problem]:
+    """All errors of `opt`, as it was read, for training or testing; `scope` says how much of the data is checked.
 
     Options with a section of the wrong type are not checked further.
     """
     problems = list(check_shape(opt))
     if not problems:
-        problems = merge(check_keys(opt, is_train), check_sections(opt, is_train, scope or CheckScope()))
+        problems = _merge(check_keys(opt, is_train), check_sections(opt, is_train, scope))
     return of_severity(problems, "error")
 
 
-def merge(of_keys: Iterable[Problem], of_sections: Iterable[Problem]) -> list[Problem]:
+def _merge(of_keys: Iterable[Problem], of_sections: Iterable[Problem]) -> list[Problem]:
     """Both, but of one key only what the more specific check says."""
     specific = list(of_sections)
     told = {problem.path for problem in specific}

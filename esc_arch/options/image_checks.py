@@ -168,8 +168,8 @@ def _find_files(path: str, dataset: Options) -> Generator[Problem, None, list[li
     for key, files in columns.items():
         # Listing a folder once is far quicker than asking for every file
         folders = filter(os.path.isdir, {os.path.dirname(file) for file in files})
-        there = {os.path.join(folder, name) for folder in folders for name in os.listdir(folder)}
-        missing = [file for file in files if file not in there]
+        there = {(folder, name) for folder in folders for name in os.listdir(folder)}
+        missing = [file for file in files if os.path.split(file) not in there]
         if missing:
             message = f"{len(missing)} of {len(files)} images are missing, the first is {shown(missing[0])}"
             of_pair = f" (filename_tmpl is {template!r})" if lq_key and key == "dataroot_lq" else ""

@@ -29,6 +29,10 @@ def _is_number(value: Any) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool)
 
 
+def _is_integer(value: Any) -> bool:
+    return _is_number(value) and value % 1 == 0  # 5e5 is a float that is whole
+
+
 def _is_list(value: Any, is_part: Callable[[Any], bool]) -> bool:
     return isinstance(value, list) and all(map(is_part, value))
 
@@ -48,10 +52,10 @@ KINDS = {
     "texts": Kind("a list of texts", lambda value: _is_list(value, _is_text), {"type": "array"}),
     # 0 and 1 do the same in Python; quoted words would all be true
     "flag": Kind("true or false, without quotes", lambda value: value in (0, 1), {"enum": [True, False, 0, 1]}),
-    # 5e5 is a float that is whole
-    "int": Kind("a whole number", lambda value: _is_number(value) and value % 1 == 0, {"type": "integer"}),
+    "int": Kind("a whole number", _is_integer, {"type": "integer"}),
     "number": Kind("a number", _is_number, {"type": "number"}),
     "numbers": Kind("a list of numbers", lambda value: _is_list(value, _is_number), {"type": "array"}),
+    "ints": Kind("a list of whole numbers", lambda value: _is_list(value, _is_integer), {"type": "array"}),
     "mapping": Kind("a mapping of 'key: value' lines", lambda value: isinstance(value, dict), {"type": "object"}),
 }
 
@@ -250,6 +254,7 @@ KEYS["train:losses:*"] = {
     "reduction": Key("", "How all differences become one number.", choices=("mean", "sum"), nullable=False),
 }
 
+KEYS["train:scheduler"] = {"periods": Key("ints", "Iterations of each period.", least=1, example=[500000])}
 KEYS["datasets:*"] = {
     "name": Key("text", "The data set's name, in logs and result folders."),
     "type": Key("text", "The class that reads it."),

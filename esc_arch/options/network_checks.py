@@ -28,12 +28,12 @@ from esc_arch.problems import Problem
 from esc_arch.training.parameter_groups import freeze, pattern_problems
 
 from .files import Options
-from .section_checks import CheckScope, entries, is_esc_model, is_known_code
+from .section_checks import QUICK, CheckScope, entries, is_esc_model, is_known_code
 
 __all__ = ["check_networks"]
 
 
-def check_networks(opt: Options, is_train: bool, scope: CheckScope | None = None) -> Iterator[Problem]:
+def check_networks(opt: Options, is_train: bool, scope: CheckScope = QUICK) -> Iterator[Problem]:
     """What is wrong with the values of `network_*`, the files of `path: pretrain_network_*`, and name patterns.
 
     So is an attention backend asked for by name that cannot train (or test) on this machine.
@@ -41,7 +41,6 @@ def check_networks(opt: Options, is_train: bool, scope: CheckScope | None = None
     To be called when `checks.check_options` finds nothing wrong. A network that cannot be built without memory is
     left to BasicSR; or, when `scope` is thorough, built with memory.
     """
-    scope = scope or CheckScope()
     is_resumed = opt.get("auto_resume") or opt["path"].get("resume_state")  # then the run loads its own weights
     keys = [key for key in opt if key.startswith("network_") and (is_train or key == "network_g")]
     for key, section in ((key, opt[key]) for key in keys if isinstance(opt[key], dict)):

@@ -21,7 +21,7 @@ from esc_arch.training.optimizers import NO_MUON, OPTIMIZERS, build_optimizer
 from esc_arch.training.schedulers import SCHEDULERS, TORCH_SCHEDULERS, build_scheduler
 
 from .files import Options
-from .keys import KEYS, KINDS
+from .keys import KEYS
 from .section_checks import check_call, entries, is_known_code, missing_keys, sr_model
 
 __all__ = ["check_logger", "check_training"]
@@ -35,8 +35,9 @@ _LOGGED_NAMES = ("pix", "percep", "style")
 def check_training(opt: Options) -> Iterator[Problem]:
     train = opt.get("train")
     if not train:
-        message = "missing; training needs this section, with total_iter, optim_g, scheduler and pixel_opt"
-        yield Problem("train", message)
+        yield Problem(
+            "train", "missing; training needs this section, with total_iter, optim_g, scheduler and pixel_opt"
+        )
         return
     yield from missing_keys("train", train, KEYS["train"], ["total_iter"])
     model = sr_model(opt)
@@ -122,20 +123,14 @@ def _reason(error: Exception) -> str:
 
 
 def _check_scheduler(train: Options) -> Iterator[Problem]:
-    path = "train:scheduler"
-    section: Any = train.get("scheduler")
-    total = train.get("total_iter")
-    supplied = ["optimizer", "last_epoch", "scale_fn"]
-    problems = list(check_call(path, section, SCHEDULERS, supplied=supplied, registered=False))
+    path, section, total = "train:scheduler", train.get("scheduler"), train.get("total_iter")
+    supplied, table = ["optimizer", "last_epoch", "scale_fn"], KEYS["train:scheduler"]
+    problems = list(check_call(path, section, SCHEDULERS, supplied=supplied, registered=False, table=table))
     yield from problems
-    if problems:
+    if problems or section is None:
         return
     options = {key: value for key, value in section.items() if key != "type"}
     kind, periods = section["type"], options.get("periods")
-    if periods is not None and not (isinstance(periods, list) and all(map(_is_count, periods))):
-        message = f"{periods!r} given; must be a list of iterations, such as [{total or 500000}]"
-        yield Problem(f"{path}:periods", message)
-        return
     try:
         optimizer = _trial_optimizer(train["optim_g"])
     except Exception:  # told by _check_optimizer
@@ -148,13 +143,9 @@ def _check_scheduler(train: Options) -> Iterator[Problem]:
         return
     # BasicSR first steps a schedule in the second iteration
     last: Any = sum(periods) + 1 if periods else getattr(schedule, "total_steps", None)
-    if last is not None and _is_count(total) and last < total:
+    if last is not None and KEYS["train"]["total_iter"].accepts(total) and last < total:
         longer = "periods" if periods else "total_steps"
         yield Problem(path, f"{kind} ends after {last} iterations, before train:total_iter {total}. Raise {longer}")
-
-
-def _is_count(value: Any) -> bool:
-    return KINDS["int"].accepts(value) and value >= 1
 
 
 def check_logger(opt: Options) -> Iterator[Problem]:

@@ -13,7 +13,7 @@ from basicsr.utils.registry import DATASET_REGISTRY, MODEL_REGISTRY
 from torch.utils.data import Dataset
 
 from esc_arch.options import CheckScope, Problem, check_options
-from esc_arch.options.key_checks import check_keys
+from esc_arch.options.section_checks import check_keys
 
 
 def change(options: Any, path: str, value: Any) -> Any:

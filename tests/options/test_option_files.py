@@ -149,13 +149,24 @@ def chain(levels: int) -> str:
     return "a0: &a0 {x: 1}\n" + "".join(f"a{n}: &a{n} {{l: *a{n - 1}, r: *a{n - 1}}}\n" for n in range(1, levels + 1))
 
 
+def merges(levels: int) -> str:
+    return "a0: &a0 {x: 1}\n" + "".join(f"a{n}: &a{n} {{<<: [*a{n - 1}, *a{n - 1}]}}\n" for n in range(1, levels + 1))
+
+
+def lists(levels: int) -> str:
+    return "a0: &a0 [1]\n" + "".join(f"a{n}: &a{n} [*a{n - 1}, *a{n - 1}]\n" for n in range(1, levels + 1))
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [
         ("a: " + "[" * 10_000, r"a\.yml(:1:\d+)?: more than 100 levels of lists and mappings"),
         ("a: " + "{a: " * 101 + "}" * 101, r"a\.yml:1:\d+: more than 100 levels"),
-        ("a: &a {b: {c: *a}}", r"a\.yml:1:4: an alias leads back to this; write the values"),
-        ("a: &a [*a]", r"a\.yml:1:4: an alias leads back"),
+        ("a: &a {b: {c: *a}}", r"a\.yml:1:4: more than 100 levels .* an alias \(\*NAME\) that leads back to itself"),
+        ("a: &a [*a]", r"a\.yml:1:4: more than 100 levels"),
+        ("a: &a {<<: *a}", r"a\.yml: more than 100 levels"),
+        (merges(40), r"a\.yml: its aliases \(\*NAME\) expand to more than 100000 values"),
+        (lists(40), r"a\.yml: its aliases \(\*NAME\) expand to more than 100000 values"),
         (chain(40), r"a\.yml: its aliases \(\*NAME\) expand to more than 100000 values; write fewer"),
         (
             "a0: &a0 [1]\n" + "".join(f"a{n}: &a{n} [*a{n - 1}]\n" for n in range(1, 200)),
