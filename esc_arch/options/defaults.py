@@ -120,13 +120,13 @@ def _adapt_loading(phase: str, dataset: Options) -> None:
     workers = dataset.get("num_worker_per_gpu") if is_train else 0
     if workers:
         dataset.setdefault("persistent_workers", True)  # in distributed training, restarting takes seconds (fault 21)
+    elif dataset.get("persistent_workers"):
+        print_note(f"datasets:{phase}:persistent_workers is off: there are no workers.")
+        dataset["persistent_workers"] = False
     if is_train and dataset.get("prefetch_mode") == "cpu" and workers == 0:
         # Its thread would draw random numbers at the same time as the training: no run could be repeated
         print_note(f"datasets:{phase}:prefetch_mode is off: without workers there is nothing to fetch from.")
         dataset["prefetch_mode"] = None
-    if dataset.get("persistent_workers") and workers == 0:
-        print_note(f"datasets:{phase}:persistent_workers is off: there are no workers.")
-        dataset["persistent_workers"] = False
     if dataset.get("prefetch_mode") == "cuda" and not cuda:
         print_note(f"datasets:{phase}:prefetch_mode is cpu: there is no CUDA device.")
         dataset["prefetch_mode"] = "cpu"

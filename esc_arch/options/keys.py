@@ -73,7 +73,7 @@ class Key:
         choices: values that it takes beside those of `kinds`.
         default: the value if it is left out.
         example: a value to suggest where there is no default.
-        nullable: True if null is the same as leaving it out.
+        nullable: True if null is the same as leaving it out; False without a default: it is required.
     """
 
     kinds: str
@@ -141,7 +141,7 @@ _DATA = "train: {type: PairedImageDataset, dataroot_gt: ..., dataroot_lq: ...}"
 KEYS[""] = {
     "name": Key("folder", "The run's name, and that of its folder in experiments/ or results/.", nullable=False),
     "import": Key("text texts", "Modules of your own package to import first, such as hat.archs."),
-    "model_type": Key("text", "The class that trains and tests the network."),
+    "model_type": Key("text", "The class that trains and tests the network.", nullable=False),
     "scale": Key("number", "How many times larger the output is.", least=1, example=4),
     "num_gpu": Key("int", "GPUs to use: auto, or a number; 0 is the CPU.", least=0, choices=("auto",), default="auto"),
     "manual_seed": Key("int", "Seed of all random numbers; random if left out.", least=0, most=2**32 - 1),
@@ -225,7 +225,7 @@ KEYS["val"] = {
     "comparison": Key("flag", "Pictures of bicubic, result and ground truth, with their PSNR.", _ESC),
     "protocol": Key("", "How to test.", _ESC, choices=tuple(PROTOCOLS), default=PROTOCOLS[0]),
     "per_image": Key("flag", "Metrics of each image in visualization/per_image/.", _ESC),
-    "tb_images": Key("int", "Images of each set to show in TensorBoard.", _ESC, least=0, nullable=False),
+    "tb_images": Key("int", "Images of each set to show in TensorBoard.", _ESC, least=0, default=0, nullable=False),
     **_unchecked("video models", "flip_seq center_frame_only"),
     **_unchecked("StyleGAN2", "num_val_samples"),
 }
@@ -257,7 +257,7 @@ KEYS["train:losses:*"] = {
 KEYS["train:scheduler"] = {"periods": Key("ints", "Iterations of each period.", least=1, example=[500000])}
 KEYS["datasets:*"] = {
     "name": Key("text", "The data set's name, in logs and result folders."),
-    "type": Key("text", "The class that reads it."),
+    "type": Key("text", "The class that reads it.", nullable=False),
     "io_backend": Key("mapping", "How files are read: {type: disk}, or {type: lmdb}."),
     "scale": Key("number numbers", "Of this data set alone; ESCLTE: also [height, width].", least=1, length=2),
     "batch_size_per_gpu": Key("int", "Training: samples in a batch of each GPU.", least=1, example=16),

@@ -12,8 +12,9 @@ from basicsr.models.sr_model import SRModel
 from basicsr.utils.registry import DATASET_REGISTRY, MODEL_REGISTRY
 from torch.utils.data import Dataset
 
-from esc_arch.options import CheckScope, Problem, check_options
+from esc_arch.options import CheckScope, check_options
 from esc_arch.options.section_checks import check_keys
+from esc_arch.problems import Problem
 
 
 def change(options: Any, path: str, value: Any) -> Any:

@@ -20,8 +20,9 @@ from PIL import Image
 import esc_arch  # noqa: F401  makes basicsr importable
 from esc_arch import options
 from esc_arch.errors import UserError
-from esc_arch.options import add_arguments, apply_force_yml, load_yaml, parse_options, resolve_launcher
+from esc_arch.options import add_arguments, apply_force_yml, load_yaml, parse_options
 from esc_arch.training import distributed
+from esc_arch.training.distributed import resolve_launcher
 
 TRAIN_FILE = """
 name: trial
