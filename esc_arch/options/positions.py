@@ -60,10 +60,8 @@ class Positions:
             for index, part in enumerate(value.value):
                 self._add(join(path, str(index)), part, part, depth + 1)
         elif (reading := _reading(value)) is not None:
-            self.readings[path] = (
-                f"YAML reads {value.value} as {reading}: write '{value.value}', in quotes, if it is text"
-            )
-            if value.tag in _NUMBERS:
+            self.readings[path] = reading
+            if value.tag in _NUMBERS and "_" not in value.value:  # 1_000 is as it looks
                 self._odd_numbers.setdefault(self._place(value), path)
 
     def _pairs(self, mapping: yaml.MappingNode, path: str) -> dict[str, tuple[yaml.Node, yaml.Node]]:
@@ -128,11 +126,14 @@ class Positions:
 
 
 def _reading(node: Any) -> str | None:
-    """How YAML 1.1 reads a scalar that is not what it looks like."""
+    """How YAML 1.1 reads a scalar, where that is not what it looks like."""
+    text, value = node.value, None
     if node.style:  # in quotes
         return None
     if node.tag == _BOOL:
-        return _BOOLEANS.get(node.value.lower())
-    if node.tag in _NUMBERS and (":" in node.value or _OCTAL.fullmatch(node.value)):
-        return str(yaml.safe_load(node.value))
-    return "a date" if node.tag == _TIME else None
+        value = _BOOLEANS.get(text.lower())
+    elif node.tag == _TIME:
+        value = "a date"
+    elif node.tag in _NUMBERS and (":" in text or "_" in text or _OCTAL.fullmatch(text)):
+        value = str(yaml.safe_load(text))
+    return None if value is None else f"YAML reads {text} as {value}: write '{text}', in quotes, if it is text"

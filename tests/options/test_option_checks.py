@@ -546,7 +546,10 @@ TRAINING = [
         cosine(periods=[50, 48]),
         "train:scheduler: Cosine.* ends after 99 iterations, before train:total_iter 100. Raise periods",
     ),
-    (cosine(periods=100, restart_weights=[1]), r"train:scheduler:periods: 100 given; must be a list .*such as \[100\]"),
+    (
+        cosine(periods=100, restart_weights=[1]),
+        "train:scheduler:periods: 100 given; must be a list of whole numbers",
+    ),
     ({"val": {"metrics": [PSNR]}}, "val:metrics: .* given; must be a mapping of .*, such as psnr: {type"),
     ({"val": {"metrics": {"psnr": {"type": ...}}}}, "val:metrics:psnr:type: missing. Allowed: .*calculate_ssim"),
     ({"val": {"metrics": {"psnr": PSNR | {"type": "psnr"}}}}, "val:metrics:psnr:type: 'psnr' is not known"),

@@ -95,7 +95,7 @@ def test_entries_of_force_yml(tmp_path: Path) -> None:
         ("name", "YAML reads no as false: write 'no', in quotes, if it is text"),
         ("scale", "YAML reads 0123 as 83: write '0123', in quotes, if it is text"),
         ("base:lr", "YAML reads 1:30 as 90: write '1:30', in quotes, if it is text"),
-        ("train:optim_g:lr", None),
+        ("train:optim_g:lr", "YAML reads 1_000 as 1000: write '1_000', in quotes, if it is text"),
         ("val:name", "YAML reads 2024-01-02 as a date: write '2024-01-02', in quotes, if it is text"),
         ("val:quoted", None),
         ("val:flag", None),
