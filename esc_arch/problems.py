@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
-__all__ = ["Place", "Problem", "join", "of_severity"]
+__all__ = ["Place", "Problem", "join", "of_severity", "wrong_value"]
 
 
 @dataclass(frozen=True)
@@ -43,6 +43,11 @@ class Problem:
 
     def __str__(self) -> str:
         return ": ".join(part for part in (str(self.place or ""), self.path, self.message) if part)
+
+
+def wrong_value(path: str, value: Any, wanted: str) -> Problem:
+    """The problem of a value that is not what is wanted."""
+    return Problem(path, f"{value!r} given; must be {wanted}")
 
 
 def of_severity(problems: Iterable[Problem], severity: str) -> list[Problem]:

@@ -12,30 +12,25 @@ from basicsr.utils import set_random_seed
 from basicsr.utils.dist_util import get_dist_info
 
 from esc_arch.errors import UserError
-from esc_arch.problems import Problem, of_severity
+from esc_arch.problems import of_severity
 from esc_arch.project import add_import_argument
 from esc_arch.training.distributed import gather_objects, init_dist, print_note, resolve_launcher
 
-from .checks import check_options
-from .data_checks import CheckScope
+from .checks import check_options, inspect_options
 from .files import Options, apply_force_yml, load_options, load_yaml
-from .inspection import inspect_options
+from .section_checks import CheckScope
 
 __all__ = [
     "CheckScope",
     "Options",
-    "Problem",
     "add_arguments",
     "apply_force_yml",
     "check_options",
     "checked_options",
-    "init_dist",
     "inspect_options",
     "load_options",
     "load_yaml",
     "parse_options",
-    "print_note",
-    "resolve_launcher",
 ]
 
 

@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import inspect
 import os
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,35 +19,118 @@ from basicsr.utils.registry import ARCH_REGISTRY, DATASET_REGISTRY, METRIC_REGIS
 
 from esc_arch.archs import ESCLTE
 from esc_arch.archs.base import ESCFamily
+from esc_arch.errors import UserError
+from esc_arch.models import ESCLTEModel
 from esc_arch.models.metrics import needs_ground_truth
 from esc_arch.names import did_you_mean
-from esc_arch.problems import Problem, join, of_severity
+from esc_arch.problems import Problem, join, of_severity, wrong_value
+from esc_arch.project import import_modules
 
-from .data_checks import CheckScope, check_data
-from .files import Options
-from .key_checks import check_keys
-from .keys import REQUIRED
-from .section_checks import check_call, check_type, entries, is_integer, is_known_code, metrics_of, sr_model
+from .data_checks import check_data
+from .defaults import set_debug, set_defaults, set_paths
+from .files import Options, apply_force_yml, load_with_positions
+from .keys import KEYS, REQUIRED
+from .network_checks import check_networks
+from .section_checks import (
+    QUICK,
+    CheckScope,
+    check_call,
+    check_keys,
+    check_type,
+    check_values,
+    entries,
+    is_integer,
+    is_known_code,
+    metrics_of,
+    missing_keys,
+    sr_model,
+)
 from .training_checks import check_logger, check_training
 
-__all__ = ["check_options", "check_sections", "check_shape", "merge"]
+__all__ = ["Inspection", "check_options", "check_sections", "inspect_options"]
 
 #: Metrics of BasicSR that its models cannot use.
 _OF_TENSORS = ("calculate_psnr_pt", "calculate_ssim_pt")
 
 
-def check_options(opt: Options, is_train: bool, scope: CheckScope | None = None) -> list[Problem]:
-    """All errors of `opt` for training or testing; `scope` says how much of the data is checked.
+@dataclass(frozen=True)
+class Inspection:
+    """What was found in an option file.
+
+    Attributes:
+        opt: the options; complete for BasicSR's pipelines if there are no errors.
+        is_train: True if they were checked as those of a training, False as those of a test.
+        problems: all findings with their places, in the order of the file.
+    """
+
+    opt: Options
+    is_train: bool
+    problems: Sequence[Problem]
+
+
+def inspect_options(
+    file: str,
+    *,
+    root_path: str,
+    is_train: bool | None,
+    force_yml: Sequence[str] = (),
+    auto_resume: bool = False,
+    debug: bool = False,
+    dist: bool = False,
+    scope: CheckScope = QUICK,
+) -> Inspection:
+    """Read an option file, complete it, and check all of it.
+
+    Args:
+        root_path: the folder that `experiments/` and `results/` are in.
+        is_train: True to train, False to test; None: to train if it has anything to train.
+
+    Raises:
+        UserError: the file or an entry of `force_yml` cannot be read at all.
+    """
+    opt, positions = load_with_positions(file)
+    apply_force_yml(opt, force_yml, positions)
+    if is_train is None:
+        datasets = opt.get("datasets")
+        is_train = isinstance(opt.get("train"), dict) or (isinstance(datasets, dict) and "train" in datasets)
+    try:
+        import_modules(opt.get("import"), "import")
+        problems = list(check_shape(opt))
+    except UserError as error:  # what the modules would have registered is not known
+        problems = [Problem("import", str(error).removeprefix("import: "))]
+    if all(problem.path == "name" for problem in problems):
+        if problems:
+            opt["name"] = "unnamed"  # so that the rest can be checked
+        of_keys = list(check_keys(opt, is_train))
+        opt |= {"dist": dist, "auto_resume": auto_resume, "is_train": is_train}
+        set_defaults(opt, is_train)
+        set_debug(opt, debug, is_train)
+        set_paths(opt, root_path, is_train)
+        problems += _merge(of_keys, check_sections(opt, is_train, scope))
+        in_the_way = ("network_", "path", "train")
+        if not any(problem.severity == "error" and problem.path.startswith(in_the_way) for problem in problems):
+            problems += check_networks(opt, is_train, scope)
+        problems = _merge(positions.odd_numbers(), [*problems, *positions.repeated.values()])
+    return Inspection(opt, is_train, sorted(map(positions.locate, problems), key=_order))
+
+
+def _order(problem: Problem) -> tuple[int, int]:
+    place = problem.place
+    return (place and place.line) or 0, (place and place.column) or 0
+
+
+def check_options(opt: Options, is_train: bool, scope: CheckScope = QUICK) -> list[Problem]:
+    """All errors of `opt`, as it was read, for training or testing; `scope` says how much of the data is checked.
 
     Options with a section of the wrong type are not checked further.
     """
     problems = list(check_shape(opt))
     if not problems:
-        problems = merge(check_keys(opt, is_train), check_sections(opt, is_train, scope or CheckScope()))
+        problems = _merge(check_keys(opt, is_train), check_sections(opt, is_train, scope))
     return of_severity(problems, "error")
 
 
-def merge(of_keys: Iterable[Problem], of_sections: Iterable[Problem]) -> list[Problem]:
+def _merge(of_keys: Iterable[Problem], of_sections: Iterable[Problem]) -> list[Problem]:
     """Both, but of one key only what the more specific check says."""
     specific = list(of_sections)
     told = {problem.path for problem in specific}
@@ -55,21 +139,14 @@ def merge(of_keys: Iterable[Problem], of_sections: Iterable[Problem]) -> list[Pr
 
 def check_shape(opt: Options) -> Iterator[Problem]:
     """What must be fixed before anything else can be checked: the name, sections that are no mappings, odd keys."""
-    name = opt.get("name")
-    if not isinstance(name, str) or not name:
-        yield Problem("name", f"{name!r} given; must be text, in quotes if it looks like a number")
-    elif "/" in name or os.sep in name or name in (".", ".."):
-        yield Problem("name", f"{name!r} given; must be one folder's name, without path separators")
-    for key in ("path", "logger", "val", "train"):
-        if not isinstance(opt.get(key, {}), dict | None):
-            yield Problem(key, f"{opt[key]!r} given; must be a mapping of 'key: value' lines")
+    for key in ("name", "path", "logger", "val", "train", "datasets"):
+        yield from check_values("", {key: opt.get(key)}, KEYS[""])
     datasets = opt.get("datasets")
-    if isinstance(datasets, dict) and datasets:
-        for phase, dataset in datasets.items():
-            if not isinstance(dataset, dict):
-                yield Problem(f"datasets:{phase}", f"{dataset!r} given; must be a mapping with type, dataroot_gt, ...")
-    else:
-        yield Problem("datasets", f"{datasets!r} given; must be a mapping with a section for each data set")
+    if datasets == {}:
+        yield Problem("datasets", "empty; give a section for each data set")
+    for phase, dataset in datasets.items() if isinstance(datasets, dict) else ():
+        if not isinstance(dataset, dict):
+            yield wrong_value(f"datasets:{phase}", dataset, "a mapping with type, dataroot_gt, ...")
     yield from _check_key_types(opt, "")
 
 
@@ -158,34 +235,29 @@ def _phase_problem(phase: str, is_train: bool) -> str | None:
 def _check_dataset(path: str, dataset: Options, opt: Options, scope: CheckScope) -> Iterator[Problem]:
     types, is_train = entries(DATASET_REGISTRY), path == "datasets:train"
     yield from check_type(f"{path}:type", dataset.get("type"), types)
-    if is_train and dataset.get("batch_size_per_gpu") is None:
-        yield Problem(f"{path}:batch_size_per_gpu", "missing; give a whole number of at least 1, such as 16")
     kind = types.get(str(dataset.get("type")))
-    if kind is None:
-        return
-    scale = opt.get("scale", dataset.get("scale"))
-    problems = list(check_data(path, dataset, kind, scale, metrics_of(opt), scope))
-    yield from problems
-    told = {problem.path for problem in problems}
-    for key in REQUIRED.get(kind.__name__, ()) if is_known_code(kind) else ():
-        if dataset.get(key) is None and f"{path}:{key}" not in told:
-            yield Problem(f"{path}:{key}", f"missing; {dataset['type']} needs it")
+    required = ["batch_size_per_gpu"] if is_train else []
+    if kind is not None:
+        scale = opt.get("scale", dataset.get("scale"))
+        yield from check_data(path, dataset, kind, scale, metrics_of(opt), scope)
+        required += REQUIRED.get(kind.__name__, []) if is_known_code(kind) else []
+    yield from missing_keys(path, dataset, KEYS["datasets:*"], required)
 
 
 def _check_metrics(opt: Options) -> Iterator[Problem]:
-    metrics = (opt.get("val") or {}).get("metrics")
-    if not isinstance(metrics, dict | None):
-        yield Problem("val:metrics", f"{metrics!r} given; must be a mapping, such as psnr: {{type: calculate_psnr}}")
-        return
     model, datasets = sr_model(opt), opt["datasets"].items()
     without_gt = [name for name, data in datasets if name != "train" and data.get("type") == "SingleImageDataset"]
-    for name, metric in (metrics or {}).items():
+    options: Any = {"supplied": ["img", "img2"], "extra": ["better"], "table": KEYS["val:metrics:*"]}
+    metrics = (opt.get("val") or {}).get("metrics")
+    for name, metric in metrics.items() if isinstance(metrics, dict) else ():
         path = f"val:metrics:{name}"
-        problems = list(check_call(path, metric, entries(METRIC_REGISTRY), supplied=["img", "img2"], extra=["better"]))
+        problems = list(check_call(path, metric, entries(METRIC_REGISTRY), **options))
         yield from problems
         if problems or model is None or not is_known_code(model.nondist_validation):
             continue
         kind = metric["type"]
+        if metric.get("crop_border") == "scale" and not issubclass(model, ESCLTEModel):
+            yield Problem(f"{path}:crop_border", "'scale' given, which only ESCLTEModel knows; give a number")
         if kind in _OF_TENSORS:
             yield Problem(f"{path}:type", f"{kind} takes tensors, and validation has images. Give {kind[:-3]}")
         elif without_gt and needs_ground_truth(metric):

@@ -12,24 +12,16 @@ from typing import Any
 
 from basicsr.utils.file_client import FileClient
 
+from esc_arch.data.arbitrary_scale_dataset import ScaleRange
 from esc_arch.data.hr_images import as_list
 from esc_arch.names import did_you_mean
-from esc_arch.problems import Problem
+from esc_arch.problems import Problem, wrong_value
 
 from .files import Options
-from .image_checks import (
-    HR_DATASETS,
-    ROOTS,
-    CheckScope,
-    SizeRule,
-    backend_type,
-    check_hr_images,
-    check_images,
-    list_key,
-)
-from .section_checks import is_integer, is_known_code
+from .image_checks import HR_DATASETS, ROOTS, SizeRule, backend_type, check_images, list_key
+from .section_checks import CheckScope, is_integer, is_known_code
 
-__all__ = ["CheckScope", "check_data"]
+__all__ = ["check_data"]
 
 
 def check_data(
@@ -45,45 +37,35 @@ def check_data(
         return
     dataset = dataset | {"type": kind.__name__}  # it may be given as esc_arch.NAME
     is_train = path == "datasets:train"
-    problems = [*_check_backend(path, dataset), *_check_roots(path, dataset)]
+    problems = list(_check_section(path, dataset))
     if scope.with_files:
-        problems += [*_check_roots_exist(path, dataset), *_check_list_file(path, dataset)]
+        problems += [*_check_roots_exist(path, dataset), *_check_list_exists(path, dataset)]
     if is_train:
         problems += _check_gt_size(path, dataset, scale)
     if option_problems := getattr(kind, "option_problems", None):  # a data set that has options of its own
         found = option_problems(dataset | {"phase": "train" if is_train else "val"})
         problems += [replace(problem, path=f"{path}:{problem.path}") for problem in found]
     elif dataset["type"] in ("PairedImageDataset", *HR_DATASETS) and not is_integer(scale, least=1):
-        problems.append(Problem("scale", f"{scale!r} given; must be a positive integer: {path} needs it"))
+        problems.append(wrong_value("scale", scale, f"a positive integer: {path} needs it"))
     yield from problems
-    if problems or not scope.with_files:
-        return
-    if dataset["type"] in HR_DATASETS:
-        yield from check_hr_images(path, dataset, is_train, scope)
-    elif dataset["type"] in ROOTS:
-        rule = None
-        if is_train and dataset["type"] == "PairedImageDataset":
-            rule = SizeRule(scale, True, dataset["gt_size"], {})
-        elif metrics and not is_train and is_integer(scale, least=1):
-            rule = SizeRule(scale, False, None, metrics)
-        yield from check_images(path, dataset, rule, scope)
+    if not problems and scope.with_files and dataset["type"] in ROOTS:
+        yield from check_images(path, dataset, _size_rule(dataset, is_train, scale, metrics), scope)
 
 
-def _check_backend(path: str, dataset: Options) -> Iterator[Problem]:
-    kind = str(backend_type(dataset))
-    if kind not in FileClient._backends:
-        message = f"{dataset['io_backend']!r} given; must have a known type. {did_you_mean(kind, FileClient._backends)}"
-        yield Problem(f"{path}:io_backend", message)
-
-
-def _check_roots(path: str, dataset: Options) -> Iterator[Problem]:
-    for key in ROOTS.get(dataset["type"], ()):
-        if not isinstance(dataset.get(key), str):
-            yield Problem(f"{path}:{key}", f"{dataset.get(key)!r} given; {dataset['type']} needs a folder here")
-    if dataset["type"] in HR_DATASETS:
-        given = dataset.get("dataroot_gt")
-        if not as_list(given) or not all(isinstance(root, str) for root in as_list(given)):
-            yield Problem(f"{path}:dataroot_gt", f"{given!r} given; must be a folder, an LMDB or several")
+def _check_section(path: str, dataset: Options) -> Iterator[Problem]:
+    backend, name = str(backend_type(dataset)), dataset["type"]
+    if backend not in FileClient._backends:
+        known = f"a mapping with a known type. {did_you_mean(backend, FileClient._backends)}"
+        yield wrong_value(f"{path}:io_backend", dataset["io_backend"], known)
+    takes_several = name in HR_DATASETS
+    for key in ROOTS.get(name, ()):
+        roots = as_list(dataset.get(key)) if takes_several else [dataset.get(key)]
+        if not roots or not all(isinstance(root, str) for root in roots):
+            several = ", or a list of them" if takes_several else ""
+            yield wrong_value(f"{path}:{key}", dataset.get(key), f"a folder or an LMDB{several}: {name} needs it")
+    if name in ROOTS and not takes_several and not isinstance(dataset.get(list_key(dataset)), str | None):
+        wanted = "a text file with one image's name in each line"
+        yield wrong_value(f"{path}:{list_key(dataset)}", dataset[list_key(dataset)], wanted)
 
 
 def _check_roots_exist(path: str, dataset: Options) -> Iterator[Problem]:
@@ -95,23 +77,18 @@ def _check_roots_exist(path: str, dataset: Options) -> Iterator[Problem]:
                 yield Problem(f"{path}:{key}", f"{root!r} given, but there is no {os.path.abspath(root)}")
 
 
-def _check_list_file(path: str, dataset: Options) -> Iterator[Problem]:
-    is_optional = dataset["type"] in (*ROOTS, *HR_DATASETS)
-    if is_optional and backend_type(dataset) == "lmdb":  # it has a list of its own, and no other is read
+def _check_list_exists(path: str, dataset: Options) -> Iterator[Problem]:
+    if dataset["type"] in ROOTS and backend_type(dataset) == "lmdb":  # it has a list of its own, and no other is read
         return
-    own = list_key(dataset)
-    if dataset["type"] in ROOTS and not isinstance(dataset.get(own), str | None):
-        message = f"{dataset[own]!r} given; must be a text file with one image's name in each line"
-        yield Problem(f"{path}:{own}", message)
-    for key in (own,) if dataset["type"] in ROOTS else ("meta_info_file", "meta_info"):
-        for file in as_list(dataset.get(key)):
-            if isinstance(file, str) and not os.path.isfile(file):
-                omit = f" Remove {key} to use all images of the folders." if is_optional else ""
-                message = (
-                    f"{file!r} given, but there is no file {os.path.abspath(file)}.{omit} BasicSR's own lists "
-                    "(basicsr/data/meta_info) come with a clone of BasicSR only: copy the file from there"
-                )
-                yield Problem(f"{path}:{key}", message)
+    key = list_key(dataset)
+    for file in as_list(dataset.get(key)):
+        if isinstance(file, str) and not os.path.isfile(file):
+            omit = f" Remove {key} to use all images of the folders." if dataset["type"] in ROOTS else ""
+            message = (
+                f"{file!r} given, but there is no file {os.path.abspath(file)}.{omit} BasicSR's own lists "
+                "(basicsr/data/meta_info) come with a clone of BasicSR only: copy the file from there"
+            )
+            yield Problem(f"{path}:{key}", message)
 
 
 def _check_gt_size(path: str, dataset: Options, scale: Any) -> Iterator[Problem]:
@@ -119,9 +96,20 @@ def _check_gt_size(path: str, dataset: Options, scale: Any) -> Iterator[Problem]
     if size is None and dataset["type"] not in ("PairedImageDataset", "DownsampleImageDataset"):
         return
     if not is_integer(size, least=1):
-        message = f"{size!r} given; must be a positive integer: the side of the patches cut from GT"
-        yield Problem(f"{path}:gt_size", message)
+        yield wrong_value(f"{path}:gt_size", size, "a positive integer: the side of the patches cut from GT")
     elif is_integer(scale, least=1) and size % scale:
         near = [n for n in (size // scale * scale, (size // scale + 1) * scale) if n]
-        message = f"{size} given; must be divisible by scale {scale}: use {' or '.join(map(str, near))}"
-        yield Problem(f"{path}:gt_size", message)
+        wanted = f"divisible by scale {scale}: use {' or '.join(map(str, near))}"
+        yield wrong_value(f"{path}:gt_size", size, wanted)
+
+
+def _size_rule(dataset: Options, is_train: bool, scale: Any, metrics: Mapping[str, Options]) -> SizeRule | None:
+    """Which sizes the images of a data set must have, if it matters."""
+    kind = dataset["type"]
+    if is_train and kind == "ArbitraryScaleDataset":
+        return SizeRule(1, True, ScaleRange.of(dataset).hr_size, {}, patch_name="lq_size * scale_max")
+    if is_train and kind in ("PairedImageDataset", "DownsampleImageDataset"):
+        return SizeRule(scale, True, dataset["gt_size"], {})
+    if not is_train and metrics and kind not in HR_DATASETS and is_integer(scale, least=1):
+        return SizeRule(scale, False, None, metrics)
+    return None

@@ -20,22 +20,17 @@ from .section_checks import entries, is_esc_model, is_known_code, sr_model
 
 __all__ = ["set_debug", "set_defaults", "set_paths"]
 
-_LOGGER_DEFAULTS = {
-    name: KEYS["logger"][name].default for name in ("print_freq", "save_checkpoint_freq", "use_tb_logger")
-}
-_VAL_DEFAULTS = {name: KEYS["val"][name].default for name in ("val_freq", "save_img", "suffix")}
-
 
 def set_defaults(opt: Options, is_train: bool) -> None:
     """Fill in what `opt` leaves out, in place, and adapt it to a machine without CUDA."""
     if opt.get("num_gpu", "auto") == "auto":
         opt["num_gpu"] = torch.cuda.device_count()
     _fill(opt, "path", {})
-    opt["logger"] = _LOGGER_DEFAULTS | (opt.get("logger") or {})
     if is_train and opt.get("train"):
         _fill(opt["train"], "ema_decay", 0)  # BasicSR compares it with 0, and cannot compare null
+    _complete(opt, "logger", "print_freq", "save_checkpoint_freq", "use_tb_logger")
     if not is_train or opt.get("val") is not None:  # when training, no `val` means no validation
-        opt["val"] = _VAL_DEFAULTS | (opt.get("val") or {})
+        _complete(opt, "val", "val_freq", "save_img", "suffix")
     tb_images = is_train and is_esc_model(opt) and (opt.get("val") or {}).get("tb_images")
     if tb_images and not opt["logger"]["use_tb_logger"]:
         print_note("val:tb_images shows nothing: TensorBoard is off (logger:use_tb_logger: true turns it on).")
@@ -71,7 +66,7 @@ def set_paths(opt: Options, root_path: str, is_train: bool) -> None:
     """Expand `~` in `opt['path']` and set the folders that the run writes to.
 
     `experiments_root` and `results_root` of the file are folders to which the name is added, as in
-    BasicSR after 1.4.2 (fault 27). Unknown keys, of which `key_checks` warns, are dropped: BasicSR would make folders
+    BasicSR after 1.4.2 (fault 27). Unknown keys, of which `check_keys` warns, are dropped: BasicSR would make folders
     of their values (fault 33). A model of another package may read them, and they stay.
     """
     read_by_others = not is_known_code(entries(MODEL_REGISTRY).get(str(opt.get("model_type"))))
@@ -86,6 +81,10 @@ def set_paths(opt: Options, root_path: str, is_train: bool) -> None:
     folders = ("models", "training_states", "visualization") if is_train else ("visualization",)
     paths |= {root_key: root, "log": root} | {folder: os.path.join(root, folder) for folder in folders}
     opt["path"] = paths
+
+
+def _complete(opt: Options, section: str, *keys: str) -> None:
+    opt[section] = {key: KEYS[section][key].default for key in keys} | (opt.get(section) or {})
 
 
 def _fill(section: Options, key: str, value: Any) -> None:
@@ -121,13 +120,13 @@ def _adapt_loading(phase: str, dataset: Options) -> None:
     workers = dataset.get("num_worker_per_gpu") if is_train else 0
     if workers:
         dataset.setdefault("persistent_workers", True)  # in distributed training, restarting takes seconds (fault 21)
+    elif dataset.get("persistent_workers"):
+        print_note(f"datasets:{phase}:persistent_workers is off: there are no workers.")
+        dataset["persistent_workers"] = False
     if is_train and dataset.get("prefetch_mode") == "cpu" and workers == 0:
         # Its thread would draw random numbers at the same time as the training: no run could be repeated
         print_note(f"datasets:{phase}:prefetch_mode is off: without workers there is nothing to fetch from.")
         dataset["prefetch_mode"] = None
-    if dataset.get("persistent_workers") and workers == 0:
-        print_note(f"datasets:{phase}:persistent_workers is off: there are no workers.")
-        dataset["persistent_workers"] = False
     if dataset.get("prefetch_mode") == "cuda" and not cuda:
         print_note(f"datasets:{phase}:prefetch_mode is cpu: there is no CUDA device.")
         dataset["prefetch_mode"] = "cpu"

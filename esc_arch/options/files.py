@@ -9,8 +9,7 @@ from __future__ import annotations
 import logging
 import os
 import re
-from collections.abc import Iterable, Iterator
-from itertools import count
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -20,16 +19,11 @@ from esc_arch.errors import UserError
 from esc_arch.problems import Place
 from esc_arch.project import import_modules
 
-from .positions import Positions
+from .positions import TOO_DEEP, Positions
 
 __all__ = ["Options", "YAMLError", "apply_force_yml", "load_options", "load_with_positions", "load_yaml"]
 
 Options = dict[str, Any]
-
-#: Far more than any option file has; files that expand to more (aliases of aliases) would take for ever to check.
-_MAX_VALUES = 100_000
-_MAX_DEPTH = 100
-_TOO_DEEP = f"more than {_MAX_DEPTH} levels of lists and mappings in each other; take some out"
 
 _FORCE_FORM = "--force_yml takes KEY[:KEY...]=VALUE, such as train:ema_decay=0.999"
 
@@ -87,10 +81,7 @@ def load_yaml(text_or_path: str | os.PathLike[str]) -> Options:
         UserError: the file is missing, a folder, not UTF-8 or empty; its YAML has a mistake or a tag
             other than those of plain data (fault 14); its top level is not a mapping.
     """
-    if isinstance(text_or_path, str) and "\n" in text_or_path:
-        options, positions = _load(text_or_path, "the option text", "the option text")
-    else:
-        options, positions = load_with_positions(text_or_path)
+    options, positions = load_with_positions(text_or_path)
     for problem in positions.repeated.values():
         logging.getLogger("basicsr").warning("%s.", problem)
     return options
@@ -108,23 +99,20 @@ def load_options(path: str | os.PathLike[str], force_yml: Iterable[str] = ()) ->
     return opt
 
 
-def load_with_positions(path: str | os.PathLike[str]) -> tuple[Options, Positions]:
+def load_with_positions(text_or_path: str | os.PathLike[str]) -> tuple[Options, Positions]:
     """The mapping in an option file, and where its keys are; otherwise as `load_yaml`."""
-    file = os.fspath(path)
-    try:
-        text = Path(path).read_text(encoding="utf-8-sig")
-    except FileNotFoundError:
-        raise UserError(f"option file {file} does not exist (looked for {Path(path).absolute()}).") from None
-    except UnicodeDecodeError as error:
-        raise UserError(
-            f"option file {file} is not UTF-8 text: {error.reason} at byte {error.start}. Save it as UTF-8."
-        ) from None
-    except OSError as error:
-        raise UserError(f"option file {file} cannot be read: {error.strerror}. Give the path of a .yml file.") from None
-    return _load(text, f"option file {file}", file)
-
-
-def _load(text: str, source: str, file: str) -> tuple[Options, Positions]:
+    text, file, source = os.fspath(text_or_path), "the option text", "the option text"
+    if "\n" not in text:
+        file, source = text, f"option file {text}"
+        try:
+            text = Path(file).read_text(encoding="utf-8-sig")
+        except FileNotFoundError:
+            raise UserError(f"{source} does not exist (looked for {Path(file).absolute()}).") from None
+        except UnicodeDecodeError as error:
+            what = f"{error.reason} at byte {error.start}"
+            raise UserError(f"{source} is not UTF-8 text: {what}. Save it as UTF-8.") from None
+        except OSError as error:
+            raise UserError(f"{source} cannot be read: {error.strerror}. Give the path of a .yml file.") from None
     options, positions = _parse(text, source, file)
     if options is None:
         raise UserError(f"{source} is empty. Write the options into it as 'key: value' lines.")
@@ -180,7 +168,6 @@ def _parse(text: str, source: str, file: str) -> tuple[Any, Positions]:
             root = loader.get_single_node()
             if root is None:
                 return None, Positions(file, None)
-            _check_aliases(root, (), count(1))
             positions = Positions(file, root)  # before the loader puts merged keys into the nodes
             return loader.construct_document(root), positions
         finally:
@@ -190,23 +177,6 @@ def _parse(text: str, source: str, file: str) -> tuple[Any, Positions]:
         place = Place(source, mark.line + 1, mark.column + 1) if mark else Place(source)
         raise YAMLError(f"{place}: {error.problem}", place) from None
     except RecursionError:
-        raise YAMLError(f"{source}: {_TOO_DEEP}", Place(source)) from None
+        raise YAMLError(f"{source}: {TOO_DEEP}", Place(source)) from None
     except (yaml.YAMLError, ValueError, TypeError, OverflowError) as error:  # such as characters that YAML forbids
         raise YAMLError(f"{source}: {error}", Place(source)) from None
-
-
-def _check_aliases(node: yaml.Node, above: tuple[yaml.Node, ...], values: Iterator[int]) -> None:
-    """Refuse too many levels, and aliases (*NAME) that lead to themselves, or to more values than could be checked."""
-    problem = None
-    if any(node is other for other in above):
-        problem = "an alias leads back to this; write the values"
-    elif len(above) > _MAX_DEPTH:
-        problem = _TOO_DEEP
-    if problem:
-        raise yaml.MarkedYAMLError(problem=problem, problem_mark=node.start_mark)
-    if next(values) > _MAX_VALUES:
-        raise yaml.YAMLError(f"its aliases (*NAME) expand to more than {_MAX_VALUES} values; write fewer of them")
-    if not isinstance(node, yaml.ScalarNode):
-        for part in node.value:
-            for child in part if isinstance(node, yaml.MappingNode) else [part]:
-                _check_aliases(child, (*above, node), values)

@@ -2,7 +2,7 @@
 
 The checks, the suggestions for mistyped keys, the defaults and the JSON schema follow from this one table. It has what
 BasicSR's pipelines and BasicSR's and our models and data sets read by name; arguments of networks, losses, metrics,
-optimisers and schedulers come from their constructors.
+optimisers and schedulers come from their constructors. A new check of single values is a line in `KINDS`.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 from esc_arch.models.esc_model import PROTOCOLS
 from esc_arch.models.performance import COMPILE_MODES
 
-__all__ = ["DATASET", "IGNORED", "KEYS", "KINDS", "LOSS", "METRIC", "OLD_NAMES", "REQUIRED", "Key", "find_key"]
+__all__ = ["IGNORED", "KEYS", "KINDS", "OLD_NAMES", "REQUIRED", "Key", "find_key"]
 
 
 class Kind(NamedTuple):
@@ -29,6 +29,10 @@ def _is_number(value: Any) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool)
 
 
+def _is_integer(value: Any) -> bool:
+    return _is_number(value) and value % 1 == 0  # 5e5 is a float that is whole
+
+
 def _is_list(value: Any, is_part: Callable[[Any], bool]) -> bool:
     return isinstance(value, list) and all(map(is_part, value))
 
@@ -37,16 +41,21 @@ def _is_text(value: Any) -> bool:
     return isinstance(value, str | None)  # lists for several folders may have null for one
 
 
+def _is_folder_name(value: Any) -> bool:
+    return isinstance(value, str) and value not in ("", ".", "..") and "/" not in value
+
+
 KINDS = {
     "any": Kind("", lambda value: True, {}),
+    "folder": Kind("a folder's name without /, in quotes if it is a number", _is_folder_name, {"type": "string"}),
     "text": Kind("text, in quotes if it looks like a number", _is_text, {"type": "string"}),
     "texts": Kind("a list of texts", lambda value: _is_list(value, _is_text), {"type": "array"}),
     # 0 and 1 do the same in Python; quoted words would all be true
     "flag": Kind("true or false, without quotes", lambda value: value in (0, 1), {"enum": [True, False, 0, 1]}),
-    # 5e5 is a float that is whole
-    "int": Kind("a whole number", lambda value: _is_number(value) and value % 1 == 0, {"type": "integer"}),
+    "int": Kind("a whole number", _is_integer, {"type": "integer"}),
     "number": Kind("a number", _is_number, {"type": "number"}),
     "numbers": Kind("a list of numbers", lambda value: _is_list(value, _is_number), {"type": "array"}),
+    "ints": Kind("a list of whole numbers", lambda value: _is_list(value, _is_integer), {"type": "array"}),
     "mapping": Kind("a mapping of 'key: value' lines", lambda value: isinstance(value, dict), {"type": "object"}),
 }
 
@@ -64,7 +73,7 @@ class Key:
         choices: values that it takes beside those of `kinds`.
         default: the value if it is left out.
         example: a value to suggest where there is no default.
-        nullable: whether null is the same as leaving it out.
+        nullable: True if null is the same as leaving it out; False without a default: it is required.
     """
 
     kinds: str
@@ -125,14 +134,20 @@ def _unchecked(reader: str, names: str) -> dict[str, Key]:
 
 _ESC, _REAL, _REAL_DATA, _SOME = "ESCModel", "Real-ESRGAN", "RealESRGANDataset", "some types"
 
-_GENERAL = {
-    "name": Key("text", "The run's name, and that of its folder in experiments/ or results/."),
+#: The keys by section. Names that end with * stand for all that begin so.
+KEYS: dict[str, dict[str, Key]] = {}
+_DATA = "train: {type: PairedImageDataset, dataroot_gt: ..., dataroot_lq: ...}"
+
+KEYS[""] = {
+    "name": Key("folder", "The run's name, and that of its folder in experiments/ or results/.", nullable=False),
     "import": Key("text texts", "Modules of your own package to import first, such as hat.archs."),
-    "model_type": Key("text", "The class that trains and tests the network."),
+    "model_type": Key("text", "The class that trains and tests the network.", nullable=False),
     "scale": Key("number", "How many times larger the output is.", least=1, example=4),
     "num_gpu": Key("int", "GPUs to use: auto, or a number; 0 is the CPU.", least=0, choices=("auto",), default="auto"),
     "manual_seed": Key("int", "Seed of all random numbers; random if left out.", least=0, most=2**32 - 1),
-    "datasets": Key("mapping", "Data sets: train, and val, val_1, val_NAME, ... (testing: test, test_1, ... too)."),
+    "datasets": Key(
+        "mapping", "train, and val, val_NAME (testing: test, test_NAME, too).", example=_DATA, nullable=False
+    ),
     "path": Key("mapping", "Weights to start from, and folders."),
     "train": Key("mapping", "Losses, optimisers, schedule and length of a training."),
     "val": Key("mapping", "How often and by what to validate. Without it, a training does not validate."),
@@ -159,7 +174,7 @@ _GENERAL = {
     ),
 }
 
-_PATH = {
+KEYS["path"] = {
     "resume_state": Key("text", "The training state (.state) to resume from; --auto_resume finds the newest itself."),
     "ignore_resume_networks": Key("text texts", "Networks that keep pretrain_network_*, such as [network_d]."),
     "experiments_root": Key("text", "Folder of trainings.", default="experiments"),
@@ -169,7 +184,7 @@ _PATH = {
     "strict_load_*": Key("flag", "Every name and shape must fit; if false, only what fits is loaded, with a message."),
 }
 
-_TRAIN = {
+KEYS["train"] = {
     "total_iter": Key("int", "Iterations of the training.", least=1, example=500000, nullable=False),
     "warmup_iter": Key("int", "Iterations in which the learning rate rises from 0; -1: none.", least=-1, default=-1),
     "ema_decay": Key("number", "Decay of the moving average of the weights; 0: none.", least=0, most=1, example=0.999),
@@ -187,7 +202,7 @@ _TRAIN = {
     "use_ema": Key("flag", "As published. Testing: true takes params_ema if param_key_g is left out.", _ESC),
     "tf32": Key("flag", "Float32 products in TF32 on GPUs.", _ESC),
     "nonfinite": Key("", "At a non-finite loss: end the run, or skip the step.", _ESC, choices=("stop", "skip")),
-    "losses": Key("mapping", "Further losses by name, such as fft: {type: FFTLoss, loss_weight: 0.05}.", _ESC),
+    "losses": Key("mapping", "Further losses by name.", _ESC, example="fft: {type: FFTLoss, loss_weight: 0.05}"),
     "freeze": Key("text texts", "Patterns of parameters that are not trained, such as ['blocks.0.*'].", _ESC),
     "lr_factors": Key("mapping", "Patterns of parameters with a factor of their learning rate.", _ESC),
     "gan_opt": Key("mapping", "Adversarial loss, such as {type: GANLoss, gan_type: vanilla, ...}.", "GANs"),
@@ -201,21 +216,21 @@ _TRAIN = {
     **_unchecked("published ESRModel", "wave_opt mesa_opt reset_momentum_iter"),
 }
 
-_VAL = {
+KEYS["val"] = {
     "val_freq": Key("int", "Iterations between validations.", least=1, default=5000, nullable=False),
     "save_img": Key("flag", "Save results as images.", default=False),
     "suffix": Key("text", "Added to the names of saved images; the run's name if left out."),
-    "metrics": Key("mapping", "Metrics by name, such as psnr: {type: calculate_psnr, crop_border: 4, ...}."),
+    "metrics": Key("mapping", "Metrics by name.", example="psnr: {type: calculate_psnr, crop_border: 4}"),
     "pbar": Key("flag", "Show a progress bar.", default=True),
     "comparison": Key("flag", "Pictures of bicubic, result and ground truth, with their PSNR.", _ESC),
     "protocol": Key("", "How to test.", _ESC, choices=tuple(PROTOCOLS), default=PROTOCOLS[0]),
     "per_image": Key("flag", "Metrics of each image in visualization/per_image/.", _ESC),
-    "tb_images": Key("int", "Images of each set to show in TensorBoard.", _ESC, least=0, nullable=False),
+    "tb_images": Key("int", "Images of each set to show in TensorBoard.", _ESC, least=0, default=0, nullable=False),
     **_unchecked("video models", "flip_seq center_frame_only"),
     **_unchecked("StyleGAN2", "num_val_samples"),
 }
 
-_LOGGER = {
+KEYS["logger"] = {
     "print_freq": Key("int", "Iterations between log lines.", least=1, default=100, nullable=False),
     "save_checkpoint_freq": Key("int", "Iterations between checkpoints.", least=1, default=5000, nullable=False),
     "use_tb_logger": Key("flag", "Log to TensorBoard.", default=False),
@@ -223,36 +238,26 @@ _LOGGER = {
     "wandb": Key("mapping", "Weights & Biases: project and resume_id."),
 }
 
-_WANDB = {
+KEYS["logger:wandb"] = {
     "project": Key("text", "The project; nothing is sent if left out."),
     "resume_id": Key("text", "The id of the run to go on with."),
 }
 
-#: The keys by section. Names that end with * stand for all that begin so.
-KEYS: dict[str, dict[str, Key]] = {
-    "": _GENERAL,
-    "path": _PATH,
-    "train": _TRAIN,
-    "val": _VAL,
-    "logger": _LOGGER,
-    "logger:wandb": _WANDB,
-}
-
-#: Of the entries of `val: metrics:`, and of losses: arguments that most have.
-METRIC = {
+# Of metrics and losses: arguments that most have
+KEYS["val:metrics:*"] = {
     "crop_border": Key("int", "Pixels at each edge to ignore.", least=0, most=1000, choices=("scale",), nullable=False),
     "input_order": Key("", "Layout of the images; BasicSR's is HWC.", choices=("HWC", "CHW")),
     "test_y_channel": Key("flag", "Compare the luma channel alone."),
 }
-LOSS = {
+KEYS["train:losses:*"] = {
     "loss_weight": Key("number", "What the loss is multiplied by.", example=1.0, nullable=False),
     "reduction": Key("", "How all differences become one number.", choices=("mean", "sum"), nullable=False),
 }
 
-#: Of the sections of `datasets:`.
-DATASET: dict[str, Key] = {
+KEYS["train:scheduler"] = {"periods": Key("ints", "Iterations of each period.", least=1, example=[500000])}
+KEYS["datasets:*"] = {
     "name": Key("text", "The data set's name, in logs and result folders."),
-    "type": Key("text", "The class that reads it."),
+    "type": Key("text", "The class that reads it.", nullable=False),
     "io_backend": Key("mapping", "How files are read: {type: disk}, or {type: lmdb}."),
     "scale": Key("number numbers", "Of this data set alone; ESCLTE: also [height, width].", least=1, length=2),
     "batch_size_per_gpu": Key("int", "Training: samples in a batch of each GPU.", least=1, example=16),
@@ -295,10 +300,11 @@ DATASET: dict[str, Key] = {
     "final_sinc_prob": Key("number", "Probability of a sinc filter at the end.", _REAL_DATA, least=0, most=1),
 }
 
-#: What data sets of BasicSR's cannot do without, beyond what `data_checks` asks of all.
+_degradations = [name for name, key in KEYS["datasets:*"].items() if key.reader == _REAL_DATA]
+#: What data sets of BasicSR's require, beyond what `data_checks` asks of all.
 REQUIRED = {
     "FFHQDataset": ["dataroot_gt", "mean", "std", "use_hflip"],
-    "RealESRGANDataset": ["use_hflip", "use_rot", *(name for name, key in DATASET.items() if key.reader == _REAL_DATA)],
+    "RealESRGANDataset": ["use_hflip", "use_rot", *_degradations],
     "RealESRGANPairedDataset": ["dataroot_gt", "dataroot_lq", "gt_size", "use_hflip", "use_rot"],
 }
 

@@ -27,14 +27,13 @@ from esc_arch.ops.window_attention.bias import parameters_of
 from esc_arch.problems import Problem
 from esc_arch.training.parameter_groups import freeze, pattern_problems
 
-from .data_checks import CheckScope
 from .files import Options
-from .section_checks import entries, is_esc_model, is_known_code
+from .section_checks import QUICK, CheckScope, entries, is_esc_model, is_known_code
 
 __all__ = ["check_networks"]
 
 
-def check_networks(opt: Options, is_train: bool, scope: CheckScope | None = None) -> Iterator[Problem]:
+def check_networks(opt: Options, is_train: bool, scope: CheckScope = QUICK) -> Iterator[Problem]:
     """What is wrong with the values of `network_*`, the files of `path: pretrain_network_*`, and name patterns.
 
     So is an attention backend asked for by name that cannot train (or test) on this machine.
@@ -42,11 +41,10 @@ def check_networks(opt: Options, is_train: bool, scope: CheckScope | None = None
     To be called when `checks.check_options` finds nothing wrong. A network that cannot be built without memory is
     left to BasicSR; or, when `scope` is thorough, built with memory.
     """
-    scope = scope or CheckScope()
     is_resumed = opt.get("auto_resume") or opt["path"].get("resume_state")  # then the run loads its own weights
     keys = [key for key in opt if key.startswith("network_") and (is_train or key == "network_g")]
-    for key, section in ((key, opt[key]) for key in keys if isinstance(opt[key], dict)):
-        net = _build(section, scope)
+    for key in keys:
+        net = _build(opt[key], scope) if isinstance(opt[key], dict) else None
         if isinstance(net, str):
             yield Problem(key, net)
         if not isinstance(net, nn.Module):
@@ -55,10 +53,10 @@ def check_networks(opt: Options, is_train: bool, scope: CheckScope | None = None
         if scope.thorough:
             count = sum(parameter.numel() for parameter in net.parameters())
             whose = "" if is_known_code(type(net)) else f" of {type(net).__module__}"
-            yield Problem(key, f"{section['type']}{whose} can be built, {count:,} parameters", "note")
+            yield Problem(key, f"{opt[key]['type']}{whose} can be built, {count:,} parameters", "note")
         if scope.with_files and pretrained:
             yield from _check_pretrained(opt, key, net, pretrained, scope)
-        yield from _published_defaults(key, section)
+        yield from _published_defaults(key, opt[key])
         if is_train and key == "network_g" and is_esc_model(opt):
             yield from pattern_problems(net, opt["train"])
             freeze(net, opt["train"])
@@ -88,22 +86,17 @@ def _build(section: Options, scope: CheckScope) -> nn.Module | str | None:
     """A network, its constructor's objection to the arguments, or None if that cannot be told from here."""
     kind = entries(ARCH_REGISTRY)[section["type"]]
     arguments = {name: value for name, value in section.items() if name != "type"}
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
+    for device in ("meta", "cpu") if scope.thorough else ("meta",):
         try:
-            with torch.device("meta"):
+            with warnings.catch_warnings(), torch.device(device):
+                warnings.simplefilter("ignore")
                 return kind(**copy.deepcopy(arguments))  # some change what they are given
         except Exception as error:
             if kind.__module__.startswith("esc_arch."):  # which check their arguments; others may dislike the device
                 return str(error) if isinstance(error, ValueError | TypeError) else None
-        if not scope.thorough:
-            return None
-        try:
-            return kind(**copy.deepcopy(arguments))
-        except Exception as error:
-            if isinstance(error, OSError) and not scope.with_files:
-                return None
-            return f"{section['type']} cannot be built: {type(error).__name__}: {error}".rstrip(".: ")
+            if device == "cpu" and (scope.with_files or not isinstance(error, OSError)):
+                return f"{section['type']} cannot be built: {type(error).__name__}: {error}".rstrip(".: ")
+    return None
 
 
 class _Described(Tensor):

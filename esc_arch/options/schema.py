@@ -12,10 +12,11 @@ from typing import Any
 
 from basicsr.utils.registry import ARCH_REGISTRY, DATASET_REGISTRY, LOSS_REGISTRY, METRIC_REGISTRY, MODEL_REGISTRY
 
+from esc_arch.problems import join
 from esc_arch.training.optimizers import OPTIMIZERS
 from esc_arch.training.schedulers import SCHEDULERS
 
-from .keys import DATASET, IGNORED, KEYS, KINDS, OLD_NAMES, Key
+from .keys import IGNORED, KEYS, KINDS, OLD_NAMES, Key
 from .section_checks import entries, is_known_code
 
 __all__ = ["options_schema"]
@@ -32,36 +33,29 @@ def options_schema() -> Schema:
 
     Sections that models or data sets of other packages may read, once such are registered, may have any keys.
     """
-    models, datasets = entries(MODEL_REGISTRY), entries(DATASET_REGISTRY)
-    known_models, known_datasets = (all(map(is_known_code, kinds.values())) for kinds in (models, datasets))
-    losses = {name: _or_null("loss") for name in KEYS["train"] if name.endswith("_opt")}
-    dataset = _section(DATASET, known_datasets, ["type"], {"type": {"enum": _names(datasets)}})
-    train = losses | {
-        "losses": _named("loss"),
-        "scheduler": {"$ref": "#/$defs/scheduler"},
-        "optim_*": _or_null("optimizer"),
-    }
-    wandb = {"wandb": _or_null(_section(KEYS["logger:wandb"]))}
-    sections = {
-        "path": _or_null(_section(KEYS["path"], known_models)),
-        "train": _or_null(_section(KEYS["train"], known_models, ["total_iter"], train)),
-        "val": _or_null(_section(KEYS["val"], known_models, (), {"metrics": _named("metric")})),
-        "logger": _or_null(_section(KEYS["logger"], known_models, (), wandb)),
-        "model_type": {"enum": _names(models)},
-        "network_*": _or_null("network"),
+    special: dict[str, Schema] = {
+        "model_type": {"enum": _names(entries(MODEL_REGISTRY))},
+        "datasets:*:type": {"enum": _names(entries(DATASET_REGISTRY))},
         "datasets": {
             "type": "object",
             "minProperties": 1,
-            "patternProperties": {"^(train|(val|test)(_.*)?)$": dataset},
+            "patternProperties": {"^(train|(val|test)(_.*)?)$": {"$ref": "#/$defs/dataset"}},
             "additionalProperties": False,
         },
+        "network_*": _or_null("network"),
+        "train:losses": _named("loss"),
+        "train:scheduler": {"$ref": "#/$defs/scheduler"},
+        "train:optim_*": _or_null("optimizer"),
+        "val:metrics": _named("metric"),
+        **{f"train:{name}": _or_null("loss") for name in KEYS["train"] if name.endswith("_opt")},
     }
     return {
         "$schema": "https://json-schema.org/draft/2020-12/schema",
         "title": "Option file of BasicSR with esc_arch",
         "description": "For basicsr train and basicsr test; basicsr check checks it.",
-        **_section(KEYS[""], known_models, ["name", "model_type", "datasets"], sections),
+        **_section("", special),
         "$defs": {
+            "dataset": _section("datasets:*", special),
             "network": _typed(entries(ARCH_REGISTRY)),
             "loss": _typed(entries(LOSS_REGISTRY)),
             "metric": _typed(entries(METRIC_REGISTRY), extra={"better": {"enum": ["higher", "lower"]}}),
@@ -71,25 +65,30 @@ def options_schema() -> Schema:
     }
 
 
-def _section(
-    table: Mapping[str, Key],
-    is_complete: bool = True,
-    required: Iterable[str] = (),
-    special: Mapping[str, Schema] | None = None,
-) -> Schema:
-    """A mapping with the keys of a table, and no others if it is complete; `special` has schemas of single keys."""
-    schemas = {key: _value(entry) for key, entry in table.items()} | dict(special or {})
-    docs = {key: f"{entry.reader}: {entry.doc}" if entry.reader else entry.doc for key, entry in table.items()}
-    values = {key: {"description": docs[key]} | schema for key, schema in schemas.items()}
-    deprecated = dict.fromkeys(sorted(IGNORED), "Has no effect.")
-    deprecated |= {old: f"Has no effect; its name is {new}." for old, new in OLD_NAMES.items()}
+def _section(path: str, special: Mapping[str, Schema]) -> Schema:
+    """A mapping with the keys of a table, and no others if all that may read it is known.
+
+    `special` has the schemas of single keys by their paths.
+    """
+    properties: Schema = {key: {"deprecated": True, "description": "Has no effect."} for key in sorted(IGNORED)}
+    for old, new in OLD_NAMES.items():
+        properties[old] = {"deprecated": True, "description": f"Has no effect; its name is {new}."}
+    patterns = {}
+    for key, entry in KEYS[path].items():
+        inner = join(path, key)
+        schema = special.get(inner) or (_or_null(_section(inner, special)) if inner in KEYS else _value(entry))
+        value = {"description": f"{entry.reader}: {entry.doc}" if entry.reader else entry.doc} | schema
+        if key.endswith("*"):
+            patterns[f"^{key[:-1]}.+$"] = value
+        else:
+            properties[key] = value
+    readers = entries(DATASET_REGISTRY if path == "datasets:*" else MODEL_REGISTRY).values()
     return {
         "type": "object",
-        "required": list(required),
-        "properties": {key: {"deprecated": True, "description": text} for key, text in deprecated.items()}
-        | {key: value for key, value in values.items() if not key.endswith("*")},
-        "patternProperties": {f"^{key[:-1]}.+$": value for key, value in values.items() if key.endswith("*")},
-        "additionalProperties": not is_complete,
+        "required": [key for key, entry in KEYS[path].items() if not entry.nullable and entry.default is None],
+        "properties": properties,
+        "patternProperties": patterns,
+        "additionalProperties": not all(map(is_known_code, readers)),
     }
 
 

@@ -21,8 +21,8 @@ from esc_arch.training.optimizers import NO_MUON, OPTIMIZERS, build_optimizer
 from esc_arch.training.schedulers import SCHEDULERS, TORCH_SCHEDULERS, build_scheduler
 
 from .files import Options
-from .keys import KINDS
-from .section_checks import check_call, entries, is_known_code, sr_model
+from .keys import KEYS
+from .section_checks import check_call, entries, is_known_code, missing_keys, sr_model
 
 __all__ = ["check_logger", "check_training"]
 
@@ -35,11 +35,11 @@ _LOGGED_NAMES = ("pix", "percep", "style")
 def check_training(opt: Options) -> Iterator[Problem]:
     train = opt.get("train")
     if not train:
-        message = "missing; training needs this section, with total_iter, optim_g, scheduler and pixel_opt"
-        yield Problem("train", message)
+        yield Problem(
+            "train", "missing; training needs this section, with total_iter, optim_g, scheduler and pixel_opt"
+        )
         return
-    if "total_iter" not in train:
-        yield Problem("train:total_iter", "missing; give a whole number of at least 1, such as 500000")
+    yield from missing_keys("train", train, KEYS["train"], ["total_iter"])
     model = sr_model(opt)
     losses = [key for key in _LOSS_KEYS if train.get(key)]
     for key in losses:
@@ -66,7 +66,7 @@ def check_training(opt: Options) -> Iterator[Problem]:
 
 
 def _check_loss(path: str, section: Any, known: Mapping[str, Any], model: type[SRModel] | None) -> Iterator[Problem]:
-    problems = list(check_call(path, section, known))
+    problems = list(check_call(path, section, known, table=KEYS["train:losses:*"]))
     yield from problems
     loss = None if problems else known[section["type"]]
     if not (inspect.isclass(loss) and issubclass(loss, ImageLoss)):
@@ -80,12 +80,8 @@ def _check_loss(path: str, section: Any, known: Mapping[str, Any], model: type[S
 
 
 def _check_extra_losses(section: Any, model: type[SRModel]) -> Iterator[Problem]:
-    if not isinstance(section, dict | None):
-        example = "fft: {type: FFTLoss, loss_weight: 0.05}"
-        yield Problem("train:losses", f"{section!r} given; must be a mapping of names, such as {example}")
-        return
     known = {name: entry for name, entry in entries(LOSS_REGISTRY).items() if name not in _NOT_OF_PAIRS}
-    for name, loss in (section or {}).items():
+    for name, loss in section.items() if isinstance(section, dict) else ():
         path = f"train:losses:{name}"
         if not name.isidentifier() or name in _LOGGED_NAMES:
             taken = f"be none of {', '.join(_LOGGED_NAMES)}, which the log has already"
@@ -127,20 +123,14 @@ def _reason(error: Exception) -> str:
 
 
 def _check_scheduler(train: Options) -> Iterator[Problem]:
-    path = "train:scheduler"
-    section: Any = train.get("scheduler")
-    total = train.get("total_iter")
-    supplied = ["optimizer", "last_epoch", "scale_fn"]
-    problems = list(check_call(path, section, SCHEDULERS, supplied=supplied, registered=False))
+    path, section, total = "train:scheduler", train.get("scheduler"), train.get("total_iter")
+    supplied, table = ["optimizer", "last_epoch", "scale_fn"], KEYS["train:scheduler"]
+    problems = list(check_call(path, section, SCHEDULERS, supplied=supplied, registered=False, table=table))
     yield from problems
-    if problems:
+    if problems or section is None:
         return
     options = {key: value for key, value in section.items() if key != "type"}
     kind, periods = section["type"], options.get("periods")
-    if periods is not None and not (isinstance(periods, list) and all(map(_is_count, periods))):
-        message = f"{periods!r} given; must be a list of iterations, such as [{total or 500000}]"
-        yield Problem(f"{path}:periods", message)
-        return
     try:
         optimizer = _trial_optimizer(train["optim_g"])
     except Exception:  # told by _check_optimizer
@@ -153,13 +143,9 @@ def _check_scheduler(train: Options) -> Iterator[Problem]:
         return
     # BasicSR first steps a schedule in the second iteration
     last: Any = sum(periods) + 1 if periods else getattr(schedule, "total_steps", None)
-    if last is not None and _is_count(total) and last < total:
+    if last is not None and KEYS["train"]["total_iter"].accepts(total) and last < total:
         longer = "periods" if periods else "total_steps"
         yield Problem(path, f"{kind} ends after {last} iterations, before train:total_iter {total}. Raise {longer}")
-
-
-def _is_count(value: Any) -> bool:
-    return KINDS["int"].accepts(value) and value >= 1
 
 
 def check_logger(opt: Options) -> Iterator[Problem]:

@@ -199,7 +199,7 @@ def test_all_mistakes_with_their_places(check: Any) -> None:
 def test_words_that_yaml_takes_for_something_else(check: Any) -> None:
     _, _, err = check(TEXT)
     assert err.splitlines()[0] == (
-        "a.yml:1:1: name: False given; must be text, in quotes if it looks like a number. "
+        "a.yml:1:1: name: False given; must be a folder's name without /, in quotes if it is a number. "
         "YAML reads no as false: write 'no', in quotes, if it is text"
     )
 

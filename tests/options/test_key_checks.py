@@ -12,8 +12,9 @@ from basicsr.models.sr_model import SRModel
 from basicsr.utils.registry import DATASET_REGISTRY, MODEL_REGISTRY
 from torch.utils.data import Dataset
 
-from esc_arch.options import CheckScope, Problem, check_options
-from esc_arch.options.key_checks import check_keys
+from esc_arch.options import CheckScope, check_options
+from esc_arch.options.section_checks import check_keys
+from esc_arch.problems import Problem
 
 
 def change(options: Any, path: str, value: Any) -> Any:
@@ -198,8 +199,7 @@ def test_without_files_nothing_is_looked_for(train_options: Any) -> None:
 )
 def test_values_of_metrics(train_options: Any, value: Any, message: str) -> None:
     train_options["val"]["metrics"]["psnr"]["crop_border"] = value
-    (problem,) = check(train_options)
-    assert str(problem).startswith(message)
+    assert str(check_options(train_options, True)[-1]).startswith(message)
 
 
 @pytest.mark.parametrize(
@@ -212,6 +212,6 @@ def test_values_of_metrics(train_options: Any, value: Any, message: str) -> None
 )
 def test_values_of_losses(train_options: Any, key: str, value: Any, message: str) -> None:
     train_options["train"]["pixel_opt"][key] = value
-    assert [str(problem) for problem in check(train_options)] == [message]
+    assert [str(problem) for problem in check_options(train_options, True)] == [message]
     train_options["train"]["losses"] = {"fft": {"type": "FFTLoss", "loss_weight": "1"}}
-    assert "train:losses:fft:loss_weight: '1' given" in " ".join(map(str, check(train_options)))
+    assert "train:losses:fft:loss_weight: '1' given" in " ".join(map(str, check_options(train_options, True)))

@@ -40,7 +40,7 @@ SOUND: list[tuple[dict[str, Any] | None, dict[str, Any]]] = [
     ({}, {}),
     ({"print_freq": 1e2, "save_checkpoint_freq": 5e3, "use_tb_logger": False}, {"val_freq": 5e3}),
     ({"wandb": None}, {}),
-    ({"wandb": {"project": None, "resume_id": 3}}, {}),
+    ({"wandb": {"project": None, "resume_id": "3"}}, {}),
     ({"use_tb_logger": True, "wandb": PROJECT}, {}),
     ({"use_tb_logger": True, "wandb": PROJECT | {"resume_id": "abc"}, "keep_last": 3}, {"tb_images": 2}),
     ({"keep_last": None, "of_another_model": 1}, {"tb_images": 0}),

@@ -6,7 +6,6 @@ import argparse
 import logging
 import os
 import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 from unittest.mock import MagicMock
@@ -20,8 +19,9 @@ from PIL import Image
 import esc_arch  # noqa: F401  makes basicsr importable
 from esc_arch import options
 from esc_arch.errors import UserError
-from esc_arch.options import add_arguments, apply_force_yml, load_yaml, parse_options, resolve_launcher
+from esc_arch.options import add_arguments, apply_force_yml, load_yaml, parse_options
 from esc_arch.training import distributed
+from esc_arch.training.distributed import resolve_launcher
 
 TRAIN_FILE = """
 name: trial
@@ -99,14 +99,13 @@ def test_values(text: str, value: Any) -> None:
     assert read == value and type(read) is type(value)
 
 
-def test_files_are_utf8_whatever_the_locale(tmp_path: Path) -> None:
+def test_files_are_utf8_whatever_the_locale(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     file = tmp_path / "a.yml"
-    file.write_bytes("name: été  # 超解像\n".encode())
-    code = "import sys; from esc_arch.options import load_yaml; print(ascii(load_yaml(sys.argv[1])))"
-    environment = os.environ | {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
-    command = [sys.executable, "-c", code, file]
-    done = subprocess.run(command, env=environment, cwd=Path(__file__).parents[1], capture_output=True, text=True)
-    assert done.stdout == "{'name': '\\xe9t\\xe9'}\n", done.stderr
+    file.write_bytes("\ufeffname: été  # 超解像\n".encode())
+    read_text = MagicMock(side_effect=file.read_text)
+    monkeypatch.setattr(Path, "read_text", read_text)
+    assert load_yaml(file) == {"name": "été"}
+    assert read_text.call_args.kwargs == {"encoding": "utf-8-sig"}
 
 
 @pytest.mark.parametrize(
@@ -149,13 +148,24 @@ def chain(levels: int) -> str:
     return "a0: &a0 {x: 1}\n" + "".join(f"a{n}: &a{n} {{l: *a{n - 1}, r: *a{n - 1}}}\n" for n in range(1, levels + 1))
 
 
+def merges(levels: int) -> str:
+    return "a0: &a0 {x: 1}\n" + "".join(f"a{n}: &a{n} {{<<: [*a{n - 1}, *a{n - 1}]}}\n" for n in range(1, levels + 1))
+
+
+def lists(levels: int) -> str:
+    return "a0: &a0 [1]\n" + "".join(f"a{n}: &a{n} [*a{n - 1}, *a{n - 1}]\n" for n in range(1, levels + 1))
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("a: " + "[" * 10_000, r"a\.yml(:1:\d+)?: more than 100 levels of lists and mappings"),
+        ("a: " + "[" * 2000, r"a\.yml(:1:\d+)?: more than 100 levels of lists and mappings"),
         ("a: " + "{a: " * 101 + "}" * 101, r"a\.yml:1:\d+: more than 100 levels"),
-        ("a: &a {b: {c: *a}}", r"a\.yml:1:4: an alias leads back to this; write the values"),
-        ("a: &a [*a]", r"a\.yml:1:4: an alias leads back"),
+        ("a: &a {b: {c: *a}}", r"a\.yml:1:4: more than 100 levels .* an alias \(\*NAME\) that leads back to itself"),
+        ("a: &a [*a]", r"a\.yml:1:4: more than 100 levels"),
+        ("a: &a {<<: *a}", r"a\.yml: more than 100 levels"),
+        (merges(40), r"a\.yml: its aliases \(\*NAME\) expand to more than 100000 values"),
+        (lists(40), r"a\.yml: its aliases \(\*NAME\) expand to more than 100000 values"),
         (chain(40), r"a\.yml: its aliases \(\*NAME\) expand to more than 100000 values; write fewer"),
         (
             "a0: &a0 [1]\n" + "".join(f"a{n}: &a{n} [*a{n - 1}]\n" for n in range(1, 200)),

@@ -105,7 +105,7 @@ def test_entries_of_force_yml(tmp_path: Path) -> None:
     ],
 )
 def test_readings_that_surprise(positions: Positions, key: str, reading: str | None) -> None:
-    assert positions.reading(key) == reading
+    assert positions.readings.get(key) == reading
 
 
 def test_odd_numbers(positions: Positions) -> None:
