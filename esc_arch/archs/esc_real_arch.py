@@ -5,13 +5,14 @@ from __future__ import annotations
 import re
 from collections.abc import MutableMapping, Sequence
 from contextlib import suppress
+from dataclasses import KW_ONLY, dataclass, field
 from itertools import product
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
-from esc_arch.archs.base import Body, SharedKernelNetwork
+from esc_arch.archs.base import SharedKernelNetwork
 from esc_arch.errors import UserError
 from esc_arch.modules.conv3x3 import Conv3x3
 from esc_arch.modules.fused import conv3x3
@@ -42,25 +43,20 @@ def _image_skip(channels: int, dim: int) -> list[nn.Module]:
     ]
 
 
+@dataclass(eq=False, repr=False)
 class _RealNetwork(SharedKernelNetwork):
     """The body of both networks: ESC's with LayerNorms, and a second skip from the image."""
 
     subpixel_conv = None  # the heads are not one convolution
-    head_layers = ("skip", "to_img")  # `skip` sees farther than `last`, to which it is added
+    head_margin = 6  # `skip`, which sees farther than `last`, and the upsampler pixelshuffle, which sees farthest
     real_world = True
 
-    #: In the published order of parameters, by which optimisers' states go.
-    parts: ClassVar[tuple[str, ...]]
-
-    def __init__(self, body: Body, n_blocks: int, upscaling_factor: int) -> None:
-        super().__init__(body, upscaling_factor)
-        for part in self.parts:  # each is made when its options are known, and keeps the place that it gets here
-            self.register_module(part, None)
-        self.blocks = body.blocks(n_blocks)
-        self.last = Conv3x3(body.dim, body.dim)
-
-    skip: nn.Module
-    to_img: nn.Module
+    n_blocks: int = 10
+    exp_ratio: float = 2
+    use_ln: bool = field(default=True, init=False)
+    last: Conv3x3 = field(init=False)
+    skip: nn.Module = field(init=False)
+    to_img: nn.Module = field(init=False)
 
     def reconstruct(self, feat: Tensor, shallow: Tensor, image: Tensor) -> Tensor:
         feat = conv3x3(self.last, feat, residual=shallow) + self.skip(image)
@@ -111,6 +107,7 @@ class _DySampleHead(Head):
         return out.crop(enlarged, core.times(self.align))[0].contiguous()
 
 
+@dataclass(eq=False, repr=False)
 class ESCReal(_RealNetwork):
     """The published ESC-Real, x4.
 
@@ -122,45 +119,29 @@ class ESCReal(_RealNetwork):
         others: see `ESC`.
     """
 
-    parts = ("proj", "blocks", "last", "to_img", "skip")
+    _: KW_ONLY
+    use_dysample: bool = False
 
-    def __init__(
-        self,
-        dim: int = 64,
-        pdim: int = 16,
-        kernel_size: int = 13,
-        n_blocks: int = 10,
-        conv_blocks: int = 5,
-        window_size: int = 32,
-        num_heads: int = 4,
-        upscaling_factor: int = 4,
-        exp_ratio: float = 2,
-        attn_type: str = "auto",
-        *,
-        flashbias_rank: int | None = None,
-        rank: int | None = None,
-        backend: str = "auto",
-        use_dysample: bool = False,
-    ) -> None:
-        body = Body(
-            dim, pdim, kernel_size, conv_blocks, window_size, num_heads, exp_ratio,
-            attn_type, True, flashbias_rank, rank, backend,
-        )  # fmt: skip
-        super().__init__(body, n_blocks, upscaling_factor)
-        if not use_dysample and upscaling_factor != 4:
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not self.use_dysample and self.upscaling_factor != 4:
             raise ValueError(
-                f"upscaling_factor is {upscaling_factor}; ESCReal enlarges by 4. ESCRealM takes 1 to 4, "
+                f"upscaling_factor is {self.upscaling_factor}; ESCReal enlarges by 4. ESCRealM takes 1 to 4, "
                 f"use_dysample: true any."
             )
+        dim = self.dim
+        # In the published order of parameters, by which optimisers' states go
         self.proj = Conv3x3(3, dim)
-        self.skip = nn.Sequential(*_image_skip(3, dim))
-        if use_dysample:
+        self.blocks = self.new_blocks()
+        self.last = Conv3x3(dim, dim)
+        if self.use_dysample:
             self.to_img = DySample(dim, scale=self.upscaling_factor)
-            return
-        doubling: list[nn.Module] = []
-        for _ in range(2):
-            doubling += [nn.Upsample(scale_factor=2), Conv3x3(dim, dim), nn.LeakyReLU(0.2)]
-        self.to_img = nn.Sequential(*doubling, Conv3x3(dim, dim), nn.LeakyReLU(0.2), Conv3x3(dim, 3))
+        else:
+            doubling: list[nn.Module] = []
+            for _ in range(2):
+                doubling += [nn.Upsample(scale_factor=2), Conv3x3(dim, dim), nn.LeakyReLU(0.2)]
+            self.to_img = nn.Sequential(*doubling, Conv3x3(dim, dim), nn.LeakyReLU(0.2), Conv3x3(dim, 3))
+        self.skip = nn.Sequential(*_image_skip(3, dim))
 
     @classmethod
     def recognise(cls, shapes: Shapes) -> dict[str, Any] | None:
@@ -175,6 +156,7 @@ class ESCReal(_RealNetwork):
         return shapes.options(scale=scale, use_dysample=use_dysample)
 
 
+@dataclass(eq=False, repr=False)
 class ESCRealM(_RealNetwork):
     """ESC-Real for scales 1 to 4, with a choice of upsamplers.
 
@@ -192,51 +174,33 @@ class ESCRealM(_RealNetwork):
     """
 
     TAIL_SCALE = 4
-    parts = ("proj", "skip", "blocks", "last", "to_img")
-
     published_defaults: ClassVar = {"upsampler": "nearest+conv"}
 
-    to_img: UniversalUpsampler
+    _: KW_ONLY
+    upsampler: str = "pixelshuffledirect"
+    mid_dim: int = 48
+    unshuffle_mod: bool = True
+    to_img: UniversalUpsampler = field(init=False)
 
-    def __init__(
-        self,
-        dim: int = 64,
-        pdim: int = 16,
-        kernel_size: int = 13,
-        n_blocks: int = 10,
-        conv_blocks: int = 5,
-        window_size: int = 32,
-        num_heads: int = 4,
-        upscaling_factor: int = 4,
-        exp_ratio: float = 2,
-        attn_type: str = "auto",
-        *,
-        flashbias_rank: int | None = None,
-        rank: int | None = None,
-        backend: str = "auto",
-        upsampler: str = "pixelshuffledirect",
-        mid_dim: int = 48,
-        unshuffle_mod: bool = True,
-    ) -> None:
-        body = Body(
-            dim, pdim, kernel_size, conv_blocks, window_size, num_heads, exp_ratio,
-            attn_type, True, flashbias_rank, rank, backend,
-        )  # fmt: skip
-        super().__init__(body, n_blocks, upscaling_factor)
-        if upscaling_factor not in (1, 2, 3, 4):
-            raise ValueError(f"upscaling_factor is {upscaling_factor}; ESCRealM takes 1, 2, 3 or 4.")
-        unshuffle = unshuffle_mod and self.upscaling_factor < 3
-        self.unshuffle_factor = self.TAIL_SCALE // self.upscaling_factor if unshuffle else 1
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        scale, dim = self.upscaling_factor, self.dim
+        if scale not in (1, 2, 3, 4):
+            raise ValueError(f"upscaling_factor is {scale}; ESCRealM takes 1, 2, 3 or 4.")
+        if self.upsampler not in UPSAMPLERS:
+            raise ValueError(f"upsampler {self.upsampler!r} is not known; allowed: {', '.join(UPSAMPLERS)}.")
+        unshuffle: list[nn.Module] = []
+        if self.unshuffle_mod and scale < 3:
+            self.unshuffle_factor, scale = self.TAIL_SCALE // scale, self.TAIL_SCALE
+            unshuffle.append(nn.PixelUnshuffle(self.unshuffle_factor))
         channels = 3 * self.unshuffle_factor**2
         proj = Conv3x3(channels, dim)
-        skip = _image_skip(channels, dim)
-        self.proj = nn.Sequential(nn.PixelUnshuffle(self.unshuffle_factor), proj) if unshuffle else proj
-        self.skip = nn.Sequential(*[nn.PixelUnshuffle(self.unshuffle_factor)] * unshuffle, *skip)
-        tail_scale = self.TAIL_SCALE if unshuffle else self.upscaling_factor
-        if upsampler not in UPSAMPLERS:
-            raise ValueError(f"upsampler {upsampler!r} is not known; allowed: {', '.join(UPSAMPLERS)}.")
-        name = "conv" if tail_scale == 1 else upsampler
-        self.to_img = UniversalUpsampler(name, scale=tail_scale, dim=dim, mid=mid_dim)
+        self.proj = nn.Sequential(*unshuffle, proj) if unshuffle else proj
+        self.skip = nn.Sequential(*unshuffle, *_image_skip(channels, dim))
+        self.blocks = self.new_blocks()
+        self.last = Conv3x3(dim, dim)
+        name = "conv" if scale == 1 else self.upsampler
+        self.to_img = UniversalUpsampler(name, scale=scale, dim=dim, mid=self.mid_dim)
 
     def adapt_state_dict(self, state_dict: MutableMapping[str, Tensor], prefix: str = "") -> list[str]:
         """Give weights of a tail, in place, this network's description of it: theirs may be absent or be wrong."""

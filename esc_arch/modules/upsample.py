@@ -38,7 +38,7 @@ def pixel_shuffle_with_skip(subpixels: Tensor, image: Tensor, scale: int) -> Ten
     return F.pixel_shuffle(subpixels.contiguous() + image.contiguous().repeat_interleave(scale**2, dim=1), scale)
 
 
-def rescale_subpixel_conv(tensor: Tensor, channels: int) -> Tensor:
+def rescale_subpixel_conv(tensor: Tensor, channels: int) -> tuple[Tensor, int]:
     """The weight or bias of a convolution before a pixel shuffle, made for another scale.
 
     Its output channels are `colours` grids of (s, s) sub-pixels; the grid is interpolated bilinearly
@@ -49,7 +49,7 @@ def rescale_subpixel_conv(tensor: Tensor, channels: int) -> Tensor:
         channels: 3 * t^2, the output channels wanted.
 
     Returns:
-        (3 * t^2, ...).
+        (3 * t^2, ...), and s.
 
     Raises:
         ValueError: a number of channels is not 3 times a square, or there are no numbers.
@@ -63,7 +63,7 @@ def rescale_subpixel_conv(tensor: Tensor, channels: int) -> Tensor:
         raise ValueError("an empty tensor has no sub-pixels.")
     grid = tensor.reshape(colours, source, source, -1).permute(0, 3, 1, 2)
     grid = F.interpolate(grid, size=(target, target), mode="bilinear", align_corners=False)
-    return grid.permute(0, 2, 3, 1).reshape(channels, *tensor.shape[1:])
+    return grid.permute(0, 2, 3, 1).reshape(channels, *tensor.shape[1:]), source
 
 
 class ReflectDepthwiseConv(nn.Conv2d):
