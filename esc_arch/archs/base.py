@@ -47,25 +47,19 @@ class ESCFamily(nn.Module):
     layers. The class attributes and the methods up to `conflict_with` are all that the rest of the package asks for.
     """
 
-    #: How many pixels of the features to each side `reconstruct` sees, for images computed in parts; more do no harm.
+    #: Receptive margin of `reconstruct` in pixels of the features, or more, for images computed in parts.
     head_margin: ClassVar[int] = 8
-
     #: How many pixels of the image along each side become one of the features.
     unshuffle_factor = 1
-
-    #: True if it can be asked for any scale; others have a whole one.
+    #: True for networks of any scale; others have a whole one.
     any_scale: ClassVar[bool] = False
-
     #: True for photographs with unknown degradations, not for images made smaller by bicubic interpolation.
     real_world: ClassVar[bool] = False
-
     #: The convolution before the pixel shuffle, whose weights can be interpolated to another scale.
     subpixel_conv: ClassVar[str | None] = "to_img"
-
-    #: Keep only the inputs of blocks for the backward pass, and compute the rest again.
+    #: Activation checkpointing: keep only the inputs of blocks for the backward pass, and compute the rest again.
     checkpointing = False
-
-    #: Of the constructor's options, those whose default is another one in the published code, with that default.
+    #: Options whose default differs in the published code, with that default.
     published_defaults: ClassVar[Mapping[str, Any]] = {}
 
     dim: int = 64
@@ -146,16 +140,15 @@ class ESCFamily(nn.Module):
         return FlashWindowAttention(attn_type=self.attn_type, **sizes)
 
     def shallow_features(self, x: Tensor) -> Tensor:
-        """What the blocks start from, in the layout that suits the device: (B, 3, H, W) -> (B, dim, H, W)."""
-        features: Tensor = self.proj(fast_layout(x))
-        return features
+        """The input of the blocks, in the layout that suits the device: (B, 3, H, W) -> (B, dim, H, W)."""
+        return self.proj(fast_layout(x))
 
     def forward(self, x: Tensor) -> Tensor:
         shallow = self.shallow_features(x)
         return self.reconstruct(self.run_blocks(shallow, *self.large_kernels()), shallow, x)
 
     def large_kernels(self) -> tuple[Tensor, ...]:
-        """What the blocks convolve with besides the kernels made from the image."""
+        """The large kernels that all blocks share."""
         raise NotImplementedError
 
     def reconstruct(self, feat: Tensor, shallow: Tensor, image: Tensor) -> Tensor:
@@ -181,8 +174,7 @@ class ESCFamily(nn.Module):
             image_size: (h, w).
             out_size: (H', W') of the result.
         """
-        out: Tensor = self(image)
-        return out[..., : out_size[0], : out_size[1]]
+        return self(image)[..., : out_size[0], : out_size[1]]
 
     def run_blocks(self, x: Tensor, *large_kernels: Tensor) -> Tensor:
         """All blocks one after the other: (B, dim, H, W) -> (B, dim, H, W)."""
@@ -209,11 +201,11 @@ class ESCFamily(nn.Module):
 
     @classmethod
     def own_names(cls, weights: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Weights with other names in published files under those that this network has for them."""
+        """Weights of published files with other names, renamed to those of this network."""
         return weights
 
     def conflict_with(self, weights: Mapping[str, Tensor]) -> str | None:
-        """Why weights mean another network though names and shapes may fit, and what to do; None if they do not."""
+        """Why weights whose names and shapes fit are still of another network, and what to do; None if they are not."""
         return None
 
     def adapt_state_dict(self, state_dict: MutableMapping[str, Tensor], prefix: str = "") -> list[str]:
@@ -223,19 +215,18 @@ class ESCFamily(nn.Module):
         and to the kind of bias: FlashBias's factors are made of tables. Done at every `load_state_dict`.
 
         Args:
-            state_dict: weights of a network of this type.
             prefix: of the names in it that are this network's.
 
         Raises:
-            UserError: FlashBias's factors cannot be made of its tables.
+            UserError: a bias table with infinite numbers or NaN, from which no FlashBias factors can be made.
 
         Returns:
-            What it is of and what was done, such as "another scale: to_img.weight was interpolated from x2 to x3.";
-            empty for a checkpoint that fits.
+            What the checkpoint is of and what was done, a sentence each, such as "another scale: to_img.weight was
+            interpolated from x2 to x3."; empty for a checkpoint that fits.
         """
         origin = origin_of([name for name in state_dict if not name.endswith(IGNORED)], prefix)
         renamed = [name for name in state_dict if name.startswith(prefix) and name.endswith(IGNORED)]
-        ignored = [name.removesuffix(IGNORED) for name in renamed]
+        ignored = [name for name in (name.removesuffix(IGNORED) for name in renamed) if name not in state_dict]
         for name in ignored:
             state_dict[name] = state_dict.pop(name + IGNORED)
         notes = self._adapt_factors(state_dict, prefix, origin) + self._adapt_shapes(state_dict, prefix)
@@ -246,7 +237,7 @@ class ESCFamily(nn.Module):
         return notes
 
     def _adapt_factors(self, state_dict: MutableMapping[str, Tensor], prefix: str, origin: Origin) -> list[str]:
-        """Factors for a network with FlashBias in the published convention: made of tables, or converted from ours."""
+        """FlashBias's factors in the published convention: made from tables, or converted from earlier versions."""
         layers = {
             f"{prefix}{path}.": module
             for path, module in self.named_modules()
@@ -276,8 +267,8 @@ class ESCFamily(nn.Module):
                 continue  # not of a square window: loading reports the names
             if not table.is_meta and not table.isfinite().all():
                 raise UserError(
-                    f"{path}relative_position_bias has numbers that are infinite or not a number: no FlashBias factors "
-                    "can be made of it. Take a checkpoint from before that."
+                    f"{path}relative_position_bias holds infinite numbers or NaN: no FlashBias factors can be made "
+                    "from it. Use an earlier checkpoint."
                 )
             rank = module.rank
             q, k = bias_factors(table, module.window_size, rank)
@@ -285,7 +276,7 @@ class ESCFamily(nn.Module):
             del state_dict[f"{path}relative_position_bias"]
         if rank is not None:
             mark_published(state_dict, prefix)
-            note = f"attention with bias tables: FlashBias factors of rank {rank} were made of them (truncated SVD)."
+            note = f"attention with bias tables: FlashBias factors of rank {rank} were made from them (truncated SVD)."
             notes.append(note)
         return notes
 

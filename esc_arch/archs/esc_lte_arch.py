@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import KW_ONLY, dataclass
@@ -57,7 +56,7 @@ class ESCLTE(SharedKernelNetwork):
     """
 
     subpixel_conv = None
-    head_margin = 3  # two convolutions, and of a point the pixels to both sides are asked
+    head_margin = 3  # two convolutions, and the pixels on both sides of a point
     any_scale = True
 
     upscaling_factor: float = 4  # type: ignore[assignment]  # others have whole ones
@@ -137,8 +136,7 @@ class ESCLTE(SharedKernelNetwork):
         return self._query(image, coords.expand(count, -1, -1), cell.expand(count, -1)).unflatten(-1, out_size)
 
     def _query(self, x: Tensor, coords: Tensor, cell: Tensor) -> Tensor:
-        colours: Tensor = self.lte(self.features(x), x, coords, cell, chunk=self.query_chunk)
-        return colours
+        return self.lte(self.features(x), x, coords, cell, chunk=self.query_chunk)
 
     def shallow_features(self, x: Tensor) -> Tensor:
         return super().shallow_features((x - IMAGE_MEAN) / IMAGE_STD if self.normalize else x)
@@ -192,26 +190,19 @@ class ESCLTE(SharedKernelNetwork):
 class _LTEHead(Head):
     """Colours at points: of any scale, so that regions begin at any pixel."""
 
-    def __init__(self, net: ESCLTE, *sizes: tuple[int, int]) -> None:
-        super().__init__(net, *sizes)
-        self.lte_net = net
-        self.align = 1
+    net: ESCLTE
 
     def block(self, out: Region, features: Read, image: Read) -> Tensor:
-        net = self.lte_net
+        net = self.net
         part = self.image_size[0] / self.size[0], self.image_size[1] / self.size[1]
         coords, cell = query_grid(self.out_size, part=part, region=out)
-        top, left = (_pixel(coords[0, axis], self.size[axis]) for axis in (0, 1))
-        bottom, right = (_pixel(coords[-1, axis], self.size[axis]) + 1 for axis in (0, 1))
-        region = Region(top, left, bottom, right).expand(self.margin, self.size)
-        pixels = image(region)
-        feat = conv3x3(net.last, features(region), residual=net.shallow_features(pixels)).float()
+        # The upper left one of the pixels around the first point, and around the last
+        pixels = ((coords[[0, -1]] + 1) * (torch.tensor(self.size) / 2) - 0.5).floor().int()
+        (top, left), (bottom, right) = pixels.tolist()
+        region = Region(top, left, bottom + 1, right + 1).expand(self.margin, self.size)
+        shown = image(region)
+        feat = conv3x3(net.last, features(region), residual=net.shallow_features(shown)).float()
         chunk = min(net.query_chunk or LARGEST_CHUNK, LARGEST_CHUNK)
         coords, cell = coords[None].to(feat.device), cell[None].to(feat.device)
-        colours: Tensor = net.lte(feat, pixels, coords, cell, chunk=chunk, origin=region[:2], size=self.size)
+        colours = net.lte(feat, shown, coords, cell, chunk=chunk, origin=region[:2], size=self.size)
         return colours[0].unflatten(-1, (out.height, out.width))
-
-
-def _pixel(coord: Tensor, length: int) -> int:
-    """The first of the two pixels around a coordinate, of a side of so many."""
-    return math.floor((coord + 1) * (length / 2) - 0.5)

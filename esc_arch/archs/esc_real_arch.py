@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import re
-from collections.abc import MutableMapping, Sequence
+from collections.abc import MutableMapping
 from contextlib import suppress
 from dataclasses import KW_ONLY, dataclass, field
 from itertools import product
-from typing import Any, ClassVar
+from typing import Any, ClassVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -24,13 +23,7 @@ from .shapes import Shapes, some
 
 __all__ = ["ESCReal", "ESCRealM"]
 
-DEFAULT_MID_DIM = 48
 META = "to_img.MetaUpsample"
-#: Tails that traiNNer-redux has and ESCRealM here has not, by what is found among their names alone.
-UNSUPPORTED_TAILS = {
-    "lda": re.compile(r"to_img\.[0-9]+\.proj_q\.weight"),
-    "pa_up": re.compile(r"to_img\.[0-9]+\.conv\.0\.weight"),
-}
 
 
 def _image_skip(channels: int, dim: int) -> list[nn.Module]:
@@ -59,32 +52,33 @@ class _RealNetwork(SharedKernelNetwork):
     to_img: nn.Module = field(init=False)
 
     def reconstruct(self, feat: Tensor, shallow: Tensor, image: Tensor) -> Tensor:
-        feat = conv3x3(self.last, feat, residual=shallow) + self.skip(image)
-        return self.to_img(feat).contiguous()
+        return self.to_img(self.features(feat, shallow, image)).contiguous()
+
+    def features(self, feat: Tensor, shallow: Tensor, image: Tensor) -> Tensor:
+        """What the upsampler starts from; see `reconstruct`."""
+        return conv3x3(self.last, feat, residual=shallow) + self.skip(image)
 
     def head(self, *sizes: tuple[int, int]) -> Head:
-        *narrowing, last = self.to_img if isinstance(self.to_img, nn.Sequential) else [self.to_img]
-        return _DySampleHead(self, narrowing, last, *sizes) if isinstance(last, DySample) else super().head(*sizes)
+        last = self.to_img[-1] if isinstance(self.to_img, nn.Sequential) else self.to_img
+        return _DySampleHead(self, *sizes) if isinstance(last, DySample) else Head(self, *sizes)
 
 
 class _DySampleHead(Head):
     """Resampling at places that the features determine: those are computed first, then what is there is read."""
 
+    net: _RealNetwork
     prepares = True
     #: More pixels of the features than this, and more than a few times those of the region, are not read at a time.
     LEAST_READ = 64**2
 
-    def __init__(
-        self, net: _RealNetwork, narrowing: Sequence[nn.Module], sampler: DySample, *sizes: tuple[int, int]
-    ) -> None:
+    def __init__(self, net: _RealNetwork, *sizes: tuple[int, int]) -> None:
         super().__init__(net, *sizes)
-        self.real, self.narrowing, self.sampler = net, nn.Sequential(*narrowing), sampler
+        *narrowing, sampler = net.to_img if isinstance(net.to_img, nn.Sequential) else [net.to_img]
+        self.sampler = cast(DySample, sampler)
+        self.narrowing = nn.Sequential(*narrowing)
 
     def prepare(self, feat: Tensor, image: Tensor) -> Tensor:
-        net = self.real
-        feat = conv3x3(net.last, feat, residual=net.shallow_features(image)) + net.skip(image)
-        out: Tensor = self.narrowing(feat)
-        return out
+        return self.narrowing(self.net.features(feat, self.net.shallow_features(image), image))
 
     def block(self, out: Region, features: Read, image: Read) -> Tensor:
         core = out.shrunk(self.align)
@@ -216,14 +210,8 @@ class ESCRealM(_RealNetwork):
 
     @classmethod
     def recognise(cls, shapes: Shapes) -> dict[str, Any] | None:
-        """Every tail begins with weights, `to_img.0`."""
-        for tail, pattern in UNSUPPORTED_TAILS.items():
-            if any(map(pattern.fullmatch, shapes.weights)):
-                raise UserError(
-                    f"The weights are nearly those of an ESCRealM, but its tail is {tail}, an upsampler of "
-                    f"traiNNer-redux that is not supported here; supported: {', '.join(UPSAMPLERS)}."
-                )
-        if "to_img.0.weight" not in shapes and "to_img.0.offset.weight" not in shapes:
+        """Every tail here begins with weights, `to_img.0`; others, too, are described."""
+        if not {META, "to_img.0.weight", "to_img.0.offset.weight"} & shapes.weights.keys():
             return None
         unshuffle = "proj.1.weight" in shapes
         upsampler, scale, mid_dim = _upsampler(shapes, (cls.TAIL_SCALE,) if unshuffle else (4, 3, 2, 1))
@@ -243,31 +231,25 @@ def _upsampler(shapes: Shapes, scales: tuple[int, ...]) -> tuple[str, int, int]:
     Of several with the same names and shapes `known` decides, then the buffer MetaUpsample.
     """
     dim = shapes.size("blocks.0.attn.to_qkv.weight", 1)
-    found = {
-        name.removeprefix("to_img."): tensor.shape
-        for name, tensor in shapes.weights.items()
-        if name.startswith("to_img.") and name != META
-    }
+    found = {name: each.shape for name, each in shapes.weights.items() if name.startswith("to_img.") and name != META}
     mid_dim = shapes.size("to_img.0.weight", 0) if "to_img.0.weight" in shapes else dim
     tails = []
     for scale, upsampler in product(scales, UPSAMPLERS):
         if (upsampler == "conv") == (scale == 1):
             with suppress(ValueError), torch.device("meta"):  # DySample with channels that it cannot divide
                 tail = UniversalUpsampler(upsampler, scale=scale, dim=dim, mid=mid_dim).state_dict()
-                if {name: tensor.shape for name, tensor in tail.items() if name != "MetaUpsample"} == found:
+                if {f"to_img.{name}": each.shape for name, each in tail.items() if name != "MetaUpsample"} == found:
                     tails.append((upsampler, scale))
     if not tails:
-        names = some([f"to_img.{name}" for name in found])
         raise UserError(
-            f"The weights are nearly those of an ESCRealM, but its tail ({names}) is none of {', '.join(UPSAMPLERS)} "
-            f"for {dim} channels."
+            f"The weights are nearly those of an ESCRealM, but its tail ({some([*found])}) is none of "
+            f"{', '.join(UPSAMPLERS)} for {dim} channels. Other upsamplers of traiNNer-redux, such as lda and pa_up, "
+            "are not supported."
         )
-    described, described_mid = None, None
-    buffer = shapes.weights.get(META)
-    if buffer is not None and not buffer.is_meta and tuple(buffer.shape) == (7,):
-        _, number, scale, _, _, mid, _ = buffer.tolist()
-        if number < len(UPSAMPLERS):
-            described, described_mid = (UPSAMPLERS[number], scale), mid if mid < 255 else None  # larger ones do not fit
+    described, described_mid, buffer = None, None, shapes.weights.get(META)
+    if buffer is not None and not buffer.is_meta and tuple(buffer.shape) == (7,) and 0 <= buffer[1] < len(UPSAMPLERS):
+        _, number, scale, _, _, mid, _ = buffer.int().tolist()
+        described, described_mid = (UPSAMPLERS[number], scale), mid if mid < 255 else None  # larger ones do not fit
     known_scale = scales[0] if len(scales) == 1 else shapes.known.get("upscaling_factor")
     fitting = [tail for tail in ((shapes.known.get("upsampler"), known_scale), described) if tail in tails]
     upsampler, scale = (fitting or tails)[0]
@@ -275,6 +257,6 @@ def _upsampler(shapes: Shapes, scales: tuple[int, ...]) -> tuple[str, int, int]:
         others = " or ".join(f"{name} of x{of}" for name, of in tails[1:])
         shapes.assumptions.append(f"{upsampler} of x{scale} has the same shapes as {others}.")
     if upsampler not in ("pixelshuffle", "dysample"):  # which does not use it
-        mid_dim = shapes.known.get("mid_dim", described_mid)
-        mid_dim = mid_dim if isinstance(mid_dim, int) and mid_dim > 0 else DEFAULT_MID_DIM
+        known_mid = shapes.known.get("mid_dim", described_mid)
+        mid_dim = known_mid if isinstance(known_mid, int) and known_mid > 0 else ESCRealM.mid_dim
     return upsampler, scale, mid_dim

@@ -74,9 +74,7 @@ Read = Callable[[Region], Tensor]
 
 
 class Head:
-    """A head of convolutions, pixel shuffles and repeated pixels: `reconstruct` of features with a margin.
-
-    Others are subclasses, returned by `ESCFamily.head`.
+    """A head of convolutions, pixel shuffles and repeated pixels; others are subclasses, see `ESCFamily.head`.
 
     Args:
         net: the network.
@@ -96,7 +94,7 @@ class Head:
         self, net: ESCFamily, image_size: tuple[int, int], size: tuple[int, int], out_size: tuple[int, int]
     ) -> None:
         self.net, self.image_size, self.size, self.out_size = net, image_size, size, out_size
-        self.align = int(net.upscaling_factor) * net.unshuffle_factor
+        self.align = 1 if net.any_scale else net.upscaling_factor * net.unshuffle_factor
         self.margin = net.head_margin
 
     @property
