@@ -227,7 +227,7 @@ ATTENTION = {"dim": 16, "window_size": 8, "num_heads": 2}
         (FlashWindowAttention, {"window_size": -8}, "window_size is -8; it must be at least 1"),
         (FlashWindowAttention, {"num_heads": 32}, "num_heads is 32; it must divide dim = 16"),
         (FlashWindowAttention, {"num_heads": -2}, "num_heads is -2; it must divide dim = 16"),
-        (FlashWindowAttention, {"attn_type": "Fast"}, "attn_type 'Fast' is not known; allowed: auto, naive, sdpa, fle"),
+        (FlashWindowAttention, {"attn_type": "Fast"}, "attn_type 'Fast' is not known; allowed: auto, naive, sdpa, "),
     ],
 )
 def test_invalid_options(layer: type[nn.Module], options: dict[str, Any], message: str) -> None:
