@@ -210,8 +210,8 @@ class ESCRealM(_RealNetwork):
 
     @classmethod
     def recognise(cls, shapes: Shapes) -> dict[str, Any] | None:
-        """Every tail here begins with weights, `to_img.0`; others, too, are described."""
-        if not {META, "to_img.0.weight", "to_img.0.offset.weight"} & shapes.weights.keys():
+        """Tails begin with weights, `to_img.0`, or have `to_img.2` (pa_up of traiNNer-redux); ESCReal's has neither."""
+        if not any(name.startswith(("to_img.0.", "to_img.2.")) for name in shapes.weights):
             return None
         unshuffle = "proj.1.weight" in shapes
         upsampler, scale, mid_dim = _upsampler(shapes, (cls.TAIL_SCALE,) if unshuffle else (4, 3, 2, 1))
