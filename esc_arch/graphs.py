@@ -15,8 +15,6 @@ __all__ = ["GraphedNetwork"]
 
 #: Calls before recording: libraries and kernels choose their algorithms in the first ones.
 WARM_UP_CALLS = 3
-
-
 #: A graph, its input and its output.
 _Recording = tuple[torch.cuda.CUDAGraph, Tensor, Tensor]
 

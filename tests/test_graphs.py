@@ -153,7 +153,7 @@ def test_a_network_with_triton_operators_is_one_graph_for_all_sizes(
     monkeypatch.setattr(CONV_ATTN, "order", ("triton_folded",))
     monkeypatch.setattr(triton, "missing", lambda *_: "")
     monkeypatch.setattr(WINDOW_ATTENTION.backends["triton"], "missing", lambda *_: "")
-    net = small_esc(attn_type="auto").to("meta")
+    net = small_esc(attn_type="auto", conv_blocks=1).to("meta")
     traced = []
 
     def compiler(graph: torch.fx.GraphModule, example_inputs: list[Tensor]) -> Any:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from torch import Tensor
 
-from esc_arch.archs.base import Body, SharedKernelNetwork
+from esc_arch.archs.base import SharedKernelNetwork
 from esc_arch.modules.conv3x3 import Conv3x3
 from esc_arch.modules.fused import conv3x3
 from esc_arch.modules.upsample import pixel_shuffle_with_skip
@@ -16,6 +17,7 @@ from .shapes import Shapes
 __all__ = ["ESC"]
 
 
+@dataclass(eq=False, repr=False)
 class ESC(SharedKernelNetwork):
     """Super-resolution with convolutional attention and a few exact window attentions (arXiv 2503.06671).
 
@@ -50,35 +52,15 @@ class ESC(SharedKernelNetwork):
         ValueError: an invalid option, with the value and what is allowed.
     """
 
+    head_margin = 2
     published_defaults: ClassVar = {"exp_ratio": 2}
 
-    def __init__(
-        self,
-        dim: int = 64,
-        pdim: int = 16,
-        kernel_size: int = 13,
-        n_blocks: int = 5,
-        conv_blocks: int = 5,
-        window_size: int = 32,
-        num_heads: int = 4,
-        upscaling_factor: int = 4,
-        exp_ratio: float = 1.25,
-        attn_type: str = "auto",
-        *,
-        use_ln: bool = False,
-        flashbias_rank: int | None = None,
-        rank: int | None = None,
-        backend: str = "auto",
-    ) -> None:
-        body = Body(
-            dim, pdim, kernel_size, conv_blocks, window_size, num_heads, exp_ratio,
-            attn_type, use_ln, flashbias_rank, rank, backend,
-        )  # fmt: skip
-        super().__init__(body, upscaling_factor)
-        self.proj = Conv3x3(3, dim)
-        self.blocks = body.blocks(n_blocks)
-        self.last = Conv3x3(dim, dim)
-        self.to_img = Conv3x3(dim, 3 * self.upscaling_factor**2)
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.proj = Conv3x3(3, self.dim)
+        self.blocks = self.new_blocks()
+        self.last = Conv3x3(self.dim, self.dim)
+        self.to_img = Conv3x3(self.dim, 3 * self.upscaling_factor**2)
 
     def reconstruct(self, feat: Tensor, shallow: Tensor, image: Tensor) -> Tensor:
         feat = conv3x3(self.last, feat, residual=shallow)

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import math
 import re
 from collections.abc import Mapping, Sequence
+from dataclasses import KW_ONLY, dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from esc_arch.archs.base import Body, SharedKernelNetwork
+from esc_arch.archs.base import SharedKernelNetwork
 from esc_arch.modules.conv3x3 import Conv3x3
 from esc_arch.modules.fused import conv3x3
 from esc_arch.modules.lte import LTE, query_grid
@@ -28,6 +28,7 @@ LARGEST_CHUNK = 4096
 IMNET_LAYER = re.compile(r"lte\.imnet\.([0-9]{1,4})\.weight")
 
 
+@dataclass(eq=False, repr=False)
 class ESCLTE(SharedKernelNetwork):
     """ESC (arXiv 2503.06671) with the upsampler of LTE (Lee & Jin, CVPR 2022): one network for every scale.
 
@@ -55,51 +56,35 @@ class ESCLTE(SharedKernelNetwork):
     """
 
     subpixel_conv = None
-    head_layers = ("last", "lte.coef")
+    head_margin = 3  # two convolutions, and the pixels on both sides of a point
     any_scale = True
 
-    def __init__(
-        self,
-        *,
-        dim: int = 64,
-        pdim: int = 16,
-        kernel_size: int = 13,
-        n_blocks: int = 5,
-        conv_blocks: int = 5,
-        window_size: int = 32,
-        num_heads: int = 4,
-        upscaling_factor: float = 4,
-        exp_ratio: float = 1.25,
-        attn_type: str = "auto",
-        use_ln: bool = False,
-        flashbias_rank: int | None = None,
-        rank: int | None = None,
-        backend: str = "auto",
-        hidden_dim: int = 256,
-        mlp_dims: Sequence[int] = (256, 256, 256),
-        max_scale: float = 4,
-        query_chunk: int | None = 16384,
-        normalize: bool = False,
-    ) -> None:
-        body = Body(
-            dim, pdim, kernel_size, conv_blocks, window_size, num_heads, exp_ratio,
-            attn_type, use_ln, flashbias_rank, rank, backend,
-        )  # fmt: skip
-        super().__init__(body, upscaling_factor=1)
-        if not 0 < upscaling_factor < math.inf:
-            raise ValueError(f"upscaling_factor is {upscaling_factor}; it must be a number above 0.")
-        if query_chunk is not None and query_chunk < 1:
-            raise ValueError(f"query_chunk is {query_chunk}; it must be at least 1, or null for all points at once.")
-        self.upscaling_factor: float = upscaling_factor  # type: ignore[assignment]  # others have whole ones
-        self.query_chunk = query_chunk
-        self.proj = Conv3x3(3, dim)
-        self.blocks = body.blocks(n_blocks)
-        self.last = Conv3x3(dim, dim)
-        # The image that LTE adds would be shifted there and back, so that only what is added to it is scaled
-        scale = IMAGE_STD if normalize else 1
-        self.lte = LTE(dim, hidden_dim=hidden_dim, mlp_dims=mlp_dims, max_scale=max_scale, residual_scale=scale)
-        self.normalize = normalize
-        if normalize:
+    upscaling_factor: float = 4  # type: ignore[assignment]  # others have whole ones
+    _: KW_ONLY
+    hidden_dim: int = 256
+    mlp_dims: Sequence[int] = (256, 256, 256)
+    max_scale: float = 4
+    query_chunk: int | None = 16384
+    normalize: bool = False
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.query_chunk is not None and self.query_chunk < 1:
+            raise ValueError(
+                f"query_chunk is {self.query_chunk}; it must be at least 1, or null for all points at once."
+            )
+        self.proj = Conv3x3(3, self.dim)
+        self.blocks = self.new_blocks()
+        self.last = Conv3x3(self.dim, self.dim)
+        self.lte = LTE(
+            self.dim,
+            hidden_dim=self.hidden_dim,
+            mlp_dims=self.mlp_dims,
+            max_scale=self.max_scale,
+            # The image that LTE adds would be shifted there and back, so that only what is added to it is scaled
+            residual_scale=IMAGE_STD if self.normalize else 1,
+        )
+        if self.normalize:
             self.register_buffer("image_mean_std", torch.tensor([IMAGE_MEAN, IMAGE_STD]))
 
     def forward(
@@ -151,8 +136,7 @@ class ESCLTE(SharedKernelNetwork):
         return self._query(image, coords.expand(count, -1, -1), cell.expand(count, -1)).unflatten(-1, out_size)
 
     def _query(self, x: Tensor, coords: Tensor, cell: Tensor) -> Tensor:
-        colours: Tensor = self.lte(self.features(x), x, coords, cell, chunk=self.query_chunk)
-        return colours
+        return self.lte(self.features(x), x, coords, cell, chunk=self.query_chunk)
 
     def shallow_features(self, x: Tensor) -> Tensor:
         return super().shallow_features((x - IMAGE_MEAN) / IMAGE_STD if self.normalize else x)
@@ -206,27 +190,19 @@ class ESCLTE(SharedKernelNetwork):
 class _LTEHead(Head):
     """Colours at points: of any scale, so that regions begin at any pixel."""
 
-    def __init__(self, net: ESCLTE, *sizes: tuple[int, int]) -> None:
-        super().__init__(net, *sizes)
-        self.lte_net = net
-        self.align = 1
-        self.margin += 1  # of a point the pixels to both sides are asked
+    net: ESCLTE
 
     def block(self, out: Region, features: Read, image: Read) -> Tensor:
-        net = self.lte_net
+        net = self.net
         part = self.image_size[0] / self.size[0], self.image_size[1] / self.size[1]
         coords, cell = query_grid(self.out_size, part=part, region=out)
-        top, left = (_pixel(coords[0, axis], self.size[axis]) for axis in (0, 1))
-        bottom, right = (_pixel(coords[-1, axis], self.size[axis]) + 1 for axis in (0, 1))
-        region = Region(top, left, bottom, right).expand(self.margin, self.size)
-        pixels = image(region)
-        feat = conv3x3(net.last, features(region), residual=net.shallow_features(pixels)).float()
+        # The upper left one of the pixels around the first point, and around the last
+        pixels = ((coords[[0, -1]] + 1) * (torch.tensor(self.size) / 2) - 0.5).floor().int()
+        (top, left), (bottom, right) = pixels.tolist()
+        region = Region(top, left, bottom + 1, right + 1).expand(self.margin, self.size)
+        shown = image(region)
+        feat = conv3x3(net.last, features(region), residual=net.shallow_features(shown)).float()
         chunk = min(net.query_chunk or LARGEST_CHUNK, LARGEST_CHUNK)
         coords, cell = coords[None].to(feat.device), cell[None].to(feat.device)
-        colours: Tensor = net.lte(feat, pixels, coords, cell, chunk=chunk, origin=region[:2], size=self.size)
+        colours = net.lte(feat, shown, coords, cell, chunk=chunk, origin=region[:2], size=self.size)
         return colours[0].unflatten(-1, (out.height, out.width))
-
-
-def _pixel(coord: Tensor, length: int) -> int:
-    """The first of the two pixels around a coordinate, of a side of so many."""
-    return math.floor((coord + 1) * (length / 2) - 0.5)

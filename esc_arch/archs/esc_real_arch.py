@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-import re
-from collections.abc import MutableMapping, Sequence
+from collections.abc import MutableMapping
 from contextlib import suppress
+from dataclasses import KW_ONLY, dataclass, field
 from itertools import product
-from typing import Any, ClassVar
+from typing import Any, ClassVar, cast
 
 import torch
 from torch import Tensor, nn
 
-from esc_arch.archs.base import Body, SharedKernelNetwork
+from esc_arch.archs.base import SharedKernelNetwork
 from esc_arch.errors import UserError
 from esc_arch.modules.conv3x3 import Conv3x3
 from esc_arch.modules.fused import conv3x3
@@ -23,13 +23,7 @@ from .shapes import Shapes, some
 
 __all__ = ["ESCReal", "ESCRealM"]
 
-DEFAULT_MID_DIM = 48
 META = "to_img.MetaUpsample"
-#: Tails that traiNNer-redux has and ESCRealM here has not, by what is found among their names alone.
-UNSUPPORTED_TAILS = {
-    "lda": re.compile(r"to_img\.[0-9]+\.proj_q\.weight"),
-    "pa_up": re.compile(r"to_img\.[0-9]+\.conv\.0\.weight"),
-}
 
 
 def _image_skip(channels: int, dim: int) -> list[nn.Module]:
@@ -42,53 +36,49 @@ def _image_skip(channels: int, dim: int) -> list[nn.Module]:
     ]
 
 
+@dataclass(eq=False, repr=False)
 class _RealNetwork(SharedKernelNetwork):
     """The body of both networks: ESC's with LayerNorms, and a second skip from the image."""
 
     subpixel_conv = None  # the heads are not one convolution
-    head_layers = ("skip", "to_img")  # `skip` sees farther than `last`, to which it is added
+    head_margin = 6  # `skip`, which sees farther than `last`, and the upsampler pixelshuffle, which sees farthest
     real_world = True
 
-    #: In the published order of parameters, by which optimisers' states go.
-    parts: ClassVar[tuple[str, ...]]
-
-    def __init__(self, body: Body, n_blocks: int, upscaling_factor: int) -> None:
-        super().__init__(body, upscaling_factor)
-        for part in self.parts:  # each is made when its options are known, and keeps the place that it gets here
-            self.register_module(part, None)
-        self.blocks = body.blocks(n_blocks)
-        self.last = Conv3x3(body.dim, body.dim)
-
-    skip: nn.Module
-    to_img: nn.Module
+    n_blocks: int = 10
+    exp_ratio: float = 2
+    use_ln: bool = field(default=True, init=False)
+    last: Conv3x3 = field(init=False)
+    skip: nn.Module = field(init=False)
+    to_img: nn.Module = field(init=False)
 
     def reconstruct(self, feat: Tensor, shallow: Tensor, image: Tensor) -> Tensor:
-        feat = conv3x3(self.last, feat, residual=shallow) + self.skip(image)
-        return self.to_img(feat).contiguous()
+        return self.to_img(self.features(feat, shallow, image)).contiguous()
+
+    def features(self, feat: Tensor, shallow: Tensor, image: Tensor) -> Tensor:
+        """What the upsampler starts from; see `reconstruct`."""
+        return conv3x3(self.last, feat, residual=shallow) + self.skip(image)
 
     def head(self, *sizes: tuple[int, int]) -> Head:
-        *narrowing, last = self.to_img if isinstance(self.to_img, nn.Sequential) else [self.to_img]
-        return _DySampleHead(self, narrowing, last, *sizes) if isinstance(last, DySample) else super().head(*sizes)
+        last = self.to_img[-1] if isinstance(self.to_img, nn.Sequential) else self.to_img
+        return _DySampleHead(self, *sizes) if isinstance(last, DySample) else Head(self, *sizes)
 
 
 class _DySampleHead(Head):
     """Resampling at places that the features determine: those are computed first, then what is there is read."""
 
+    net: _RealNetwork
     prepares = True
     #: More pixels of the features than this, and more than a few times those of the region, are not read at a time.
     LEAST_READ = 64**2
 
-    def __init__(
-        self, net: _RealNetwork, narrowing: Sequence[nn.Module], sampler: DySample, *sizes: tuple[int, int]
-    ) -> None:
+    def __init__(self, net: _RealNetwork, *sizes: tuple[int, int]) -> None:
         super().__init__(net, *sizes)
-        self.real, self.narrowing, self.sampler = net, nn.Sequential(*narrowing), sampler
+        *narrowing, sampler = net.to_img if isinstance(net.to_img, nn.Sequential) else [net.to_img]
+        self.sampler = cast(DySample, sampler)
+        self.narrowing = nn.Sequential(*narrowing)
 
     def prepare(self, feat: Tensor, image: Tensor) -> Tensor:
-        net = self.real
-        feat = conv3x3(net.last, feat, residual=net.shallow_features(image)) + net.skip(image)
-        out: Tensor = self.narrowing(feat)
-        return out
+        return self.narrowing(self.net.features(feat, self.net.shallow_features(image), image))
 
     def block(self, out: Region, features: Read, image: Read) -> Tensor:
         core = out.shrunk(self.align)
@@ -111,6 +101,7 @@ class _DySampleHead(Head):
         return out.crop(enlarged, core.times(self.align))[0].contiguous()
 
 
+@dataclass(eq=False, repr=False)
 class ESCReal(_RealNetwork):
     """The published ESC-Real, x4.
 
@@ -122,45 +113,29 @@ class ESCReal(_RealNetwork):
         others: see `ESC`.
     """
 
-    parts = ("proj", "blocks", "last", "to_img", "skip")
+    _: KW_ONLY
+    use_dysample: bool = False
 
-    def __init__(
-        self,
-        dim: int = 64,
-        pdim: int = 16,
-        kernel_size: int = 13,
-        n_blocks: int = 10,
-        conv_blocks: int = 5,
-        window_size: int = 32,
-        num_heads: int = 4,
-        upscaling_factor: int = 4,
-        exp_ratio: float = 2,
-        attn_type: str = "auto",
-        *,
-        flashbias_rank: int | None = None,
-        rank: int | None = None,
-        backend: str = "auto",
-        use_dysample: bool = False,
-    ) -> None:
-        body = Body(
-            dim, pdim, kernel_size, conv_blocks, window_size, num_heads, exp_ratio,
-            attn_type, True, flashbias_rank, rank, backend,
-        )  # fmt: skip
-        super().__init__(body, n_blocks, upscaling_factor)
-        if not use_dysample and upscaling_factor != 4:
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not self.use_dysample and self.upscaling_factor != 4:
             raise ValueError(
-                f"upscaling_factor is {upscaling_factor}; ESCReal enlarges by 4. ESCRealM takes 1 to 4, "
+                f"upscaling_factor is {self.upscaling_factor}; ESCReal enlarges by 4. ESCRealM takes 1 to 4, "
                 f"use_dysample: true any."
             )
+        dim = self.dim
+        # In the published order of parameters, by which optimisers' states go
         self.proj = Conv3x3(3, dim)
-        self.skip = nn.Sequential(*_image_skip(3, dim))
-        if use_dysample:
+        self.blocks = self.new_blocks()
+        self.last = Conv3x3(dim, dim)
+        if self.use_dysample:
             self.to_img = DySample(dim, scale=self.upscaling_factor)
-            return
-        doubling: list[nn.Module] = []
-        for _ in range(2):
-            doubling += [nn.Upsample(scale_factor=2), Conv3x3(dim, dim), nn.LeakyReLU(0.2)]
-        self.to_img = nn.Sequential(*doubling, Conv3x3(dim, dim), nn.LeakyReLU(0.2), Conv3x3(dim, 3))
+        else:
+            doubling: list[nn.Module] = []
+            for _ in range(2):
+                doubling += [nn.Upsample(scale_factor=2), Conv3x3(dim, dim), nn.LeakyReLU(0.2)]
+            self.to_img = nn.Sequential(*doubling, Conv3x3(dim, dim), nn.LeakyReLU(0.2), Conv3x3(dim, 3))
+        self.skip = nn.Sequential(*_image_skip(3, dim))
 
     @classmethod
     def recognise(cls, shapes: Shapes) -> dict[str, Any] | None:
@@ -175,6 +150,7 @@ class ESCReal(_RealNetwork):
         return shapes.options(scale=scale, use_dysample=use_dysample)
 
 
+@dataclass(eq=False, repr=False)
 class ESCRealM(_RealNetwork):
     """ESC-Real for scales 1 to 4, with a choice of upsamplers.
 
@@ -192,51 +168,33 @@ class ESCRealM(_RealNetwork):
     """
 
     TAIL_SCALE = 4
-    parts = ("proj", "skip", "blocks", "last", "to_img")
-
     published_defaults: ClassVar = {"upsampler": "nearest+conv"}
 
-    to_img: UniversalUpsampler
+    _: KW_ONLY
+    upsampler: str = "pixelshuffledirect"
+    mid_dim: int = 48
+    unshuffle_mod: bool = True
+    to_img: UniversalUpsampler = field(init=False)
 
-    def __init__(
-        self,
-        dim: int = 64,
-        pdim: int = 16,
-        kernel_size: int = 13,
-        n_blocks: int = 10,
-        conv_blocks: int = 5,
-        window_size: int = 32,
-        num_heads: int = 4,
-        upscaling_factor: int = 4,
-        exp_ratio: float = 2,
-        attn_type: str = "auto",
-        *,
-        flashbias_rank: int | None = None,
-        rank: int | None = None,
-        backend: str = "auto",
-        upsampler: str = "pixelshuffledirect",
-        mid_dim: int = 48,
-        unshuffle_mod: bool = True,
-    ) -> None:
-        body = Body(
-            dim, pdim, kernel_size, conv_blocks, window_size, num_heads, exp_ratio,
-            attn_type, True, flashbias_rank, rank, backend,
-        )  # fmt: skip
-        super().__init__(body, n_blocks, upscaling_factor)
-        if upscaling_factor not in (1, 2, 3, 4):
-            raise ValueError(f"upscaling_factor is {upscaling_factor}; ESCRealM takes 1, 2, 3 or 4.")
-        unshuffle = unshuffle_mod and self.upscaling_factor < 3
-        self.unshuffle_factor = self.TAIL_SCALE // self.upscaling_factor if unshuffle else 1
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        scale, dim = self.upscaling_factor, self.dim
+        if scale not in (1, 2, 3, 4):
+            raise ValueError(f"upscaling_factor is {scale}; ESCRealM takes 1, 2, 3 or 4.")
+        if self.upsampler not in UPSAMPLERS:
+            raise ValueError(f"upsampler {self.upsampler!r} is not known; allowed: {', '.join(UPSAMPLERS)}.")
+        unshuffle: list[nn.Module] = []
+        if self.unshuffle_mod and scale < 3:
+            self.unshuffle_factor, scale = self.TAIL_SCALE // scale, self.TAIL_SCALE
+            unshuffle.append(nn.PixelUnshuffle(self.unshuffle_factor))
         channels = 3 * self.unshuffle_factor**2
         proj = Conv3x3(channels, dim)
-        skip = _image_skip(channels, dim)
-        self.proj = nn.Sequential(nn.PixelUnshuffle(self.unshuffle_factor), proj) if unshuffle else proj
-        self.skip = nn.Sequential(*[nn.PixelUnshuffle(self.unshuffle_factor)] * unshuffle, *skip)
-        tail_scale = self.TAIL_SCALE if unshuffle else self.upscaling_factor
-        if upsampler not in UPSAMPLERS:
-            raise ValueError(f"upsampler {upsampler!r} is not known; allowed: {', '.join(UPSAMPLERS)}.")
-        name = "conv" if tail_scale == 1 else upsampler
-        self.to_img = UniversalUpsampler(name, scale=tail_scale, dim=dim, mid=mid_dim)
+        self.proj = nn.Sequential(*unshuffle, proj) if unshuffle else proj
+        self.skip = nn.Sequential(*unshuffle, *_image_skip(channels, dim))
+        self.blocks = self.new_blocks()
+        self.last = Conv3x3(dim, dim)
+        name = "conv" if scale == 1 else self.upsampler
+        self.to_img = UniversalUpsampler(name, scale=scale, dim=dim, mid=self.mid_dim)
 
     def adapt_state_dict(self, state_dict: MutableMapping[str, Tensor], prefix: str = "") -> list[str]:
         """Give weights of a tail, in place, this network's description of it: theirs may be absent or be wrong."""
@@ -252,14 +210,8 @@ class ESCRealM(_RealNetwork):
 
     @classmethod
     def recognise(cls, shapes: Shapes) -> dict[str, Any] | None:
-        """Every tail begins with weights, `to_img.0`."""
-        for tail, pattern in UNSUPPORTED_TAILS.items():
-            if any(map(pattern.fullmatch, shapes.weights)):
-                raise UserError(
-                    f"The weights are nearly those of an ESCRealM, but its tail is {tail}, an upsampler of "
-                    f"traiNNer-redux that is not supported here; supported: {', '.join(UPSAMPLERS)}."
-                )
-        if "to_img.0.weight" not in shapes and "to_img.0.offset.weight" not in shapes:
+        """Tails begin with weights, `to_img.0`, or have `to_img.2` (pa_up of traiNNer-redux); ESCReal's has neither."""
+        if not any(name.startswith(("to_img.0.", "to_img.2.")) for name in shapes.weights):
             return None
         unshuffle = "proj.1.weight" in shapes
         upsampler, scale, mid_dim = _upsampler(shapes, (cls.TAIL_SCALE,) if unshuffle else (4, 3, 2, 1))
@@ -279,31 +231,25 @@ def _upsampler(shapes: Shapes, scales: tuple[int, ...]) -> tuple[str, int, int]:
     Of several with the same names and shapes `known` decides, then the buffer MetaUpsample.
     """
     dim = shapes.size("blocks.0.attn.to_qkv.weight", 1)
-    found = {
-        name.removeprefix("to_img."): tensor.shape
-        for name, tensor in shapes.weights.items()
-        if name.startswith("to_img.") and name != META
-    }
+    found = {name: each.shape for name, each in shapes.weights.items() if name.startswith("to_img.") and name != META}
     mid_dim = shapes.size("to_img.0.weight", 0) if "to_img.0.weight" in shapes else dim
     tails = []
     for scale, upsampler in product(scales, UPSAMPLERS):
         if (upsampler == "conv") == (scale == 1):
             with suppress(ValueError), torch.device("meta"):  # DySample with channels that it cannot divide
                 tail = UniversalUpsampler(upsampler, scale=scale, dim=dim, mid=mid_dim).state_dict()
-                if {name: tensor.shape for name, tensor in tail.items() if name != "MetaUpsample"} == found:
+                if {f"to_img.{name}": each.shape for name, each in tail.items() if name != "MetaUpsample"} == found:
                     tails.append((upsampler, scale))
     if not tails:
-        names = some([f"to_img.{name}" for name in found])
         raise UserError(
-            f"The weights are nearly those of an ESCRealM, but its tail ({names}) is none of {', '.join(UPSAMPLERS)} "
-            f"for {dim} channels."
+            f"The weights are nearly those of an ESCRealM, but its tail ({some([*found])}) is none of "
+            f"{', '.join(UPSAMPLERS)} for {dim} channels. Other upsamplers of traiNNer-redux, such as lda and pa_up, "
+            "are not supported."
         )
-    described, described_mid = None, None
-    buffer = shapes.weights.get(META)
-    if buffer is not None and not buffer.is_meta and tuple(buffer.shape) == (7,):
-        _, number, scale, _, _, mid, _ = buffer.tolist()
-        if number < len(UPSAMPLERS):
-            described, described_mid = (UPSAMPLERS[number], scale), mid if mid < 255 else None  # larger ones do not fit
+    described, described_mid, buffer = None, None, shapes.weights.get(META)
+    if buffer is not None and not buffer.is_meta and tuple(buffer.shape) == (7,) and 0 <= buffer[1] < len(UPSAMPLERS):
+        _, number, scale, _, _, mid, _ = buffer.int().tolist()
+        described, described_mid = (UPSAMPLERS[number], scale), mid if mid < 255 else None  # larger ones do not fit
     known_scale = scales[0] if len(scales) == 1 else shapes.known.get("upscaling_factor")
     fitting = [tail for tail in ((shapes.known.get("upsampler"), known_scale), described) if tail in tails]
     upsampler, scale = (fitting or tails)[0]
@@ -311,6 +257,6 @@ def _upsampler(shapes: Shapes, scales: tuple[int, ...]) -> tuple[str, int, int]:
         others = " or ".join(f"{name} of x{of}" for name, of in tails[1:])
         shapes.assumptions.append(f"{upsampler} of x{scale} has the same shapes as {others}.")
     if upsampler not in ("pixelshuffle", "dysample"):  # which does not use it
-        mid_dim = shapes.known.get("mid_dim", described_mid)
-        mid_dim = mid_dim if isinstance(mid_dim, int) and mid_dim > 0 else DEFAULT_MID_DIM
+        known_mid = shapes.known.get("mid_dim", described_mid)
+        mid_dim = known_mid if isinstance(known_mid, int) and known_mid > 0 else ESCRealM.mid_dim
     return upsampler, scale, mid_dim

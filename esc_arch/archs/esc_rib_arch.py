@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from dataclasses import KW_ONLY, dataclass, field
 from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
-from esc_arch.archs.base import Body, SharedKernelNetwork
+from esc_arch.archs.base import SharedKernelNetwork
 from esc_arch.modules import FactorBiasWindowAttention, LayerNorm, RIBWindowAttention
 from esc_arch.modules.conv3x3 import Conv3x3
 from esc_arch.modules.fused import conv3x3
@@ -23,6 +24,7 @@ PUBLISHED_WINDOW = 64
 LARGEST_WINDOW = 1024
 
 
+@dataclass(eq=False, repr=False)
 class ESCRIB(SharedKernelNetwork):
     """ESC whose attention has rank-factorised position biases, optionally gated.
 
@@ -41,64 +43,57 @@ class ESCRIB(SharedKernelNetwork):
     """
 
     subpixel_conv = "upsampler.up_conv"
-    head_layers = ("last", "upsampler")
+    head_margin = 2
     published_defaults: ClassVar = {"exp_ratio": 2, "rank": "256 - head_dim", "rib_hidden_dim": 64}
 
-    def __init__(
-        self,
-        dim: int = 64,
-        pdim: int = 16,
-        kernel_size: int = 13,
-        n_blocks: int = 5,
-        conv_blocks: int = 5,
-        window_size: int = 64,
-        num_heads: int = 4,
-        upscaling_factor: int = 4,
-        exp_ratio: float = 1.25,
-        attn_type: str = "RIB",
-        *,
-        rank: int = 16,
-        rib_hidden_dim: int = 32,
-        rib_n_freqs: int = 10,
-        gate_type: str | None = None,
-        use_ln: bool = False,
-        upsampler_type: str | None = None,
-        backend: str = "auto",
-    ) -> None:
-        body = Body(dim, pdim, kernel_size, conv_blocks, window_size, num_heads, exp_ratio, attn_type, use_ln)
-        super().__init__(body, upscaling_factor)
-        kind = ATTN_TYPES.get(str(attn_type).lower())
-        if kind is None:
+    window_size: int = 64
+    attn_type: str = "RIB"
+    _: KW_ONLY
+    flashbias_rank: None = field(default=None, init=False)  # `rank` is its only name here
+    rank: int = 16
+    rib_hidden_dim: int = 32
+    rib_n_freqs: int = 10
+    gate_type: str | None = None
+    upsampler_type: str | None = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.gate_type not in (None, "DWC"):
             raise ValueError(
-                f"attn_type is {attn_type!r}; ESCRIB takes {', '.join(ATTN_TYPES.values())}. With bias tables (Naive, "
-                "SDPA, Flex) or without positions (NoPE) this network was never published: for tables use type: ESC; "
-                "`backend` chooses how attention is computed."
+                f"gate_type is {self.gate_type!r}; ESCRIB takes DWC, the gate of the published models, or none (~). "
+                "Others, such as Linear, are not described in the paper."
             )
-        if gate_type not in (None, "DWC"):
+        if self.upsampler_type is not None:
             raise ValueError(
-                f"gate_type is {gate_type!r}; ESCRIB takes DWC, the gate of the published models, or none (~). Others, "
-                "such as Linear, are not described in the paper."
-            )
-        if upsampler_type is not None:
-            raise ValueError(
-                f"upsampler_type is {upsampler_type!r}; ESCRIB has the upsampler of the published models, a 3x3 "
+                f"upsampler_type is {self.upsampler_type!r}; ESCRIB has the upsampler of the published models, a 3x3 "
                 "convolution and pixel shuffle: omit the option."
             )
-
-        sizes = {"dim": dim, "window_size": window_size, "num_heads": num_heads, "rank": rank}
-        common: dict[str, Any] = {**sizes, "attn_type": backend, "gate": gate_type is not None}
-
-        def attention() -> WindowAttention:
-            if kind == "FlashBias":
-                return FactorBiasWindowAttention(scaled=True, **common)
-            siren = kind == "RIBSiren"
-            return RIBWindowAttention(hidden_dim=rib_hidden_dim, n_freqs=rib_n_freqs, siren=siren, **common)
-
-        self.proj = Conv3x3(3, dim)
-        self.blocks = body.blocks(n_blocks, first_exp_ratio=4, attention=attention)
-        self.last = nn.Sequential(LayerNorm(dim), Conv3x3(dim, dim))
+        self.proj = Conv3x3(3, self.dim)
+        self.blocks = self.new_blocks(first_exp_ratio=4)
+        self.last = nn.Sequential(LayerNorm(self.dim), Conv3x3(self.dim, self.dim))
         # A module of its own for the sake of the published parameter names
-        self.upsampler = nn.ModuleDict({"up_conv": Conv3x3(dim, 3 * self.upscaling_factor**2)})
+        self.upsampler = nn.ModuleDict({"up_conv": Conv3x3(self.dim, 3 * self.upscaling_factor**2)})
+
+    def new_attention(self) -> WindowAttention:
+        kind = ATTN_TYPES.get(str(self.attn_type).lower())
+        if kind is None:
+            raise ValueError(
+                f"attn_type is {self.attn_type!r}; ESCRIB takes {', '.join(ATTN_TYPES.values())}. With bias tables "
+                "(Naive, SDPA, Flex) or without positions (NoPE) this network was never published: for tables use "
+                "type: ESC; `backend` chooses how attention is computed."
+            )
+        common: dict[str, Any] = {
+            "dim": self.dim,
+            "window_size": self.window_size,
+            "num_heads": self.num_heads,
+            "rank": self.rank,
+            "attn_type": self.backend,
+            "gate": self.gate_type is not None,
+        }
+        if kind == "FlashBias":
+            return FactorBiasWindowAttention(scaled=True, **common)
+        siren = kind == "RIBSiren"
+        return RIBWindowAttention(hidden_dim=self.rib_hidden_dim, n_freqs=self.rib_n_freqs, siren=siren, **common)
 
     def reconstruct(self, feat: Tensor, shallow: Tensor, image: Tensor) -> Tensor:
         norm, last = self.last

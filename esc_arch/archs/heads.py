@@ -6,16 +6,15 @@ what depends on coordinates is computed from those of the whole image, with the 
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from typing import TYPE_CHECKING, NamedTuple
 
-from torch import Tensor, nn
+from torch import Tensor
 
 if TYPE_CHECKING:
     from .base import ESCFamily
 
-__all__ = ["Head", "Read", "Region", "receptive_margin"]
+__all__ = ["Head", "Read", "Region"]
 
 
 class Region(NamedTuple):
@@ -75,9 +74,7 @@ Read = Callable[[Region], Tensor]
 
 
 class Head:
-    """A head of convolutions, pixel shuffles and repeated pixels: `reconstruct` of features with a margin.
-
-    Others are subclasses, returned by `ESCFamily.head`.
+    """A head of convolutions, pixel shuffles and repeated pixels; others are subclasses, see `ESCFamily.head`.
 
     Args:
         net: the network.
@@ -97,9 +94,8 @@ class Head:
         self, net: ESCFamily, image_size: tuple[int, int], size: tuple[int, int], out_size: tuple[int, int]
     ) -> None:
         self.net, self.image_size, self.size, self.out_size = net, image_size, size, out_size
-        self.align = int(net.upscaling_factor) * net.unshuffle_factor
-        # The features in front of the blocks, which are computed from the image, see one pixel to each side
-        self.margin = max(1, receptive_margin(map(net.get_submodule, net.head_layers)))
+        self.align = 1 if net.any_scale else net.upscaling_factor * net.unshuffle_factor
+        self.margin = net.head_margin
 
     @property
     def enlargement(self) -> float:
@@ -128,20 +124,3 @@ class Head:
     def reconstruct(self, feat: Tensor, image: Tensor, region: Region) -> Tensor:
         """`ESCFamily.reconstruct` of a region of the features."""
         return self.net.reconstruct(feat, self.net.shallow_features(image), image)
-
-
-def receptive_margin(layers: Iterable[nn.Module]) -> int:
-    """How many pixels of its input to each side a result depends on, of layers one after the other."""
-    pixels = 0
-    leaves = [leaf for layer in layers for leaf in layer.modules() if not list(leaf.children())]
-    for leaf in reversed(leaves):
-        if isinstance(leaf, nn.Conv2d):
-            pixels += leaf.dilation[0] * (leaf.kernel_size[0] // 2)
-        elif isinstance(leaf, nn.ConvTranspose2d):
-            # Pixel i of the input is added to the pixels i * stride - padding + (0 .. kernel_size - 1) of the result
-            size, stride, padding = leaf.kernel_size[0], leaf.stride[0], int(leaf.padding[0])
-            pixels = max((pixels + size - 1 - padding) // stride, math.ceil((pixels + padding) / stride))
-        elif isinstance(leaf, nn.Upsample | nn.PixelShuffle):
-            factor = leaf.scale_factor if isinstance(leaf, nn.Upsample) else leaf.upscale_factor
-            pixels = math.ceil(pixels / float(factor))  # type: ignore[arg-type]  # one number in all of them
-    return pixels

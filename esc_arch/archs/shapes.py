@@ -1,4 +1,4 @@
-"""What the names and shapes of a state dict say of its network: what every `recognise` in this package reads with."""
+"""Read a network's options off the names and shapes of a state dict; every `recognise` uses this."""
 
 from __future__ import annotations
 
@@ -57,12 +57,12 @@ class Shapes:
         return tensor.shape[axis]
 
     def error(self, name: str, what: str) -> UserError:
-        """The error that a tensor is not what it should be, such as "of too few dimensions"."""
+        """The error for a tensor that does not fit; `what` is such as "of too few dimensions"."""
         shape = tuple(self.weights[name].shape)
         return UserError(f"The weights are nearly those of an ESC network, but {name} is {shape}, {what}.")
 
     def count(self, prefix: str) -> int:
-        """How many parts the names number after a prefix, from 0 on."""
+        """The number of parts whose names are numbered after a prefix, from 0 on."""
         numbers = {name.removeprefix(prefix).partition(".")[0] for name in self.weights if name.startswith(prefix)}
         count = len(numbers)
         if unexpected := sorted(numbers - {str(number) for number in range(count)}):
@@ -92,7 +92,7 @@ class Shapes:
         attention: tuple[int, int, dict[str, Any]] | None = None,
         **further: Any,
     ) -> dict[str, Any]:
-        """The constructor's options that all networks have, and further ones, in the order of the option files.
+        """The constructor's options: those of all networks and further ones, in the order of the option files.
 
         Args:
             scale: upscaling_factor.

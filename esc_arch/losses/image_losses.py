@@ -143,7 +143,7 @@ class LPIPSLoss(ImageLoss):
     def __init__(self, loss_weight: float = 1.0, net: str = "vgg") -> None:
         super().__init__(loss_weight)
         if net not in _BACKBONES:
-            raise ValueError(_unknown(net))
+            raise ValueError(next(self.option_problems(net=net)))
         file, self.smallest_side = _BACKBONES[net]
         folder = Path(torch.hub.get_dir(), "checkpoints")
         try:
@@ -164,14 +164,9 @@ class LPIPSLoss(ImageLoss):
     def option_problems(cls, *, net: str = "vgg", **_: object) -> Iterator[str]:
         # Building one would download the backbone
         if net not in _BACKBONES:
-            yield _unknown(net)
+            yield f"net is {net!r}; LPIPSLoss takes {', '.join(_BACKBONES)}."
         if importlib.util.find_spec("lpips") is None:
             yield _MISSING
 
     def compute(self, pred: Tensor, target: Tensor) -> Tensor:
-        distance: Tensor = self.net(2 * pred - 1, 2 * target - 1)  # it takes values in -1 .. 1
-        return distance.mean()
-
-
-def _unknown(net: object) -> str:
-    return f"net is {net!r}; LPIPSLoss takes {', '.join(_BACKBONES)}."
+        return self.net(2 * pred - 1, 2 * target - 1).mean()  # it takes values in -1 .. 1

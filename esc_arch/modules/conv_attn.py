@@ -63,8 +63,7 @@ class _PooledKernel(nn.Module):
 
     @in_float32
     def forward(self, x: Tensor) -> Tensor:
-        numbers: Tensor = getattr(self, self.name)(x)
-        return numbers.reshape(x.shape[0], x.shape[1], DYNAMIC_KERNEL_SIZE, DYNAMIC_KERNEL_SIZE)
+        return getattr(self, self.name)(x).reshape(*x.shape[:2], DYNAMIC_KERNEL_SIZE, DYNAMIC_KERNEL_SIZE)
 
 
 class ConvAttn(nn.Module):
@@ -105,12 +104,11 @@ class ConvAttn(nn.Module):
         self.aggr = nn.Conv2d(dim, dim, 1)
 
     def forward(self, x: Tensor, lk: Tensor | None = None, means: Tensor | None = None) -> Tensor:
-        symmetric = self.symmetric
+        symmetric = self.symmetric or lk is None
         if lk is None:
             if self.plk_filter is None:
                 raise ValueError("this ConvAttn has no large kernel: pass lk, or build it with own_kernel: true.")
             lk = symmetrise(self.plk_filter)
-            symmetric = True
         _check_kernel("large kernel", lk, (self.pdim, self.pdim, self.kernel_size, self.kernel_size))
         dynamic = self.plk(_to_pool(x, self.pdim, means))
         return self.aggr(conv_attention_of_first(x, lk, dynamic, symmetric=symmetric))

@@ -1,8 +1,8 @@
 """Fused kernels: several layers of a block in one step. This is the only place that decides to bypass layers.
 
 A step is computed by its fused kernel where there is one for the input and the layers would do nothing else; otherwise
-by the layers. Only `convolve` depends on the whole image, through the means that `mix` returns; `attend` depends on a
-pixel's window and one pixel around it, `mix` and `finish` on 3 x 3 pixels.
+by the layers. Only `convolve` depends on the whole image, through the means that `mix` returns; `window_attention`
+depends on a pixel's window, `first_ffn`, `mix` and `finish` on 3 x 3 pixels.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules import module as torch_module
+from torch.nn.modules.module import _has_any_global_hook as has_any_global_hook
 
 from esc_arch.ops import cpu
 from esc_arch.ops.conv3x3 import conv3x3_step
@@ -28,7 +28,7 @@ from .window_attention import WindowAttention
 if TYPE_CHECKING:
     from .block import ESCBlock
 
-__all__ = ["attend", "block", "can_fuse", "conv3x3", "convolve", "finish", "mix", "usable"]
+__all__ = ["block", "can_fuse", "conv3x3", "convolve", "finish", "first_ffn", "mix", "usable", "window_attention"]
 
 #: Where the layers that networks are made of are defined.
 _OWN = ("torch.nn.modules.", "esc_arch.modules.")
@@ -43,16 +43,11 @@ def usable(block: ESCBlock, x: Tensor) -> bool:
 
 def block(block: ESCBlock, x: Tensor, *large_kernels: Tensor) -> Tensor:
     """`ESCBlock.forward` in fused steps."""
-    skip, x = x, attend(block, x)
+    skip, x = x, window_attention(block.attn, block.ln_attn, first_ffn(block, x))
     for pair in range(len(block.pconvs)):
         mixed, means = mix(block, pair, x)
         x = convolve(block, pair, x, mixed, means, *large_kernels)
     return finish(block, x, skip)
-
-
-def attend(block: ESCBlock, x: Tensor) -> Tensor:
-    """The first ConvFFN and the window attention of a block: (B, dim, H, W) -> (B, dim, H, W)."""
-    return window_attention(block.attn, block.ln_attn, first_ffn(block, x))
 
 
 def first_ffn(block: ESCBlock, x: Tensor) -> Tensor:
@@ -76,8 +71,7 @@ def window_attention(attn: WindowAttention, norm: nn.Module, x: Tensor) -> Tenso
         )
         if fused is not None:
             return fused
-    out: Tensor = x + attn(norm(x))
-    return out
+    return x + attn(norm(x))
 
 
 def mix(block: ESCBlock, pair: int, x: Tensor) -> tuple[Tensor, Tensor | None]:
@@ -107,20 +101,12 @@ def convolve(
     pconv = block.pconvs[pair]
     if isinstance(pconv, ConvAttn) and can_fuse(pconv, pconv.aggr, *pconv.plk.modules()):
         _, first, _, second = pconv.plk.dwc_proj
-        weights: tuple[Any, ...] = (
-            first.weight,
-            first.bias,
-            second.weight,
-            second.bias,
-            pconv.aggr.weight,
-            pconv.aggr.bias,
-        )
+        weights: list[Any] = [part for layer in (first, second, pconv.aggr) for part in (layer.weight, layer.bias)]
         (large_kernel,) = large_kernels
         fused = conv_attention_step(mixed, x, large_kernel, means, *weights, symmetric=pconv.symmetric)
         if fused is not None:
             return fused
-    out: Tensor = x + pconv(mixed, *large_kernels, means=means)
-    return out
+    return x + pconv(mixed, *large_kernels, means=means)
 
 
 def finish(block: ESCBlock, x: Tensor, skip: Tensor) -> Tensor:
@@ -169,7 +155,7 @@ def can_fuse(*layers: nn.Module | None) -> bool:
     wrapped, replaced (adapters, quantisation) or with another `forward` on the instance, and nothing is hooked to them
     or to every module (feature extraction, counting).
     """
-    return not _global_hooks() and all(layer is None or _is_plain(layer) for layer in layers)
+    return not has_any_global_hook() and all(layer is None or _is_plain(layer) for layer in layers)
 
 
 def _norm_params(norm: LayerNorm | None) -> tuple[Tensor | None, Tensor | None, float]:
@@ -179,12 +165,3 @@ def _norm_params(norm: LayerNorm | None) -> tuple[Tensor | None, Tensor | None, 
 def _is_plain(layer: nn.Module) -> bool:
     hooked = layer._forward_hooks or layer._forward_pre_hooks or layer._backward_hooks or layer._backward_pre_hooks
     return type(layer).__module__.startswith(_OWN) and not hooked and "forward" not in vars(layer)
-
-
-def _global_hooks() -> bool:
-    return bool(
-        torch_module._global_forward_hooks
-        or torch_module._global_forward_pre_hooks
-        or torch_module._global_backward_hooks
-        or torch_module._global_backward_pre_hooks
-    )

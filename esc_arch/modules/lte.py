@@ -180,18 +180,16 @@ def _nearest_pixels(
         Their rows in that part as (B * h * w, C) (N,), the way from their centres to the point (N, 2), in units of
         which a pixel is 2 wide, and their weights (N, 1); N = B * q * 4.
     """
-    y, d_y, w_y = _nearest_on_axis(points[..., 0], size[0])
-    x, d_x, w_x = _nearest_on_axis(points[..., 1], size[1])
+    (y, d_y, w_y), (x, d_x, w_x) = (
+        pixels_around((coords + 1) * (n / 2) - 0.5, coords.new_full((), n - 1))
+        for coords, n in zip(points.unbind(-1), size, strict=True)
+    )
     height, width = shape
     first = torch.arange(len(points), device=points.device).view(-1, 1, 1, 1) * (height * width)
     index = first + ((y - origin[0]) * width)[..., :, None] + (x - origin[1])[..., None, :]  # (B, q, 2, 2)
     delta = torch.stack(torch.broadcast_tensors(d_y[..., :, None], d_x[..., None, :]), dim=-1)
     weight = w_y[..., :, None] * w_x[..., None, :]
     return index.flatten(), delta.flatten(0, -2), weight.flatten()[:, None]
-
-
-def _nearest_on_axis(coords: Tensor, n: int) -> tuple[Tensor, Tensor, Tensor]:
-    return pixels_around((coords + 1) * (n / 2) - 0.5, coords.new_full((), n - 1))
 
 
 def pixels_around(position: Tensor, last: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -38,7 +37,7 @@ def pixel_shuffle_with_skip(subpixels: Tensor, image: Tensor, scale: int) -> Ten
     return F.pixel_shuffle(subpixels.contiguous() + image.contiguous().repeat_interleave(scale**2, dim=1), scale)
 
 
-def rescale_subpixel_conv(tensor: Tensor, channels: int) -> Tensor:
+def rescale_subpixel_conv(tensor: Tensor, channels: int) -> tuple[Tensor, int]:
     """The weight or bias of a convolution before a pixel shuffle, made for another scale.
 
     Its output channels are `colours` grids of (s, s) sub-pixels; the grid is interpolated bilinearly
@@ -49,7 +48,7 @@ def rescale_subpixel_conv(tensor: Tensor, channels: int) -> Tensor:
         channels: 3 * t^2, the output channels wanted.
 
     Returns:
-        (3 * t^2, ...).
+        (3 * t^2, ...), and s.
 
     Raises:
         ValueError: a number of channels is not 3 times a square, or there are no numbers.
@@ -57,13 +56,11 @@ def rescale_subpixel_conv(tensor: Tensor, channels: int) -> Tensor:
     colours = 3
     source, target = (math.isqrt(n // colours) for n in (tensor.shape[0], channels))
     for n, side in ((tensor.shape[0], source), (channels, target)):
-        if colours * side**2 != n:
+        if colours * side**2 != n or not tensor.numel():
             raise ValueError(f"{n} channels are not {colours} colours times a square of sub-pixels.")
-    if not tensor.numel():
-        raise ValueError("an empty tensor has no sub-pixels.")
     grid = tensor.reshape(colours, source, source, -1).permute(0, 3, 1, 2)
     grid = F.interpolate(grid, size=(target, target), mode="bilinear", align_corners=False)
-    return grid.permute(0, 2, 3, 1).reshape(channels, *tensor.shape[1:])
+    return grid.permute(0, 2, 3, 1).reshape(channels, *tensor.shape[1:]), source
 
 
 class ReflectDepthwiseConv(nn.Conv2d):
@@ -168,7 +165,7 @@ STEPS = {2: [2], 3: [3], 4: [2, 2]}
 
 
 def _upsampler(name: str, scale: int, dim: int, mid: int) -> list[nn.Module]:
-    """The layers of one of `UPSAMPLERS`."""
+    """The layers of one of `UPSAMPLERS`, for scales 1 (conv alone) to 4."""
     if name == "conv":
         if scale != 1:
             raise ValueError(
@@ -180,8 +177,6 @@ def _upsampler(name: str, scale: int, dim: int, mid: int) -> list[nn.Module]:
     if name == "dysample":
         narrowing: list[nn.Module] = [] if mid == dim else [Conv3x3(dim, mid), nn.LeakyReLU()]
         return [*narrowing, DySample(mid, scale=scale)]
-    if scale not in STEPS:
-        raise ValueError(f"upsampling by {scale} is not known; allowed: {', '.join(map(str, STEPS))}.")
     layers: list[nn.Module] = []
     if name == "pixelshuffle":
         layers += [Conv3x3(dim, mid), nn.LeakyReLU()]
@@ -201,32 +196,19 @@ def _upsampler(name: str, scale: int, dim: int, mid: int) -> list[nn.Module]:
 class UniversalUpsampler(nn.Sequential):
     """The tail of ESCRealM: one of `UPSAMPLERS`.
 
-    Shapes: (B, dim, H, W) -> (B, 3, H * scale, W * scale).
+    Shapes: (B, dim, H, W) -> (B, 3, H * scale, W * scale). `mid` are the channels in between, of pixelshuffle and
+    dysample. ValueError for conv with a scale above 1.
 
     Checkpoints say which one they have in the buffer `MetaUpsample`, 7 numbers of uint8: 2 (3 for transpose+conv, which
     came with that version), the upsampler's number, scale, dim, 3, mid, groups of dysample. One that says otherwise or
     nothing is accepted: the weights decide whether it fits.
-
-    Args:
-        name: of the upsampler.
-        scale, dim: see above.
-        mid: channels in between, for pixelshuffle and dysample.
-
-    Raises:
-        ValueError: the name or the scale is not known, or they do not go together.
     """
 
     MetaUpsample: Tensor
 
     def __init__(self, name: str, *, scale: int, dim: int, mid: int) -> None:
-        if name not in UPSAMPLERS:
-            raise ValueError(f"upsampler {name!r} is not known; allowed: {', '.join(UPSAMPLERS)}.")
         super().__init__(*_upsampler(name, scale, dim, mid))
         version = 3 if name == "transpose+conv" else 2
         numbers = [version, UPSAMPLERS.index(name), scale, dim, 3, mid, DySample.GROUPS]
         # uint8 is the published type; widths above 255 are cut to it, as nothing is read from here
         self.register_buffer("MetaUpsample", torch.tensor([min(n, 255) for n in numbers], dtype=torch.uint8))
-
-    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
-        state_dict[f"{prefix}MetaUpsample"] = self.MetaUpsample
-        super()._load_from_state_dict(state_dict, prefix, *args)

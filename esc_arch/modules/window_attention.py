@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -191,21 +191,11 @@ class FactorBiasWindowAttention(WindowAttention):
 
     bias_resizers: ClassVar = {"flashbias_q": resize_bias_factors, "flashbias_k": resize_bias_factors}
 
-    def __init__(
-        self,
-        *,
-        dim: int,
-        window_size: int,
-        num_heads: int,
-        rank: int,
-        scaled: bool,
-        attn_type: str = "auto",
-        gate: bool = False,
-    ) -> None:
-        super().__init__(dim=dim, window_size=window_size, num_heads=num_heads, attn_type=attn_type, gate=gate)
+    def __init__(self, *, rank: int, scaled: bool, **others: Any) -> None:
+        super().__init__(**others)
         self.rank = _checked("rank", rank)
         self.scaled = scaled
-        shape = (num_heads, window_size**2, rank)
+        shape = (self.num_heads, self.window_size**2, rank)
         self.flashbias_q = nn.Parameter(torch.randn(shape) * 0.02 if scaled else torch.zeros(shape))
         self.flashbias_k = nn.Parameter(torch.randn(shape) * 0.02 if scaled else torch.zeros(shape))
 
@@ -227,20 +217,8 @@ class RIBWindowAttention(WindowAttention):
     #: Frequency of the sines of SIREN networks (Sitzmann et al., NeurIPS 2020).
     OMEGA = 30
 
-    def __init__(
-        self,
-        *,
-        dim: int,
-        window_size: int,
-        num_heads: int,
-        rank: int = 16,
-        hidden_dim: int = 32,
-        n_freqs: int = 10,
-        siren: bool = False,
-        attn_type: str = "auto",
-        gate: bool = False,
-    ) -> None:
-        super().__init__(dim=dim, window_size=window_size, num_heads=num_heads, attn_type=attn_type, gate=gate)
+    def __init__(self, *, rank: int, hidden_dim: int, n_freqs: int, siren: bool, **others: Any) -> None:
+        super().__init__(**others)
         self.rank = _checked("rank", rank)
         self.siren = siren
         # Weights of RIB without frequencies would have the shapes of RIBSiren's, which is another network
@@ -251,8 +229,8 @@ class RIBWindowAttention(WindowAttention):
         start = torch.rand(features, hidden_dim) * 2 - 1 if siren else torch.randn(features, hidden_dim)
         self.to_hidden = nn.Parameter(start / features if siren else start * features**-0.5)
         self.hidden_b = nn.Parameter(torch.zeros(1, hidden_dim))
-        self.to_q = nn.Parameter(torch.randn(num_heads, hidden_dim, rank) * hidden_dim**-0.5)
-        self.to_k = nn.Parameter(torch.randn(num_heads, hidden_dim, rank) * hidden_dim**-0.5)
+        self.to_q = nn.Parameter(torch.randn(self.num_heads, hidden_dim, rank) * hidden_dim**-0.5)
+        self.to_k = nn.Parameter(torch.randn(self.num_heads, hidden_dim, rank) * hidden_dim**-0.5)
 
     @in_float32
     def position_bias(self) -> Bias:

@@ -100,19 +100,12 @@ def test_names_do_not_depend_on_the_backend() -> None:
 
 
 def test_initial_values() -> None:
-    torch.manual_seed(0)
-    net = ESC(**SMALL | {"window_size": 32, "n_blocks": 2})
+    """Those of the layers are tested there; here that blocks have values of their own."""
+    net = ESC(**SMALL | {"n_blocks": 2})
     rows = net.plk_filter.detach().double().flatten(1)
     assert max_error(rows @ rows.T, torch.eye(SMALL["pdim"])) < 1e-5
-    for block in net.blocks:
-        table = block.attn.relative_position_bias.detach().double()
-        assert table.std() == pytest.approx(0.001, rel=5 / math.sqrt(2 * table.numel()))
-        assert table.mean().abs() < 5 * 0.001 / math.sqrt(table.numel())
-        for pconv in block.pconvs:
-            assert not pconv.plk.dwc_proj[3].weight.any()
-            assert not pconv.plk.dwc_proj[3].bias.any()
-    tables = [block.attn.relative_position_bias for block in net.blocks]
-    assert not torch.equal(*tables)
+    assert not torch.equal(*(block.attn.relative_position_bias for block in net.blocks))
+    assert not any(pconv.plk.dwc_proj[3].weight.any() for block in net.blocks for pconv in block.pconvs)
 
 
 # --- compilers -----------------------------------------------------------------------------------------------------
@@ -351,7 +344,7 @@ def test_spellings_of_the_backends(spelling: str) -> None:
     ],
     ids=str,
 )
-def test_options_that_cannot_be(changes: dict[str, Any], message: str) -> None:
+def test_invalid_options(changes: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         ESC(**SMALL | changes)
 

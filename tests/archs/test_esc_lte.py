@@ -169,7 +169,7 @@ def test_compiled() -> None:
         ),
     ],
 )
-def test_wrong_questions(asked: dict[str, Any], message: str) -> None:
+def test_invalid_queries(asked: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         make()(image(), **asked)
 
@@ -182,6 +182,6 @@ def test_wrong_questions(asked: dict[str, Any], message: str) -> None:
         ({"hidden_dim": 3}, "hidden_dim is 3; it must be even"),
     ],
 )
-def test_wrong_options(options: dict[str, Any], message: str) -> None:
+def test_invalid_options(options: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         make(**options)

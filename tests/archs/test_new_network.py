@@ -6,6 +6,7 @@ The class is the example of docs/add_a_network.md, which is checked to be the sa
 from __future__ import annotations
 
 import inspect
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -19,34 +20,43 @@ from networks import max_error, randomise
 from torch import Tensor, nn
 
 import esc_arch
-from esc_arch.archs.base import Body, SharedKernelNetwork
+from esc_arch.archs.base import SharedKernelNetwork
 from esc_arch.archs.shapes import Shapes
 from esc_arch.modules.conv3x3 import Conv3x3
 from esc_arch.tools.export import InputShape, export_program
 from esc_arch.tools.upscale.large_images import enlarge
 
-SMALL: dict[str, Any] = {"dim": 8, "n_blocks": 1, "window_size": 8, "upscaling_factor": 2}
+SMALL: dict[str, Any] = {
+    "dim": 8,
+    "pdim": 4,
+    "kernel_size": 7,
+    "n_blocks": 1,
+    "conv_blocks": 2,
+    "window_size": 8,
+    "num_heads": 2,
+} | {"upscaling_factor": 2, "exp_ratio": 2, "attn_type": "auto", "use_ln": True}
 
 
 @ARCH_REGISTRY.register()
+@dataclass(eq=False, repr=False)
 class TwoStepESC(SharedKernelNetwork):
     """ESC whose pixel shuffle is followed by one more convolution."""
 
-    head_layers = ("last", "enlarge_features", "to_rgb")
+    head_margin = 3
     subpixel_conv = None
 
-    def __init__(
-        self, dim: int = 64, n_blocks: int = 5, window_size: int = 32, upscaling_factor: int = 4, exp_ratio: float = 2
-    ) -> None:
-        body = Body(dim, 4, 7, 2, window_size, 2, exp_ratio, attn_type="auto", use_ln=True)
-        super().__init__(body, upscaling_factor)
-        self.proj = Conv3x3(3, dim)
-        self.blocks = body.blocks(n_blocks)
-        self.last = Conv3x3(dim, dim)
+    conv_blocks: int = 2
+    kernel_size: int = 7
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.proj = Conv3x3(3, self.dim)
+        self.blocks = self.new_blocks()
+        self.last = Conv3x3(self.dim, self.dim)
         self.enlarge_features = nn.Sequential(
-            Conv3x3(dim, dim * upscaling_factor**2), nn.PixelShuffle(upscaling_factor)
+            Conv3x3(self.dim, self.dim * self.upscaling_factor**2), nn.PixelShuffle(self.upscaling_factor)
         )
-        self.to_rgb = Conv3x3(dim, 3)
+        self.to_rgb = Conv3x3(self.dim, 3)
 
     def reconstruct(self, feat: Tensor, shallow: Tensor, image: Tensor) -> Tensor:
         return self.to_rgb(self.enlarge_features(self.last(feat) + shallow))
@@ -57,8 +67,7 @@ class TwoStepESC(SharedKernelNetwork):
             return None
         dim = shapes.size("to_rgb.weight", 1)
         scale = shapes.root("enlarge_features.0.weight", 0, "dim times a square of sub-pixels", times=dim)
-        options = shapes.options(scale=scale)
-        return {key: options[key] for key in ("dim", "n_blocks", "window_size", "upscaling_factor", "exp_ratio")}
+        return shapes.options(scale=scale, use_ln=shapes.use_ln)
 
 
 @pytest.fixture(scope="module")
@@ -86,7 +95,7 @@ def test_it_is_built_and_trained() -> None:
 
 def test_it_is_recognised_and_loaded(model: Any, weights: Path) -> None:
     assert type(model.net) is TwoStepESC
-    assert model.network_g == {"type": "TwoStepESC", **SMALL, "exp_ratio": 2}
+    assert model.network_g == {"type": "TwoStepESC", **SMALL}
     image = picture(13, 20)
     assert np.abs(esc_arch.upscale(image, weights).astype(int) - esc_arch.upscale(image, model)).max() == 0
 

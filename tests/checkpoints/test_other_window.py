@@ -164,7 +164,7 @@ def test_the_same_window_is_left_alone(basicsr_log: pytest.LogCaptureFixture) ->
 def test_another_window_and_another_scale(basicsr_log: pytest.LogCaptureFixture) -> None:
     net = network("ESC", 4, upscaling_factor=3)
     load_weights(net, network("ESC", 8).state_dict(), strict=True, source="x2.pth")
-    *scale, window = warnings_in(basicsr_log)
+    window, *scale = warnings_in(basicsr_log)
     assert scale == [
         f"x2.pth is of another scale: to_img.{p} was interpolated from x2 to x3." for p in ("weight", "bias")
     ]

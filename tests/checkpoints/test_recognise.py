@@ -239,7 +239,9 @@ class TestTailsOfESCRealM:
     @pytest.mark.parametrize("kind", ["lda", "pa_up"])
     def test_of_another_toolbox(self, kind: str, narrowed: bool) -> None:
         weights = {name: tensor for name, tensor in real_m().items() if not name.startswith("to_img.")}
-        message = f"its tail is {kind}, an upsampler of traiNNer-redux that is not supported here; supported: conv, pix"
+        message = (
+            r"its tail \(to_img\..* is none of conv, .* Other upsamplers of traiNNer-redux, such as lda and pa_up, are"
+        )
         with pytest.raises(UserError, match=message):
             recognise(weights | tail_of_another_toolbox(kind, 8, 6 if narrowed else 8))
 

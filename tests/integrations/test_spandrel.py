@@ -218,11 +218,11 @@ def incomplete(name: str) -> dict[str, Tensor]:
 CLOSE: dict[str, tuple[dict[str, Tensor], str]] = {
     "lda": (
         without_tail(REAL_M) | {"to_img.0.proj_q.weight": torch.zeros(4, 16, 1, 1)},
-        "its tail is lda, an upsampler",
+        r"its tail \(to_img\.0\.proj_q\.weight\) is none of conv, .* such as lda and pa_up, are not supported",
     ),
     "pa_up": (
         without_tail(REAL_M) | {"to_img.1.weight": torch.zeros(12, 16, 3, 3), "to_img.2.conv.0.weight": torch.zeros(1)},
-        "its tail is pa_up, an upsampler of traiNNer-redux that is not supported here; supported: conv, pixels",
+        r"its tail \(to_img\.1\.weight, to_img\.2\.conv\.0\.weight\) is none of conv, .* such as lda and pa_up",
     ),
     "dysample with another convolution": (
         network({**REAL_M, "upsampler": "dysample"}) | {"to_img.2.end_conv.weight": torch.zeros(3, 12, 3, 3)},

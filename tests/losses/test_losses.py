@@ -104,7 +104,7 @@ def test_losses_are_computed_in_float32_and_train(cls: Any) -> None:
         assert cls()(pred - 1e-2 * pred.grad.sign(), target) < loss
 
 
-# --- what cannot be ---------------------------------------------------------------------------------------------------
+# --- mistakes -------------------------------------------------------------------------------------------------------
 
 
 def test_images_that_are_too_small(lpips_stub: None) -> None:
@@ -116,7 +116,7 @@ def test_images_that_are_too_small(lpips_stub: None) -> None:
         LPIPSLoss()(*images(1, 3, 15, 15))
 
 
-def test_values_that_are_not_allowed() -> None:
+def test_invalid_arguments() -> None:
     with pytest.raises(ValueError, match="reduction is 'none'; FFTLoss takes mean or sum"):
         FFTLoss(reduction="none")
     with pytest.raises(ValueError, match="norm is 'orth'; FFTLoss takes backward, ortho, forward"):
@@ -187,7 +187,7 @@ def problems(opt: Any, model_type: str = "ESCModel", **changes: Any) -> list[str
         {"losses": None},
     ],
 )
-def test_options_that_are_right(changes: Any, train_options: Any) -> None:
+def test_valid_options(changes: Any, train_options: Any) -> None:
     assert problems(train_options, **changes) == []
 
 
@@ -211,7 +211,7 @@ def test_options_that_are_right(changes: Any, train_options: Any) -> None:
         ({"losses": {}, "pixel_opt": ...}, "train: has no loss; give one of pixel_opt and perceptual_opt, or losses"),
     ],
 )
-def test_options_that_are_wrong(changes: Any, message: str, train_options: Any, lpips_stub: None) -> None:
+def test_invalid_options(changes: Any, message: str, train_options: Any, lpips_stub: None) -> None:
     (problem,) = problems(train_options, **changes)
     assert re.search(message, problem)
 

@@ -214,45 +214,34 @@ def test_pixel_shuffle_with_skip_is_nearest_neighbour_plus_residual() -> None:
 # --- errors --------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("pdim", [-4, 0, 1, 17])
-def test_pdim_out_of_range(pdim: int) -> None:
-    with pytest.raises(ValueError, match=f"pdim is {pdim}; it must be between 2 and dim = 16"):
-        ConvAttn(dim=16, pdim=pdim)
+CONV_ATTN = {"dim": 16, "pdim": 4}
+ATTENTION = {"dim": 16, "window_size": 8, "num_heads": 2}
 
 
-@pytest.mark.parametrize("own_kernel", [False, True])
-@pytest.mark.parametrize("kernel_size", [12, 0, -1])
-def test_kernel_size_has_to_be_odd(kernel_size: int, own_kernel: bool) -> None:
-    with pytest.raises(ValueError, match=f"kernel_size is {kernel_size}; it must be odd"):
-        ConvAttn(dim=16, pdim=4, kernel_size=kernel_size, own_kernel=own_kernel)
-
-
-def test_conv_attn_without_a_large_kernel() -> None:
-    with pytest.raises(ValueError, match="has no large kernel: pass lk, or build it with own_kernel: true"):
-        ConvAttn(dim=16, pdim=4)(normal(1, 16, 4, 4))
+@pytest.mark.parametrize(
+    ("layer", "options", "message"),
+    [
+        *((ConvAttn, {"pdim": pdim}, f"pdim is {pdim}; it must be between 2 and dim = 16") for pdim in (-4, 0, 1, 17)),
+        (ConvAttn, {"kernel_size": 12}, "kernel_size is 12; it must be odd"),
+        (ConvAttn, {"kernel_size": 0, "own_kernel": True}, "kernel_size is 0; it must be odd"),
+        (FlashWindowAttention, {"window_size": -8}, "window_size is -8; it must be at least 1"),
+        (FlashWindowAttention, {"num_heads": 32}, "num_heads is 32; it must divide dim = 16"),
+        (FlashWindowAttention, {"num_heads": -2}, "num_heads is -2; it must divide dim = 16"),
+        (FlashWindowAttention, {"attn_type": "Fast"}, "attn_type 'Fast' is not known; allowed: auto, naive, sdpa, "),
+    ],
+)
+def test_invalid_options(layer: type[nn.Module], options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        layer(**(CONV_ATTN if layer is ConvAttn else ATTENTION) | options)
 
 
 @pytest.mark.parametrize("shape", [(4, 4, 11, 11), (4, 1, 13, 13), (8, 8, 13, 13), (13, 13), (4, 4, 13, 11)])
-def test_large_kernel_of_a_wrong_shape(shape: tuple[int, ...]) -> None:
+def test_large_kernel_missing_or_of_a_wrong_shape(shape: tuple[int, ...]) -> None:
+    layer, x = ConvAttn(**CONV_ATTN), normal(1, 16, 4, 4)
+    with pytest.raises(ValueError, match="has no large kernel: pass lk, or build it with own_kernel: true"):
+        layer(x)
     with pytest.raises(ValueError, match=r"the large kernel has shape .*; this layer needs \(4, 4, 13, 13\)"):
-        ConvAttn(dim=16, pdim=4)(normal(1, 16, 4, 4), torch.zeros(shape))
-
-
-@pytest.mark.parametrize("window_size", [0, -8])
-def test_window_size_below_one(window_size: int) -> None:
-    with pytest.raises(ValueError, match=f"window_size is {window_size}; it must be at least 1"):
-        FlashWindowAttention(dim=16, window_size=window_size, num_heads=2)
-
-
-@pytest.mark.parametrize("num_heads", [0, 3, 32, -2])
-def test_heads_that_do_not_divide_dim(num_heads: int) -> None:
-    with pytest.raises(ValueError, match=f"num_heads is {num_heads}; it must divide dim = 16"):
-        FlashWindowAttention(dim=16, window_size=8, num_heads=num_heads)
-
-
-def test_unknown_attn_type() -> None:
-    with pytest.raises(ValueError, match="attn_type 'Fast' is not known; allowed: auto, naive, sdpa, flex"):
-        FlashWindowAttention(dim=16, window_size=8, num_heads=2, attn_type="Fast")
+        layer(x, torch.zeros(shape))
 
 
 @pytest.mark.parametrize("channels", [6, 8])
