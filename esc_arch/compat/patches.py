@@ -20,19 +20,8 @@ SUPPORTED_VERSION = "1.4.2"
 #: The function of basicsr that is replaced; the first parameter of every patch.
 Original = Callable[..., Any]
 
-
 #: (module, dotted name in it, what makes the replacement of the original, what it fixes)
 PATCHES: list[tuple[str, str, Callable[[Any], Any], str]] = []
-
-
-def patch(module: str, name: str, fixes: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
-    """Register the decorated function as a patch: it gets the original, and then the arguments of the call."""
-
-    def register(function: Callable[..., Any]) -> Callable[..., Any]:
-        PATCHES.append((module, name, functools.partial(_with_original, function), fixes))
-        return function
-
-    return register
 
 
 def replace(module: str, name: str, fixes: str) -> Callable[[Callable[[Any], Any]], Callable[[Any], Any]]:
@@ -45,9 +34,18 @@ def replace(module: str, name: str, fixes: str) -> Callable[[Callable[[Any], Any
     return register
 
 
-def _with_original(function: Callable[..., Any], original: Original) -> Callable[..., Any]:
-    @functools.wraps(original)
-    def replacement(*args: Any, **kwargs: Any) -> Any:
-        return function(original, *args, **kwargs)
+def patch(module: str, name: str, fixes: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """Register the decorated function as a patch: it gets the original, and then the arguments of the call."""
 
-    return replacement
+    def register(function: Callable[..., Any]) -> Callable[..., Any]:
+        @replace(module, name, fixes)
+        def make(original: Original) -> Original:
+            @functools.wraps(original)
+            def replacement(*args: Any, **kwargs: Any) -> Any:
+                return function(original, *args, **kwargs)
+
+            return replacement
+
+        return function
+
+    return register

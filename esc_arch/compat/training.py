@@ -133,10 +133,8 @@ def _require_networks(opt: dict[str, Any], state: Path, iteration: int) -> None:
 
 def _read_state(path: Path) -> dict[str, Any]:
     state = read_checkpoint(path)
-    if missing := {"epoch", "iter", "optimizers", "schedulers"} - state.keys():
-        raise UserError(f"{path} is not a training state: it has no {', '.join(sorted(missing))}.")
     for key in ("epoch", "iter", "optimizers", "schedulers"):
-        value = state[key]
+        value: Any = state.get(key)
         if key in ("epoch", "iter"):  # of which names of files are made
             is_right = type(value) is int and value >= 0
         else:

@@ -112,9 +112,7 @@ def copies(context: Context) -> Iterator[Finding]:
     yield from _copies_of_basicsr()
     if failure:
         return
-    from esc_arch.compat import PATCHES, aliases
-    from esc_arch.compat.application import reason_against_patches
-    from esc_arch.compat.patches import SUPPORTED_VERSION
+    from esc_arch.compat import PATCHES, SUPPORTED_VERSION, aliases, reason_against_patches
 
     yield Finding("missing modules", f"stand-ins for {', '.join(aliases.stand_ins_in_use()) or 'none'}")
     reason, names = reason_against_patches(), [f"{module}.{name}" for module, name, *_ in PATCHES]
