@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import functools
-import threading
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
 
 from esc_arch.atomic_io import system_fault
 from esc_arch.errors import UserError, message_of
@@ -19,8 +16,6 @@ __all__ = ["rescuing", "system_faults_named"]
 @contextmanager
 def system_faults_named() -> Iterator[None]:
     """Turn what a full disk, a folder without permission or a killed worker makes of a run into one UserError."""
-    before = threading.excepthook
-    threading.excepthook = functools.partial(_thread_failed, before)
     try:
         yield
     except (OSError, RuntimeError) as error:
@@ -28,8 +23,6 @@ def system_faults_named() -> Iterator[None]:
             raise
         traceback.clear_frames(error.__traceback__)  # as `main` does of what it sees
         raise UserError(message) from error
-    finally:
-        threading.excepthook = before
 
 
 @contextmanager
@@ -62,9 +55,3 @@ def _message(error: Exception) -> str | None:
         f"A process that loads data died ({reason}). Most often the memory was full, or the shared memory (/dev/shm): "
         f"lower datasets: train: num_worker_per_gpu or batch_size_per_gpu."
     )
-
-
-def _thread_failed(before: Callable[[Any], Any], args: Any) -> None:
-    """TensorBoard's thread hands its failure on, and need not print it as well."""
-    if not (isinstance(args.exc_value, OSError) and type(args.thread).__module__.startswith("tensorboard")):
-        before(args)

@@ -18,7 +18,7 @@ from esc_arch.training.run import current_run
 from esc_arch.version import __version__
 
 from .files import unused
-from .patches import PATCHES, SUPPORTED_VERSION, Original, patch, replace
+from .patches import PATCHES, SUPPORTED_VERSION, Original, patch
 
 _MODULE = "basicsr.utils.logger"
 
@@ -36,25 +36,25 @@ def get_env_info(original: Original) -> str:
     return f"{original()}\nesc_arch {__version__} replaces in basicsr {SUPPORTED_VERSION}:{listed}"
 
 
-@replace(_MODULE, "MessageLogger", "a progress bar, images per second, memory, metrics.jsonl")
-def message_logger(_: type[Any]) -> type[Any]:
-    class RunLog(TrainingLog):
-        def __init__(self, opt: dict[str, Any], start_iter: int = 1, tb_logger: Any = None) -> None:
-            super().__init__(opt, start_iter, tb_logger)
-            if (run := current_run()) is not None:
-                run.begins(self, start_iter)
+class RunLog(TrainingLog):
+    """The log of the current run, which learns of it."""
 
-    return RunLog
+    def __init__(self, opt: dict[str, Any], start_iter: int = 1, tb_logger: Any = None) -> None:
+        super().__init__(opt, start_iter, tb_logger)
+        if (run := current_run()) is not None:
+            run.begins(self, start_iter)
+
+
+PATCHES.append((_MODULE, "MessageLogger", lambda _: RunLog, "a progress bar, images per second, memory, metrics.jsonl"))
+
+# The only function of the module that is used there
+_clock = SimpleNamespace(time=lambda: time.monotonic())
+PATCHES.append((_MODULE, "time", lambda _: _clock, "times of a run do not depend on the system's clock"))
 
 
 @patch(_MODULE, "init_wandb_logger", "current wandb, and a resumed run goes on in the same one")
 def init_wandb_logger(_: Original, opt: dict[str, Any]) -> None:
     init_wandb(opt)
-
-
-@replace(_MODULE, "time", "times of a run do not depend on the system's clock")
-def monotonic_time(_: Any) -> Any:
-    return SimpleNamespace(time=lambda: time.monotonic())  # the only function of it that is used
 
 
 @patch(_MODULE, "get_root_logger", "log files are UTF-8, overwrite none, and outlive a full disk")

@@ -99,8 +99,8 @@ def test_keys_that_only_one_of_database_and_list_has(database: Path) -> None:
 @pytest.mark.parametrize(
     ("value", "problem"),
     [
-        (b"", "is empty"),
-        (b"no image at all", "is not an image that can be decoded (15 bytes)"),
+        (b"", "is not an image that OpenCV can read (0 bytes)"),
+        (b"no image at all", "is not an image that OpenCV can read (15 bytes)"),
         (
             cv2.imencode(".png", np.zeros((3, 5, 3), np.uint8))[1].tobytes(),
             "has 5x3 pixels, but 48x48 in meta_info.txt",
@@ -143,7 +143,8 @@ def test_files_that_are_empty_or_no_images(folder: Path) -> None:
     counted, empty, bad = examine(folder, "disk")
     assert "6 files, 4 of 6 tried can be decoded" in counted[0]
     assert empty[:2] == (f"1 files are empty: {first}", PROBLEM)
-    problems = f"{first.name} is empty, {second.name} is not an image that can be decoded (6 bytes)"
+    unreadable = "is not an image that OpenCV can read"
+    problems = f"{first.name} {unreadable} (0 bytes), {second.name} {unreadable} (6 bytes)"
     assert bad[:2] == (f"2 of those tried are damaged: {problems}", PROBLEM)
 
 
