@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import re
 import sys
 from collections.abc import Mapping, Sequence
@@ -12,10 +13,9 @@ import basicsr  # noqa: F401  first, so that without it the message names it, no
 
 from ..data.benchmark import benchmark_folders, prepare_benchmark
 from ..data.image_files import folder_sources
-from ..data.lmdb_writer import read_shapes
+from ..data.lmdb_check import listed_sizes
 from ..data.photographs import prepare_demo
 from ..data.prepare import prepare_train
-from ..data.worker_pool import default_jobs
 from ..errors import INTERRUPTED, UserError
 
 __all__ = ["add_arguments", "run"]
@@ -38,7 +38,8 @@ _LR = "LR images of scale S, named like 0001x2.png or 0001.png, to be used inste
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the three kinds of data as sub-commands."""
     common = argparse.ArgumentParser(add_help=False)
-    common.add_argument("-j", "--jobs", type=int, default=default_jobs(), metavar="N", help="processes (%(default)s)")
+    jobs = min(os.cpu_count() or 1, 8)  # beyond that, the process that writes is what limits
+    common.add_argument("-j", "--jobs", type=int, default=jobs, metavar="N", help="processes (%(default)s)")
     common.add_argument("--overwrite", action="store_true", help="replace data that were made with other settings")
 
     folders = argparse.ArgumentParser(add_help=False)
@@ -109,9 +110,9 @@ def _lr_folders(given: Sequence[str]) -> dict[int, Path]:
 
 
 def _print_train(lmdbs: Mapping[int, Path]) -> None:
-    shapes = read_shapes(lmdbs[1]).values()
-    count = f"{len(shapes)} sub-image{'s' if len(shapes) != 1 else ''} per scale"
-    print(f"Training data: {count}. gt_size can be up to {min(min(shape[:2]) for shape in shapes)}.")
+    sizes = listed_sizes(lmdbs[1]).values()
+    count = f"{len(sizes)} sub-image{'s' if len(sizes) != 1 else ''} per scale"
+    print(f"Training data: {count}. gt_size can be up to {min(min(size) for size in sizes if size)}.")
     _print_option_lines(lmdbs, "io_backend:\n      type: lmdb")
 
 

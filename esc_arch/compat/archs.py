@@ -1,7 +1,6 @@
-"""Patches for `basicsr.archs`, where networks load weights besides those that option files name: nothing is run.
+"""Patches for `basicsr.archs`, whose networks load weights that option files do not name: no code in them is run.
 
-PyTorch's default refuses everything but tensors and plain values, but `torch.hub`, which looks for files of these names
-on the disk before it downloads them, asks for the opposite, and so may an environment variable.
+PyTorch's default refuses everything but tensors and plain values; `torch.hub` and an environment variable undo it.
 """
 
 from __future__ import annotations

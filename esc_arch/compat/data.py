@@ -13,7 +13,7 @@ from basicsr.utils import scandir
 
 from esc_arch.data.hr_images import as_list
 from esc_arch.data.image_files import IMAGE_SUFFIXES
-from esc_arch.data.name_lists import read_names
+from esc_arch.data.names import read_names
 from esc_arch.errors import UserError
 from esc_arch.training.data_order import SeededDataset
 from esc_arch.training.stopping import shield_worker
@@ -22,20 +22,14 @@ from .files import require_sound
 from .patches import Original, patch
 
 
-@patch("basicsr.data", "build_dataset", "a data set whose LMDB is damaged, or whose list is no text, is named")
+@patch("basicsr.data", "build_dataset", "a data set whose LMDB is damaged is named")
 def build_dataset(original: Original, dataset_opt: dict[str, Any]) -> Any:
     if (dataset_opt.get("io_backend") or {}).get("type") == "lmdb":
         # Here, in the main process, once for all workers
         for key, roots in dataset_opt.items():
             for root in as_list(roots) if key.startswith("dataroot") else ():
                 require_sound(str(root))
-    try:
-        return original(dataset_opt)
-    except UnicodeDecodeError as error:
-        raise UserError(
-            f"The list of images of the data set {dataset_opt.get('name')} (its meta_info) is not "
-            f"{error.encoding} text: {error.reason} at byte {error.start}. Save it as {error.encoding}."
-        ) from error
+    return original(dataset_opt)
 
 
 @patch("basicsr.data", "build_dataloader", "samples depend on no workers, processes and interruptions")
@@ -65,12 +59,11 @@ def sorted_scandir(original: Original, *args: Any, **kwargs: Any) -> list[str]:
 def paired_paths_from_meta_info_file(
     _: Original, folders: list[str], keys: list[str], meta_info_file: str, filename_tmpl: str
 ) -> list[dict[str, str]]:
-    (input_folder, gt_folder), (input_key, gt_key) = folders, keys
     paths = []
     for name in read_names(meta_info_file):
         stem, suffix = os.path.splitext(os.path.basename(name))
-        input_path = os.path.join(input_folder, filename_tmpl.format(stem) + suffix)
-        paths.append({f"{input_key}_path": input_path, f"{gt_key}_path": os.path.join(gt_folder, name)})
+        lq, gt = os.path.join(folders[0], filename_tmpl.format(stem) + suffix), os.path.join(folders[1], name)
+        paths.append({f"{keys[0]}_path": lq, f"{keys[1]}_path": gt})
     return paths
 
 
@@ -89,7 +82,7 @@ def realesrgan_init(original: Original, self: Any, opt: dict[str, Any]) -> None:
     if opt["io_backend"]["type"] != "lmdb":
         root, listed = opt["dataroot_gt"], opt.get("meta_info")
         images = (name for name in scandir(root) if name.lower().endswith(IMAGE_SUFFIXES))
-        names = sorted(images) if listed is None else read_names(listed)
+        names = images if listed is None else read_names(listed)
         self.paths = [os.path.join(root, name) for name in names]
 
 

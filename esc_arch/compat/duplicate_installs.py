@@ -1,8 +1,7 @@
 """Which BasicSR runs, when there is more than one, and whether it is started in a way that esc_arch cannot reach.
 
-People have BasicSR from pip and as a clone, often both, and a clone's folder ``basicsr/`` in the current
-folder is found first under ``python -m``. Training then silently uses code that nobody meant. Distributions of other
-names (basicsr-fixed) bring a package ``basicsr`` too; pip puts all of them into one folder, file over file.
+People have BasicSR from pip and as a clone, whose folder ``basicsr/`` in the current folder is found first under
+``python -m``. Distributions of other names (basicsr-fixed) bring it too; pip puts all into one folder, file over file.
 """
 
 from __future__ import annotations
@@ -49,18 +48,17 @@ def warn_about_copies() -> None:
             stacklevel=4,
         )
     if len(installed) > 1:
-        warnings.warn(f"{mixed(installed)}. {how_to_separate(installed)}", stacklevel=4)
+        warnings.warn(". ".join(mixed(installed)), stacklevel=4)
 
 
-def mixed(installed: dict[str, Distribution]) -> str:
-    """That more than one distribution brings BasicSR."""
-    names = " and ".join(f"{name} {distribution.version}" for name, distribution in installed.items())
-    return f"{names} are installed, each of which is a BasicSR: in one folder their files replace each other's"
-
-
-def how_to_separate(installed: dict[str, Distribution]) -> str:
-    names = " ".join(installed)
-    return f"Keep one: pip uninstall {names}, then pip install --no-build-isolation basicsr==1.4.2 (or the other)."
+def mixed(installed: dict[str, Distribution]) -> tuple[str, str]:
+    """That more than one distribution brings BasicSR, and what to do."""
+    versions = " and ".join(f"{name} {distribution.version}" for name, distribution in installed.items())
+    return (
+        f"{versions} are installed, each of which is a BasicSR: in one folder their files replace each other's",
+        f"Keep one: pip uninstall {' '.join(installed)}, then "
+        f"pip install --no-build-isolation basicsr==1.4.2 (or the other).",
+    )
 
 
 def warn_about_script() -> None:

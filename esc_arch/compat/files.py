@@ -16,6 +16,7 @@ import numpy as np
 
 from esc_arch.atomic_io import replacing
 from esc_arch.data.decoding import decode
+from esc_arch.data.hr_images import as_list
 from esc_arch.data.lmdb_check import lmdb_problem
 from esc_arch.data.names import shown
 from esc_arch.errors import UserError
@@ -31,8 +32,8 @@ _LONGEST_FILE = 2**31 - 1
 #: As BasicSR's function names them.
 _FLAGS = {"color": cv2.IMREAD_COLOR, "grayscale": cv2.IMREAD_GRAYSCALE, "unchanged": cv2.IMREAD_UNCHANGED}
 
-#: path -> environment. lmdb refuses a second environment of one file in one process, and counts those that a forked
-#: worker inherited; without locks, as BasicSR opens them, a worker can read on through its parent's.
+#: By path. lmdb refuses a second environment of a file in one process, also in a forked worker, which can read on
+#: through its parent's, as BasicSR opens them without locks.
 _ENVIRONMENTS: dict[str, Any] = {}
 
 logger = logging.getLogger("basicsr")
@@ -70,26 +71,17 @@ def get(original: Original, self: Any, filepath: str, client_key: str = "default
 
 
 @patch("basicsr.utils.file_client", "LmdbBackend.__init__", "one LMDB can serve several data sets of a process")
-def lmdb_backend_init(
-    _: Original,
-    self: Any,
-    db_paths: str | list[str],
-    client_keys: str | list[str] = "default",
-    readonly: bool = True,
-    lock: bool = False,
-    readahead: bool = False,
-    **kwargs: Any,
-) -> None:
-    keys = [client_keys] if isinstance(client_keys, str) else client_keys
-    self.db_paths = [str(path) for path in ([db_paths] if isinstance(db_paths, str) else db_paths)]
-    self.paths = dict(zip(keys, self.db_paths, strict=True))
+def lmdb_backend_init(_: Original, self: Any, db_paths: Any, client_keys: Any = "default", **options: Any) -> None:
+    options = {"readonly": True, "lock": False, "readahead": False} | options
+    self.db_paths = [str(path) for path in as_list(db_paths)]
+    self.paths = dict(zip(as_list(client_keys), self.db_paths, strict=True))
     self._client = {}
     for key, path in self.paths.items():
         place = os.path.realpath(path)
         if place not in _ENVIRONMENTS:
             require_sound(path)
             try:
-                _ENVIRONMENTS[place] = lmdb.open(path, readonly=readonly, lock=lock, readahead=readahead, **kwargs)
+                _ENVIRONMENTS[place] = lmdb.open(path, **options)
             except lmdb.Error as error:
                 raise UserError(f"Cannot open the LMDB {path}: {str(error).rstrip('.')}.") from error
         self._client[key] = _ENVIRONMENTS[place]
@@ -136,6 +128,6 @@ def unused(path: str) -> str:
 
     Names made of the time can be taken: when runs begin within one second, or the clock was put back.
     """
-    stem, suffix = (path[: -len(".log")], ".log") if path.endswith(".log") else (path, "")
-    names = itertools.chain([path], (f"{stem}_{number}{suffix}" for number in itertools.count(2)))
-    return next(name for name in names if not os.path.lexists(name))
+    stem, suffix = path.removesuffix(".log"), ".log" if path.endswith(".log") else ""
+    numbered = (f"{stem}_{number}{suffix}" for number in itertools.count(2))
+    return path if not os.path.lexists(path) else next(name for name in numbered if not os.path.lexists(name))

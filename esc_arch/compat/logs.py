@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import io
 import logging
 import sys
 import time
@@ -11,13 +10,15 @@ from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
 
+from basicsr.utils.dist_util import get_dist_info
+
 from esc_arch.training.distributed import take_notes
 from esc_arch.training.progress import TrainingLog, init_wandb
 from esc_arch.training.run import current_run
 from esc_arch.version import __version__
 
 from .files import unused
-from .patches import PATCHES, SUPPORTED_VERSION, Original, patch, replace
+from .patches import PATCHES, SUPPORTED_VERSION, Original, patch
 
 _MODULE = "basicsr.utils.logger"
 
@@ -35,15 +36,20 @@ def get_env_info(original: Original) -> str:
     return f"{original()}\nesc_arch {__version__} replaces in basicsr {SUPPORTED_VERSION}:{listed}"
 
 
-@replace(_MODULE, "MessageLogger", "a progress bar, images per second, memory, metrics.jsonl")
-def message_logger(_: type[Any]) -> type[Any]:
-    class RunLog(TrainingLog):
-        def __init__(self, opt: dict[str, Any], start_iter: int = 1, tb_logger: Any = None) -> None:
-            super().__init__(opt, start_iter, tb_logger)
-            if (run := current_run()) is not None:
-                run.begins(self, start_iter)
+class RunLog(TrainingLog):
+    """The log of the current run, which learns of it."""
 
-    return RunLog
+    def __init__(self, opt: dict[str, Any], start_iter: int = 1, tb_logger: Any = None) -> None:
+        super().__init__(opt, start_iter, tb_logger)
+        if (run := current_run()) is not None:
+            run.begins(self, start_iter)
+
+
+PATCHES.append((_MODULE, "MessageLogger", lambda _: RunLog, "a progress bar, images per second, memory, metrics.jsonl"))
+
+# The only function of the module that is used there
+_clock = SimpleNamespace(time=lambda: time.monotonic())
+PATCHES.append((_MODULE, "time", lambda _: _clock, "times of a run do not depend on the system's clock"))
 
 
 @patch(_MODULE, "init_wandb_logger", "current wandb, and a resumed run goes on in the same one")
@@ -51,40 +57,33 @@ def init_wandb_logger(_: Original, opt: dict[str, Any]) -> None:
     init_wandb(opt)
 
 
-@replace(_MODULE, "time", "times of a run do not depend on the system's clock")
-def monotonic_time(_: Any) -> Any:
-    return SimpleNamespace(time=lambda: time.monotonic())  # the only function of it that is used
-
-
 @patch(_MODULE, "get_root_logger", "log files are UTF-8, overwrite none, and outlive a full disk")
 def get_root_logger(
     original: Original, logger_name: str = "basicsr", log_level: int = logging.INFO, log_file: str | None = None
 ) -> logging.Logger:
-    root: logging.Logger = original(logger_name, log_level, unused(log_file) if log_file else None)
-    for handler in root.handlers:
-        is_new = isinstance(handler, logging.FileHandler) and "handleError" not in vars(handler)
-        # (Once alone: reconfiguring writes what is pending, and may fail)
-        if is_new and isinstance(stream := getattr(handler, "stream", None), io.TextIOWrapper):
-            stream.reconfigure(encoding="utf-8", errors="backslashreplace")
-            handler.handleError = _tell_once(handler)  # type: ignore[assignment]
+    is_first = logger_name not in sys.modules[_MODULE].initialized_logger
+    root: logging.Logger = original(logger_name, log_level)
+    if log_file is not None and is_first and get_dist_info()[0] == 0:
+        root.setLevel(log_level)
+        handler = _LogFile(unused(log_file), "w", encoding="utf-8", errors="backslashreplace")
+        handler.setFormatter(root.handlers[-1].formatter)
+        handler.setLevel(log_level)
+        root.addHandler(handler)
     return root
 
 
-def _tell_once(handler: Any) -> Callable[[logging.LogRecord], None]:
-    """What a log file does that cannot be written: one line on stderr, instead of a traceback for each line."""
+class _LogFile(logging.FileHandler):
+    """A log that, when it cannot be written, says so in one line on stderr instead of a traceback for each line."""
 
-    @functools.cache
-    def tell(reason: str) -> None:
-        note = f"Note: the log {handler.baseFilename} cannot be written ({reason}); lines may be missing there."
-        print(note, file=sys.stderr, flush=True)
+    _told = ""
 
-    def handle_error(record: logging.LogRecord) -> None:
-        if isinstance(error := sys.exc_info()[1], OSError):
-            tell(error.strerror or str(error))
-        else:
-            logging.Handler.handleError(handler, record)
-
-    return handle_error
+    def handleError(self, record: logging.LogRecord) -> None:
+        if not isinstance(error := sys.exc_info()[1], OSError):
+            super().handleError(record)
+        elif self._told != (reason := error.strerror or str(error)):
+            self._told = reason
+            note = f"Note: the log {self.baseFilename} cannot be written ({reason}); lines may be missing there."
+            print(note, file=sys.stderr, flush=True)
 
 
 @patch(_MODULE, "init_tb_logger", "a training outlives TensorBoard's file")

@@ -149,18 +149,13 @@ def resume_training(original: Original, self: Any, resume_state: dict[str, Any])
     apply_state(self, resume_state, original)
 
 
-@patch(_BASE_MODEL, "BaseModel.validation", "none is done twice, and one that fails loses no iteration")
+@patch(_BASE_MODEL, "BaseModel.validation", "none is done twice, one that fails loses no iteration, all wait for it")
 def validation(original: Original, self: Any, dataloader: Any, current_iter: Any, *args: Any, **kwargs: Any) -> None:
     run = current_run()
     if run is None or run.begins_validation(dataloader, current_iter):
         with rescuing():
             original(self, dataloader, current_iter, *args, **kwargs)
-
-
-@patch(_SR_MODEL, "SRModel.dist_validation", "while one process validates, the others wait for it")
-def dist_validation(original: Original, *args: Any, **kwargs: Any) -> None:
-    original(*args, **kwargs)
-    wait_for_all()
+        wait_for_all()  # BasicSR's models validate in one process
 
 
 @patch(_SR_MODEL, "SRModel.nondist_validation", "images' names never lead out of the output folder")

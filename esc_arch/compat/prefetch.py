@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import weakref
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 from esc_arch.training.run import current_run
 
 from .failures import rescuing
-from .patches import Original, patch, replace
+from .patches import Original, patch
 
 __all__ = ["stop_prefetching"]
 
@@ -52,12 +52,8 @@ def prefetcher_next(original: Original, self: Any) -> Any:
     return batch
 
 
-@replace(_MODULE, "PrefetchGenerator", "its thread can be ended, and what fails in it is raised")
-def prefetch_generator(_: type[Any]) -> Callable[[Iterator[Any], int], Iterator[Any]]:
-    return prefetched
-
-
-def prefetched(generator: Iterator[Any], num_prefetch_queue: int) -> Iterator[Any]:
+@patch(_MODULE, "PrefetchGenerator", "its thread can be ended, and what fails in it is raised")
+def prefetch_generator(_: Original, generator: Iterator[Any], num_prefetch_queue: int) -> Iterator[Any]:
     """The items of a generator, so many of them computed ahead in a thread."""
     executor = ThreadPoolExecutor(1)
     _executors.add(executor)

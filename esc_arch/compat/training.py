@@ -19,8 +19,12 @@ from esc_arch.training.data_order import EpochSampler
 from esc_arch.training.run import current_run, saved_states, training_run
 
 from .failures import system_faults_named
-from .patches import Original, patch, replace
+from .patches import PATCHES, Original, patch
 from .prefetch import stop_prefetching
+
+PATCHES.append(
+    ("basicsr.data.data_sampler", "EnlargedSampler", lambda _: EpochSampler, "an epoch can be begun in the middle")
+)
 
 
 @patch("basicsr.train", "train_pipeline", "a training stops when asked to, all saved, and ends with a report")
@@ -45,11 +49,6 @@ def copy_opt_file(_: Original, opt_file: str, experiments_root: str) -> None:
     text = Path(opt_file).read_text(encoding="utf-8")
     header = f"# GENERATE TIME: {time.asctime()}\n# CMD:\n# {' '.join(sys.argv)}\n\n"
     Path(experiments_root, os.path.basename(opt_file)).write_text(header + text, encoding="utf-8")
-
-
-@replace("basicsr.data.data_sampler", "EnlargedSampler", "an epoch can be begun in the middle")
-def enlarged_sampler(_: type[Any]) -> type[Any]:
-    return EpochSampler
 
 
 @patch("basicsr.train", "create_train_val_dataloader", "a run does total_iter iterations, or is refused")
@@ -133,10 +132,8 @@ def _require_networks(opt: dict[str, Any], state: Path, iteration: int) -> None:
 
 def _read_state(path: Path) -> dict[str, Any]:
     state = read_checkpoint(path)
-    if missing := {"epoch", "iter", "optimizers", "schedulers"} - state.keys():
-        raise UserError(f"{path} is not a training state: it has no {', '.join(sorted(missing))}.")
     for key in ("epoch", "iter", "optimizers", "schedulers"):
-        value = state[key]
+        value: Any = state.get(key)
         if key in ("epoch", "iter"):  # of which names of files are made
             is_right = type(value) is int and value >= 0
         else:

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 from basicsr.data.transforms import augment
 from basicsr.utils import img2tensor
-from torch import Tensor
 from torch.utils.data import Dataset
 
 from esc_arch.errors import UserError
@@ -72,9 +72,9 @@ class ScaleRange:
 class ArbitraryScaleDataset(Dataset[dict[str, Any]]):
     """HR images for training at scales drawn per batch, and for testing at any real scale.
 
-    For training the items are HR patches large enough for the largest scale; `ESCLTEModel` draws the scale of a batch
-    and makes the LQ patches. For validation and testing LQ is made from the whole image, by MATLAB's bicubic with
-    antialiasing, rounded to 8 bit. It has floor(H / scale) rows; GT is cropped to this times the scale, rounded.
+    For training the items are HR patches large enough for the largest scale, of which `ESCLTEModel` makes LQ patches.
+    Otherwise LQ is made from the whole image, by MATLAB's bicubic with antialiasing, rounded to 8 bit. It has
+    floor(H / scale) rows; GT is cropped to this times the scale, rounded.
 
     Args:
         opt: the data set's options:
@@ -101,50 +101,42 @@ class ArbitraryScaleDataset(Dataset[dict[str, Any]]):
         if opt["phase"] == "train":
             yield from ScaleRange.of(opt).problems()
             return
-        try:
-            fits = min(scale_pair(opt.get("scale"))) >= 1  # type: ignore[arg-type]  # which is what it looks at
-        except ValueError:
-            fits = False
-        if not fits:
-            yield Problem(
-                "scale", f"{opt.get('scale')!r} given; must be a number of at least 1, or two: [height, width]"
-            )
+        scale: Any = opt.get("scale")
+        with suppress(ValueError):
+            if min(scale_pair(scale)) >= 1:
+                return
+        yield Problem("scale", f"{scale!r} given; must be a number of at least 1, or two: [height, width]")
 
     def __len__(self) -> int:
         return len(self.images)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         """RGB in 0 .. 1: in training `gt` (3, hr_size, hr_size), else `lq` and `gt`; and the path of the HR image."""
-        path = self.images.paths[index]
+        path, image = self.images.paths[index], self.images.read(index)
         if self.is_train:
-            return {"gt": self._patch(index, path), "gt_path": path}
-        lq, gt = self._pair(_tensor(self.images.read(index)), path)
-        return {"lq": lq, "gt": gt, "lq_path": path, "gt_path": path}
-
-    def _patch(self, index: int, path: str) -> Tensor:
-        image, size = self.images.read_uint8(index), ScaleRange.of(self.opt).hr_size
-        top, left = random_start(image, size, 1, path)
-        patch = image[top : top + size, left : left + size].astype(np.float32) / np.float32(255)
-        return _tensor(augment(patch, self.opt.get("use_hflip", True), self.opt.get("use_rot", True)))
-
-    def _pair(self, hr: Tensor, path: str) -> tuple[Tensor, Tensor]:
+            size = ScaleRange.of(self.opt).hr_size
+            top, left = random_start(image, size, 1, path)
+            patch = _scaled(image[top : top + size, left : left + size])
+            patch = augment(patch, self.opt.get("use_hflip", True), self.opt.get("use_rot", True))
+            return {"gt": img2tensor(patch, bgr2rgb=True, float32=True), "gt_path": path}
+        hr = img2tensor(_scaled(image), bgr2rgb=True, float32=True)
         scales = scale_pair(self.opt["scale"])
         # A quotient like 35 / 1.4 may come out a little below the whole number it is
-        lq_size = tuple(math.floor(n / s + 1e-9) for n, s in zip(hr.shape[-2:], scales, strict=True))
-        if min(lq_size) < 1:
+        lq_height, lq_width = (math.floor(n / s + 1e-9) for n, s in zip(hr.shape[-2:], scales, strict=True))
+        if min(lq_height, lq_width) < 1:
             raise UserError(
                 f"{path} has {hr.shape[1]} x {hr.shape[2]} pixels (height x width), too few to be reduced by the scale "
                 f"{self.opt['scale']}. Remove it from the data set."
             )
-        height, width = scaled_size(lq_size, scales)
+        height, width = scaled_size((lq_height, lq_width), scales)
         gt = hr[:, :height, :width]
-        return round_to_8bit(matlab_resize(gt[None], (lq_size[0], lq_size[1])))[0], gt
+        lq = round_to_8bit(matlab_resize(gt[None], (lq_height, lq_width)))[0]
+        return {"lq": lq, "gt": gt, "lq_path": path, "gt_path": path}
 
 
-def _tensor(image: Any) -> Tensor:
-    """(H, W, 3) BGR -> (3, H, W) RGB."""
-    tensor: Tensor = img2tensor(image, bgr2rgb=True, float32=True)
-    return tensor
+def _scaled(image: Any) -> Any:
+    """0 .. 255 -> 0 .. 1."""
+    return image.astype(np.float32) / np.float32(255)
 
 
 def _is_number(value: Any, kind: Any) -> bool:

@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from contextlib import closing
 from functools import partial
 from pathlib import Path
 
 from esc_arch.atomic_io import locked, write_atomically, writing_to
 
 from ..errors import UserError
-from .image_files import Source, checked_scales, crop_to_multiple, downscale, encode_png, read_hr
-from .worker_pool import map_in_order, progress_bar
+from .image_files import Source, checked_scales, crop_to_multiple, digest_of, downscale, encode_png, read_hr
+from .worker_pool import map_in_order
 
 __all__ = ["benchmark_folders", "prepare_benchmark"]
 
@@ -41,24 +39,23 @@ def prepare_benchmark(
 
     ``HR/NAME.png`` is cropped at the bottom and right to a multiple of all scales, ``LR_bicubic/Xs/NAMExs.png`` made
     from that (MATLAB's bicubic). With `per_scale` HR is not cropped, and the LR of each scale is made from as much of
-    it as that scale divides, as published LR are. ``prepare.json`` in `out` notes what was made from what: files with
-    the same settings are kept, others are never touched without `overwrite`. `jobs` is the number of processes.
+    it as that scale divides, as published LR are. Files that ``prepare.json`` in `out` says were made with the same
+    settings are kept, others are never touched without `overwrite`. Returns the folders by scale.
 
-    Returns the folders by scale. UserError if an image or `out` cannot be used, files are in the way, or the folders
-    hold other images.
+    UserError if an image or `out` cannot be used, files are in the way, or the folders hold other images.
     """
     import basicsr
 
     scales = checked_scales(scales)
     folders = benchmark_folders(out, scales)
-    patterns = {1: "HR/{}.png"} | {s: f"LR_bicubic/X{s}/{{}}x{s}.png" for s in scales}
     tasks = [
-        (source, {scale: pattern.format(source.stem) for scale, pattern in patterns.items()}) for source in sources
+        (source, {1: f"HR/{source.stem}.png"} | {s: f"LR_bicubic/X{s}/{source.stem}x{s}.png" for s in scales})
+        for source in sources
     ]
     crop = "per-scale" if per_scale else math.lcm(*scales)
     #: For each file to make, a digest of all that its content depends on
     recipes = {
-        name: _digest(FORMAT, basicsr.__version__, source.identity, crop, scale)
+        name: digest_of([FORMAT, basicsr.__version__, source.identity, crop, scale])
         for source, names in tasks
         for scale, name in names.items()
     }
@@ -79,20 +76,13 @@ def prepare_benchmark(
         # Noted before they are made, so that after a kill they are known. Of those to be replaced nothing is
         # known until all are: a kill leaves old and new ones.
         _write_record(out, record | recipes | dict.fromkeys(in_the_way))
-        with (
-            progress_bar(len(tasks), len(tasks) - len(remaining)) as progress,
-            closing(map_in_order(partial(_encoded, scales=scales, per_scale=per_scale), remaining, jobs)) as results,
-        ):
+        encoded = partial(_encoded, scales=scales, per_scale=per_scale)
+        with map_in_order(encoded, remaining, jobs, finished=len(tasks) - len(remaining)) as results:
             for files in results:
                 for name in files.keys() - made:
                     write_atomically(out / name, files[name])
-                progress.update()
         _write_record(out, record | recipes)
     return folders
-
-
-def _digest(*values: object) -> str:
-    return hashlib.sha256(json.dumps(values).encode()).hexdigest()
 
 
 def _encoded(task: tuple[Source, Mapping[int, str]], *, scales: Sequence[int], per_scale: bool) -> dict[str, bytes]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import os
 import struct
+from contextlib import suppress
 from typing import Any
 
 import cv2
@@ -14,7 +15,7 @@ from PIL import Image
 
 from ..errors import UserError
 
-__all__ = ["decode", "image_problem", "most_pixels", "reason_against"]
+__all__ = ["decode", "image_problem", "most_pixels"]
 
 #: OpenCV's own variable for the limit; its own default, 2**30, would need 12 GiB as a float32 image.
 LIMIT_VARIABLE = "OPENCV_IO_MAX_IMAGE_PIXELS"
@@ -36,21 +37,10 @@ def decode(content: bytes, source: object, flag: int = cv2.IMREAD_COLOR) -> npt.
 
     UserError if it is no image, cut short or too large; the message calls it `source`.
     """
-    if (reason := reason_against(content)) is not None:
-        raise UserError(f"{source} {reason}")
-    if (image := _decode(content, flag)) is None:
-        raise UserError(
-            f"{source} is not an image that OpenCV can read ({len(content):,} bytes): damaged, cut short or of "
-            f"another format. Replace it or take it out of the data set."
-        )
+    image = _image_or_problem(content, flag)
+    if isinstance(image, str):
+        raise UserError(f"{source} {image}. Replace it or take it out of the data set.")
     return image
-
-
-def _decode(content: bytes, flag: int) -> npt.NDArray[Any] | None:
-    try:
-        return cv2.imdecode(np.frombuffer(content, np.uint8), flag) if content else None
-    except cv2.error:
-        return None
 
 
 def image_problem(content: bytes, listed: tuple[int, int] | None = None) -> str | None:
@@ -58,33 +48,31 @@ def image_problem(content: bytes, listed: tuple[int, int] | None = None) -> str 
 
     `listed` are the height and width that it has in an LMDB's meta_info.txt.
     """
-    if not content:
-        return "is empty"
-    if (reason := reason_against(content)) is not None:
-        return reason.removesuffix(".")
-    if (image := _decode(content, cv2.IMREAD_UNCHANGED)) is None:
-        return f"is not an image that can be decoded ({len(content):,} bytes)"
+    image = _image_or_problem(content, cv2.IMREAD_UNCHANGED)
+    if isinstance(image, str):
+        return image
     height, width = image.shape[:2]
     if listed is not None and listed != (height, width):
         return f"has {width}x{height} pixels, but {listed[1]}x{listed[0]} in meta_info.txt"
     return None
 
 
-def reason_against(content: bytes) -> str | None:
-    """Why an image file's `content` must not be decoded: the end of a sentence about it, or None.
-
-    Only what OpenCV would not refuse by itself, or not before it has filled the memory.
-    """
+def _image_or_problem(content: bytes, flag: int) -> npt.NDArray[Any] | str:
+    """The decoded image, or why there is none: the end of a sentence about it."""
     height, width = size_in_header(content) or (0, 0)
-    if height * width > most_pixels():
+    if height * width > most_pixels():  # OpenCV would fill the memory first
         return (
             f"has {width:,} x {height:,} pixels by its header, more than the {most_pixels():,} that are read: it is "
-            f"damaged, or made to fill the memory. Cut it into parts, or set {LIMIT_VARIABLE} in the environment."
+            f"damaged, or made to fill the memory. Cut it into parts, or set {LIMIT_VARIABLE} in the environment"
         )
     # OpenCV fills the rest of a JPEG without its end with grey. An embedded thumbnail has an end of its own.
     if content.startswith(b"\xff\xd8") and content.find(b"\xff\xd9", len(content) // 2) < 0:
-        return f"is cut short ({len(content):,} bytes): its end is missing. Replace it or take it out of the data set."
-    return None
+        return f"is cut short ({len(content):,} bytes): its end is missing"
+    image = None
+    if content:
+        with suppress(cv2.error):
+            image = cv2.imdecode(np.frombuffer(content, np.uint8), flag)
+    return f"is not an image that OpenCV can read ({len(content):,} bytes)" if image is None else image
 
 
 def size_in_header(content: bytes) -> tuple[int, int] | None:

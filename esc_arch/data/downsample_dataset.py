@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from basicsr.data.transforms import augment
 from basicsr.utils import img2tensor
@@ -12,10 +13,12 @@ from torch.utils.data import Dataset
 
 from esc_arch.ops.resize import matlab_resize, round_to_8bit
 
-from .hr_images import FloatImage, HRImages, random_start
+from .hr_images import HRImages, random_start
 from .image_files import Image, crop_to_multiple
 
 __all__ = ["DownsampleImageDataset"]
+
+FloatImage = npt.NDArray[np.float32]
 
 #: How far the bicubic kernel reaches from a pixel of the LR image, in LR pixels.
 _REACH = 2
@@ -24,10 +27,8 @@ _REACH = 2
 class DownsampleImageDataset(Dataset[dict[str, Any]]):
     """HR images, and their LR images by MATLAB's bicubic with antialiasing; takes the place of PairedImageDataset.
 
-    A patch is reduced together with what the kernel reaches around it, so that the pair is that of prepared data: LQ
-    is within 1e-6 of the same place in the whole image's LR image. Patches are drawn as in PairedImageDataset: the
-    same seeds give the same pairs. Of sub-images, the kernel sees nothing beyond their borders, unlike in LR images
-    that were cut like them; whole images give exact pairs everywhere.
+    Patches are drawn as in PairedImageDataset and reduced with what the kernel reaches around them: LQ is within 1e-6
+    of the same place in the whole image's LR image. Of sub-images, the kernel sees nothing beyond their borders.
 
     Args:
         opt: the data set's options:
@@ -55,7 +56,7 @@ class DownsampleImageDataset(Dataset[dict[str, Any]]):
     def __getitem__(self, index: int) -> dict[str, Any]:
         """`gt` (3, H, W) and `lq` (3, H / scale, W / scale), RGB in 0 .. 1; `gt_path` and `lq_path`, the HR image's."""
         path = self.images.paths[index]
-        image = crop_to_multiple(self.images.read_uint8(index), self.scale)
+        image = crop_to_multiple(self.images.read(index), self.scale)
         if self.is_train:
             size: int = self.opt["gt_size"]
             pair = self.cut(image, *random_start(image, size, self.scale, path), size, size)

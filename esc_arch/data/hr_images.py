@@ -8,23 +8,16 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import numpy.typing as npt
-
 from ..errors import UserError
 from .image_files import IMAGE_SUFFIXES, Image
-from .name_lists import read_names
+from .lmdb_check import listed_sizes
+from .names import read_names
 
-__all__ = ["FloatImage", "HRImages", "as_list", "random_start"]
-
-FloatImage = npt.NDArray[np.float32]
+__all__ = ["HRImages", "as_list", "random_start"]
 
 
 class HRImages:
     """The images under a data set's `dataroot_gt`, in a fixed order: root by root, and by name in each.
-
-    What is open is not pickled: an instance can be handed to worker processes. UserError if a root or a list is
-    missing, has no images, or does not go with the others.
 
     Args:
         opt: a data set's options, of which these are used:
@@ -32,32 +25,31 @@ class HRImages:
             - ``dataroot_gt``: a folder (searched with the folders in it) or an LMDB made for BasicSR, or a list of
               them, all of one kind.
             - ``io_backend``: ``type: disk`` (the default) or ``lmdb``, with arguments of BasicSR's backend.
-            - ``meta_info_file``: for folders; a text file that has the name of an image, relative to its root, at the
-              beginning of each line; or a list with a file or null for each root. Images that it does not name are
-              left out.
+            - ``meta_info_file``: for folders; a text file with names of images, relative to the root, at the
+              beginning of lines; or a list with a file or null for each root. Only images that it names are used.
 
     Attributes:
         paths: of each image, the file, or its key in an LMDB.
+
+    UserError if a root or a list is missing, has no images, or does not go with the others.
     """
 
     def __init__(self, opt: Mapping[str, Any]) -> None:
-        self._roots = [str(root) for root in as_list(opt.get("dataroot_gt"))]
-        if not self._roots:
+        roots = [str(root) for root in as_list(opt.get("dataroot_gt"))]
+        if not roots:
             raise UserError("dataroot_gt is missing. Give the folder or the LMDB of the images, or a list of them.")
         self._backend = dict(opt.get("io_backend") or {"type": "disk"})
-        self._client: Any = None
         lists = as_list(opt.get("meta_info_file"))
         if not lists or self._backend["type"] == "lmdb":  # which has a list of its own
-            lists = [None] * len(self._roots)
-        if len(lists) != len(self._roots) or not all(isinstance(entry, str | None) for entry in lists):
+            lists = [None] * len(roots)
+        if len(lists) != len(roots) or not all(isinstance(entry, str | None) for entry in lists):
             raise UserError(
-                f"meta_info_file is {opt['meta_info_file']!r}, for {len(self._roots)} entries of dataroot_gt. Give a "
+                f"meta_info_file is {opt['meta_info_file']!r}, for {len(roots)} entries of dataroot_gt. Give a "
                 f"text file for each, or ~ for a folder whose images are all to be used."
             )
-        #: (number of the root, path in it) of every image.
         self._places = [
-            (number, path)
-            for number, (root, list_file) in enumerate(zip(self._roots, lists, strict=True))
+            (root, path)
+            for root, list_file in zip(roots, lists, strict=True)
             for path in self._paths_of(root, list_file)
         ]
         self.paths = [path for _, path in self._places]
@@ -65,35 +57,24 @@ class HRImages:
     def __len__(self) -> int:
         return len(self.paths)
 
-    def __getstate__(self) -> dict[str, Any]:
-        return vars(self) | {"_client": None}
-
-    def read_uint8(self, index: int) -> Image:
+    def read(self, index: int) -> Image:
         """The image `index`: (H, W, 3), BGR in 0 .. 255; UserError if it is missing or cannot be decoded."""
         from basicsr.utils import FileClient, imfrombytes
 
-        if self._client is None:
-            options = {key: value for key, value in self._backend.items() if key != "type"}
-            if self._backend["type"] == "lmdb":
-                options |= {"db_paths": self._roots, "client_keys": list(map(str, range(len(self._roots))))}
-            self._client = FileClient(self._backend["type"], **options)
-        number, path = self._places[index]
-        image: Image = imfrombytes(self._client.get(path, str(number)))
+        root, path = self._places[index]
+        options = self._backend | ({"db_paths": root} if self._backend["type"] == "lmdb" else {})
+        # Nothing is kept here, so that workers can have it; a process opens each LMDB once, see `compat.files`
+        client = FileClient(options.pop("type"), **options)
+        image: Image = imfrombytes(client.get(path))
         return image
-
-    def read(self, index: int) -> FloatImage:
-        """The image `index`: (H, W, 3), BGR in 0 .. 1; errors as of `read_uint8`."""
-        return self.read_uint8(index).astype(np.float32) / np.float32(255)
 
     def _paths_of(self, root: str, list_file: str | None) -> list[str]:
         if self._backend["type"] == "lmdb":
-            from basicsr.data.data_util import paths_from_lmdb
-
             if not root.endswith(".lmdb") or not Path(root, "meta_info.txt").is_file():
                 raise UserError(
                     f"{root} is not an LMDB that BasicSR can read: a folder NAME.lmdb with a meta_info.txt in it."
                 )
-            paths = paths_from_lmdb(root)
+            paths = list(listed_sizes(root))
         elif list_file is not None:
             paths = [os.path.join(root, name) for name in read_names(list_file)]
         else:

@@ -27,8 +27,8 @@ __all__ = ["IMAGE_SUFFIXES", "Image", "Source", "encode_png", "folder_sources", 
 Image = npt.NDArray[np.uint8]
 
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".webp")
+#: As BasicSR's own scripts: larger files than the default, several times faster to write.
 PNG_COMPRESSION = 1
-"""As BasicSR's own scripts: larger files than the default, several times faster to write."""
 
 
 @dataclass(frozen=True)
@@ -45,6 +45,11 @@ class Source:
         """The name without its last suffix."""
         return Path(self.name).stem
 
+    @property
+    def key(self) -> str:
+        """The name in an LMDB: the stem, with '_' for what BasicSR cannot read back in a key."""
+        return re.sub(r"[^ -~]|\.", "_", self.stem)
+
 
 def folder_sources(folder: Path) -> list[Source]:
     """The images directly in `folder`, sorted by name, without hidden files.
@@ -60,32 +65,25 @@ def folder_sources(folder: Path) -> list[Source]:
     )
     if not files:
         raise UserError(f"{folder} holds no image ({' '.join(IMAGE_SUFFIXES)}). Folders inside it are not searched.")
-    _refuse_equal((path.stem, path.name) for path in files)
     stats = ((path, path.stat()) for path in files)
-    return [Source(path.name, partial(read_image, path), (path.name, s.st_size, s.st_mtime_ns)) for path, s in stats]
+    sources = [Source(path.name, partial(read_image, path), (path.name, s.st_size, s.st_mtime_ns)) for path, s in stats]
+    refuse_equal(sources, lambda source: source.stem)
+    return sources
 
 
-def keys_of(sources: Iterable[Source]) -> dict[str, str]:
-    """The LMDB key of every source, by its name: the stem, with '_' for what BasicSR cannot read back in a key.
-
-    UserError if two would be equal.
-    """
-    keys = {source.name: re.sub(r"[^ -~]|\.", "_", source.stem) for source in sources}
-    _refuse_equal((key, name) for name, key in keys.items())
-    return keys
-
-
-def _refuse_equal(named: Iterable[tuple[str, str]]) -> None:
-    """Raise UserError when two of the (key, file name) have the same key."""
+def refuse_equal(sources: Iterable[Source], name_of: Callable[[Source], str]) -> None:
+    """UserError if two of the images would be stored under the same name."""
     seen: dict[str, str] = {}
-    for key, name in named:
-        if seen.setdefault(key, name) != name:
-            raise UserError(f"{seen[key]} and {name} would both be stored as {key!r}. Rename or remove one of them.")
+    for source in sources:
+        name = name_of(source)
+        if seen.setdefault(name, source.name) != source.name:
+            message = f"{seen[name]} and {source.name} would both be stored as {name!r}. Rename or remove one of them."
+            raise UserError(message)
 
 
-def digest_of(sources: Iterable[Source]) -> str:
-    """A hexadecimal digest that changes when a source is added, removed or may have changed."""
-    return hashlib.sha256(json.dumps([source.identity for source in sources]).encode()).hexdigest()
+def digest_of(value: object) -> str:
+    """A hexadecimal digest of a value that JSON can hold."""
+    return hashlib.sha256(json.dumps(value).encode()).hexdigest()
 
 
 def read_image(path: Path) -> Image:

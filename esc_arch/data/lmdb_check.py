@@ -1,8 +1,7 @@
 """What an LMDB lists, whether it can be read, and whether it has what it lists.
 
-LMDB trusts its file, and a damaged one ends the process that reads it by a signal. So it is walked through once in a
-child process, which is this file run as a script: it imports nothing of esc_arch. Only the pages of keys are read, not
-the images: some hundred pages for a data set of tens of thousands.
+LMDB trusts its file, and a damaged one ends the process that reads it by a signal. So its keys, not its images, are
+read once in a child process, which is this file run as a script: it imports nothing of esc_arch.
 """
 
 from __future__ import annotations
@@ -40,11 +39,10 @@ def _walk_in_child(folder: Path, _size: int, _time: int) -> str | None:
     done = subprocess.run([sys.executable, __file__, folder], capture_output=True, text=True, errors="replace")
     if done.returncode == 0:
         return None
+    reason = done.stdout.strip().removeprefix(f"{folder}: ").rstrip(".")
     if done.returncode < 0:
         reason = f"reading it ends with {signal.Signals(-done.returncode).name}"
-    elif done.returncode == _DAMAGED:
-        reason = done.stdout.strip().removeprefix(f"{folder}: ").rstrip(".")
-    else:
+    elif done.returncode != _DAMAGED:
         raise RuntimeError(f"{folder} could not be checked: {done.stderr}")
     return f"data.mdb was cut short or is damaged: {reason}"
 
@@ -63,18 +61,14 @@ def listed_sizes(path: str | Path) -> dict[str, tuple[int, int] | None]:
 
 
 class Contents(NamedTuple):
-    """What is in an LMDB, compared with its list.
+    """What is in an LMDB, compared with its list."""
 
-    Attributes:
-        keys: how many there are.
-        missing, unlisted: those of the list alone, and of the database alone.
-        tried: how many images were decoded.
-        bad: for those of them that are not as they should be, what is wrong, as `decoding.image_problem` says it.
-    """
-
+    #: How many there are.
     keys: int
+    #: Keys that only the list, and only the database has.
     missing: list[str]
     unlisted: list[str]
+    #: How many images were decoded, and what is wrong with some, as `decoding.image_problem` says it.
     tried: int
     bad: dict[str, str]
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -18,31 +17,32 @@ from .decoding import size_in_header
 from .image_files import PNG_COMPRESSION
 from .lmdb_check import lmdb_problem
 
-__all__ = ["LmdbSettings", "LmdbWriter", "read_shapes", "why_not_reusable"]
-
-LmdbSettings = Mapping[str, str | int | None]
-"""All that the content of an LMDB depends on. Equal settings make equal content."""
+__all__ = ["LmdbWriter", "why_not_reusable"]
 
 SETTINGS_FILE = "prepare.json"
 META_FILE = "meta_info.txt"
 FREE_MAP_SIZE = 2**26
+WRITE_BYTES = 2**25
+"""How much may be lost by a kill: LMDB waits for the disk, which for every small image would take longest."""
 
 
 class LmdbWriter:
     """A new LMDB of PNG images (H, W, 3) with BasicSR's meta_info.txt, which a later run can continue.
 
     Until :meth:`finish`, nothing or the former LMDB is at `path`, and the new one beside it in ``.NAME.partial``.
-    There, a writer with the same `settings` continues with what was written, and one with others starts over. One
-    process at a time may write an LMDB; see `esc_arch.atomic_io.locked`. All methods raise UserError when the disk is
-    full or cannot be written.
+    There, a writer with the same `settings`, all that the content depends on, continues with what was
+    written, and one with others starts over. Only one process may write at a time, see `locked`.
+
+    All methods raise UserError if the disk is full or cannot be written.
 
     Attributes:
-        sizes: (H, W) of every image written so far, by its key.
+        sizes: (H, W) of every image on disk so far, by its key.
     """
 
-    def __init__(self, path: Path, settings: LmdbSettings) -> None:
+    def __init__(self, path: Path, settings: Mapping[str, Any]) -> None:
         self.path = path
         self.partial = path.with_name(f".{path.name}.partial")
+        self._waiting: dict[str, bytes] = {}
         with _writing_to(path.parent):
             if _read_settings(self.partial) != dict(settings) or lmdb_problem(self.partial) is not None:
                 remove(self.partial)
@@ -59,21 +59,25 @@ class LmdbWriter:
         self._env.close()
 
     def write(self, images: Mapping[str, bytes]) -> None:
-        """Add PNG files by key, all or none; they are on disk when this returns. Keys are ASCII without dots."""
-        with _writing_to(self.path.parent):
-            self._put(images)
-        self.sizes |= {key: _size(png) for key, png in images.items()}
+        """Add PNG files by key, which is ASCII without dots; a kill keeps all of a call or none."""
+        self._waiting |= images
+        if sum(map(len, self._waiting.values())) >= WRITE_BYTES:
+            self._flush()
 
-    def _put(self, images: Mapping[str, bytes]) -> None:
+    def _flush(self) -> None:
         # Room for what is there, for the images in whole pages, and for the pages of keys
         there = (self._env.info()["last_pgno"] + 1) * self._env.stat()["psize"]
-        self._env.set_mapsize(there + 2 * sum(map(len, images.values())) + FREE_MAP_SIZE)
-        with self._env.begin(write=True) as transaction:
-            for key, png in images.items():
-                transaction.put(key.encode("ascii"), png)
+        with _writing_to(self.path.parent):
+            self._env.set_mapsize(there + 2 * sum(map(len, self._waiting.values())) + FREE_MAP_SIZE)
+            with self._env.begin(write=True) as transaction:
+                for key, png in self._waiting.items():
+                    transaction.put(key.encode("ascii"), png)
+        self.sizes |= {key: _size(png) for key, png in self._waiting.items()}
+        self._waiting.clear()
 
     def finish(self) -> None:
         """Write meta_info.txt, and move the LMDB to its final name, replacing a former one."""
+        self._flush()
         self._env.close()
         lines = [f"{key}.png ({h},{w},3) {PNG_COMPRESSION}\n" for key, (h, w) in sorted(self.sizes.items())]
         old = self.path.with_name(f".{self.path.name}.old")
@@ -101,7 +105,7 @@ def _writing_to(folder: Path) -> Iterator[None]:
             raise OSError(str(error)) from error
 
 
-def why_not_reusable(path: Path, settings: LmdbSettings) -> str | None:
+def why_not_reusable(path: Path, settings: Mapping[str, Any]) -> str | None:
     """Why the LMDB `path` is not, in full, what `settings` would make; None when it is."""
     made_with = _read_settings(path)
     if made_with is None:
@@ -115,12 +119,6 @@ def why_not_reusable(path: Path, settings: LmdbSettings) -> str | None:
         return "it was made with other settings: " + "; ".join(changed)
     missing = [name for name in ("data.mdb", META_FILE) if not (path / name).is_file()]
     return f"it has no {' and no '.join(missing)}" if missing else None
-
-
-def read_shapes(path: Path) -> dict[str, tuple[int, int, int]]:
-    """The (H, W, C) of every image of the LMDB `path`, by key, as its meta_info.txt has them."""
-    lines = re.findall(r"^(.+)\.png \((\d+),(\d+),(\d+)\)", (path / META_FILE).read_text("ascii"), re.MULTILINE)
-    return {key: (int(height), int(width), int(channels)) for key, height, width, channels in lines}
 
 
 def _read_settings(folder: Path) -> dict[str, Any] | None:

@@ -1,4 +1,4 @@
-"""Names that come with data, made fit to be names of files: what is written stays in the folder it is meant for."""
+"""Names that come with data: read from lists, and made fit to be names of files, in the folder that is meant."""
 
 from __future__ import annotations
 
@@ -6,7 +6,10 @@ import hashlib
 import os
 import re
 
-__all__ = ["image_name", "shown"]
+from ..errors import UserError
+from .image_files import IMAGE_SUFFIXES
+
+__all__ = ["image_name", "read_names", "shown"]
 
 #: Bytes. File systems take 255, of which an iteration or a suffix and `.png` need some.
 _LONGEST = 160
@@ -19,10 +22,7 @@ def image_name(path: str | os.PathLike[str]) -> str:
 
     Names as people give them stay as they are. Characters that are unfit for file names become `_`, and long names are
     cut; a digest then tells them from others that would look the same. The result is never empty, `.` or `..`, and has
-    no separator: joined to a folder, it is in this folder.
-
-    Args:
-        path: a file, or the key in an LMDB. Nothing is looked up.
+    no separator: joined to a folder, it is in this folder. `path` is a file or a key in an LMDB.
     """
     stem = os.path.splitext(os.path.basename(os.fspath(path)))[0]
     name = _UNFIT.sub("_", stem)
@@ -37,3 +37,25 @@ def shown(name: object) -> str:
     """A name as messages are to have it: on one line, and nothing in it that a terminal would obey."""
     text = str(name)
     return text if text.isprintable() else ascii(text)[1:-1]
+
+
+#: What follows a name in a list: the size of the image, as BasicSR's scripts write it, `(height,width,channels)`.
+_SIZE = re.compile(r"\s+\(\d+,\s*\d+(,\s*\d+)?\)(?=\s|$)")
+#: A name may have blanks; without a size it ends with the first suffix of an image that a blank or nothing follows.
+_NAME = re.compile(rf".+?(?:{'|'.join(map(re.escape, IMAGE_SUFFIXES))})(?=\s|$)", re.IGNORECASE)
+
+
+def read_names(file: str) -> list[str]:
+    """The names of images at the beginning of a list's lines (``meta_info``); UserError if it cannot be read."""
+    try:
+        with open(file, encoding="utf-8", errors="surrogateescape") as lines:
+            return [_listed_name(line.strip()) for line in lines if line.strip()]
+    except OSError as error:
+        raise UserError(f"Cannot read the list of images {file}: {error.strerror}.") from error
+
+
+def _listed_name(line: str) -> str:
+    if size := _SIZE.search(line):
+        return line[: size.start()]
+    found = _NAME.match(line)
+    return found[0] if found else line.split()[0]

@@ -6,8 +6,9 @@ import hashlib
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
-import numpy as np
+import cv2
 import skimage.data
 
 from ..errors import UserError
@@ -32,25 +33,20 @@ TRAIN = (
 
 VALIDATION = ("astronaut", "coffee", "rocket")
 
-SCALES = (2, 3, 4)
 CROP_SIZE = 240
-OVERLAP = 120
 
 
 def prepare_demo(out: Path, *, jobs: int = 1, overwrite: bool = False) -> tuple[dict[int, Path], dict[int, Path]]:
     """Make ``train_*_sub.lmdb`` in `out` and the benchmark ``val`` beside them, for the scales 2, 3 and 4.
 
-    Returns what `prepare_train` and `prepare_benchmark` made, by scale. UserError if the installed scikit-image lacks a
-    photograph.
+    Returns what `prepare_train` and `prepare_benchmark` made, by scale. UserError as of these and `read_photograph`.
     """
-    train, validation = photograph_sources(TRAIN), photograph_sources(VALIDATION)
     from .prepare import prepare_train  # which needs lmdb
 
-    lmdbs = prepare_train(
-        train, out, "train", scales=SCALES, crop_size=CROP_SIZE, overlap=OVERLAP, jobs=jobs, overwrite=overwrite
-    )
-    folders = prepare_benchmark(validation, out / "val", scales=SCALES, jobs=jobs, overwrite=overwrite)
-    return lmdbs, folders
+    train, validation = photograph_sources(TRAIN), photograph_sources(VALIDATION)
+    more: dict[str, Any] = {"jobs": jobs, "overwrite": overwrite}
+    lmdbs = prepare_train(train, out, "train", crop_size=CROP_SIZE, overlap=CROP_SIZE // 2, **more)
+    return lmdbs, prepare_benchmark(validation, out / "val", **more)
 
 
 def photograph_sources(names: tuple[str, ...]) -> list[Source]:
@@ -73,6 +69,4 @@ def read_photograph(name: str) -> Image:
         ) from error
     if name == "stereo_motorcycle":
         photograph = photograph[0]  # left, right, disparity
-    if photograph.ndim == 2:
-        photograph = np.stack([photograph] * 3, axis=2)
-    return np.ascontiguousarray(photograph[:, :, ::-1])
+    return cv2.cvtColor(photograph, cv2.COLOR_GRAY2BGR if photograph.ndim == 2 else cv2.COLOR_RGB2BGR)

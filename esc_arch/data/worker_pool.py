@@ -7,10 +7,11 @@ import os
 import signal
 import threading
 from collections import deque
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from typing import Any, TypeVar
+from contextlib import closing, contextmanager
+from typing import TypeVar
 
 import cv2
 import torch
@@ -18,7 +19,7 @@ from tqdm import tqdm
 
 from ..errors import UserError
 
-__all__ = ["default_jobs", "map_in_order", "progress_bar"]
+__all__ = ["map_in_order"]
 
 TASKS_PER_PROCESS = 8
 """At least; a process needs some seconds to start, in which this one is done with several images."""
@@ -27,20 +28,25 @@ Task = TypeVar("Task")
 Result = TypeVar("Result")
 
 
-def default_jobs() -> int:
-    """One process per core, but no more than 8: beyond that, the one that writes is what limits."""
-    return min(os.cpu_count() or 1, 8)
+@contextmanager
+def map_in_order(
+    function: Callable[[Task], Result], tasks: Sequence[Task], jobs: int, *, finished: int = 0
+) -> Iterator[Iterable[Result]]:
+    """The results of `function` for all `tasks`, one per image, in their order, with a progress bar on a terminal.
 
-
-def map_in_order(function: Callable[[Task], Result], tasks: Sequence[Task], jobs: int) -> Generator[Result]:
-    """The results of `function` for all `tasks`, in their order, computed by `jobs` processes.
-
-    With one job, or too few tasks to be worth more, everything happens in this process; otherwise at most ``jobs + 2``
-    results wait in memory. Close the iterator (``contextlib.closing``) to end the processes when it is left early.
+    With one job, or too few tasks to be worth more, everything happens in this process; otherwise `jobs` processes
+    compute, which end with the block, and at most ``jobs + 2`` results wait in memory. `finished` images are done.
 
     UserError if a process was killed; also what `function` raises.
     """
-    jobs = min(jobs, len(tasks) // TASKS_PER_PROCESS)
+    total = len(tasks) + finished
+    if finished:
+        print(f"{finished} of {total} images are finished already.")
+    with closing(_results(function, tasks, min(jobs, len(tasks) // TASKS_PER_PROCESS))) as results:
+        yield tqdm(results, total=total, initial=finished, unit="image", disable=None)  # None: only on a terminal
+
+
+def _results(function: Callable[[Task], Result], tasks: Sequence[Task], jobs: int) -> Generator[Result]:
     if jobs <= 1:
         yield from map(function, tasks)
         return
@@ -67,13 +73,6 @@ def map_in_order(function: Callable[[Task], Result], tasks: Sequence[Task], jobs
         pool.shutdown(cancel_futures=True)
 
 
-def progress_bar(total: int, finished: int) -> tqdm[Any]:
-    """A bar for `total` images, on a terminal only, and a line when an earlier run has `finished` some."""
-    if finished:
-        print(f"{finished} of {total} images are finished already.")
-    return tqdm(total=total, initial=finished, unit="image", disable=None)  # None: only on a terminal
-
-
 def _start_worker() -> None:
     torch.set_num_threads(1)  # the cores are shared out among processes already
     cv2.setNumThreads(0)
@@ -82,7 +81,5 @@ def _start_worker() -> None:
 
 def _end_with_parent() -> None:
     """A killed parent cannot stop its pool, and idle workers of a pool wait for ever."""
-    parent = multiprocessing.parent_process()
-    assert parent is not None
-    parent.join()
+    multiprocessing.parent_process().join()  # type: ignore[union-attr]  # in a worker there is one
     os._exit(1)

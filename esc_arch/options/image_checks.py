@@ -18,8 +18,7 @@ from PIL import ExifTags, Image
 from esc_arch.data.hr_images import HRImages, as_list
 from esc_arch.data.image_files import IMAGE_SUFFIXES, read_image
 from esc_arch.data.lmdb_check import contents_of, listed_sizes, lmdb_problem
-from esc_arch.data.name_lists import read_names
-from esc_arch.data.names import shown
+from esc_arch.data.names import read_names, shown
 from esc_arch.errors import UserError
 from esc_arch.models.metrics import too_small
 from esc_arch.problems import Problem, wrong_value

@@ -105,7 +105,7 @@ FOUND_BEFORE_THE_RUN: dict[str, tuple[Callable[[Path, Any], None], list[str]]] =
     ),
     "checkpoint that is a web page": (save_a_web_page, ["path:pretrain_network_g", "web page", "Download"]),
     "missing checkpoint": (name_a_missing_checkpoint, ["path:pretrain_network_g", "nowhere/net.pth"]),
-    "weights as resume_state": (resume_from_the_weights, ["net.pth is not a training state", "optimizers"]),
+    "weights as resume_state": (resume_from_the_weights, ["net.pth is not a training state: its epoch is None"]),
     "state of another run": (resume_under_another_name, ["2.state cannot be resumed", "other", "experiments_root"]),
     "state that is missing": (change("path", "resume_state", value="9.state"), ["path:resume_state", "9.state"]),
 }

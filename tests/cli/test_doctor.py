@@ -109,7 +109,6 @@ def test_basicsr_is_broken(tmp_path: Path) -> None:
     assert naive["text"] == "can run"
     option_file = by_key(report, "option file")
     assert option_file["basicsr check"]["text"] == "not known: BasicSR cannot be imported"
-    assert option_file["results_root"]["text"].startswith(str(tmp_path / "results"))
 
 
 @pytest.mark.parametrize(("package", "error"), [("torchvision", "undefined symbol"), ("torch", "libc10.so is missing")])

@@ -46,13 +46,20 @@ def current(module: str, name: str) -> Any:
     return owner
 
 
+@pytest.fixture(scope="module")
+def originals() -> dict[tuple[str, str], Any]:
+    """What the patches replaced, before they were applied once more."""
+    found = {(module, name): current(module, name)._esc_arch_original for module, name, *_ in PATCHES}
+    apply_patches()
+    return found
+
+
 @pytest.mark.parametrize(
     ("module", "name"), [(module, name) for module, name, *_ in PATCHES if (module, name) != CLOCK]
 )
-def test_every_patch_is_in_place_everywhere_and_never_nested(module: str, name: str) -> None:
-    original = current(module, name)._esc_arch_original
+def test_every_patch_is_in_place_everywhere_and_never_nested(module: str, name: str, originals: Any) -> None:
+    original = originals[module, name]
     assert original.__module__.startswith("basicsr")
-    apply_patches()
     patched = current(module, name)
     assert patched._esc_arch_original is original
     assert patched is not original
@@ -65,8 +72,7 @@ def test_every_patch_is_in_place_everywhere_and_never_nested(module: str, name: 
     assert all(place is patched for place in places)
 
 
-def test_the_clock_is_replaced_for_the_log_alone() -> None:
-    apply_patches()
+def test_the_clock_is_replaced_for_the_log_alone(originals: Any) -> None:
     assert current(*CLOCK)._esc_arch_original is time
     assert sys.modules["basicsr.train"].time is time  # type: ignore[attr-defined]
 

@@ -61,7 +61,7 @@ def test_patches_are_cuts_of_the_whole_lr_image(scale: int, hr_folder: Path) -> 
     rounded, unrounded = (
         DownsampleImageDataset(options(hr_folder, scale, round_lq=round_lq)) for round_lq in (True, False)
     )
-    image = rounded.images.read_uint8(0)
+    image = rounded.images.read(0)
     height, width = (size // scale for size in image.shape[:2])
     lr = exact_lr(image, scale)
     size = 6

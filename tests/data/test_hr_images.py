@@ -47,7 +47,7 @@ def lmdb_of(folder: Path, name: str, levels: list[int]) -> Path:
 
 
 def levels_of(images: HRImages) -> list[int]:
-    return [int(images.read_uint8(index)[0, 0, 0]) for index in range(len(images))]
+    return [int(images.read(index)[0, 0, 0]) for index in range(len(images))]
 
 
 def test_folder(folder: Path) -> None:
@@ -60,10 +60,10 @@ def test_folder(folder: Path) -> None:
 def test_read(folder: Path) -> None:
     images = HRImages({"dataroot_gt": str(folder), "io_backend": {"type": "disk"}})
     image = images.read(0)
-    assert image.shape == (12, 16, 3) and image.dtype == np.float32
-    assert np.array_equal(image[0, 0], np.float32([13, 14, 15]) / np.float32(255))  # BGR
+    assert image.shape == (12, 16, 3) and image.dtype == np.uint8
+    assert np.array_equal(image[0, 0], [13, 14, 15])  # BGR
     cv2.imwrite(str(folder / "0001/c.png"), np.full((4, 4), 7, np.uint8))
-    assert np.array_equal(images.read_uint8(0), np.full((4, 4, 3), 7))
+    assert np.array_equal(images.read(0), np.full((4, 4, 3), 7))
 
 
 def test_lmdb(lmdb: Path) -> None:

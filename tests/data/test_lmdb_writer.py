@@ -13,15 +13,16 @@ import pytest
 
 from esc_arch.atomic_io import locked, write_atomically
 from esc_arch.data import lmdb_writer
-from esc_arch.data.lmdb_writer import LmdbWriter, read_shapes, why_not_reusable
+from esc_arch.data.lmdb_check import listed_sizes
+from esc_arch.data.lmdb_writer import LmdbWriter, why_not_reusable
 from esc_arch.errors import UserError
 
 SETTINGS = {"crop size": 48, "digest": "abc", "lr": None}
-SHAPE = (6, 5, 3)
+SIZE = (6, 5)
 
 
-def png(seed: int, size: tuple[int, ...] = SHAPE) -> bytes:
-    image = np.random.default_rng(seed).integers(0, 256, size, dtype=np.uint8)
+def png(seed: int, size: tuple[int, int] = SIZE) -> bytes:
+    image = np.random.default_rng(seed).integers(0, 256, (*size, 3), dtype=np.uint8)
     return cv2.imencode(".png", image)[1].tobytes()
 
 
@@ -31,7 +32,9 @@ def content(path: Path) -> dict[str, bytes]:
 
 
 @pytest.fixture
-def path(tmp_path: Path) -> Path:
+def path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Where each image is written at once."""
+    monkeypatch.setattr(lmdb_writer, "WRITE_BYTES", 0)
     return tmp_path / "set.lmdb"
 
 
@@ -48,7 +51,7 @@ def test_contents_and_meta_info(path: Path) -> None:
     images = write(path)
     assert content(path) == images
     assert (path / "meta_info.txt").read_text() == "".join(f"image_{i}.png (6,5,3) 1\n" for i in range(3))
-    assert read_shapes(path) == dict.fromkeys(images, SHAPE)
+    assert listed_sizes(path) == dict.fromkeys(images, SIZE)
     assert sorted(entry.name for entry in path.parent.iterdir()) == ["set.lmdb"]
 
 
@@ -56,12 +59,12 @@ def test_meta_info_is_sorted_by_key(path: Path) -> None:
     with LmdbWriter(path, SETTINGS) as writer:
         writer.write({key: png(0) for key in ("b", "c", "a")})
         writer.finish()
-    assert list(read_shapes(path)) == ["a", "b", "c"]
+    assert list(listed_sizes(path)) == ["a", "b", "c"]
 
 
 def test_map_grows(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(lmdb_writer, "FREE_MAP_SIZE", 2**16)
-    images = {f"k{seed}": png(seed, (100, 100, 3)) for seed in range(8)}
+    images = {f"k{seed}": png(seed, (100, 100)) for seed in range(8)}
     with LmdbWriter(path, SETTINGS) as writer:
         writer.write({key: images[key] for key in list(images)[:6]})  # several times the map
         writer.write({key: images[key] for key in list(images)[6:]})
@@ -76,11 +79,11 @@ def test_continues_with_what_was_written(path: Path) -> None:
     assert not path.exists()
     assert not writer.partial.name.endswith(".lmdb")
     with LmdbWriter(path, SETTINGS) as writer:
-        assert writer.sizes == {"a": SHAPE[:2]}
-        writer.write({"a": png(0), "b": png(1, (7, 9, 3))})
+        assert writer.sizes == {"a": SIZE}
+        writer.write({"a": png(0), "b": png(1, (7, 9))})
         writer.finish()
-    assert content(path) == {"a": png(0), "b": png(1, (7, 9, 3))}
-    assert read_shapes(path) == {"a": SHAPE, "b": (7, 9, 3)}
+    assert content(path) == {"a": png(0), "b": png(1, (7, 9))}
+    assert listed_sizes(path) == {"a": SIZE, "b": (7, 9)}
 
 
 @pytest.mark.parametrize("damage", ["other settings", "no settings", "data"])
@@ -112,18 +115,22 @@ def test_former_lmdb_stays_until_the_new_one_is_complete(path: Path) -> None:
     "error", [lmdb.DiskError("No space left"), lmdb.MapFullError("limit"), OSError(errno.ENOSPC, "No space left")]
 )
 def test_full_disk_is_the_users_error(path: Path, monkeypatch: pytest.MonkeyPatch, error: Exception) -> None:
-    def fail(writer: LmdbWriter, images: object) -> None:
-        raise error
+    class FullDisk:
+        def __init__(self, environment: lmdb.Environment) -> None:
+            self.info, self.stat, self.set_mapsize = environment.info, environment.stat, environment.set_mapsize
+            self.close = environment.close
+
+        def begin(self, **_: bool) -> None:
+            raise error
 
     with LmdbWriter(path, SETTINGS) as writer:
         writer.write({"a": png(0)})
     with LmdbWriter(path, SETTINGS) as writer:
-        monkeypatch.setattr(LmdbWriter, "_put", fail)
+        monkeypatch.setattr(writer, "_env", FullDisk(writer._env))
         message = rf"Cannot write to {path.parent}: .*Free space there: [\d,]+ MiB.*continues"
         with pytest.raises(UserError, match=message):
             writer.write({"b": png(1)})
     assert not path.exists()
-    monkeypatch.undo()
     with LmdbWriter(path, SETTINGS) as writer:
         assert writer.sizes.keys() == {"a"}
 
@@ -132,7 +139,7 @@ def test_a_real_limit_of_the_system(path: Path) -> None:
     """LMDB itself meets the error, here that of a file size limit."""
     resource = pytest.importorskip("resource")
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    images = {str(number): png(number, (380, 350, 3)) for number in range(4)}  # 400 kB each
+    images = {str(number): png(number, (380, 350)) for number in range(4)}  # 400 kB each
     try:
         resource.setrlimit(resource.RLIMIT_FSIZE, (2**20, before[1]))
         with LmdbWriter(path, SETTINGS) as writer, pytest.raises(UserError, match=f"Cannot write to {path.parent}: "):

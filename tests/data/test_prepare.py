@@ -21,9 +21,10 @@ from basicsr.utils.matlab_functions import imresize
 
 import esc_arch
 from esc_arch.cli import prepare as cli
-from esc_arch.data import benchmark, image_files, prepare, worker_pool
+from esc_arch.data import benchmark, image_files, lmdb_writer, prepare, worker_pool
 from esc_arch.data.image_files import Image, folder_sources, read_image, sub_image_starts
-from esc_arch.data.lmdb_writer import LmdbWriter, read_shapes
+from esc_arch.data.lmdb_check import listed_sizes
+from esc_arch.data.lmdb_writer import LmdbWriter
 from esc_arch.errors import UserError
 
 CUT = ["--crop-size", "48", "--overlap", "24", "-j", "1"]
@@ -77,12 +78,13 @@ def everything(out: Path) -> dict[str, tuple[dict[str, bytes], str]]:
 
 def test_lr_is_made_of_the_whole_image_and_cut_at_corresponding_places(hr_folder: Path, tmp_path: Path) -> None:
     assert basicsr_prepare("train", "-i", hr_folder, "-o", tmp_path / "out", *CUT) == 0
-    lmdbs = prepare.train_lmdbs(tmp_path / "out", "set", (2, 3, 4))
+    names = {1: "HR"} | {scale: f"LR_bicubic_X{scale}" for scale in (2, 3, 4)}
+    lmdbs = {scale: tmp_path / "out" / f"set_{name}_sub.lmdb" for scale, name in names.items()}
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == sorted(
         [".prepare.lock", *(path.name for path in lmdbs.values())]
     )
     hr_pieces = images(lmdbs[1])
-    assert list(hr_pieces) == sorted(read_shapes(lmdbs[1]))
+    assert list(hr_pieces) == sorted(listed_sizes(lmdbs[1]))
 
     hr = read_image(hr_folder / "im0.png")[:96, :120]  # 101 x 130, to a multiple of 12
     places = [(top, left) for top in (0, 24, 48) for left in (0, 24, 48, 72)]
@@ -94,7 +96,7 @@ def test_lr_is_made_of_the_whole_image_and_cut_at_corresponding_places(hr_folder
         for index, (top, left) in enumerate(places, start=1):
             expected = whole[top // scale : (top + 48) // scale, left // scale : (left + 48) // scale]
             np.testing.assert_array_equal(pieces[f"im0_s{index:03d}"], expected)
-        assert {key: shape[:2] for key, shape in read_shapes(path).items()} == {
+        assert listed_sizes(path) == {
             key: (piece.shape[0] // scale, piece.shape[1] // scale) for key, piece in hr_pieces.items()
         }
 
@@ -110,8 +112,8 @@ def test_sub_image_starts(length: int, starts: list[int]) -> None:
 def test_small_image_is_one_sub_image(tmp_path: Path) -> None:
     save(tmp_path / "in" / "a.png", photograph(24, 60))
     basicsr_prepare("train", "-i", tmp_path / "in", "-o", tmp_path, "--name", "n", *CUT)
-    assert read_shapes(tmp_path / "n_HR_sub.lmdb") == {"a_s001": (24, 48, 3), "a_s002": (24, 48, 3)}
-    assert read_shapes(tmp_path / "n_LR_bicubic_X4_sub.lmdb") == {"a_s001": (6, 12, 3), "a_s002": (6, 12, 3)}
+    assert listed_sizes(tmp_path / "n_HR_sub.lmdb") == {"a_s001": (24, 48), "a_s002": (24, 48)}
+    assert listed_sizes(tmp_path / "n_LR_bicubic_X4_sub.lmdb") == {"a_s001": (6, 12), "a_s002": (6, 12)}
 
 
 def test_basicsr_reads_pairs_for_training(hr_folder: Path, tmp_path: Path) -> None:
@@ -128,7 +130,7 @@ def test_basicsr_reads_pairs_for_training(hr_folder: Path, tmp_path: Path) -> No
             "phase": "train",
         }
     )
-    assert len(dataset) == len(read_shapes(tmp_path / "set_HR_sub.lmdb"))
+    assert len(dataset) == len(listed_sizes(tmp_path / "set_HR_sub.lmdb"))
     for index in range(len(dataset)):
         pair = dataset[index]
         assert pair["gt"].shape == (3, 48, 48)
@@ -143,7 +145,7 @@ def test_dots_and_other_characters_become_underscores(tmp_path: Path) -> None:
         save((tmp_path / "in" / name).with_suffix(".png"), photograph(48, 48))
     (tmp_path / "in" / "größe.png").rename(tmp_path / "in" / "größe.PNG")
     basicsr_prepare("train", "-i", tmp_path / "in", "-o", tmp_path, "--name", "x", "--scales", 2, *CUT)
-    assert list(read_shapes(tmp_path / "x_HR_sub.lmdb")) == ["a_b_s001", "gr__e_s001", "notes_s001"]
+    assert list(listed_sizes(tmp_path / "x_HR_sub.lmdb")) == ["a_b_s001", "gr__e_s001", "notes_s001"]
 
 
 @pytest.mark.parametrize(
@@ -310,7 +312,7 @@ def test_continues_to_the_same_data(
     hr_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     basicsr_prepare("train", "-i", hr_folder, "-o", tmp_path / "expected", *CUT)
-    monkeypatch.setattr(prepare, "WRITE_BYTES", 0)
+    monkeypatch.setattr(lmdb_writer, "WRITE_BYTES", 0)
     out = tmp_path / "out"
     Counter(monkeypatch, KeyboardInterrupt, stop=3)
     assert basicsr_prepare("train", "-i", hr_folder, "-o", out, *CUT) == 130
@@ -340,6 +342,7 @@ def test_continues_when_some_lmdbs_are_in_place(
         finish(writer)
 
     basicsr_prepare("train", "-i", hr_folder, "-o", tmp_path / "expected", *CUT)
+    monkeypatch.setattr(lmdb_writer, "WRITE_BYTES", 0)
     monkeypatch.setattr(LmdbWriter, "finish", fail_at_x3)
     out = tmp_path / "out"
     assert basicsr_prepare("train", "-i", hr_folder, "-o", out, *CUT) == 130
@@ -359,7 +362,7 @@ def test_a_scale_can_be_added(hr_folder: Path, tmp_path: Path) -> None:
 
 
 def test_a_changed_image_begins_anew(hr_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(prepare, "WRITE_BYTES", 0)
+    monkeypatch.setattr(lmdb_writer, "WRITE_BYTES", 0)
     Counter(monkeypatch, KeyboardInterrupt, stop=3)
     assert basicsr_prepare("train", "-i", hr_folder, "-o", tmp_path, *CUT) == 130
     monkeypatch.undo()
@@ -372,7 +375,7 @@ def test_a_changed_image_begins_anew(hr_folder: Path, tmp_path: Path, monkeypatc
 SLOW = """
 import argparse, sys, time
 from esc_arch.cli import prepare as cli
-from esc_arch.data import prepare
+from esc_arch.data import lmdb_writer
 from esc_arch.data.lmdb_writer import LmdbWriter
 
 def write(writer, images, write=LmdbWriter.write):
@@ -381,7 +384,7 @@ def write(writer, images, write=LmdbWriter.write):
     time.sleep(0.1)
 
 if __name__ == "__main__":
-    prepare.WRITE_BYTES = 0
+    lmdb_writer.WRITE_BYTES = 0
     LmdbWriter.write = write
     parser = argparse.ArgumentParser()
     cli.add_arguments(parser)
@@ -440,8 +443,9 @@ def test_killed_worker(monkeypatch: pytest.MonkeyPatch) -> None:
         def shutdown(self, **keywords: object) -> None: ...
 
     monkeypatch.setattr(worker_pool, "ProcessPoolExecutor", Pool)
-    with pytest.raises(UserError, match=r"A worker process was killed, .*memory.* fewer processes than -j 2"):
-        list(worker_pool.map_in_order(abs, range(16), jobs=2))
+    message = r"A worker process was killed, .*memory.* fewer processes than -j 2"
+    with pytest.raises(UserError, match=message), worker_pool.map_in_order(abs, range(16), jobs=2) as results:
+        list(results)
 
 
 def test_broken_link_is_not_replaced(hr_folder: Path, tmp_path: Path) -> None:
@@ -452,10 +456,10 @@ def test_broken_link_is_not_replaced(hr_folder: Path, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("kind", ["train", "benchmark"])
 def test_full_disk(hr_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str) -> None:
-    def fail(*arguments: object) -> None:
+    def fail(*arguments: object, **keywords: object) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(LmdbWriter, "_put", fail)
+    monkeypatch.setattr(lmdb_writer.lmdb, "open", fail)
     monkeypatch.setattr(benchmark, "write_atomically", fail)
     arguments = [kind, "-i", hr_folder, "-o", tmp_path / "out", *(CUT if kind == "train" else ["-j", "1"])]
     message = rf"Cannot write to {tmp_path}/out: .*No space left.*Free space there: [\d,]+ MiB"
@@ -484,7 +488,7 @@ def test_lmdbs_in_the_way(hr_folder: Path, tmp_path: Path, monkeypatch: pytest.M
     assert message.endswith("Give --overwrite to replace it, or another folder or name.")
     assert not list(out.glob(".*.partial"))
 
-    monkeypatch.setattr(prepare, "WRITE_BYTES", 0)
+    monkeypatch.setattr(lmdb_writer, "WRITE_BYTES", 0)
     Counter(monkeypatch, KeyboardInterrupt, stop=3)
     assert basicsr_prepare(*other, "--overwrite") == 130
     assert everything(out) == before

@@ -80,7 +80,7 @@ def test_sound_lmdbs(options: Any) -> None:
         (
             {"a": png(16), "b": b"no picture", "c": b""},
             dict.fromkeys("abc", 16),
-            "'b' in 'lq.lmdb' is not an image that can be decoded (10 bytes). Create it again",
+            "'b' in 'lq.lmdb' is not an image that OpenCV can read (10 bytes). Create it again",
         ),
     ],
 )

@@ -142,9 +142,7 @@ def copies(context: Context) -> Iterator[Finding]:
     yield from _copies_of_basicsr()
     if failure:
         return
-    from esc_arch.compat import PATCHES, aliases
-    from esc_arch.compat.application import reason_against_patches
-    from esc_arch.compat.patches import SUPPORTED_VERSION
+    from esc_arch.compat import PATCHES, SUPPORTED_VERSION, aliases, reason_against_patches
 
     yield Finding("missing modules", f"stand-ins for {', '.join(aliases.stand_ins_in_use()) or 'none'}")
     reason, names = reason_against_patches(), [f"{module}.{name}" for module, name, *_ in PATCHES]
@@ -154,7 +152,7 @@ def copies(context: Context) -> Iterator[Finding]:
 
 
 def _copies_of_basicsr() -> Iterator[Finding]:
-    from esc_arch.compat.duplicate_installs import find_copies, find_distributions, how_to_separate, mixed
+    from esc_arch.compat.duplicate_installs import find_copies, find_distributions, mixed
 
     found, installed = find_copies(), find_distributions()
     if not found:
@@ -166,8 +164,8 @@ def _copies_of_basicsr() -> Iterator[Finding]:
         advice = "Uninstall one of them, or start `basicsr` from another folder."
         yield Finding("copies of basicsr", text, WARNING, advice, [str(folder) for folder in found])
     if len(installed) > 1:
-        advice = how_to_separate(installed)
-        yield Finding("distributions of basicsr", mixed(installed), WARNING, advice, list(installed))
+        text, advice = mixed(installed)
+        yield Finding("distributions of basicsr", text, WARNING, advice, list(installed))
 
 
 def _used_basicsr(folder: Path, installed: list[Distribution]) -> Finding:
