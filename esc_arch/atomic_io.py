@@ -14,13 +14,16 @@ from typing import IO
 from .errors import UserError
 
 __all__ = [
+    "check_output",
     "fsync_folder",
     "locked",
     "remove",
     "remove_partial",
+    "replace_folder",
     "replacing",
     "system_fault",
     "write_atomically",
+    "write_file",
     "writing_to",
 ]
 
@@ -73,6 +76,22 @@ def _free_space(folder: Path) -> str:
     return f"{shutil.disk_usage(existing).free / 2**20:,.0f} MiB"
 
 
+def check_output(path: Path, *, overwrite: bool) -> None:
+    """Before any work: raise UserError if a file exists and is not to be replaced, or is a folder or in none."""
+    if path.exists() and not overwrite:
+        raise UserError(f"{path} already exists. Choose another name, or replace it with --overwrite.")
+    if (path.exists() and not path.is_file()) or not path.parent.is_dir():
+        raise UserError(f"Cannot write {path}: it must be a file in an existing folder.")
+
+
+def write_file(path: Path, data: bytes) -> None:
+    """`write_atomically` that raises UserError if it fails."""
+    try:
+        write_atomically(path, data)
+    except OSError as error:
+        raise UserError(f"Cannot write {path}: {error.strerror or error}.") from error
+
+
 def write_atomically(path: Path, data: bytes) -> None:
     """Write `path`: it is always the old file or the whole new one, which is on disk when this returns."""
     with replacing(path) as file:
@@ -103,6 +122,22 @@ def remove_partial(folder: Path) -> None:
     for path in folder.glob(f".*{PARTIAL}"):
         with suppress(OSError):
             path.unlink()
+
+
+def replace_folder(new: Path, target: Path) -> None:
+    """Move the folder `new` to `target`, on disk, in place of what is there; if that fails, what was there stays."""
+    old = target.with_name(f".{target.name}.old")
+    if os.path.lexists(target):  # a folder cannot replace another in one step
+        remove(old)
+        os.replace(target, old)
+    try:
+        os.replace(new, target)
+    except BaseException:
+        with suppress(OSError):
+            os.replace(old, target)
+        raise
+    fsync_folder(target.parent)
+    remove(old)
 
 
 def fsync_folder(folder: Path) -> None:

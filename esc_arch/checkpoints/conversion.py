@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from esc_arch.archs.base import network_named
-from esc_arch.atomic_io import write_atomically
+from esc_arch.atomic_io import write_file
 from esc_arch.errors import UserError
 from esc_arch.ops.conv_attn import symmetrise
 from esc_arch.version import __version__
@@ -26,13 +26,11 @@ __all__ = [
     "CHECKPOINT_FORMATS",
     "Checkpoint",
     "build_network",
-    "check_output",
-    "fitted_weights",
     "fold",
+    "identify",
     "is_folded",
     "open_checkpoint",
     "save_checkpoint",
-    "write_file",
 ]
 
 CHECKPOINT_FORMATS = ("pth", "safetensors")
@@ -96,28 +94,22 @@ def open_checkpoint(path: str | Path, *, param_key: str | None = None, window_si
         if window_size < 1:
             raise UserError(f"The window given is {window_size}; it must be at least 1.")
         known["window_size"] = window_size
-    weights = {name: tensor.detach() for name, tensor in own_names(weights).items()}
-    try:
-        section, assumptions = examine(weights, known)
-    except UserError as error:
-        raise UserError(f"{path}: {error}") from error
+    weights, section, assumptions = identify(weights, known, path)
     if window_size is not None and section["window_size"] != window_size:
         raise UserError(f"The weights of {path} have window {section['window_size']}; only RIB takes another one.")
-    weights, notes = fitted_weights(path, section, weights)
-    assumptions += [f"the weights are of {note}" for note in notes]
     return Checkpoint(weights, section, key, beside, left_out, assumptions)
 
 
 def _is_plain(value: object) -> bool:
     """True if JSON holds the value unchanged, in at most `LONGEST_VALUE` characters."""
-    text = io.StringIO()
+    text = ""
     try:
         # Piece by piece, as a list that holds one list twice, which holds one twice, and so on, has no end as text
         for piece in json.JSONEncoder().iterencode(value):
-            text.write(piece)
-            if text.tell() > LONGEST_VALUE:
+            text += piece
+            if len(text) > LONGEST_VALUE:
                 return False
-        return bool(json.loads(text.getvalue()) == value)
+        return bool(json.loads(text) == value)
     except (TypeError, ValueError, RecursionError):
         return False
 
@@ -177,22 +169,6 @@ def _sort_metadata(data: bytes) -> bytes:
     return len(text).to_bytes(8, "little") + text + data[8 + size :]
 
 
-def check_output(path: Path, *, overwrite: bool) -> None:
-    """Before any work: raise UserError if a file exists and is not to be replaced, or is a folder or in none."""
-    if path.exists() and not overwrite:
-        raise UserError(f"{path} already exists. Choose another name, or replace it with --overwrite.")
-    if (path.exists() and not path.is_file()) or not path.parent.is_dir():
-        raise UserError(f"Cannot write {path}: it must be a file in an existing folder.")
-
-
-def write_file(path: Path, data: bytes) -> None:
-    """Write a file, all or nothing; raises UserError if that fails."""
-    try:
-        write_atomically(path, data)
-    except OSError as error:
-        raise UserError(f"Cannot write {path}: {error.strerror or error}.") from error
-
-
 def is_folded(weights: Mapping[str, Tensor]) -> bool | None:
     """True if the large kernel is symmetric, as training hardly ever leaves it; None if there is none to fold."""
     kernel = weights.get("plk_filter")
@@ -214,14 +190,25 @@ def _symmetrised(kernel: Tensor) -> Tensor:
     return symmetrise(kernel.double()).to(kernel.dtype)
 
 
-def fitted_weights(
-    source: Path | str, section: Mapping[str, Any], weights: Mapping[str, Tensor]
-) -> tuple[dict[str, Tensor], list[str]]:
-    """The weights in the order of the network that they were recognised as, and notes of how they were made to fit.
+def identify(
+    weights: Mapping[str, Tensor], known: Mapping[str, Any], source: str | Path
+) -> tuple[dict[str, Tensor], dict[str, Any], list[str]]:
+    """Weights under whatever names as those of a network of the family.
+
+    Args:
+        known: see `recognise`.
+
+    Returns:
+        The weights as the network has them, in its order; its `network_g` section; what in both is assumed.
 
     Raises:
-        UserError: a part is missing, or of other options; the message begins with `source`.
+        UserError: they are of no network, a part is missing, or of other options; the message begins with `source`.
     """
+    weights = own_names(weights)
+    try:
+        section, assumptions = examine(weights, known)
+    except UserError as error:
+        raise UserError(f"{source}: {error}") from error
     options = ", ".join(f"{key}: {value}" for key, value in section.items() if key != "type")
     try:
         with torch.device("meta"):
@@ -231,10 +218,10 @@ def fitted_weights(
             f"{source} looks like {section['type']} with {options}, but that is invalid: {error}"
         ) from error
     completed = dict(weights)
-    notes = adapt_weights(net, completed)
+    assumptions += [f"the weights are of {note}" for note in adapt_weights(net, completed)]
     own = net.state_dict()
     if problems := describe_mismatch(own, completed):
         raise UserError(f"{source} is almost {section['type']} with {options}: {'; '.join(problems)}.")
     # What the network has itself, such as MetaUpsample, has no content on the meta device
     fitted = {name: weights.get(name) if completed[name].is_meta else completed[name] for name in own}
-    return {name: tensor for name, tensor in fitted.items() if tensor is not None}, notes
+    return {name: tensor.detach() for name, tensor in fitted.items() if tensor is not None}, section, assumptions

@@ -37,8 +37,13 @@ PREFIXES = re.compile(r"^((module|_orig_mod)\.)+")
 #: Bytes of memory that the content of a file may take beyond the size of the file. PyTorch stores records as they
 #: are; only ones made to do harm grow by more when they are read.
 LARGEST_GROWTH = 2**28
-#: What a zip archive begins with, and a pickle, as torch.save wrote before 1.6.
-_WRITTEN_BY_TORCH = (b"PK\x03\x04", b"\x80\x02")
+#: What torch.save writes: a zip archive, or before 1.6 a pickle.
+ZIP, PICKLE = b"PK\x03\x04", b"\x80\x02"
+#: What files that are downloaded in place of a checkpoint begin with, and what they are.
+OTHER_FILES = {
+    (b"<!doctype", b"<html", b"<?xml"): "a web page. Download the file itself, not the page that shows it",
+    (b"version https://git-lfs",): "a Git LFS pointer. Fetch the file itself with `git lfs pull`",
+}
 
 
 def read_checkpoint(path: str | Path) -> dict[str, Any]:
@@ -56,12 +61,22 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
         raise UserError(f"The checkpoint {path} is a folder, not a checkpoint file.")
     if not path.is_file():
         raise UserError(f"The checkpoint {path} does not exist (looked at {path.absolute()}).")
-    if (problem := _not_a_checkpoint(path, _head(path))) is not None:
-        raise UserError(f"{path} is not a checkpoint: {problem}")
+    start = _head(path).lstrip().lower()
+    if not start:
+        raise UserError(f"{path} is not a checkpoint: it is empty.")
+    for beginnings, what in OTHER_FILES.items():
+        if start.startswith(beginnings):
+            raise UserError(f"{path} is not a checkpoint: it is {what}.")
     if is_safetensors(path):
         content = _read_safetensors(path)
         _settle_factors(content, from_json(read_metadata(path).get("network_g")), path)
-        return content
+    else:
+        content = _read_pickled(path)
+        _settle_factors(content, content.get("network_g"), path)
+    return content
+
+
+def _read_pickled(path: Path) -> dict[str, Any]:
     _check_growth(path)
     try:
         with path.open("rb") as file:  # from its name alone, torch.load might take it for something else
@@ -83,7 +98,6 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
     model = content.get("model")
     if isinstance(model, Mapping) and is_state_dict(model.get("sd")):
         content["model"] = model["sd"]
-    _settle_factors(content, content.get("network_g"), path)
     return content
 
 
@@ -211,7 +225,7 @@ def is_safetensors(path: Path) -> bool:
     head = _head(path)
     if head[8:9] == b"{" and int.from_bytes(head[:8], "little") <= path.stat().st_size - 8:
         return True
-    return path.suffix == ".safetensors" and not head.startswith(_WRITTEN_BY_TORCH)
+    return path.suffix == ".safetensors" and not head.startswith((ZIP, PICKLE))
 
 
 def read_metadata(path: str | Path) -> dict[str, str]:
@@ -231,20 +245,6 @@ def from_json(text: str | None) -> dict[str, Any]:
     return value if isinstance(value, dict) else {}
 
 
-def _not_a_checkpoint(path: Path, head: bytes) -> str | None:
-    """What a file that is not a checkpoint at all most likely is; None when it may be one."""
-    text = head.lstrip().lower()
-    if not head:
-        return "it is empty."
-    if text.startswith((b"<!doctype", b"<html", b"<?xml")):
-        return "it is a web page. Download the file itself, not the page that shows it."
-    if text.startswith(b"version https://git-lfs"):
-        return "it is a Git LFS pointer. Fetch the file itself with `git lfs pull`."
-    if text.startswith(b"pk") and not is_safetensors(path) and not _is_whole_zip(path):
-        return f"it was cut short ({path.stat().st_size:,} bytes). Get it again."
-    return None
-
-
 def _head(path: Path) -> bytes:
     try:
         with path.open("rb") as file:
@@ -253,19 +253,14 @@ def _head(path: Path) -> bytes:
         raise UserError(f"{path} cannot be read: {error.strerror}.") from error
 
 
-def _is_whole_zip(path: Path) -> bool:
-    try:
-        return zipfile.is_zipfile(path)
-    except zipfile.BadZipFile:
-        return False
-
-
 def _check_growth(path: Path) -> None:
     """Check that the records of a zip archive take no more memory than the file can mean."""
+    if not _head(path).startswith(ZIP):  # then torch.load takes it for no archive
+        return
     size = path.stat().st_size
     try:
-        taken = sum(record.file_size for record in zipfile.ZipFile(path).infolist()) if _is_whole_zip(path) else 0
-    except Exception as error:  # a damaged directory makes the reader fail in many ways
+        taken = sum(record.file_size for record in zipfile.ZipFile(path).infolist())
+    except Exception as error:  # cut short; a damaged directory makes the reader fail in many ways
         raise _damaged(path, error) from error
     if taken > size + LARGEST_GROWTH:
         raise UserError(

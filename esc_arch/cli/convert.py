@@ -9,11 +9,11 @@ from pathlib import Path
 import torch
 import yaml
 
+from esc_arch.atomic_io import check_output
 from esc_arch.checkpoints.conversion import (
     CHECKPOINT_FORMATS,
     Checkpoint,
     build_network,
-    check_output,
     fold,
     is_folded,
     open_checkpoint,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from esc_arch.checkpoints.conversion import check_output
+from esc_arch.atomic_io import check_output
 from esc_arch.errors import UserError
 from esc_arch.tools import export
 from esc_arch.tools.upscale import load

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -11,7 +10,7 @@ from typing import Any
 
 import lmdb
 
-from esc_arch.atomic_io import fsync_folder, remove, write_atomically, writing_to
+from esc_arch.atomic_io import fsync_folder, remove, replace_folder, write_atomically, writing_to
 
 from .decoding import size_in_header
 from .image_files import PNG_COMPRESSION
@@ -80,16 +79,10 @@ class LmdbWriter:
         self._flush()
         self._env.close()
         lines = [f"{key}.png ({h},{w},3) {PNG_COMPRESSION}\n" for key, (h, w) in sorted(self.sizes.items())]
-        old = self.path.with_name(f".{self.path.name}.old")
         with _writing_to(self.path.parent):
             write_atomically(self.partial / META_FILE, "".join(lines).encode())
             fsync_folder(self.partial)
-            if os.path.lexists(self.path):  # a folder cannot replace another in one step
-                remove(old)
-                os.replace(self.path, old)
-            os.replace(self.partial, self.path)
-            fsync_folder(self.path.parent)
-            remove(old)
+            replace_folder(self.partial, self.path)
 
 
 def _size(png: bytes) -> tuple[int, int]:

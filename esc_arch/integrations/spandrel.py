@@ -12,10 +12,8 @@ import torch
 from torch import Tensor
 
 from esc_arch.archs.base import ESCFamily, SharedKernelNetwork
-from esc_arch.checkpoints import recognise
-from esc_arch.checkpoints.conversion import build_network, fitted_weights
+from esc_arch.checkpoints.conversion import build_network, identify
 from esc_arch.checkpoints.reading import is_state_dict
-from esc_arch.checkpoints.recognition import own_names
 from esc_arch.errors import UserError
 from esc_arch.tools.upscale.network import PRECISIONS, Upscaler
 
@@ -44,7 +42,7 @@ class ESCArch(Architecture[ESCFamily]):
         Raises:
             UserError: the weights are of no network of the family, or incomplete.
         """
-        weights, section = _recognised(state_dict)
+        weights, section, _ = identify(_unwrapped(state_dict), {}, "The state dict")
         net = build_network(section)
         assert isinstance(net, ESCFamily)
 
@@ -102,26 +100,16 @@ def _allow_bytes() -> None:
 
 
 def _is_of_the_family(state_dict: Mapping[str, Any]) -> bool:
-    if not is_state_dict(_unwrapped(state_dict)):
-        return False
     try:
-        _recognised(state_dict)
+        return is_state_dict(weights := _unwrapped(state_dict)) and bool(identify(weights, {}, ""))
     except UserError:
         return False
-    return True
 
 
 def _unwrapped(state_dict: Mapping[str, Any]) -> Mapping[str, Any]:
     """The weights in `model` of the published ESC-LTE's files; other state dicts as they are."""
     weights = state_dict.get("sd")
     return weights if isinstance(weights, Mapping) else state_dict
-
-
-def _recognised(state_dict: Mapping[str, Any]) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """The weights, and the `network_g` section of the network whose names and shapes they all match."""
-    weights = own_names(_unwrapped(state_dict))
-    section = recognise(weights)
-    return fitted_weights("The state dict", section, weights)[0], section
 
 
 def _enlarged(net: ESCFamily, section: Mapping[str, Any], image: Tensor) -> Tensor:

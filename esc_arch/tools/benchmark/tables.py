@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from esc_arch.checkpoints.conversion import check_output, write_file
+from esc_arch.atomic_io import check_output, write_file
 
 __all__ = ["TABLE_FORMATS", "Cell", "Column", "Row", "Table", "add_report_arguments", "check_report", "write_report"]
 

@@ -104,6 +104,7 @@ class Export:
         image = torch.rand(batch or 2, 3, height or 3 * window - 3, width or 2 * window - 1)
         numbers = {0: batch, 2: height, 3: width}
         dynamic = {dim: torch.export.Dim.DYNAMIC for dim, number in numbers.items() if number is None}
+        torch.compiler.reset()  # loops that were traced before would add their conditions on sizes
         with warnings.catch_warnings(), torch.no_grad():
             warnings.simplefilter("ignore")  # PyTorch's, about itself
             return torch.export.export(net, (image,), dynamic_shapes=(dynamic,), strict=False)

@@ -10,9 +10,8 @@ import tempfile
 from pathlib import Path
 
 import torch
-from torch.export import ExportedProgram
 
-from esc_arch.checkpoints.conversion import write_file
+from esc_arch.atomic_io import write_file
 from esc_arch.errors import UserError
 from esc_arch.tools.upscale.network import Upscaler
 
@@ -40,7 +39,7 @@ def export_program(
     Arguments and errors as of `export_onnx`.
     """
     export = Export(upscaler, shape, pad)
-    program, metadata = _program(export), export.metadata("torch")
+    program, metadata = export.trace(ExportedNetwork(export.original.net, pad=pad)), export.metadata("torch")
     buffer = io.BytesIO()
     torch.export.save(program, buffer, extra_files={METADATA: json.dumps(metadata)})
     data = buffer.getvalue()
@@ -72,7 +71,7 @@ def export_compiled(
             "AOTInductor needs a C++ compiler, and there is no g++, clang++ or cl on the PATH: install one."
         )
     export = Export(upscaler, shape, pad)
-    program, metadata = _program(export), export.metadata("torch")
+    program, metadata = export.trace(ExportedNetwork(export.original.net, pad=pad)), export.metadata("torch")
     with tempfile.TemporaryDirectory() as folder, torch.no_grad():
         package = str(Path(folder) / "network.pt2")
         configs = {"aot_inductor.metadata": metadata}
@@ -80,10 +79,3 @@ def export_compiled(
         differences = export.compare(torch._inductor.aoti_load_package(package), TOLERANCE) if check else {}
         write_file(Path(path), Path(package).read_bytes())
     return ExportResult(Path(path), metadata, differences)
-
-
-def _program(export: Export) -> ExportedProgram:
-    net = export.original.net
-    if net.any_scale and export.shape.batch is None:
-        raise UserError("torch.export takes ESCLTE for a fixed batch only: give --batch N, such as --batch 1.")
-    return export.trace(ExportedNetwork(net, pad=export.pad).eval())

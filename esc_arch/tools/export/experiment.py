@@ -58,10 +58,10 @@ def read_experiment(folder: Path, weights: Path, checkpoint: Checkpoint) -> Trai
             "Give the experiment of these weights."
         )
     records = [record for record in History(folder / "metrics.jsonl").records() if "dataset" in record]
-    named = re.fullmatch(r"net_g_(\d+)", weights.stem)
-    iteration = int(named[1]) if named else records[-1]["iter"] if records else None
-    if isinstance(checkpoint.beside.get("iter"), int):
-        iteration = checkpoint.beside["iter"]
+    iteration = checkpoint.beside.get("iter")
+    if not isinstance(iteration, int):
+        named = re.fullmatch(r"net_g_(\d+)", weights.stem)
+        iteration = int(named[1]) if named else records[-1]["iter"] if records else None
     train_set = _section(_section(options, "datasets"), "train")
     settings = {
         "data": train_set.get("name"),

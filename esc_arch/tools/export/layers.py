@@ -21,23 +21,7 @@ from esc_arch.modules.lte import LTE, pixels_around
 from esc_arch.modules.window_attention import WindowAttention
 from esc_arch.ops.padding import reflect_pad_to_multiple
 
-__all__ = [
-    "ExportedAttention",
-    "ExportedConvAttn",
-    "ExportedLTE",
-    "InFloat32",
-    "replace_layers",
-]
-
-
-def replace_layers(module: nn.Module, substitute: Callable[[nn.Module], nn.Module | None]) -> None:
-    """Put what `substitute` returns in the place of every layer that it returns something for."""
-    for name, child in module.named_children():
-        new = substitute(child)
-        if new is None:
-            replace_layers(child, substitute)
-        else:
-            setattr(module, name, new)
+__all__ = ["ExportedAttention", "ExportedConvAttn", "ExportedLTE", "InFloat32"]
 
 
 class InFloat32(nn.Module):
@@ -203,12 +187,17 @@ class ExportedLTE(nn.Module):
     def forward(self, features: Tensor, image: Tensor, shown: tuple[int, int], size: tuple[int, int]) -> Tensor:
         lte, (batch, _, height, width) = self.lte, image.shape
         maps = lte.maps(features, image)
-        # A pixel of the features is 2 wide; sizes are made tensors first, as symbols are divided in few runtimes
-        ratio = [_number(part, image) / _number(whole, image) for part, whole in zip(shown, size, strict=True)]
-        phase = lte.phase((2 * torch.stack(ratio)).clamp(min=2 / lte.max_scale)) * math.pi
+
+        def number(side: int) -> Tensor:  # as few runtimes divide symbols
+            return torch.full((), side, dtype=torch.float32, device=image.device)
+
+        # How many pixels of the features a pixel of the result covers
+        ratios = [number(part) / number(whole) for part, whole in zip(shown, size, strict=True)]
+        phase = lte.phase((2 * torch.stack(ratios)).clamp(min=2 / lte.max_scale)) * math.pi
         phase = phase.expand(batch, 1, -1)
-        rows = _nearest(size[0], ratio[0], height)
-        x, d_x, w_x = _nearest(size[1], ratio[1], width)
+        centres = [(torch.arange(n, device=image.device) + 0.5) * r - 0.5 for n, r in zip(size, ratios, strict=True)]
+        rows = pixels_around(centres[0], number(height) - 1)
+        x, d_x, w_x = pixels_around(centres[1], number(width) - 1)
         images = torch.arange(batch, device=image.device)[:, None] * (height * width)
 
         def row(y: Tensor, d_y: Tensor, w_y: Tensor) -> Tensor:  # (2) each -> (B, 3, W')
@@ -218,13 +207,3 @@ class ExportedLTE(nn.Module):
             return lte.colours(maps, phase, index, delta.repeat(batch, 1), weight.repeat(batch, 1))
 
         return _one_by_one(row, *rows).permute(1, 2, 0, 3)
-
-
-def _nearest(count: int, ratio: Tensor, size: int) -> tuple[Tensor, Tensor, Tensor]:
-    """`pixels_around` the centres of `count` pixels, each `ratio` of one of the `size` pixels wide."""
-    position = (torch.arange(count, device=ratio.device, dtype=ratio.dtype) + 0.5) * ratio - 0.5
-    return pixels_around(position, _number(size, ratio) - 1)
-
-
-def _number(size: int, like: Tensor) -> Tensor:
-    return torch.full((), size, dtype=torch.float32, device=like.device)

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.export import ExportedProgram
 
-from esc_arch.checkpoints.conversion import write_file
+from esc_arch.atomic_io import write_file
 from esc_arch.errors import UserError
 from esc_arch.tools.upscale.network import Upscaler
 

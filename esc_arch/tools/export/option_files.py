@@ -28,19 +28,12 @@ TRAINING: Options = {
 LOADING: Options = {"num_worker_per_gpu": 4, "batch_size_per_gpu": 16, "dataset_enlarge_ratio": 100}
 LOADING |= {"prefetch_mode": None, "pin_memory": True}
 
-TEST_HEAD = """\
-# {name}, tested with esc_arch. In the folder that this file is in:
-# basicsr test -opt test_{name}.yml
+HEAD = """\
+# {name}, {what}. In the folder that this file is in:
+# basicsr {command} -opt {file}
 # Data: {data}
-
 """
-TRAIN_HEAD = """\
-# {name}, trained further on images of your own. In the folder that this file is in:
-# basicsr train -opt finetune_{name}.yml
-# Data: {data}
-# The learning rate is a tenth of that of ESC's training from scratch; the number of iterations is a choice.
-
-"""
+CHOICE = "# The learning rate is a tenth of that of ESC's training from scratch; the number of iterations is a choice."
 
 
 def option_files(identifier: str, network_g: Mapping[str, Any], weights: str, gt_size: int | None) -> dict[str, str]:
@@ -108,10 +101,13 @@ def option_files(identifier: str, network_g: Mapping[str, Any], weights: str, gt
         test_data = "datasets/photographs: a folder of images."
     if paired:
         train_data = "datasets/own/HR, and datasets/own/LR with images of the same names; datasets/own/val/HR and LR."
-    return {
-        f"test_{identifier}.yml": TEST_HEAD.format(name=identifier, data=test_data) + _text(test),
-        f"finetune_{identifier}.yml": TRAIN_HEAD.format(name=identifier, data=train_data) + _text(train),
-    }
+    files = {"test": f"test_{identifier}.yml", "train": f"finetune_{identifier}.yml"}
+    tested = HEAD.format(
+        name=identifier, what="tested with esc_arch", command="test", file=files["test"], data=test_data
+    )
+    what = "trained further on images of your own"
+    trained = HEAD.format(name=identifier, what=what, command="train", file=files["train"], data=train_data)
+    return {files["test"]: f"{tested}\n{_text(test)}", files["train"]: f"{trained}{CHOICE}\n\n{_text(train)}"}
 
 
 def _roots(folder: str, paired: bool = True) -> Options:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import re
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
@@ -16,8 +15,8 @@ from typing import Any, NamedTuple
 import numpy as np
 from PIL import Image
 
-from esc_arch.atomic_io import fsync_folder, remove
-from esc_arch.checkpoints.conversion import Checkpoint, open_checkpoint, save_checkpoint, write_file
+from esc_arch.atomic_io import remove, replace_folder, replacing, write_file
+from esc_arch.checkpoints.conversion import Checkpoint, open_checkpoint, save_checkpoint
 from esc_arch.errors import UserError
 from esc_arch.names import did_you_mean
 from esc_arch.tools.upscale import Upscaler, load, upscale
@@ -131,29 +130,16 @@ def _check_folder(folder: Path, *, overwrite: bool) -> None:
 def _new_folder(folder: Path) -> Iterator[Path]:
     """A new folder to fill, which replaces `folder` when the block ends without an error."""
     target = folder.resolve()
-    place, previous = (target.with_name(f".{target.name}.{suffix}") for suffix in ("partial", "before"))
+    place = target.with_name(f".{target.name}.partial")
     try:
-        _settle(target, previous)  # in case of an earlier run that was killed
-        remove(place)
+        remove(place)  # of an earlier run that was killed
         place.mkdir()
         yield place
-        if target.exists():
-            os.replace(target, previous)
-        os.replace(place, target)
-        fsync_folder(target.parent)
+        replace_folder(place, target)
     except OSError as error:
         raise UserError(f"{folder} cannot be written: {error.strerror or error}. Choose another -o.") from error
     finally:
-        _settle(target, previous)
         shutil.rmtree(place, ignore_errors=True)
-
-
-def _settle(folder: Path, previous: Path) -> None:
-    """Remove the previous folder if it was replaced, otherwise put it back."""
-    if folder.exists():
-        remove(previous)
-    elif previous.exists():
-        os.replace(previous, folder)
 
 
 def _write_weights(path: Path, checkpoint: Checkpoint, info: ModelInfo) -> None:
@@ -177,7 +163,8 @@ def _write_samples(folder: Path, images: Sequence[Path], upscaler: Upscaler) -> 
         names = tuple(f"{index}-{stem}-{kind}.png" for kind in pictures)
         folder.mkdir(exist_ok=True)
         for name, picture in zip(names, pictures.values(), strict=True):
-            picture.save(folder / name)
+            with replacing(folder / name) as file:
+                picture.save(file, "PNG")
         samples.append(tuple(f"{folder.name}/{name}" for name in names))
     return samples
 

@@ -93,6 +93,6 @@ def test_reports_that_cannot_be_written(tmp_path: Path, monkeypatch: pytest.Monk
     def full(path: Path, data: bytes) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("esc_arch.checkpoints.conversion.write_atomically", full)
+    monkeypatch.setattr("esc_arch.atomic_io.write_atomically", full)
     with pytest.raises(UserError, match=r"Cannot write .*report\.md: No space left on device"):
         write_report("text", tmp_path / "report.md")

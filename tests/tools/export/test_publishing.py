@@ -560,7 +560,7 @@ def test_a_failure_leaves_what_was_there(
         replace_file(source, target)
 
     if late:
-        monkeypatch.setattr(publishing.os, "replace", fail_late)
+        monkeypatch.setattr(os, "replace", fail_late)
     else:
         monkeypatch.setattr(publishing, "option_files", fail)
     expected = UserError if isinstance(error, OSError) else KeyboardInterrupt
@@ -575,7 +575,7 @@ def test_what_a_kill_left(weights: Path, tmp_path: Path) -> None:
     publish(weights, folder, INFO, onnx=False)
     (tmp_path / ".out.partial").mkdir()
     (tmp_path / ".out.partial" / "half").write_text("")
-    folder.rename(tmp_path / ".out.before")
+    folder.rename(tmp_path / ".out.old")
     publish(weights, folder, INFO, onnx=False, overwrite=True)
     assert {path.name for path in tmp_path.iterdir()} == {weights.name, "out"}
 
