@@ -8,7 +8,6 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -16,9 +15,9 @@ from typing import Any
 import pytest
 import torch.distributed as dist
 import torch.multiprocessing
-from conftest import Run, run_command
+from ranks import finish, free_port, of_torchrun, start_ranks
 
-from esc_arch.errors import UserError
+from esc_arch.errors import UserError, describe
 from esc_arch.training import distributed
 from esc_arch.training.distributed import failure_monitor, launch
 from esc_arch.training.distributed.failure_monitor import FailureMonitor
@@ -26,12 +25,6 @@ from esc_arch.training.distributed.failure_monitor import FailureMonitor
 pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")  # see Exits
 
 ENOUGH = 20.0  # seconds for what takes a moment
-
-
-def free_port() -> str:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return str(probe.getsockname()[1])
 
 
 def wait_until(happened: Callable[[], Any]) -> None:
@@ -61,55 +54,41 @@ def test_a_process_alone_fails_as_ever(error: BaseException) -> None:
 
 # --- two processes ------------------------------------------------------------------------------------------------
 
-TOGETHER = """
-import os, sys, time
-import torch
-import torch.distributed as dist
-from esc_arch.training import distributed
-from esc_arch.errors import describe
 
-def run():
-    distributed.init_dist("pytorch")
-    rank = dist.get_rank()
-    agreement = distributed.Agreement()
-    print([agreement.any_rank(rank == 1 and call == 2) for call in range(5)])
-    agreement.finish()
-    print(distributed.gather_objects({"rank": rank}))
-    if rank == 0:  # a validation that only one process does
-        time.sleep(0.5)
-        open("validated", "w").close()
-    distributed.wait_for_all()
-    print(os.path.exists("validated"))
-    dist.all_reduce(torch.zeros(1))
-    sys.exit(143)
+def together(second_port: str) -> None:
+    def run() -> None:
+        distributed.init_dist("pytorch")
+        rank = dist.get_rank()
+        agreement = distributed.Agreement()
+        print([agreement.any_rank(rank == 1 and call == 2) for call in range(5)])
+        agreement.finish()
+        print(distributed.gather_objects({"rank": rank}))
+        if rank == 0:  # a validation that only one process does
+            time.sleep(0.5)
+            Path("validated").touch()
+        distributed.wait_for_all()
+        print(os.path.exists("validated"))
+        dist.all_reduce(torch.zeros(1))
+        sys.exit(143)
 
-try:
+    try:
+        with distributed.abort_all_ranks(describe):
+            run()
+    except SystemExit as end:
+        print(end.code, flush=True)
+    os.environ["MASTER_PORT"] = second_port
     with distributed.abort_all_ranks(describe):
-        run()
-except SystemExit as end:
-    print(end.code)
-os.environ["MASTER_PORT"] = sys.argv[1]
-with distributed.abort_all_ranks(describe):
-    distributed.init_dist("pytorch")
-    if dist.get_rank() == 1:
-        raise ValueError("one bad image")
-    dist.all_reduce(torch.zeros(1))
-"""
+        distributed.init_dist("pytorch")
+        if dist.get_rank() == 1:
+            raise ValueError("one bad image")
+        dist.all_reduce(torch.zeros(1))
 
 
 @pytest.mark.timeout(120)
 @pytest.mark.skipif(torch.cuda.is_available(), reason="with GPUs the processes would use them")
 def test_two_processes(tmp_path: Path) -> None:
     """They agree and end together, join again, and one fails."""
-    (tmp_path / "together.py").write_text(TOGETHER, encoding="utf-8")
-    first, second = free_port(), free_port()
-
-    def run(rank: int) -> Run:
-        joining = {"RANK": str(rank), "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": first}
-        return run_command([sys.executable, "together.py", second], tmp_path, **joining)
-
-    with ThreadPoolExecutor() as both:
-        runs = list(both.map(run, range(2)))
+    runs = finish(tmp_path, start_ranks(tmp_path, together, free_port(), environment=of_torchrun(free_port())))
     for done in runs:
         agreed, gathered, validated, status = done.out.splitlines()
         assert agreed == "[False, False, False, True, False]"  # of the third call, known at the fourth, to both
@@ -201,7 +180,6 @@ class Exits(list[int]):
 def exits(monkeypatch: pytest.MonkeyPatch) -> Exits:
     recorded = Exits()
     monkeypatch.setattr(failure_monitor, "_exit", recorded)
-    monkeypatch.setattr(failure_monitor, "_PRECEDENCE", 0.0)
     monkeypatch.setattr(failure_monitor.atexit, "register", lambda function, status: recorded.append(-status))
     return recorded
 
@@ -210,7 +188,7 @@ def exits(monkeypatch: pytest.MonkeyPatch) -> Exits:
 def monitors(exits: Exits) -> Iterator[list[FailureMonitor]]:
     """Of two processes, here in one."""
     store = dist.HashStore()
-    both = [FailureMonitor(store, rank, 2, poll=0.01) for rank in range(2)]
+    both = [FailureMonitor(store, rank, poll=0.01) for rank in range(2)]
     for each in both:
         each.start()
     yield both
@@ -220,6 +198,7 @@ def monitors(exits: Exits) -> Iterator[list[FailureMonitor]]:
 
 def test_a_failure_ends_the_others(monitors: list[FailureMonitor], exits: Exits, capsys: pytest.CaptureFixture) -> None:
     monitors[1].fail(2, "lq.png is no image")
+    wait_until(lambda: len(exits) == 2)
     assert sorted(exits) == [-2, 2]  # this one when Python exits, the other one now
     monitors[0].fail(1, "RuntimeError: connection closed by peer")  # a consequence; would not return but in this test
     assert capsys.readouterr().err == "rank 1 failed: lq.png is no image; stopping\n"
@@ -229,34 +208,10 @@ def test_a_failure_ends_the_others(monitors: list[FailureMonitor], exits: Exits,
 def test_cleaning_up_after_a_failure_has_an_end(
     monitors: list[FailureMonitor], exits: Exits, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:
-    monkeypatch.setattr(failure_monitor, "_READING", 0.1)
     monkeypatch.setattr(failure_monitor, "_CLEANING", 0.1)
     monitors[0].fail(2, "message")
     wait_until(lambda: exits.count(2) == 2)
     assert "rank 0 hangs after its failure; stopping\n" in capsys.readouterr().err
-
-
-@pytest.mark.parametrize("finished", [False, True])
-def test_a_process_that_falls_silent(
-    finished: bool, exits: Exits, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
-) -> None:
-    """One of three is killed or stopped, or has ended as it should: the two others end, or go on."""
-    monkeypatch.setattr(failure_monitor, "_SILENCE", 0.3)
-    store = dist.HashStore()
-    monitors = [FailureMonitor(store, rank, 3, poll=0.01) for rank in range(3)]
-    for each in monitors:
-        each.start()
-    if finished:
-        monitors[1].stop()
-        time.sleep(0.6)
-        assert exits == []
-    else:
-        monitors[1]._stopping.set()
-        wait_until(lambda: len(exits) == 2)
-        message = "rank 1 failed: no sign of life for 0.3 s: it was killed or stopped, or its machine cannot be reached"
-        assert capsys.readouterr().err.count(f"{message}; stopping\n") == 2
-    for each in monitors:
-        each.stop()
 
 
 def test_a_rendezvous_that_is_lost(exits: Exits, capsys: pytest.CaptureFixture) -> None:
@@ -264,7 +219,7 @@ def test_a_rendezvous_that_is_lost(exits: Exits, capsys: pytest.CaptureFixture) 
         def check(self, keys: list[str]) -> bool:
             raise dist.DistNetworkError("Connection reset by peer")
 
-    lonely = FailureMonitor(Lost(), 1, 2, poll=0.01)
+    lonely = FailureMonitor(Lost(), 1, poll=0.01)
     lonely.start()
     wait_until(lambda: exits)
     lonely.stop()
@@ -274,7 +229,7 @@ def test_a_rendezvous_that_is_lost(exits: Exits, capsys: pytest.CaptureFixture) 
 
 def test_a_monitor_leaves_nothing_behind(exits: Exits) -> None:
     threads = threading.active_count()
-    one = FailureMonitor(dist.HashStore(), 0, 1, poll=ENOUGH)
+    one = FailureMonitor(dist.HashStore(), 0, poll=ENOUGH)
     one.start()
     assert threading.active_count() == threads + 1
     one.stop()

@@ -34,7 +34,6 @@ class ESCLTEModel(ESCModel):
     def __init__(self, opt: dict[str, Any]) -> None:
         super().__init__(opt)
         self._scale: Any = self.get_bare_model(self.net_g).upscaling_factor
-        self._batches = 0
         self._query: dict[str, Tensor] = {}
 
     @classmethod
@@ -44,15 +43,10 @@ class ESCLTEModel(ESCModel):
             message = "ESCLTEModel trains on single pixels, and has no images for it. Remove it"
             yield Problem("train:perceptual_opt", message)
 
-    def resume_training(self, resume_state: dict[str, Any]) -> None:
-        super().resume_training(resume_state)
-        self._batches = resume_state["iter"]
-
     def feed_data(self, data: dict[str, Any]) -> None:
         self._query = {}
         if "lq" not in data:
-            self._batches += 1
-            random = np.random.default_rng([self.opt.get("manual_seed") or 0, self.opt["rank"], self._batches])
+            random = np.random.default_rng([self.opt.get("manual_seed") or 0, self.opt["rank"], self._iteration])
             scales = ScaleRange.of(self.opt["datasets"]["train"])
             data, self._query = draw_batch(data["gt"].to(self.device), scales, random)
         super().feed_data(data)

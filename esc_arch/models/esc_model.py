@@ -174,16 +174,16 @@ class ESCModel(SRModel):
 
     def losses_of(self, output: Tensor, gt: Tensor, parts: int = 1) -> dict[str, Tensor]:
         """All losses by their names in the log; means over images are divided by the number of `parts`."""
-        losses: dict[str, Tensor] = {}
-        if self.cri_pix:
-            losses[self._pixel_loss] = _part_of_mean(self.cri_pix, self.cri_pix(output, gt), parts)
+        found = [(self._pixel_loss, self.cri_pix, self.cri_pix(output, gt))] if self.cri_pix else []
         if self.cri_perceptual:
-            for name, loss in zip(("l_percep", "l_style"), self.cri_perceptual(output, gt), strict=True):
-                if loss is not None:
-                    losses[name] = _part_of_mean(self.cri_perceptual, loss, parts)
-        for name, criterion in self.losses.items():
-            losses[f"l_{name}"] = _part_of_mean(criterion, criterion(output, gt), parts)
-        return losses
+            names = ("l_percep", "l_style")
+            found += zip(names, (self.cri_perceptual,) * 2, self.cri_perceptual(output, gt), strict=True)
+        found += [(f"l_{name}", criterion, criterion(output, gt)) for name, criterion in self.losses.items()]
+        return {
+            name: loss if parts == 1 or getattr(criterion, "reduction", "mean") == "sum" else loss / parts
+            for name, criterion, loss in found
+            if loss is not None
+        }
 
     def _step(self) -> bool:
         """The optimiser's step; False if it was skipped, and UserError after too many in a row."""
@@ -412,11 +412,6 @@ class ESCModel(SRModel):
             nets = {"params": self.net_g, "params_ema": getattr(self, "net_g_ema", None)}
             nets = {key: net for key, net in nets.items() if net is not None}
             self.save_network(list(nets.values()), "net_g", iteration, list(nets))
-
-
-def _part_of_mean(criterion: nn.Module, loss: Tensor, parts: int) -> Tensor:
-    """What a loss over a part of the batch adds to that over the whole batch."""
-    return loss if parts == 1 or getattr(criterion, "reduction", "mean") == "sum" else loss / parts
 
 
 def self_ensemble(enlarge: Callable[[Tensor], Tensor], image: Tensor, *, transpose: bool = True) -> Tensor:

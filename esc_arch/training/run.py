@@ -166,8 +166,8 @@ class TrainingRun:
             count = None if net is None else sum(parameter.numel() for parameter in net.parameters())
             seconds, skipped = time.monotonic() - self._started, getattr(self.model, "skipped", 0)
             logger.info(write_report(root, self._opt, self.history, seconds=seconds, skipped=skipped, parameters=count))
-        if self.stop:  # during the last validation
-            raise Stopped(self.stop.signum or 0)
+        if self.stop.signum is not None:  # during the last validation
+            raise Stopped(self.stop.signum)
 
     def close(self) -> None:
         """Restore the terminal, and let go of what holds processes and threads."""

@@ -1,9 +1,9 @@
-"""A thread in every process of a run that ends it when another one fails or shows no sign of life.
+"""A thread in every process of a run that ends it when another one fails.
 
 The message of a process that fails goes through the store of the rendezvous, which torchrun's agent on the first
 machine serves, or without an agent (Slurm) the process of rank 0. In every process a thread looks there once a second.
-A process that is killed (SIGKILL, out of memory), stopped or cut off says nothing. Each one watches the next one's
-count of looks, and reports a failure in its place when that stands still.
+A process that is killed (SIGKILL, out of memory) says nothing: it is torchrun, or srun --kill-on-bad-exit, that ends
+the others then.
 """
 
 from __future__ import annotations
@@ -25,18 +25,13 @@ __all__ = ["FailureMonitor", "own_connection"]
 
 #: Seconds between two looks into the store.
 _POLL = 1.0
-#: Seconds without a sign of life after which a process counts as failed.
-_SILENCE = 60.0
-#: Seconds that a failing process waits for the others to read why; it may be the one that serves the store.
-_READING = 3.0
-#: Seconds by which the others end after the process that failed, so that torchrun names that one as the first.
-_PRECEDENCE = 1.0
+#: So many looks later the process that failed ends, which may be the one that serves the store; then, so that torchrun
+#: names that one as the first, the others.
+_LAST_LOOK, _AFTERWARDS = 2.5, 4.0
 #: Seconds that a failing process may take to clean up before it is ended.
 _CLEANING = 15.0
 
-_FAILURE, _READERS = "failure", "readers"
-#: Added to the count of looks by a process that has ended as it should.
-_FINISHED = 2**32
+_FAILURE = "failure"
 
 
 def own_connection(store: dist.Store) -> dist.Store:
@@ -54,10 +49,8 @@ class FailureMonitor:
     `store` is of these processes alone, and has a connection that the main thread does not use.
     """
 
-    def __init__(self, store: dist.Store, rank: int, world_size: int, *, poll: float = _POLL) -> None:
-        self._store, self._rank, self._world_size, self._poll = store, rank, world_size, poll
-        self._next = (rank + 1) % world_size
-        self._looks, self._heard = -1, time.monotonic()  # the next process's, and since when
+    def __init__(self, store: dist.Store, rank: int, *, poll: float = _POLL) -> None:
+        self._store, self._rank, self._poll = store, rank, poll
         self._stopping = threading.Event()
         self._deadline: tuple[float, int] | None = None  # of a failure of its own: when to end, and the exit status
         self._thread = threading.Thread(target=self._watch, name="esc_arch-monitor", daemon=True)
@@ -69,8 +62,6 @@ class FailureMonitor:
         """End the thread and wait for it."""
         self._stopping.set()
         self._thread.join()
-        with suppress(RuntimeError):
-            self._store.add(f"looks/{self._rank}", _FINISHED)
 
     def fail(self, status: int, message: str) -> None:
         """Tell the others that this process ends with `status`, and make sure that it does, unless one failed first."""
@@ -78,11 +69,8 @@ class FailureMonitor:
         with suppress(RuntimeError):  # the store may be gone with its process
             if self._store.compare_set(_FAILURE, "", mine).decode() != mine:
                 self._thread.join()
-        now = time.monotonic()
-        self._deadline = (now + _READING + _CLEANING, status)
-        with suppress(RuntimeError):
-            while self._store.add(_READERS, 0) < self._world_size - 1 and time.monotonic() < now + _READING:
-                time.sleep(0.05)
+        self._deadline = (time.monotonic() + _CLEANING, status)
+        time.sleep(_LAST_LOOK * self._poll)
         atexit.register(_exit, status)
 
     def _watch(self) -> None:
@@ -90,35 +78,23 @@ class FailureMonitor:
             if self._deadline is None:
                 self._look_at_others()
             elif time.monotonic() > self._deadline[0]:
-                self._end(self._deadline[1], f"rank {self._rank} hangs after its failure")
+                _end(self._deadline[1], f"rank {self._rank} hangs after its failure")
 
     def _look_at_others(self) -> None:
         try:
-            self._store.add(f"looks/{self._rank}", 1)
-            self._watch_next()
             if not self._store.check([_FAILURE]):
                 return
             failure = json.loads(self._store.get(_FAILURE))
         except RuntimeError:
-            self._end(1, "the rendezvous is lost: rank 0, or the torchrun that served it, was killed")
+            _end(1, "the rendezvous is lost: rank 0, or the torchrun that served it, was killed")
         if failure["rank"] != self._rank:
-            self._end(failure["status"], f"rank {failure['rank']} failed: {failure['message']}", told=True)
+            time.sleep(_AFTERWARDS * self._poll)
+            _end(failure["status"], f"rank {failure['rank']} failed: {failure['message']}")
 
-    def _watch_next(self) -> None:
-        looks, now = self._store.add(f"looks/{self._next}", 0), time.monotonic()
-        if looks != self._looks or looks >= _FINISHED or self._next == self._rank:
-            self._looks, self._heard = looks, now
-        elif now - self._heard > _SILENCE:
-            why = f"no sign of life for {_SILENCE:g} s: it was killed or stopped, or its machine cannot be reached"
-            self._store.compare_set(_FAILURE, "", json.dumps({"rank": self._next, "status": 1, "message": why}))
 
-    def _end(self, status: int, why: str, *, told: bool = False) -> NoReturn:
-        print(f"{why}; stopping", file=sys.stderr, flush=True)
-        if told:
-            with suppress(RuntimeError):
-                self._store.add(_READERS, 1)
-            time.sleep(_PRECEDENCE)
-        _exit(status)
+def _end(status: int, why: str) -> NoReturn:
+    print(f"{why}; stopping", file=sys.stderr, flush=True)
+    _exit(status)
 
 
 def _exit(status: int) -> NoReturn:

@@ -115,7 +115,7 @@ def init_dist(launcher: str, backend: str = "nccl", port: int | None = None, **p
     open_control_group()
     run = gather_objects(uuid.uuid4().hex)[0]  # torchrun's store outlives a restart
     keys = dist.PrefixStore(f"esc_arch/{run}", own_connection(_get_default_store()))
-    _monitor = FailureMonitor(keys, dist.get_rank(), dist.get_world_size())
+    _monitor = FailureMonitor(keys, dist.get_rank())
     _monitor.start()
 
 
@@ -125,7 +125,7 @@ def abort_all_ranks(describe: Callable[[BaseException], tuple[int, str]]) -> Ite
 
     Left normally or by SystemExit, which all processes have to do, it waits for the others, then ends the monitor and
     the process group. Another exception, with the exit status and message that `describe` gives for it, is told to the
-    others, which end within about two seconds, and raised, to be printed before the process exits. If another process
+    others, which end within seconds, and raised, to be printed before the process exits. If another process
     failed before, it is taken for a consequence, and the process ends with the other's message.
     """
     global _monitor
