@@ -40,7 +40,6 @@ def wait_until(happened: Callable[[], Any]) -> None:
 def test_a_process_alone_agrees_with_itself() -> None:
     agreement = distributed.Agreement()
     assert [agreement.any_rank(flag) for flag in (False, True, False)] == [False, True, False]
-    agreement.finish()
     assert distributed.gather_objects("mine") == ["mine"]
     distributed.wait_for_all()
 
@@ -61,7 +60,6 @@ def together(second_port: str) -> None:
         rank = dist.get_rank()
         agreement = distributed.Agreement()
         print([agreement.any_rank(rank == 1 and call == 2) for call in range(5)])
-        agreement.finish()
         print(distributed.gather_objects({"rank": rank}))
         if rank == 0:  # a validation that only one process does
             time.sleep(0.5)

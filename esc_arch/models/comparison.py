@@ -28,10 +28,8 @@ Image = np.ndarray[Any, Any]
 def write_comparison(file: Path, network: str, visuals: Mapping[str, Tensor]) -> tuple[float, float]:
     """Write a picture of bicubic, result and ground truth; returns the PSNR of bicubic and of the result, in dB.
 
-    PSNR is on Y, with a border of as many pixels cropped as the scale is, as in the paper.
-
-    Args:
-        visuals: `lq` (1, 3, H, W), `result` and `gt` (1, 3, H * s, W * s), RGB in 0 .. 1.
+    PSNR is on Y, with a border of as many pixels cropped as the scale is, as in the paper. `visuals` are `lq`
+    (1, 3, H, W), `result` and `gt` (1, 3, H * s, W * s), RGB in 0 .. 1.
     """
     result, gt = tensor2img([visuals["result"]]), tensor2img([visuals["gt"]])
     height, width = visuals["result"].shape[-2:]
@@ -54,10 +52,10 @@ def comparison_summary(dataset: str, network: str, folder: Path, rows: Sequence[
     if not rows:
         return f"Comparison on {dataset}: no image has a ground truth."
     names, *columns = zip(*rows, strict=True)
-    width = max(map(len, names))
+    width, means = max(map(len, names)), [float(np.mean(column)) for column in columns]
     return f"PSNR (Y) on {dataset}, pictures in {folder}:" + "".join(
         f"\n  {name:<{width}}  bicubic {bicubic:6.2f} dB  {network} {psnr:6.2f} dB  {psnr - bicubic:+.2f} dB"
-        for name, bicubic, psnr in [*rows, ("mean", *map(np.mean, columns))]
+        for name, bicubic, psnr in [*rows, ("mean", means[0], means[1])]
     )
 
 
@@ -80,9 +78,7 @@ def side_by_side(panels: Mapping[str, Image], size: int = PANEL) -> Image:
 def validation_picture(visuals: Mapping[str, Tensor], name: str) -> Image:
     """LR, SR and GT side by side for TensorBoard: (H, W, 3) uint8, RGB. `name` is the image's, for the caption.
 
-    Args:
-        visuals: `lq` (1, C, h, w), `result` and, if there is one, `gt` (1, C, H, W), with C 1 (grey) or 3 (RGB), in
-            0 .. 1.
+    `visuals` are `lq` (1, C, h, w), `result` and maybe `gt` (1, C, H, W): grey or RGB in 0 .. 1.
     """
     images = [tensor2img([visuals[key]], rgb2bgr=False) for key in ("lq", "result", "gt") if key in visuals]
     height, width = images[1].shape[:2]

@@ -73,12 +73,8 @@ class ESCLTEModel(ESCModel):
         return {**metric, **(border if metric.get("crop_border") == "scale" else {})}
 
     def nondist_validation(self, dataloader: Any, *args: Any, **kwargs: Any) -> None:
-        default = self._scale
-        self._scale = dataloader.dataset.opt.get("scale") or default
-        try:
-            super().nondist_validation(dataloader, *args, **kwargs)
-        finally:
-            self._scale = default
+        self._scale = dataloader.dataset.opt.get("scale") or self.get_bare_model(self.net_g).upscaling_factor
+        super().nondist_validation(dataloader, *args, **kwargs)
 
 
 def draw_batch(

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import types
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,14 +14,7 @@ from esc_arch.archs.base import ESCFamily
 from esc_arch.names import OWN
 from esc_arch.problems import Problem
 
-__all__ = [
-    "COMPILE_MODES",
-    "PUBLISHED_MODEL",
-    "PerformanceOptions",
-    "eager",
-    "is_published_model",
-    "performance_problems",
-]
+__all__ = ["COMPILE_MODES", "PUBLISHED_MODEL", "PerformanceOptions", "is_published_model", "performance_problems"]
 
 COMPILE_MODES = ("default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs")
 #: The model type of published option files, and what their `use_amp` is: PyTorch's default.
@@ -38,18 +30,9 @@ def is_published_model(opt: Mapping[str, Any]) -> bool:
 
 @dataclass(frozen=True, kw_only=True)
 class PerformanceOptions:
-    """The options of ``train:`` for speed, memory and stability. The defaults are BasicSR's ways.
+    """The options of ``train:`` for speed, memory and stability; the README says what each does.
 
-    Args:
-        amp: bf16 or fp16 mixed precision; fp16 scales the loss so that small gradients do not vanish. Sums over many
-            numbers and differences of almost equal ones stay in float32, as the README lists.
-        channels_last: memory layout in which convolutions are faster on CPUs and on tensor cores.
-        compile: training steps by torch.compile; true or one of `COMPILE_MODES`.
-        accumulate_grad: parts that a batch is cut into, one after the other.
-        gradient_clip: the largest norm of all gradients together; longer ones are shortened to it.
-        tf32: allows TF32 (10 bits of mantissa) in float32 products on GPUs, or not. None leaves PyTorch's choice.
-        activation_checkpointing: keep only the inputs of blocks, and compute the rest again in the backward pass.
-        nonfinite: "stop" at a loss that is infinite or NaN, or "skip" steps with such gradients.
+    The defaults are BasicSR's ways. ``tf32: None`` leaves PyTorch's choice.
     """
 
     amp: str | None = None
@@ -99,16 +82,6 @@ def _forward_in_low_precision(self: Any, *args: Any, **kwargs: Any) -> Any:
     with torch.autocast(device, dtype):
         output = type(self).forward(self, *args, **kwargs)
     return output.float()
-
-
-@contextmanager
-def eager(net: nn.Module) -> Iterator[None]:
-    """Call a compiled `net` without compilation in this block: for sizes that are met once, compiling takes longer."""
-    compiled, net._compiled_call_impl = net._compiled_call_impl, None
-    try:
-        yield
-    finally:
-        net._compiled_call_impl = compiled
 
 
 #: Options of the published `ESRModel` that are not supported, and what there is instead.

@@ -147,11 +147,8 @@ class ESCRealGANModel(_RealTraining, RealESRGANModel, ESCModel):
         train = opt["train"]
         for key, neutral in _STEP_OPTIONS.items():
             if train.get(key) not in (None, *neutral):
-                message = (
-                    f"{train[key]!r} given; {opt['model_type']}, whose step is BasicSR's, does not have it. Remove it "
-                    f"(amp: bf16 and the other options of speed work)"
-                )
-                yield Problem(f"train:{key}", message)
+                why = f"{opt['model_type']}, whose step is BasicSR's, does not have it. Remove it"
+                yield Problem(f"train:{key}", f"{train[key]!r} given; {why}")
         if not opt.get("network_d"):
             message = "missing; this model needs the discriminator, such as {type: UNetDiscriminatorSN, ...}"
             yield Problem("network_d", message)

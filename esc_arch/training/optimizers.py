@@ -153,12 +153,9 @@ if "Muon" in OPTIMIZERS:
 def build_optimizer(kind: str, params: Any, *, nets: Iterable[nn.Module], **options: Any) -> torch.optim.Optimizer:
     """The optimiser that an option file names; UserError if there is none, or it needs another training loop.
 
-    Args:
-        kind: a class of torch.optim.
-        params: parameters, or groups of them with options of their own, such as ``lr``.
-        nets: the networks that they are of, by which Muon tells what each parameter is.
-        options: of the class, which raises ValueError or TypeError for invalid ones. On the CPU `fused` is true unless
-            it, or `foreach`, is given: one pass over parameters and states in place of ten.
+    `params` are parameters of `nets`, or groups of them with options of their own, such as ``lr``. The class raises
+    ValueError or TypeError for invalid options. On the CPU `fused` is true unless it, or `foreach`, is given: one pass
+    over parameters and states in place of ten.
     """
     cls: Any = OPTIMIZERS.get(kind)
     if cls is None:

@@ -56,8 +56,10 @@ def _in_order(model: Any, optimizer: torch.optim.Optimizer, state: Mapping[str, 
     named, groups = _named_parameters(model, optimizer), state["param_groups"]
     names: Names = [list(parameters) for parameters in named]
     shapes = {name: parameter.shape for parameters in named for name, parameter in parameters.items()}
-    orders = [names, _earlier_order(model, names)]
-    candidates = [[group["param_names"] for group in groups]] if "type" in state else orders[:: -1 if earlier else 1]
+    if "type" in state:
+        candidates = [[group["param_names"] for group in groups]]
+    else:
+        candidates = [names, _earlier_order(model, names)][:: -1 if earlier else 1]
     found = [(candidate, list(_misfits(candidate, state, names, shapes))) for candidate in candidates]
     order, misfits = min(found, key=lambda pair: len(pair[1]))
     if misfits:

@@ -94,12 +94,6 @@ class TrainingLog(_BasicsrLog):
             self._lines.logger.handlers[-1].addFilter(lambda line: not hasattr(line, "is_iteration"))
         self._bar.update(iteration - self._bar.n)
 
-    def reset_start_time(self) -> None:
-        """The first iteration is done, and no measure of the others: it compiles and fills caches."""
-        super().reset_start_time()
-        if self._bar is not None:
-            self._bar.unpause()
-
     def close(self) -> None:
         """Remove the bar and restore the log; to be called however the training ends."""
         self._has_bar = False

@@ -26,7 +26,7 @@ logger = logging.getLogger("basicsr")
 _BEST = "#b5432a"
 _FINAL = 10  # log lines that the final loss is the mean of: one batch says little
 
-Record = Mapping[str, Any]
+Logged = Mapping[str, Any]
 #: (data set, metric) -> the finite scores, as (iteration, value), and the best of them.
 Scores = dict[tuple[str, str], tuple[list[tuple[int, float]], tuple[int, float]]]
 
@@ -35,7 +35,6 @@ def write_report(
     folder: Path,
     opt: Mapping[str, Any],
     history: History,
-    *,
     seconds: float,
     skipped: int = 0,
     parameters: int | None = None,
@@ -90,7 +89,7 @@ def _warning_of(path: Path) -> Iterator[None]:
         logger.warning("%s could not be written: %s: %s", path, type(error).__name__, error)
 
 
-def _measured(training: Sequence[Record]) -> Iterator[tuple[str, str]]:
+def _measured(training: Sequence[Logged]) -> Iterator[tuple[str, str]]:
     """Speed, memory and final losses, as far as they were logged."""
     if speeds := [record["images_per_s"] for record in training if record.get("images_per_s")]:
         yield "images/s, median", f"{statistics.median(speeds):.1f}"
@@ -102,7 +101,7 @@ def _measured(training: Sequence[Record]) -> Iterator[tuple[str, str]]:
             yield f"final {name}", f"{statistics.fmean(values):.4e} (mean of the last {len(values)} logged)"
 
 
-def _scores(records: Sequence[Record], opt: Mapping[str, Any]) -> Scores:
+def _scores(records: Sequence[Logged], opt: Mapping[str, Any]) -> Scores:
     """The scores of all validations; of equally good ones the last is the best, as BasicSR counts."""
     found: dict[tuple[str, str], list[tuple[int, float]]] = defaultdict(list)
     for record in records:
@@ -125,7 +124,7 @@ def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     return "\n".join(f"| {line} |" for line in lines)
 
 
-def _draw(name: str, training: Sequence[Record], scores: Scores) -> Any:
+def _draw(name: str, training: Sequence[Logged], scores: Scores) -> Any:
     """A figure of a panel for each loss, for the learning rates, and for each metric of each data set."""
     from matplotlib.figure import Figure
 

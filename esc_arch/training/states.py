@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import json
 import logging
 import random
 from collections.abc import Callable, Iterator, Mapping
@@ -41,7 +42,10 @@ def training_state(model: Any, epoch: int, iteration: int) -> dict[str, Any]:
         "manual_seed": model.opt.get("manual_seed"),
         "samples": run.samples if run else None,  # of the epoch, over all processes
         "random": gather_objects(_random_state()),  # of each process
-        "best_metric_results": _plain_numbers(getattr(model, "best_metric_results", None)),
+        # Without NumPy's numbers, which are not loaded without unpickling
+        "best_metric_results": json.loads(
+            json.dumps(getattr(model, "best_metric_results", None), default=np.generic.item)
+        ),
         "model": model.extra_state() if hasattr(model, "extra_state") else {},
     }
 
@@ -68,13 +72,6 @@ def _restore_random_state(state: Mapping[str, Any]) -> None:
     torch.set_rng_state(torch.tensor(state["torch"], dtype=torch.uint8))
     for device, of_device in enumerate(state["cuda"][: torch.cuda.device_count()]):
         torch.cuda.set_rng_state(torch.tensor(of_device, dtype=torch.uint8), device)
-
-
-def _plain_numbers(results: Any) -> Any:
-    """BasicSR's table of best results without NumPy's numbers, which are not loaded without unpickling."""
-    if isinstance(results, Mapping):
-        return {key: _plain_numbers(value) for key, value in results.items()}
-    return results.item() if isinstance(results, np.generic) else results
 
 
 def apply_state(model: Any, state: Mapping[str, Any], load: Callable[[Any, Any], None]) -> None:

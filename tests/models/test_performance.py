@@ -15,7 +15,7 @@ from torch import nn
 
 from esc_arch import ESC, ESCModel, UserError
 from esc_arch.models import esc_model
-from esc_arch.models.performance import PerformanceOptions, eager, performance_problems
+from esc_arch.models.performance import PerformanceOptions, performance_problems
 from esc_arch.modules.conv_attn import _PooledKernel
 from esc_arch.modules.norm import LayerNorm
 from esc_arch.options import check_options
@@ -262,15 +262,6 @@ def test_the_mode_is_handed_on(train: Any, monkeypatch: pytest.MonkeyPatch) -> N
     monkeypatch.setattr(nn.Module, "compile", lambda _, **options: asked.append(options))
     PerformanceOptions(compile="max-autotune").prepare(nn.Identity(), torch.device("cpu"))
     assert asked == [{"mode": "max-autotune", "dynamic": False}]
-
-
-def test_eager_puts_back_what_was_compiled_even_after_an_error() -> None:
-    net = nn.Linear(2, 2)
-    net._compiled_call_impl = compiled = lambda _: "compiled"
-    with pytest.raises(ZeroDivisionError), eager(net):
-        assert isinstance(net(torch.zeros(2)), torch.Tensor)
-        raise ZeroDivisionError
-    assert net._compiled_call_impl is compiled
 
 
 def test_tf32(monkeypatch: pytest.MonkeyPatch) -> None:

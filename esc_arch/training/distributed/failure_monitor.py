@@ -27,7 +27,7 @@ __all__ = ["FailureMonitor", "own_connection"]
 _POLL = 1.0
 #: So many looks later the process that failed ends, which may be the one that serves the store; then, so that torchrun
 #: names that one as the first, the others.
-_LAST_LOOK, _AFTERWARDS = 2.5, 4.0
+_LAST_LOOK, _AFTERWARDS = 2.5, 3.5
 #: Seconds that a failing process may take to clean up before it is ended.
 _CLEANING = 15.0
 
