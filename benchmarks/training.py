@@ -139,6 +139,7 @@ class Trial:
             start = time.perf_counter()
             for _ in range(count):
                 self.iteration += 1
+                self.model.update_learning_rate(self.iteration)
                 self.model.feed_data(batch)
                 self.model.optimize_parameters(self.iteration)
             synchronize()

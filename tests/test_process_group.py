@@ -8,7 +8,6 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -16,9 +15,9 @@ from typing import Any
 import pytest
 import torch.distributed as dist
 import torch.multiprocessing
-from conftest import Run, run_command
+from ranks import finish, free_port, of_torchrun, start_ranks
 
-from esc_arch.errors import UserError
+from esc_arch.errors import UserError, describe
 from esc_arch.training import distributed
 from esc_arch.training.distributed import failure_monitor, launch
 from esc_arch.training.distributed.failure_monitor import FailureMonitor
@@ -26,12 +25,6 @@ from esc_arch.training.distributed.failure_monitor import FailureMonitor
 pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")  # see Exits
 
 ENOUGH = 20.0  # seconds for what takes a moment
-
-
-def free_port() -> str:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return str(probe.getsockname()[1])
 
 
 def wait_until(happened: Callable[[], Any]) -> None:
@@ -47,7 +40,6 @@ def wait_until(happened: Callable[[], Any]) -> None:
 def test_a_process_alone_agrees_with_itself() -> None:
     agreement = distributed.Agreement()
     assert [agreement.any_rank(flag) for flag in (False, True, False)] == [False, True, False]
-    agreement.finish()
     assert distributed.gather_objects("mine") == ["mine"]
     distributed.wait_for_all()
 
@@ -61,55 +53,40 @@ def test_a_process_alone_fails_as_ever(error: BaseException) -> None:
 
 # --- two processes ------------------------------------------------------------------------------------------------
 
-TOGETHER = """
-import os, sys, time
-import torch
-import torch.distributed as dist
-from esc_arch.training import distributed
-from esc_arch.errors import describe
 
-def run():
-    distributed.init_dist("pytorch")
-    rank = dist.get_rank()
-    agreement = distributed.Agreement()
-    print([agreement.any_rank(rank == 1 and call == 2) for call in range(5)])
-    agreement.finish()
-    print(distributed.gather_objects({"rank": rank}))
-    if rank == 0:  # a validation that only one process does
-        time.sleep(0.5)
-        open("validated", "w").close()
-    distributed.wait_for_all()
-    print(os.path.exists("validated"))
-    dist.all_reduce(torch.zeros(1))
-    sys.exit(143)
+def together(second_port: str) -> None:
+    def run() -> None:
+        distributed.init_dist("pytorch")
+        rank = dist.get_rank()
+        agreement = distributed.Agreement()
+        print([agreement.any_rank(rank == 1 and call == 2) for call in range(5)])
+        print(distributed.gather_objects({"rank": rank}))
+        if rank == 0:  # a validation that only one process does
+            time.sleep(0.5)
+            Path("validated").touch()
+        distributed.wait_for_all()
+        print(os.path.exists("validated"))
+        dist.all_reduce(torch.zeros(1))
+        sys.exit(143)
 
-try:
+    try:
+        with distributed.abort_all_ranks(describe):
+            run()
+    except SystemExit as end:
+        print(end.code, flush=True)
+    os.environ["MASTER_PORT"] = second_port
     with distributed.abort_all_ranks(describe):
-        run()
-except SystemExit as end:
-    print(end.code)
-os.environ["MASTER_PORT"] = sys.argv[1]
-with distributed.abort_all_ranks(describe):
-    distributed.init_dist("pytorch")
-    if dist.get_rank() == 1:
-        raise ValueError("one bad image")
-    dist.all_reduce(torch.zeros(1))
-"""
+        distributed.init_dist("pytorch")
+        if dist.get_rank() == 1:
+            raise ValueError("one bad image")
+        dist.all_reduce(torch.zeros(1))
 
 
 @pytest.mark.timeout(120)
 @pytest.mark.skipif(torch.cuda.is_available(), reason="with GPUs the processes would use them")
 def test_two_processes(tmp_path: Path) -> None:
     """They agree and end together, join again, and one fails."""
-    (tmp_path / "together.py").write_text(TOGETHER, encoding="utf-8")
-    first, second = free_port(), free_port()
-
-    def run(rank: int) -> Run:
-        joining = {"RANK": str(rank), "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": first}
-        return run_command([sys.executable, "together.py", second], tmp_path, **joining)
-
-    with ThreadPoolExecutor() as both:
-        runs = list(both.map(run, range(2)))
+    runs = finish(tmp_path, start_ranks(tmp_path, together, free_port(), environment=of_torchrun(free_port())))
     for done in runs:
         agreed, gathered, validated, status = done.out.splitlines()
         assert agreed == "[False, False, False, True, False]"  # of the third call, known at the fourth, to both

@@ -24,7 +24,9 @@ from esc_arch.ops.cpu import building
 from esc_arch.ops.operation import UnusableBackend
 from esc_arch.ops.window_attention import WINDOW_ATTENTION
 from esc_arch.options import load_options
+from esc_arch.options.key_checks import check_keys
 from esc_arch.options.section_checks import check_call, entries
+from esc_arch.problems import of_severity
 from esc_arch.project import add_import_argument
 
 __all__ = ["add_arguments", "run"]
@@ -81,6 +83,9 @@ def _from_option_file(file: str) -> tuple[nn.Module, PerformanceOptions | None]:
     opt, types = load_options(file), entries(ARCH_REGISTRY)
     section: Any = opt.get("network_g")
     problems = list(check_call("network_g", section, types))
+    if not problems:
+        keys = of_severity(check_keys(opt | {"datasets": {}}, is_train=True), "error")
+        problems = [problem for problem in keys if problem.path.startswith("train:")]
     if problems := problems or list(performance_problems(opt, types[section["type"]])):
         raise UserError(f"{file}: {'; '.join(map(str, problems))}")
     try:

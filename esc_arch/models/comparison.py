@@ -17,11 +17,9 @@ from esc_arch.ops.resize import matlab_resize
 
 __all__ = ["comparison_summary", "side_by_side", "validation_picture", "write_comparison"]
 
-#: Panels of comparisons are at most this high and wide (pixels); of larger images the middle is shown. Below it is a
-#: detail, magnified.
-PANEL, ZOOM = 512, 4
-#: Sides (pixels of the output) and magnification of what TensorBoard shows.
-TB_CROP, TB_ZOOM = 128, 2
+#: Panels of comparisons, in files and in TensorBoard, are at most this high and wide (pixels); of larger images the
+#: middle is shown. Below it is a detail, magnified.
+PANEL, TB_PANEL, ZOOM = 512, 256, 4
 CAPTION, GAP = 26, 4
 
 Image = np.ndarray[Any, Any]
@@ -30,10 +28,8 @@ Image = np.ndarray[Any, Any]
 def write_comparison(file: Path, network: str, visuals: Mapping[str, Tensor]) -> tuple[float, float]:
     """Write a picture of bicubic, result and ground truth; returns the PSNR of bicubic and of the result, in dB.
 
-    PSNR is on Y, with a border of as many pixels cropped as the scale is, as in the paper.
-
-    Args:
-        visuals: `lq` (1, 3, H, W), `result` and `gt` (1, 3, H * s, W * s), RGB in 0 .. 1.
+    PSNR is on Y, with a border of as many pixels cropped as the scale is, as in the paper. `visuals` are `lq`
+    (1, 3, H, W), `result` and `gt` (1, 3, H * s, W * s), RGB in 0 .. 1.
     """
     result, gt = tensor2img([visuals["result"]]), tensor2img([visuals["gt"]])
     height, width = visuals["result"].shape[-2:]
@@ -55,65 +51,47 @@ def comparison_summary(dataset: str, network: str, folder: Path, rows: Sequence[
     """A line for each image (name, PSNR of bicubic and of the result, in dB), and one for the means."""
     if not rows:
         return f"Comparison on {dataset}: no image has a ground truth."
-    _, *columns = zip(*rows, strict=True)
-    means = [float(np.mean(column)) for column in columns]
-    width = max(len(name) for name, *_ in rows)
-    lines = [
-        f"  {name:<{width}}  bicubic {bicubic:6.2f} dB  {network} {psnr:6.2f} dB  {psnr - bicubic:+.2f} dB"
+    names, *columns = zip(*rows, strict=True)
+    width, means = max(map(len, names)), [float(np.mean(column)) for column in columns]
+    return f"PSNR (Y) on {dataset}, pictures in {folder}:" + "".join(
+        f"\n  {name:<{width}}  bicubic {bicubic:6.2f} dB  {network} {psnr:6.2f} dB  {psnr - bicubic:+.2f} dB"
         for name, bicubic, psnr in [*rows, ("mean", means[0], means[1])]
-    ]
-    return "\n".join([f"PSNR (Y) on {dataset}, pictures in {folder}:", *lines])
+    )
 
 
-def side_by_side(panels: Mapping[str, Image]) -> Image:
-    """One picture from captioned images of the same size, the last being the ground truth: (H, W, 3) uint8 BGR each.
+def side_by_side(panels: Mapping[str, Image], size: int = PANEL) -> Image:
+    """One picture from captioned images of the same size, the last being the ground truth: (H, W, 3) uint8 each.
 
     The images above, below them an enlarged detail of each, taken where the first differs most from the last.
     """
     images = list(panels.values())
-    top, left = (max(0, (size - PANEL) // 2) for size in images[0].shape[:2])
-    images = [image[top : top + PANEL, left : left + PANEL] for image in images]
+    top, left = (max(0, (side - size) // 2) for side in images[0].shape[:2])
+    images = [image[top : top + size, left : left + size] for image in images]
     height, width = images[0].shape[:2]
     detail = _worst_crop(images[0], images[-1], max(1, height // ZOOM), max(1, width // ZOOM))
-    gap = np.full((GAP, width, 3), 255, np.uint8)
     enlarged = [cv2.resize(image[detail], (width, height), interpolation=cv2.INTER_NEAREST) for image in images]
-    captioned = [_captioned(caption, image) for caption, image in zip(panels, images, strict=True)]
-    return _in_a_row([np.concatenate([above, gap, below]) for above, below in zip(captioned, enlarged, strict=True)])
+    captioned = [_with_space_above(image, CAPTION, caption) for caption, image in zip(panels, images, strict=True)]
+    below = [_with_space_above(image, GAP) for image in enlarged]
+    return np.concatenate([_in_a_row(captioned), _in_a_row(below)])
 
 
 def validation_picture(visuals: Mapping[str, Tensor], name: str) -> Image:
-    """LR, SR and GT in a row, where SR differs most from GT; of an image without GT, where it differs most from LR.
+    """LR, SR and GT side by side for TensorBoard: (H, W, 3) uint8, RGB. `name` is the image's, for the caption.
 
-    LR is enlarged by nearest neighbour, so that its pixels are seen. `name` is the image's, for the caption.
-
-    Args:
-        visuals: `lq` (1, C, h, w), `result` and, if there is one, `gt` (1, C, H, W), with C 1 (grey) or 3 (RGB), in
-            0 .. 1.
-
-    Returns:
-        (H, W, 3) uint8, RGB.
+    `visuals` are `lq` (1, C, h, w), `result` and maybe `gt` (1, C, H, W): grey or RGB in 0 .. 1.
     """
-    lr, sr = _rgb(visuals["lq"]), _rgb(visuals["result"])
-    height, width = sr.shape[:2]
-    lr = cv2.resize(lr, (width, height), interpolation=cv2.INTER_NEAREST)
-    panels = {f"LR {name}": lr, "SR": sr}
-    if "gt" in visuals:
-        panels["GT"] = _rgb(visuals["gt"])
-    crop = _worst_crop(sr, panels.get("GT", lr), min(height, TB_CROP), min(width, TB_CROP))
-    enlarged = (panel[crop].repeat(TB_ZOOM, axis=0).repeat(TB_ZOOM, axis=1) for panel in panels.values())
-    return _in_a_row([_captioned(caption, panel) for caption, panel in zip(panels, enlarged, strict=True)])
+    images = [tensor2img([visuals[key]], rgb2bgr=False) for key in ("lq", "result", "gt") if key in visuals]
+    height, width = images[1].shape[:2]
+    images[0] = cv2.resize(images[0], (width, height), interpolation=cv2.INTER_NEAREST)  # so that its pixels are seen
+    images = [cv2.cvtColor(image, cv2.COLOR_GRAY2RGB) if image.ndim == 2 else image for image in images]
+    return side_by_side(dict(zip((f"LR {name}", "SR", "GT"), images, strict=False)), TB_PANEL)
 
 
-def _rgb(tensor: Tensor) -> Image:
-    image: Image = tensor2img([tensor], rgb2bgr=False)
-    return image if image.ndim == 3 else np.repeat(image[..., None], 3, axis=2)
-
-
-def _captioned(caption: str, image: Image) -> Image:
-    """(H, W, 3) uint8 with a line of text above it: (H + CAPTION, W, 3)."""
-    strip = np.full((CAPTION, image.shape[1], 3), 255, np.uint8)
-    cv2.putText(strip, caption, (6, CAPTION - 8), cv2.FONT_HERSHEY_SIMPLEX, 0.5, (0, 0, 0), 1, cv2.LINE_AA)
-    return np.concatenate([strip, image])
+def _with_space_above(image: Image, height: int, caption: str = "") -> Image:
+    """(H, W, 3) uint8 with a white strip above it, and a line of text there: (height + H, W, 3)."""
+    white = (255, 255, 255)
+    higher = cv2.copyMakeBorder(image, height, 0, 0, 0, cv2.BORDER_CONSTANT, value=white)
+    return cv2.putText(higher, caption, (6, height - 8), cv2.FONT_HERSHEY_SIMPLEX, 0.5, (0, 0, 0), 1, cv2.LINE_AA)
 
 
 def _in_a_row(images: Sequence[Image]) -> Image:

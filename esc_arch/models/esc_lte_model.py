@@ -34,7 +34,6 @@ class ESCLTEModel(ESCModel):
     def __init__(self, opt: dict[str, Any]) -> None:
         super().__init__(opt)
         self._scale: Any = self.get_bare_model(self.net_g).upscaling_factor
-        self._batches = 0
         self._query: dict[str, Tensor] = {}
 
     @classmethod
@@ -44,15 +43,10 @@ class ESCLTEModel(ESCModel):
             message = "ESCLTEModel trains on single pixels, and has no images for it. Remove it"
             yield Problem("train:perceptual_opt", message)
 
-    def resume_training(self, resume_state: dict[str, Any]) -> None:
-        super().resume_training(resume_state)
-        self._batches = resume_state["iter"]
-
     def feed_data(self, data: dict[str, Any]) -> None:
         self._query = {}
         if "lq" not in data:
-            self._batches += 1
-            random = np.random.default_rng([self.opt.get("manual_seed") or 0, self.opt["rank"], self._batches])
+            random = np.random.default_rng([self.opt.get("manual_seed") or 0, self.opt["rank"], self._iteration])
             scales = ScaleRange.of(self.opt["datasets"]["train"])
             data, self._query = draw_batch(data["gt"].to(self.device), scales, random)
         super().feed_data(data)
@@ -79,12 +73,8 @@ class ESCLTEModel(ESCModel):
         return {**metric, **(border if metric.get("crop_border") == "scale" else {})}
 
     def nondist_validation(self, dataloader: Any, *args: Any, **kwargs: Any) -> None:
-        default = self._scale
-        self._scale = dataloader.dataset.opt.get("scale") or default
-        try:
-            super().nondist_validation(dataloader, *args, **kwargs)
-        finally:
-            self._scale = default
+        self._scale = dataloader.dataset.opt.get("scale") or self.get_bare_model(self.net_g).upscaling_factor
+        super().nondist_validation(dataloader, *args, **kwargs)
 
 
 def draw_batch(

@@ -29,13 +29,7 @@ from esc_arch.data.names import image_name
 from esc_arch.errors import UserError
 from esc_arch.models.comparison import comparison_summary, validation_picture, write_comparison
 from esc_arch.models.metrics import image_measured
-from esc_arch.models.performance import (
-    PUBLISHED_MODEL,
-    PerformanceOptions,
-    eager,
-    is_published_model,
-    performance_problems,
-)
+from esc_arch.models.performance import PUBLISHED_MODEL, PerformanceOptions, is_published_model, performance_problems
 from esc_arch.ops.float32 import float32_products
 from esc_arch.ops.padding import reflect_pad_to_multiple
 from esc_arch.problems import Problem
@@ -93,12 +87,12 @@ class ESCModel(SRModel):
             message = "train: gradient_clip is halved after %d iterations, as published for %s, but not by ESCModel."
             logger.info(message, CLIP_HALVES_AFTER, PUBLISHED_MODEL)
         self.skipped = self._skipped_in_a_row = self._iteration = 0
-        self._first_nonfinite: Tensor | None = None
         self.losses: dict[str, nn.Module] = {}
         self._pixel_loss = "l_pix"
         device = "cpu" if opt["num_gpu"] == 0 else "cuda"
         self.scaler = torch.amp.GradScaler(device, enabled=self.speed.amp == "fp16")
         super().__init__(opt)
+        self._first_nonfinite = torch.full((), _NEVER, device=self.device)  # the iteration of the first such loss
         if self.speed.channels_last and hasattr(self, "net_g_ema"):
             self.net_g_ema.to(memory_format=torch.channels_last)
         net = self.get_bare_model(self.net_g)
@@ -174,16 +168,16 @@ class ESCModel(SRModel):
 
     def losses_of(self, output: Tensor, gt: Tensor, parts: int = 1) -> dict[str, Tensor]:
         """All losses by their names in the log; means over images are divided by the number of `parts`."""
-        losses: dict[str, Tensor] = {}
-        if self.cri_pix:
-            losses[self._pixel_loss] = _part_of_mean(self.cri_pix, self.cri_pix(output, gt), parts)
+        found = [(self._pixel_loss, self.cri_pix, self.cri_pix(output, gt))] if self.cri_pix else []
         if self.cri_perceptual:
-            for name, loss in zip(("l_percep", "l_style"), self.cri_perceptual(output, gt), strict=True):
-                if loss is not None:
-                    losses[name] = _part_of_mean(self.cri_perceptual, loss, parts)
-        for name, criterion in self.losses.items():
-            losses[f"l_{name}"] = _part_of_mean(criterion, criterion(output, gt), parts)
-        return losses
+            names = ("l_percep", "l_style")
+            found += zip(names, (self.cri_perceptual,) * 2, self.cri_perceptual(output, gt), strict=True)
+        found += [(f"l_{name}", criterion, criterion(output, gt)) for name, criterion in self.losses.items()]
+        return {
+            name: loss if parts == 1 or getattr(criterion, "reduction", "mean") == "sum" else loss / parts
+            for name, criterion, loss in found
+            if loss is not None
+        }
 
     def _step(self) -> bool:
         """The optimiser's step; False if it was skipped, and UserError after too many in a row."""
@@ -215,8 +209,6 @@ class ESCModel(SRModel):
         losses = {name: loss.detach().mean().float() for name, loss in loss_dict.items()}
         if self.speed.nonfinite == "stop":
             finite = torch.stack(list(losses.values())).isfinite().all()
-            if self._first_nonfinite is None:
-                self._first_nonfinite = torch.full((), _NEVER, device=finite.device, dtype=torch.int64)
             now = self._first_nonfinite.clamp(max=self._iteration)
             self._first_nonfinite = torch.where(finite, self._first_nonfinite, now)
         return losses
@@ -226,15 +218,13 @@ class ESCModel(SRModel):
 
         UserError if one since the last call was infinite or NaN (fault 41); it names the last state.
         """
-        values = torch.stack(list(self.log_dict.values()))
-        first = None if self._first_nonfinite is None else self._first_nonfinite.clone()
+        values, first = torch.stack(list(self.log_dict.values())), self._first_nonfinite.clone()
         if self.opt["dist"]:
             torch.distributed.all_reduce(values)
             values /= self.opt["world_size"]
-            if first is not None:
-                torch.distributed.all_reduce(first, op=torch.distributed.ReduceOp.MIN)
+            torch.distributed.all_reduce(first, op=torch.distributed.ReduceOp.MIN)
         log = dict(zip(self.log_dict, values.tolist(), strict=True))
-        if first is not None and (iteration := int(first)) < _NEVER:
+        if (iteration := int(first)) < _NEVER:
             nonfinite = [f"{name} is {value}" for name, value in log.items() if not math.isfinite(value)]
             raise self._stopped(
                 f"{', '.join(nonfinite) or 'a loss is not finite'}.",
@@ -304,8 +294,9 @@ class ESCModel(SRModel):
         net = getattr(self, "net_g_ema", None) or self.get_bare_model(self.net_g)
         training = net.training
         net.eval()
-        with torch.no_grad(), eager(net), float32_products(tf32=False):  # TF32 would show in the last digits of PSNR
-            output: Tensor = net(image, **query)
+        with torch.no_grad(), float32_products(tf32=False):  # TF32 would show in the last digits of PSNR
+            # Not what was compiled: for sizes that are met once, compiling takes longer
+            output: Tensor = net._call_impl(image, **query)
         net.train(training)
         return output
 
@@ -412,11 +403,6 @@ class ESCModel(SRModel):
             nets = {"params": self.net_g, "params_ema": getattr(self, "net_g_ema", None)}
             nets = {key: net for key, net in nets.items() if net is not None}
             self.save_network(list(nets.values()), "net_g", iteration, list(nets))
-
-
-def _part_of_mean(criterion: nn.Module, loss: Tensor, parts: int) -> Tensor:
-    """What a loss over a part of the batch adds to that over the whole batch."""
-    return loss if parts == 1 or getattr(criterion, "reduction", "mean") == "sum" else loss / parts
 
 
 def self_ensemble(enlarge: Callable[[Tensor], Tensor], image: Tensor, *, transpose: bool = True) -> Tensor:

@@ -52,13 +52,8 @@ def too_small(metric: Mapping[str, Any], height: int, width: int) -> str | None:
 def measure(calculate: Callable[[Any, Any], Any], images: Mapping[str, Any], metric: Mapping[str, Any]) -> Any:
     """A metric of an image: `calculate(images, metric)`; NaN and a warning where the metric is not defined for it.
 
-    UserError if it needs ground truth, and there is none, or of another size.
-
-    Args:
-        calculate: BasicSR's `calculate_metric`.
-        images: `img`, the result, and `img2`, the ground truth, if there is one: (H, W, C) or (H, W), uint8. Other
-            types are passed on as they are.
-        metric: its entry of `val: metrics:`.
+    `images` are the result, `img`, and the ground truth, if there is one, `img2`: (H, W, C) or (H, W), uint8. UserError
+    if the metric needs ground truth, and there is none, or of another size.
     """
     kind, name, image, truth = metric.get("type"), image_measured.get(), images.get("img"), images.get("img2")
     if truth is None and needs_ground_truth(metric):
@@ -73,17 +68,16 @@ def measure(calculate: Callable[[Any, Any], Any], images: Mapping[str, Any], met
             f"val: metrics: {kind} compares images of one size; the result for {name} has {_size(image)} pixels and "
             f"its ground truth {_size(truth)}. Compare scale with the data set."
         )
-    value, reason = math.nan, too_small(metric, *image.shape[:2])
+    reason = too_small(metric, *image.shape[:2])
     if reason is None:
         try:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore", RuntimeWarning)  # numpy's; the warning below says more
-                value = calculate(images, metric)
+                return calculate(images, metric)
         except np.linalg.LinAlgError:
             reason = "the image is flat, or almost, which leaves nothing to compute it from"
-    if reason is not None:
-        logging.getLogger("basicsr").warning("%s has no %s (%s pixels): %s.", name, kind, _size(image), reason)
-    return value
+    logging.getLogger("basicsr").warning("%s has no %s (%s pixels): %s.", name, kind, _size(image), reason)
+    return math.nan
 
 
 def _size(image: Any) -> str:

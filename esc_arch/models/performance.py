@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import types
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,14 +14,7 @@ from esc_arch.archs.base import ESCFamily
 from esc_arch.names import OWN
 from esc_arch.problems import Problem
 
-__all__ = [
-    "COMPILE_MODES",
-    "PUBLISHED_MODEL",
-    "PerformanceOptions",
-    "eager",
-    "is_published_model",
-    "performance_problems",
-]
+__all__ = ["COMPILE_MODES", "PUBLISHED_MODEL", "PerformanceOptions", "is_published_model", "performance_problems"]
 
 COMPILE_MODES = ("default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs")
 #: The model type of published option files, and what their `use_amp` is: PyTorch's default.
@@ -38,18 +30,9 @@ def is_published_model(opt: Mapping[str, Any]) -> bool:
 
 @dataclass(frozen=True, kw_only=True)
 class PerformanceOptions:
-    """The options of ``train:`` for speed, memory and stability. The defaults are BasicSR's ways.
+    """The options of ``train:`` for speed, memory and stability; the README says what each does.
 
-    Args:
-        amp: bf16 or fp16 mixed precision; fp16 scales the loss so that small gradients do not vanish. Sums over many
-            numbers and differences of almost equal ones stay in float32, as the README lists.
-        channels_last: memory layout in which convolutions are faster on CPUs and on tensor cores.
-        compile: training steps by torch.compile; true or one of `COMPILE_MODES`.
-        accumulate_grad: parts that a batch is cut into, one after the other.
-        gradient_clip: the largest norm of all gradients together; longer ones are shortened to it.
-        tf32: allows TF32 (10 bits of mantissa) in float32 products on GPUs, or not. None leaves PyTorch's choice.
-        activation_checkpointing: keep only the inputs of blocks, and compute the rest again in the backward pass.
-        nonfinite: "stop" at a loss that is infinite or NaN, or "skip" steps with such gradients.
+    The defaults are BasicSR's ways. ``tf32: None`` leaves PyTorch's choice.
     """
 
     amp: str | None = None
@@ -101,38 +84,20 @@ def _forward_in_low_precision(self: Any, *args: Any, **kwargs: Any) -> Any:
     return output.float()
 
 
-@contextmanager
-def eager(net: nn.Module) -> Iterator[None]:
-    """Call a compiled `net` without compilation in this block: for sizes that are met once, compiling takes longer."""
-    compiled, net._compiled_call_impl = net._compiled_call_impl, None
-    try:
-        yield
-    finally:
-        net._compiled_call_impl = compiled
-
-
-#: Values of options that are names, and how messages list them; other values are checked with the types of all keys.
-_CHOICES: dict[str, tuple[tuple[Any, ...], str]] = {
-    "amp": (tuple(_PRECISIONS), "bf16 or fp16"),
-    "compile": ((True, False, *COMPILE_MODES), f"true, false or one of {', '.join(COMPILE_MODES)}"),
-    "nonfinite": (("stop", "skip"), "stop or skip"),
-}
-#: Options of the published `ESRModel` that are not supported.
+#: Options of the published `ESRModel` that are not supported, and what there is instead.
 _UNSUPPORTED = {
-    "wave_opt": "this wavelet loss is not supported. Remove it; train: losses: fft: {type: FFTLoss, loss_weight: "
-    "0.05} is a loss by frequencies",
-    "mesa_opt": "MESA is not supported. Remove it; ema_decay averages the weights",
-    "reset_momentum_iter": "not supported. Remove it; a new run that begins at the checkpoint of that iteration, with "
-    "path: pretrain_network_g, has a new optimiser",
+    "wave_opt": "train: losses: fft: {type: FFTLoss, loss_weight: 0.05} is a loss by frequencies",
+    "mesa_opt": "ema_decay averages the weights",
+    "reset_momentum_iter": "a new run from a checkpoint, by path: pretrain_network_g, has a new optimiser",
 }
 
 
 def performance_problems(opt: Mapping[str, Any], net: type[Any] | None) -> Iterator[Problem]:
-    """What does not go together in these options and those of the published model; `net` is network_g's class."""
+    """What does not go together in these options and those of the published model; `net` is network_g's class.
+
+    Single values are checked with those of all keys.
+    """
     train = opt.get("train") or {}
-    for key, (choices, listed) in _CHOICES.items():
-        if train.get(key) not in (None, *choices):
-            yield Problem(f"train:{key}", f"{train[key]!r} given; must be {listed}")
     parts, perceptual = train.get("accumulate_grad"), train.get("perceptual_opt")
     if isinstance(parts, int) and parts > 1:
         batch = (opt["datasets"].get("train") or {}).get("batch_size_per_gpu")
@@ -148,7 +113,9 @@ def performance_problems(opt: Mapping[str, Any], net: type[Any] | None) -> Itera
     if train.get("activation_checkpointing") and net is not None and not issubclass(net, ESCFamily):
         message = f"only for networks of the ESC family, not for {net.__name__}. Remove it"
         yield Problem("train:activation_checkpointing", message)
-    yield from (Problem(f"train:{key}", advice) for key, advice in _UNSUPPORTED.items() if train.get(key))
+    for key, instead in _UNSUPPORTED.items():
+        if train.get(key):
+            yield Problem(f"train:{key}", f"not supported. Remove it; {instead}")
     if train.get("use_amp") and not is_published_model(opt):
         yield Problem("train:use_amp", f"{PUBLISHED_MODEL} has it. Give amp: fp16 or amp: bf16")
     elif train.get("use_amp") and train.get("amp") not in (None, PUBLISHED_AMP):

@@ -38,44 +38,26 @@ _DATASET_SIZE = 400
 class PairPool:
     """Mixes the pairs of many batches, because all pairs made together have the same degradations.
 
-    While there is room, batches are stored and returned as they are; then each is exchanged for pairs drawn from the
-    pool. This does what BasicSR's queue does, draw for draw, without its condition that the batch divides the size:
-    what is over stays unused.
-
-    Attributes:
-        size: in pairs; less than a batch makes no pool.
-        filled: how many pairs are in the pool.
+    While there is room for `size` pairs, batches are stored and returned as they are; then each is exchanged for pairs
+    drawn from the pool. This is BasicSR's queue, draw for draw, without its conditions that there is CUDA and that the
+    batch divides the size.
     """
 
     def __init__(self, size: int) -> None:
         self.size = size
-        self.filled = 0
-        self._slots: list[Tensor] = []
-        #: Shuffled in place of the pairs, which may be hundreds of megabytes.
-        self._order = torch.arange(0)
+        self.pairs: list[tuple[Tensor, Tensor]] = []
 
-    @torch.no_grad()
     def exchange(self, lq: Tensor, gt: Tensor) -> tuple[Tensor, Tensor]:
-        """Take a batch in, and return as many pairs: lq (B, C, h, w) and gt (B, C, H, W), of the same sizes each time.
-
-        The result shares no memory with the pool.
-        """
-        batch = len(lq)
-        if not self._slots:
-            self._order = torch.arange(self.size // batch * batch)
-            self._slots = [new.new_empty(len(self._order), *new.shape[1:]) for new in (lq, gt)]
-        if not len(self._order):
-            return lq, gt
-        if self.filled < len(self._order):
-            chosen, out = self._order[self.filled : self.filled + batch], (lq, gt)
-            self.filled += batch
-        else:
-            self._order = self._order[torch.randperm(len(self._order))]
-            chosen = self._order[:batch]
-            out = self._slots[0][chosen], self._slots[1][chosen]
-        for slots, new in zip(self._slots, (lq, gt), strict=True):
-            slots[chosen] = new
-        return out
+        """Take a batch in, and return as many pairs: lq (B, C, h, w) and gt (B, C, H, W)."""
+        new = [(one.clone(), other.clone()) for one, other in zip(lq, gt, strict=True)]
+        if len(self.pairs) + len(new) <= self.size:
+            self.pairs += new
+        elif self.pairs:
+            self.pairs = [self.pairs[index] for index in torch.randperm(len(self.pairs))]
+            lqs, gts = zip(*self.pairs[: len(new)], strict=True)
+            self.pairs[: len(new)] = new
+            return torch.stack(lqs), torch.stack(gts)
+        return lq, gt
 
 
 class _RealTraining:
@@ -165,11 +147,8 @@ class ESCRealGANModel(_RealTraining, RealESRGANModel, ESCModel):
         train = opt["train"]
         for key, neutral in _STEP_OPTIONS.items():
             if train.get(key) not in (None, *neutral):
-                message = (
-                    f"{train[key]!r} given; {opt['model_type']}, whose step is BasicSR's, does not have it. Remove it "
-                    f"(amp: bf16 and the other options of speed work)"
-                )
-                yield Problem(f"train:{key}", message)
+                why = f"{opt['model_type']}, whose step is BasicSR's, does not have it. Remove it"
+                yield Problem(f"train:{key}", f"{train[key]!r} given; {why}")
         if not opt.get("network_d"):
             message = "missing; this model needs the discriminator, such as {type: UNetDiscriminatorSN, ...}"
             yield Problem("network_d", message)

@@ -203,7 +203,7 @@ KEYS["train"] = {
     "tf32": Key("flag", "Float32 products in TF32 on GPUs.", _ESC),
     "nonfinite": Key("", "At a non-finite loss: end the run, or skip the step.", _ESC, choices=("stop", "skip")),
     "losses": Key("mapping", "Further losses by name.", _ESC, example="fft: {type: FFTLoss, loss_weight: 0.05}"),
-    "freeze": Key("text texts", "Patterns of parameters that are not trained, such as ['blocks.0.*'].", _ESC),
+    "freeze": Key("texts", "Patterns of parameters that are not trained, such as ['blocks.0.*'].", _ESC),
     "lr_factors": Key("mapping", "Patterns of parameters with a factor of their learning rate.", _ESC),
     "gan_opt": Key("mapping", "Adversarial loss, such as {type: GANLoss, gan_type: vanilla, ...}.", "GANs"),
     "net_d_iters": Key("int", "Train the generator every so many iterations.", "GANs", least=1, default=1),

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import random
 from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -69,28 +68,23 @@ class SeededDataset(Dataset[Any]):
     def __getitem__(self, index: int) -> Any:
         if not isinstance(index, Draw):
             return self.dataset[index]
+        seeds = np.random.SeedSequence(index.entropy).generate_state(3)
         # A worker has random numbers for nothing else, and restoring takes time; the model may draw some, too
-        with _seeded(*index.entropy, put_back=get_worker_info() is None):
+        before = (
+            (random.getstate(), np.random.get_state(), torch.get_rng_state()) if get_worker_info() is None else None
+        )
+        random.seed(int(seeds[0]))
+        np.random.seed(seeds[1])
+        torch.random.default_generator.manual_seed(int(seeds[2]))  # torch.manual_seed would seed the GPUs as well
+        try:
             return self.dataset[int(index)]
+        finally:
+            if before is not None:
+                random.setstate(before[0])
+                np.random.set_state(before[1])
+                torch.set_rng_state(before[2])
 
     def __getattr__(self, name: str) -> Any:
         if name == "dataset":  # not there yet while a worker unpickles this
             raise AttributeError(name)
         return getattr(self.dataset, name)
-
-
-@contextmanager
-def _seeded(*entropy: int, put_back: bool) -> Iterator[None]:
-    """Seed the generators of the CPU from non-negative numbers; `put_back` restores them afterwards."""
-    before = (random.getstate(), np.random.get_state(), torch.get_rng_state()) if put_back else None
-    seeds = np.random.SeedSequence(entropy).generate_state(3)
-    random.seed(int(seeds[0]))
-    np.random.seed(seeds[1])
-    torch.random.default_generator.manual_seed(int(seeds[2]))  # torch.manual_seed would seed the GPUs as well
-    try:
-        yield
-    finally:
-        if before is not None:
-            random.setstate(before[0])
-            np.random.set_state(before[1])
-            torch.set_rng_state(before[2])

@@ -6,15 +6,14 @@ import json
 import logging
 import math
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 from esc_arch.atomic_io import write_atomically
 
 __all__ = ["History"]
-
-Record = dict[str, Any]
 
 
 class History:
@@ -34,25 +33,19 @@ class History:
 
     def append(self, record: Mapping[str, Any]) -> None:
         """Add a line. Values: numbers, also numpy's and one-element tensors, text, and lists of these."""
-        plain = {key: _plain(value) for key, value in record.items()}
-        line = json.dumps(plain, ensure_ascii=False).encode() + b"\n"
-        try:
-            with open(self.path, "a+b") as file:
-                if file.seek(0, os.SEEK_END):
-                    file.seek(-1, os.SEEK_END)
-                    if file.read(1) != b"\n":  # a line was cut off
-                        line = b"\n" + line
-                file.write(line)
-        except OSError as error:
-            self._warn(error)
+        line = _line({key: _plain(value) for key, value in record.items()})
+        with self._warning(), open(self.path, "a+b") as file:
+            if file.seek(0, os.SEEK_END):
+                file.seek(-1, os.SEEK_END)
+                if file.read(1) != b"\n":  # a line was cut off
+                    line = b"\n" + line
+            file.write(line)
 
-    def records(self) -> list[Record]:
+    def records(self) -> list[dict[str, Any]]:
         """All records; a line that was cut off, when the process was killed or the disk was full, is left out."""
-        try:
-            lines = self.path.read_bytes().splitlines() if self.path.exists() else []
-        except OSError as error:
-            self._warn(error)
-            return []
+        lines: list[bytes] = []
+        with self._warning(), suppress(FileNotFoundError):
+            lines = self.path.read_bytes().splitlines()
         return [record for line in lines if (record := _parse(line)) is not None]
 
     def truncate(self, iteration: int) -> None:
@@ -60,23 +53,29 @@ class History:
         records = self.records()
         kept = [record for record in records if record["iter"] <= iteration]
         if len(kept) < len(records):
-            text = "".join(f"{json.dumps(record, ensure_ascii=False)}\n" for record in kept)
-            try:
-                write_atomically(self.path, text.encode())
-            except OSError as error:
-                self._warn(error)
+            with self._warning():
+                write_atomically(self.path, b"".join(map(_line, kept)))
 
-    def _warn(self, error: OSError) -> None:
-        if not self._warned:
-            logging.getLogger("basicsr").warning(
-                "%s cannot be read or written (%s): numbers of this training may be missing there. It goes on.",
-                self.path,
-                error.strerror or error,
-            )
-        self._warned = True
+    @contextmanager
+    def _warning(self) -> Iterator[None]:
+        """One warning for all errors of the file system."""
+        try:
+            yield
+        except OSError as error:
+            if not self._warned:
+                logging.getLogger("basicsr").warning(
+                    "%s cannot be read or written (%s): numbers of this training may be missing there. It goes on.",
+                    self.path,
+                    error.strerror or error,
+                )
+            self._warned = True
 
 
-def _parse(line: bytes) -> Record | None:
+def _line(record: Mapping[str, Any]) -> bytes:
+    return json.dumps(record, ensure_ascii=False).encode() + b"\n"
+
+
+def _parse(line: bytes) -> dict[str, Any] | None:
     try:
         record = json.loads(line)
     except ValueError:

@@ -69,22 +69,14 @@ class ConvMuon(torch.optim.Optimizer):
         if not lr > 0:
             raise ValueError(f"lr is {lr}; Muon's must be above 0.")
         adamw_lr = lr if adamw_lr is None else adamw_lr
-        muon: dict[str, Any] = {
-            "weight_decay": weight_decay,
-            "momentum": momentum,
-            "nesterov": nesterov,
-            "ns_coefficients": ns_coefficients,
-            "eps": eps,
-            "ns_steps": ns_steps,
-            "adjust_lr_fn": adjust_lr_fn,
-        }
-        adam: dict[str, Any] = {"betas": adamw_betas, "eps": adamw_eps, "weight_decay": adamw_weight_decay}
         probe = [torch.zeros(1, 1)]  # torch's own constructors check the values; parameters come with each step
-        self._muon, self._adamw = torch.optim.Muon(probe, lr=lr, **muon), torch.optim.AdamW(probe, adamw_lr, **adam)
-        groups = []
-        for group in params:
-            options, rate = (muon, lr) if group["rule"] == "muon" else (adam, adamw_lr)
-            groups.append(options | group | {"lr": rate * (group.get("lr", lr) / lr)})
+        self._muon = torch.optim.Muon(
+            probe, lr, weight_decay, momentum, nesterov, ns_coefficients, eps, ns_steps, adjust_lr_fn
+        )
+        self._adamw = torch.optim.AdamW(probe, adamw_lr, adamw_betas, adamw_eps, adamw_weight_decay)
+        defaults = {"muon": self._muon.defaults, "adamw": self._adamw.defaults}
+        rules = [(group, defaults[group["rule"]]) for group in params]
+        groups = [rule | group | {"lr": rule["lr"] * (group.get("lr", lr) / lr)} for group, rule in rules]
         super().__init__(groups, {"lr": lr})
 
     @torch.no_grad()
@@ -161,12 +153,9 @@ if "Muon" in OPTIMIZERS:
 def build_optimizer(kind: str, params: Any, *, nets: Iterable[nn.Module], **options: Any) -> torch.optim.Optimizer:
     """The optimiser that an option file names; UserError if there is none, or it needs another training loop.
 
-    Args:
-        kind: a class of torch.optim.
-        params: parameters, or groups of them with options of their own, such as ``lr``.
-        nets: the networks that they are of, by which Muon tells what each parameter is.
-        options: of the class, which raises ValueError or TypeError for invalid ones. On the CPU `fused` is true unless
-            it, or `foreach`, is given: one pass over parameters and states in place of ten.
+    `params` are parameters of `nets`, or groups of them with options of their own, such as ``lr``. The class raises
+    ValueError or TypeError for invalid options. On the CPU `fused` is true unless it, or `foreach`, is given: one pass
+    over parameters and states in place of ten.
     """
     cls: Any = OPTIMIZERS.get(kind)
     if cls is None:

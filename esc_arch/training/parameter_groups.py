@@ -20,16 +20,9 @@ __all__ = ["freeze", "option_problems", "parameter_groups", "pattern_problems"]
 
 
 def option_problems(train_options: Mapping[str, Any]) -> Iterator[Problem]:
-    """Invalid forms of `freeze` and `lr_factors`."""
-    patterns, factors = train_options.get("freeze"), train_options.get("lr_factors")
-    if patterns is not None and not (isinstance(patterns, list) and all(isinstance(entry, str) for entry in patterns)):
-        message = f"{patterns!r} given; must be a list of patterns of parameter names, such as ['blocks.0.*']"
-        yield Problem("train:freeze", message)
-    if factors is not None and not isinstance(factors, dict):
-        message = f"{factors!r} given; must be a mapping of patterns, such as {{'to_img.*': 10}}"
-        yield Problem("train:lr_factors", message)
-        return
-    for pattern, factor in (factors or {}).items():
+    """Factors of `lr_factors` that are none."""
+    factors = train_options.get("lr_factors")
+    for pattern, factor in factors.items() if isinstance(factors, dict) else ():
         if not isinstance(factor, int | float) or isinstance(factor, bool) or factor <= 0:
             message = f"{factor!r} given; must be a number above 0. To keep it as it is: freeze"
             yield Problem(f"train:lr_factors:{pattern}", message)
@@ -39,27 +32,24 @@ def pattern_problems(net: nn.Module, train_options: Mapping[str, Any]) -> Iterat
     """Patterns of `freeze` and `lr_factors` that match nothing of a network, or change nothing."""
     names, kind = [name for name, _ in net.named_parameters()], type(net).__name__
     patterns, factors = _options(train_options)
-    for key, given in (("freeze", patterns), ("lr_factors", factors)):
-        for pattern in given:
-            if not any(fnmatchcase(name, pattern) for name in names):
-                some = ", ".join(names[:: max(1, len(names) // 5)])
-                message = (
-                    f"{pattern!r} matches no parameter of {kind}, which has {some} and others. Give a whole name, or a "
-                    f"pattern such as 'blocks.0.*'"
-                )
-                yield Problem(f"train:{key}", message)
-    rest = [name for name in names if not any(fnmatchcase(name, pattern) for pattern in patterns)]
-    if not rest:
-        yield Problem("train:freeze", f"{patterns} leave no parameter of {kind} to be trained. Take one out")
-    for pattern in factors:
-        left = [name for name in rest if not fnmatchcase(name, pattern)]
-        if left == rest and any(fnmatchcase(name, pattern) for name in names):
+    taken: set[str] = set()
+    for key, pattern in [*(("freeze", each) for each in patterns), *(("lr_factors", each) for each in factors)]:
+        matched = {name for name in names if fnmatchcase(name, pattern)}
+        if not matched:
+            message = (
+                f"{pattern!r} matches no parameter of {kind}, which has {', '.join(names[:: max(1, len(names) // 5)])} "
+                f"and others. Give a whole name, or a pattern such as 'blocks.0.*'"
+            )
+            yield Problem(f"train:{key}", message)
+        elif key == "lr_factors" and matched <= taken:
             message = (
                 f"{pattern!r} changes nothing: all that it matches is frozen or follows an earlier pattern. Put it "
                 f"before the others, or take it out"
             )
             yield Problem("train:lr_factors", message)
-        rest = left
+        taken |= matched
+        if key == "freeze" and len(taken) == len(names):
+            yield Problem("train:freeze", f"{patterns} leave no parameter of {kind} to be trained. Take one out")
 
 
 def freeze(net: nn.Module, train_options: Mapping[str, Any]) -> None:
@@ -74,7 +64,7 @@ def freeze(net: nn.Module, train_options: Mapping[str, Any]) -> None:
 
 
 def parameter_groups(net: nn.Module, train_options: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """The optimiser's groups of all parameters that are trained, in the network's order; freezes the others.
+    """The optimiser's groups of all parameters that are trained, in the network's order.
 
     Without `lr_factors` it is one group. With them, a group for what no pattern matches comes first, then one for each
     pattern, with ``lr`` = ``optim_g: lr`` times its factor; of several patterns that match a name the first counts.
@@ -84,7 +74,6 @@ def parameter_groups(net: nn.Module, train_options: Mapping[str, Any]) -> list[d
     """
     if problems := list(pattern_problems(net, train_options)):
         raise UserError("; ".join(map(str, problems)) + ".")
-    freeze(net, train_options)
     patterns, factors = _options(train_options)
     groups: dict[str, list[nn.Parameter]] = {"": [], **{pattern: [] for pattern in factors}}
     frozen = []
@@ -103,4 +92,4 @@ def parameter_groups(net: nn.Module, train_options: Mapping[str, Any]) -> list[d
 
 
 def _options(train_options: Mapping[str, Any]) -> tuple[list[str], dict[str, float]]:
-    return train_options.get("freeze") or [], train_options.get("lr_factors") or {}
+    return list(map(str, train_options.get("freeze") or [])), train_options.get("lr_factors") or {}

@@ -16,7 +16,6 @@ import torch
 from torch import Tensor, nn
 
 from esc_arch.archs.base import ESCFamily, earlier_order
-from esc_arch.modules import FactorBiasWindowAttention
 
 from .optimizers import other_type, type_of
 
@@ -30,11 +29,9 @@ _FACTORED = ("row_var", "col_var")
 Names = list[list[str]]  # of the parameters of each group
 
 
-def named_state(model: Any, optimizer: Any) -> dict[str, Any]:
-    """An optimiser's state with the names of its parameters and its type; one that is none of PyTorch's has neither."""
+def named_state(model: Any, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+    """An optimiser's state with the names of its parameters and its type."""
     state: dict[str, Any] = optimizer.state_dict()
-    if not isinstance(optimizer, torch.optim.Optimizer):
-        return state
     groups = zip(state["param_groups"], _named_parameters(model, optimizer), strict=True)
     named = [{**group, "param_names": list(parameters)} for group, parameters in groups]
     return {**state, "param_groups": named, "type": type_of(optimizer)}
@@ -48,10 +45,8 @@ def in_order_of(model: Any, states: Sequence[Mapping[str, Any]], *, earlier: boo
     """
     if len(states) != len(model.optimizers):
         raise ValueError(f"it has {len(states)} optimisers, and the option file makes {len(model.optimizers)}")
-    return [
-        _in_order(model, optimizer, state, earlier) if isinstance(optimizer, torch.optim.Optimizer) else dict(state)
-        for optimizer, state in zip(model.optimizers, states, strict=True)
-    ]
+    pairs = zip(model.optimizers, states, strict=True)
+    return [_in_order(model, optimizer, state, earlier) for optimizer, state in pairs]
 
 
 def _in_order(model: Any, optimizer: torch.optim.Optimizer, state: Mapping[str, Any], earlier: bool) -> dict[str, Any]:
@@ -61,8 +56,10 @@ def _in_order(model: Any, optimizer: torch.optim.Optimizer, state: Mapping[str, 
     named, groups = _named_parameters(model, optimizer), state["param_groups"]
     names: Names = [list(parameters) for parameters in named]
     shapes = {name: parameter.shape for parameters in named for name, parameter in parameters.items()}
-    orders = [names, _earlier_order(model, names)]
-    candidates = [[group["param_names"] for group in groups]] if "type" in state else orders[:: -1 if earlier else 1]
+    if "type" in state:
+        candidates = [[group["param_names"] for group in groups]]
+    else:
+        candidates = [names, _earlier_order(model, names)][:: -1 if earlier else 1]
     found = [(candidate, list(_misfits(candidate, state, names, shapes))) for candidate in candidates]
     order, misfits = min(found, key=lambda pair: len(pair[1]))
     if misfits:
@@ -74,8 +71,6 @@ def _in_order(model: Any, optimizer: torch.optim.Optimizer, state: Mapping[str, 
         for name, place in zip(of_group, group["params"], strict=True)
         if place in state["state"]
     }
-    if "type" not in state and order == orders[1]:
-        _rescale_factors(model, entries)
     places = {name: place for place, name in enumerate(shapes)}
     return {
         "state": {place: entries[name] for name, place in places.items() if name in entries},
@@ -115,18 +110,6 @@ def _fits(key: str, shape: torch.Size, parameter: torch.Size) -> bool:
         return len(shape) == len(parameter) and all(a in (1, b) for a, b in zip(shape, parameter, strict=True))
     # ConvMuon's are matrices; counters of steps have one element
     return shape.numel() == 1 or shape == parameter or shape == (*parameter[:1], parameter[1:].numel())
-
-
-def _rescale_factors(model: Any, entries: dict[str, Any]) -> None:
-    """FlashBias's q factors, which earlier versions divided by sqrt(rank) when used: gradients have grown by that."""
-    for network, net in _networks(model).items():
-        for path, module in net.named_modules():
-            entry = entries.get(f"{network}.{path}.flashbias_q")
-            if entry is not None and isinstance(module, FactorBiasWindowAttention) and not module.scaled:
-                rank = module.flashbias_q.shape[-1]
-                for key, value in entry.items():
-                    if isinstance(value, Tensor) and value.ndim:
-                        entry[key] = value * (rank if "sq" in key else rank**0.5)
 
 
 def _networks(model: Any) -> dict[str, nn.Module]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import functools
 import logging
 import os
 from collections.abc import Callable
@@ -28,13 +29,9 @@ def run_pipeline(module: ModuleType, pipeline: Callable[[str], None], args: argp
 
 def run_within(module: ModuleType, pipeline: Callable[[str], None], args: argparse.Namespace) -> None:
     """`run_pipeline` for a caller that is within `abort_all_ranks`, and may run several one after the other."""
-
-    def parse_options(root_path: str, is_train: bool) -> tuple[dict[str, Any], argparse.Namespace]:
-        return options.parse_options(root_path, is_train, args)
-
     # The pipelines call this name; basicsr's function reads sys.argv and evaluates parts of it
-    original = module.parse_options
-    module.parse_options = parse_options  # type: ignore[attr-defined]
+    original: Callable[..., Any] = module.parse_options
+    module.parse_options = functools.partial(options.parse_options, args=args)  # type: ignore[attr-defined]
     # What parts of esc_arch that do not know BasicSR log goes to the log of the run, too
     ours, handler = logging.getLogger("esc_arch"), _IntoTheLog()
     level = ours.level

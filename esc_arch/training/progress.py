@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import re
 import resource
 import secrets
 import sys
@@ -32,16 +31,14 @@ class TrainingLog(_BasicsrLog):
     """BasicSR's log of a training, and a progress bar where there is a terminal.
 
     Each line ends with images per second and peak memory: `[images/s: 81.3, memory: 2.41 GiB]`. TensorBoard gets `lr`
-    (`lr/0`, `lr/1`, ... when groups of parameters differ) and `images_per_s` as well, and `history`, which may be set
-    later, all of it. When stderr is a terminal, `step` shows a bar there. These lines then go to the log file alone,
+    (`lr/0`, `lr/1`, ... when groups of parameters differ) and `images_per_s` as well, and `history`, where it is set,
+    all of it. When stderr is a terminal, `step` shows a bar there. These lines then go to the log file alone,
     and other lines of the log appear above the bar.
     """
 
-    def __init__(
-        self, opt: dict[str, Any], start_iter: int = 1, tb_logger: Any = None, *, history: History | None = None
-    ) -> None:
+    def __init__(self, opt: dict[str, Any], start_iter: int = 1, tb_logger: Any = None) -> None:
         super().__init__(opt, start_iter, tb_logger)
-        self.history = history
+        self.history: History | None = None
         self._lines = _IterationLines(get_root_logger())
         self.logger = self._lines
         self._images = images_per_iteration(opt)
@@ -53,16 +50,22 @@ class TrainingLog(_BasicsrLog):
     @master_only
     def __call__(self, log_vars: dict[str, Any]) -> None:
         """Log an iteration: `epoch`, `iter`, `lrs`, `time` and `data_time` (seconds per iteration), and losses."""
-        record = self._record(dict(log_vars))
-        costs = f"memory: {record['memory_gib']:.2f} GiB"
-        if "images_per_s" in record:
-            costs = f"images/s: {record['images_per_s']:.1f}, {costs}"
+        rest = dict(log_vars)
+        rates = rest.pop("lrs")
+        record = {"iter": rest.pop("iter"), "epoch": rest.pop("epoch"), "lr": rates[0]}
+        scalars = {"lr": rates[0]}
+        if len(set(rates)) > 1:
+            record["lrs"] = list(rates)
+            scalars = {f"lr/{index}": rate for index, rate in enumerate(rates)}
+        memory = peak_memory(self._on_gpu) / 2**30
+        costs = f"memory: {memory:.2f} GiB"
+        if rest.get("time"):
+            speed = record["images_per_s"] = scalars["images_per_s"] = self._images / rest["time"]
+            costs = f"images/s: {speed:.1f}, {costs}"
+        record |= {"memory_gib": round(memory, 3)} | rest
         self._lines.suffix = f"[{costs}] "
         super().__call__(dict(log_vars))
         if self.use_tb_logger and "debug" not in self.exp_name:
-            scalars = {f"lr/{index}": rate for index, rate in enumerate(record.get("lrs", ()))} or {"lr": record["lr"]}
-            if "images_per_s" in record:
-                scalars["images_per_s"] = record["images_per_s"]
             for tag, value in scalars.items():
                 self.tb_logger.add_scalar(tag, value, record["iter"])
         if self.history is not None:
@@ -70,17 +73,7 @@ class TrainingLog(_BasicsrLog):
         if self._bar is not None:
             losses = list(losses_of(record).items())[:3]
             shown = [f"{name if len(losses) > 1 else 'loss'} {value:.3e}" for name, value in losses]
-            self._bar.set_postfix_str(", ".join([*shown, f"lr {record['lr']:.2e}", costs]))
-
-    def _record(self, rest: dict[str, Any]) -> dict[str, Any]:
-        """An iteration as a record of the history."""
-        rates = rest.pop("lrs")
-        record = {"iter": rest.pop("iter"), "epoch": rest.pop("epoch"), "lr": rates[0]}
-        if len(set(rates)) > 1:
-            record["lrs"] = list(rates)
-        if rest.get("time"):
-            record["images_per_s"] = self._images / rest["time"]
-        return record | {"memory_gib": round(peak_memory(self._on_gpu) / 2**30, 3)} | rest
+            self._bar.set_postfix_str(", ".join([*shown, f"lr {rates[0]:.2e}", costs]))
 
     def step(self, iteration: int) -> None:
         """Move the bar, if there is one, to `iteration` finished iterations. Cheap, and never waits for a GPU."""
@@ -100,12 +93,6 @@ class TrainingLog(_BasicsrLog):
             self._redirection.enter_context(logging_redirect_tqdm([self._lines.logger], _Progress))
             self._lines.logger.handlers[-1].addFilter(lambda line: not hasattr(line, "is_iteration"))
         self._bar.update(iteration - self._bar.n)
-
-    def reset_start_time(self) -> None:
-        """The first iteration is done, and no measure of the others: it compiles and fills caches."""
-        super().reset_start_time()
-        if self._bar is not None:
-            self._bar.unpause()
 
     def close(self) -> None:
         """Remove the bar and restore the log; to be called however the training ends."""
@@ -140,10 +127,6 @@ def peak_memory(on_gpu: bool) -> int:
     """The most memory that this process has had so far, in bytes: of its GPU, or its resident set."""
     if on_gpu:
         return torch.cuda.max_memory_allocated()
-    # On Linux getrusage begins with the peak of the process that started this one
-    status = Path("/proc/self/status")
-    if status.exists() and (found := re.search(r"^VmHWM:\s+(\d+)", status.read_text("ascii"), re.MULTILINE)):
-        return int(found[1]) * 1024
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024  # KiB elsewhere
 

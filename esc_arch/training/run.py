@@ -69,7 +69,7 @@ class TrainingRun:
         self._started = time.monotonic()
         self._opt: dict[str, Any] = {}
         self._val_loaders: list[Any] = []
-        self._log: TrainingLog | None = None
+        self._log: Any = None  # a TrainingLog
         self._start_iteration = self._batches = self._batch_size = 0
         self._validated: set[tuple[str, int]] = set()
 
@@ -104,8 +104,7 @@ class TrainingRun:
         """
         if self._batches == 0 and self._start_iteration and self._opt.get("val") is not None:
             self._catch_up()
-        if self._log is not None:
-            self._log.step(self.iteration)
+        self._log.step(self.iteration)
         if self._agreement.any_rank(bool(self.stop)):
             saved = "saved" if self._save() else "nothing new to save"
             logger.info("Stopped on request after iteration %d; %s. Go on with --auto_resume.", self.iteration, saved)
@@ -166,12 +165,12 @@ class TrainingRun:
             count = None if net is None else sum(parameter.numel() for parameter in net.parameters())
             seconds, skipped = time.monotonic() - self._started, getattr(self.model, "skipped", 0)
             logger.info(write_report(root, self._opt, self.history, seconds=seconds, skipped=skipped, parameters=count))
-        if self.stop:  # during the last validation
-            raise Stopped(self.stop.signum or 0)
+        if self.stop.signum is not None:  # during the last validation
+            raise Stopped(self.stop.signum)
 
     def close(self) -> None:
         """Restore the terminal, and let go of what holds processes and threads."""
-        self._agreement.finish()
+        self._agreement = Agreement()  # without the question that is on its way
         if self._log is not None:
             self._log.close()
             if self._log.tb_logger:
@@ -189,8 +188,8 @@ class TrainingRun:
             if _name_of(loader) in done:
                 self.begins_validation(loader, self._start_iteration)
             elif due and has_records and getattr(self.model, "logs_complete_validations", False):
-                tb_logger = self._log.tb_logger if self._log is not None else None
-                self.model.validation(loader, self._start_iteration, tb_logger, self._opt["val"]["save_img"])
+                save_img = self._opt["val"]["save_img"]
+                self.model.validation(loader, self._start_iteration, self._log.tb_logger, save_img)
 
     def _save(self) -> bool:
         """Save a state, unless there is one of this iteration; True if it was done."""

@@ -47,11 +47,8 @@ class _OwnRate:
 def build_scheduler(kind: str, optimizer: torch.optim.Optimizer, **options: Any) -> LRScheduler:
     """One of torch's schedules, stepped once an iteration; a warm-up replaces its rates but does not change later ones.
 
-    Args:
-        kind: one of `TORCH_SCHEDULERS`.
-        optimizer: whose groups it sets. Rates of OneCycleLR and CyclicLR are those of a group with the optimiser's own
-            rate; groups of another rate get the same multiple of them.
-        options: of its constructor, which raises ValueError or TypeError for invalid ones.
+    Its constructor raises ValueError or TypeError for invalid options. Rates of OneCycleLR and CyclicLR are those of a
+    group with the optimiser's own rate; groups of another rate get the same multiple of them.
     """
     if kind not in TORCH_SCHEDULERS:
         raise UserError(f"The schedule {kind!r} is not known. {did_you_mean(kind, SCHEDULERS)}.")

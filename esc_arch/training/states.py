@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import inspect
+import json
 import logging
 import random
 from collections.abc import Callable, Iterator, Mapping
@@ -22,8 +24,6 @@ __all__ = ["apply_state", "prune", "training_state"]
 
 logger = logging.getLogger("basicsr")
 
-#: Options of schedulers, as against what the iterations change.
-_SCHEDULE = ("milestones", "gamma", "restarts", "restart_weights", "periods", "eta_min", "T_max", "step_size", "power")
 #: What loading a state that does not fit, or is damaged, may raise.
 _MISFIT = (AssertionError, AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError)
 
@@ -42,7 +42,10 @@ def training_state(model: Any, epoch: int, iteration: int) -> dict[str, Any]:
         "manual_seed": model.opt.get("manual_seed"),
         "samples": run.samples if run else None,  # of the epoch, over all processes
         "random": gather_objects(_random_state()),  # of each process
-        "best_metric_results": _plain_numbers(getattr(model, "best_metric_results", None)),
+        # Without NumPy's numbers, which are not loaded without unpickling
+        "best_metric_results": json.loads(
+            json.dumps(getattr(model, "best_metric_results", None), default=np.generic.item)
+        ),
         "model": model.extra_state() if hasattr(model, "extra_state") else {},
     }
 
@@ -71,13 +74,6 @@ def _restore_random_state(state: Mapping[str, Any]) -> None:
         torch.cuda.set_rng_state(torch.tensor(of_device, dtype=torch.uint8), device)
 
 
-def _plain_numbers(results: Any) -> Any:
-    """BasicSR's table of best results without NumPy's numbers, which are not loaded without unpickling."""
-    if isinstance(results, Mapping):
-        return {key: _plain_numbers(value) for key, value in results.items()}
-    return results.item() if isinstance(results, np.generic) else results
-
-
 def apply_state(model: Any, state: Mapping[str, Any], load: Callable[[Any, Any], None]) -> None:
     """Go on from `state`; `load` is BasicSR's part of it. States that BasicSR wrote have no more than that.
 
@@ -87,8 +83,7 @@ def apply_state(model: Any, state: Mapping[str, Any], load: Callable[[Any, Any],
     try:
         # States of BasicSR have no random numbers
         state = {**state, "optimizers": in_order_of(model, state["optimizers"], earlier="random" in state)}
-        _refuse_other_schedules(model, state)
-        for warning in _ignored_changes(model, state):
+        for warning in list(_ignored_changes(model, state)):
             logger.warning(warning)
         load(model, state)
     except _MISFIT as error:
@@ -115,36 +110,31 @@ def apply_state(model: Any, state: Mapping[str, Any], load: Callable[[Any, Any],
         ) from error
 
 
-def _refuse_other_schedules(model: Any, state: Mapping[str, Any]) -> None:
-    """ValueError for the numbers of another schedule: going on with them follows neither, or fails at once."""
-    for scheduler, saved in zip(model.schedulers, state["schedulers"], strict=False):
-        if (name := type(scheduler).__name__) not in SCHEDULERS:
-            continue  # of another package, whose numbers may come and go with its versions
-        # Versions of PyTorch differ in what is private, and early ones have `verbose`
-        now, before = (
-            {key for key in entries if not key.startswith("_") and key != "verbose"}
-            for entries in (scheduler.state_dict(), saved)
-        )
-        if now != before:
-            kept = ", ".join(sorted(before - now)) or "nothing"
-            raise ValueError(
-                f"train: scheduler: type is {name}, and the state was saved by another, which has {kept} besides"
-            )
-
-
 def _ignored_changes(model: Any, state: Mapping[str, Any]) -> Iterator[str]:
-    """Differences of the option file from the state, which is what counts (fault 28)."""
+    """Differences of the option file from the state, which is what counts (fault 28).
+
+    ValueError for the numbers of another schedule: going on with them follows neither, or fails at once.
+    """
     changes: list[tuple[str, Any, Any]] = []
     for optimizer, saved in zip(model.optimizers, state["optimizers"], strict=False):
-        now, before = (
+        rate, before = (
             ", ".join(f"{rate:g}" for rate in sorted({group.get("initial_lr", group["lr"]) for group in groups}))
             for groups in (optimizer.param_groups, saved["param_groups"])
         )
-        changes.append(("The learning rate", now, before))
+        changes.append(("The learning rate", rate, before))
     for scheduler, saved in zip(model.schedulers, state["schedulers"], strict=False):
-        for key in _SCHEDULE:
-            if key in saved:
-                changes.append((f"train:scheduler:{key}", _plain(getattr(scheduler, key, None)), _plain(saved[key])))
+        now, kind = scheduler.state_dict(), type(scheduler)
+        # Versions of PyTorch differ in what is private, and early ones have `verbose`
+        keys, kept = ({key for key in of if key[0] != "_" and key != "verbose"} for of in (now, saved))
+        if keys != kept and kind.__name__ in SCHEDULERS:  # those of other packages may change with their versions
+            others = ", ".join(sorted(kept - keys)) or "nothing"
+            raise ValueError(
+                f"train: scheduler: type is {kind.__name__}, and the state was saved by another, which has {others} "
+                f"besides"
+            )
+        for key in inspect.signature(kind).parameters:
+            if key in keys & kept and key != "last_epoch":
+                changes.append((f"train:scheduler:{key}", _plain(now[key]), _plain(saved[key])))
     for what, now, before in changes:
         if now != before:
             yield (

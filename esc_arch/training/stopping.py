@@ -60,12 +60,10 @@ class StopRequest:
                 sys.__stderr__.fileno() if sys.__stderr__ else 2,
                 f"\n{signal.Signals(signum).name}: finishing the iteration, then saving{again}.\n".encode(),
             )
-        elif signum == signal.SIGINT and time.monotonic() - self._since > _SAME_REQUEST and not _is_of_torchrun():
+        elif "TORCHELASTIC_RUN_ID" in os.environ:
+            pass  # torchrun sends each signal on more than once
+        elif signum == signal.SIGINT and time.monotonic() - self._since > _SAME_REQUEST:
             raise KeyboardInterrupt
-
-
-def _is_of_torchrun() -> bool:
-    return "TORCHELASTIC_RUN_ID" in os.environ  # it sends each signal on more than once
 
 
 def shield_worker() -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import re
 import shutil
-import socket
+import signal
 import subprocess
 import sys
 from collections.abc import Callable
@@ -16,8 +16,9 @@ from typing import Any
 import pytest
 import torch
 from conftest import run_command
+from ranks import finish, free_port, of_torchrun, run_ranks, start_ranks
 
-from esc_arch import cli
+from esc_arch import ESCModel, cli
 
 AGENT = ("-m", "torch.distributed.run")
 TORCHRUN = (*AGENT, "--nproc_per_node", "2", "--standalone")
@@ -32,29 +33,22 @@ def only_folder(run: Any) -> None:
     assert [path.name for path in (run.folder / "experiments").iterdir()] == ["trial"]
 
 
-@pytest.mark.parametrize("way", ["--launcher pytorch", "torchrun alone"])
-def test_two_processes_train_one_network(way: str, run_basicsr: Any, train_options: Any) -> None:
-    """Faults 17, 5 (workers are spawned) and 20 (nothing said of a launcher)."""
+def test_torchrun_alone_trains_one_network(run_basicsr: Any, train_options: Any) -> None:
+    """Faults 17, 5 (workers are spawned), 19 (as torch.distributed.launch appends it) and 20 (nothing of a launcher).
+
+    A second epoch begins when the images are used up, and persistent workers live on.
+    """
     del train_options["num_gpu"]
-    arguments = ["--launcher", "pytorch"]
-    if way == "torchrun alone":
-        arguments = ["--local-rank=0"]  # as torch.distributed.launch appends it (fault 19)
-        # a second epoch begins when the images are used up, and persistent workers live on
-        train_options["datasets"]["train"] |= {"num_worker_per_gpu": 1, "persistent_workers": True}
-    run = run_basicsr.in_new_process("train", train_options, *arguments, start=TORCHRUN)
-    assert run.status == 0, run.err
-    assert "Traceback" not in run.err
-    only_folder(run)
+    train_options["datasets"]["train"] |= {"num_worker_per_gpu": 1, "persistent_workers": True}
+    run = run_basicsr.in_new_process("train", train_options, "--local-rank=0", start=TORCHRUN)
+    trained_together([run])
     log = run.log()
-    assert re.search(r"^ *world_size: 2$", log, re.MULTILINE)
     assert re.search(r"Require iter number per epoch: 2$", log, re.MULTILINE)  # 6 images, 2 for each of 2 processes
-    assert len(re.findall(r"\[epoch: *\d+, iter: +\d+", log)) == 4
-    assert ("using --launcher pytorch" in run.err) == (way == "torchrun alone")
+    assert "using --launcher pytorch" in run.err
     assert {path.name for path in (run.experiment() / "models").iterdir()} == {
         "net_g_2.pth", "net_g_4.pth", "net_g_latest.pth"
     }  # fmt: skip
     assert not any(name.startswith("module.") for name in run.weights())
-    assert not torch.equal(run.weights()["proj.weight"], run.weights(2)["proj.weight"])
 
 
 def test_a_mistake_among_two_processes(run_basicsr: Any, train_options: Any) -> None:
@@ -62,10 +56,11 @@ def test_a_mistake_among_two_processes(run_basicsr: Any, train_options: Any) -> 
     del train_options["num_gpu"]
     (run_basicsr.folder / "experiments" / "trial").mkdir(parents=True)
     train_options["network_g"]["n_block"] = 1
-    run = run_basicsr.in_new_process("train", train_options, start=TORCHRUN)
-    assert run.status != 0
-    assert "network_g:n_block: ESC has no such argument" in run.err
-    only_folder(run)
+    argv = ["train", "-opt", run_basicsr.option_file(train_options)]
+    for run in run_ranks(run_basicsr.folder, argv, of_torchrun(free_port())):
+        assert run.status == 2
+        assert "network_g:n_block: ESC has no such argument" in run.err
+        only_folder(run)
 
 
 @pytest.mark.parametrize(
@@ -84,26 +79,8 @@ def test_local_rank_is_accepted_wherever_it_is_put(
 # --- several machines, as far as one can be several -----------------------------------------------------------------
 
 
-def free_port() -> str:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return str(probe.getsockname()[1])
-
-
-def in_two_processes(run_basicsr: Any, options: Any, launcher: str, of_rank: Callable[[int], dict[str, Any]]) -> list:
-    """Two commands at once, each with its own arguments for `in_new_process`."""
-    del options["num_gpu"]
-    file = run_basicsr.option_file(options)
-
-    def start(rank: int) -> Any:
-        return run_basicsr.in_new_process("train", file, "--launcher", launcher, **of_rank(rank))
-
-    with ThreadPoolExecutor() as both:
-        return list(both.map(start, range(2)))
-
-
 def trained_together(runs: list[Any]) -> None:
-    assert [run.status for run in runs] == [0, 0], "".join(run.err for run in runs)
+    assert not any(run.status for run in runs), "".join(run.err for run in runs)
     assert not any("Traceback" in run.err for run in runs)
     only_folder(runs[0])
     assert re.search(r"^ *world_size: 2$", runs[0].log(), re.MULTILINE)
@@ -118,10 +95,22 @@ def node(number: int, address: str, port: str) -> tuple[str, ...]:
     )  # fmt: skip
 
 
+def two_agents(run_basicsr: Any, options: Any, of_node: Callable[[int], tuple[str, ...]]) -> list[Any]:
+    """Two commands of torchrun at once, each with its own arguments."""
+    del options["num_gpu"]
+    file = run_basicsr.option_file(options)
+
+    def start(number: int) -> Any:
+        return run_basicsr.in_new_process("train", file, "--launcher", "pytorch", start=of_node(number))
+
+    with ThreadPoolExecutor() as both:
+        return list(both.map(start, range(2)))
+
+
 def test_two_nodes_that_meet_by_c10d(run_basicsr: Any, train_options: Any) -> None:
     endpoint = ("--rdzv_backend", "c10d", "--rdzv_endpoint", f"127.0.0.1:{free_port()}", "--rdzv_id", "trial")
-    agent = {"start": (*AGENT, "--nnodes", "2", "--nproc_per_node", "1", *endpoint)}
-    trained_together(in_two_processes(run_basicsr, train_options, "pytorch", lambda _: agent))
+    agent = (*AGENT, "--nnodes", "2", "--nproc_per_node", "1", *endpoint)
+    trained_together(two_agents(run_basicsr, train_options, lambda _: agent))
 
 
 #: Two network namespaces joined by a cable; $1 is the command on the first machine, $2 that on the second.
@@ -154,8 +143,7 @@ def test_two_nodes_with_a_given_master(run_basicsr: Any, train_options: Any) -> 
     gloo would choose."""
     port = free_port()
     if not namespaces_can_be_made():
-        agents = [{"start": node(number, "127.0.0.1", port)} for number in range(2)]
-        trained_together(in_two_processes(run_basicsr, train_options, "pytorch", agents.__getitem__))
+        trained_together(two_agents(run_basicsr, train_options, lambda number: node(number, "127.0.0.1", port)))
         return
     del train_options["num_gpu"]
     file = run_basicsr.option_file(train_options)
@@ -169,56 +157,49 @@ def test_two_nodes_with_a_given_master(run_basicsr: Any, train_options: Any) -> 
 
 # --- Slurm, and failures ----------------------------------------------------------------------------------------------
 
-#: Runs `basicsr`, whose process of rank 1 meets the end that the environment names. Begins like `-m esc_arch`.
-FAILING = """
-import os, signal, sys
-from esc_arch.cli import main
-from esc_arch.models import ESCModel
 
-optimize_parameters = ESCModel.optimize_parameters
+def main_with_an_end(end: str, argv: list[str]) -> int:
+    """`basicsr`, whose process of rank 1 meets an end in its third iteration."""
+    optimize_parameters = ESCModel.optimize_parameters
 
-def fail(self, current_iter):
-    if current_iter == 3 and self.opt["rank"] == 1:
-        if os.environ["END"] == "SIGKILL":
-            os.kill(os.getpid(), signal.SIGKILL)
-        raise OSError("one bad disk")
-    optimize_parameters(self, current_iter)
+    def fail(self: Any, current_iter: int) -> None:
+        if current_iter == 3 and self.opt["rank"] == 1:
+            if end == "SIGKILL":
+                os.kill(os.getpid(), signal.SIGKILL)
+            raise OSError("one bad disk")
+        optimize_parameters(self, current_iter)
 
-if "END" in os.environ:
-    ESCModel.optimize_parameters = fail
-sys.exit(main(sys.argv[3:]))
-"""
+    ESCModel.optimize_parameters = fail  # type: ignore[method-assign]
+    return cli.main(argv)
 
 
 @pytest.fixture
-def script(work_folder: Path) -> str:
-    (work_folder / "failing.py").write_text(FAILING, encoding="utf-8")
-    return "failing.py"
-
-
-@pytest.fixture
-def task(work_folder: Path) -> Callable[..., dict[str, Any]]:
-    """Start and environment of a process of a Slurm job of two, on two nodes of which scontrol knows."""
+def task(work_folder: Path) -> Callable[[int], dict[str, str]]:
+    """The environment of a process of a Slurm job of two, on two nodes of which scontrol knows."""
     (work_folder / "bin").mkdir()
     scontrol = work_folder / "bin" / "scontrol"
     scontrol.write_text('#!/bin/sh\n[ "$*" = "show hostname n[1-2]" ] && echo 127.0.0.1 && echo n2\n')
     scontrol.chmod(0o755)
     path = f"{scontrol.parent}{os.pathsep}{os.environ['PATH']}"
     common = {"SLURM_NTASKS": "2", "SLURM_NODELIST": "n[1-2]", "SLURM_LOCALID": "0", "PATH": path}
-    return lambda rank, **more: common | {"SLURM_PROCID": str(rank)} | more
+    return lambda rank: common | {"SLURM_PROCID": str(rank)}
 
 
-def test_slurm(run_basicsr: Any, train_options: Any, task: Any) -> None:
+@pytest.fixture
+def slurm_argv(run_basicsr: Any, train_options: Any) -> list[str]:
+    del train_options["num_gpu"]
     train_options["dist_params"] = {"backend": "nccl", "port": int(free_port())}
-    trained_together(in_two_processes(run_basicsr, train_options, "slurm", task))
+    return ["train", "-opt", run_basicsr.option_file(train_options), "--launcher", "slurm"]
 
 
-def test_a_failure_of_one_process_ends_all(run_basicsr: Any, train_options: Any, task: Any, script: str) -> None:
+def test_slurm(slurm_argv: list[str], task: Any, work_folder: Path) -> None:
+    trained_together(run_ranks(work_folder, slurm_argv, task))
+
+
+def test_a_failure_of_one_process_ends_all(slurm_argv: list[str], task: Any, work_folder: Path) -> None:
     """Without an agent: rank 0 waits for the gradients of rank 1, which serves nobody any more."""
-    train_options["dist_params"] = {"port": int(free_port())}
-    first, failing = in_two_processes(
-        run_basicsr, train_options, "slurm", lambda rank: task(rank, END="error", start=(script,))
-    )
+    ranks = start_ranks(work_folder, main_with_an_end, "error", slurm_argv, environment=task)
+    first, failing = finish(work_folder, ranks)
     assert (first.status, failing.status) == (1, 1)
     assert "rank 1 failed: OSError: one bad disk; stopping" in first.err.splitlines()
     assert "Traceback" not in first.err
@@ -226,9 +207,14 @@ def test_a_failure_of_one_process_ends_all(run_basicsr: Any, train_options: Any,
     assert failing.err.count("Traceback") == 1
 
 
-def test_a_process_that_is_killed_ends_all(run_basicsr: Any, train_options: Any, script: str) -> None:
+def test_a_process_that_is_killed_ends_all(run_basicsr: Any, train_options: Any) -> None:
     del train_options["num_gpu"]
-    run = run_basicsr.in_new_process("train", train_options, start=(*TORCHRUN, script), END="SIGKILL")
+    file, folder = run_basicsr.option_file(train_options), run_basicsr.folder
+    argv = ["train", "-opt", file, "--launcher", "pytorch"]
+    code = f"from test_distributed import main_with_an_end\nraise SystemExit(main_with_an_end('SIGKILL', {argv}))\n"
+    (folder / "killed.py").write_text(code, encoding="utf-8")
+    path = os.pathsep.join(map(str, [Path(__file__).parent, Path(__file__).parents[1], Path(cli.__file__).parents[2]]))
+    run = run_command([sys.executable, *TORCHRUN, "killed.py"], folder, PYTHONPATH=path)
     assert run.status not in (0, None)
     assert re.search(r"exitcode *: -9", run.err)
     assert not (run.experiment() / "models" / "net_g_latest.pth").exists()

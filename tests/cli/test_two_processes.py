@@ -6,22 +6,28 @@ import json
 import os
 import shutil
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from ranks import finish, free_port, of_torchrun, run_ranks, start_ranks
 
-import esc_arch
+from esc_arch.cli import main
 
-TORCHRUN = ("-m", "torch.distributed.run", "--nproc_per_node", "2", "--standalone")
 pytestmark = [
     pytest.mark.timeout(180),
     pytest.mark.skipif(torch.cuda.is_available(), reason="with GPUs the processes would use them"),
 ]
+
+
+def in_two_processes(run_basicsr: Any, verb: str, options: Any, *arguments: str) -> Any:
+    """What the first of them left, which has the log."""
+    argv = [verb, "-opt", run_basicsr.option_file(options), "--launcher", "pytorch", *arguments]
+    runs = run_ranks(run_basicsr.folder, argv, of_torchrun(free_port()))
+    assert [run.status for run in runs] == [0, 0], "".join(run.err for run in runs)
+    return runs[0]
 
 
 def records(run: Any, name: str = "trial") -> list[dict[str, Any]]:
@@ -46,8 +52,7 @@ def options(train_options: Any, photographs: Any, tmp_path: Path) -> Any:
 def test_two_processes_do_what_one_does_with_twice_the_batch(run_basicsr: Any, options: Any) -> None:
     train = options["datasets"]["train"]
     options["train"] |= {"optim_g": {"type": "SGD", "lr": 0.1}, "accumulate_grad": 2}
-    two = run_basicsr.in_new_process("train", options, "--launcher", "pytorch", start=TORCHRUN)
-    assert two.status == 0, two.err
+    two = in_two_processes(run_basicsr, "train", options)
     options["name"] = "alone"
     train["batch_size_per_gpu"] *= 2
     one = run_basicsr("train", options)
@@ -76,8 +81,7 @@ def test_18_a_shared_validation_has_the_mean_of_one_process(run_basicsr: Any, op
     for model in ("ESCModel", "SRModel"):
         test_options |= {"model_type": model, "name": model}
         logs[model, 1] = run_basicsr("test", test_options).log(of="results", name=model)
-        run = run_basicsr.in_new_process("test", test_options, "--launcher", "pytorch", start=TORCHRUN)
-        assert run.status == 0, run.err
+        run = in_two_processes(run_basicsr, "test", test_options)
         logs[model, 2] = run.log(of="results", name=model)
         figures = [[line for line in logs[model, count].splitlines() if "# " in line] for count in (1, 2)]
         assert figures[0] == figures[1] != []
@@ -90,20 +94,19 @@ def test_sigterm_to_one_process_stops_both_after_the_same_iteration(run_basicsr:
     options["train"]["total_iter"] = 100_000
     options["logger"] |= {"print_freq": 1, "save_checkpoint_freq": 100_000}
     options["val"]["val_freq"] = 100_000
-    command = [sys.executable, *TORCHRUN, "-m", "esc_arch", "train", "-opt", run_basicsr.option_file(options)]
-    environment = os.environ | {"PYTHONPATH": str(Path(esc_arch.__file__).parents[1]), "OMP_NUM_THREADS": "1"}
-    with open(run_basicsr.folder / "err", "wb") as err:
-        process = subprocess.Popen(
-            [*command, "--launcher", "pytorch"], cwd=run_basicsr.folder, env=environment, stderr=err, stdout=err
-        )
-    history = run_basicsr.folder / "experiments" / "trial" / "metrics.jsonl"
+    file, folder = run_basicsr.option_file(options), run_basicsr.folder
+    environment = of_torchrun(free_port())
+    argv = ["train", "-opt", file, "--launcher", "pytorch"]
+    ranks = start_ranks(folder, main, argv, environment=environment)
+    history = folder / "experiments" / "trial" / "metrics.jsonl"
     deadline = time.monotonic() + 100
     while not (history.is_file() and history.stat().st_size > 500) and time.monotonic() < deadline:
-        assert process.poll() is None, (run_basicsr.folder / "err").read_text(errors="replace")
+        assert all(each.is_alive() for each in ranks), (folder / "0.err").read_text(errors="replace")
         time.sleep(0.1)
-    process.send_signal(signal.SIGTERM)  # torchrun hands it on
-    process.wait(60)
-    err_text = (run_basicsr.folder / "err").read_text(errors="replace")
+    os.kill(ranks[1].pid, signal.SIGTERM)
+    runs = finish(folder, ranks)
+    assert [run.status for run in runs] == [143, 143]
+    err_text = runs[0].err
     states = list((history.parent / "training_states").iterdir())
     assert len(states) == 1, err_text
     state = torch.load(states[0], weights_only=True)
@@ -111,6 +114,5 @@ def test_sigterm_to_one_process_stops_both_after_the_same_iteration(run_basicsr:
     assert len(state["random"]) == 2
     assert state["random"][0]["torch"] != state["random"][1]["torch"]
     options["train"]["total_iter"] = state["iter"] + 2
-    resumed = run_basicsr.in_new_process("train", options, "--launcher", "pytorch", "--auto_resume", start=TORCHRUN)
-    assert resumed.status == 0, resumed.err
+    resumed = in_two_processes(run_basicsr, "train", options, "--auto_resume")
     assert [record["iter"] for record in records(resumed) if "l_pix" in record] == list(range(1, state["iter"] + 3))

@@ -121,12 +121,14 @@ def test_a_resumed_run_draws_what_comes_next(make_model: Any, lte_options: Optio
     batch = next(iter(loader(lte_options["datasets"]["train"])))
     first, second = make_model(**lte_options), make_model(**lte_options)
     for iteration in range(1, 4):
+        first.update_learning_rate(iteration)
         first.feed_data(batch)
         if iteration == 2:
             first.optimize_parameters(iteration)
             first.save_training_state(0, 2)
             state = torch.load(Path(first.opt["path"]["training_states"], "2.state"), weights_only=True)
             second.resume_training(state)
+    second.update_learning_rate(3)
     second.feed_data(batch)
     assert torch.equal(first.lq, second.lq) and torch.equal(first.gt, second.gt)
 
@@ -144,6 +146,7 @@ def test_the_loss_falls(make_model: Any, lte_options: Options) -> None:
     losses = []
     batch = next(iter(loader(lte_options["datasets"]["train"])))
     for iteration in range(1, 41):
+        model.update_learning_rate(iteration)
         model.feed_data(batch)
         model.optimize_parameters(iteration)
         losses.append(model.get_current_log()["l_pix"])

@@ -49,15 +49,15 @@ def test_any_queue_size(size: int, batch: int) -> None:
     pool, taken = PairPool(size), []
     for step in range(12):
         new = list(range(step * batch, (step + 1) * batch))
-        filling = pool.filled + batch <= size
+        filling = len(pool.pairs) + batch <= size
         back = numbers_in(*pool.exchange(*pairs(new[0], batch)))
         assert len(back) == batch
         if filling:
             assert back == new
         else:
             taken += back
-    assert pool.filled == size // batch * batch
-    assert len(set(taken)) == len(taken) == 12 * batch - pool.filled
+    assert len(pool.pairs) == size // batch * batch
+    assert len(set(taken)) == len(taken) == 12 * batch - len(pool.pairs)
 
 
 def test_mixes_batches() -> None:

@@ -202,7 +202,7 @@ def test_one_image_a_batch(make_real_model: Callable[..., Any], batch: dict[str,
     for _ in range(7):  # beyond the queue of 5
         model.feed_data({key: value[:1] for key, value in batch.items()})
         assert model.lq.shape == (1, 3, 8, 8) and model.gt.shape == model.gt_usm.shape == (1, 3, 32, 32)
-    assert model.pool.filled == 5
+    assert len(model.pool.pairs) == 5
 
 
 def test_pairs_as_they_are(make_real_model: Callable[..., Any]) -> None:

@@ -27,6 +27,7 @@ def options(**changes: Any) -> dict[str, Any]:
 
 def named_groups(net: nn.Module, **changes: Any) -> list[tuple[float | None, list[str]]]:
     names = {id(parameter): name for name, parameter in net.named_parameters()}
+    freeze(net, options(**changes))
     groups = parameter_groups(net, options(**changes))
     return [(group.get("lr"), [names[id(parameter)] for parameter in group["params"]]) for group in groups]
 
@@ -114,9 +115,9 @@ def test_patterns_are_checked_before_the_run(changes: Any, message: str, train_o
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"freeze": "blocks.*"}, r"train:freeze: 'blocks\.\*' given; must be a list of patterns of parameter names"),
-        ({"freeze": [1]}, r"train:freeze: \[1\] given; must be a list of patterns"),
-        ({"lr_factors": ["blocks.*"]}, r"train:lr_factors: .* given; must be a mapping of patterns, such as"),
+        ({"freeze": "blocks.*"}, r"train:freeze: 'blocks\.\*' given; must be a list of texts"),
+        ({"freeze": [1]}, r"train:freeze: \[1\] given; must be a list of texts"),
+        ({"lr_factors": ["blocks.*"]}, r"train:lr_factors: .* given; must be a mapping"),
         ({"lr_factors": {"proj.*": 0}}, r"train:lr_factors:proj\.\*: 0 given; must be a number above 0.* freeze"),
         ({"lr_factors": {"proj.*": "2"}}, r"train:lr_factors:proj\.\*: '2' given; must be a number above 0"),
     ],

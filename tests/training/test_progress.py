@@ -61,6 +61,13 @@ class Scalars:
         self.written.append((tag, value, iteration))
 
 
+def logging_to(file: Path, scalars: Scalars, **changes: Any) -> Any:
+    """A log with a history and TensorBoard."""
+    log = TrainingLog(options(**changes), 1, scalars)
+    log.history = History(file)
+    return log
+
+
 # --- lines ----------------------------------------------------------------------------------------------------------
 
 
@@ -82,16 +89,15 @@ def test_the_line_is_basicsr_s_with_more_at_its_end(
 def test_without_a_time_there_is_no_speed(basicsr_log: pytest.LogCaptureFixture, tmp_path: Path) -> None:
     given = variables()
     del given["time"], given["data_time"]
-    log, scalars = TrainingLog(options(), 1, Scalars(), history=History(tmp_path / "m")), Scalars()
-    log.tb_logger = scalars
+    scalars = Scalars()
+    log = logging_to(tmp_path / "m", scalars)
     log(given)
     assert re.search(r"l_pix: 2.5000e-01 out_d: 7.5000e-01 \[memory: \S+ GiB\] $", basicsr_log.messages[0])
-    assert log.history is not None
     assert "images_per_s" not in log.history.records()[0]
     assert [tag for tag, *_ in scalars.written] == ["losses/l_pix", "out_d", "lr"]
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere the peak is getrusage's")
+@pytest.mark.skipif(sys.platform != "linux", reason="the resident set is Linux's")
 def test_peak_memory_is_of_the_process() -> None:
     before, status = peak_memory(False), Path("/proc/self/status").read_text()
     resident = int(re.search(r"VmRSS:\s+(\d+)", status)[1]) * 1024
@@ -104,9 +110,9 @@ def test_memory_of_the_gpu_where_one_is_used(monkeypatch: pytest.MonkeyPatch, tm
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda: 3 << 29)
     for num_gpu, expected in ((1, True), (0, False)):
-        history = History(tmp_path / str(num_gpu))
-        TrainingLog(options(num_gpu=num_gpu), 1, Scalars(), history=history)(variables())
-        assert (history.records()[0]["memory_gib"] == 1.5) is expected
+        log = logging_to(tmp_path / str(num_gpu), Scalars(), num_gpu=num_gpu)
+        log(variables())
+        assert (log.history.records()[0]["memory_gib"] == 1.5) is expected
 
 
 @pytest.mark.parametrize(
@@ -135,13 +141,16 @@ def test_tensorboard_has_basicsr_s_scalars_and_more() -> None:
 
 
 def test_learning_rates_that_differ_are_told_apart(tmp_path: Path) -> None:
-    scalars, history = Scalars(), History(tmp_path / "m")
-    log = TrainingLog(options(), 1, scalars, history=history)
+    scalars = Scalars()
+    log = logging_to(tmp_path / "m", scalars)
     log(variables(lrs=[1e-3, 1e-4]))
     log(variables(20, lrs=[1e-3, 1e-3]))
     rates = [entry for entry in scalars.written if entry[0].startswith("lr")]
     assert rates == [("lr/0", 1e-3, 10), ("lr/1", 1e-4, 10), ("lr", 1e-3, 20)]
-    assert [(record["lr"], record.get("lrs")) for record in history.records()] == [(1e-3, [1e-3, 1e-4]), (1e-3, None)]
+    assert [(record["lr"], record.get("lrs")) for record in log.history.records()] == [
+        (1e-3, [1e-3, 1e-4]),
+        (1e-3, None),
+    ]
 
 
 @pytest.mark.parametrize("changes", [{"logger": {"print_freq": 2, "use_tb_logger": False}}, {"name": "debug_x"}])
@@ -173,7 +182,7 @@ def test_other_processes_say_and_write_nothing(
         monkeypatch.setattr(f"{module}.get_dist_info", lambda: (1, 2))
     monkeypatch.setattr(sys, "stderr", terminal.stream)
     scalars = Scalars()
-    log = TrainingLog(options(), 0, scalars, history=History(tmp_path / "m"))
+    log = logging_to(tmp_path / "m", scalars)
     log.step(1)
     log(variables())
     log.close()

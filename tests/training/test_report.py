@@ -117,19 +117,17 @@ def test_pyplot_is_not_used(tmp_path: Path, history: History, opt: dict[str, Any
     assert (tmp_path / "training.png").is_file()
 
 
-def curves(history: History, opt: dict[str, Any]) -> dict[str, Any]:
-    """By title; of several in a panel the first."""
+def panels_of(history: History, opt: dict[str, Any]) -> dict[str, Any]:
+    """What is drawn: axes by their titles."""
     records = history.records()
-    training = report._training_panels([record for record in records if "dataset" not in record])
-    return {
-        curve.title: curve for curve in [*(panel[0] for panel in training), *report._metrics(records, opt).values()]
-    }
+    training = [record for record in records if "dataset" not in record]
+    return {axes.get_title("left"): axes for axes in report._draw("", training, report._scores(records, opt)).axes}
 
 
 def test_what_is_on_the_panels(history: History, opt: dict[str, Any]) -> None:
     history.append({"iter": 2100, "lr": 1e-4, "lrs": [1e-4, 2e-4], "l_pix": None, "l_gan": -1.0})
-    made = curves(history, opt)
-    assert list(made) == [
+    panels = panels_of(history, opt)
+    assert list(panels) == [
         "loss l_pix",
         "loss l_gan",
         "learning rate",
@@ -137,24 +135,26 @@ def test_what_is_on_the_panels(history: History, opt: dict[str, Any]) -> None:
         "Set5: lpips",
         "Set14: psnr",
     ]
-    loss = made["loss l_pix"]
-    assert loss.iterations == list(range(100, 2200, 100))
-    assert loss.values[:20] == [1 / index for index in range(1, 21)] and math.isnan(loss.values[20])
-    assert loss.is_logarithmic
-    assert not made["loss l_gan"].is_logarithmic and not made["Set5: psnr"].is_logarithmic
-    assert made["Set5: psnr"].iterations == [400, 800, 1200, 1600, 2000]
-    assert made["Set5: psnr"].values == [30.0, 33.25, 31.5, 33.25, 32.125]
-    assert [made[title].best for title in list(made)[3:]] == [3, 3, 3]
+    loss = panels["loss l_pix"].lines[0]
+    assert list(loss.get_xdata()) == list(range(100, 2100, 100))
+    assert list(loss.get_ydata()) == [1 / index for index in range(1, 21)]
+    assert [title for title, axes in panels.items() if axes.get_yscale() == "log"] == ["loss l_pix"]
+    psnr, best = panels["Set5: psnr"].lines
+    assert list(psnr.get_xdata()) == [400, 800, 1200, 1600, 2000]
+    assert list(psnr.get_ydata()) == [30.0, 33.25, 31.5, 33.25, 32.125]
+    assert (list(best.get_xdata()), list(best.get_ydata())) == ([1600], [33.25])
+    for title, score in (("Set5: psnr", 33.25), ("Set5: lpips", 1 / 33.25), ("Set14: psnr", 30.25)):
+        assert panels[title].get_title("right") == f"best {score:.4f} at 1,600"
 
 
-@pytest.mark.parametrize(("last", "expected"), [(0.11, False), (0.09, True), (0.0, False)])
+@pytest.mark.parametrize(("last", "expected"), [(0.11, "linear"), (0.09, "log"), (0.0, "linear")])
 def test_a_loss_over_more_than_a_decade_is_logarithmic(
-    last: float, expected: bool, tmp_path: Path, opt: dict[str, Any]
+    last: float, expected: str, tmp_path: Path, opt: dict[str, Any]
 ) -> None:
     history = History(tmp_path / "m")
     for iteration, loss in enumerate([1.0, 0.5, last]):
         history.append({"iter": iteration, "lr": 1, "l_pix": loss})
-    assert curves(history, opt)["loss l_pix"].is_logarithmic is expected
+    assert panels_of(history, opt)["loss l_pix"].get_yscale() == expected
 
 
 def test_smoothing() -> None:
@@ -164,11 +164,6 @@ def test_smoothing() -> None:
     windows = np.lib.stride_tricks.sliding_window_view(values, 21)
     np.testing.assert_allclose(smooth[10:-10], windows.mean(axis=1))
     assert smooth[0] == values[0] and smooth[-1] == values[-1]
-    values[300] = math.nan
-    smooth = np.array(report._smoothed(list(values)))
-    assert np.isfinite(smooth).all()
-    assert smooth[295] == pytest.approx(np.nanmean(values[285:306]))
-    assert np.isnan(report._smoothed([math.nan])).all()
 
 
 def test_without_matplotlib_it_says_how_to_get_it(

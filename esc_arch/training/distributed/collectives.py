@@ -61,10 +61,6 @@ class Agreement:
         self._pending = dist.all_reduce(flags, dist.ReduceOp.MAX, group=_group, async_op=True), flags
         return answer
 
-    def finish(self) -> None:
-        """Forget the question that is on its way. Does not wait, so that it can be called after an error too."""
-        self._pending = None
-
 
 def gather_objects(obj: Any) -> list[Any]:
     """The `obj` of every process, in the order of their ranks, for every process; anything that can be pickled."""
