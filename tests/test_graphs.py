@@ -150,7 +150,7 @@ def test_a_network_with_triton_operators_is_one_graph_for_all_sizes(
     torch.compiler.reset()
     monkeypatch.setattr(torch, "is_autocast_enabled", lambda *_: False)
     monkeypatch.setenv("ESC_ARCH_TRITON", "1")
-    monkeypatch.setattr(CONV_ATTN, "order", ("triton_folded",))
+    monkeypatch.setattr(CONV_ATTN, "order", ("triton",))
     monkeypatch.setattr(triton, "missing", lambda *_: "")
     monkeypatch.setattr(WINDOW_ATTENTION.backends["triton"], "missing", lambda *_: "")
     net = small_esc(attn_type="auto").to("meta")

@@ -11,7 +11,6 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from esc_arch.ops import cpu as operators
-from esc_arch.ops.operation import forget
 from esc_arch.ops.window_attention import Bias, window_attention
 
 #: Window, heads, head dimension, batch, height, width: maps smaller and larger than the window, exact and odd.
@@ -211,8 +210,7 @@ def test_auto_takes_it_when_it_is_built(native: ModuleType, monkeypatch: pytest.
     qkv, bias = normal(1, 24, 5, 9), table_bias(4, 2)
     ours, auto = (window_attention(qkv, bias, window=4, heads=2, backend=name) for name in ("cpu", "auto"))
     assert torch.equal(ours, auto)
-    monkeypatch.setattr(operators._State, "ready", False)
-    forget()
+    monkeypatch.setattr(operators._State, "reasons", [operators.NOT_BUILT])
     without = window_attention(qkv, bias, window=4, heads=2)
     assert torch.equal(without, window_attention(qkv, bias, window=4, heads=2, backend="sdpa"))
 

@@ -197,7 +197,7 @@ def test_where_it_is_left_to_the_parts(monkeypatch: pytest.MonkeyPatch) -> None:
         assert runs(table=table.clone().requires_grad_())
     with torch.autocast("cpu", dtype=torch.bfloat16):
         assert not runs()
-    monkeypatch.setattr(operators._State, "ready", False)
+    monkeypatch.setattr(operators._State, "reasons", [operators.NOT_BUILT])
     assert not runs()
 
 

@@ -39,8 +39,7 @@ def new_process(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[[],
     monkeypatch.setattr(cpu._State, "registrations", [])
 
     def forget() -> None:
-        monkeypatch.setattr(cpu._State, "ready", None)
-        monkeypatch.setattr(cpu._State, "failure", None)
+        monkeypatch.setattr(cpu._State, "reasons", None)
 
     forget()
     return forget
@@ -224,6 +223,7 @@ def test_switched_off_and_unknown_machine(monkeypatch: pytest.MonkeyPatch) -> No
     monkeypatch.setenv("ESC_ARCH_NATIVE", "0")
     assert "the C++ operators are switched off by ESC_ARCH_NATIVE=0" in cpu.unsupported_reasons()
     monkeypatch.setattr(platform, "machine", lambda: "riscv64")
+    monkeypatch.setattr(cpu._State, "reasons", None)
     assert any("on x86-64 and arm64, not linux on riscv64" in reason for reason in cpu.unsupported_reasons())
     with pytest.raises(RuntimeError, match=r"switched off by ESC_ARCH_NATIVE=0; .*riscv64"):
         cpu.build()

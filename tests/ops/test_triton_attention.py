@@ -371,16 +371,16 @@ def test_auto_asks_what_it_is_to_compute(anywhere: None, monkeypatch: pytest.Mon
     monkeypatch.setattr(WINDOW_ATTENTION, "order", ("triton", "naive"))
     qkv, table = normal(1, 48, 4, 4), normal(1, 49)
     window_attention(qkv, table, window=4, heads=1)
-    assert (asked, called) == ([(("window attention", "triton", "ESC", "float32", "inference"), "cpu", None)], [])
+    assert (asked, called) == ([("window attention", "ESC", FLOAT, False, False, "cpu", None)], [])
     ask(qkv, table)
     assert (len(asked), called) == (1, ["triton"])
     reasons.clear()
     monkeypatch.setattr(backend, "tf32_in_products", lambda: True)
     window_attention(qkv.requires_grad_(), table, window=4, heads=1)
-    assert asked[-1][0][3:] == ("tf32", "training")
+    assert asked[-1][2:5] == (FLOAT, True, True)
     with torch.no_grad():
         window_attention(normal(1, 3 * 192, 4, 4, dtype=BRAIN), normal(12, 49), window=4, heads=12)
-    assert asked[-1][0][2:] == ("ESC-XL", "bfloat16", "inference")
+    assert asked[-1][1:5] == ("ESC-XL", BRAIN, True, False)
     assert called == 3 * ["triton"]
 
 

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import importlib.util
 from types import SimpleNamespace
 
 import pytest
 import torch
 
+from esc_arch.ops import triton_support
 from esc_arch.ops.triton_support import missing, precision
 
 
@@ -15,7 +15,7 @@ from esc_arch.ops.triton_support import missing, precision
 def machine(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
     """A machine whose GPU can be set."""
     settings = SimpleNamespace(triton=True, capability=(9, 0))
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: object() if settings.triton else None)
+    monkeypatch.setattr(triton_support, "_installed", lambda: settings.triton)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: settings.capability)
     return settings
 

@@ -18,9 +18,9 @@ from esc_arch.ops.dispatch import OPERATIONS
 from esc_arch.ops.float32 import float32_products
 from esc_arch.ops.operation import Operation, Size
 
+from .choice import NETWORKS, Network
 from .comparison import allowed_error, largest_difference, results
-from .networks import NETWORKS, Network
-from .results import MODES, PRECISIONS, Case, Result
+from .results import MODES, PRECISIONS, Case, TrialResult
 
 __all__ = ["LAYOUTS", "ROUNDS", "cases", "run"]
 
@@ -32,10 +32,10 @@ TF32_EPS = 2.0**-10
 ROUNDS, LEAST_ROUND = 9, 0.02
 
 
-def cases(networks: Sequence[str] = tuple(NETWORKS), precisions: Sequence[str] = tuple(PRECISIONS)) -> Iterator[Case]:
+def cases() -> Iterator[Case]:
     """All there is to try; cases that differ only in the mode follow each other."""
     for name, operation in OPERATIONS.items():
-        for backend, network, precision, mode in product(autotuned(operation), networks, precisions, MODES):
+        for backend, network, precision, mode in product(autotuned(operation), NETWORKS, PRECISIONS, MODES):
             yield Case(name, backend, network, precision, mode)
 
 
@@ -44,7 +44,7 @@ def autotuned(operation: Operation) -> list[str]:
     return [name for name, module in operation.backends.items() if hasattr(module, "auto_skip_reasons")]
 
 
-def run(case: Case, network: Network, device: torch.device, rounds: int = ROUNDS) -> Result:
+def run(case: Case, network: Network, device: torch.device, rounds: int) -> TrialResult:
     """Try a backend with the shapes of a network, timed in several rounds."""
     with float32_products(tf32=case.precision == "tf32"):  # of no effect on the half types
         return _Trial(case, network, device, rounds).result()
@@ -58,13 +58,13 @@ class _Trial:
         self.training = case.mode == "training"
         self.dtype = PRECISIONS[case.precision]
 
-    def result(self) -> Result:
+    def result(self) -> TrialResult:
         size = self.network.patches if self.training else self.network.image
         tensors = self._tensors(size, LAYOUTS["NCHW"])
         arguments = self.operation.arguments(self.network, tensors)
         unsupported = self.operation.explain(*arguments).reasons
         if reasons := unsupported[self.case.backend]:
-            return Result(failure=f"it cannot run here: {'; '.join(reasons)}")
+            return TrialResult(failure=f"it cannot run here: {'; '.join(reasons)}")
         compared = self._compare()
         if compared.failure:
             return compared
@@ -83,7 +83,7 @@ class _Trial:
 
         return results(compute, tensors, gradients=self.training, weights=weights, kind=self.dtype)
 
-    def _compare(self) -> Result:
+    def _compare(self) -> TrialResult:
         """Against the reference in float64, and against itself, in every layout; without times."""
         # On the CPU, which has the memory for it, and shares no fault with the GPU
         numbers = [tensor.double().cpu() for tensor in self._tensors(self.network.small, LAYOUTS["NCHW"])]
@@ -96,25 +96,25 @@ class _Trial:
             for number in range(len(exact)):
                 share, result = self._errors(number, exact[number], plain[number], found[number])
                 if not result.failure and not torch.equal(found[number], again[number]):
-                    result = Result(failure=f"{result.part} differs from one run to the next")
+                    result = TrialResult(failure=f"{result.part} differs from one run to the next")
                 if result.failure:
                     return result
                 compared.append((share, result))
         return max(compared, key=lambda pair: pair[0])[1]
 
-    def _errors(self, number: int, exact: Tensor, plain: Tensor, found: Tensor) -> tuple[float, Result]:
+    def _errors(self, number: int, exact: Tensor, plain: Tensor, found: Tensor) -> tuple[float, TrialResult]:
         """The share of the allowed error that is used, and what to say of it."""
         part = self.operation.parts[number]
         if found.dtype != plain.dtype:
-            return math.inf, Result(failure=f"{part} is {found.dtype}, not {plain.dtype}")
+            return math.inf, TrialResult(failure=f"{part} is {found.dtype}, not {plain.dtype}")
         exact, plain, found = (self.operation.canonicalise(number, x) for x in (exact, plain, found))
         plain_error, error = (largest_difference(x, exact) for x in (plain, found))
         if not math.isfinite(error):
-            return math.inf, Result(failure=f"{part} is not finite")
+            return math.inf, TrialResult(failure=f"{part} is not finite")
         eps = TF32_EPS if self.case.precision == "tf32" else torch.finfo(self.dtype).eps
         allowed = allowed_error(exact, plain_error, eps, roundings=self.operation.roundings)
         wrong = f"{part} is off by {error:.1e}, plain PyTorch by {plain_error:.1e}"
-        return error / allowed, Result(wrong if error > allowed else "", part, error, plain_error)
+        return error / allowed, TrialResult(wrong if error > allowed else "", part, error, plain_error)
 
     def _times(self, modules: Sequence[ModuleType], tensors: Sequence[Tensor]) -> tuple[float, ...]:
         """Medians of milliseconds, of backends that are timed side by side once they have compiled and chosen."""

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from esc_arch.ops.operation import Operation, SampleShapes, Size, check_shapes, normal
 
-from . import cpu, reference, triton, triton_folded
+from . import cpu, reference, triton
 from .depthwise import per_image_depthwise
 from .symmetry import symmetrise
 
@@ -41,9 +41,9 @@ SHAPES = {"x": "BCHW", "the large kernel": "CCKK", "the dynamic kernel": "BCkk"}
 CONV_ATTN = Operation(
     name="ConvAttn",
     option="ConvAttn backend",
-    backends={"reference": reference, "cpu": cpu, "triton": triton, "triton_folded": triton_folded},
+    backends={"reference": reference, "cpu": cpu, "triton": triton},
     # The kernels in Triton are taken where they have passed autotuning
-    order=("cpu", "triton_folded", "triton", "reference"),
+    order=("cpu", "triton", "reference"),
     inputs=_inputs,
     arguments=_arguments,
     parts=("the result", "the gradient of the map", "the gradient of the large kernel", "that of the dynamic kernel"),
@@ -65,7 +65,7 @@ def conv_attention(
         symmetric: `large_kernel` equals its mirror images in both directions and its transpose (in space), as
             `symmetrise` makes it; fast backends need this. The gradient of `large_kernel` may then have only its
             symmetric part, which is all that passes through `symmetrise`.
-        backend: reference, cpu, triton, triton_folded or auto.
+        backend: reference, cpu, triton or auto.
 
     Returns:
         (B, C, H, W).
