@@ -122,18 +122,18 @@ def test_several_at_once_build_once(commands: list[str]) -> None:
 
 @needs_compiler
 def test_the_library_depends_on_cpu_compiler_and_torch(monkeypatch: pytest.MonkeyPatch) -> None:
-    keys = {building.recipe().key}
+    keys = {building.recipe().library}
     monkeypatch.setattr(building, "_cpu", lambda: "flags: another")
-    keys.add(building.recipe().key)
+    keys.add(building.recipe().library)
     monkeypatch.setattr(building, "_version_of", lambda _: "another")
-    keys.add(building.recipe().key)
+    keys.add(building.recipe().library)
     monkeypatch.setattr(torch, "__version__", "another")
-    keys.add(building.recipe().key)
+    keys.add(building.recipe().library)
     capabilities = {"AVX2": "-mno-avx512f", "AVX512": "-mprefer-vector-width=512", "other": "-DCPU_CAPABILITY_DEFAULT"}
     for capability, flag in capabilities.items():
         monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda capability=capability: capability)
         assert flag in building.recipe().flags
-        keys.add(building.recipe().key)
+        keys.add(building.recipe().library)
     assert len(keys) >= 6  # one of the three is this machine's
 
 
@@ -203,7 +203,7 @@ def test_some_of_the_sources(monkeypatch: pytest.MonkeyPatch) -> None:
     everything = building.recipe()
     monkeypatch.setenv("ESC_ARCH_NATIVE_SOURCES", "two.cpp")
     assert [source.name for source in building.recipe().sources] == ["two.cpp"]
-    assert building.recipe().key != everything.key
+    assert building.recipe().library != everything.library
     monkeypatch.setenv("ESC_ARCH_NATIVE_SOURCES", "two.cpp,three.cpp")
     with pytest.raises(RuntimeError, match=r"NATIVE_SOURCES names three\.cpp; there are one\.cpp, two\.cpp"):
         building.recipe()

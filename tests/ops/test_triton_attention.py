@@ -1,7 +1,6 @@
 """The Triton kernels: on a GPU, in Triton's interpreter on the CPU, and compiled for a GPU that need not be there.
 
-Whether kernels are interpreted is settled when triton is imported. So the tests in the interpreter are skipped here,
-and `test_in_the_interpreter` runs this file once more, in a process of its own.
+The tests in the interpreter are run by `test_triton_support.py`.
 """
 
 from __future__ import annotations
@@ -19,12 +18,11 @@ from triton_testing import (
     compile_for_a_gpu,
     needs_triton,
     patch_language_once,
-    run_in_the_interpreter,
     skip_without_assembler,
 )
 
-from esc_arch.ops.autotune import comparison
-from esc_arch.ops.autotune.comparison import allowed_error
+from esc_arch.ops.autotune import trial
+from esc_arch.ops.autotune.trial import allowed_error
 from esc_arch.ops.dispatch import OPERATIONS
 from esc_arch.ops.window_attention import WINDOW_ATTENTION, triton, window_attention
 
@@ -73,7 +71,7 @@ def inputs(
 
 def results(qkv: Tensor, table: Tensor, shape: dict[str, int], name: str) -> list[Tensor]:
     """The merged map, and the gradients of the projection and the table."""
-    return comparison.results(lambda *leaves: window_attention(*leaves, **shape, backend=name), (qkv, table))
+    return trial.results(lambda *leaves: window_attention(*leaves, **shape, backend=name), (qkv, table))
 
 
 def check_against_the_reference(case: tuple[Any, ...], device: str) -> None:
@@ -202,7 +200,7 @@ def test_operator_is_well_defined(layout: str, device: str) -> None:
     """Shapes and layouts without data, gradients, and no input written to: PyTorch's own checks."""
     qkv, table, _ = inputs((4, 1, 16, (1, 3, 5), FLOAT, layout), device)
     torch.library.opcheck(
-        torch.ops.esc_arch.window_attention.default,
+        torch.ops.esc_arch.window_attention_triton.default,
         (qkv.requires_grad_(), table.requires_grad_(), 4, 1, True),
         test_utils=("test_schema", "test_autograd_registration", "test_faketensor", "test_aot_dispatch_static"),
     )
@@ -252,12 +250,6 @@ def test_new_sizes_compile_nothing() -> None:
         counts.append(compiled())
     # Gradients of keys go elsewhere where there is padding, so that it takes two maps to have all kernels
     assert len(set(counts[1:])) == 1
-
-
-@needs_triton
-@pytest.mark.skipif(INTERPRETED, reason="is itself in the interpreter")
-def test_in_the_interpreter() -> None:
-    run_in_the_interpreter(__file__)
 
 
 # --- the pieces in PyTorch -----------------------------------------------------------------------------------------

@@ -16,9 +16,10 @@ from typing import Any, NamedTuple
 
 import torch
 
+from esc_arch.atomic_io import write_atomically
 from esc_arch.ops.cpu import building
 
-__all__ = ["MODES", "PRECISIONS", "Case", "TrialResult", "encode", "file_of", "load"]
+__all__ = ["MODES", "PRECISIONS", "Case", "TrialResult", "file_of", "load", "save"]
 
 logger = logging.getLogger(__name__)
 
@@ -102,10 +103,17 @@ def file_of(device: torch.device) -> Path:
     return building.cache_folder() / f"autotune-{hashlib.sha256(text.encode()).hexdigest()[:20]}.json"
 
 
-def encode(device: torch.device, results: Mapping[Case, TrialResult]) -> bytes:
-    """The content of their file."""
+def save(device: torch.device, results: Mapping[Case, TrialResult]) -> None:
+    """Write their file.
+
+    Raises:
+        OSError: it cannot be written.
+    """
     records = [case._asdict() | asdict(result) for case, result in results.items()]
-    return json.dumps({"key": _key(device), "results": records}, indent=1).encode()
+    file = file_of(device)
+    file.parent.mkdir(parents=True, exist_ok=True)
+    write_atomically(file, json.dumps({"key": _key(device), "results": records}, indent=1).encode())
+    load.cache_clear()
 
 
 @cache

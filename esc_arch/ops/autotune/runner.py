@@ -10,12 +10,11 @@ from multiprocessing.connection import Connection
 
 import torch
 
-from esc_arch.atomic_io import write_atomically
 from esc_arch.ops.triton_support import INTERPRETED, missing
 
 from . import trial
 from .choice import NETWORKS, Network
-from .results import MODES, Case, TrialResult, encode, file_of, load
+from .results import MODES, Case, TrialResult, file_of, load, save
 
 __all__ = ["autotune", "autotune_gpus"]
 
@@ -69,7 +68,6 @@ def autotune(device: torch.device, name: str, *, again: bool = False) -> None:
     print(f"Triton kernels on {name}: comparing them with PyTorch's; it takes some minutes, once ...", flush=True)
     child, late = _Child(), set()
     try:
-        file.parent.mkdir(parents=True, exist_ok=True)
         for case in left:
             if case[:2] in late:
                 result = TrialResult(failure=_LATE)
@@ -79,7 +77,7 @@ def autotune(device: torch.device, name: str, *, again: bool = False) -> None:
                 late.add(case[:2])
                 result = TrialResult(failure=f"not finished after {TIMEOUT:g} s")
             results[case] = result
-            write_atomically(file, encode(device, results))
+            save(device, results)
             if case.mode == MODES[-1]:
                 modes = ((mode, results.get(case._replace(mode=mode))) for mode in MODES)
                 line = "; ".join(f"{mode} {result}" for mode, result in modes if result is not None)
@@ -89,7 +87,6 @@ def autotune(device: torch.device, name: str, *, again: bool = False) -> None:
         return
     finally:
         child.stop()
-        load.cache_clear()
     print(f"Triton kernels on {name}: done. The results are in {file}")
 
 

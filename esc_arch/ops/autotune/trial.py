@@ -4,30 +4,31 @@ from __future__ import annotations
 
 import math
 import statistics
-import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
+from functools import partial
 from itertools import product
 from types import ModuleType
-from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils.benchmark import Timer
 
 from esc_arch.ops.dispatch import OPERATIONS
 from esc_arch.ops.float32 import float32_products
 from esc_arch.ops.operation import Operation, Size
 
 from .choice import NETWORKS, Network
-from .comparison import allowed_error, largest_difference, results
 from .results import MODES, PRECISIONS, Case, TrialResult
 
-__all__ = ["LAYOUTS", "ROUNDS", "cases", "run"]
+__all__ = ["LAYOUTS", "ROUNDS", "allowed_error", "cases", "largest_difference", "results", "run"]
 
 LAYOUTS = {"NCHW": torch.contiguous_format, "channels_last": torch.channels_last}
 
 #: Of TF32's ten bits.
 TF32_EPS = 2.0**-10
+#: Roundings by which float32 sums over all pixels of a map differ with their order.
+SUM_ROUNDINGS = 8
 #: Rounds of each backend, in turns, and the least seconds that the calls of a round last together.
 ROUNDS, LEAST_ROUND = 9, 0.02
 
@@ -117,26 +118,61 @@ class _Trial:
         return error / allowed, TrialResult(wrong if error > allowed else "", part, error, plain_error)
 
     def _times(self, modules: Sequence[ModuleType], tensors: Sequence[Tensor]) -> tuple[float, ...]:
-        """Medians of milliseconds, of backends that are timed side by side once they have compiled and chosen."""
+        """Medians of milliseconds, of backends that are timed in turns once they have compiled and chosen."""
         weights = torch.ones_like(self._run(modules[0], tensors)[0]) if self.training else None
-        calls = [lambda module=module: self._run(module, tensors, weights) for module in modules]
-        for call in calls:
-            call()
-        counts = [max(1, round(LEAST_ROUND / self._seconds(call, 1))) for call in calls]
-        seconds: list[list[float]] = [[] for _ in calls]
-        for _ in range(self.rounds):
-            for call, count, times in zip(calls, counts, seconds, strict=True):
-                times.append(self._seconds(call, count))
-        return tuple(statistics.median(times) * 1000 for times in seconds)
+        calls = [partial(self._run, module, tensors, weights) for module in modules]
+        timers = [Timer("call()", globals={"call": call}, num_threads=torch.get_num_threads()) for call in calls]
+        with torch.cuda.device_of(tensors[0]):  # which timers wait for
+            for timer in timers:
+                timer.timeit(1)
+            rounds = [
+                [timer.blocked_autorange(min_run_time=LEAST_ROUND) for timer in timers] for _ in range(self.rounds)
+            ]
+        return tuple(statistics.median(each.median for each in times) * 1000 for times in zip(*rounds, strict=True))
 
-    def _seconds(self, call: Callable[[], Any], count: int) -> float:
-        self._wait()
-        start = time.perf_counter()
-        for _ in range(count):
-            call()
-        self._wait()
-        return (time.perf_counter() - start) / count
 
-    def _wait(self) -> None:
-        if self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)
+def results(
+    compute: Callable[..., Tensor],
+    tensors: Sequence[Tensor],
+    *,
+    gradients: bool = True,
+    weights: Tensor | None = None,
+    kind: torch.dtype | None = None,
+) -> list[Tensor]:
+    """What is computed of `tensors`, and the gradients of its sum with fixed weights.
+
+    Args:
+        compute: of as many tensors as there are, one in the type and layout that is wanted.
+        gradients: otherwise without them, and nothing is kept for them.
+        weights: in the shape of what is computed; the same random ones each time where there are none.
+        kind: the type whose numbers these random ones are; that of what is computed where there is none.
+    """
+    leaves = [tensor.detach().requires_grad_(gradients) for tensor in tensors]
+    with torch.set_grad_enabled(gradients):
+        out = compute(*leaves)
+    if not gradients:
+        return [out]
+    if weights is None:
+        weights = torch.randn(out.shape, generator=torch.Generator().manual_seed(1)).to(kind or out.dtype)
+    return [out.detach(), *torch.autograd.grad(out, leaves, weights.to(out.device, out.dtype))]
+
+
+def largest_difference(found: Tensor, expected: Tensor) -> float:
+    """The largest absolute difference; infinite when a number is not finite, so that NaN never passes."""
+    error = (found.detach().double().cpu() - expected.detach().double().cpu()).abs().max().item()
+    return error if math.isfinite(error) else math.inf
+
+
+def allowed_error(expected: Tensor, plain_error: float, eps: float, *, roundings: int, factor: int = 2) -> float:
+    """How far a backend may be from the exact result: twice as far as plain PyTorch, and some roundings.
+
+    Args:
+        expected: the exact result.
+        plain_error: how far the readable reference is from it, computing in the same precision.
+        eps: of the precision, see `torch.finfo`.
+        roundings: of the largest number, or of 1: where all pixels are equal, gradients are differences that
+            are exactly 0, and plain PyTorch may hit them. Those of sums in float32 are added.
+        factor: in place of twice.
+    """
+    largest = max(1.0, expected.abs().max().item())
+    return factor * plain_error + (roundings * eps + SUM_ROUNDINGS * torch.finfo(torch.float32).eps) * largest

@@ -20,6 +20,7 @@ import math
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from esc_arch.ops.autotune.choice import auto_skip_reasons as autotune_reasons
@@ -33,8 +34,6 @@ from esc_arch.ops.triton_support import DTYPES, missing, precision
 MAX_CHANNELS = 64
 #: Programs that share a map when the kernels' gradients are summed: enough to keep every GPU busy.
 PROGRAMS = 256
-#: Pixels of a picture for each program of the dynamic kernel's gradient.
-DYNAMIC_SHARE = 4096
 
 
 def unsupported_reasons(x: Tensor, large_kernel: Tensor, dynamic_kernel: Tensor, symmetric: bool) -> list[str]:
@@ -106,26 +105,23 @@ def _convolve_into(out: Tensor, x: Tensor, taps: Tensor, dynamic: Tensor, fold: 
         convolve[grid](x, taps, dynamic, out, batch, height, width, OUT_LAST=is_channels_last(out), **constants)
 
 
-@torch.library.custom_op("esc_arch::conv_attention_triton_backward", mutates_args=())
+@torch.library.custom_op("esc_arch::conv_attention_backward_triton", mutates_args=())
 def _differentiate(
-    gradient: Tensor, x: Tensor, taps: Tensor, dynamic: Tensor, fold: bool, of_x: bool, of_taps: bool, of_dynamic: bool
-) -> tuple[Tensor, Tensor, Tensor]:
-    """The gradients of x, of the taps and of the dynamic kernels, float32 of the kernels; empty if not asked for."""
+    gradient: Tensor, x: Tensor, taps: Tensor, dynamic: Tensor, fold: bool, of_x: bool, of_taps: bool
+) -> tuple[Tensor, Tensor]:
+    """The gradients of x and, in float32, of the taps; empty if not asked for."""
     d_x = empty_like(x) if of_x else x.new_empty(0)
     if of_x:
         _convolve_into(d_x, gradient, taps.flip((0, 1)).transpose(2, 3), dynamic.flip((2, 3)), fold)
-    nothing = (x.new_empty(0, dtype=torch.float32) for _ in range(2))
-    d_taps = _differentiate_taps(gradient, x, taps, fold) if of_taps else next(nothing)
-    d_dynamic = _differentiate_dynamic(gradient, x, dynamic) if of_dynamic else next(nothing)
-    return d_x, d_taps, d_dynamic
+    return d_x, _differentiate_taps(gradient, x, taps, fold) if of_taps else x.new_empty(0, dtype=torch.float32)
 
 
 @_differentiate.register_fake
-def _(gradient: Tensor, x: Tensor, taps: Tensor, dynamic: Tensor, fold: bool, *wanted: bool) -> tuple[Tensor, ...]:
-    of_x, *of_kernels = wanted
-    kernels = zip((taps, dynamic), of_kernels, strict=True)
-    empty = (x.new_empty(kernel.shape if of else (0,), dtype=torch.float32) for kernel, of in kernels)
-    return empty_like(x) if of_x else x.new_empty(0), *empty
+def _(
+    gradient: Tensor, x: Tensor, taps: Tensor, dynamic: Tensor, fold: bool, of_x: bool, of_taps: bool
+) -> tuple[Tensor, Tensor]:
+    d_taps = x.new_empty(taps.shape if of_taps else (0,), dtype=torch.float32)
+    return empty_like(x) if of_x else x.new_empty(0), d_taps
 
 
 def _keep(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -135,10 +131,10 @@ def _keep(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 
 def _backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
     x, taps, dynamic = ctx.saved_tensors
-    needed = ctx.needs_input_grad[:3]
-    gradients = _differentiate(gradient, x, taps, dynamic, ctx.fold, *needed)
-    typed = zip(gradients, (x, taps, dynamic), needed, strict=True)
-    return *(value.to(leaf.dtype) if wanted else None for value, leaf, wanted in typed), None
+    of_x, of_taps, of_dynamic, _ = ctx.needs_input_grad
+    d_x, d_taps = _differentiate(gradient, x, taps, dynamic, ctx.fold, of_x, of_taps)
+    d_dynamic = _differentiate_dynamic(gradient, x, dynamic.shape[-1]).to(dynamic.dtype) if of_dynamic else None
+    return d_x if of_x else None, d_taps.to(taps.dtype) if of_taps else None, d_dynamic, None
 
 
 _convolve.register_autograd(_backward, setup_context=_keep)
@@ -173,23 +169,10 @@ def _differentiate_taps(gradient: Tensor, x: Tensor, taps: Tensor, fold: bool) -
     return of_rows.contiguous()
 
 
-def _differentiate_dynamic(gradient: Tensor, x: Tensor, dynamic: Tensor) -> Tensor:
-    """(B, C, s, s), float32."""
-    from .triton_kernels import correlate_dynamic
-
-    x, pixel = _readable(x)
-    gradient, gradient_pixel = _readable(gradient)
-    batch, channels, height, width = x.shape
-    block, side = 128, dynamic.shape[-1]
-    blocks = math.ceil(height * width / block)
-    share = min(DYNAMIC_SHARE // block, blocks)
-    parts = math.ceil(blocks / share)
-    sums = x.new_empty(batch, parts, *dynamic.shape[1:], dtype=torch.float32)
-    constants = {"PIXEL": pixel, "GRADIENT_PIXEL": gradient_pixel, "SIDE": side, "BLOCK": block}
-    constants |= {"C": channels, "BLOCK_C": _block_of_channels(channels)}
-    with torch.cuda.device_of(x):
-        correlate_dynamic[(side**2, parts, batch)](x, gradient, sums, height, width, share, **constants)
-    return sums.sum(1)
+def _differentiate_dynamic(gradient: Tensor, x: Tensor, side: int) -> Tensor:
+    """(B, C, s, s), float32. In PyTorch: nine products a pixel are next to nothing beside those of the large kernel."""
+    neighbours = F.pad(x, (side // 2,) * 4).unfold(2, side, 1).unfold(3, side, 1)
+    return (neighbours * gradient.float()[..., None, None]).sum((2, 3))
 
 
 def _constants(x: Tensor, taps: Tensor) -> dict[str, Any]:
@@ -197,14 +180,10 @@ def _constants(x: Tensor, taps: Tensor) -> dict[str, Any]:
     channels = x.shape[1]
     return {
         "C": channels,
-        "BLOCK_C": _block_of_channels(channels),
+        "BLOCK_C": max(16, 1 << (channels - 1).bit_length()),
         "SIDE": taps.shape[0],
         "PRECISION": precision(x, tf32_in_convolutions()),
     }
-
-
-def _block_of_channels(channels: int) -> int:
-    return max(16, 1 << (channels - 1).bit_length())
 
 
 def _readable(x: Tensor) -> tuple[Tensor, int]:

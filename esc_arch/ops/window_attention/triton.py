@@ -70,7 +70,7 @@ def forward(qkv: Tensor, bias: Bias, window: int, heads: int) -> Tensor:
     return out
 
 
-@torch.library.custom_op("esc_arch::window_attention", mutates_args=())
+@torch.library.custom_op("esc_arch::window_attention_triton", mutates_args=())
 def _attend(qkv: Tensor, table: Tensor, window: int, heads: int, keep: bool) -> tuple[Tensor, Tensor]:
     """The merged map, (B, C, H, W), and, to keep for the gradient, the log-sum-exps, (B * G, h, N)."""
     from .triton_kernels import attend
@@ -94,7 +94,7 @@ def _results(qkv: Tensor, table: Tensor, window: int, heads: int, keep: bool) ->
 _attend.register_fake(_results)
 
 
-@torch.library.custom_op("esc_arch::window_attention_backward", mutates_args=())
+@torch.library.custom_op("esc_arch::window_attention_backward_triton", mutates_args=())
 def _differentiate(
     qkv: Tensor, table: Tensor, out: Tensor, lse: Tensor, d_out: Tensor, window: int, heads: int
 ) -> tuple[Tensor, Tensor]:
