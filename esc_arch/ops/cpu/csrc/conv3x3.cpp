@@ -406,7 +406,7 @@ void check(const at::Tensor& x, const Optional& norm_weight, const Optional& nor
 }
 
 at::Tensor conv3x3_fused(const at::Tensor& input, const Optional& norm_weight, const Optional& norm_bias, double eps,
-                        const at::Tensor& weight, const Optional& bias, const Optional& residual) {
+                         const at::Tensor& weight, const Optional& bias, const Optional& residual) {
   check(input, norm_weight, norm_bias, weight, bias, residual);
   const auto laid_out = [](const Optional& tensor, at::MemoryFormat format = at::MemoryFormat::Contiguous) {
     return tensor ? tensor->contiguous(format) : at::Tensor();

@@ -245,10 +245,10 @@ at::Tensor dynamic_kernel_of(const at::Tensor& means, int64_t channels, const at
 
 // Without gradients; `means` may have come with the map
 at::Tensor conv_attention_fused(const at::Tensor& x, const std::optional<at::Tensor>& residual,
-                               const at::Tensor& large_kernel, const std::optional<at::Tensor>& means,
-                               const at::Tensor& proj1_weight, const std::optional<at::Tensor>& proj1_bias,
-                               const at::Tensor& proj2_weight, const std::optional<at::Tensor>& proj2_bias,
-                               const at::Tensor& weight, const std::optional<at::Tensor>& bias) {
+                                const at::Tensor& large_kernel, const std::optional<at::Tensor>& means,
+                                const at::Tensor& proj1_weight, const std::optional<at::Tensor>& proj1_bias,
+                                const at::Tensor& proj2_weight, const std::optional<at::Tensor>& proj2_bias,
+                                const at::Tensor& weight, const std::optional<at::Tensor>& bias) {
   const at::Tensor convolved = convolved_part(x, large_kernel);
   const int64_t channels = convolved.size(1);
   TORCH_CHECK(!means || (means->sizes() == at::IntArrayRef({x.size(0), channels}) && is_float(*means)),
@@ -509,7 +509,8 @@ TORCH_LIBRARY_FRAGMENT(esc_arch, library) {
       "Tensor? proj1_bias, Tensor proj2_weight, Tensor? proj2_bias, Tensor weight, Tensor? bias) -> Tensor");
   library.def(
       "conv_attention_fused_training_cpu(Tensor x, Tensor? residual, Tensor large_kernel, Tensor proj1_weight, "
-      "Tensor? proj1_bias, Tensor proj2_weight, Tensor? proj2_bias, Tensor weight, Tensor? bias) -> (Tensor, Tensor, Tensor, Tensor)");
+      "Tensor? proj1_bias, Tensor proj2_weight, Tensor? proj2_bias, Tensor weight, Tensor? bias) "
+      "-> (Tensor, Tensor, Tensor, Tensor)");
   library.def(
       "conv_attention_fused_backward_cpu(Tensor gradient, Tensor x, Tensor large_kernel, Tensor proj1_weight, "
       "Tensor? proj1_bias, Tensor proj2_weight, Tensor weight, Tensor convolved, Tensor dynamic_kernel, Tensor means, "

@@ -359,7 +359,7 @@ at::Tensor conv_ffn(const at::Tensor& x, const at::Tensor& proj_weight, const at
                     const at::Tensor& dwc_weight, const at::Tensor& dwc_bias, const at::Tensor& aggr_weight,
                     const at::Tensor& aggr_bias) {
   return std::get<0>(conv_ffn_fused(x, std::nullopt, std::nullopt, 0, proj_weight, proj_bias, dwc_weight, dwc_bias,
-                                   aggr_weight, aggr_bias, 0));
+                                    aggr_weight, aggr_bias, 0));
 }
 
 // --- backward -------------------------------------------------------------------------------------------------------
@@ -574,7 +574,8 @@ TORCH_LIBRARY_FRAGMENT(esc_arch, m) {
       {at::Tag::pt2_compliant_tag});
   m.def(
       "conv_ffn_fused_cpu(Tensor x, Tensor? norm_weight, Tensor? norm_bias, float eps, Tensor proj_weight, "
-      "Tensor proj_bias, Tensor dwc_weight, Tensor dwc_bias, Tensor aggr_weight, Tensor aggr_bias, int pooled) -> (Tensor, Tensor)",
+      "Tensor proj_bias, Tensor dwc_weight, Tensor dwc_bias, Tensor aggr_weight, Tensor aggr_bias, int pooled) "
+      "-> (Tensor, Tensor)",
       {at::Tag::pt2_compliant_tag});
   m.def(
       "conv_ffn_backward_cpu(Tensor grad, Tensor x, Tensor proj_weight, Tensor proj_bias, Tensor dwc_weight, "

@@ -919,10 +919,11 @@ bool is_projection(const at::Tensor& weight, const std::optional<at::Tensor>& bi
 }
 
 at::Tensor window_attention_fused(const at::Tensor& x, const std::optional<at::Tensor>& norm_weight,
-                           const std::optional<at::Tensor>& norm_bias, double eps, const at::Tensor& qkv_weight,
-                           const std::optional<at::Tensor>& qkv_bias, const at::Tensor& bias,
-                           const std::optional<at::Tensor>& key_factors, const at::Tensor& out_weight,
-                           const std::optional<at::Tensor>& out_bias, int64_t window, int64_t heads, bool residual) {
+                                  const std::optional<at::Tensor>& norm_bias, double eps, const at::Tensor& qkv_weight,
+                                  const std::optional<at::Tensor>& qkv_bias, const at::Tensor& bias,
+                                  const std::optional<at::Tensor>& key_factors, const at::Tensor& out_weight,
+                                  const std::optional<at::Tensor>& out_bias, int64_t window, int64_t heads,
+                                  bool residual) {
   TORCH_CHECK(window >= 1 && heads >= 1 && x.dim() == 4 && x.size(1) % heads == 0 && x.scalar_type() == at::kFloat,
               "esc_arch::window_attention_fused_cpu: x must be (B, C, H, W), C a multiple of the heads, and float32.");
   const int64_t channels = x.size(1);
