@@ -33,7 +33,6 @@ from esc_arch.data.benchmark import prepare_benchmark
 from esc_arch.data.image_files import folder_sources
 from esc_arch.data.prepare import prepare_train
 from esc_arch.ops import cpu as operators
-from esc_arch.ops.operation import forget
 
 Options = dict[str, Any]
 
@@ -105,12 +104,6 @@ def photographs(tmp_path_factory: pytest.TempPathFactory) -> Photographs:
     )
     train, val = folders["train"], folders["val"]
     return Photographs(train[1], train[SCALE], lmdbs[1], lmdbs[SCALE], val[1], val[SCALE])
-
-
-@pytest.fixture(autouse=True)
-def decide_again() -> None:
-    """Backends that a test replaces are asked."""
-    forget()
 
 
 @pytest.fixture

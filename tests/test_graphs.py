@@ -150,7 +150,7 @@ def test_a_network_with_triton_operators_is_one_graph_for_all_sizes(
     torch.compiler.reset()
     monkeypatch.setattr(torch, "is_autocast_enabled", lambda *_: False)
     monkeypatch.setenv("ESC_ARCH_TRITON", "1")
-    monkeypatch.setattr(CONV_ATTN, "order", ("triton_folded",))
+    monkeypatch.setattr(CONV_ATTN, "order", ("triton",))
     monkeypatch.setattr(triton, "missing", lambda *_: "")
     monkeypatch.setattr(WINDOW_ATTENTION.backends["triton"], "missing", lambda *_: "")
     net = small_esc(attn_type="auto", conv_blocks=1).to("meta")
@@ -171,7 +171,7 @@ def test_a_network_with_triton_operators_is_one_graph_for_all_sizes(
             out.sum().backward()
         counts.append(len(traced))
     assert len(set(counts)) == 1  # of the first size alone, which a compiler may begin more than once
-    for operator in ("conv_attention_triton", "window_attention"):
+    for operator in ("conv_attention_triton", "window_attention_triton"):
         assert f"esc_arch.{operator}" in str(traced[-1].graph)
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from esc_arch.ops.conv_attn import conv_attention_of_first, decomposed_conv_attention, symmetrise
+from esc_arch.ops.conv_attn import conv_attention, decomposed_conv_attention, symmetrise
 
 from .precision import in_float32
 
@@ -111,7 +111,7 @@ class ConvAttn(nn.Module):
             lk = symmetrise(self.plk_filter)
         _check_kernel("large kernel", lk, (self.pdim, self.pdim, self.kernel_size, self.kernel_size))
         dynamic = self.plk(_to_pool(x, self.pdim, means))
-        return self.aggr(conv_attention_of_first(x, lk, dynamic, symmetric=symmetric))
+        return self.aggr(conv_attention(x, lk, dynamic, symmetric=symmetric))
 
 
 class DecomposedConvAttn(nn.Module):

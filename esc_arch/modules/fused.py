@@ -14,10 +14,10 @@ from torch import Tensor, nn
 from torch.nn.modules.module import _has_any_global_hook as has_any_global_hook
 
 from esc_arch.ops import cpu
-from esc_arch.ops.conv3x3 import conv3x3_step
-from esc_arch.ops.conv_attn import conv_attention_step
-from esc_arch.ops.conv_ffn import conv_ffn_step
-from esc_arch.ops.window_attention import attention_layer
+from esc_arch.ops.conv3x3 import conv3x3_fused
+from esc_arch.ops.conv_attn import conv_attention_fused
+from esc_arch.ops.conv_ffn import conv_ffn_fused
+from esc_arch.ops.window_attention import window_attention_fused
 
 from .conv3x3 import Conv3x3
 from .conv_attn import ConvAttn
@@ -58,7 +58,7 @@ def first_ffn(block: ESCBlock, x: Tensor) -> Tensor:
 def window_attention(attn: WindowAttention, norm: nn.Module, x: Tensor) -> Tensor:
     """x + attn(norm(x))."""
     if attn.gate is None and isinstance(norm, LayerNorm) and can_fuse(attn, attn.to_qkv, attn.to_out, norm):
-        fused = attention_layer(
+        fused = window_attention_fused(
             x,
             (attn.to_qkv.weight, attn.to_qkv.bias),
             attn.position_bias(),
@@ -103,7 +103,7 @@ def convolve(
         _, first, _, second = pconv.plk.dwc_proj
         weights: list[Any] = [part for layer in (first, second, pconv.aggr) for part in (layer.weight, layer.bias)]
         (large_kernel,) = large_kernels
-        fused = conv_attention_step(mixed, x, large_kernel, means, *weights, symmetric=pconv.symmetric)
+        fused = conv_attention_fused(mixed, x, large_kernel, means, *weights, symmetric=pconv.symmetric)
         if fused is not None:
             return fused
     return x + pconv(mixed, *large_kernels, means=means)
@@ -127,7 +127,7 @@ def conv3x3(conv: nn.Module, x: Tensor, *, norm: nn.Module | None = None, residu
         (B, D, H, W).
     """
     if isinstance(conv, Conv3x3) and isinstance(norm, LayerNorm | None) and can_fuse(conv, norm):
-        fused = conv3x3_step(x, *_norm_params(norm), conv.weight, conv.bias, residual)
+        fused = conv3x3_fused(x, *_norm_params(norm), conv.weight, conv.bias, residual)
         if fused is not None:
             return fused
     out: Tensor = conv(x if norm is None else norm(x))
@@ -142,7 +142,7 @@ def _norm_ffn(ffn: nn.Module, norm: nn.Module, x: Tensor, pooled: int = 0) -> tu
         and isinstance(layer_norm, LayerNorm | None)
         and can_fuse(ffn, ffn.proj, ffn.dwc, ffn.aggr, layer_norm)
     ):
-        fused = conv_ffn_step(x, *_norm_params(layer_norm), *ffn.weights(), pooled=pooled)
+        fused = conv_ffn_fused(x, *_norm_params(layer_norm), *ffn.weights(), pooled=pooled)
         if fused is not None:
             return fused
     return ffn(norm(x)), None

@@ -23,12 +23,14 @@ def float32_products(*, tf32: bool) -> Iterator[None]:
         torch.backends.cudnn.allow_tf32 = convolutions
 
 
+@torch.compiler.assume_constant_result
 def tf32_in_products() -> bool:
     """True if PyTorch has been told to multiply float32 in matrix products as TF32."""
     matmul = torch.backends.cuda.matmul
     return (getattr(matmul, "fp32_precision", None) or ("tf32" if matmul.allow_tf32 else "ieee")) == "tf32"
 
 
+@torch.compiler.assume_constant_result
 def tf32_in_convolutions() -> bool:
     """True if PyTorch has been told to multiply float32 in convolutions as TF32."""
     convolutions = torch.backends.cudnn

@@ -34,7 +34,8 @@ def is_channels_last(x: Tensor) -> bool:
     return x.stride(1) == 1 and x.shape[1] > 1
 
 
-def empty_like(x: Tensor) -> Tensor:
-    """An empty dense map in the layout of x, which may be the first channels of a wider map."""
+def empty_like(x: Tensor, channels: int | None = None) -> Tensor:
+    """An empty dense map in the size and layout of x, which may be the first channels of a wider map."""
     layout = torch.channels_last if is_channels_last(x) else torch.contiguous_format
-    return torch.empty(x.shape, dtype=x.dtype, device=x.device, memory_format=layout)
+    shape = (x.shape[0], x.shape[1] if channels is None else channels, *x.shape[2:])
+    return torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=layout)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from types import ModuleType
 from typing import Any, NamedTuple
@@ -12,7 +12,6 @@ from torch import Tensor
 
 from esc_arch.errors import UserError
 from esc_arch.ops import cpu
-from esc_arch.ops.float32 import tf32_in_convolutions, tf32_in_products
 
 __all__ = [
     "Explanation",
@@ -21,14 +20,11 @@ __all__ = [
     "UnusableBackend",
     "check_norm",
     "check_shapes",
-    "forget",
     "normal",
 ]
 
 #: Other spellings of backends.
 ALIASES = {"cpp": "cpu"}
-#: Decisions kept; image sizes beyond that are decided again.
-MOST_DECISIONS = 4096
 
 #: Batch, height and width of a map.
 Size = tuple[int, int, int]
@@ -117,7 +113,7 @@ class Operation:
         return name
 
     def choose(self, backend: str, *inputs: Any) -> ModuleType:
-        """The backend to compute with; decided once for each device, type, mode and shape.
+        """The backend to compute with.
 
         Args:
             backend: a name, or auto. The C++ operators are built when requested by name.
@@ -127,17 +123,6 @@ class Operation:
             ValueError: there is no such backend.
             UnusableBackend: the backend requested by name cannot take these inputs.
         """
-        if torch.compiler.is_compiling() or torch.jit.is_tracing():
-            return self.backends[self._decide(backend, inputs)]
-        key = (self, backend, self.order, _mode(), *map(_facts, inputs))
-        name = _decisions.get(key)
-        if name is None:
-            if len(_decisions) >= MOST_DECISIONS:
-                _decisions.clear()
-            name = _decisions[key] = self._decide(backend, inputs)
-        return self.backends[name]
-
-    def _decide(self, backend: str, inputs: tuple[Any, ...]) -> str:
         wanted = self.resolve(backend)
         if wanted == "cpu":
             cpu.build_by_name()
@@ -147,7 +132,7 @@ class Operation:
             if not reasons and wanted == "auto":
                 reasons = self._ask(name, "auto_skip_reasons", inputs)
             if not reasons:
-                return name
+                return self.backends[name]
             refusals[name] = "; ".join(reasons)
         details = ". ".join(f"{name}: {reasons}" for name, reasons in refusals.items())
         raise UnusableBackend(
@@ -183,29 +168,6 @@ class Operation:
         x, *others = self.inputs(shapes, size)
         low = torch.float32 if self.parameters_stay_float32 else dtype
         return [x.to(device, dtype, memory_format=layout), *(other.to(device, low) for other in others)]
-
-
-_decisions: dict[Hashable, str] = {}
-
-
-@cpu.when_loaded
-def forget() -> None:
-    """Decide again: what decisions depend on has changed."""
-    _decisions.clear()
-
-
-def _facts(value: Any) -> Hashable:
-    """What a decision may depend on."""
-    if isinstance(value, Tensor):
-        return value.device, value.dtype, value.shape, value.stride(), value.requires_grad
-    return tuple(map(_facts, value)) if isinstance(value, tuple) else value
-
-
-def _mode() -> Hashable:
-    devices = ("cpu", "cuda") if torch.cuda.is_available() else ("cpu",)
-    autocast = tuple(torch.is_autocast_enabled(device) and torch.get_autocast_dtype(device) for device in devices)
-    tf32 = (tf32_in_products(), tf32_in_convolutions()) if len(devices) > 1 else None
-    return torch.is_grad_enabled(), autocast, tf32
 
 
 def normal(*shapes: tuple[int, ...]) -> list[Tensor]:

@@ -18,10 +18,10 @@ __all__ = ["dot", "tuned"]
 _CACHED = {"cache_results": True} if "cache_results" in inspect.signature(triton.autotune).parameters else {}
 
 
-def tuned(configs, *, interpreted, key, fitting):
+def tuned(configs, *, interpreted, key, fitting=None):
     """`triton.autotune` among the configurations that `fitting` leaves; the interpreter has others of its own."""
     chosen = interpreted if INTERPRETED else configs
-    return triton.autotune(chosen, key=key, prune_configs_by={"early_config_prune": fitting}, **_CACHED)
+    return triton.autotune(chosen, key=key, prune_configs_by=fitting and {"early_config_prune": fitting}, **_CACHED)
 
 
 @triton.jit

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import importlib.util
 import os
+from functools import cache
 
 import torch
 from torch import Tensor
 
-__all__ = ["DTYPES", "INTERPRETED", "missing", "precision", "setting"]
+__all__ = ["DTYPES", "INTERPRETED", "missing", "precision"]
 
 #: True if Triton runs kernels in its interpreter, on the CPU: slow, to check their arithmetic.
 INTERPRETED = os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "yes", "on")
@@ -18,12 +19,12 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 @torch.compiler.assume_constant_result
 def missing(device: str, index: int | None) -> str:
-    """What this machine lacks; empty when nothing. A compiler at work takes the answer as it is.
+    """What this machine lacks; empty when nothing. Constant under torch.compile.
 
     Args:
         device, index: type and number of the device that the inputs are on.
     """
-    if importlib.util.find_spec("triton") is None:
+    if not _installed():
         return "triton is not installed"
     if device == "cpu":
         import triton
@@ -43,6 +44,6 @@ def precision(x: Tensor, tf32: bool) -> str:
     return "tf32" if tf32 else "ieee"
 
 
-def setting(dtype: torch.dtype, tf32: bool) -> str:
-    """The name of a type and a way to multiply, a key of `autotune.results.PRECISIONS`; arguments as of `precision`."""
-    return "tf32" if tf32 and dtype is torch.float32 else str(dtype).removeprefix("torch.")
+@cache
+def _installed() -> bool:
+    return importlib.util.find_spec("triton") is not None

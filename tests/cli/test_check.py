@@ -97,7 +97,7 @@ def test_a_backend_that_cannot_train(
     changes: Any, key: str, reason: str, check: Any, train_options: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(building, "find_compiler", lambda: None)
-    monkeypatch.setattr(operators._State, "ready", None)
+    monkeypatch.setattr(operators._State, "reasons", None)
     train_options["network_g"] |= changes
     status, _, err = check(train_options)
     assert status == 2

@@ -24,10 +24,10 @@ from esc_arch.ops.window_attention import cpu as attention
 pytestmark = pytest.mark.usefixtures("native")
 
 STEPS = {
-    "attention": (attention, "layer"),
-    "ConvFFN": (conv_ffn, "step"),
-    "ConvAttn": (conv_attn, "step"),
-    "3 x 3": (conv3x3, "step"),
+    "attention": (attention, "fused"),
+    "ConvFFN": (conv_ffn, "fused"),
+    "ConvAttn": (conv_attn, "fused"),
+    "3 x 3": (conv3x3, "fused"),
     "3 x 3 alone": (conv3x3, "forward"),
 }
 #: The small network with 16 channels and more, which the 3 x 3 operator wants.

@@ -17,9 +17,8 @@ from torch import Tensor
 
 from esc_arch.ops.autotune import choice, trial
 from esc_arch.ops.autotune import results as files
-from esc_arch.ops.autotune.choice import auto_skip_reasons, forget
-from esc_arch.ops.autotune.networks import NETWORKS, Network, nearest
-from esc_arch.ops.autotune.results import MODES, PRECISIONS, Case, Result, encode, file_of, load
+from esc_arch.ops.autotune.choice import NETWORKS, Network, nearest
+from esc_arch.ops.autotune.results import MODES, PRECISIONS, Case, TrialResult, file_of, load, save
 from esc_arch.ops.autotune.trial import cases
 from esc_arch.ops.conv_attn import triton
 from esc_arch.ops.conv_attn.api import CONV_ATTN
@@ -31,19 +30,19 @@ CPU = torch.device("cpu")
 TRITON_OF = files._triton
 CASE = Case("window attention", "triton", "ESC", "float32", "inference")
 TIMES = {"NCHW": (1.2, 1.9), "channels_last": (1.0, 1.9)}
-PASSED = Result("", "the result", 1e-6, 2e-6, "sdpa", TIMES)
-SLOW = Result("", "the result", 1e-6, 2e-6, "sdpa", {"NCHW": (1.94, 1.2), "channels_last": (1.0, 1.9)})
-FAILED = Result("it ended with signal SIGABRT")
+PASSED = TrialResult("", "the result", 1e-6, 2e-6, "sdpa", TIMES)
+SLOW = TrialResult("", "the result", 1e-6, 2e-6, "sdpa", {"NCHW": (1.94, 1.2), "channels_last": (1.0, 1.9)})
+FAILED = TrialResult("it ended with signal SIGABRT")
 
 
 # --- a trial --------------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture
-def tried(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Result]:
+def tried(monkeypatch: pytest.MonkeyPatch) -> Callable[..., TrialResult]:
     """Tries a function as a backend of window attention."""
 
-    def attempt(forward: Any, mode: str = "training", precision: str = "float32", *reasons: str) -> Result:
+    def attempt(forward: Any, mode: str = "training", precision: str = "float32", *reasons: str) -> TrialResult:
         made = SimpleNamespace(
             forward=forward, unsupported_reasons=lambda *_: list(reasons), auto_skip_reasons=lambda *_: []
         )
@@ -119,7 +118,7 @@ def test_a_backend_that_cannot_run_fails(tried: Any) -> None:
 
 def test_all_that_auto_takes_after_a_trial_is_tried() -> None:
     found = {(case.operation, case.backend) for case in cases()}
-    assert found == {("window attention", "triton"), ("ConvAttn", "triton"), ("ConvAttn", "triton_folded")}
+    assert found == {("window attention", "triton"), ("ConvAttn", "triton")}
     assert len(list(cases())) == len(found) * len(NETWORKS) * len(PRECISIONS) * len(MODES)
 
 
@@ -137,26 +136,22 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     monkeypatch.delenv("ESC_ARCH_TRITON", raising=False)
     monkeypatch.setattr(files, "_triton", lambda: "3.0")
-    forget()
+    load.cache_clear()
     yield tmp_path / "esc_arch"
-    forget()
+    load.cache_clear()
 
 
-def write(*found: tuple[Case, Result]) -> Path:
-    file = file_of(CPU)
-    file.parent.mkdir(exist_ok=True)
-    file.write_bytes(encode(CPU, dict(found)))
-    forget()
-    return file
+def write(*found: tuple[Case, TrialResult]) -> Path:
+    save(CPU, dict(found))
+    return file_of(CPU)
 
 
 def test_what_is_written_is_read(cache: Path) -> None:
     training = CASE._replace(mode="training")
-    assert load("cpu", None) == ({}, "")
+    assert load("cpu", None) == {}
     file = write((CASE, PASSED), (training, FAILED))
     assert file.parent == cache
-    found, problem = load("cpu", None)
-    assert problem == ""
+    found = load("cpu", None)
     assert str(found[CASE]) == str(PASSED) and found[training] == FAILED
 
 
@@ -174,7 +169,7 @@ def test_results_of_something_else_are_not_read(change: dict[str, Any], monkeypa
     for name, value in change.items():
         monkeypatch.setattr(files, name, value)
     assert file_of(CPU) != file
-    assert load("cpu", None) == ({}, "")
+    assert load("cpu", None) == {}
 
 
 @pytest.mark.parametrize(
@@ -184,24 +179,41 @@ def test_results_of_something_else_are_not_read(change: dict[str, Any], monkeypa
         lambda text: "",
         lambda text: "[1]",
         lambda text: text.replace('"error": 1e-06', '"error": null'),
-        lambda text: text.replace("1.9", "0"),
+        lambda text: text.replace("1.2", "0"),
         lambda text: text.replace('"backend"', '"end"'),
         lambda text: text.replace('"part"', '"apart"'),
     ],
 )
-def test_a_damaged_file_is_told(damage: Callable[[str], str]) -> None:
+def test_a_damaged_file_is_told(damage: Callable[[str], str], caplog: pytest.LogCaptureFixture) -> None:
     file = write((CASE, PASSED))
     file.write_text(damage(file.read_text()))
-    assert load("cpu", None) == ({}, f"{file} is damaged")
+    assert load("cpu", None) == {}
+    assert f"{file} is damaged. `basicsr warmup` tries them again." in caplog.text
 
 
-def test_a_file_that_cannot_be_read_is_told() -> None:
+def test_a_file_that_cannot_be_read_is_told(caplog: pytest.LogCaptureFixture) -> None:
     file = file_of(CPU)
     file.mkdir(parents=True)
-    assert load("cpu", None) == ({}, f"{file} cannot be read: Is a directory")
+    assert load("cpu", None) == {}
+    assert f"{file} cannot be read: Is a directory." in caplog.text
+
+
+def test_a_broken_triton_is_told(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    write((CASE, PASSED))
+    monkeypatch.setattr(files, "_triton", TRITON_OF)
+    monkeypatch.setitem(sys.modules, "triton", None)
+    assert load("cpu", None) == {}
+    assert "Triton kernels: triton cannot be imported: " in caplog.text
 
 
 # --- what auto makes of it ------------------------------------------------------------------------------------------
+
+
+def reasons_for(case: Case, device: str = "cuda") -> list[str]:
+    """Those of this case, whose precision is float32."""
+    return choice.auto_skip_reasons(
+        case.operation, case.network, torch.float32, False, case.mode == "training", device, 0
+    )
 
 
 @pytest.fixture
@@ -224,42 +236,9 @@ def found(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Path]:
         ),
     ],
 )
-def test_reasons(found: Any, known: dict[Case, Result], reasons: list[str]) -> None:
+def test_reasons(found: Any, known: dict[Case, TrialResult], reasons: list[str]) -> None:
     found(*known.items())
-    assert auto_skip_reasons(CASE, "cuda", 0) == reasons
-
-
-def test_reasons_where_results_are_lost(found: Any) -> None:
-    file = found((CASE, PASSED))
-    file.write_text("{")
-    assert auto_skip_reasons(CASE, "cuda", 0) == [
-        f"what its trial found is not known, {file} is damaged: `basicsr warmup` tries it again"
-    ]
-
-
-def test_a_broken_triton_is_a_reason(found: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    found((CASE, PASSED))
-    monkeypatch.setattr(files, "_triton", TRITON_OF)
-    monkeypatch.setitem(sys.modules, "triton", None)
-    (reason,) = auto_skip_reasons(CASE, "cuda", 0)
-    assert reason.startswith("what its trial found is not known, triton cannot be imported: ")
-
-
-@pytest.mark.parametrize(
-    ("own", "other", "taken"), [(1.0, 1.1, True), (1.1, 1.0, False), (1.0, 3.0, True), (1.1, None, True)]
-)
-def test_the_fastest_of_several_is_taken(found: Any, own: float, other: float | None, taken: bool) -> None:
-    case = Case("ConvAttn", "triton_folded", "ESC", "float16", "training")
-    known = {"triton_folded": own, "triton": other}
-    found(
-        *(
-            (case._replace(backend=name), Result("", "it", 0.0, 0.0, "reference", {"NCHW": (time, 2.0)}))
-            for name, time in known.items()
-            if time is not None
-        )
-    )
-    reasons = auto_skip_reasons(case, "cuda", 0, ("triton",))
-    assert reasons == ([] if taken else ["slower than triton here"])
+    assert reasons_for(CASE) == reasons
 
 
 def test_the_environment_decides_first(found: Any, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -270,21 +249,21 @@ def test_the_environment_decides_first(found: Any, monkeypatch: pytest.MonkeyPat
         ("1", "cpu", ["on a CPU its kernels are interpreted, for tests alone"]),
     ):
         monkeypatch.setenv("ESC_ARCH_TRITON", switch)
-        assert auto_skip_reasons(CASE, device, 0) == reasons
+        assert reasons_for(CASE, device) == reasons
     found((CASE, FAILED))
     monkeypatch.setenv("ESC_ARCH_TRITON", "1")
-    assert auto_skip_reasons(CASE, "cuda", 0) == []
+    assert reasons_for(CASE) == []
 
 
 def test_the_command_that_tries_them_is_told_once(found: Any, caplog: pytest.LogCaptureFixture) -> None:
     choice._advise.cache_clear()
     with caplog.at_level(logging.INFO, logger="esc_arch"):
         found((CASE, PASSED))
-        auto_skip_reasons(CASE._replace(mode="training"), "cuda", 0)
+        reasons_for(CASE._replace(mode="training"))
         assert not caplog.messages
         found()
         for mode in 2 * MODES:
-            auto_skip_reasons(CASE._replace(mode=mode), "cuda", 0)
+            reasons_for(CASE._replace(mode=mode))
     assert caplog.messages == [
         "There are faster kernels for this GPU, not tried on it yet: `basicsr warmup` tries them."
     ]
@@ -292,7 +271,7 @@ def test_the_command_that_tries_them_is_told_once(found: Any, caplog: pytest.Log
 
 @pytest.mark.parametrize("result", [PASSED, SLOW, FAILED, None])
 @torch.no_grad()
-def test_auto_follows_the_result(found: Any, result: Result | None, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_auto_follows_the_result(found: Any, result: TrialResult | None, monkeypatch: pytest.MonkeyPatch) -> None:
     """A device without memory, which knows no autocast, stands in for a GPU."""
     monkeypatch.setattr(torch, "is_autocast_enabled", lambda *_: False)
     for module in (BACKENDS["triton"], triton):
@@ -317,7 +296,7 @@ def test_auto_follows_the_result(found: Any, result: Result | None, monkeypatch:
 
 
 @pytest.mark.parametrize("result", [PASSED, SLOW])
-def test_a_compiler_follows_the_result(found: Any, result: Result, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_compiler_follows_the_result(found: Any, result: TrialResult, monkeypatch: pytest.MonkeyPatch) -> None:
     """The whole choice is a constant of its one graph."""
     monkeypatch.setattr(BACKENDS["triton"], "missing", lambda *_: "")
     monkeypatch.setattr(WINDOW_ATTENTION, "order", ("triton", "naive"))
@@ -334,4 +313,4 @@ def test_a_compiler_follows_the_result(found: Any, result: Result, monkeypatch: 
     )
     leaves = [torch.empty(shape, device="meta", requires_grad=True) for shape in ((1, 48, 5, 7), (1, 49))]
     assert attend(*leaves).shape == (1, 16, 5, 7)
-    assert ["esc_arch.window_attention" in str(graph.graph) for graph in graphs] == [result is PASSED]
+    assert ["esc_arch.window_attention_triton" in str(graph.graph) for graph in graphs] == [result is PASSED]

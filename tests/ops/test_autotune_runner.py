@@ -15,40 +15,38 @@ import pytest
 import torch
 
 from esc_arch.ops.autotune import results, runner, trial
-from esc_arch.ops.autotune.choice import forget
-from esc_arch.ops.autotune.networks import Network
-from esc_arch.ops.autotune.results import Case, Result, file_of, load
+from esc_arch.ops.autotune.choice import Network
+from esc_arch.ops.autotune.results import Case, TrialResult, file_of, load
 from esc_arch.ops.autotune.runner import autotune, autotune_gpus
 from esc_arch.ops.autotune.trial import cases
 
 NETWORK = {"ESC": Network(16, 1, 2, 4, 3, 8, small=(1, 1, 3), image=(1, 2, 2), patches=(1, 2, 2))}
-TINY: dict[str, Any] = {"networks": NETWORK, "precisions": ("float16",), "timeout": 60.0, "rounds": 1}
 CPU = torch.device("cpu")
-ALL = list(cases(("ESC",), ("float16",)))
+ALL = [case for case in cases() if case[2:4] == ("ESC", "float16")]
 
-PASSED = Result("", "the result", 1e-6, 2e-6, "sdpa", {"NCHW": (1, 2)})
+PASSED = TrialResult("", "the result", 1e-6, 2e-6, "sdpa", {"NCHW": (1, 2)})
 
 
 # What the child does in place of a trial
 
 
-def pass_(*_: Any) -> Result:
+def pass_(*_: Any) -> TrialResult:
     return PASSED
 
 
-def fail(*_: Any) -> Result:
-    return Result("it is wrong")
+def fail(*_: Any) -> TrialResult:
+    return TrialResult("it is wrong")
 
 
-def raise_(*_: Any) -> Result:
+def raise_(*_: Any) -> TrialResult:
     raise RuntimeError("CUDA error: an illegal memory access")
 
 
-def die(*_: Any) -> Result:
+def die(*_: Any) -> TrialResult:
     os.abort()
 
 
-def hang(*_: Any) -> Result:
+def hang(*_: Any) -> TrialResult:
     time.sleep(60)
     return PASSED
 
@@ -62,11 +60,14 @@ def serve(function: Any, connection: Any) -> None:
 def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     monkeypatch.delenv("ESC_ARCH_TRITON", raising=False)
+    monkeypatch.setattr(runner, "NETWORKS", NETWORK)
+    monkeypatch.setattr(trial, "ROUNDS", 1)
+    monkeypatch.setattr(trial, "cases", lambda: ALL)
     if importlib.util.find_spec("triton") is None:
         monkeypatch.setattr(results, "_triton", lambda: "3.0")
-    forget()
+    load.cache_clear()
     yield tmp_path / "cache"
-    forget()
+    load.cache_clear()
 
 
 @pytest.fixture
@@ -87,24 +88,22 @@ def child(monkeypatch: pytest.MonkeyPatch) -> Callable[[Any], None]:
 
 
 def found() -> dict[Case, Any]:
-    forget()
-    known, problem = load("cpu", None)
-    assert problem == ""
-    return known
+    load.cache_clear()
+    return load("cpu", None)
 
 
 @pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="needs triton")
 def test_the_whole_way_in_the_interpreter(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TRITON_INTERPRET", "1")
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
-    autotune(CPU, "this CPU", **TINY)
+    autotune(CPU, "this CPU")
     known = found()
     assert set(known) == set(ALL)
     assert [result.failure for result in known.values()] == ["" for _ in ALL]
     for result in known.values():
         assert min(result.error, result.plain_error) > 0 and result.slower  # no wonder
     out = capsys.readouterr().out
-    for line in ("window attention, triton", "ConvAttn, triton", "ConvAttn, triton_folded"):
+    for line in ("window attention, triton", "ConvAttn, triton"):
         assert f"  {line}, ESC, float16: inference exact (error " in out
     assert "; training exact (error " in out
     assert out.endswith(f"done. The results are in {file_of(CPU)}\n")
@@ -121,8 +120,8 @@ def test_a_child_that_fails(
     child: Any, function: Any, failure: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     child(function)
-    monkeypatch.setattr(trial, "cases", lambda *_: ALL[1:2])
-    autotune(CPU, "this CPU", **TINY)
+    monkeypatch.setattr(trial, "cases", lambda: ALL[1:2])
+    autotune(CPU, "this CPU")
     (result,) = found().values()
     assert result.failure.startswith(failure)
     assert f"  window attention, triton, ESC, float16: training FAILED, {failure}" in capsys.readouterr().out
@@ -130,47 +129,50 @@ def test_a_child_that_fails(
 
 def test_a_child_that_hangs_costs_the_time_once_a_backend(child: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     child(hang)
-    monkeypatch.setattr(trial, "cases", lambda *_: ALL[:2])
-    autotune(CPU, "this CPU", **TINY | {"timeout": 0.2})
+    monkeypatch.setattr(trial, "cases", lambda: ALL[:2])
+    monkeypatch.setattr(runner, "TIMEOUT", 0.2)
+    autotune(CPU, "this CPU")
     assert [result.failure for result in found().values()] == ["not finished after 0.2 s", runner._LATE]
 
 
 def test_what_was_tried_is_tried_again_when_asked(trial_finds: Any, capsys: pytest.CaptureFixture[str]) -> None:
     trial_finds(fail)
-    autotune(CPU, "this CPU", **TINY)
+    autotune(CPU, "this CPU")
     trial_finds(pass_)
-    autotune(CPU, "this CPU", **TINY)
+    autotune(CPU, "this CPU")
     assert {result.failure for result in found().values()} == {"it is wrong"}
     out = capsys.readouterr().out
-    assert f"this CPU: tried before, exact and faster in 0 of 6 cases ({file_of(CPU)}). `basicsr warmup --again`" in out
-    autotune(CPU, "this CPU", **TINY, again=True)
+    assert f"this CPU: tried before, exact and faster in 0 of 4 cases ({file_of(CPU)}). `basicsr warmup --again`" in out
+    autotune(CPU, "this CPU", again=True)
     assert {result.failure for result in found().values()} == {""}
     assert "inference exact (error 1.0e-06, plain PyTorch 2.0e-06), faster: 1 against 2 ms of sdpa" in (
         capsys.readouterr().out
     )
 
 
-def test_what_is_left_is_tried(trial_finds: Any, capsys: pytest.CaptureFixture[str]) -> None:
+def test_what_is_left_is_tried(
+    trial_finds: Any, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """A file that is damaged counts as none, and precisions that are there are not tried again."""
     trial_finds(fail)
-    autotune(CPU, "this CPU", **TINY)
+    autotune(CPU, "this CPU")
     trial_finds(pass_)
-    autotune(CPU, "this CPU", **TINY | {"precisions": ("float16", "tf32")})
+    monkeypatch.setattr(trial, "cases", lambda: ALL + [case._replace(precision="tf32") for case in ALL])
+    autotune(CPU, "this CPU")
     assert {case.precision: result.failure for case, result in found().items()} == {
         "float16": "it is wrong", "tf32": "",
     }  # fmt: skip
-    capsys.readouterr()
     file_of(CPU).write_text("{")
-    forget()
-    autotune(CPU, "this CPU", **TINY)
-    assert f"{file_of(CPU)} is damaged; they are tried again." in capsys.readouterr().out
+    load.cache_clear()
+    autotune(CPU, "this CPU")
+    assert f"{file_of(CPU)} is damaged. `basicsr warmup` tries them again." in caplog.text
     assert {result.failure for result in found().values()} == {""}
 
 
 def test_a_cache_that_cannot_be_written(cache: Path, trial_finds: Any, capsys: pytest.CaptureFixture[str]) -> None:
     trial_finds(pass_)
     cache.write_text("a file where a folder is needed")
-    autotune(CPU, "this CPU", **TINY)
+    autotune(CPU, "this CPU")
     assert "the results cannot be saved, so auto does not use them: " in capsys.readouterr().out
 
 

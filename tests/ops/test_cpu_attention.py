@@ -11,7 +11,6 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from esc_arch.ops import cpu as operators
-from esc_arch.ops.operation import forget
 from esc_arch.ops.window_attention import Bias, window_attention
 
 #: Window, heads, head dimension, batch, height, width: maps smaller and larger than the window, exact and odd.
@@ -163,7 +162,7 @@ def test_what_the_operator_registers(native: ModuleType, make_bias: type[Bias]) 
         leaves = [None if part is None else part.requires_grad_() for part in (first, second)]
         # The statistics are for the backward alone, which has no gradient of its own
         checks = ("test_schema", "test_faketensor", "test_autograd_registration")
-        torch.library.opcheck(torch.ops.esc_arch.cpu_window_attention.default, (qkv, *leaves, 4, 2), test_utils=checks)
+        torch.library.opcheck(torch.ops.esc_arch.window_attention_cpu.default, (qkv, *leaves, 4, 2), test_utils=checks)
 
 
 @pytest.mark.parametrize("make_bias", BIASES)
@@ -211,8 +210,7 @@ def test_auto_takes_it_when_it_is_built(native: ModuleType, monkeypatch: pytest.
     qkv, bias = normal(1, 24, 5, 9), table_bias(4, 2)
     ours, auto = (window_attention(qkv, bias, window=4, heads=2, backend=name) for name in ("cpu", "auto"))
     assert torch.equal(ours, auto)
-    monkeypatch.setattr(operators._State, "ready", False)
-    forget()
+    monkeypatch.setattr(operators._State, "reasons", [operators.NOT_BUILT])
     without = window_attention(qkv, bias, window=4, heads=2)
     assert torch.equal(without, window_attention(qkv, bias, window=4, heads=2, backend="sdpa"))
 
@@ -250,11 +248,11 @@ def test_operator_checks_what_it_is_given(
     native: ModuleType, qkv: Tensor, bias: Tensor, keys: Tensor | None, message: str
 ) -> None:
     with pytest.raises(RuntimeError, match=message):
-        torch.ops.esc_arch.cpu_window_attention(qkv, bias, keys, 4, 2)
+        torch.ops.esc_arch.window_attention_cpu(qkv, bias, keys, 4, 2)
 
 
 def test_backward_checks_what_it_is_given(native: ModuleType) -> None:
     qkv, table = normal(1, 24, 4, 4), torch.zeros(2, 49)
-    out, statistics = torch.ops.esc_arch.cpu_window_attention(qkv, table, None, 4, 2)
+    out, statistics = torch.ops.esc_arch.window_attention_cpu(qkv, table, None, 4, 2)
     with pytest.raises(RuntimeError, match="the gradient must be float32 and like the output"):
-        torch.ops.esc_arch.cpu_window_attention_backward(out[:, :4], qkv, table, None, out, statistics, 4, 2)
+        torch.ops.esc_arch.window_attention_backward_cpu(out[:, :4], qkv, table, None, out, statistics, 4, 2)

@@ -39,8 +39,7 @@ def new_process(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[[],
     monkeypatch.setattr(cpu._State, "registrations", [])
 
     def forget() -> None:
-        monkeypatch.setattr(cpu._State, "ready", None)
-        monkeypatch.setattr(cpu._State, "failure", None)
+        monkeypatch.setattr(cpu._State, "reasons", None)
 
     forget()
     return forget
@@ -123,18 +122,18 @@ def test_several_at_once_build_once(commands: list[str]) -> None:
 
 @needs_compiler
 def test_the_library_depends_on_cpu_compiler_and_torch(monkeypatch: pytest.MonkeyPatch) -> None:
-    keys = {building.recipe().key}
+    keys = {building.recipe().library}
     monkeypatch.setattr(building, "_cpu", lambda: "flags: another")
-    keys.add(building.recipe().key)
+    keys.add(building.recipe().library)
     monkeypatch.setattr(building, "_version_of", lambda _: "another")
-    keys.add(building.recipe().key)
+    keys.add(building.recipe().library)
     monkeypatch.setattr(torch, "__version__", "another")
-    keys.add(building.recipe().key)
+    keys.add(building.recipe().library)
     capabilities = {"AVX2": "-mno-avx512f", "AVX512": "-mprefer-vector-width=512", "other": "-DCPU_CAPABILITY_DEFAULT"}
     for capability, flag in capabilities.items():
         monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda capability=capability: capability)
         assert flag in building.recipe().flags
-        keys.add(building.recipe().key)
+        keys.add(building.recipe().library)
     assert len(keys) >= 6  # one of the three is this machine's
 
 
@@ -204,7 +203,7 @@ def test_some_of_the_sources(monkeypatch: pytest.MonkeyPatch) -> None:
     everything = building.recipe()
     monkeypatch.setenv("ESC_ARCH_NATIVE_SOURCES", "two.cpp")
     assert [source.name for source in building.recipe().sources] == ["two.cpp"]
-    assert building.recipe().key != everything.key
+    assert building.recipe().library != everything.library
     monkeypatch.setenv("ESC_ARCH_NATIVE_SOURCES", "two.cpp,three.cpp")
     with pytest.raises(RuntimeError, match=r"NATIVE_SOURCES names three\.cpp; there are one\.cpp, two\.cpp"):
         building.recipe()
@@ -224,6 +223,7 @@ def test_switched_off_and_unknown_machine(monkeypatch: pytest.MonkeyPatch) -> No
     monkeypatch.setenv("ESC_ARCH_NATIVE", "0")
     assert "the C++ operators are switched off by ESC_ARCH_NATIVE=0" in cpu.unsupported_reasons()
     monkeypatch.setattr(platform, "machine", lambda: "riscv64")
+    monkeypatch.setattr(cpu._State, "reasons", None)
     assert any("on x86-64 and arm64, not linux on riscv64" in reason for reason in cpu.unsupported_reasons())
     with pytest.raises(RuntimeError, match=r"switched off by ESC_ARCH_NATIVE=0; .*riscv64"):
         cpu.build()

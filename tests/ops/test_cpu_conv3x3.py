@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from networks import max_error, normal, sum_rounding
 from torch import Tensor
 
-from esc_arch.ops.conv3x3 import api, conv3x3, conv3x3_step
+from esc_arch.ops.conv3x3 import api, conv3x3, conv3x3_fused
 
 pytestmark = pytest.mark.usefixtures("native")
 
@@ -43,7 +43,7 @@ def formula(values: Arguments, dtype: torch.dtype) -> Tensor:
 
 def operator(values: Arguments) -> Tensor:
     """Whatever the size: the function leaves small maps to PyTorch."""
-    return torch.ops.esc_arch.conv3x3_step(*values)
+    return torch.ops.esc_arch.conv3x3_fused_cpu(*values)
 
 
 def check(values: Arguments) -> None:
@@ -143,7 +143,7 @@ def test_where_it_is_left_to_pytorch() -> None:
     values = arguments(1, 16, 16, (16, 16))
 
     def runs(place: int = 0, tensor: Tensor | None = values[0]) -> bool:
-        return conv3x3_step(*values[:place], tensor, *values[place + 1 :]) is not None
+        return conv3x3_fused(*values[:place], tensor, *values[place + 1 :]) is not None
 
     weight = values[4]
     assert runs()
@@ -153,9 +153,9 @@ def test_where_it_is_left_to_pytorch() -> None:
     assert runs(4, weight.clone().requires_grad_())
     with torch.autocast("cpu", dtype=torch.bfloat16):
         assert not runs()
-    assert conv3x3_step(*arguments(1, 16, 16, (15, 17))) is None
-    assert conv3x3_step(*arguments(1, 15, 16, (16, 16))) is None
-    assert conv3x3_step(*arguments(2, 16, 16, (8, 16))) is not None
+    assert conv3x3_fused(*arguments(1, 16, 16, (15, 17))) is None
+    assert conv3x3_fused(*arguments(1, 15, 16, (16, 16))) is None
+    assert conv3x3_fused(*arguments(2, 16, 16, (8, 16))) is not None
 
 
 def test_an_exported_network_keeps_the_formula() -> None:
@@ -163,11 +163,11 @@ def test_an_exported_network_keeps_the_formula() -> None:
 
     class Net(torch.nn.Module):
         def forward(self, x: Tensor) -> Tensor:
-            out = conv3x3_step(x, *values[1:])
+            out = conv3x3_fused(x, *values[1:])
             return x if out is None else out
 
     program = torch.export.export(Net(), (values[0],))
-    assert "conv3x3_step" not in str(program.graph)
+    assert "conv3x3_fused" not in str(program.graph)
 
 
 @pytest.mark.parametrize(
@@ -184,7 +184,7 @@ def test_shapes_that_do_not_fit(place: int, shape: tuple[int, ...], message: str
     values = arguments(1, 16, 8, (16, 16))
     values[place] = normal(*shape)
     with pytest.raises(ValueError, match=message):
-        conv3x3_step(*values)
+        conv3x3_fused(*values)
     with pytest.raises(RuntimeError, match="conv3x3"):
         operator(values)
 
@@ -193,12 +193,12 @@ def test_half_a_normalisation() -> None:
     values = arguments(1, 16, 8, (16, 16))
     values[2] = None
     with pytest.raises(ValueError, match="norm_weight and norm_bias must be given together"):
-        conv3x3_step(*values)
+        conv3x3_fused(*values)
 
 
 def test_compiled() -> None:
     values = arguments(1, 16, 8, (16, 20))
-    compiled = torch.compile(lambda *args: conv3x3_step(*args) * 2, backend="aot_eager", fullgraph=True)
+    compiled = torch.compile(lambda *args: conv3x3_fused(*args) * 2, backend="aot_eager", fullgraph=True)
     with torch.no_grad():
         assert torch.equal(compiled(*values), 2 * operator(values))
 
@@ -244,15 +244,15 @@ def test_second_derivatives_of_a_step_are_refused() -> None:
 @pytest.mark.parametrize("plain", [False, True])
 def test_the_operator_is_what_torch_library_expects(plain: bool) -> None:
     values = arguments(2, 16, 8, (9, 10), norm=not plain, residual=not plain)
-    torch.library.opcheck(torch.ops.esc_arch.conv3x3_step.default, tuple(values))
+    torch.library.opcheck(torch.ops.esc_arch.conv3x3_fused_cpu.default, tuple(values))
     leaves = tuple(value.requires_grad_() if isinstance(value, Tensor) else value for value in values)
-    torch.library.opcheck(torch.ops.esc_arch.conv3x3_step.default, leaves)
+    torch.library.opcheck(torch.ops.esc_arch.conv3x3_fused_cpu.default, leaves)
 
 
 def with_gradients(values: Sequence[Tensor], dtype: torch.dtype, fast: bool) -> list[Tensor]:
     """The output, the gradients of everything, and those of the sum of the gradients' squares."""
     leaves = [value.to(dtype).requires_grad_() for value in values]
-    out = torch.ops.esc_arch.conv3x3(*leaves) if fast else F.conv2d(*leaves, padding=1)
+    out = torch.ops.esc_arch.conv3x3_cpu(*leaves) if fast else F.conv2d(*leaves, padding=1)
     upstream = normal(*out.shape, seed=8).to(dtype).requires_grad_()
     first = torch.autograd.grad(out, leaves, upstream, create_graph=True)
     total = sum(gradient.square().sum() for gradient in first)
@@ -311,7 +311,7 @@ def test_the_plain_one_compiled() -> None:
     )
     leaves = [value.requires_grad_() for value in (x, weight, bias)]
     compiled = torch.compile(lambda *args: conv3x3(*args) * 2, backend="aot_eager", fullgraph=True)
-    out, expected = compiled(*leaves), 2 * torch.ops.esc_arch.conv3x3(*leaves)
+    out, expected = compiled(*leaves), 2 * torch.ops.esc_arch.conv3x3_cpu(*leaves)
     assert torch.equal(out, expected)
     gradients, wanted = (torch.autograd.grad(result.square().sum(), leaves) for result in (out, expected))
     assert all(max_error(a, b) <= 1e-5 * b.abs().max().item() for a, b in zip(gradients, wanted, strict=True))
@@ -320,4 +320,4 @@ def test_the_plain_one_compiled() -> None:
 def test_the_plain_operator_is_what_torch_library_expects() -> None:
     x = normal(2, 16, 9, 10).contiguous(memory_format=torch.channels_last)
     leaves = [value.requires_grad_() for value in (x, normal(8, 16, 3, 3), normal(8))]
-    torch.library.opcheck(torch.ops.esc_arch.conv3x3.default, leaves)
+    torch.library.opcheck(torch.ops.esc_arch.conv3x3_cpu.default, leaves)

@@ -14,8 +14,7 @@ from torch import Tensor
 from esc_arch.modules import ConvAttn
 from esc_arch.ops.conv_attn import (
     conv_attention,
-    conv_attention_of_first,
-    conv_attention_step,
+    conv_attention_fused,
     symmetrise,
 )
 from esc_arch.ops.conv_attn import cpu as operators
@@ -169,7 +168,7 @@ def test_the_first_channels_of_a_map(dim: int, pdim: int, channels_last: bool) -
     x = normal(2, dim, 21, 35).contiguous(memory_format=layout).requires_grad_()
     large = symmetrise(normal(pdim, pdim, 13, 13, seed=3)).requires_grad_()
     dynamic = normal(2, pdim, 3, 3, seed=4).requires_grad_()
-    out = conv_attention_of_first(x, large, dynamic, symmetric=True)
+    out = conv_attention(x, large, dynamic, symmetric=True)
     apart = conv_attention(x[:, :pdim], large, dynamic, symmetric=True, backend="cpu")
     assert torch.equal(out, torch.cat([apart, x[:, pdim:]], dim=1))
     assert out.is_contiguous(memory_format=layout)
@@ -209,7 +208,7 @@ def step_formula(dtype: torch.dtype, values: dict[str, Tensor | None]) -> Tensor
 
 
 def assert_step_within_budget(values: dict[str, Tensor | None]) -> None:
-    out = conv_attention_step(**values, symmetric=True)
+    out = conv_attention_fused(**values, symmetric=True)
     assert out is not None
     truth = step_formula(torch.float64, values)
     rounding = 4 * torch.finfo(torch.float32).eps * truth.abs().max().item()
@@ -238,21 +237,21 @@ def test_step_with_maps_that_are_parts_of_others() -> None:
 
 
 def test_step_of_an_empty_batch() -> None:
-    assert conv_attention_step(**step_inputs(24, 16, 20, (9, 8), batch=0), symmetric=True).shape == (0, 20, 9, 8)
+    assert conv_attention_fused(**step_inputs(24, 16, 20, (9, 8), batch=0), symmetric=True).shape == (0, 20, 9, 8)
 
 
 @pytest.mark.parametrize("spoiled", ["x", "residual", "means", "proj1_weight", "proj2_bias", "weight", "bias"])
 def test_step_lets_nan_through(spoiled: str) -> None:
     values = step_inputs(24, 16, 24, (5, 6))
     values[spoiled] = torch.full_like(values[spoiled], float("nan"))
-    assert conv_attention_step(**values, symmetric=True).isnan().all()
+    assert conv_attention_fused(**values, symmetric=True).isnan().all()
 
 
 def test_where_steps_are_left_to_others() -> None:
     values = step_inputs(24, 16, 24, (9, 8))
 
     def runs(symmetric: bool = True, **changed: Tensor | None) -> bool:
-        return conv_attention_step(**{**values, **changed}, symmetric=symmetric) is not None
+        return conv_attention_fused(**{**values, **changed}, symmetric=symmetric) is not None
 
     assert runs()
     assert not runs(symmetric=False)
@@ -280,13 +279,13 @@ def test_where_steps_are_left_to_others() -> None:
 )
 def test_step_says_what_does_not_fit(name: str, value: Tensor, message: str) -> None:
     with pytest.raises(RuntimeError, match=message):
-        conv_attention_step(**{**step_inputs(24, 16, 24, (5, 6)), name: value}, symmetric=True)
+        conv_attention_fused(**{**step_inputs(24, 16, 24, (5, 6)), name: value}, symmetric=True)
 
 
 def test_step_with_a_kernel_that_is_not_symmetric() -> None:
     values = step_inputs(24, 16, 24, (5, 6))
     with pytest.raises(ValueError, match="large_kernel is not symmetric"):
-        conv_attention_step(**{**values, "large_kernel": normal(16, 16, 13, 13)}, symmetric=True)
+        conv_attention_fused(**{**values, "large_kernel": normal(16, 16, 13, 13)}, symmetric=True)
 
 
 @pytest.mark.parametrize("given", ["means", None])
@@ -296,7 +295,7 @@ def test_step_does_not_depend_on_the_number_of_threads(given: str | None) -> Non
     try:
         for threads in (1, 2, 5):
             torch.set_num_threads(threads)
-            outputs.append(conv_attention_step(**values, symmetric=True))
+            outputs.append(conv_attention_fused(**values, symmetric=True))
     finally:
         torch.set_num_threads(before)
     assert all(torch.equal(output, outputs[0]) for output in outputs)
@@ -306,7 +305,7 @@ def test_step_compiled() -> None:
     values = step_inputs(24, 16, 24, (9, 8))
 
     def step(values: dict[str, Tensor | None]) -> Tensor | None:
-        return conv_attention_step(**values, symmetric=True)
+        return conv_attention_fused(**values, symmetric=True)
 
     out = torch.compile(step, backend="aot_eager", fullgraph=True)(values)
     assert torch.equal(out, step(values))
@@ -331,7 +330,7 @@ def layer_results(
         if value is not None
     }
     given = {**values, **leaves, "large_kernel": symmetrise(leaves["large_kernel"])}
-    out = conv_attention_step(**given, symmetric=True) if dtype is None else step_formula(dtype, given)
+    out = conv_attention_fused(**given, symmetric=True) if dtype is None else step_formula(dtype, given)
     assert out is not None
     wanted = [name for name in leaves if name not in frozen]
     gradients = torch.autograd.grad(out, [leaves[name] for name in wanted], normal(*out.shape, seed=10).to(out.dtype))
@@ -410,7 +409,7 @@ def test_layer_modifies_no_input() -> None:
 def test_second_derivatives_of_a_layer_are_refused() -> None:
     values = layer_inputs(24, 16, 24, (9, 8))
     x = values["x"].requires_grad_()
-    out = conv_attention_step(**{**values, "large_kernel": symmetrise(values["large_kernel"])}, symmetric=True)
+    out = conv_attention_fused(**{**values, "large_kernel": symmetrise(values["large_kernel"])}, symmetric=True)
     with pytest.raises(RuntimeError, match="no second derivatives: set ESC_ARCH_NATIVE=0 for create_graph=True"):
         torch.autograd.grad(out.sum(), x, create_graph=True)
 
@@ -439,7 +438,7 @@ def calls_of_operators(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, ...]]
 
         return call
 
-    for name in ("forward", "step"):
+    for name in ("forward", "fused"):
         monkeypatch.setattr(operators, name, counted(getattr(operators, name)))
     return shapes
 
@@ -480,16 +479,16 @@ def test_conv_attn_with_a_kernel_of_unknown_symmetry(monkeypatch: pytest.MonkeyP
 def test_the_operators_are_registered_as_pytorch_wants() -> None:
     x, large, dynamic = inputs(4, 5, (9, 8), 2)
     leaves = [value.detach().requires_grad_() for value in (x, symmetrise(large), dynamic)]
-    torch.library.opcheck(torch.ops.esc_arch.conv_attention.default, leaves)
-    step = torch.ops.esc_arch.conv_attention_step.default
+    torch.library.opcheck(torch.ops.esc_arch.conv_attention_cpu.default, leaves)
+    step = torch.ops.esc_arch.conv_attention_fused_cpu.default
     torch.library.opcheck(step, tuple(step_inputs(24, 16, 20, (9, 8)).values()), test_utils=FORWARD_ONLY)
     values = layer_inputs(24, 16, 20, (9, 8)) | {"large_kernel": symmetrise(normal(16, 16, 13, 13))}
     del values["means"]
     layer = tuple(value.requires_grad_() for value in values.values())
-    torch.library.opcheck(torch.ops.esc_arch.conv_attention_layer.default, layer)
+    torch.library.opcheck(torch.ops.esc_arch.conv_attention_fused_training_cpu.default, layer)
     for wanted in ((True, True), (True, False), (False, True)):
         arguments = (normal(*x.shape, seed=6), x, symmetrise(large), dynamic, *wanted)
-        operator = torch.ops.esc_arch.conv_attention_backward.default
+        operator = torch.ops.esc_arch.conv_attention_backward_cpu.default
         torch.library.opcheck(operator, arguments, test_utils=FORWARD_ONLY)
 
 

@@ -4,37 +4,27 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Sequence
+from functools import partial
 
 import pytest
 import torch
 from networks import max_error, normal
 from test_conv_ffn import arguments
+from test_layer_norm import check_results_of, results_of
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from esc_arch.modules import ConvFFN
-from esc_arch.ops.conv_ffn import conv_ffn, conv_ffn_step
+from esc_arch.ops.conv_ffn import conv_ffn, conv_ffn_fused
 
 pytestmark = pytest.mark.usefixtures("native")
 
 LAYOUTS = [torch.contiguous_format, torch.channels_last]
 
 
-def results(values: Sequence[Tensor], backend: str, dtype: torch.dtype = torch.float32) -> list[Tensor]:
-    """The output and the gradients of everything."""
-    leaves = [value.detach().to(dtype).requires_grad_() for value in values]
-    out = conv_ffn(*leaves, backend=backend)
-    return [out, *torch.autograd.grad(out, leaves, normal(*out.shape, seed=8).to(dtype))]
-
-
-def check_results(values: Sequence[Tensor]) -> None:
-    exact = results(values, "reference", torch.float64)
-    plain, fast = results(values, "reference"), results(values, "cpu")
-    for index, (wanted, usual, got) in enumerate(zip(exact, plain, fast, strict=True)):
-        ulp = torch.finfo(torch.float32).eps * wanted.abs().max().item()
-        # (Few numbers may be exact by chance in one order of summing: the units allowed for that are of the largest)
-        assert max_error(got, wanted) <= 2 * max_error(usual, wanted) + 8 * ulp, index
+results = partial(results_of, conv_ffn)
+check_results = partial(check_results_of, conv_ffn)
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -130,9 +120,9 @@ def test_operators_are_what_torch_library_expects() -> None:
     values = [value.requires_grad_() for value in arguments(2, 8, 5, 4, hidden=10)]
     for layout in LAYOUTS:
         x = values[0].detach().contiguous(memory_format=layout).requires_grad_()
-        torch.library.opcheck(torch.ops.esc_arch.conv_ffn.default, (x, *values[1:]))
+        torch.library.opcheck(torch.ops.esc_arch.conv_ffn_cpu.default, (x, *values[1:]))
         detached = [value.detach() for value in (normal(*x.shape), x, *values[1:6])]
-        torch.library.opcheck(torch.ops.esc_arch.conv_ffn_backward.default, (*detached, True, True))
+        torch.library.opcheck(torch.ops.esc_arch.conv_ffn_backward_cpu.default, (*detached, True, True))
 
 
 def test_second_derivatives_are_refused() -> None:
@@ -206,7 +196,7 @@ def step_by_parts(
 
 
 def step(values: Sequence[Tensor], norm: Sequence[Tensor | None], pooled: int) -> tuple[Tensor, Tensor | None]:
-    done = conv_ffn_step(values[0], *norm, EPS, *values[1:], pooled=pooled)
+    done = conv_ffn_fused(values[0], *norm, EPS, *values[1:], pooled=pooled)
     assert done is not None
     return done
 
@@ -310,27 +300,27 @@ def test_step_compiled() -> None:
     compiled = torch.compile(lambda *args: step(args[:7], args[7:], 3), backend="aot_eager", fullgraph=True)
     for one, other in zip(compiled(*values, *norm), step(values, norm, 3), strict=True):
         assert torch.equal(one, other)
-    torch.library.opcheck(torch.ops.esc_arch.conv_ffn_step.default, (values[0], *norm, EPS, *values[1:], 3))
+    torch.library.opcheck(torch.ops.esc_arch.conv_ffn_fused_cpu.default, (values[0], *norm, EPS, *values[1:], 3))
     leaves = [value.requires_grad_() for value in values]
-    torch.library.opcheck(torch.ops.esc_arch.conv_ffn_step.default, (leaves[0], *norm, EPS, *leaves[1:], 0))
-    torch.library.opcheck(torch.ops.esc_arch.conv_ffn_step.default, (leaves[0], None, None, EPS, *leaves[1:], 0))
+    torch.library.opcheck(torch.ops.esc_arch.conv_ffn_fused_cpu.default, (leaves[0], *norm, EPS, *leaves[1:], 0))
+    torch.library.opcheck(torch.ops.esc_arch.conv_ffn_fused_cpu.default, (leaves[0], None, None, EPS, *leaves[1:], 0))
 
 
 def test_where_no_step_can() -> None:
     values, norm = step_arguments(1, 8, 5, 4)
-    assert conv_ffn_step(values[0], *norm, EPS, *values[1:]) is not None
-    assert conv_ffn_step(values[0].contiguous(), *norm, EPS, *values[1:]) is None
+    assert conv_ffn_fused(values[0], *norm, EPS, *values[1:]) is not None
+    assert conv_ffn_fused(values[0].contiguous(), *norm, EPS, *values[1:]) is None
     doubled = [value.double() for value in values]
-    assert conv_ffn_step(doubled[0], *norm, EPS, *doubled[1:]) is None
+    assert conv_ffn_fused(doubled[0], *norm, EPS, *doubled[1:]) is None
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        assert conv_ffn_step(values[0], *norm, EPS, *values[1:]) is None
+        assert conv_ffn_fused(values[0], *norm, EPS, *values[1:]) is None
 
 
 def test_step_refuses_what_does_not_fit() -> None:
     values, norm = step_arguments(1, 8, 5, 4)
-    with pytest.raises(ValueError, match=r"pooled is 9; of 8 channels 0 to 8 can be averaged\."):
-        conv_ffn_step(values[0], *norm, EPS, *values[1:], pooled=9)
+    with pytest.raises(RuntimeError, match="more channels are to be averaged than there are"):
+        conv_ffn_fused(values[0], *norm, EPS, *values[1:], pooled=9)
     with pytest.raises(ValueError, match="norm_weight and norm_bias must be given together"):
-        conv_ffn_step(values[0], norm[0], None, EPS, *values[1:])
+        conv_ffn_fused(values[0], norm[0], None, EPS, *values[1:])
     with pytest.raises(ValueError, match=r"dwc_bias has shape \(10, 8, 1, 1\); it must be \(M = 10\)"):
-        conv_ffn_step(values[0], *norm, EPS, *values[1:4], values[1], *values[5:])
+        conv_ffn_fused(values[0], *norm, EPS, *values[1:4], values[1], *values[5:])

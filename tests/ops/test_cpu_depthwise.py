@@ -8,7 +8,8 @@ from networks import max_error, normal
 from torch import Tensor
 
 from esc_arch.modules import DecomposedConvAttn
-from esc_arch.ops.conv_attn import decomposed_conv_attention, depthwise, reference
+from esc_arch.ops.conv_attn import cpu, decomposed_conv_attention, reference
+from esc_arch.ops.cpu.wrapping import input_reasons
 
 NAMES = ("output", "gradient of x", "gradient of the kernel")
 FORWARD_ONLY = ("test_schema", "test_faketensor", "test_aot_dispatch_dynamic")
@@ -29,10 +30,10 @@ def results(function: object, dtype: torch.dtype, *tensors: Tensor) -> list[Tens
 
 def assert_within_budget(x: Tensor, kernel: Tensor) -> None:
     """At most twice the error of the plain formula in float32, or of a few roundings of the largest number."""
-    assert depthwise.unsupported_reasons(x, kernel) == []
+    assert input_reasons(x, kernel) == []
     exact = results(reference.per_image_depthwise, torch.float64, x, kernel)
     plain = results(reference.per_image_depthwise, torch.float32, x, kernel)
-    ours = results(depthwise.per_image_depthwise, torch.float32, x, kernel)
+    ours = results(cpu.per_image_depthwise, torch.float32, x, kernel)
     for name, truth, formula, fast in zip(NAMES, exact, plain, ours, strict=True):
         rounding = 4 * torch.finfo(torch.float32).eps * truth.abs().max().item()
         assert max_error(fast, truth) <= max(2 * max_error(formula, truth), rounding), name
@@ -59,18 +60,16 @@ def test_any_strides_and_no_input_modified() -> None:
 @pytest.mark.parametrize("spoiled", [0, 1])
 def test_nan_goes_through_in_its_own_image(spoiled: int) -> None:
     tensors = inputs(2, 16, (20, 30), 5)
-    alone = results(depthwise.per_image_depthwise, torch.float32, *tensors)
+    alone = results(cpu.per_image_depthwise, torch.float32, *tensors)
     tensors[spoiled][1] = float("nan")
-    beside = results(depthwise.per_image_depthwise, torch.float32, *tensors)
+    beside = results(cpu.per_image_depthwise, torch.float32, *tensors)
     assert beside[0][1].isnan().all()
     assert beside[2 - spoiled][1].isnan().all()
     assert all(torch.equal(one[0], other[0]) for one, other in zip(alone, beside, strict=True))
 
 
 def test_an_empty_batch() -> None:
-    shapes = [
-        tuple(part.shape) for part in results(depthwise.per_image_depthwise, torch.float32, *inputs(0, 4, (6, 7), 5))
-    ]
+    shapes = [tuple(part.shape) for part in results(cpu.per_image_depthwise, torch.float32, *inputs(0, 4, (6, 7), 5))]
     assert shapes == [(0, 4, 6, 7), (0, 4, 6, 7), (0, 4, 5, 5)]
 
 
@@ -79,7 +78,7 @@ def test_the_number_of_threads_does_not_matter() -> None:
     try:
         for threads in (1, 2, 5):
             torch.set_num_threads(threads)
-            outputs.append(results(depthwise.per_image_depthwise, torch.float32, *inputs(2, 20, (80, 90), 7)))
+            outputs.append(results(cpu.per_image_depthwise, torch.float32, *inputs(2, 20, (80, 90), 7)))
     finally:
         torch.set_num_threads(before)
     for other in outputs[1:]:
@@ -88,10 +87,10 @@ def test_the_number_of_threads_does_not_matter() -> None:
 
 def test_what_the_operator_does_not_take() -> None:
     x, kernel = inputs(1, 4, (6, 7), 3)
-    assert depthwise.unsupported_reasons(x.double(), kernel) == ["it takes float32, not torch.float64"]
-    assert depthwise.unsupported_reasons(x, kernel.to("meta")) == ["it runs on cpu, not on meta"]
+    assert input_reasons(x.double(), kernel) == ["it takes float32, not torch.float64"]
+    assert input_reasons(x, kernel.to("meta")) == ["it runs on cpu, not on meta"]
     with pytest.raises(RuntimeError, match=r"a kernel of shape \[1, 4, 3, 3\] does not fit x of shape \[1, 3, 6, 7\]"):
-        depthwise.per_image_depthwise(x[:, :3], kernel)
+        cpu.per_image_depthwise(x[:, :3], kernel)
 
 
 def test_only_the_gradients_asked_for() -> None:
@@ -100,7 +99,7 @@ def test_only_the_gradients_asked_for() -> None:
         leaves = [value.detach().requires_grad_(i == chosen) for i, value in enumerate((x, kernel))]
         ours, expected = (
             torch.autograd.grad(function(*leaves).square().sum(), leaves[chosen])[0]
-            for function in (depthwise.per_image_depthwise, reference.per_image_depthwise)
+            for function in (cpu.per_image_depthwise, reference.per_image_depthwise)
         )
         assert max_error(ours, expected) < 1e-5 * expected.abs().max().item()
 
@@ -108,8 +107,8 @@ def test_only_the_gradients_asked_for() -> None:
 def test_registered_as_pytorch_wants() -> None:
     x, kernel = inputs(2, 5, (9, 8), 3)
     leaves = [value.detach().requires_grad_() for value in (x, kernel)]
-    torch.library.opcheck(torch.ops.esc_arch.depthwise_per_image.default, leaves)
-    operator = torch.ops.esc_arch.depthwise_per_image_backward.default
+    torch.library.opcheck(torch.ops.esc_arch.depthwise_per_image_cpu.default, leaves)
+    operator = torch.ops.esc_arch.depthwise_per_image_backward_cpu.default
     for wanted in ((True, True), (True, False), (False, True)):
         arguments = (normal(*x.shape, seed=6), x, kernel, *wanted)
         torch.library.opcheck(operator, arguments, test_utils=FORWARD_ONLY)

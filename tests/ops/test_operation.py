@@ -11,9 +11,8 @@ import torch
 from networks import normal
 from torch import Tensor
 
-from esc_arch.ops import operation
 from esc_arch.ops.dispatch import OPERATIONS
-from esc_arch.ops.operation import Operation, SampleShapes, forget
+from esc_arch.ops.operation import Operation, SampleShapes
 
 SHAPES = SampleShapes(channels=8, heads=2, window=4, pdim=4, kernel_size=5, hidden=10)
 
@@ -64,30 +63,6 @@ def test_what_auto_skips_is_taken_by_name(make: Any) -> None:
     assert thing.choose("auto", normal(2)).forward(None) == "second"
     assert thing.choose("first", normal(2)).forward(None) == "first"
     assert thing.explain(normal(2)) == ("second", {"first": [], "second": []}, {"first": ["not tried"]})
-
-
-def test_it_is_decided_once_for_each_type_shape_and_mode(make: Any, asked: list[str]) -> None:
-    thing = make(first=[])
-    for x in (normal(2, 3), normal(2, 3).double(), normal(2, 4), normal(3, 2).T, normal(2, 3).requires_grad_()):
-        for _ in range(3):
-            thing.choose("auto", x)
-    assert len(asked) == 5
-    with torch.no_grad():
-        thing.choose("auto", normal(2, 3))
-    with torch.autocast("cpu", dtype=torch.bfloat16):
-        thing.choose("auto", normal(2, 3))
-    assert len(asked) == 7
-    forget()
-    thing.choose("auto", normal(2, 3))
-    assert len(asked) == 8
-
-
-def test_decisions_do_not_pile_up(make: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(operation, "MOST_DECISIONS", 3)
-    thing = make(first=[])
-    for size in range(1, 9):
-        thing.choose("auto", normal(size))
-    assert len(operation._decisions) <= 3
 
 
 def test_the_earlier_spelling() -> None:

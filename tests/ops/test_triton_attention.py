@@ -1,7 +1,6 @@
 """The Triton kernels: on a GPU, in Triton's interpreter on the CPU, and compiled for a GPU that need not be there.
 
-Whether kernels are interpreted is settled when triton is imported. So the tests in the interpreter are skipped here,
-and `test_in_the_interpreter` runs this file once more, in a process of its own.
+The tests in the interpreter are run by `test_triton_support.py`.
 """
 
 from __future__ import annotations
@@ -19,12 +18,11 @@ from triton_testing import (
     compile_for_a_gpu,
     needs_triton,
     patch_language_once,
-    run_in_the_interpreter,
     skip_without_assembler,
 )
 
-from esc_arch.ops.autotune import comparison
-from esc_arch.ops.autotune.comparison import allowed_error
+from esc_arch.ops.autotune import trial
+from esc_arch.ops.autotune.trial import allowed_error
 from esc_arch.ops.dispatch import OPERATIONS
 from esc_arch.ops.window_attention import WINDOW_ATTENTION, triton, window_attention
 
@@ -73,7 +71,7 @@ def inputs(
 
 def results(qkv: Tensor, table: Tensor, shape: dict[str, int], name: str) -> list[Tensor]:
     """The merged map, and the gradients of the projection and the table."""
-    return comparison.results(lambda *leaves: window_attention(*leaves, **shape, backend=name), (qkv, table))
+    return trial.results(lambda *leaves: window_attention(*leaves, **shape, backend=name), (qkv, table))
 
 
 def check_against_the_reference(case: tuple[Any, ...], device: str) -> None:
@@ -202,7 +200,7 @@ def test_operator_is_well_defined(layout: str, device: str) -> None:
     """Shapes and layouts without data, gradients, and no input written to: PyTorch's own checks."""
     qkv, table, _ = inputs((4, 1, 16, (1, 3, 5), FLOAT, layout), device)
     torch.library.opcheck(
-        torch.ops.esc_arch.window_attention.default,
+        torch.ops.esc_arch.window_attention_triton.default,
         (qkv.requires_grad_(), table.requires_grad_(), 4, 1, True),
         test_utils=("test_schema", "test_autograd_registration", "test_faketensor", "test_aot_dispatch_static"),
     )
@@ -252,12 +250,6 @@ def test_new_sizes_compile_nothing() -> None:
         counts.append(compiled())
     # Gradients of keys go elsewhere where there is padding, so that it takes two maps to have all kernels
     assert len(set(counts[1:])) == 1
-
-
-@needs_triton
-@pytest.mark.skipif(INTERPRETED, reason="is itself in the interpreter")
-def test_in_the_interpreter() -> None:
-    run_in_the_interpreter(__file__)
 
 
 # --- the pieces in PyTorch -----------------------------------------------------------------------------------------
@@ -371,16 +363,16 @@ def test_auto_asks_what_it_is_to_compute(anywhere: None, monkeypatch: pytest.Mon
     monkeypatch.setattr(WINDOW_ATTENTION, "order", ("triton", "naive"))
     qkv, table = normal(1, 48, 4, 4), normal(1, 49)
     window_attention(qkv, table, window=4, heads=1)
-    assert (asked, called) == ([(("window attention", "triton", "ESC", "float32", "inference"), "cpu", None)], [])
+    assert (asked, called) == ([("window attention", "ESC", FLOAT, False, False, "cpu", None)], [])
     ask(qkv, table)
     assert (len(asked), called) == (1, ["triton"])
     reasons.clear()
     monkeypatch.setattr(backend, "tf32_in_products", lambda: True)
     window_attention(qkv.requires_grad_(), table, window=4, heads=1)
-    assert asked[-1][0][3:] == ("tf32", "training")
+    assert asked[-1][2:5] == (FLOAT, True, True)
     with torch.no_grad():
         window_attention(normal(1, 3 * 192, 4, 4, dtype=BRAIN), normal(12, 49), window=4, heads=12)
-    assert asked[-1][0][2:] == ("ESC-XL", "bfloat16", "inference")
+    assert asked[-1][1:5] == ("ESC-XL", BRAIN, True, False)
     assert called == 3 * ["triton"]
 
 

@@ -15,13 +15,12 @@ from triton_testing import (
     compile_for_a_gpu,
     needs_triton,
     patch_language_once,
-    run_in_the_interpreter,
     skip_without_assembler,
 )
 
 from esc_arch.modules import ConvAttn
-from esc_arch.ops.autotune import comparison
-from esc_arch.ops.autotune.comparison import allowed_error
+from esc_arch.ops.autotune import trial
+from esc_arch.ops.autotune.trial import allowed_error
 from esc_arch.ops.conv_attn import conv_attention, symmetrise, triton
 from esc_arch.ops.conv_attn.api import CONV_ATTN
 from esc_arch.ops.dispatch import OPERATIONS
@@ -31,30 +30,27 @@ backend = triton
 FLOAT, BRAIN, HALF = torch.float32, torch.bfloat16, torch.float16
 LAYOUTS = {"NCHW": torch.contiguous_format, "channels last": torch.channels_last}
 
-#: pdim, side, dynamic side, (B, H, W), type, layout, fold: channels and groups of outputs that are padded, several
-#: blocks, rows and maps smaller than the kernel, and a single pixel.
+#: pdim, side, dynamic side, (B, H, W), type, layout, symmetric: channels and groups of outputs that are padded,
+#: several blocks, rows and maps smaller than the kernel, and a single pixel.
 CASES = [
-    (16, 13, 3, (2, 5, 9), FLOAT, "channels last", "none"),
-    (16, 13, 3, (1, 4, 6), FLOAT, "NCHW", "rows"),
-    (16, 7, 3, (1, 5, 9), FLOAT, "channels last", "all"),
-    (16, 13, 3, (1, 1, 1), FLOAT, "NCHW", "all"),
-    (16, 13, 3, (1, 1, 1), BRAIN, "channels last", "auto"),
-    (16, 13, 3, (1, 20, 33), HALF, "channels last", "rows"),
-    (16, 5, 3, (2, 5, 9), HALF, "NCHW", "none"),
-    (16, 5, 3, (2, 5, 9), BRAIN, "channels last", "rows"),
-    (4, 3, 3, (2, 20, 33), FLOAT, "NCHW", "none"),
-    (4, 5, 3, (1, 5, 9), FLOAT, "channels last", "auto"),
-    (4, 3, 5, (2, 5, 9), FLOAT, "channels last", "rows"),
-    (4, 1, 1, (1, 3, 2), FLOAT, "NCHW", "auto"),
-    (48, 7, 3, (1, 2, 3), BRAIN, "channels last", "none"),
-    (20, 5, 3, (1, 3, 4), HALF, "NCHW", "rows"),
+    (16, 13, 3, (2, 5, 9), FLOAT, "channels last", False),
+    (16, 13, 3, (1, 4, 6), FLOAT, "NCHW", True),
+    (16, 13, 3, (1, 1, 1), BRAIN, "channels last", True),
+    (16, 13, 3, (1, 20, 33), HALF, "channels last", True),
+    (16, 5, 3, (2, 5, 9), HALF, "NCHW", False),
+    (16, 5, 3, (2, 5, 9), BRAIN, "channels last", True),
+    (4, 3, 3, (2, 10, 33), FLOAT, "NCHW", False),
+    (4, 3, 5, (2, 5, 9), FLOAT, "channels last", True),
+    (4, 1, 1, (1, 3, 2), FLOAT, "NCHW", True),
+    (48, 7, 3, (1, 2, 3), BRAIN, "channels last", False),
+    (20, 5, 3, (1, 3, 4), HALF, "NCHW", True),
 ]
 LARGE_CASES = [
-    (pdim, 13, 3, size, dtype, layout, fold)
+    (pdim, 13, 3, size, dtype, layout, symmetric)
     for pdim, size in [(16, (2, 180, 321)), (48, (1, 65, 70))]
     for dtype in (FLOAT, BRAIN, HALF)
     for layout in LAYOUTS
-    for fold in backend.FOLDS
+    for symmetric in (False, True)
 ]
 
 
@@ -79,21 +75,21 @@ def inputs(case: tuple[Any, ...], device: str = "cpu") -> list[Tensor]:
     return [tensor.to(device, dtype) for tensor in (wide[:, :pdim], symmetrise(large), dynamic)]
 
 
-def results(tensors: list[Tensor], name: str, fold: str = "none") -> list[Tensor]:
+def results(tensors: list[Tensor], name: str, symmetric: bool = False) -> list[Tensor]:
     """The output and the gradients, that of the large kernel through its symmetrisation, as in the networks."""
 
     def compute(*leaves: Tensor) -> Tensor:
-        return backend.forward(*leaves, True, fold=fold) if name == "triton" else conv_attention(*leaves, backend=name)
+        return conv_attention(*leaves, symmetric=symmetric, backend=name)
 
-    return [OPERATION.canonicalise(number, part) for number, part in enumerate(comparison.results(compute, tensors))]
+    return [OPERATION.canonicalise(number, part) for number, part in enumerate(trial.results(compute, tensors))]
 
 
 def check_against_the_reference(case: tuple[Any, ...], device: str) -> None:
     """The interpreter cuts bfloat16 off, which a GPU rounds: twice the error that is allowed there."""
     tensors = inputs(case, device)
-    dtype, layout, fold = case[-3:]
+    dtype, layout, symmetric = case[-3:]
     exact = results([tensor.double() for tensor in tensors], "reference")
-    plain, fast = results(tensors, "reference"), results(tensors, "triton", fold)
+    plain, fast = results(tensors, "reference"), results(tensors, "triton", symmetric)
     factor = 4 if INTERPRETED and dtype is BRAIN else 2
     for name, expected, reference, actual in zip(OPERATION.parts, exact, plain, fast, strict=True):
         error, eps = max_error(reference, expected), torch.finfo(dtype).eps
@@ -123,13 +119,13 @@ def test_other_groups_in_several_steps(columns: int, device: str, monkeypatch: p
     from esc_arch.ops.conv_attn import triton_kernels as kernels
 
     monkeypatch.setattr(kernels.convolve, "configs", [kernels._config(columns, 16, 4, 2)])
-    check_against_the_reference((4, 5, 3, (1, 7, 12), FLOAT, "channels last", "rows"), device)
+    check_against_the_reference((4, 5, 3, (1, 7, 12), FLOAT, "channels last", True), device)
 
 
 @pytest.mark.parametrize("device", DEVICES)
 def test_a_kernel_without_symmetry(device: str) -> None:
     """Neither mirrored nor transposed in channels, so that no flip of a gradient can hide."""
-    x, _, dynamic = inputs((4, 5, 3, (1, 6, 7), FLOAT, "NCHW", "none"), device)
+    x, _, dynamic = inputs((4, 5, 3, (1, 6, 7), FLOAT, "NCHW", False), device)
     leaves = [x.requires_grad_(), normal(4, 4, 5, 5, seed=8).to(device).requires_grad_(), dynamic.requires_grad_()]
     gradients = []
     for name in ("reference", "triton"):
@@ -142,18 +138,17 @@ def test_a_kernel_without_symmetry(device: str) -> None:
 @pytest.mark.parametrize("device", DEVICES)
 def test_repeats_and_other_shares(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Equal to the last bit when repeated, and nearly so when the sums are shared out differently."""
-    tensors = inputs((4, 3, 3, (1, 13, 20), FLOAT, "channels last", "rows"), device)
+    tensors = inputs((4, 3, 3, (1, 13, 20), FLOAT, "channels last", True), device)
     first, again = (results(tensors, "triton") for _ in range(2))
     assert all(torch.equal(one, other) for one, other in zip(first, again, strict=True))
     monkeypatch.setattr(backend, "PROGRAMS", 12)
-    monkeypatch.setattr(backend, "DYNAMIC_SHARE", 128)
     for one, other in zip(first, results(tensors, "triton"), strict=True):
         assert max_error(one, other) < 1e-5 * one.abs().max().item()
 
 
 @pytest.mark.parametrize("device", DEVICES)
 def test_only_the_gradients_asked_for(device: str) -> None:
-    tensors = inputs((4, 3, 3, (1, 3, 4), FLOAT, "NCHW", "none"), device)
+    tensors = inputs((4, 3, 3, (1, 3, 4), FLOAT, "NCHW", False), device)
     for chosen in range(3):
         leaves = [value.detach().requires_grad_(i == chosen) for i, value in enumerate(tensors)]
         gradients = [
@@ -165,7 +160,7 @@ def test_only_the_gradients_asked_for(device: str) -> None:
 
 @pytest.mark.parametrize("device", DEVICES)
 def test_any_layout_and_no_input_modified(device: str) -> None:
-    _, large, dynamic = inputs((4, 5, 3, (2, 6, 7), FLOAT, "NCHW", "none"), device)
+    _, large, dynamic = inputs((4, 5, 3, (2, 6, 7), FLOAT, "NCHW", False), device)
     wide = normal(1, 8, 14, 6).to(device)
     before = wide.clone()
     view = wide.expand(2, -1, -1, -1)[:, ::2, ::2].transpose(2, 3)
@@ -178,9 +173,9 @@ def test_any_layout_and_no_input_modified(device: str) -> None:
 @pytest.mark.parametrize("device", DEVICES)
 def test_a_layer_under_autocast(device: str) -> None:
     """Kernels that are float32 parameters, a map in half precision."""
-    tensors = inputs((4, 3, 3, (1, 4, 5), FLOAT, "channels last", "rows"), device)
+    tensors = inputs((4, 3, 3, (1, 4, 5), FLOAT, "channels last", True), device)
     outs = []
-    for name in ("reference", "triton_folded"):
+    for name in ("reference", "triton"):
         with torch.autocast(device, dtype=BRAIN):
             outs.append(conv_attention(*(x.requires_grad_() for x in tensors), symmetric=True, backend=name))
     assert outs[1].dtype == BRAIN
@@ -197,7 +192,7 @@ def test_a_layer_under_autocast(device: str) -> None:
 def test_one_graph_for_a_compiler(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """torch.compile takes forward and backward of a layer in as they are, and other sizes of maps in the same graph."""
     torch.compiler.reset()
-    monkeypatch.setattr(CONV_ATTN, "order", ("triton_folded",))
+    monkeypatch.setattr(CONV_ATTN, "order", ("triton",))
     monkeypatch.setattr(backend, "autotune_reasons", lambda *_: [])
     layer = ConvAttn(dim=6, pdim=4, kernel_size=3, own_kernel=True).to(device)
     for parameter in layer.parameters():
@@ -225,18 +220,18 @@ def test_one_graph_for_a_compiler(device: str, monkeypatch: pytest.MonkeyPatch) 
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_operators_are_well_defined(layout: str, device: str) -> None:
     """Shapes and layouts without data, gradients, and no input written to: PyTorch's own checks."""
-    x, large, dynamic = inputs((4, 1, 1, (2, 3, 5), FLOAT, layout, "none"), device)
+    x, large, dynamic = inputs((4, 1, 1, (2, 3, 5), FLOAT, layout, False), device)
     taps = large.permute(2, 3, 0, 1).contiguous()
     leaves = [value.detach().requires_grad_() for value in (x, taps, dynamic)]
     torch.library.opcheck(
         torch.ops.esc_arch.conv_attention_triton.default,
-        (*leaves, "none"),
+        (*leaves, False),
         test_utils=("test_schema", "test_autograd_registration", "test_faketensor", "test_aot_dispatch_static"),
     )
-    for wanted in ((True, True, True), (False, False, False)):
+    for wanted in ((True, True), (False, False)):
         torch.library.opcheck(
-            torch.ops.esc_arch.conv_attention_triton_backward.default,
-            (x.clone(), x, taps, dynamic, "rows", *wanted),
+            torch.ops.esc_arch.conv_attention_backward_triton.default,
+            (x.clone(), x, taps, dynamic, True, *wanted),
             test_utils=("test_schema", "test_faketensor"),
         )
 
@@ -244,7 +239,7 @@ def test_operators_are_well_defined(layout: str, device: str) -> None:
 @needs_cuda
 def test_tf32_where_pytorch_is_told_so(monkeypatch: pytest.MonkeyPatch) -> None:
     """Then, and only then, is the error that of TF32's ten bits."""
-    tensors = inputs((16, 13, 3, (1, 40, 64), FLOAT, "channels last", "rows"), "cuda")
+    tensors = inputs((16, 13, 3, (1, 40, 64), FLOAT, "channels last", True), "cuda")
     expected = conv_attention(*(tensor.double() for tensor in tensors), backend="reference")
     size = expected.abs().max().item()
     errors = {}
@@ -257,14 +252,14 @@ def test_tf32_where_pytorch_is_told_so(monkeypatch: pytest.MonkeyPatch) -> None:
 @needs_cuda
 def test_cuda_graph() -> None:
     """Captured once, it follows its inputs."""
-    x, large, dynamic = inputs((16, 13, 3, (1, 40, 50), HALF, "channels last", "rows"), "cuda")
-    conv_attention(x, large, dynamic, symmetric=True, backend="triton_folded")
+    x, large, dynamic = inputs((16, 13, 3, (1, 40, 50), HALF, "channels last", True), "cuda")
+    conv_attention(x, large, dynamic, symmetric=True, backend="triton")
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        out = conv_attention(x, large, dynamic, symmetric=True, backend="triton_folded")
+        out = conv_attention(x, large, dynamic, symmetric=True, backend="triton")
     x.mul_(0.5)
     graph.replay()
-    assert torch.equal(out, conv_attention(x, large, dynamic, symmetric=True, backend="triton_folded"))
+    assert torch.equal(out, conv_attention(x, large, dynamic, symmetric=True, backend="triton"))
 
 
 @needs_cuda
@@ -273,16 +268,10 @@ def test_new_sizes_compile_nothing() -> None:
 
     counts = []
     for size in [(1, 61, 64), (1, 64, 96), (2, 33, 31), (1, 1, 1), (3, 128, 130)]:
-        results(inputs((16, 13, 3, size, HALF, "channels last", "rows"), "cuda"), "triton", "rows")
-        functions = (kernels.convolve.fn, kernels.correlate, kernels.correlate_dynamic)
+        results(inputs((16, 13, 3, size, HALF, "channels last", True), "cuda"), "triton", True)
+        functions = (kernels.convolve.fn, kernels.correlate)
         counts.append(sum(len(cache[0]) for function in functions for cache in function.device_caches.values()))
     assert len(set(counts)) == 1
-
-
-@needs_triton
-@pytest.mark.skipif(INTERPRETED, reason="is itself in the interpreter")
-def test_in_the_interpreter() -> None:
-    run_in_the_interpreter(__file__)
 
 
 # --- how a map lies in memory --------------------------------------------------------------------------------------
@@ -318,33 +307,33 @@ def kernels() -> Iterator[Any]:
 @pytest.mark.parametrize(
     ("channels", "dtype", "precision", "fold", "capability"),
     [
-        (16, "bf16", "half", 1, 90),
-        (16, "fp16", "half", 0, 80),
-        (16, "fp32", "tf32", 1, 90),
-        (16, "fp32", "ieee", 2, 90),
-        (48, "bf16", "half", 1, 90),
+        (16, "bf16", "half", True, 90),
+        (16, "fp16", "half", False, 80),
+        (16, "fp32", "tf32", True, 90),
+        (16, "fp32", "ieee", True, 90),
+        (48, "bf16", "half", True, 90),
     ],
 )
-@pytest.mark.parametrize("name", ["convolve", "correlate", "correlate_dynamic"])
-def test_compiles(name: str, channels: int, dtype: str, precision: str, fold: int, capability: int) -> None:
+@pytest.mark.parametrize("name", ["convolve", "correlate"])
+def test_compiles(name: str, channels: int, dtype: str, precision: str, fold: bool, capability: int) -> None:
     """To machine code that fits in the shared memory of the GPU."""
     from esc_arch.ops.conv_attn import triton_kernels as kernels
 
     kernel = getattr(kernels, name)
-    block_c = backend._block_of_channels(channels)
+    block_c = 16 if channels == 16 else 64
     constants = {
         "PIXEL": 4 * channels,
         "GRADIENT_PIXEL": channels,
         "C": channels,
         "BLOCK_C": block_c,
-        "SIDE": 3 if name == "correlate_dynamic" else 13,
+        "SIDE": 13,
         "DYNAMIC_SIDE": 3,
         "OUT_LAST": True,
-        "FOLD": fold if name == "convolve" else min(fold, 1),
+        "FOLD": fold,
         "PRECISION": precision,
     }
     if name == "convolve":
-        config = kernels._fitting(kernel.configs, {}, **constants)[0]
+        config = kernel.configs[0]
     else:
         blocks = {"GROUP": 64 // block_c, "COUNT": 256 // block_c, "BLOCK": 32 if dtype == "fp32" else 64}
         config = kernels.Config(blocks, num_warps=8, num_stages=2)
@@ -352,8 +341,7 @@ def test_compiles(name: str, channels: int, dtype: str, precision: str, fold: in
     compiled = compile_for_a_gpu(kernel, constants, pointers, capability, config)
     assert compiled.asm["cubin"]
     assert compiled.metadata.shared <= 160 * 1024
-    if name != "correlate_dynamic":
-        assert ("mma" in compiled.asm["ptx"]) == (precision != "ieee")
+    assert ("mma" in compiled.asm["ptx"]) == (precision != "ieee")
 
 
 # --- choice and reasons --------------------------------------------------------------------------------------------
@@ -371,32 +359,22 @@ def ask(x: Tensor, channels: int = 4, name: str = "triton", symmetric: bool = Tr
 
 
 def test_auto_asks_what_it_is_to_compute(anywhere: None, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The trials are asked of the shapes, the precision and the mode, the folded kernels' first where they can."""
-    asked, called = [], []
-    refused: set[str] = set()
-
-    def reasons(subject: Any, *more: Any) -> list[str]:
-        asked.append((*subject[1:], *more))
-        return ["not tried"] if subject[1] in refused else []
-
-    monkeypatch.setattr(backend, "autotune_reasons", reasons)
+    """Its trial is asked of the shapes, the precision and the mode."""
+    asked, called, refused = [], [], []
+    monkeypatch.setattr(backend, "autotune_reasons", lambda *subject: asked.append(subject) or refused)
     monkeypatch.setattr(backend, "tf32_in_convolutions", lambda: True)
-    for name in ("triton_folded", "triton", "reference"):
+    for name in ("triton", "reference"):
         monkeypatch.setattr(CONV_ATTN.backends[name], "forward", lambda *_, name=name: called.append(name))
-    monkeypatch.setattr(CONV_ATTN, "order", tuple(name for name in CONV_ATTN.order if name != "cpu"))
-    x = torch.zeros(1, 4, 4, 4)
+    monkeypatch.setattr(CONV_ATTN, "order", ("triton", "reference"))
     for symmetric in (True, False):
-        ask(x, name="auto", symmetric=symmetric)
-    assert called == ["triton_folded", "triton"]
-    assert asked == [
-        ("triton_folded", "ESC", "tf32", "inference", "cpu", None, ("triton",)),
-        ("triton", "ESC", "tf32", "inference", "cpu", None, ()),
-    ]
-    refused.update(("triton_folded", "triton"))
+        ask(torch.zeros(1, 4, 4, 4), name="auto", symmetric=symmetric)
+    assert called == ["triton", "reference"]
+    assert asked == [("ConvAttn", "ESC", FLOAT, True, False, "cpu", None)]
+    refused.append("not tried")
     with torch.autocast("cpu", dtype=BRAIN):
         ask(torch.zeros(1, 48, 4, 4).requires_grad_(), 48, name="auto")
     assert called[2:] == ["reference"]
-    assert [each[1:4] for each in asked[2:]] == 2 * [("ESC-XL", "bfloat16", "training")]
+    assert asked[1][1:5] == ("ESC-XL", BRAIN, True, True)
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.int32])
@@ -418,11 +396,6 @@ def test_an_empty_map_is_refused(anywhere: None) -> None:
 def test_kernels_elsewhere_are_refused(anywhere: None) -> None:
     with pytest.raises(RuntimeError, match="x is on meta, the kernels are on cpu and cpu"):
         ask(torch.zeros(1, 4, 4, 4, device="meta"))
-
-
-def test_a_kernel_without_symmetry_is_not_folded(anywhere: None) -> None:
-    with pytest.raises(RuntimeError, match="triton_folded: it needs a large kernel that is symmetric, as `symmetrise`"):
-        ask(torch.zeros(1, 4, 4, 4), name="triton_folded", symmetric=False)
 
 
 def test_exporting_is_refused(anywhere: None, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
-import importlib.util
+import os
+import subprocess
+import sys
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
+from triton_testing import INTERPRETED, needs_triton
 
+from esc_arch.ops import triton_support
 from esc_arch.ops.triton_support import missing, precision
 
 
@@ -15,7 +20,7 @@ from esc_arch.ops.triton_support import missing, precision
 def machine(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
     """A machine whose GPU can be set."""
     settings = SimpleNamespace(triton=True, capability=(9, 0))
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: object() if settings.triton else None)
+    monkeypatch.setattr(triton_support, "_installed", lambda: settings.triton)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: settings.capability)
     return settings
 
@@ -48,3 +53,16 @@ def test_precision_of_float32_is_as_told() -> None:
 def test_half_types_are_widened_in_the_interpreter(dtype: torch.dtype) -> None:
     assert precision(torch.zeros(1, dtype=dtype), True) == "widened"
     assert precision(SimpleNamespace(dtype=dtype, is_cuda=True), True) == "half"
+
+
+@needs_triton
+@pytest.mark.skipif(INTERPRETED, reason="is itself in the interpreter")
+def test_kernels_in_the_interpreter() -> None:
+    """The tests of kernels whose device is the interpreter, in one process."""
+    folder = Path(__file__).parent
+    files = [str(file) for file in folder.glob("test_triton_*.py")]
+    environment = {**os.environ, "TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": ""}
+    options = ["-k", "interpreter and not kernels_in", "-q", "-p", "no:cacheprovider", "-o", "addopts="]
+    command = [sys.executable, "-m", "pytest", *files, *options]
+    run = subprocess.run(command, env=environment, capture_output=True, text=True, cwd=folder.parents[1])
+    assert run.returncode == 0, run.stdout[-6000:] + run.stderr[-2000:]

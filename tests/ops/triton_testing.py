@@ -1,17 +1,14 @@
-"""What tests of Triton kernels share: a quicker interpreter, a run of the tests in it, and compiling without a GPU.
+"""What tests of Triton kernels share: a quicker interpreter, and compiling without a GPU.
 
 Whether kernels are interpreted is settled when triton is imported. So tests for the interpreter are skipped in an
-ordinary process, and one test runs its file once more in a process of its own.
+ordinary process, and `test_triton_support.py` runs those of all files in a process of their own.
 """
 
 from __future__ import annotations
 
 import importlib.util
 import os
-import subprocess
-import sys
 from collections.abc import Iterator, Mapping
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -20,7 +17,7 @@ from networks import needs_cuda
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 
 needs_triton = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="needs triton")
-#: The id is what `run_in_the_interpreter` chooses tests by.
+#: The id is what tests in the interpreter are chosen by.
 DEVICES = [
     pytest.param("cpu", marks=pytest.mark.skipif(not INTERPRETED, reason="run by another test"), id="interpreter"),
     pytest.param("cuda", marks=needs_cuda),
@@ -42,15 +39,6 @@ def patch_language_once(monkeypatch: pytest.MonkeyPatch) -> None:
 
     language = interpreter.tl
     monkeypatch.setattr(interpreter.InterpretedFunction, "__call__", call)
-
-
-def run_in_the_interpreter(file: str) -> None:
-    """The tests of this file whose parameters are of `DEVICES`, in the interpreter."""
-    environment = {**os.environ, "TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": ""}
-    options = ["-k", "interpreter", "-q", "-p", "no:cacheprovider", "-o", "addopts="]
-    command = [sys.executable, "-m", "pytest", file, *options]
-    run = subprocess.run(command, env=environment, capture_output=True, text=True, cwd=Path(__file__).parents[2])
-    assert run.returncode == 0, run.stdout[-6000:] + run.stderr[-2000:]
 
 
 def skip_without_assembler() -> Iterator[None]:

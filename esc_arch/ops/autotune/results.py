@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import cache
@@ -15,9 +16,12 @@ from typing import Any, NamedTuple
 
 import torch
 
+from esc_arch.atomic_io import write_atomically
 from esc_arch.ops.cpu import building
 
-__all__ = ["MODES", "PRECISIONS", "Case", "Result", "encode", "file_of", "load"]
+__all__ = ["MODES", "PRECISIONS", "Case", "TrialResult", "file_of", "load", "save"]
+
+logger = logging.getLogger(__name__)
 
 FORMAT = "2"
 
@@ -49,7 +53,7 @@ class Case(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Result:
+class TrialResult:
     """What was found.
 
     Attributes:
@@ -71,11 +75,6 @@ class Result:
     def least_gain(self) -> Sequence[float]:
         """The two times, in the layout in which the backend gains least."""
         return min(self.milliseconds.values(), key=lambda times: times[1] / times[0])
-
-    @property
-    def cost(self) -> float:
-        """Its time relative to the baseline's, all layouts together."""
-        return sum(own / other for own, other in self.milliseconds.values())
 
     @property
     def slower(self) -> str:
@@ -104,37 +103,43 @@ def file_of(device: torch.device) -> Path:
     return building.cache_folder() / f"autotune-{hashlib.sha256(text.encode()).hexdigest()[:20]}.json"
 
 
-def encode(device: torch.device, results: Mapping[Case, Result]) -> bytes:
-    """The content of their file."""
+def save(device: torch.device, results: Mapping[Case, TrialResult]) -> None:
+    """Write their file.
+
+    Raises:
+        OSError: it cannot be written.
+    """
     records = [case._asdict() | asdict(result) for case, result in results.items()]
-    return json.dumps({"key": _key(device), "results": records}, indent=1).encode()
+    file = file_of(device)
+    file.parent.mkdir(parents=True, exist_ok=True)
+    write_atomically(file, json.dumps({"key": _key(device), "results": records}, indent=1).encode())
+    load.cache_clear()
 
 
 @cache
-def load(kind: str, index: int | None) -> tuple[dict[Case, Result], str]:
-    """The results on the device of this type and number, and why their file cannot be read; empty when it can.
-
-    Read once by a process, see `choice.forget`.
-    """
+def load(kind: str, index: int | None) -> dict[Case, TrialResult]:
+    """The results on the device of this type and number; none, with a warning, where their file cannot be read."""
     try:
         file = file_of(torch.device(kind) if index is None else torch.device(kind, index))
-        return dict(_decode(record) for record in json.loads(file.read_bytes())["results"]), ""
-    except ImportError as error:
-        return {}, str(error)
+        return dict(_decode(record) for record in json.loads(file.read_bytes())["results"])
     except FileNotFoundError:
-        return {}, ""
+        return {}
+    except ImportError as error:
+        problem = str(error)
     except OSError as error:
-        return {}, f"{file} cannot be read: {error.strerror or error}"
+        problem = f"{file} cannot be read: {error.strerror or error}"
     except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError):
-        return {}, f"{file} is damaged"
+        problem = f"{file} is damaged"
+    logger.warning("Autotune results of the Triton kernels: %s. `basicsr warmup` tries them again.", problem)
+    return {}
 
 
-def _decode(record: dict[str, Any]) -> tuple[Case, Result]:
+def _decode(record: dict[str, Any]) -> tuple[Case, TrialResult]:
     case = Case(*(str(record.pop(name)) for name in Case._fields))
-    result = Result(**record)
+    result = TrialResult(**record)
     if not result.failure:
         # What is not a number, or not there, is found out here and not where a network runs
-        str(result), result.cost, result.slower
+        str(result), result.slower
     return case, result
 
 

@@ -5,22 +5,21 @@ from __future__ import annotations
 import multiprocessing
 import os
 import signal
-from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from multiprocessing.connection import Connection
 
 import torch
 
-from esc_arch.atomic_io import write_atomically
 from esc_arch.ops.triton_support import INTERPRETED, missing
 
 from . import trial
-from .choice import forget
-from .networks import NETWORKS, Network
-from .results import MODES, PRECISIONS, Case, Result, encode, file_of, load
+from .choice import NETWORKS, Network
+from .results import MODES, Case, TrialResult, file_of, load, save
 
 __all__ = ["autotune", "autotune_gpus"]
 
+#: Seconds for each backend, network, precision and mode; most of it is compiling.
+TIMEOUT = 300.0
 _LATE = "an earlier trial of it was not finished in time"
 
 
@@ -47,16 +46,7 @@ def autotune_gpus(*, again: bool) -> None:
             autotune(device, name, again=again)
 
 
-def autotune(
-    device: torch.device,
-    name: str,
-    *,
-    again: bool = False,
-    networks: Mapping[str, Network] = NETWORKS,
-    precisions: Sequence[str] = tuple(PRECISIONS),
-    timeout: float = 300.0,
-    rounds: int = trial.ROUNDS,
-) -> None:
+def autotune(device: torch.device, name: str, *, again: bool = False) -> None:
     """Try what has not been tried on a device, say what was found, and keep it, each result at once.
 
     Whatever goes wrong is said and ends nothing.
@@ -64,16 +54,9 @@ def autotune(
     Args:
         name: of the device, for messages.
         again: try everything again.
-        networks: by name; names other than those of `NETWORKS` are of no use to `auto`.
-        precisions: keys of `PRECISIONS`.
-        timeout: seconds for each backend, network, precision and mode; most of it is compiling.
-        rounds: of timing.
     """
-    file, (known, problem) = file_of(device), load(device.type, device.index)
-    wanted = list(trial.cases(tuple(networks), precisions))
-    results = {} if again else dict(known)
-    if problem:
-        print(f"Triton kernels on {name}: {problem}; they are tried again.")
+    file, wanted = file_of(device), list(trial.cases())
+    results = {} if again else dict(load(device.type, device.index))
     left = [case for case in wanted if case not in results]
     if not left:
         better = sum(not results[case].failure and not results[case].slower for case in wanted)
@@ -85,17 +68,16 @@ def autotune(
     print(f"Triton kernels on {name}: comparing them with PyTorch's; it takes some minutes, once ...", flush=True)
     child, late = _Child(), set()
     try:
-        file.parent.mkdir(parents=True, exist_ok=True)
         for case in left:
             if case[:2] in late:
-                result = Result(failure=_LATE)
-            elif (found := child.run(case, networks[case.network], device, rounds, timeout)) is not None:
+                result = TrialResult(failure=_LATE)
+            elif (found := child.run(case, NETWORKS[case.network], device)) is not None:
                 result = found
             else:
                 late.add(case[:2])
-                result = Result(failure=f"not finished after {timeout:g} s")
+                result = TrialResult(failure=f"not finished after {TIMEOUT:g} s")
             results[case] = result
-            write_atomically(file, encode(device, results))
+            save(device, results)
             if case.mode == MODES[-1]:
                 modes = ((mode, results.get(case._replace(mode=mode))) for mode in MODES)
                 line = "; ".join(f"{mode} {result}" for mode, result in modes if result is not None)
@@ -105,7 +87,6 @@ def autotune(
         return
     finally:
         child.stop()
-        forget()
     print(f"Triton kernels on {name}: done. The results are in {file}")
 
 
@@ -115,7 +96,7 @@ class _Child:
     process: multiprocessing.process.BaseProcess | None = None
     connection: Connection
 
-    def run(self, case: Case, network: Network, device: torch.device, rounds: int, timeout: float) -> Result | None:
+    def run(self, case: Case, network: Network, device: torch.device) -> TrialResult | None:
         """What the trial found, or how it ended the process; None when it was not finished in time."""
         if self.process is None:
             context = multiprocessing.get_context("spawn")
@@ -125,14 +106,14 @@ class _Child:
             theirs.close()
         result, broken = None, True
         try:
-            self.connection.send((case, network, device, rounds))
-            if self.connection.poll(timeout):
+            self.connection.send((case, network, device, trial.ROUNDS))
+            if self.connection.poll(TIMEOUT):
                 result, broken = self.connection.recv()
         except (EOFError, OSError):
             self.process.join()
             code = self.process.exitcode or 0
             ending = f"signal {signal.Signals(-code).name}" if code < 0 else f"status {code}"
-            result = Result(failure=f"the process ended with {ending}")
+            result = TrialResult(failure=f"the process ended with {ending}")
         if broken:
             self.stop()
         return result
@@ -151,5 +132,5 @@ def _serve(connection: Connection) -> None:
             try:
                 result = trial.run(*arguments)
             except Exception as error:  # after an error in a kernel nothing more is computed on that GPU
-                result, broken = Result(failure=f"{type(error).__name__}: {error}"), True
+                result, broken = TrialResult(failure=f"{type(error).__name__}: {error}"), True
             connection.send((result, broken))

@@ -8,10 +8,10 @@ from esc_arch.ops.operation import Operation, check_norm, check_shapes, normal
 
 from . import cpu, reference
 
-__all__ = ["CONV3X3", "conv3x3", "conv3x3_step"]
+__all__ = ["CONV3X3", "conv3x3", "conv3x3_fused"]
 
 SHAPES = {"x": "BCHW", "weight": "DC33", "bias": "D"}
-STEP_SHAPES = SHAPES | {"norm_weight": "C", "norm_bias": "C", "residual": "BDHW"}
+FUSED_SHAPES = SHAPES | {"norm_weight": "C", "norm_bias": "C", "residual": "BDHW"}
 
 CONV3X3 = Operation(
     name="3x3 convolution",
@@ -48,7 +48,7 @@ def conv3x3(x: Tensor, weight: Tensor, bias: Tensor | None, *, backend: str = "a
     return CONV3X3(backend, x, weight, bias)
 
 
-def conv3x3_step(
+def conv3x3_fused(
     x: Tensor,
     norm_weight: Tensor | None,
     norm_bias: Tensor | None,
@@ -77,8 +77,8 @@ def conv3x3_step(
     Raises:
         ValueError: shapes that do not fit each other.
     """
-    check_shapes(STEP_SHAPES, x, weight, bias, norm_weight, norm_bias, residual)
+    check_shapes(FUSED_SHAPES, x, weight, bias, norm_weight, norm_bias, residual)
     check_norm(norm_weight, norm_bias)
     if "cpu" not in CONV3X3.order:
         return None
-    return cpu.step(x, norm_weight, norm_bias, eps, weight, bias, residual)
+    return cpu.fused(x, norm_weight, norm_bias, eps, weight, bias, residual)

@@ -26,11 +26,11 @@ def unsupported_reasons(x: Tensor, *others: Tensor | None) -> list[str]:
 
 
 def forward(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """`torch.ops.esc_arch.conv3x3`; see `conv3x3`."""
-    return torch.ops.esc_arch.conv3x3(x, weight, bias)
+    """`torch.ops.esc_arch.conv3x3_cpu`; see `conv3x3`."""
+    return torch.ops.esc_arch.conv3x3_cpu(x, weight, bias)
 
 
-def step(
+def fused(
     x: Tensor,
     norm_weight: Tensor | None,
     norm_bias: Tensor | None,
@@ -39,10 +39,10 @@ def step(
     bias: Tensor | None,
     residual: Tensor | None,
 ) -> Tensor | None:
-    """`torch.ops.esc_arch.conv3x3_step`, None where it cannot; see `conv3x3_step`."""
+    """`torch.ops.esc_arch.conv3x3_fused_cpu`, None where it cannot; see `conv3x3_fused`."""
     if unsupported_reasons(x, norm_weight, norm_bias, weight, bias, residual):
         return None
-    return torch.ops.esc_arch.conv3x3_step(x, norm_weight, norm_bias, eps, weight, bias, residual)
+    return torch.ops.esc_arch.conv3x3_fused_cpu(x, norm_weight, norm_bias, eps, weight, bias, residual)
 
 
 def _backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
@@ -63,12 +63,12 @@ def _gradients(
     return turned, of_parameters[0], of_parameters[1]
 
 
-def _keep_step(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+def _keep_fused(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     x, norm_weight, norm_bias, ctx.eps, weight, *_ = inputs
     ctx.save_for_backward(x, norm_weight, norm_bias, weight)
 
 
-def _step_backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+def _fused_backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
     x, norm_weight, norm_bias, weight = ctx.saved_tensors
     of_x, of_norm_weight, of_norm_bias, _, of_weight, of_bias, _ = ctx.needs_input_grad
     of_any_input = any((of_x, of_norm_weight, of_norm_bias))
@@ -80,11 +80,11 @@ def _step_backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
     return *of_input, None, *of_parameters, gradient
 
 
-def _fake_step(
+def _fake_fused(
     x: Tensor, norm_weight: Tensor | None, norm_bias: Tensor | None, eps: float, weight: Tensor, *others: Tensor | None
 ) -> Tensor:
     return empty_map(x, weight.shape[0])
 
 
-register("conv3x3", lambda x, weight, bias: empty_map(x, weight.shape[0]), _backward, second_derivatives=True)
-register("conv3x3_step", _fake_step, _step_backward, _keep_step)
+register("conv3x3_cpu", lambda x, weight, bias: empty_map(x, weight.shape[0]), _backward, second_derivatives=True)
+register("conv3x3_fused_cpu", _fake_fused, _fused_backward, _keep_fused)

@@ -1,12 +1,11 @@
 """Convolutional attention without parameters: the large kernel's symmetry, and the two convolutions."""
 
-from .api import conv_attention, conv_attention_of_first, conv_attention_step, decomposed_conv_attention
+from .api import conv_attention, conv_attention_fused, decomposed_conv_attention
 from .symmetry import symmetrise
 
 __all__ = [
     "conv_attention",
-    "conv_attention_of_first",
-    "conv_attention_step",
+    "conv_attention_fused",
     "decomposed_conv_attention",
     "symmetrise",
 ]

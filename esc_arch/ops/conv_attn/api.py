@@ -11,15 +11,13 @@ from torch import Tensor
 
 from esc_arch.ops.operation import Operation, SampleShapes, Size, check_shapes, normal
 
-from . import cpu, reference, triton, triton_folded
-from .depthwise import per_image_depthwise
+from . import cpu, reference, triton
 from .symmetry import symmetrise
 
 __all__ = [
     "CONV_ATTN",
     "conv_attention",
-    "conv_attention_of_first",
-    "conv_attention_step",
+    "conv_attention_fused",
     "decomposed_conv_attention",
 ]
 
@@ -41,9 +39,9 @@ SHAPES = {"x": "BCHW", "the large kernel": "CCKK", "the dynamic kernel": "BCkk"}
 CONV_ATTN = Operation(
     name="ConvAttn",
     option="ConvAttn backend",
-    backends={"reference": reference, "cpu": cpu, "triton": triton, "triton_folded": triton_folded},
+    backends={"reference": reference, "cpu": cpu, "triton": triton},
     # The kernels in Triton are taken where they have passed autotuning
-    order=("cpu", "triton_folded", "triton", "reference"),
+    order=("cpu", "triton", "reference"),
     inputs=_inputs,
     arguments=_arguments,
     parts=("the result", "the gradient of the map", "the gradient of the large kernel", "that of the dynamic kernel"),
@@ -58,54 +56,37 @@ def conv_attention(
 ) -> Tensor:
     """One large static kernel for all images, plus a small depth-wise kernel of each image's own, zero padding.
 
+    Both are for the first C channels; further ones stay as they are.
+
     Args:
-        x: (B, C, H, W), H, W >= 1, of any strides.
+        x: (B, D, H, W), D >= C, H, W >= 1, of any strides.
         large_kernel: (C, C, K, K) with K odd.
         dynamic_kernel: (B, C, k, k) with k odd: channel c of image b is filtered by dynamic_kernel[b, c].
         symmetric: `large_kernel` equals its mirror images in both directions and its transpose (in space), as
             `symmetrise` makes it; fast backends need this. The gradient of `large_kernel` may then have only its
             symmetric part, which is all that passes through `symmetrise`.
-        backend: reference, cpu, triton, triton_folded or auto.
+        backend: reference, cpu, triton or auto.
 
     Returns:
-        (B, C, H, W).
+        (B, D, H, W).
 
     Raises:
         ValueError: shapes that do not fit each other, an unknown backend, or a kernel said to be symmetric is not
             (where the backend looks).
         RuntimeError: the backend requested by name cannot take these inputs; the message lists every reason.
     """
-    _check(x, large_kernel, dynamic_kernel)
-    return CONV_ATTN(backend, x, large_kernel, dynamic_kernel, symmetric)
-
-
-def conv_attention_of_first(
-    x: Tensor, large_kernel: Tensor, dynamic_kernel: Tensor, *, symmetric: bool = False
-) -> Tensor:
-    """`conv_attention` of the first channels, the others as they are; on the CPU without taking them apart.
-
-    Args:
-        x: (B, D, H, W), D >= C.
-        others: see `conv_attention`.
-
-    Returns:
-        (B, D, H, W).
-
-    Raises:
-        ValueError: as of `conv_attention`.
-    """
     channels = large_kernel.shape[0]
-    convolved = x[:, :channels]
+    convolved, others = (x[:, :channels], x[:, channels:]) if x.dim() == 4 else (x, x)
     _check(convolved, large_kernel, dynamic_kernel)
     inputs = (convolved, large_kernel, dynamic_kernel, symmetric)
-    chosen = CONV_ATTN.choose("auto", *inputs)
-    if chosen is cpu:
+    chosen = CONV_ATTN.choose(backend, *inputs)
+    if chosen is cpu:  # which passes the others through
         return cpu.forward(x, large_kernel, dynamic_kernel, symmetric)
     out: Tensor = chosen.forward(*inputs)
-    return torch.cat([out, x[:, channels:]], dim=1)
+    return torch.cat([out, others], dim=1) if others.shape[1] else out
 
 
-def conv_attention_step(
+def conv_attention_fused(
     x: Tensor,
     residual: Tensor | None,
     large_kernel: Tensor,
@@ -145,7 +126,7 @@ def conv_attention_step(
     parameters = (proj1_weight, proj1_bias, proj2_weight, proj2_bias, weight, bias)
     if "cpu" not in CONV_ATTN.order:
         return None
-    return cpu.step(x, residual, large_kernel, means, *parameters, symmetric=symmetric)
+    return cpu.fused(x, residual, large_kernel, means, *parameters, symmetric=symmetric)
 
 
 def decomposed_conv_attention(
@@ -164,7 +145,7 @@ def decomposed_conv_attention(
     """
     margin = (spatial_kernel.shape[-1] - dynamic_kernel.shape[-1]) // 2
     kernel = F.pad(dynamic_kernel, (margin,) * 4) + spatial_kernel[None, :, 0]
-    return per_image_depthwise(F.conv2d(x, channel_kernel), kernel)
+    return cpu.per_image_depthwise(F.conv2d(x, channel_kernel), kernel)
 
 
 def _check(x: Tensor | None, *kernels: Tensor | None) -> None:

@@ -15,10 +15,12 @@ from esc_arch.ops.cpu.wrapping import empty_map, input_reasons, register
 from esc_arch.ops.gradients import wants_gradients
 from esc_arch.ops.layout import empty_like
 
+from . import reference
+
 #: Beyond this no tile has room for outputs between its margins.
 LARGEST_KERNEL = 33
 
-#: Of the kernel that `conv_attention_step` computes from the image.
+#: Of the kernel that `conv_attention_fused` computes from the image.
 DYNAMIC_SIDE = 3
 
 
@@ -36,11 +38,11 @@ def _kernel_reasons(symmetric: bool, *sides: int) -> list[str]:
 
 
 def forward(x: Tensor, large_kernel: Tensor, dynamic_kernel: Tensor, symmetric: bool) -> Tensor:
-    """`torch.ops.esc_arch.conv_attention`; see `conv_attention`. Further channels of x stay as they are."""
-    return torch.ops.esc_arch.conv_attention(x, large_kernel, dynamic_kernel)
+    """`torch.ops.esc_arch.conv_attention_cpu`; see `conv_attention`. Further channels of x stay as they are."""
+    return torch.ops.esc_arch.conv_attention_cpu(x, large_kernel, dynamic_kernel)
 
 
-def step(
+def fused(
     x: Tensor,
     residual: Tensor | None,
     large_kernel: Tensor,
@@ -48,7 +50,7 @@ def step(
     *parameters: Tensor | None,
     symmetric: bool,
 ) -> Tensor | None:
-    """All of ConvAttn in one operator, None where it cannot; see `conv_attention_step`."""
+    """All of ConvAttn in one operator, None where it cannot; see `conv_attention_fused`."""
     tensors = (x, residual, large_kernel, *parameters)
     training = wants_gradients(means, *tensors)
     if training and means is not None:  # which get no gradient
@@ -58,8 +60,15 @@ def step(
     if input_reasons(large_kernel, means, *parameters, maps=[x, residual]):
         return None
     if training:
-        return torch.ops.esc_arch.conv_attention_layer(*tensors)[0]
-    return torch.ops.esc_arch.conv_attention_step(x, residual, large_kernel, means, *parameters)
+        return torch.ops.esc_arch.conv_attention_fused_training_cpu(*tensors)[0]
+    return torch.ops.esc_arch.conv_attention_fused_cpu(x, residual, large_kernel, means, *parameters)
+
+
+def per_image_depthwise(x: Tensor, kernel: Tensor) -> Tensor:
+    """The function of `reference`, in C++ where nothing is against it; see `csrc/depthwise.cpp`."""
+    if input_reasons(x, kernel):
+        return reference.per_image_depthwise(x, kernel)
+    return torch.ops.esc_arch.depthwise_per_image_cpu(x, kernel)
 
 
 def _empty_output(x: Tensor, *others: Tensor | None) -> Tensor:
@@ -68,7 +77,7 @@ def _empty_output(x: Tensor, *others: Tensor | None) -> Tensor:
     return empty_map(x, weight.shape[0])
 
 
-def _fake_layer(
+def _fake_fused(
     x: Tensor, residual: Tensor | None, large_kernel: Tensor, *parameters: Tensor | None
 ) -> tuple[Tensor, ...]:
     channels = large_kernel.shape[0]
@@ -76,7 +85,7 @@ def _fake_layer(
     return _empty_output(x, *parameters), empty_map(x, channels), dynamic, x.new_empty(x.shape[0], channels)
 
 
-def _fake_layer_backward(
+def _fake_fused_backward(
     gradient: Tensor,
     x: Tensor,
     large_kernel: Tensor,
@@ -99,23 +108,35 @@ def _fake_backward(
 
 def _backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
     of_x, *of_kernels = ctx.needs_input_grad
-    return torch.ops.esc_arch.conv_attention_backward(gradient, *ctx.saved_tensors, of_x, any(of_kernels))
+    return torch.ops.esc_arch.conv_attention_backward_cpu(gradient, *ctx.saved_tensors, of_x, any(of_kernels))
 
 
-def _keep_layer(ctx: Any, inputs: tuple[Tensor | None, ...], output: tuple[Tensor, ...]) -> None:
+def _keep_fused(ctx: Any, inputs: tuple[Tensor | None, ...], output: tuple[Tensor, ...]) -> None:
     x, _residual, large_kernel, proj1_weight, proj1_bias, proj2_weight, _proj2_bias, weight, _bias = inputs
     ctx.save_for_backward(x, large_kernel, proj1_weight, proj1_bias, proj2_weight, weight, *output[1:])
 
 
-def _layer_backward(ctx: Any, gradient: Tensor, *_: Tensor | None) -> tuple[Tensor | None, ...]:
-    of_x, *of_parameters = torch.ops.esc_arch.conv_attention_layer_backward(
+def _fused_backward(ctx: Any, gradient: Tensor, *_: Tensor | None) -> tuple[Tensor | None, ...]:
+    of_x, *of_parameters = torch.ops.esc_arch.conv_attention_fused_backward_cpu(
         gradient, *ctx.saved_tensors, any(ctx.needs_input_grad[2:])
     )
     return of_x, gradient, *of_parameters
 
 
-register("conv_attention", lambda x, large_kernel, dynamic_kernel: empty_like(x), _backward)
-register("conv_attention_backward", _fake_backward)
-register("conv_attention_step", _empty_output)
-register("conv_attention_layer", _fake_layer, _layer_backward, _keep_layer)
-register("conv_attention_layer_backward", _fake_layer_backward)
+def _fake_depthwise_backward(
+    gradient: Tensor, x: Tensor, kernel: Tensor, of_x: bool, of_kernel: bool
+) -> tuple[Tensor, Tensor]:
+    return empty_map(x) if of_x else x.new_empty(0), x.new_empty(kernel.shape if of_kernel else 0)
+
+
+def _depthwise_backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+    return torch.ops.esc_arch.depthwise_per_image_backward_cpu(gradient, *ctx.saved_tensors, *ctx.needs_input_grad)
+
+
+register("conv_attention_cpu", lambda x, large_kernel, dynamic_kernel: empty_like(x), _backward)
+register("conv_attention_backward_cpu", _fake_backward)
+register("conv_attention_fused_cpu", _empty_output)
+register("conv_attention_fused_training_cpu", _fake_fused, _fused_backward, _keep_fused)
+register("conv_attention_fused_backward_cpu", _fake_fused_backward)
+register("depthwise_per_image_cpu", lambda x, kernel: empty_map(x), _depthwise_backward)
+register("depthwise_per_image_backward_cpu", _fake_depthwise_backward)

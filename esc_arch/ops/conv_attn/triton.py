@@ -5,8 +5,9 @@ where the kernel reads each number dozens of times. Every gradient is a sum in a
 the last bit. float32 is multiplied as PyTorch's convolutions are told to (`torch.backends.cudnn.allow_tf32`: TF32
 unless switched off), half types with sums in float32.
 
-The products can use the symmetry of the large kernel (`FOLDS`), see `triton_kernels`. This backend does not, and takes
-any kernel; `triton_folded` does. Which of them is faster on this GPU is measured in their trials.
+Rows of a symmetric kernel are folded: pixels as far above as below meet the same taps and are added before the product,
+so that there are half as many. The sums are rounded to the type of the map once, which adds about as much error as
+rounding the output does; in float16 pixels must stay below 32752 for that.
 
 The first call for a combination of type, channels and kernel size compiles up to five variants of a kernel and measures
 which is the fastest; the choice and the kernels stay in Triton's cache on disk. New sizes of images compile nothing.
@@ -19,25 +20,20 @@ import math
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from esc_arch.ops.autotune.choice import auto_skip_reasons as autotune_reasons
-from esc_arch.ops.autotune.networks import nearest
-from esc_arch.ops.autotune.results import MODES, Case
+from esc_arch.ops.autotune.choice import nearest
 from esc_arch.ops.float32 import tf32_in_convolutions
 from esc_arch.ops.gradients import wants_gradients
 from esc_arch.ops.layout import empty_like, is_channels_last
-from esc_arch.ops.triton_support import DTYPES, missing, precision, setting
+from esc_arch.ops.triton_support import DTYPES, missing, precision
 
-#: What is added up before it is multiplied: nothing; rows as far above as below; also columns and diagonals; or what
-#: suits the type, see `triton_folded`.
-FOLDS = ("none", "rows", "all", "auto")
 #: Channels of a group of outputs: as wide as the registers of a multiprocessor allow.
 MAX_CHANNELS = 64
 #: Programs that share a map when the kernels' gradients are summed: enough to keep every GPU busy.
 PROGRAMS = 256
-#: Pixels of a picture for each program of the dynamic kernel's gradient.
-DYNAMIC_SHARE = 4096
 
 
 def unsupported_reasons(x: Tensor, large_kernel: Tensor, dynamic_kernel: Tensor, symmetric: bool) -> list[str]:
@@ -57,22 +53,15 @@ def unsupported_reasons(x: Tensor, large_kernel: Tensor, dynamic_kernel: Tensor,
     return reasons
 
 
-def auto_skip_reasons(
-    x: Tensor, large_kernel: Tensor, dynamic_kernel: Tensor, symmetric: bool, backend: str = "triton"
-) -> list[str]:
-    """Why `auto` leaves these kernels, as this backend has them, to those who ask for them by name."""
+def auto_skip_reasons(x: Tensor, large_kernel: Tensor, dynamic_kernel: Tensor, symmetric: bool) -> list[str]:
+    """Why `auto` leaves these kernels to those who ask for them by name."""
+    if not symmetric:
+        return ["its trials are of symmetric kernels"]
     training = wants_gradients(x, large_kernel, dynamic_kernel)
     # (Of the kernel, whose sizes no compiler at work takes for symbols)
     network = nearest(pdim=large_kernel.shape[0])
-    return _autotune_reasons(backend, network, _computed_in(x), training, x.device.type, x.device.index)
-
-
-@torch.compiler.assume_constant_result
-def _autotune_reasons(
-    backend: str, network: str, dtype: torch.dtype, training: bool, device: str, index: int | None
-) -> list[str]:
-    case = Case("ConvAttn", backend, network, setting(dtype, tf32_in_convolutions()), MODES[training])
-    return autotune_reasons(case, device, index, ("triton",) if backend == "triton_folded" else ())
+    where = x.device.type, x.device.index
+    return autotune_reasons("ConvAttn", network, _computed_in(x), tf32_in_convolutions(), training, *where)
 
 
 def _computed_in(x: Tensor) -> torch.dtype:
@@ -81,20 +70,16 @@ def _computed_in(x: Tensor) -> torch.dtype:
     return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
 
 
-def forward(x: Tensor, large_kernel: Tensor, dynamic_kernel: Tensor, symmetric: bool, fold: str = "none") -> Tensor:
-    """Both convolutions; see `conv_attention`.
-
-    Args:
-        fold: one of `FOLDS`; all but none need a large kernel that is symmetric, as `symmetrise` makes it.
-    """
+def forward(x: Tensor, large_kernel: Tensor, dynamic_kernel: Tensor, symmetric: bool) -> Tensor:
+    """Both convolutions; see `conv_attention`."""
     x = x.to(_computed_in(x))
     # Laid out here, where a compiler sees that all layers of a network share it
     taps = large_kernel.permute(2, 3, 0, 1).to(x.dtype).contiguous()
-    return _convolve(x, taps, dynamic_kernel, fold)
+    return _convolve(x, taps, dynamic_kernel, symmetric)
 
 
 @torch.library.custom_op("esc_arch::conv_attention_triton", mutates_args=())
-def _convolve(x: Tensor, taps: Tensor, dynamic: Tensor, fold: str) -> Tensor:
+def _convolve(x: Tensor, taps: Tensor, dynamic: Tensor, fold: bool) -> Tensor:
     """x (B, C, H, W), taps (K, K, C out, C in) of its type, dynamic (B, C, s, s) -> (B, C, H, W)."""
     out = empty_like(x)
     _convolve_into(out, x, taps, dynamic, fold)
@@ -104,7 +89,7 @@ def _convolve(x: Tensor, taps: Tensor, dynamic: Tensor, fold: str) -> Tensor:
 _convolve.register_fake(lambda x, taps, dynamic, fold: empty_like(x))
 
 
-def _convolve_into(out: Tensor, x: Tensor, taps: Tensor, dynamic: Tensor, fold: str) -> None:
+def _convolve_into(out: Tensor, x: Tensor, taps: Tensor, dynamic: Tensor, fold: bool) -> None:
     from .triton_kernels import convolve
 
     x, pixel = _readable(x)
@@ -114,32 +99,29 @@ def _convolve_into(out: Tensor, x: Tensor, taps: Tensor, dynamic: Tensor, fold: 
         group = max(meta["COLUMNS"] // meta["BLOCK_C"], 1)
         return (math.ceil(batch * height * math.ceil(width / group) / meta["BLOCK"]),)
 
-    constants = _constants(x, taps) | {"PIXEL": pixel, "DYNAMIC_SIDE": dynamic.shape[-1], "FOLD": _level(fold, x)}
+    constants = _constants(x, taps) | {"PIXEL": pixel, "DYNAMIC_SIDE": dynamic.shape[-1], "FOLD": fold}
     taps, dynamic = taps.contiguous(), dynamic.contiguous()
     with torch.cuda.device_of(x):
         convolve[grid](x, taps, dynamic, out, batch, height, width, OUT_LAST=is_channels_last(out), **constants)
 
 
-@torch.library.custom_op("esc_arch::conv_attention_triton_backward", mutates_args=())
+@torch.library.custom_op("esc_arch::conv_attention_backward_triton", mutates_args=())
 def _differentiate(
-    gradient: Tensor, x: Tensor, taps: Tensor, dynamic: Tensor, fold: str, of_x: bool, of_taps: bool, of_dynamic: bool
-) -> tuple[Tensor, Tensor, Tensor]:
-    """The gradients of x, of the taps and of the dynamic kernels, float32 of the kernels; empty if not asked for."""
+    gradient: Tensor, x: Tensor, taps: Tensor, dynamic: Tensor, fold: bool, of_x: bool, of_taps: bool
+) -> tuple[Tensor, Tensor]:
+    """The gradients of x and, in float32, of the taps; empty if not asked for."""
     d_x = empty_like(x) if of_x else x.new_empty(0)
     if of_x:
         _convolve_into(d_x, gradient, taps.flip((0, 1)).transpose(2, 3), dynamic.flip((2, 3)), fold)
-    nothing = (x.new_empty(0, dtype=torch.float32) for _ in range(2))
-    d_taps = _differentiate_taps(gradient, x, taps, fold) if of_taps else next(nothing)
-    d_dynamic = _differentiate_dynamic(gradient, x, dynamic) if of_dynamic else next(nothing)
-    return d_x, d_taps, d_dynamic
+    return d_x, _differentiate_taps(gradient, x, taps, fold) if of_taps else x.new_empty(0, dtype=torch.float32)
 
 
 @_differentiate.register_fake
-def _(gradient: Tensor, x: Tensor, taps: Tensor, dynamic: Tensor, fold: str, *wanted: bool) -> tuple[Tensor, ...]:
-    of_x, *of_kernels = wanted
-    kernels = zip((taps, dynamic), of_kernels, strict=True)
-    empty = (x.new_empty(kernel.shape if of else (0,), dtype=torch.float32) for kernel, of in kernels)
-    return empty_like(x) if of_x else x.new_empty(0), *empty
+def _(
+    gradient: Tensor, x: Tensor, taps: Tensor, dynamic: Tensor, fold: bool, of_x: bool, of_taps: bool
+) -> tuple[Tensor, Tensor]:
+    d_taps = x.new_empty(taps.shape if of_taps else (0,), dtype=torch.float32)
+    return empty_like(x) if of_x else x.new_empty(0), d_taps
 
 
 def _keep(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -149,16 +131,16 @@ def _keep(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 
 def _backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
     x, taps, dynamic = ctx.saved_tensors
-    needed = ctx.needs_input_grad[:3]
-    gradients = _differentiate(gradient, x, taps, dynamic, ctx.fold, *needed)
-    typed = zip(gradients, (x, taps, dynamic), needed, strict=True)
-    return *(value.to(leaf.dtype) if wanted else None for value, leaf, wanted in typed), None
+    of_x, of_taps, of_dynamic, _ = ctx.needs_input_grad
+    d_x, d_taps = _differentiate(gradient, x, taps, dynamic, ctx.fold, of_x, of_taps)
+    d_dynamic = _differentiate_dynamic(gradient, x, dynamic.shape[-1]).to(dynamic.dtype) if of_dynamic else None
+    return d_x if of_x else None, d_taps.to(taps.dtype) if of_taps else None, d_dynamic, None
 
 
 _convolve.register_autograd(_backward, setup_context=_keep)
 
 
-def _differentiate_taps(gradient: Tensor, x: Tensor, taps: Tensor, fold: str) -> Tensor:
+def _differentiate_taps(gradient: Tensor, x: Tensor, taps: Tensor, fold: bool) -> Tensor:
     """(K, K, C out, C in), float32; with `fold` the mean of its rows above and below the centre."""
     from .triton_kernels import correlate
 
@@ -166,14 +148,14 @@ def _differentiate_taps(gradient: Tensor, x: Tensor, taps: Tensor, fold: str) ->
     x, pixel = _readable(x)
     gradient, gradient_pixel = _readable(gradient)
     batch, _, height, width = x.shape
-    constants, folded = _constants(x, taps), fold != "none"
+    constants = _constants(x, taps)
     block_c = constants["BLOCK_C"]
     group, count = 64 // block_c, 256 // block_c
     block = 64 if x.dtype is not torch.float32 else 32
-    rows, steps = side // 2 + 1 if folded else side, math.ceil((group + side - 1) / count)
+    rows, steps = side // 2 + 1 if fold else side, math.ceil((group + side - 1) / count)
     blocks = math.ceil(batch * height * math.ceil(width / group) / block)
     share = math.ceil(blocks / math.ceil(PROGRAMS / (rows * steps)))
-    constants |= {"PIXEL": pixel, "GRADIENT_PIXEL": gradient_pixel, "FOLD": int(folded)}
+    constants |= {"PIXEL": pixel, "GRADIENT_PIXEL": gradient_pixel, "FOLD": fold}
     constants |= {"GROUP": group, "COUNT": count, "BLOCK": block, "num_warps": 8, "num_stages": 2}
     sums = x.new_empty(math.ceil(blocks / share), rows, steps * count, block_c, group, block_c, dtype=torch.float32)
     with torch.cuda.device_of(x):
@@ -181,29 +163,16 @@ def _differentiate_taps(gradient: Tensor, x: Tensor, taps: Tensor, fold: str) ->
     band = sums.sum(0).movedim(2, 4)
     of_rows = sum(band[:, g : g + side, g, :channels, :channels] for g in range(group))
     assert isinstance(of_rows, Tensor)
-    if folded:  # the sum over a row and its mirror image went to both
+    if fold:  # the sum over a row and its mirror image went to both
         of_rows[:-1] /= 2
         of_rows = torch.cat([of_rows, of_rows[:-1].flip(0)])
     return of_rows.contiguous()
 
 
-def _differentiate_dynamic(gradient: Tensor, x: Tensor, dynamic: Tensor) -> Tensor:
-    """(B, C, s, s), float32."""
-    from .triton_kernels import correlate_dynamic
-
-    x, pixel = _readable(x)
-    gradient, gradient_pixel = _readable(gradient)
-    batch, channels, height, width = x.shape
-    block, side = 128, dynamic.shape[-1]
-    blocks = math.ceil(height * width / block)
-    share = min(DYNAMIC_SHARE // block, blocks)
-    parts = math.ceil(blocks / share)
-    sums = x.new_empty(batch, parts, *dynamic.shape[1:], dtype=torch.float32)
-    constants = {"PIXEL": pixel, "GRADIENT_PIXEL": gradient_pixel, "SIDE": side, "BLOCK": block}
-    constants |= {"C": channels, "BLOCK_C": _block_of_channels(channels)}
-    with torch.cuda.device_of(x):
-        correlate_dynamic[(side**2, parts, batch)](x, gradient, sums, height, width, share, **constants)
-    return sums.sum(1)
+def _differentiate_dynamic(gradient: Tensor, x: Tensor, side: int) -> Tensor:
+    """(B, C, s, s), float32. In PyTorch: nine products a pixel are next to nothing beside those of the large kernel."""
+    neighbours = F.pad(x, (side // 2,) * 4).unfold(2, side, 1).unfold(3, side, 1)
+    return (neighbours * gradient.float()[..., None, None]).sum((2, 3))
 
 
 def _constants(x: Tensor, taps: Tensor) -> dict[str, Any]:
@@ -211,20 +180,10 @@ def _constants(x: Tensor, taps: Tensor) -> dict[str, Any]:
     channels = x.shape[1]
     return {
         "C": channels,
-        "BLOCK_C": _block_of_channels(channels),
+        "BLOCK_C": max(16, 1 << (channels - 1).bit_length()),
         "SIDE": taps.shape[0],
         "PRECISION": precision(x, tf32_in_convolutions()),
     }
-
-
-def _block_of_channels(channels: int) -> int:
-    return max(16, 1 << (channels - 1).bit_length())
-
-
-def _level(fold: str, x: Tensor) -> int:
-    if fold == "auto":
-        fold = "all" if precision(x, tf32_in_convolutions()) == "ieee" else "rows"
-    return FOLDS.index(fold)
 
 
 def _readable(x: Tensor) -> tuple[Tensor, int]:

@@ -12,9 +12,8 @@ where band[dy, (j, ci), (g, co)] = taps[dy, j - g, co, ci], and 0 where j - g is
 that is a product of (groups, 256) and (256, 64) per row: a fifth of it multiplies zeros, and the input is fetched 4
 times per row instead of 13. The band is gathered from the taps as it is needed.
 
-FOLD says which symmetries of the large kernel are used, by adding what meets equal taps before the product:
-0 none; 1 rows, R + 1 products of rows instead of K; 2 rows, columns and diagonals, (R + 1)(R + 2) / 2 products with
-(C, C) taps instead of K^2, without groups.
+With FOLD rows as far above as below, which meet equal taps of a symmetric kernel, are added before the product: R + 1
+products of rows instead of K.
 
 Inputs are channels-last maps, of which PIXEL numbers lie from one pixel to the next, so that the first C channels of a
 wider map are read in place. Sizes of maps are arguments that nothing is specialised on: new sizes compile nothing.
@@ -37,19 +36,13 @@ from esc_arch.ops.triton_jit import dot, tuned
 _KEY = ["C", "PIXEL", "SIDE", "FOLD", "PRECISION"]
 _SIZES = ["batch", "height", "width"]
 
-FOLD_ALL = tl.constexpr(2)
 #: A row outside every map.
 NOWHERE = tl.constexpr(-1)
 
 
 def _config(columns, block, warps, stages, depth=64):
-    """`columns` of a product are the channels of a group of outputs; 0: of a single output, for FOLD 2."""
+    """`columns` of a product are the channels of a group of outputs, `depth` those of its pixels at a time."""
     return Config({"COLUMNS": columns, "DEPTH": depth, "BLOCK": block}, num_warps=warps, num_stages=stages)
-
-
-def _fitting(configs, named_args, **arguments):
-    """Those made for this kind of folding."""
-    return [config for config in configs if (config.kwargs["COLUMNS"] == 0) == (arguments["FOLD"] == 2)]
 
 
 @triton.jit
@@ -105,48 +98,12 @@ def _rows(
 ):
     """The pixels `distance` rows above; with FOLD those as far below are added, which meet the same taps."""
     above = _pixels(map, picture, y - distance, x, wanted, height, width, PIXEL, C, BLOCK_C, COUNT)
-    if FOLD == 0:
-        return above
-    else:
+    if FOLD:
         row = tl.where(distance > 0, y + distance, NOWHERE)
         below = _pixels(map, picture, row, x, wanted, height, width, PIXEL, C, BLOCK_C, COUNT)
         return (above.to(tl.float32) + below.to(tl.float32)).to(above.dtype)
-
-
-@triton.jit
-def _orbit(
-    map,
-    picture,
-    y,
-    x,
-    wanted,
-    far,
-    near,
-    height,
-    width,
-    PIXEL: tl.constexpr,
-    C: tl.constexpr,
-    BLOCK_C: tl.constexpr,
-):
-    """The sum of the up to 8 pixels that meet the tap at (far, near), far >= near >= 0: (outputs, BLOCK_C)."""
-    total = tl.zeros([x.shape[0], BLOCK_C], tl.float32)
-    for turn in tl.static_range(8):
-        dy = far
-        dx = near
-        once = far >= 0
-        if turn >= 4:  # on the diagonal this is the same
-            dy = near
-            dx = far
-            once = once & (near < far)
-        if turn % 2 == 1:
-            once = once & (dy > 0)
-            dy = -dy
-        if turn % 4 >= 2:
-            once = once & (dx > 0)
-            dx = -dx
-        row = tl.where(once, y + dy, NOWHERE)
-        total += _pixels(map, picture, row, x + dx, wanted, height, width, PIXEL, C, BLOCK_C, 1)
-    return total.to(map.dtype.element_ty)
+    else:
+        return above
 
 
 @triton.jit
@@ -209,13 +166,9 @@ def _dynamic_part(
         _config(64, 128, 8, 3),
         _config(128, 64, 4, 3),
         _config(64, 32, 4, 2),
-        _config(0, 128, 4, 2),
-        _config(0, 64, 4, 2),
-        _config(0, 256, 8, 2),
     ],
-    interpreted=[_config(64, 128, 1, 1, depth=256), _config(0, 128, 1, 1)],  # few large steps are the quickest
+    interpreted=[_config(64, 128, 1, 1, depth=256)],  # few large steps are the quickest
     key=_KEY,
-    fitting=_fitting,
 )
 @triton.jit(do_not_specialize=_SIZES)
 def convolve(
@@ -242,26 +195,18 @@ def convolve(
 
     A program is a block of groups of outputs. `out` is a dense map of C channels, channels last or NCHW.
     """
-    GROUP: tl.constexpr = COLUMNS // BLOCK_C if COLUMNS else 1
+    GROUP: tl.constexpr = COLUMNS // BLOCK_C
     R: tl.constexpr = SIDE // 2
     picture, y, left, wanted = _groups(tl.program_id(0), batch, height, width, GROUP, BLOCK)
     acc = _dynamic_part(x, dynamic, picture, y, left, wanted, height, width, PIXEL, C, BLOCK_C, GROUP, DYNAMIC_SIDE)
-    if FOLD == FOLD_ALL:
-        for far in range(R + 1):
-            for near in range(far + 1):
-                pixels = _orbit(x, picture, y, left, wanted, far, near, height, width, PIXEL, C, BLOCK_C)
-                acc += dot(pixels, _band(taps, R + far, R + near, SIDE, C, BLOCK_C, 1, 1), PRECISION)
-    else:
-        COUNT: tl.constexpr = DEPTH // BLOCK_C
-        STEPS: tl.constexpr = (GROUP + SIDE - 1 + COUNT - 1) // COUNT
-        ROWS: tl.constexpr = R + 1 if FOLD else SIDE
-        for step in range(ROWS * STEPS):
-            row = step // STEPS
-            first = step % STEPS * COUNT
-            pixels = _rows(
-                x, picture, y, left + first - R, wanted, R - row, height, width, PIXEL, C, BLOCK_C, COUNT, FOLD
-            )
-            acc += dot(pixels, _band(taps, row, first, SIDE, C, BLOCK_C, COUNT, GROUP), PRECISION)
+    COUNT: tl.constexpr = DEPTH // BLOCK_C
+    STEPS: tl.constexpr = (GROUP + SIDE - 1 + COUNT - 1) // COUNT
+    ROWS: tl.constexpr = R + 1 if FOLD else SIDE
+    for step in range(ROWS * STEPS):
+        row = step // STEPS
+        first = step % STEPS * COUNT
+        pixels = _rows(x, picture, y, left + first - R, wanted, R - row, height, width, PIXEL, C, BLOCK_C, COUNT, FOLD)
+        acc += dot(pixels, _band(taps, row, first, SIDE, C, BLOCK_C, COUNT, GROUP), PRECISION)
 
     n = tl.arange(0, GROUP * BLOCK_C)[None, :]
     channel = n % BLOCK_C
@@ -313,40 +258,3 @@ def correlate(
     k = tl.arange(0, COUNT * BLOCK_C)[:, None]
     n = tl.arange(0, GROUP * BLOCK_C)[None, :]
     tl.store(sums + (tile * (COUNT * BLOCK_C) + k) * (GROUP * BLOCK_C) + n, acc)
-
-
-@triton.jit(do_not_specialize=["height", "width", "share"])
-def correlate_dynamic(
-    x,
-    gradient,
-    sums,
-    height,
-    width,
-    share,
-    PIXEL: tl.constexpr,
-    GRADIENT_PIXEL: tl.constexpr,
-    C: tl.constexpr,
-    BLOCK_C: tl.constexpr,
-    SIDE: tl.constexpr,
-    BLOCK: tl.constexpr,
-):
-    """The gradient of the dynamic kernels: sums[picture, share, c, tap] over a share of the picture's pixels.
-
-    A program is a tap, for a share of the blocks of pixels of a picture.
-    """
-    tap = tl.program_id(0)
-    dy = tap // SIDE - SIDE // 2
-    dx = tap % SIDE - SIDE // 2
-    acc = tl.zeros([BLOCK, BLOCK_C], tl.float32)
-    picture = tl.full([BLOCK], 0, tl.int32) + tl.program_id(2)
-    for block in range(tl.program_id(1) * share, (tl.program_id(1) + 1) * share):
-        pixel = block * BLOCK + tl.arange(0, BLOCK)
-        y = pixel // width
-        column = pixel % width
-        pixels = _pixels(x, picture, y + dy, column + dx, y < height, height, width, PIXEL, C, BLOCK_C, 1)
-        outputs = _pixels(gradient, picture, y, column, y < height, height, width, GRADIENT_PIXEL, C, BLOCK_C, 1)
-        acc += pixels.to(tl.float32) * outputs.to(tl.float32)
-    channel = tl.arange(0, BLOCK_C)
-    part = tl.program_id(2) * tl.num_programs(1) + tl.program_id(1)
-    place = (part * C + channel) * (SIDE * SIDE) + tap
-    tl.store(sums + place, tl.sum(acc, 0), mask=channel < C)

@@ -8,7 +8,7 @@ from esc_arch.ops.operation import Operation, SampleShapes, Size, check_norm, ch
 
 from . import cpu, reference
 
-__all__ = ["CONV_FFN", "conv_ffn", "conv_ffn_step"]
+__all__ = ["CONV_FFN", "conv_ffn", "conv_ffn_fused"]
 
 SHAPES = {
     "x": "BCHW",
@@ -19,7 +19,7 @@ SHAPES = {
     "aggr_weight": "CM11",
     "aggr_bias": "C",
 }
-STEP_SHAPES = SHAPES | {"norm_weight": "C", "norm_bias": "C"}
+FUSED_SHAPES = SHAPES | {"norm_weight": "C", "norm_bias": "C"}
 
 
 def _inputs(shapes: SampleShapes, size: Size) -> list[Tensor]:
@@ -71,7 +71,7 @@ def conv_ffn(
     return CONV_FFN(backend, *tensors)
 
 
-def conv_ffn_step(
+def conv_ffn_fused(
     x: Tensor,
     norm_weight: Tensor | None,
     norm_bias: Tensor | None,
@@ -100,14 +100,12 @@ def conv_ffn_step(
         (B, C, H, W) and (B, pooled), no means (None) where gradients are wanted; None where no operator does it in one.
 
     Raises:
-        ValueError: shapes that do not fit each other, more channels to be averaged than there are.
+        ValueError: shapes that do not fit each other.
+        RuntimeError: more channels to be averaged than there are.
     """
     parameters = (proj_weight, proj_bias, dwc_weight, dwc_bias, aggr_weight, aggr_bias)
-    check_shapes(STEP_SHAPES, x, *parameters, norm_weight, norm_bias)
+    check_shapes(FUSED_SHAPES, x, *parameters, norm_weight, norm_bias)
     check_norm(norm_weight, norm_bias)
-    channels = x.shape[1]
-    if not 0 <= pooled <= channels:
-        raise ValueError(f"pooled is {pooled}; of {channels} channels 0 to {channels} can be averaged.")
     if "cpu" not in CONV_FFN.order:
         return None
-    return cpu.step(x, norm_weight, norm_bias, eps, *parameters, pooled=pooled)
+    return cpu.fused(x, norm_weight, norm_bias, eps, *parameters, pooled=pooled)

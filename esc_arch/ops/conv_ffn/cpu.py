@@ -21,23 +21,23 @@ def unsupported_reasons(x: Tensor, *parameters: Tensor) -> list[str]:
 
 
 def forward(x: Tensor, *parameters: Tensor) -> Tensor:
-    """`torch.ops.esc_arch.conv_ffn`, whose result is channels_last; see `conv_ffn`."""
-    return torch.ops.esc_arch.conv_ffn(x, *parameters)
+    """`torch.ops.esc_arch.conv_ffn_cpu`, whose result is channels_last; see `conv_ffn`."""
+    return torch.ops.esc_arch.conv_ffn_cpu(x, *parameters)
 
 
-def step(
+def fused(
     x: Tensor, norm_weight: Tensor | None, norm_bias: Tensor | None, eps: float, *parameters: Tensor, pooled: int
 ) -> tuple[Tensor, Tensor | None] | None:
-    """The normalisation and the means in the same operator, None where it cannot; see `conv_ffn_step`."""
+    """The normalisation and the means in the same operator, None where it cannot; see `conv_ffn_fused`."""
     if input_reasons(norm_weight, norm_bias, *parameters, maps=[x]):
         return None
     training = wants_gradients(x, norm_weight, norm_bias, *parameters)
     count = 0 if training else pooled
-    out, means = torch.ops.esc_arch.conv_ffn_step(x, norm_weight, norm_bias, eps, *parameters, count)
+    out, means = torch.ops.esc_arch.conv_ffn_fused_cpu(x, norm_weight, norm_bias, eps, *parameters, count)
     return out, None if training else means
 
 
-def _fake_step(x: Tensor, *others: Any) -> tuple[Tensor, Tensor]:
+def _fake_fused(x: Tensor, *others: Any) -> tuple[Tensor, Tensor]:
     pooled: int = others[-1]
     return empty_map(x), x.new_empty(x.shape[0], pooled)
 
@@ -50,25 +50,25 @@ def _fake_backward(gradient: Tensor, x: Tensor, *others: Any) -> tuple[Tensor, .
 def _backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
     of_x, *of_parameters = ctx.needs_input_grad
     *inputs, _last_bias = ctx.saved_tensors
-    return torch.ops.esc_arch.conv_ffn_backward(gradient, *inputs, of_x, any(of_parameters))
+    return torch.ops.esc_arch.conv_ffn_backward_cpu(gradient, *inputs, of_x, any(of_parameters))
 
 
-def _keep_step(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+def _keep_fused(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
     x, norm_weight, norm_bias, ctx.eps, *parameters, _last_bias, _pooled = inputs
     ctx.save_for_backward(x, norm_weight, norm_bias, *parameters)
 
 
-def _step_backward(ctx: Any, gradient: Tensor, _: Tensor | None) -> tuple[Tensor | None, ...]:
+def _fused_backward(ctx: Any, gradient: Tensor, _: Tensor | None) -> tuple[Tensor | None, ...]:
     x, norm_weight, norm_bias, *parameters = ctx.saved_tensors
     of_norm, of_parameters = any(ctx.needs_input_grad[:3]), any(ctx.needs_input_grad[4:-1])
     normal = layer_norm.normalised(x, norm_weight, norm_bias, ctx.eps)
-    of_normal, *of_all = torch.ops.esc_arch.conv_ffn_backward(gradient, normal, *parameters, of_norm, of_parameters)
+    of_normal, *of_all = torch.ops.esc_arch.conv_ffn_backward_cpu(gradient, normal, *parameters, of_norm, of_parameters)
     of_input: tuple[Tensor | None, ...] = (None, None, None)
     if of_norm:
         of_input = layer_norm.gradients_through(of_normal, x, norm_weight, ctx.eps)
     return *of_input, None, *of_all, None
 
 
-register("conv_ffn", lambda x, *parameters: empty_map(x), _backward)
-register("conv_ffn_step", _fake_step, _step_backward, _keep_step)
-register("conv_ffn_backward", _fake_backward)
+register("conv_ffn_cpu", lambda x, *parameters: empty_map(x), _backward)
+register("conv_ffn_fused_cpu", _fake_fused, _fused_backward, _keep_fused)
+register("conv_ffn_backward_cpu", _fake_backward)

@@ -32,17 +32,17 @@ NOT_BUILT = "the C++ operators are not built yet"
 
 
 class _State:
-    """Per-process build state; looked up on disk once, because every layer asks."""
+    """Per-process build state."""
 
-    ready: bool | None = None
-    failure: str | None = None
+    #: Why the operators cannot be called; None until the first layer asks.
+    reasons: list[str] | None = None
     registrations: list[Callable[[], None]] = []  # noqa: RUF012  (one per process is what is wanted)
 
 
 def when_loaded(register: Callable[[], None]) -> Callable[[], None]:
     """A decorator: call `register` once the operators are loaded, at once where they are."""
     _State.registrations.append(register)
-    if _State.ready:
+    if _State.reasons == []:
         register()
     return register
 
@@ -50,28 +50,20 @@ def when_loaded(register: Callable[[], None]) -> Callable[[], None]:
 @torch.compiler.assume_constant_result
 def ready() -> bool:
     """True if the operators are loaded, or were built before and can be loaded now."""
-    if _State.ready is None:
-        _State.ready = False
-        library = None if _obstacles() else building.built_library(building.recipe())
-        if library is not None:
-            try:
-                _load(library)
-            except OSError as error:
-                _State.failure = str(error)
-    return _State.ready
+    return not unsupported_reasons()
 
 
 @torch.compiler.assume_constant_result
 def unsupported_reasons() -> list[str]:
-    """Why the operators cannot be called now; empty when they can."""
-    if ready():
-        return []
-    obstacles = _obstacles()
-    if obstacles:
-        return obstacles
-    if _State.failure is not None:
-        return [f"compiling the C++ operators failed: {_State.failure}"]
-    return [NOT_BUILT]
+    """Why the operators cannot be called now; empty when they can. Looked up once: every layer asks."""
+    if _State.reasons is None:
+        _State.reasons = _obstacles() or [NOT_BUILT]
+        if _State.reasons == [NOT_BUILT] and (library := building.built_library(building.recipe())):
+            try:
+                _load(library)
+            except OSError as error:
+                _State.reasons = [f"compiling the C++ operators failed: {error}"]
+    return list(_State.reasons)
 
 
 def build() -> float:
@@ -91,7 +83,7 @@ def build() -> float:
         try:
             _load(building.compile_library(building.recipe()))
         except (RuntimeError, OSError) as error:
-            _State.failure = str(error)
+            _State.reasons = [f"compiling the C++ operators failed: {error}"]
             raise RuntimeError(f"The C++ operators cannot be built: {error}") from error
     return time.perf_counter() - start
 
@@ -116,7 +108,7 @@ def reusing_memory(x: Tensor) -> Iterator[None]:
 @torch.compiler.assume_constant_result
 def build_by_name() -> None:
     """Build the operators that were requested by name; on failure `unsupported_reasons` says why."""
-    if ready() or _obstacles() or _State.failure is not None:
+    if unsupported_reasons() != [NOT_BUILT]:
         return
     logger.warning("Building the C++ operators (1 to 3 minutes, once) ...")
     try:
@@ -142,6 +134,6 @@ def _obstacles() -> list[str]:
 
 def _load(library: Path) -> None:
     torch.ops.load_library(str(library))
-    _State.ready = True
+    _State.reasons = []
     for register in _State.registrations:
         register()

@@ -16,9 +16,9 @@ import sys
 import tempfile
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 
@@ -34,25 +34,13 @@ _INSTRUCTIONS = {
 }
 
 
-@dataclass(frozen=True)
-class Recipe:
-    """All that the library depends on.
-
-    Attributes:
-        compiler: the command, its own arguments included.
-        sources: the files to compile.
-        flags: of the compiler, without the include paths.
-        key: differs whenever the library might.
-    """
+class Recipe(NamedTuple):
+    """The compiler's command, the files to compile, the flags without include paths, and the library to make."""
 
     compiler: tuple[str, ...]
     sources: tuple[Path, ...]
     flags: tuple[str, ...]
-    key: str
-
-    @property
-    def library(self) -> Path:
-        return cache_folder() / f"native-{self.key}" / "operators.so"
+    library: Path
 
 
 def cache_folder() -> Path:
@@ -80,7 +68,8 @@ def recipe() -> Recipe:
     if compiler is None:
         raise RuntimeError("there is no C++ compiler")
     sources, flags = _sources(), _flags()
-    return Recipe(compiler, sources, flags, _key(compiler, flags, *sources))
+    library = cache_folder() / f"native-{_key(compiler, flags, *sources)}" / "operators.so"
+    return Recipe(compiler, sources, flags, library)
 
 
 def built_library(wanted: Recipe) -> Path | None:

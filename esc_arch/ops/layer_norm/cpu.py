@@ -17,15 +17,15 @@ def unsupported_reasons(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> 
 
 
 def forward(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
-    """`torch.ops.esc_arch.layer_norm`, whose result is channels_last where `x` is; see `layer_norm`."""
-    return torch.ops.esc_arch.layer_norm(x, weight, bias, eps)
+    """`torch.ops.esc_arch.layer_norm_cpu`, whose result is channels_last where `x` is; see `layer_norm`."""
+    return torch.ops.esc_arch.layer_norm_cpu(x, weight, bias, eps)
 
 
 def normalised(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) -> Tensor:
     """What an operator that normalises its input itself computed with, for its backward pass; without norm, x."""
     if weight is None:
         return x
-    return torch.ops.esc_arch.layer_norm(x, weight, bias, eps)
+    return torch.ops.esc_arch.layer_norm_cpu(x, weight, bias, eps)
 
 
 def gradients_through(
@@ -34,7 +34,7 @@ def gradients_through(
     """The gradients of x and of the norm's weight and bias, from that of `normalised`'s result."""
     if weight is None:
         return gradient, None, None
-    of_x, of_weight, of_bias = torch.ops.esc_arch.layer_norm_backward(gradient, x, weight, eps)
+    of_x, of_weight, of_bias = torch.ops.esc_arch.layer_norm_backward_cpu(gradient, x, weight, eps)
     return of_x, of_weight, of_bias
 
 
@@ -48,12 +48,12 @@ def _keep(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 
 
 def _backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
-    return *torch.ops.esc_arch.layer_norm_backward(gradient, *ctx.saved_tensors, ctx.eps), None
+    return *torch.ops.esc_arch.layer_norm_backward_cpu(gradient, *ctx.saved_tensors, ctx.eps), None
 
 
 def _fake_backward(gradient: Tensor, x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
     return _like(x), x.new_empty(x.shape[1]), x.new_empty(x.shape[1])
 
 
-register("layer_norm", lambda x, *parameters: _like(x), _backward, _keep)
-register("layer_norm_backward", _fake_backward)
+register("layer_norm_cpu", lambda x, *parameters: _like(x), _backward, _keep)
+register("layer_norm_backward_cpu", _fake_backward)

@@ -13,7 +13,7 @@ from . import cpu, flash, flex, flex_flash, reference, sdpa, triton
 from .bias import Bias
 from .cpu import Norm, Projection
 
-__all__ = ["WINDOW_ATTENTION", "attention_layer", "window_attention"]
+__all__ = ["WINDOW_ATTENTION", "window_attention", "window_attention_fused"]
 
 
 def _inputs(shapes: SampleShapes, size: Size) -> list[Tensor]:
@@ -51,16 +51,6 @@ WINDOW_ATTENTION = Operation(
 )
 
 
-LAYER_SHAPES = {
-    "to_qkv's weight": "PC11",
-    "to_qkv's bias": "P",
-    "to_out's weight": "CC11",
-    "to_out's bias": "C",
-    "the norm's weight": "C",
-    "the norm's bias": "C",
-}
-
-
 def window_attention(qkv: Tensor, bias: Bias, *, window: int, heads: int, backend: str = "auto") -> Tensor:
     """Attention within non-overlapping windows, with a position bias (arXiv 2503.06671).
 
@@ -86,7 +76,7 @@ def window_attention(qkv: Tensor, bias: Bias, *, window: int, heads: int, backen
     return WINDOW_ATTENTION(backend, qkv, bias, window, heads)
 
 
-def attention_layer(
+def window_attention_fused(
     x: Tensor,
     to_qkv: Projection,
     bias: Bias,
@@ -116,15 +106,14 @@ def attention_layer(
         (B, C, H, W), channels_last; None where no operator does it in one.
 
     Raises:
-        ValueError: shapes that do not fit each other, or an unknown backend.
+        ValueError: a map or a bias that does not fit, or an unknown backend.
+        RuntimeError: weights that do not fit.
     """
     _check(x, 1, bias, window, heads)
-    channels = x.shape[1]
-    check_shapes(LAYER_SHAPES, *to_qkv, *to_out, *(norm or (None, None))[:2], P=3 * channels, C=channels)
     name = WINDOW_ATTENTION.resolve(backend)
     if name not in ("auto", "cpu") or (name == "auto" and "cpu" not in WINDOW_ATTENTION.order):
         return None
-    return cpu.layer(x, to_qkv, bias, to_out, window, heads, norm, residual)
+    return cpu.fused(x, to_qkv, bias, to_out, window, heads, norm, residual)
 
 
 def _check(x: Tensor, parts: int, bias: Bias, window: int, heads: int) -> None:

@@ -14,6 +14,7 @@ from torch import Tensor
 from esc_arch.ops import cpu
 from esc_arch.ops.cpu.wrapping import empty_map, input_reasons, register
 from esc_arch.ops.gradients import wants_gradients
+from esc_arch.ops.layout import empty_like
 
 from .bias import Bias, parameters_of
 
@@ -43,11 +44,11 @@ def unsupported_reasons(qkv: Tensor, bias: Bias, window: int, heads: int) -> lis
 def forward(qkv: Tensor, bias: Bias, window: int, heads: int) -> Tensor:
     """The C++ operator; see `window_attention`."""
     first, second = _parts(bias)
-    out, _ = torch.ops.esc_arch.cpu_window_attention(qkv.float(), first, second, window, heads)
+    out, _ = torch.ops.esc_arch.window_attention_cpu(qkv.float(), first, second, window, heads)
     return out.to(qkv.dtype)
 
 
-def layer(
+def fused(
     x: Tensor,
     to_qkv: Projection,
     bias: Bias,
@@ -57,14 +58,14 @@ def layer(
     norm: Norm | None,
     residual: bool,
 ) -> Tensor | None:
-    """The projections and the norm in the same operator, None where it cannot; see `attention_layer`."""
+    """The projections and the norm in the same operator, None where it cannot; see `window_attention_fused`."""
     weight, shift, eps = norm or (None, None, 0.0)
     tensors = (weight, shift, *to_qkv, *parameters_of(bias), *to_out)
     if wants_gradients(x, *tensors):  # there is no backward pass
         return None
     if unsupported_reasons(x, bias, window, heads) or input_reasons(*tensors, maps=[x]):
         return None
-    return torch.ops.esc_arch.cpu_attention_layer(
+    return torch.ops.esc_arch.window_attention_fused_cpu(
         x, weight, shift, eps, *to_qkv, *_parts(bias), *to_out, window, heads, residual
     )
 
@@ -80,20 +81,14 @@ def _fake_forward(
 ) -> tuple[Tensor, Tensor]:
     batch, channels, height, width = qkv.shape
     windows = batch * -(-height // window) * -(-width // window)
-    return _empty_map(qkv, channels // 3), qkv.new_empty((2, heads, windows, window**2))
+    return empty_like(qkv, channels // 3), qkv.new_empty((2, heads, windows, window**2))
 
 
 def _fake_backward(
     grad: Tensor, qkv: Tensor, bias: Tensor, key_factors: Tensor | None, *others: Any
 ) -> tuple[Tensor, Tensor, Tensor]:
     of_keys = qkv.new_empty(0) if key_factors is None else torch.empty_like(key_factors)
-    return _empty_map(qkv, qkv.shape[1]), torch.empty_like(bias), of_keys
-
-
-def _empty_map(qkv: Tensor, channels: int) -> Tensor:
-    """A map in the layout that the operator gives its results."""
-    layout = torch.channels_last if qkv.stride(1) == 1 else torch.contiguous_format
-    return qkv.new_empty((qkv.shape[0], channels, *qkv.shape[2:])).contiguous(memory_format=layout)
+    return empty_like(qkv), torch.empty_like(bias), of_keys
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
@@ -103,12 +98,12 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> N
 
 def _backward(ctx: Any, grad: Tensor, _: Tensor | None) -> tuple[Tensor | None, ...]:
     qkv, bias, key_factors, out, statistics = ctx.saved_tensors
-    of_qkv, of_bias, of_keys = torch.ops.esc_arch.cpu_window_attention_backward(
+    of_qkv, of_bias, of_keys = torch.ops.esc_arch.window_attention_backward_cpu(
         grad, qkv, bias, key_factors, out, statistics, ctx.window, ctx.heads
     )
     return of_qkv, of_bias, of_keys, None, None
 
 
-register("cpu_attention_layer", lambda x, *others: empty_map(x))
-register("cpu_window_attention", _fake_forward, _backward, _save)
-register("cpu_window_attention_backward", _fake_backward)
+register("window_attention_fused_cpu", lambda x, *others: empty_map(x))
+register("window_attention_cpu", _fake_forward, _backward, _save)
+register("window_attention_backward_cpu", _fake_backward)

@@ -24,12 +24,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from esc_arch.ops.autotune.choice import auto_skip_reasons as autotune_reasons
-from esc_arch.ops.autotune.networks import nearest
-from esc_arch.ops.autotune.results import MODES, Case
+from esc_arch.ops.autotune.choice import nearest
 from esc_arch.ops.float32 import tf32_in_products
 from esc_arch.ops.gradients import wants_gradients
 from esc_arch.ops.layout import dense_layout
-from esc_arch.ops.triton_support import DTYPES, missing, precision, setting
+from esc_arch.ops.triton_support import DTYPES, missing, precision
 
 from .bias import Bias
 
@@ -58,15 +57,9 @@ def unsupported_reasons(qkv: Tensor, bias: Bias, window: int, heads: int) -> lis
 def auto_skip_reasons(qkv: Tensor, bias: Bias, window: int, heads: int) -> list[str]:
     """Why `auto` leaves these kernels to those who ask for them by name."""
     assert isinstance(bias, Tensor)  # others are refused above
-    training = wants_gradients(qkv, bias)
-    network = nearest(channels=qkv.shape[1] // 3)
-    return _autotune_reasons(network, qkv.dtype, training, qkv.device.type, qkv.device.index)
-
-
-@torch.compiler.assume_constant_result
-def _autotune_reasons(network: str, dtype: torch.dtype, training: bool, device: str, index: int | None) -> list[str]:
-    case = Case("window attention", "triton", network, setting(dtype, tf32_in_products()), MODES[training])
-    return autotune_reasons(case, device, index)
+    network, training = nearest(channels=qkv.shape[1] // 3), wants_gradients(qkv, bias)
+    where = qkv.device.type, qkv.device.index
+    return autotune_reasons("window attention", network, qkv.dtype, tf32_in_products(), training, *where)
 
 
 def forward(qkv: Tensor, bias: Bias, window: int, heads: int) -> Tensor:
@@ -77,7 +70,7 @@ def forward(qkv: Tensor, bias: Bias, window: int, heads: int) -> Tensor:
     return out
 
 
-@torch.library.custom_op("esc_arch::window_attention", mutates_args=())
+@torch.library.custom_op("esc_arch::window_attention_triton", mutates_args=())
 def _attend(qkv: Tensor, table: Tensor, window: int, heads: int, keep: bool) -> tuple[Tensor, Tensor]:
     """The merged map, (B, C, H, W), and, to keep for the gradient, the log-sum-exps, (B * G, h, N)."""
     from .triton_kernels import attend
@@ -101,7 +94,7 @@ def _results(qkv: Tensor, table: Tensor, window: int, heads: int, keep: bool) ->
 _attend.register_fake(_results)
 
 
-@torch.library.custom_op("esc_arch::window_attention_backward", mutates_args=())
+@torch.library.custom_op("esc_arch::window_attention_backward_triton", mutates_args=())
 def _differentiate(
     qkv: Tensor, table: Tensor, out: Tensor, lse: Tensor, d_out: Tensor, window: int, heads: int
 ) -> tuple[Tensor, Tensor]:

@@ -26,7 +26,7 @@ _FEW_FILES = 1024
 _GET_PYTORCH = "Install a PyTorch for this GPU and its driver: https://pytorch.org/get-started."
 _WITHOUT_CPU = "ESC_ARCH_NATIVE=0 in the environment switches the C++ operators off."
 _WITHOUT_TRITON = "ESC_ARCH_TRITON=0 in the environment keeps auto from it."
-_INSTEAD = {"cpu": _WITHOUT_CPU, "triton": _WITHOUT_TRITON, "triton_folded": _WITHOUT_TRITON}
+_INSTEAD = {"cpu": _WITHOUT_CPU, "triton": _WITHOUT_TRITON}
 
 #: Variables that are shown begin so.
 _SHOWN = (

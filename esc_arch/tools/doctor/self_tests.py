@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from esc_arch.ops.autotune.comparison import largest_difference, results
+from esc_arch.ops.autotune.trial import largest_difference, results
 from esc_arch.ops.dispatch import OPERATIONS
 from esc_arch.ops.operation import Explanation, SampleShapes
 

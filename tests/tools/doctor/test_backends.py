@@ -17,7 +17,7 @@ from esc_arch.tools.doctor.report import Finding
 from esc_arch.tools.doctor.self_tests import CASES, TOLERANCES, compare, dispatch
 from esc_arch.tools.doctor.subprocess_worker import JobFailed
 
-SLOW = ("flex", "flex_flash", "triton", "triton_folded", "cpu")
+SLOW = ("flex", "flex_flash", "triton", "cpu")
 QUICK = [
     (operation, name)
     for operation, (described, _) in CASES.items()

@@ -405,8 +405,8 @@ void check(const at::Tensor& x, const Optional& norm_weight, const Optional& nor
               "conv3x3's residual has not the shape of the output");
 }
 
-at::Tensor conv3x3_step(const at::Tensor& input, const Optional& norm_weight, const Optional& norm_bias, double eps,
-                        const at::Tensor& weight, const Optional& bias, const Optional& residual) {
+at::Tensor conv3x3_fused(const at::Tensor& input, const Optional& norm_weight, const Optional& norm_bias, double eps,
+                         const at::Tensor& weight, const Optional& bias, const Optional& residual) {
   check(input, norm_weight, norm_bias, weight, bias, residual);
   const auto laid_out = [](const Optional& tensor, at::MemoryFormat format = at::MemoryFormat::Contiguous) {
     return tensor ? tensor->contiguous(format) : at::Tensor();
@@ -435,7 +435,7 @@ at::Tensor conv3x3_step(const at::Tensor& input, const Optional& norm_weight, co
 }
 
 at::Tensor conv3x3(const at::Tensor& x, const at::Tensor& weight, const Optional& bias) {
-  return conv3x3_step(x, {}, {}, 0, weight, bias, {});
+  return conv3x3_fused(x, {}, {}, 0, weight, bias, {});
 }
 
 }  // namespace
@@ -443,13 +443,13 @@ at::Tensor conv3x3(const at::Tensor& x, const at::Tensor& weight, const Optional
 
 TORCH_LIBRARY_FRAGMENT(esc_arch, m) {
   m.def(
-      "conv3x3_step(Tensor x, Tensor? norm_weight, Tensor? norm_bias, float eps, Tensor weight, Tensor? bias, "
+      "conv3x3_fused_cpu(Tensor x, Tensor? norm_weight, Tensor? norm_bias, float eps, Tensor weight, Tensor? bias, "
       "Tensor? residual) -> Tensor",
       {at::Tag::pt2_compliant_tag});
-  m.def("conv3x3(Tensor x, Tensor weight, Tensor? bias) -> Tensor", {at::Tag::pt2_compliant_tag});
+  m.def("conv3x3_cpu(Tensor x, Tensor weight, Tensor? bias) -> Tensor", {at::Tag::pt2_compliant_tag});
 }
 
 TORCH_LIBRARY_IMPL(esc_arch, CPU, m) {
-  m.impl("conv3x3_step", &esc_arch::conv3x3_step);
-  m.impl("conv3x3", &esc_arch::conv3x3);
+  m.impl("conv3x3_fused_cpu", &esc_arch::conv3x3_fused);
+  m.impl("conv3x3_cpu", &esc_arch::conv3x3);
 }

@@ -114,15 +114,15 @@ at::Tensor convolve_and_mix(const at::Tensor& x, const std::optional<at::Tensor>
                             const std::optional<at::Tensor>& bias, const at::Tensor* kept) {
   const at::Tensor convolved = convolved_part(x, large_kernel);
   check_inputs(convolved, large_kernel, dynamic_kernel);
-  TORCH_CHECK(x.stride(1) == 1, "conv_attention_step takes maps with the channels innermost.");
+  TORCH_CHECK(x.stride(1) == 1, "conv_attention_fused takes maps with the channels innermost.");
   TORCH_CHECK(weight.dim() == 4 && weight.size(1) == x.size(1) && weight.size(2) == 1 && weight.size(3) == 1 &&
                   is_float(weight) &&
                   (!bias || (bias->sizes() == at::IntArrayRef({weight.size(0)}) && is_float(*bias))),
-              "conv_attention_step: a weight of shape ", weight.sizes(), " does not fit x of shape ", x.sizes(), ".");
+              "conv_attention_fused: a weight of shape ", weight.sizes(), " does not fit x of shape ", x.sizes(), ".");
   at::Tensor out =
       empty_map({x.size(0), weight.size(0), x.size(2), x.size(3)}, x.options());
   TORCH_CHECK(!residual || (residual->sizes() == out.sizes() && residual->stride(1) == 1 && is_float(*residual)),
-              "conv_attention_step: the residual must be as the output, with the channels innermost.");
+              "conv_attention_fused: the residual must be as the output, with the channels innermost.");
   if (out.numel() == 0) return out;
   const Mixer mixer(x, residual, out, weight, bias, kept);
   convolve(convolved, large_kernel, dynamic_kernel, out, &mixer);
@@ -203,7 +203,7 @@ LinearGradients linear_backward(const Numbers& gradient, const Numbers& values, 
 void check_linear(const at::Tensor& weight, const std::optional<at::Tensor>& bias, int64_t outputs, int64_t inputs) {
   TORCH_CHECK(weight.sizes() == at::IntArrayRef({outputs, inputs, 1, 1}) && is_float(weight) &&
                   (!bias || (bias->sizes() == at::IntArrayRef({outputs}) && is_float(*bias))),
-              "conv_attention_step: a projection of shape ", weight.sizes(), " where ", outputs, " x ", inputs,
+              "conv_attention_fused: a projection of shape ", weight.sizes(), " where ", outputs, " x ", inputs,
               " x 1 x 1, and a bias to it, are needed.");
 }
 
@@ -244,29 +244,29 @@ at::Tensor dynamic_kernel_of(const at::Tensor& means, int64_t channels, const at
 // --- a whole ConvAttn ----------------------------------------------------------------------------------------------
 
 // Without gradients; `means` may have come with the map
-at::Tensor conv_attention_step(const at::Tensor& x, const std::optional<at::Tensor>& residual,
-                               const at::Tensor& large_kernel, const std::optional<at::Tensor>& means,
-                               const at::Tensor& proj1_weight, const std::optional<at::Tensor>& proj1_bias,
-                               const at::Tensor& proj2_weight, const std::optional<at::Tensor>& proj2_bias,
-                               const at::Tensor& weight, const std::optional<at::Tensor>& bias) {
+at::Tensor conv_attention_fused(const at::Tensor& x, const std::optional<at::Tensor>& residual,
+                                const at::Tensor& large_kernel, const std::optional<at::Tensor>& means,
+                                const at::Tensor& proj1_weight, const std::optional<at::Tensor>& proj1_bias,
+                                const at::Tensor& proj2_weight, const std::optional<at::Tensor>& proj2_bias,
+                                const at::Tensor& weight, const std::optional<at::Tensor>& bias) {
   const at::Tensor convolved = convolved_part(x, large_kernel);
   const int64_t channels = convolved.size(1);
   TORCH_CHECK(!means || (means->sizes() == at::IntArrayRef({x.size(0), channels}) && is_float(*means)),
-              "conv_attention_step: the means do not fit x of shape ", x.sizes(), ".");
-  TORCH_CHECK(is_float(x) && x.stride(1) == 1, "conv_attention_step takes maps with the channels innermost.");
+              "conv_attention_fused: the means do not fit x of shape ", x.sizes(), ".");
+  TORCH_CHECK(is_float(x) && x.stride(1) == 1, "conv_attention_fused takes maps with the channels innermost.");
   const at::Tensor kernel = dynamic_kernel_of(means ? *means : means_of_first(x, channels), channels, proj1_weight,
                                               proj1_bias, proj2_weight, proj2_bias);
   return convolve_and_mix(x, residual, large_kernel, kernel, weight, bias, nullptr);
 }
 
 // To be trained: also what its gradients need, which are the convolved channels, the small kernels and the means
-std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> conv_attention_layer(
+std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> conv_attention_fused_training(
     const at::Tensor& input, const std::optional<at::Tensor>& residual, const at::Tensor& large_kernel,
     const at::Tensor& proj1_weight, const std::optional<at::Tensor>& proj1_bias, const at::Tensor& proj2_weight,
     const std::optional<at::Tensor>& proj2_bias, const at::Tensor& weight, const std::optional<at::Tensor>& bias) {
   const at::Tensor x = input.contiguous(at::MemoryFormat::ChannelsLast);
   const at::Tensor first = convolved_part(x, large_kernel);
-  TORCH_CHECK(is_float(x), "conv_attention_layer takes float32 tensors on the CPU.");
+  TORCH_CHECK(is_float(x), "conv_attention_fused_training takes float32 tensors on the CPU.");
   const at::Tensor means = means_of_first(x, first.size(1));
   const at::Tensor kernel = dynamic_kernel_of(means, first.size(1), proj1_weight, proj1_bias, proj2_weight, proj2_bias);
   const at::Tensor convolved = empty_map(first.sizes(), x.options());
@@ -453,7 +453,7 @@ using EightTensors = std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, 
                                 at::Tensor>;
 
 // The gradients of x, the large kernel, and weight and bias of both projections and of the 1 x 1 convolution
-EightTensors conv_attention_layer_backward(const at::Tensor& whole_gradient, const at::Tensor& input,
+EightTensors conv_attention_fused_backward(const at::Tensor& whole_gradient, const at::Tensor& input,
                                            const at::Tensor& large_kernel, const at::Tensor& proj1_weight,
                                            const std::optional<at::Tensor>& proj1_bias, const at::Tensor& proj2_weight,
                                            const at::Tensor& weight, const at::Tensor& kept, const at::Tensor& dynamic,
@@ -465,7 +465,7 @@ EightTensors conv_attention_layer_backward(const at::Tensor& whole_gradient, con
   check_inputs(first, large_kernel, dynamic);
   TORCH_CHECK(is_float(gradient) && is_float(weight) && convolved.sizes() == first.sizes() &&
                   gradient.sizes() == at::IntArrayRef({x.size(0), weight.size(0), x.size(2), x.size(3)}),
-              "conv_attention_layer_backward: the gradient does not fit x.");
+              "conv_attention_fused_backward: the gradient does not fit x.");
   at::Tensor x_gradient = empty_map(x.sizes(), x.options());
   const at::Tensor of_convolved = empty_map(first.sizes(), x.options());
   const int64_t channels = first.size(1), inputs = x.size(1), outputs = weight.size(0);
@@ -503,26 +503,27 @@ EightTensors conv_attention_layer_backward(const at::Tensor& whole_gradient, con
 }  // namespace esc_arch
 
 TORCH_LIBRARY_FRAGMENT(esc_arch, library) {
-  library.def("conv_attention(Tensor x, Tensor large_kernel, Tensor dynamic_kernel) -> Tensor");
+  library.def("conv_attention_cpu(Tensor x, Tensor large_kernel, Tensor dynamic_kernel) -> Tensor");
   library.def(
-      "conv_attention_step(Tensor x, Tensor? residual, Tensor large_kernel, Tensor? means, Tensor proj1_weight, "
+      "conv_attention_fused_cpu(Tensor x, Tensor? residual, Tensor large_kernel, Tensor? means, Tensor proj1_weight, "
       "Tensor? proj1_bias, Tensor proj2_weight, Tensor? proj2_bias, Tensor weight, Tensor? bias) -> Tensor");
   library.def(
-      "conv_attention_layer(Tensor x, Tensor? residual, Tensor large_kernel, Tensor proj1_weight, Tensor? proj1_bias, "
-      "Tensor proj2_weight, Tensor? proj2_bias, Tensor weight, Tensor? bias) -> (Tensor, Tensor, Tensor, Tensor)");
+      "conv_attention_fused_training_cpu(Tensor x, Tensor? residual, Tensor large_kernel, Tensor proj1_weight, "
+      "Tensor? proj1_bias, Tensor proj2_weight, Tensor? proj2_bias, Tensor weight, Tensor? bias) "
+      "-> (Tensor, Tensor, Tensor, Tensor)");
   library.def(
-      "conv_attention_layer_backward(Tensor gradient, Tensor x, Tensor large_kernel, Tensor proj1_weight, "
+      "conv_attention_fused_backward_cpu(Tensor gradient, Tensor x, Tensor large_kernel, Tensor proj1_weight, "
       "Tensor? proj1_bias, Tensor proj2_weight, Tensor weight, Tensor convolved, Tensor dynamic_kernel, Tensor means, "
       "bool of_parameters) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)");
   library.def(
-      "conv_attention_backward(Tensor gradient, Tensor x, Tensor large_kernel, Tensor dynamic_kernel, bool of_x, "
+      "conv_attention_backward_cpu(Tensor gradient, Tensor x, Tensor large_kernel, Tensor dynamic_kernel, bool of_x, "
       "bool of_kernels) -> (Tensor, Tensor, Tensor)");
 }
 
 TORCH_LIBRARY_IMPL(esc_arch, CPU, library) {
-  library.impl("conv_attention", esc_arch::conv_attention);
-  library.impl("conv_attention_step", esc_arch::conv_attention_step);
-  library.impl("conv_attention_layer", esc_arch::conv_attention_layer);
-  library.impl("conv_attention_layer_backward", esc_arch::conv_attention_layer_backward);
-  library.impl("conv_attention_backward", esc_arch::conv_attention_backward);
+  library.impl("conv_attention_cpu", esc_arch::conv_attention);
+  library.impl("conv_attention_fused_cpu", esc_arch::conv_attention_fused);
+  library.impl("conv_attention_fused_training_cpu", esc_arch::conv_attention_fused_training);
+  library.impl("conv_attention_fused_backward_cpu", esc_arch::conv_attention_fused_backward);
+  library.impl("conv_attention_backward_cpu", esc_arch::conv_attention_backward);
 }

@@ -316,15 +316,16 @@ void check(const at::Tensor& x, const at::Tensor& proj_weight, const at::Tensor&
               "conv_ffn's weights do not fit the map or each other");
 }
 
-std::tuple<at::Tensor, at::Tensor> conv_ffn_step(
+std::tuple<at::Tensor, at::Tensor> conv_ffn_fused(
     const at::Tensor& input, const std::optional<at::Tensor>& norm_weight, const std::optional<at::Tensor>& norm_bias,
     double eps, const at::Tensor& proj_weight, const at::Tensor& proj_bias, const at::Tensor& dwc_weight,
     const at::Tensor& dwc_bias, const at::Tensor& aggr_weight, const at::Tensor& aggr_bias, int64_t pooled) {
   check(input, proj_weight, dwc_weight, aggr_weight);
-  TORCH_CHECK(norm_weight.has_value() == norm_bias.has_value(), "conv_ffn_step takes both of the norm or none");
+  TORCH_CHECK(norm_weight.has_value() == norm_bias.has_value(), "conv_ffn_fused takes both of the norm or none");
   TORCH_CHECK(!norm_weight || (norm_weight->numel() == input.size(1) && norm_bias->numel() == input.size(1)),
-              "conv_ffn_step: the norm does not fit the map");
-  TORCH_CHECK(0 <= pooled && pooled <= input.size(1), "conv_ffn_step: more channels are to be averaged than there are");
+              "conv_ffn_fused: the norm does not fit the map");
+  TORCH_CHECK(0 <= pooled && pooled <= input.size(1),
+              "conv_ffn_fused: more channels are to be averaged than there are");
   const at::Tensor x = input.contiguous(at::MemoryFormat::ChannelsLast);
   at::Tensor y = empty_map(x.sizes(), x.options());
   if (x.numel() == 0) return {y, at::full({x.size(0), pooled}, NAN, x.options())};
@@ -357,8 +358,8 @@ std::tuple<at::Tensor, at::Tensor> conv_ffn_step(
 at::Tensor conv_ffn(const at::Tensor& x, const at::Tensor& proj_weight, const at::Tensor& proj_bias,
                     const at::Tensor& dwc_weight, const at::Tensor& dwc_bias, const at::Tensor& aggr_weight,
                     const at::Tensor& aggr_bias) {
-  return std::get<0>(conv_ffn_step(x, std::nullopt, std::nullopt, 0, proj_weight, proj_bias, dwc_weight, dwc_bias,
-                                   aggr_weight, aggr_bias, 0));
+  return std::get<0>(conv_ffn_fused(x, std::nullopt, std::nullopt, 0, proj_weight, proj_bias, dwc_weight, dwc_bias,
+                                    aggr_weight, aggr_bias, 0));
 }
 
 // --- backward -------------------------------------------------------------------------------------------------------
@@ -568,22 +569,23 @@ SevenTensors conv_ffn_backward(const at::Tensor& grad, const at::Tensor& input, 
 
 TORCH_LIBRARY_FRAGMENT(esc_arch, m) {
   m.def(
-      "conv_ffn(Tensor x, Tensor proj_weight, Tensor proj_bias, Tensor dwc_weight, Tensor dwc_bias, Tensor aggr_weight, "
-      "Tensor aggr_bias) -> Tensor",
+      "conv_ffn_cpu(Tensor x, Tensor proj_weight, Tensor proj_bias, Tensor dwc_weight, Tensor dwc_bias, "
+      "Tensor aggr_weight, Tensor aggr_bias) -> Tensor",
       {at::Tag::pt2_compliant_tag});
   m.def(
-      "conv_ffn_step(Tensor x, Tensor? norm_weight, Tensor? norm_bias, float eps, Tensor proj_weight, Tensor proj_bias, "
-      "Tensor dwc_weight, Tensor dwc_bias, Tensor aggr_weight, Tensor aggr_bias, int pooled) -> (Tensor, Tensor)",
+      "conv_ffn_fused_cpu(Tensor x, Tensor? norm_weight, Tensor? norm_bias, float eps, Tensor proj_weight, "
+      "Tensor proj_bias, Tensor dwc_weight, Tensor dwc_bias, Tensor aggr_weight, Tensor aggr_bias, int pooled) "
+      "-> (Tensor, Tensor)",
       {at::Tag::pt2_compliant_tag});
   m.def(
-      "conv_ffn_backward(Tensor grad, Tensor x, Tensor proj_weight, Tensor proj_bias, Tensor dwc_weight, "
-      "Tensor dwc_bias, Tensor aggr_weight, bool needs_input, bool needs_parameters) -> (Tensor, Tensor, Tensor, Tensor, "
-      "Tensor, Tensor, Tensor)",
+      "conv_ffn_backward_cpu(Tensor grad, Tensor x, Tensor proj_weight, Tensor proj_bias, Tensor dwc_weight, "
+      "Tensor dwc_bias, Tensor aggr_weight, bool needs_input, bool needs_parameters) "
+      "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
       {at::Tag::pt2_compliant_tag});
 }
 
 TORCH_LIBRARY_IMPL(esc_arch, CPU, m) {
-  m.impl("conv_ffn", &esc_arch::conv_ffn);
-  m.impl("conv_ffn_step", &esc_arch::conv_ffn_step);
-  m.impl("conv_ffn_backward", &esc_arch::conv_ffn_backward);
+  m.impl("conv_ffn_cpu", &esc_arch::conv_ffn);
+  m.impl("conv_ffn_fused_cpu", &esc_arch::conv_ffn_fused);
+  m.impl("conv_ffn_backward_cpu", &esc_arch::conv_ffn_backward);
 }

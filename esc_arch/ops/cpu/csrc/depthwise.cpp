@@ -259,14 +259,14 @@ std::tuple<at::Tensor, at::Tensor> depthwise_per_image_backward(const at::Tensor
 }  // namespace esc_arch
 
 TORCH_LIBRARY_FRAGMENT(esc_arch, m) {
-  m.def("depthwise_per_image(Tensor x, Tensor kernel) -> Tensor", {at::Tag::pt2_compliant_tag});
+  m.def("depthwise_per_image_cpu(Tensor x, Tensor kernel) -> Tensor", {at::Tag::pt2_compliant_tag});
   m.def(
-      "depthwise_per_image_backward(Tensor gradient, Tensor x, Tensor kernel, bool of_x, bool of_kernel) "
+      "depthwise_per_image_backward_cpu(Tensor gradient, Tensor x, Tensor kernel, bool of_x, bool of_kernel) "
       "-> (Tensor, Tensor)",
       {at::Tag::pt2_compliant_tag});
 }
 
 TORCH_LIBRARY_IMPL(esc_arch, CPU, m) {
-  m.impl("depthwise_per_image", &esc_arch::depthwise_per_image);
-  m.impl("depthwise_per_image_backward", &esc_arch::depthwise_per_image_backward);
+  m.impl("depthwise_per_image_cpu", &esc_arch::depthwise_per_image);
+  m.impl("depthwise_per_image_backward_cpu", &esc_arch::depthwise_per_image_backward);
 }

@@ -244,12 +244,12 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> layer_norm_backward(const at::Ten
 }  // namespace esc_arch
 
 TORCH_LIBRARY_FRAGMENT(esc_arch, m) {
-  m.def("layer_norm(Tensor x, Tensor weight, Tensor bias, float eps) -> Tensor", {at::Tag::pt2_compliant_tag});
-  m.def("layer_norm_backward(Tensor grad, Tensor x, Tensor weight, float eps) -> (Tensor, Tensor, Tensor)",
+  m.def("layer_norm_cpu(Tensor x, Tensor weight, Tensor bias, float eps) -> Tensor", {at::Tag::pt2_compliant_tag});
+  m.def("layer_norm_backward_cpu(Tensor grad, Tensor x, Tensor weight, float eps) -> (Tensor, Tensor, Tensor)",
         {at::Tag::pt2_compliant_tag});
 }
 
 TORCH_LIBRARY_IMPL(esc_arch, CPU, m) {
-  m.impl("layer_norm", &esc_arch::layer_norm);
-  m.impl("layer_norm_backward", &esc_arch::layer_norm_backward);
+  m.impl("layer_norm_cpu", &esc_arch::layer_norm);
+  m.impl("layer_norm_backward_cpu", &esc_arch::layer_norm_backward);
 }

@@ -689,22 +689,22 @@ void attend_window(const Shape& s, const Bias& bias, const Head& head, const Win
 
 void check_bias(const at::Tensor& bias, const std::optional<at::Tensor>& key_factors, int64_t window, int64_t heads) {
   TORCH_CHECK(bias.scalar_type() == at::kFloat && bias.is_contiguous(),
-              "esc_arch::cpu_window_attention: the bias must be float32 and contiguous.");
+              "esc_arch::window_attention_cpu: the bias must be float32 and contiguous.");
   if (!key_factors) {
     TORCH_CHECK(bias.dim() == 2 && bias.size(0) == heads && bias.size(1) == (2 * window - 1) * (2 * window - 1),
-                "esc_arch::cpu_window_attention: the bias table must be (heads, (2 window - 1)^2).");
+                "esc_arch::window_attention_cpu: the bias table must be (heads, (2 window - 1)^2).");
     return;
   }
   TORCH_CHECK(key_factors->scalar_type() == at::kFloat && key_factors->is_contiguous() && bias.dim() == 3 &&
                   bias.sizes() == key_factors->sizes() && bias.size(0) == heads && bias.size(1) == window * window,
-              "esc_arch::cpu_window_attention: both factors of the bias must be contiguous, (heads, window^2, rank).");
+              "esc_arch::window_attention_cpu: both factors of the bias must be contiguous, (heads, window^2, rank).");
 }
 
 void check(const at::Tensor& qkv, const at::Tensor& bias, const std::optional<at::Tensor>& key_factors,
            int64_t window, int64_t heads) {
   TORCH_CHECK(window >= 1 && heads >= 1 && qkv.dim() == 4 && qkv.size(1) % (3 * heads) == 0 && qkv.numel() > 0,
-              "esc_arch::cpu_window_attention: qkv must be (B, 3C, H, W), C a multiple of the heads, and not empty.");
-  TORCH_CHECK(qkv.scalar_type() == at::kFloat, "esc_arch::cpu_window_attention: qkv must be float32.");
+              "esc_arch::window_attention_cpu: qkv must be (B, 3C, H, W), C a multiple of the heads, and not empty.");
+  TORCH_CHECK(qkv.scalar_type() == at::kFloat, "esc_arch::window_attention_cpu: qkv must be float32.");
   check_bias(bias, key_factors, window, heads);
 }
 
@@ -918,22 +918,23 @@ bool is_projection(const at::Tensor& weight, const std::optional<at::Tensor>& bi
          (!bias || (bias->sizes() == at::IntArrayRef({outputs}) && bias->scalar_type() == at::kFloat));
 }
 
-at::Tensor attention_layer(const at::Tensor& x, const std::optional<at::Tensor>& norm_weight,
-                           const std::optional<at::Tensor>& norm_bias, double eps, const at::Tensor& qkv_weight,
-                           const std::optional<at::Tensor>& qkv_bias, const at::Tensor& bias,
-                           const std::optional<at::Tensor>& key_factors, const at::Tensor& out_weight,
-                           const std::optional<at::Tensor>& out_bias, int64_t window, int64_t heads, bool residual) {
+at::Tensor window_attention_fused(const at::Tensor& x, const std::optional<at::Tensor>& norm_weight,
+                                  const std::optional<at::Tensor>& norm_bias, double eps, const at::Tensor& qkv_weight,
+                                  const std::optional<at::Tensor>& qkv_bias, const at::Tensor& bias,
+                                  const std::optional<at::Tensor>& key_factors, const at::Tensor& out_weight,
+                                  const std::optional<at::Tensor>& out_bias, int64_t window, int64_t heads,
+                                  bool residual) {
   TORCH_CHECK(window >= 1 && heads >= 1 && x.dim() == 4 && x.size(1) % heads == 0 && x.scalar_type() == at::kFloat,
-              "esc_arch::cpu_attention_layer: x must be (B, C, H, W), C a multiple of the heads, and float32.");
+              "esc_arch::window_attention_fused_cpu: x must be (B, C, H, W), C a multiple of the heads, and float32.");
   const int64_t channels = x.size(1);
   TORCH_CHECK(is_projection(qkv_weight, qkv_bias, 3 * channels, channels) &&
                   is_projection(out_weight, out_bias, channels, channels),
-              "esc_arch::cpu_attention_layer: the weights must be (3C, C, 1, 1) and (C, C, 1, 1), float32, as x.");
+              "esc_arch::window_attention_fused_cpu: the weights must be (3C, C, 1, 1) and (C, C, 1, 1), float32.");
   TORCH_CHECK(norm_weight.has_value() == norm_bias.has_value(),
-              "esc_arch::cpu_attention_layer: the norm must have a weight and a bias, or neither.");
+              "esc_arch::window_attention_fused_cpu: the norm must have a weight and a bias, or neither.");
   for (const auto& part : {norm_weight, norm_bias})
     TORCH_CHECK(!part || (part->sizes() == at::IntArrayRef({channels}) && part->scalar_type() == at::kFloat),
-                "esc_arch::cpu_attention_layer: the norm's weight and bias must be (C) and float32.");
+                "esc_arch::window_attention_fused_cpu: the norm's weight and bias must be (C) and float32.");
   check_bias(bias, key_factors, window, heads);
   at::Tensor out = empty_map(x.sizes(), x.options());
   if (out.numel() == 0) return out;
@@ -1126,7 +1127,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> window_attention_backward(
     const at::Tensor& out, const at::Tensor& statistics, int64_t window, int64_t heads) {
   check(qkv, bias, key_factors, window, heads);
   TORCH_CHECK(grad.sizes() == out.sizes() && grad.scalar_type() == at::kFloat && statistics.is_contiguous(),
-              "esc_arch::cpu_window_attention_backward: the gradient must be float32 and like the output.");
+              "esc_arch::window_attention_backward_cpu: the gradient must be float32 and like the output.");
   const Shape s(qkv, key_factors ? bias.size(2) : 0, window, heads);
   at::Tensor dqkv = map_like(qkv, qkv.size(1));
   at::Tensor dbias = at::empty_like(bias);
@@ -1163,18 +1164,20 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> window_attention_backward(
 }  // namespace
 
 TORCH_LIBRARY_FRAGMENT(esc_arch, m) {
-  m.def("cpu_window_attention(Tensor qkv, Tensor bias, Tensor? key_factors, int window, int heads) -> (Tensor, Tensor)");
   m.def(
-      "cpu_attention_layer(Tensor x, Tensor? norm_weight, Tensor? norm_bias, float eps, Tensor qkv_weight, "
+      "window_attention_cpu(Tensor qkv, Tensor bias, Tensor? key_factors, int window, int heads) "
+      "-> (Tensor, Tensor)");
+  m.def(
+      "window_attention_fused_cpu(Tensor x, Tensor? norm_weight, Tensor? norm_bias, float eps, Tensor qkv_weight, "
       "Tensor? qkv_bias, Tensor bias, Tensor? key_factors, Tensor out_weight, Tensor? out_bias, int window, int heads, "
       "bool residual) -> Tensor");
   m.def(
-      "cpu_window_attention_backward(Tensor grad, Tensor qkv, Tensor bias, Tensor? key_factors, Tensor out, "
+      "window_attention_backward_cpu(Tensor grad, Tensor qkv, Tensor bias, Tensor? key_factors, Tensor out, "
       "Tensor statistics, int window, int heads) -> (Tensor, Tensor, Tensor)");
 }
 
 TORCH_LIBRARY_IMPL(esc_arch, CPU, m) {
-  m.impl("cpu_window_attention", window_attention);
-  m.impl("cpu_attention_layer", attention_layer);
-  m.impl("cpu_window_attention_backward", window_attention_backward);
+  m.impl("window_attention_cpu", window_attention);
+  m.impl("window_attention_fused_cpu", window_attention_fused);
+  m.impl("window_attention_backward_cpu", window_attention_backward);
 }
