@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from esc_arch.archs.base import ESCFamily, earlier_order
+from esc_arch.modules import FactorBiasWindowAttention
 
 from .optimizers import other_type, type_of
 
@@ -71,6 +72,8 @@ def _in_order(model: Any, optimizer: torch.optim.Optimizer, state: Mapping[str, 
         for name, place in zip(of_group, group["params"], strict=True)
         if place in state["state"]
     }
+    if order is not names and "type" not in state:
+        _rescale_factors(model, entries)
     places = {name: place for place, name in enumerate(shapes)}
     return {
         "state": {place: entries[name] for name, place in places.items() if name in entries},
@@ -110,6 +113,18 @@ def _fits(key: str, shape: torch.Size, parameter: torch.Size) -> bool:
         return len(shape) == len(parameter) and all(a in (1, b) for a, b in zip(shape, parameter, strict=True))
     # ConvMuon's are matrices; counters of steps have one element
     return shape.numel() == 1 or shape == parameter or shape == (*parameter[:1], parameter[1:].numel())
+
+
+def _rescale_factors(model: Any, entries: dict[str, Any]) -> None:
+    """FlashBias's q factors, which earlier versions divided by sqrt(rank) when used: gradients have grown by that."""
+    for network, net in _networks(model).items():
+        for path, module in net.named_modules():
+            entry = entries.get(f"{network}.{path}.flashbias_q")
+            if entry is not None and isinstance(module, FactorBiasWindowAttention) and not module.scaled:
+                rank = module.flashbias_q.shape[-1]
+                for key, value in entry.items():
+                    if isinstance(value, Tensor) and value.ndim:
+                        entry[key] = value * (rank if "sq" in key else rank**0.5)
 
 
 def _networks(model: Any) -> dict[str, nn.Module]:

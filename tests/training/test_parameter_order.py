@@ -293,3 +293,17 @@ def test_a_resumed_run_with_another_optimiser_ends_with_one_line(run_basicsr: An
     assert run.status == 2
     assert "type is SGD, and the state was saved by Adam" in run.err
     assert "Traceback" not in run.err
+
+
+@pytest.mark.parametrize(("kind", "factor"), [("ESC", 2), ("ESCRIB", 1)])
+def test_moments_of_factors_of_earlier_versions(kind: str, factor: int, make_trained: Any) -> None:
+    """Loading divides their q factors by sqrt(rank) = 2, so that gradients double; not ESC-RIB's."""
+    network = {"attn_type": "FlashBias", "rank": 4}
+    trained, again = (make_trained(kind, steps, network=network) for steps in (2, 0))
+    resumed(in_earlier_order(training_state(trained, 1, 2)), again)
+    expected, found = entries_by_name(trained), entries_by_name(again)
+    for name, entry in expected.items():
+        times = factor if name.endswith("flashbias_q") else 1
+        assert torch.equal(found[name]["exp_avg"], entry["exp_avg"] * times), name
+        assert torch.equal(found[name]["exp_avg_sq"], entry["exp_avg_sq"] * times**2), name
+        assert torch.equal(found[name]["step"], entry["step"])
