@@ -10,6 +10,8 @@ from importlib.machinery import ModuleSpec
 from types import ModuleType
 from typing import Any
 
+from . import compat
+
 __all__ = ["attach_to_basicsr"]
 
 
@@ -21,12 +23,10 @@ def attach_to_basicsr() -> None:
     if _FINDER not in sys.meta_path:
         sys.meta_path.insert(0, _FINDER)
     if "basicsr" in sys.modules:
-        _prepare()
+        compat.prepare_import(imported_before=True)
         _complete()
     else:
-        # An import that failed half-way left its modules behind: they would be taken without the rest
-        for name in [name for name in sys.modules if name.startswith("basicsr.")]:
-            del sys.modules[name]
+        _forget_failed_import()
 
 
 class _Finder(importlib.abc.MetaPathFinder):
@@ -41,7 +41,6 @@ class _Finder(importlib.abc.MetaPathFinder):
         try:
             spec = importlib.util.find_spec(name)
             if spec is not None and spec.loader is not None:
-                _prepare()
                 _wrap(spec.loader)
         finally:
             sys.meta_path.insert(0, self)
@@ -55,20 +54,21 @@ def _wrap(loader: Any) -> None:
     execute = loader.exec_module
 
     def exec_module(module: ModuleType) -> None:
+        _forget_failed_import()
+        compat.prepare_import()
         execute(module)
         _complete()
 
     loader.exec_module = exec_module
 
 
-def _prepare() -> None:
-    from . import compat
-
-    compat.prepare_import()
+def _forget_failed_import() -> None:
+    """Drop the modules that an import that failed half-way left behind: they would be taken without the rest."""
+    for name in [name for name in sys.modules if name.startswith("basicsr.")]:
+        del sys.modules[name]
 
 
 def _complete() -> None:
-    from . import compat
     from .register import register_all
 
     compat.apply_patches()

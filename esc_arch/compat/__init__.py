@@ -24,9 +24,9 @@ __all__ = ["PATCHES", "SUPPORTED_VERSION", "apply_patches", "prepare_import", "r
 logger = logging.getLogger("esc_arch")
 
 
-def prepare_import() -> None:
+def prepare_import(*, imported_before: bool = False) -> None:
     """Make ``import basicsr`` possible with the installed libraries; warn if it is unclear which BasicSR runs."""
-    warn_about_copies()
+    warn_about_copies(imported_before)
     warn_about_script()
     add_missing_modules()
 

@@ -37,11 +37,11 @@ def find_distributions() -> dict[str, Distribution]:
     return found
 
 
-def warn_about_copies() -> None:
+def warn_about_copies(imported_before: bool) -> None:
     """Say clearly which copy is used when there are several (a `UserWarning`)."""
     copies, installed = find_copies(), find_distributions()
     if len(copies) > 1:
-        reason = "imported before esc_arch" if "basicsr" in sys.modules else "first on the path"
+        reason = "imported before esc_arch" if imported_before else "first on the path"
         warnings.warn(
             f"There are {len(copies)} copies of BasicSR on the path. Used: {copies[0]} ({reason}). Not used: "
             f"{', '.join(map(str, copies[1:]))}. Uninstall one of them, or start `basicsr` from another folder.",

@@ -220,3 +220,22 @@ def test_recognised_networks_are_ours_whoever_has_the_name(monkeypatch: pytest.M
     assert type(preset.build()) is esc_arch.ESC and preset.published == "ESC"
     (asked_for,) = networks_to_measure("esc_arch.ESC: {upscaling_factor: 2}", [])
     assert asked_for.published == "ESC"
+
+
+IMPORT_FIRST = """
+import importlib, os, torch, torchvision, scipy.stats, esc_arch
+for module in ("data.hr_images", "models.metrics", "options.files", "training.data_order"):
+    process = os.fork()
+    if process == 0:
+        importlib.import_module(f"esc_arch.{module}")
+        from basicsr.utils import registry
+        assert "ESC" in registry.ARCH_REGISTRY and "ESCModel" in registry.MODEL_REGISTRY
+        os._exit(0)
+    assert os.waitpid(process, 0)[1] == 0, module
+"""
+
+
+def test_modules_that_are_imported_before_basicsr(run_script: Callable[..., Any]) -> None:
+    """They lead to the import of BasicSR, with which our classes are registered, which import those modules."""
+    run = run_script(IMPORT_FIRST)
+    assert run.status == 0, run.err

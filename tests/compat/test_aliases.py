@@ -185,7 +185,7 @@ def test_one_copy_is_no_matter() -> None:
     assert len(duplicate_installs.find_copies()) == 1
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        duplicate_installs.warn_about_copies()
+        duplicate_installs.warn_about_copies(True)
 
 
 def test_a_second_copy_is_named_and_that_basicsr_was_imported_before(
@@ -193,7 +193,7 @@ def test_a_second_copy_is_named_and_that_basicsr_was_imported_before(
 ) -> None:
     monkeypatch.syspath_prepend(clone)
     with pytest.warns(UserWarning, match="2 copies of BasicSR") as caught:
-        duplicate_installs.warn_about_copies()
+        duplicate_installs.warn_about_copies(True)
     text = str(caught[0].message)
     assert f"Used: {Path(basicsr.__file__).resolve().parent} (imported before esc_arch)" in text
     assert f"Not used: {(clone / 'basicsr').resolve()}" in text
@@ -269,10 +269,10 @@ def test_distributions_of_any_name(install: Any) -> None:
 
 
 def test_two_distributions_are_never_used_in_silence(install: Any, recwarn: pytest.WarningsRecorder) -> None:
-    duplicate_installs.warn_about_copies()
+    duplicate_installs.warn_about_copies(False)
     assert not recwarn.list
     install("basicsr-fixed", "1.4.2", top_level="basicsr\n")
-    duplicate_installs.warn_about_copies()
+    duplicate_installs.warn_about_copies(False)
     (text,) = (str(warning.message) for warning in recwarn.list)
     assert "basicsr 1.4.2" in text and "basicsr-fixed 1.4.2" in text and "replace each other's" in text
     assert "pip uninstall basicsr-fixed basicsr, then pip install" in text

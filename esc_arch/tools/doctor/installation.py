@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import base64
-import hashlib
+import importlib
 import importlib.metadata
 import platform
 import re
 import sys
-import traceback
 from collections.abc import Iterable, Iterator
 from contextlib import suppress
-from importlib.metadata import Distribution
 from pathlib import Path
 
 from esc_arch.errors import UserError
@@ -19,9 +16,9 @@ from esc_arch.project import import_modules
 from esc_arch.version import __version__
 
 from .report import PROBLEM, WARNING, Context, Finding, warn_if
-from .subprocess_worker import JobFailed, Worker, describe
+from .subprocess_worker import JobFailed, Worker
 
-__all__ = ["basicsr_failure", "copies", "import_basicsr", "registered_names", "versions"]
+__all__ = ["basicsr_failure", "copies", "import_library", "registered_names", "versions"]
 
 _ROOT = Path(__file__).resolve().parents[3]
 _NEWEST_PYTHON = (3, 13)
@@ -38,25 +35,20 @@ _HINTS = {
     "multiarray": "It was built for another NumPy: pip install --upgrade it.",
     "": "Reinstall it, or fix this first: the rest follows.",
 }
-_LISTED = 6
 
 
 def basicsr_failure(worker: Worker) -> str:
     """Why BasicSR cannot be imported, found in a child process, which may crash; empty if it can."""
     try:
-        return str(worker.call(f"{__name__}:import_basicsr"))
+        worker.call(f"{__name__}:import_library", "basicsr")
     except JobFailed as failure:
         return str(failure)
-
-
-def import_basicsr() -> str:
-    """In the child process: why the import fails, and where."""
-    try:
-        import basicsr  # noqa: F401
-    except Exception as error:
-        place = traceback.extract_tb(error.__traceback__)[-1]
-        return f"{describe(error)} ({place.filename}, line {place.lineno})"
     return ""
+
+
+def import_library(name: str) -> None:
+    """In the child process."""
+    importlib.import_module(name)
 
 
 def versions(context: Context) -> Iterator[Finding]:
@@ -111,7 +103,7 @@ def _library(context: Context, name: str) -> Finding:
     failure = ""
     if name != "basicsr" and module not in sys.modules:
         try:
-            context.worker.call("importlib:import_module", module)
+            context.worker.call(f"{__name__}:import_library", module)
         except JobFailed as error:
             failure = str(error)
     if version and failure:
@@ -158,7 +150,7 @@ def _copies_of_basicsr() -> Iterator[Finding]:
     if not found:
         yield Finding("basicsr", "not on the path", PROBLEM, _HINTS["No module named 'basicsr'"])
         return
-    yield _used_basicsr(found[0], list(installed.values()))
+    yield Finding("basicsr", str(found[0]))
     if len(found) > 1:
         text = f"{len(found)} on the path; not used: {', '.join(map(str, found[1:]))}"
         advice = "Uninstall one of them, or start `basicsr` from another folder."
@@ -166,34 +158,6 @@ def _copies_of_basicsr() -> Iterator[Finding]:
     if len(installed) > 1:
         text, advice = mixed(installed)
         yield Finding("distributions of basicsr", text, WARNING, advice, list(installed))
-
-
-def _used_basicsr(folder: Path, installed: list[Distribution]) -> Finding:
-    """Compare the files of a BasicSR with what pip noted of it, or else of another one."""
-    installed.sort(key=lambda each: Path(str(each.locate_file("basicsr"))).resolve() != folder)
-    for published in installed:
-        files = [file for file in published.files or [] if file.parts[0] == "basicsr" and file.suffix == ".py"]
-        noted = {"/".join(file.parts[1:]): file.hash.value for file in files if file.hash}
-        if noted:  # of an editable installation there is nothing
-            break
-    else:
-        return Finding("basicsr", f"{folder}, nothing to compare its files with")
-    there = {path.relative_to(folder).as_posix(): _digest(path) for path in folder.rglob("*.py")}
-    changes = [
-        f"{path} ({'added' if path not in noted else 'changed' if path in there else 'missing'})"
-        for path in sorted((there.keys() | noted.keys()) - {"version.py"})  # which differs from build to build
-        if there.get(path) != noted.get(path)
-    ]
-    name = f"{published.metadata['Name']} {published.version}"
-    more = f" and {len(changes) - _LISTED} more" if len(changes) > _LISTED else ""
-    told = f"{len(changes)} files differ from {name}: {', '.join(changes[:_LISTED])}{more}"
-    advice = "esc_arch is made for BasicSR 1.4.2 as it was published: check the report with it."
-    return warn_if(changes, "basicsr", f"{folder}, {told if changes else f'files as of {name}'}", advice, changes)
-
-
-def _digest(path: Path) -> str:
-    """As pip notes it: SHA-256 in URL-safe base64, without padding."""
-    return base64.urlsafe_b64encode(hashlib.sha256(path.read_bytes()).digest()).rstrip(b"=").decode()
 
 
 def registered_names(context: Context) -> Iterator[Finding]:

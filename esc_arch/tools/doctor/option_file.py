@@ -2,23 +2,20 @@
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
-import subprocess
-import sys
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from .report import OK, PROBLEM, WARNING, Context, Finding, size_text
-from .subprocess_worker import IMPORT_LIMIT, JobFailed, how_it_ended
 
-__all__ = ["examine"]
+__all__ = ["check", "examine"]
 
 #: With less space than this a training ends soon.
 _LITTLE_SPACE, _NO_SPACE = 10 * 2**30, 500 * 2**20
+_STATUSES = {"error": PROBLEM, "warning": WARNING, "note": OK}
 
 
 def examine(context: Context) -> Iterator[Finding]:
@@ -26,51 +23,40 @@ def examine(context: Context) -> Iterator[Finding]:
     file = context.args.opt
     if file is None:
         yield Finding("file", "none given: -opt FILE looks at its keys, data, weights and folders")
-        return
-    if context.import_failure:
+    elif context.import_failure:
         yield Finding("basicsr check", "not known: BasicSR cannot be imported", WARNING)
-        return
+    else:
+        yield Finding("file", file)
+        yield from context.in_child("basicsr check", "option_file:check", file, context.args.imports)
+
+
+def check(file: str, modules: object) -> list[Finding]:
+    """In the child process: what `basicsr check` says, and about what a run would write."""
+    from esc_arch.errors import UserError
+    from esc_arch.options import CheckScope, inspect_options, load_yaml
+    from esc_arch.project import import_modules
+
     try:
-        opt = context.worker.call("esc_arch.options.files:load_yaml", file)
-    except JobFailed as failure:
-        text = str(failure).removeprefix("UserError: ")
-        yield Finding("file", text, PROBLEM, "Give an option file that can be read.")
-        return
-    yield Finding("file", file)
-    yield from _check(context)
-    yield from _outputs(opt)
+        import_modules(modules, "--import")
+        inspected = inspect_options(file, root_path=os.getcwd(), is_train=None, scope=CheckScope(thorough=True))
+    except UserError as error:
+        return [Finding("basicsr check", str(error), PROBLEM)]
+    found, numbers = [], Counter[str]()
+    for problem in inspected.problems:
+        numbers[problem.path] += 1
+        key = f"{problem.path} ({numbers[problem.path]})" if numbers[problem.path] > 1 else problem.path
+        line = problem.place and problem.place.line
+        text = f"line {line}: {problem.message}" if line and problem.severity != "note" else problem.message
+        found.append(Finding(key, text, _STATUSES[problem.severity]))
+    verb = "train" if inspected.is_train else "test"
+    if all(finding.status != PROBLEM for finding in found):
+        found.append(Finding("basicsr check", f"ready for basicsr {verb}"))
+    return [*found, *_outputs(load_yaml(file), verb)]
 
 
-def _check(context: Context) -> Iterator[Finding]:
-    """What `basicsr check` says, in a process of its own."""
-    code = f"import sys; sys.path[:] = {sys.path!r}; from esc_arch.cli import main; sys.exit(main(sys.argv[1:]))"
-    command = [sys.executable, "-c", code, "check", "--json", "-opt", context.args.opt]
-    command += ["--import", *context.args.imports] if context.args.imports else []
-    try:
-        done = subprocess.run(command, capture_output=True, timeout=IMPORT_LIMIT + context.args.timeout)
-        (result,) = json.loads(done.stdout)["files"]
-    except subprocess.TimeoutExpired:
-        text = f"not finished after {context.args.timeout:g} s of running"
-        yield Finding("basicsr check", text, PROBLEM, "It may still be at work: try a longer --timeout.")
-        return
-    except ValueError:  # no JSON
-        yield Finding("basicsr check", how_it_ended(done.returncode, done.stderr), PROBLEM, "Report this.")
-        return
-    found = [(each["key"], each["message"], PROBLEM, each["line"]) for each in result["errors"]]
-    found += [(each["key"], each["message"], WARNING, each["line"]) for each in result["warnings"]]
-    found += [(*each.split(": ", maxsplit=1), OK, None) for each in result["checked"]]
-    numbers: Counter[str] = Counter()
-    for key, message, status, line in found:
-        numbers[key] += 1
-        unique = f"{key} ({numbers[key]})" if numbers[key] > 1 else key
-        yield Finding(unique, f"line {line}: {message}" if line else message, status)
-    if result["ok"]:
-        yield Finding("basicsr check", f"ready for basicsr {result['for']}")
-
-
-def _outputs(opt: dict[str, Any]) -> Iterator[Finding]:
+def _outputs(opt: Mapping[str, Any], verb: str) -> Iterator[Finding]:
     """The folder that a run writes to, which may not exist yet: the space there, and a run of the same name."""
-    verb, kind = ("train", "experiments") if opt.get("train") else ("test", "results")
+    kind = "experiments" if verb == "train" else "results"
     folder = Path(str((opt.get("path") or {}).get(f"{kind}_root") or kind)).expanduser().absolute()
     there = next(path for path in (folder, *folder.parents) if path.exists())
     usage = shutil.disk_usage(there)

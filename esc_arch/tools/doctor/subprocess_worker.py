@@ -1,22 +1,20 @@
-"""Calls of functions that may crash or hang, in a child process; needs the standard library alone."""
+"""Calls of functions that may crash or hang, in a child process."""
 
 from __future__ import annotations
 
 import importlib
-import json
 import os
 import signal
-import subprocess
-import sys
-import tempfile
 from contextlib import suppress
-from typing import IO, Any
+from multiprocessing import get_context
+from multiprocessing.connection import Connection
+from typing import Any
 
-__all__ = ["IMPORT_LIMIT", "JobFailed", "Worker", "describe", "how_it_ended", "serve"]
+__all__ = ["JobFailed", "Worker", "describe"]
 
 _LONGEST = 500
-#: Seconds for imports before a call: torch alone takes a minute from a slow network disk.
-IMPORT_LIMIT = 180.0
+#: Seconds for the import of a call's module: torch alone takes a minute from a slow network disk.
+_IMPORT_LIMIT = 180.0
 
 
 class JobFailed(Exception):
@@ -36,7 +34,7 @@ class Worker:
 
     def __init__(self, timeout: float) -> None:
         self.timeout = timeout
-        self._process: subprocess.Popen[str] | None = None
+        self._process: Any = None
 
     def __enter__(self) -> Worker:
         return self
@@ -45,71 +43,55 @@ class Worker:
         self.stop()
 
     def call(self, function: str, *arguments: Any) -> Any:
-        """Return what ``module:name`` does, of what JSON can hold; JobFailed: it raised, crashed or took too long."""
-        process = self._process = self._process or self._start()
-        assert process.stdin is not None and process.stdout is not None
-        with suppress(BrokenPipeError):
-            print(json.dumps([function, arguments, self.timeout]), file=process.stdin, flush=True)
-        line = process.stdout.readline()
-        if not line:
+        """Return what ``module:name`` does; JobFailed: it raised, crashed or took too long."""
+        if self._process is None:
+            self._connection, child = get_context("spawn").Pipe()
+            self._process = get_context("spawn").Process(target=_serve, args=(child,))
+            self._process.start()
+            child.close()
+        self._connection.send((function, arguments))
+        try:
+            for seconds in (_IMPORT_LIMIT, self.timeout):
+                if not self._connection.poll(seconds):
+                    self.stop()
+                    raise JobFailed(f"not finished after {seconds:g} s of running", late=True)
+                error, result = self._connection.recv()
+                if error:
+                    raise JobFailed(error)
+        except EOFError:
+            self._process.join()
+            code = self._process.exitcode
             self.stop()
-            if process.returncode == -signal.SIGALRM:
-                raise JobFailed(f"not finished after {self.timeout:g} s of running", late=True)
-            self._errors.seek(0)
-            raise JobFailed(how_it_ended(process.returncode, self._errors.read()))
-        answer = json.loads(line)
-        if "error" in answer:
-            raise JobFailed(answer["error"])
-        return answer["result"]
-
-    def _start(self) -> subprocess.Popen[str]:
-        self._errors: IO[bytes] = tempfile.TemporaryFile()  # noqa: SIM115  (closed with the worker)
-        code = f"import sys; sys.path[:] = {sys.path!r}; from {__name__} import serve; serve()"
-        return subprocess.Popen(
-            [sys.executable, "-c", code],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=self._errors,
-            encoding="utf-8",
-            env=os.environ | {"TORCHINDUCTOR_COMPILE_THREADS": "1"},
-            start_new_session=True,
-        )
+            cause = f"signal {signal.Signals(-code).name}" if code < 0 else f"status {code}"
+            raise JobFailed(f"the process ended with {cause}") from None
+        return result
 
     def stop(self) -> None:
         """Kill the process, and compilers that it started."""
         process, self._process = self._process, None
-        if process is None:
-            return
-        with suppress(OSError):  # all have ended
-            os.killpg(process.pid, signal.SIGKILL)
-        process.communicate()
+        if process is not None:
+            process.kill()
+            with suppress(OSError):  # all have ended
+                os.killpg(process.pid, signal.SIGKILL)
+            process.join()
 
 
-def serve() -> None:
-    """Answer each line of standard input, ``["module:name", arguments, seconds]``, with a line of JSON."""
-    answers = os.fdopen(os.dup(1), "w", encoding="utf-8")
-    os.dup2(2, 1)  # what libraries print is no answer
-    for line in sys.stdin:
-        function, arguments, seconds = json.loads(line)
-        module, _, name = function.partition(":")
-        try:
-            signal.setitimer(signal.ITIMER_REAL, IMPORT_LIMIT)  # SIGALRM ends the process, whatever it is doing
-            call = getattr(importlib.import_module(module), name)
-            signal.setitimer(signal.ITIMER_REAL, seconds)
-            answer = {"result": call(*arguments)}
-        except BaseException as error:  # also SystemExit and an extension's panic
-            answer = {"error": describe(error)}
-        signal.setitimer(signal.ITIMER_REAL, 0)
-        print(json.dumps(answer, default=str), file=answers, flush=True)
+def _serve(calls: Connection) -> None:
+    os.setsid()
+    os.environ["TORCHINDUCTOR_COMPILE_THREADS"] = "1"
+    os.dup2(2, 1)  # what libraries print is not the report
+    with suppress(EOFError):
+        while True:
+            function, arguments = calls.recv()
+            module, _, name = function.partition(":")
+            try:
+                call = getattr(importlib.import_module(module), name)
+                calls.send((None, None))
+                calls.send((None, call(*arguments)))
+            except BaseException as error:  # also SystemExit and an extension's panic
+                calls.send((describe(error), None))
 
 
 def describe(error: BaseException) -> str:
     """An exception in one line."""
     return " ".join(f"{type(error).__name__}: {error}".split()).removesuffix(":")[:_LONGEST]
-
-
-def how_it_ended(status: int, said: bytes) -> str:
-    """The exit status or signal of a process, and the last line of its standard error."""
-    last = said.decode(errors="replace").strip().rpartition("\n")[2]
-    cause = f"signal {signal.Signals(-status).name}" if status < 0 else f"status {status}"
-    return f"the process ended with {cause}{f' ({last[:_LONGEST]})' if last else ''}"

@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
-import io
 import shutil
-import subprocess
 from collections import namedtuple
 from pathlib import Path
 from typing import Any
@@ -14,27 +11,11 @@ import pytest
 import yaml
 from doctor_context import by_key, context
 
-from esc_arch.cli import main
 from esc_arch.tools.doctor import option_file
 from esc_arch.tools.doctor.report import PROBLEM, WARNING, Finding
 from esc_arch.tools.doctor.subprocess_worker import JobFailed
 
 pytestmark = pytest.mark.usefixtures("work_folder")
-
-
-@pytest.fixture(autouse=True)
-def check_in_this_process(monkeypatch: pytest.MonkeyPatch) -> None:
-    """tests/cli/test_doctor.py has one that is started."""
-    start = subprocess.run
-
-    def run(command: list[str], **options: Any) -> subprocess.CompletedProcess[Any]:
-        if "check" not in command:  # what the check itself starts
-            return start(command, **options)
-        with contextlib.redirect_stdout(io.StringIO()) as printed:
-            status = main(command[command.index("check") :])
-        return subprocess.CompletedProcess(command, status, printed.getvalue().encode(), b"")
-
-    monkeypatch.setattr(option_file.subprocess, "run", run)
 
 
 def examined(opt: dict[str, Any], import_failure: str = "") -> dict[str, Finding]:
@@ -80,29 +61,16 @@ def test_what_the_check_finds(train_options: Any, photographs: Any) -> None:
 
 def test_an_option_file_that_cannot_be_read() -> None:
     Path("trial.yml").write_text("a: [\n")
-    failure = JobFailed("UserError: option file trial.yml, line 2: it is wrong")
-    (finding,) = option_file.examine(context(opt="trial.yml", load_yaml=failure))
-    assert finding.text == "option file trial.yml, line 2: it is wrong" and finding.status == PROBLEM
+    found = by_key(option_file.examine(context(opt="trial.yml")))["basicsr check"]
+    assert found.text.startswith("option file trial.yml:2:1: ") and found.status == PROBLEM
 
 
-def test_without_the_import_the_folders_are_looked_at(train_options: Any) -> None:
-    found = examined(train_options, "ImportError: x")
-    assert found["basicsr check"].status == WARNING and "not known" in found["basicsr check"].text
-    assert found["experiments_root"].status == "ok"
-
-
-def test_a_check_that_crashes_or_hangs(train_options: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    done = subprocess.CompletedProcess([], -7, b"", b"the disk is gone\n")
-    monkeypatch.setattr(option_file.subprocess, "run", lambda *_, **__: done)
-    found = examined(train_options)["basicsr check"]
-    assert (found.text, found.status) == ("the process ended with signal SIGBUS (the disk is gone)", PROBLEM)
-
-    def hang(command: list[str], timeout: float, **_: Any) -> None:
-        raise subprocess.TimeoutExpired(command, timeout)
-
-    monkeypatch.setattr(option_file.subprocess, "run", hang)
-    found = examined(train_options)["basicsr check"]
-    assert found.text == "not finished after 60 s of running" and "--timeout" in found.advice
+def test_what_cannot_be_known(train_options: Any) -> None:
+    (found,) = examined(train_options, "ImportError: x").values()
+    assert found.status == WARNING and "not known" in found.text
+    crash = JobFailed("the process ended with signal SIGBUS")
+    found = by_key(option_file.examine(context(opt="trial.yml", check=crash)))["basicsr check"]
+    assert (found.text, found.status) == ("the process ended with signal SIGBUS", PROBLEM)
 
 
 def test_an_experiment_that_would_be_put_aside(train_options: Any, test_options: Any) -> None:
