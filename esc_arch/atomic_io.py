@@ -5,7 +5,9 @@ from __future__ import annotations
 import errno
 import fcntl
 import os
+import secrets
 import shutil
+import stat
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -17,10 +19,12 @@ __all__ = [
     "check_output",
     "fsync_folder",
     "locked",
+    "open_regular",
     "remove",
     "remove_partial",
     "replace_folder",
     "replacing",
+    "require_own_folder",
     "system_fault",
     "write_atomically",
     "write_file",
@@ -29,6 +33,8 @@ __all__ = [
 
 #: The suffix of files that are being written.
 PARTIAL = ".partial"
+#: Bytes of a name, of the 255 that file systems allow, that leave room for a suffix.
+_LONGEST_NAME = 235
 
 _NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _NO_PERMISSION = (errno.EACCES, errno.EPERM, errno.EROFS)
@@ -101,14 +107,14 @@ def write_atomically(path: Path, data: bytes) -> None:
 @contextmanager
 def replacing(path: Path, *, durable: bool = True) -> Iterator[IO[bytes]]:
     """A file to write to, which replaces `path` when the block ends, whole or not at all; `durable`: also on disk."""
-    temporary = path.with_name(f".{path.name}{PARTIAL}")
+    temporary, file = _new_partial(path)
     try:
-        with open(temporary, "wb") as file:
+        with file:
             yield file
             file.flush()
             if durable:
                 os.fsync(file.fileno())
-        os.replace(temporary, path)
+            os.replace(temporary, path)  # while it is locked, no other process takes it for one that was left behind
         if durable:
             fsync_folder(path.parent)
     except BaseException:
@@ -117,11 +123,57 @@ def replacing(path: Path, *, durable: bool = True) -> Iterator[IO[bytes]]:
         raise
 
 
+def _new_partial(path: Path) -> tuple[Path, IO[bytes]]:
+    """A new file beside `path`, locked: never one that another process writes, or that somebody put there."""
+    name = path.name if len(os.fsencode(path.name)) < _LONGEST_NAME else "long"
+    temporary = path.with_name(f".{name}{PARTIAL}")
+    while True:
+        try:
+            file = open(temporary, "xb")  # noqa: SIM115  closed by the caller
+        except FileExistsError:
+            if not _remove_left(temporary):
+                temporary = path.with_name(f".{name}.{secrets.token_hex(4)}{PARTIAL}")
+            continue
+        with suppress(OSError):  # a network file system without locks
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        return temporary, file
+
+
+def _remove_left(path: Path) -> bool:
+    """Remove a file that `replacing` left when its process was killed; False if it is in use, or not ours."""
+    try:
+        with open_regular(path) as file:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            ours = os.fstat(file.fileno()).st_uid == os.geteuid()
+            if ours:
+                path.unlink()
+            return ours
+    except OSError:
+        return False
+
+
 def remove_partial(folder: Path) -> None:
-    """Remove what `replacing` left in `folder` when its process was killed."""
+    """Remove the files that `replacing` left in `folder` when its process was killed."""
     for path in folder.glob(f".*{PARTIAL}"):
-        with suppress(OSError):
-            path.unlink()
+        _remove_left(path)
+
+
+def open_regular(path: Path, *, create: bool = False) -> IO[bytes]:
+    """Open a file to append to; OSError for links, which may lead anywhere, and pipes, which may wait for ever."""
+    flags = os.O_WRONLY | os.O_APPEND | os.O_NOFOLLOW | os.O_NONBLOCK | (os.O_CREAT if create else 0)
+    file = open(path, "ab", opener=lambda name, _: os.open(name, flags, 0o666))  # noqa: SIM115  returned
+    if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+        file.close()
+        raise OSError(errno.EINVAL, "it is no regular file", str(path))
+    return file
+
+
+def require_own_folder(path: Path) -> None:
+    """UserError if `path`, where work in progress is kept, is there as a link or a file, or is another user's."""
+    if os.path.lexists(path):
+        state = path.lstat()
+        if not stat.S_ISDIR(state.st_mode) or state.st_uid != os.geteuid():
+            raise UserError(f"{path} is in the way: it must be a folder of yours. Remove it, or choose another output.")
 
 
 def replace_folder(new: Path, target: Path) -> None:
@@ -169,7 +221,7 @@ def locked(folder: Path, name: str = ".prepare.lock", busy: str | None = None) -
     """
     with writing_to(folder):
         folder.mkdir(parents=True, exist_ok=True)
-        file = open(folder / name, "ab")  # noqa: SIM115  closed below, when the lock is to end
+        file = open_regular(folder / name, create=True)  # closed below, when the lock is to end
     with file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -10,7 +10,7 @@ from typing import Any
 
 import lmdb
 
-from esc_arch.atomic_io import fsync_folder, remove, replace_folder, write_atomically, writing_to
+from esc_arch.atomic_io import fsync_folder, remove, replace_folder, require_own_folder, write_atomically, writing_to
 
 from .decoding import size_in_header
 from .image_files import PNG_COMPRESSION
@@ -42,6 +42,7 @@ class LmdbWriter:
         self.path = path
         self.partial = path.with_name(f".{path.name}.partial")
         self._waiting: dict[str, bytes] = {}
+        require_own_folder(self.partial)
         with _writing_to(path.parent):
             if _read_settings(self.partial) != dict(settings) or lmdb_problem(self.partial) is not None:
                 remove(self.partial)
