@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from fractions import Fraction
 from itertools import chain
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from esc_arch.errors import UserError
 
@@ -30,14 +30,8 @@ LEFT_OUT = {
     "DOVI_METADATA": "metadata of Dolby Vision",
     "A53_CC": "closed captions in the video",
 }
-
-
-class Batch(NamedTuple):
-    """Frames that run together: when they are shown, for how long (None where it is not known), and (3, H, W)."""
-
-    times: list[int]
-    durations: list[int | None]
-    planes: list[Planes]
+#: Frames that run together: when each is shown, for how long (None where it is not known), and (3, H, W).
+Batch = list[tuple[int, int | None, Planes]]
 
 
 class VideoReader:
@@ -78,17 +72,16 @@ class VideoReader:
 
         Batches end where segments of this length do, so that they are the same after a resumption.
         """
-        number, waiting = 0, Batch([], [], [])
+        number, waiting = 0, Batch()
         for number, frame in enumerate(chain([self.first], self._frames), 1):
             if number > done:
                 self._note_losses(frame)
-                waiting.times.append(frame.pts)
-                waiting.durations.append(frame.duration or None)
-                waiting.planes.append(planes_of(frame, self.coding, self.first.height, self.first.width))
-            if waiting.times and (len(waiting.times) == batch or number % length == 0):
+                planes = planes_of(frame, self.coding, self.first.height, self.first.width)
+                waiting.append((frame.pts, frame.duration or None, planes))
+            if waiting and (len(waiting) == batch or number % length == 0):
                 yield waiting
-                waiting = Batch([], [], [])
-        if waiting.times:
+                waiting = []
+        if waiting:
             yield waiting
         self._note_faults(number)
 
