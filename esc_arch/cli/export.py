@@ -16,7 +16,7 @@ from .convert import add_weights_arguments
 __all__ = ["add_arguments", "run"]
 
 #: The suffix of each format, and what writes it.
-FORMATS = {
+FORMATS: dict[str, tuple[str, Callable[..., export.ExportResult]]] = {
     "onnx": (".onnx", export.export_onnx),
     "torch": (".pt2", export.export_program),
     "aoti": (".pt2", export.export_compiled),
@@ -55,7 +55,7 @@ def run(args: argparse.Namespace) -> int:
     print(upscaler)
     for assumption in upscaler.assumptions:
         print(f"Assumed: {assumption}")
-    write: Callable[..., export.ExportResult] = FORMATS[file_format][1]
+    _, write = FORMATS[file_format]
     result = write(upscaler, args.output, shape=shape, pad=not args.no_pad, check=args.check, **options)
     for batch, largest in result.differences.items():
         print(f"  {batch}: max difference {largest:.2g}")

@@ -41,12 +41,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Build, compile, and say what is ready; returns the exit status: 0 when all that can be used is ready.
-
-    Raises:
-        UserError: the size, the device or the option file cannot be used, or it names an attention backend that
-            cannot run here.
-    """
+    """Build, compile, and say what is ready; returns the exit status: 0 when all that can be used is ready."""
     size = re.fullmatch(r"([1-9]\d*)x([1-9]\d*)", args.size.lower())
     if size is None:
         raise UserError(f"--size {args.size}: give rows and columns of the LR image, such as 128x128.")
@@ -69,11 +64,7 @@ def _device(name: str) -> torch.device:
 
 
 def _from_option_file(file: str) -> tuple[nn.Module, PerformanceOptions | None]:
-    """The network of an option file, which may be another package's, and how it is trained if it is.
-
-    Raises:
-        UserError: the file is invalid; data and weights that it names need not be there.
-    """
+    """The network of an option file, and how it is trained if it is; data and weights need not be there."""
     inspection = inspect_options(file, root_path=".", is_train=None, scope=CheckScope(with_files=False))
     if errors := of_severity(inspection.problems, "error"):
         raise UserError("; ".join(map(str, errors)))

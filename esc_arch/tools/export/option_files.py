@@ -34,13 +34,8 @@ CHOICE = "# The learning rate is a tenth of that of ESC's training from scratch;
 def option_files(identifier: str, network_g: Mapping[str, Any], weights: str, gt_size: int | None) -> dict[str, str]:
     """The option files to test and to fine-tune a network, by name.
 
-    They are for the folder that they are in: there are the weights, and `datasets/`.
-
-    Args:
-        identifier: of the model.
-        network_g: type and options of the network.
-        weights: the file's name.
-        gt_size: side of HR patches; None for LR patches of 64.
+    They are for the folder that they are in: there are the file of weights, and `datasets/`. `gt_size` is the side of
+    HR patches; None for LR patches of 64.
     """
     network, scale = network_named(network_g["type"]), network_g["upscaling_factor"]
     any_scale, real = network.any_scale, network.real_world
@@ -64,7 +59,7 @@ def option_files(identifier: str, network_g: Mapping[str, Any], weights: str, gt
         "use_rot": True,
         **LOADING,
     }
-    own_val = {"name": "own_val", "type": "PairedImageDataset", "dataroot_gt": "datasets/own/val/HR"}
+    own_val: Options = {"name": "own_val", "type": "PairedImageDataset", "dataroot_gt": "datasets/own/val/HR"}
     own_val |= {"dataroot_lq": "datasets/own/val/LR", "io_backend": DISK}
     photographs = {"name": "photographs", "type": "SingleImageDataset", "dataroot_lq": "datasets/photographs"}
     test_sets = {"test_1": {**photographs, "io_backend": DISK}} if real else _benchmarks("test", scale, any_scale)

@@ -311,4 +311,4 @@ class Encoder:
         self.packets += self.context.encode(None)
         if sorted(packet.pts for packet in self.packets) != list(range(len(self.shown))):
             raise RuntimeError(f"{self.spec.codec} did not give a packet for each frame")
-        return [Packet(*self.shown[packet.pts], packet.is_keyframe, bytes(packet)) for packet in self.packets]
+        return [Packet(*self.shown[int(packet.pts)], packet.is_keyframe, bytes(packet)) for packet in self.packets]

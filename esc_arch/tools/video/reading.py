@@ -91,22 +91,20 @@ class VideoReader:
         assert unit is not None
         step = max(round(1 / (rate * unit)), 1) if rate else 1
         shift = round(Fraction(self.origin, MICROSECONDS) / unit)
-        for frame in self._decoded():
-            time = frame.pts - shift if frame.pts is not None else 0 if last is None else last + step
-            if last is not None and time <= last:
-                self._note("times of frames that do not grow were put right")
-                time = last + 1
-            frame.pts = last = time
-            self._faults += bool(frame.is_corrupt)
-            yield frame
-
-    def _decoded(self) -> Iterator[Any]:
-        av = import_av()
         for packet in chain(self._packets(), [None]):
             try:
-                yield from self.stream.decode(packet)
-            except av.FFmpegError:
+                frames = self.stream.decode(packet)
+            except import_av().FFmpegError:
                 self._faults += 1
+                continue
+            for frame in frames:
+                time = frame.pts - shift if frame.pts is not None else 0 if last is None else last + step
+                if last is not None and time <= last:
+                    self._note("times of frames that do not grow were put right")
+                    time = last + 1
+                frame.pts = last = time
+                self._faults += bool(frame.is_corrupt)
+                yield frame
 
     def _packets(self) -> Iterator[Any]:
         """Those of the stream. Those of others only say how far the file goes."""
@@ -153,11 +151,7 @@ class VideoReader:
 
 @contextmanager
 def open_video(path: Path) -> Iterator[VideoReader]:
-    """The first video stream of a file.
-
-    Raises:
-        UserError: there is none that can be decoded.
-    """
+    """The first video stream of a file; raises UserError if there is none that can be decoded."""
     av = import_av()
     try:
         container = open_to_read(str(path))
