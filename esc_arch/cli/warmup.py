@@ -41,7 +41,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Build, compile, and say what is ready; returns the exit status: 0 when all that can be used is ready."""
+    """Build, compile, and say what is ready; returns the exit status: 0 when all that can be used is ready.
+
+    Raises UserError for an invalid size, device or option file, and for an attention backend that cannot run here.
+    """
     size = re.fullmatch(r"([1-9]\d*)x([1-9]\d*)", args.size.lower())
     if size is None:
         raise UserError(f"--size {args.size}: give rows and columns of the LR image, such as 128x128.")
