@@ -16,8 +16,8 @@ from triton_testing import (
     DEVICES,
     INTERPRETED,
     compile_for_a_gpu,
+    interpret_quickly_and_strictly,
     needs_triton,
-    patch_language_once,
     skip_without_assembler,
 )
 
@@ -56,7 +56,7 @@ LARGE_CASES = [
 @pytest.fixture(autouse=True)
 def interpret_quickly(monkeypatch: pytest.MonkeyPatch) -> None:
     if INTERPRETED:
-        patch_language_once(monkeypatch)
+        interpret_quickly_and_strictly(monkeypatch)
 
 
 def inputs(
@@ -315,7 +315,6 @@ def test_compiles(
         "BLOCK_D": max(16, 1 << (head_dim - 1).bit_length()),
         "CHANNELS_LAST": last,
         "PRECISION": precision,
-        "DIRECT": True,
     }
     kernel = getattr(kernels, name)
     if name == "differentiate_table":

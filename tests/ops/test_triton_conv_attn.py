@@ -13,8 +13,8 @@ from triton_testing import (
     DEVICES,
     INTERPRETED,
     compile_for_a_gpu,
+    interpret_quickly_and_strictly,
     needs_triton,
-    patch_language_once,
     skip_without_assembler,
 )
 
@@ -57,7 +57,7 @@ LARGE_CASES = [
 @pytest.fixture(autouse=True)
 def interpret_quickly(monkeypatch: pytest.MonkeyPatch) -> None:
     if INTERPRETED:
-        patch_language_once(monkeypatch)
+        interpret_quickly_and_strictly(monkeypatch)
         monkeypatch.setattr(backend, "PROGRAMS", 1)
 
 

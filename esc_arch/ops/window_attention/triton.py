@@ -220,7 +220,6 @@ def _constants(qkv: Tensor, window: int, heads: int) -> dict[str, Any]:
         "BLOCK_D": max(16, 1 << (head_dim - 1).bit_length()),
         "CHANNELS_LAST": dense_layout(qkv) is torch.channels_last,
         "PRECISION": precision(qkv, tf32_in_products()),
-        "DIRECT": qkv.is_cuda,
         # Explicit: Triton's default is changing
         "enable_fp_fusion": True,
     }
