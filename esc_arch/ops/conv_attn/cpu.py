@@ -11,9 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from esc_arch.ops.cpu.wrapping import empty_map, input_reasons, register
-from esc_arch.ops.gradients import wants_gradients
-from esc_arch.ops.layout import empty_like
+from esc_arch.ops.cpu import input_reasons, register
+from esc_arch.ops.layout import empty_like, empty_map
 
 from . import reference
 
@@ -26,42 +25,20 @@ DYNAMIC_SIDE = 3
 
 def unsupported_reasons(x: Tensor, large_kernel: Tensor, dynamic_kernel: Tensor, symmetric: bool) -> list[str]:
     """Why the C++ operators cannot take these inputs."""
-    sides = (large_kernel.shape[-1], dynamic_kernel.shape[-1])
-    return _kernel_reasons(symmetric, *sides) or input_reasons(x, large_kernel, dynamic_kernel)
+    side = max(large_kernel.shape[-1], dynamic_kernel.shape[-1])
+    return kernel_reasons(symmetric, side) or input_reasons(x, large_kernel, dynamic_kernel)
 
 
-def _kernel_reasons(symmetric: bool, *sides: int) -> list[str]:
+def kernel_reasons(symmetric: bool, side: int) -> list[str]:
+    """Why they cannot take a large kernel, or one as large as the larger of both."""
     if not symmetric:
         return ["it needs a large kernel that is symmetric, as `symmetrise` makes it"]
-    too_large = max(sides) > LARGEST_KERNEL
-    return [f"it takes kernels of at most {LARGEST_KERNEL} x {LARGEST_KERNEL}"] if too_large else []
+    return [f"it takes kernels of at most {LARGEST_KERNEL} x {LARGEST_KERNEL}"] if side > LARGEST_KERNEL else []
 
 
 def forward(x: Tensor, large_kernel: Tensor, dynamic_kernel: Tensor, symmetric: bool) -> Tensor:
     """`torch.ops.esc_arch.conv_attention_cpu`; see `conv_attention`. Further channels of x stay as they are."""
     return torch.ops.esc_arch.conv_attention_cpu(x, large_kernel, dynamic_kernel)
-
-
-def fused(
-    x: Tensor,
-    residual: Tensor | None,
-    large_kernel: Tensor,
-    means: Tensor | None,
-    *parameters: Tensor | None,
-    symmetric: bool,
-) -> Tensor | None:
-    """All of ConvAttn in one operator, None where it cannot; see `conv_attention_fused`."""
-    tensors = (x, residual, large_kernel, *parameters)
-    training = wants_gradients(means, *tensors)
-    if training and means is not None:  # which get no gradient
-        return None
-    if _kernel_reasons(symmetric, large_kernel.shape[-1], DYNAMIC_SIDE):
-        return None
-    if input_reasons(large_kernel, means, *parameters, maps=[x, residual]):
-        return None
-    if training:
-        return torch.ops.esc_arch.conv_attention_fused_training_cpu(*tensors)[0]
-    return torch.ops.esc_arch.conv_attention_fused_cpu(x, residual, large_kernel, means, *parameters)
 
 
 def per_image_depthwise(x: Tensor, kernel: Tensor) -> Tensor:

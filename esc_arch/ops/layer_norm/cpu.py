@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from esc_arch.ops.cpu.wrapping import input_reasons, register
+from esc_arch.ops.cpu import input_reasons, register
 from esc_arch.ops.layout import dense_layout
 
 
@@ -38,10 +38,6 @@ def gradients_through(
     return of_x, of_weight, of_bias
 
 
-def _like(x: Tensor) -> Tensor:
-    return torch.empty(x.shape, dtype=x.dtype, device=x.device, memory_format=dense_layout(x))
-
-
 def _keep(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     x, weight, _, ctx.eps = inputs
     ctx.save_for_backward(x, weight)
@@ -52,8 +48,8 @@ def _backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
 
 
 def _fake_backward(gradient: Tensor, x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
-    return _like(x), x.new_empty(x.shape[1]), x.new_empty(x.shape[1])
+    return torch.empty_like(x, memory_format=dense_layout(x)), x.new_empty(x.shape[1]), x.new_empty(x.shape[1])
 
 
-register("layer_norm_cpu", lambda x, *parameters: _like(x), _backward, _keep)
+register("layer_norm_cpu", lambda x, *parameters: torch.empty_like(x, memory_format=dense_layout(x)), _backward, _keep)
 register("layer_norm_backward_cpu", _fake_backward)

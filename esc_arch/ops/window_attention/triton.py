@@ -26,8 +26,8 @@ from torch import Tensor
 from esc_arch.ops.autotune.choice import auto_skip_reasons as autotune_reasons
 from esc_arch.ops.autotune.choice import nearest
 from esc_arch.ops.float32 import tf32_in_products
-from esc_arch.ops.gradients import wants_gradients
 from esc_arch.ops.layout import dense_layout
+from esc_arch.ops.operation import wants_gradients
 from esc_arch.ops.triton_support import DTYPES, missing, precision
 
 from .bias import Bias
