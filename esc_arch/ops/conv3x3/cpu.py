@@ -60,9 +60,7 @@ def _fused_backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
     of_any_input = any((of_x, of_norm_weight, of_norm_bias))
     normal = layer_norm.normalised(x, norm_weight, norm_bias, ctx.eps) if of_weight else x
     of_normal, *of_parameters = _gradients(gradient, normal, weight, of_any_input, of_weight, of_bias)
-    of_input: tuple[Tensor | None, ...] = (None, None, None)
-    if of_normal is not None:
-        of_input = layer_norm.gradients_through(of_normal, x, norm_weight, ctx.eps)
+    of_input = layer_norm.gradients_through(of_normal, x, norm_weight, ctx.eps)
     return *of_input, None, *of_parameters, gradient
 
 

@@ -3,9 +3,4 @@
 from .api import conv_attention, conv_attention_fused, decomposed_conv_attention
 from .reference import symmetrise
 
-__all__ = [
-    "conv_attention",
-    "conv_attention_fused",
-    "decomposed_conv_attention",
-    "symmetrise",
-]
+__all__ = ["conv_attention", "conv_attention_fused", "decomposed_conv_attention", "symmetrise"]

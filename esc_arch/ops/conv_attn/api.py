@@ -15,12 +15,7 @@ from esc_arch.ops.operation import Operation, SampleShapes, Size, check_shapes, 
 from . import cpu, reference, triton
 from .reference import symmetrise
 
-__all__ = [
-    "CONV_ATTN",
-    "conv_attention",
-    "conv_attention_fused",
-    "decomposed_conv_attention",
-]
+__all__ = ["CONV_ATTN", "conv_attention", "conv_attention_fused", "decomposed_conv_attention"]
 
 
 def _inputs(shapes: SampleShapes, size: Size) -> list[Tensor]:

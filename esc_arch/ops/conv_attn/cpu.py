@@ -6,6 +6,8 @@ The transform of a kernel that is even in both directions is real and even, so a
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -76,11 +78,9 @@ def _fake_fused_backward(
     return empty_map(x), x.new_empty(large_kernel.shape), *of_weights
 
 
-def _fake_backward(
-    gradient: Tensor, x: Tensor, large_kernel: Tensor, dynamic_kernel: Tensor, of_x: bool, of_kernels: bool
-) -> tuple[Tensor, ...]:
-    of_both = (x.new_empty(kernel.shape if of_kernels else 0) for kernel in (large_kernel, dynamic_kernel))
-    return empty_like(x) if of_x else x.new_empty(0), *of_both
+def _fake_backward(empty: Callable[[Tensor], Tensor], gradient: Tensor, x: Tensor, *others: Any) -> tuple[Tensor, ...]:
+    *kernels, of_x, of_kernels = others
+    return empty(x) if of_x else x.new_empty(0), *(x.new_empty(k.shape if of_kernels else 0) for k in kernels)
 
 
 def _backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
@@ -100,20 +100,14 @@ def _fused_backward(ctx: Any, gradient: Tensor, *_: Tensor | None) -> tuple[Tens
     return of_x, gradient, *of_parameters
 
 
-def _fake_depthwise_backward(
-    gradient: Tensor, x: Tensor, kernel: Tensor, of_x: bool, of_kernel: bool
-) -> tuple[Tensor, Tensor]:
-    return empty_map(x) if of_x else x.new_empty(0), x.new_empty(kernel.shape if of_kernel else 0)
-
-
 def _depthwise_backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
     return torch.ops.esc_arch.depthwise_per_image_backward_cpu(gradient, *ctx.saved_tensors, *ctx.needs_input_grad)
 
 
 register("conv_attention_cpu", lambda x, large_kernel, dynamic_kernel: empty_like(x), _backward)
-register("conv_attention_backward_cpu", _fake_backward)
+register("conv_attention_backward_cpu", partial(_fake_backward, empty_like))
 register("conv_attention_fused_cpu", _empty_output)
 register("conv_attention_fused_training_cpu", _fake_fused, _fused_backward, _keep_fused)
 register("conv_attention_fused_backward_cpu", _fake_fused_backward)
 register("depthwise_per_image_cpu", lambda x, kernel: empty_map(x), _depthwise_backward)
-register("depthwise_per_image_backward_cpu", _fake_depthwise_backward)
+register("depthwise_per_image_backward_cpu", partial(_fake_backward, empty_map))

@@ -51,9 +51,7 @@ def _fused_backward(ctx: Any, gradient: Tensor, _: Tensor | None) -> tuple[Tenso
     of_norm, of_parameters = any(ctx.needs_input_grad[:3]), any(ctx.needs_input_grad[4:-1])
     normal = layer_norm.normalised(x, norm_weight, norm_bias, ctx.eps)
     of_normal, *of_all = torch.ops.esc_arch.conv_ffn_backward_cpu(gradient, normal, *parameters, of_norm, of_parameters)
-    of_input: tuple[Tensor | None, ...] = (None, None, None)
-    if of_norm:
-        of_input = layer_norm.gradients_through(of_normal, x, norm_weight, ctx.eps)
+    of_input = layer_norm.gradients_through(of_normal if of_norm else None, x, norm_weight, ctx.eps)
     return *of_input, None, *of_all, None
 
 

@@ -29,10 +29,10 @@ def normalised(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float
 
 
 def gradients_through(
-    gradient: Tensor, x: Tensor, weight: Tensor | None, eps: float
-) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """The gradients of x and of the norm's weight and bias, from that of `normalised`'s result."""
-    if weight is None:
+    gradient: Tensor | None, x: Tensor, weight: Tensor | None, eps: float
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """The gradients of x and of the norm's weight and bias, from that of `normalised`'s result, if it is wanted."""
+    if gradient is None or weight is None:
         return gradient, None, None
     of_x, of_weight, of_bias = torch.ops.esc_arch.layer_norm_backward_cpu(gradient, x, weight, eps)
     return of_x, of_weight, of_bias
