@@ -18,9 +18,8 @@ from esc_arch.models.comparison import side_by_side
 from esc_arch.training.distributed import print_note
 
 from .cost import network_cost
+from .evaluation import Evaluation, Gains, SetScores, bicubic_images
 from .paper import PAPER_ROWS, paper_cost, paper_scores
-from .quality import Evaluation, SetScores, bicubic_images
-from .quality_tables import Gains
 
 __all__ = ["plot_gains", "plot_quality", "require_matplotlib", "write_crops"]
 
@@ -65,10 +64,10 @@ def plot_quality(folder: Path, results: Sequence[SetScores], costs: Sequence[Map
     most_memory = max(cost.get("memory_mib") or 0 for cost in costs) if costs else 0
     panels: dict[float, dict[str, list[_Point]]] = {}  # by scale and data set
     for each in results:
-        psnr, cost, scale = each.mean(each.psnr), _cost_of(each.evaluation, key, costs), each.evaluation.network.scale
-        if psnr is not None and cost is not None:
+        cost, scale = _cost_of(each.evaluation, key, costs), each.evaluation.network.scale
+        if each.psnr and cost is not None:
             area = {"area": _LARGEST * cost["memory_mib"] / most_memory} if cost.get("memory_mib") else {}
-            point = _Point(each.evaluation.name, cost[key], psnr, **area)
+            point = _Point(each.evaluation.name, cost[key], each.mean(each.psnr), **area)
             panels.setdefault(scale, {}).setdefault(each.dataset, []).append(point)
 
     def draw(axes: Any, points: Sequence[_Point]) -> None:
