@@ -108,13 +108,11 @@ def run(args: argparse.Namespace) -> int:
     if not args.no_latency:
         columns += _MEASURED
         notes += _latency_notes(protocol)
-    heading, table = "", Table(columns, costs, notes)
-    if args.format in ("text", "markdown"):
-        table = table.without_empty_columns()
+    heading = ""
     if args.format == "markdown":
         command = shlex.join(["basicsr", *sys.argv[1:]])
         heading = f"# What networks cost\n\nMade by `{command}`; do not edit by hand.\n\n"
-    write_report(heading + table.render(args.format), args.report)
+    write_report(heading + Table(columns, costs, notes).render(args.format), args.report)
     return 0
 
 
@@ -182,10 +180,7 @@ def network_cost(
     if protocol is None:
         return cost
     cost |= {"precision": protocol.precision, "backend": protocol.backend.lower(), "device": protocol.device_name}
-    measured = measure_latency(network.build(), padded[0], padded[1], protocol)
-    cost["latency_ms"] = "out of memory"
-    cost.update(measured or {})
-    return cost
+    return cost | measure_latency(network.build(), padded[0], padded[1], protocol)
 
 
 def _latency_notes(protocol: LatencyProtocol | None) -> Iterator[str]:

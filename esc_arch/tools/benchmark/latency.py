@@ -61,16 +61,16 @@ class LatencyProtocol:
         return f"CPU, {torch.get_num_threads()} threads"
 
 
-def measure_latency(net: nn.Module, height: int, width: int, protocol: LatencyProtocol) -> dict[str, float] | None:
-    """Time a network on a random image; None if the GPU's memory does not suffice.
+def measure_latency(net: nn.Module, height: int, width: int, protocol: LatencyProtocol) -> dict[str, float | str]:
+    """Time a network on a random image.
 
     Args:
         net: (1, 3, H, W) -> anything; moved to the device, its attention set to the backend.
         height, width: H and W.
 
     Returns:
-        `latency_ms`, the median; `latency_spread_ms`, the interquartile range of 4 runs or more; on a GPU `memory_mib`,
-        the most that PyTorch allocated, weights included.
+        `latency_ms`, the median, or "out of memory"; `latency_spread_ms`, the interquartile range of 4 runs or more;
+        on a GPU `memory_mib`, the most that PyTorch allocated, weights included.
 
     Raises:
         UserError: the backend cannot be used here.
@@ -91,10 +91,10 @@ def measure_latency(net: nn.Module, height: int, width: int, protocol: LatencyPr
         ):
             times = [_milliseconds(net, image) for _ in range(1 + protocol.warmup + protocol.runs)][-protocol.runs :]
     except torch.cuda.OutOfMemoryError:
-        return None
+        return {"latency_ms": "out of memory"}
     except UnusableBackend as error:
         raise UserError(f"--backend {protocol.backend}: {error}") from None
-    measured = {"latency_ms": statistics.median(times)}
+    measured: dict[str, float | str] = {"latency_ms": statistics.median(times)}
     if len(times) >= 4:
         lower, _, upper = statistics.quantiles(times, n=4)
         measured["latency_spread_ms"] = upper - lower

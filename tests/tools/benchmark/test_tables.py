@@ -70,8 +70,10 @@ def test_each_form_ends_its_last_line(form: str) -> None:
 
 
 def test_empty_columns() -> None:
-    table = Table([Column("a"), Column("b"), Column("c")], [{"a": 1, "c": 0}, {"b": None, "c": ""}], notes=["note"])
-    assert table.without_empty_columns() == Table([Column("a"), Column("c")], table.records, notes=["note"])
+    table = Table([Column("a"), Column("b"), Column("c")], [{"a": 1, "c": 0}, {"b": None, "c": ""}])
+    assert table.render("text").splitlines()[0] == "a  c"
+    assert table.render("markdown").splitlines()[0] == "| a | c |"
+    assert table.render("csv").splitlines()[0] == "a,b,c"
 
 
 def test_reports(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
