@@ -9,7 +9,6 @@ import csv
 import logging
 import math
 import os
-import statistics
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -110,12 +109,15 @@ class SetScores:
         }
 
     @property
-    def psnr(self) -> str:
+    def psnr_metric(self) -> str:
         """The name of the metric that is PSNR; empty if there is none."""
         return next((name for name, metric in self.metrics.items() if metric["type"] == "calculate_psnr"), "")
 
-    def mean(self, metric: str) -> float:
-        return statistics.fmean(scores[metric] for scores in self.images.values())
+    @property
+    def psnr(self) -> dict[str, float]:
+        """PSNR (dB) of each image; empty if it was not measured."""
+        metric = self.psnr_metric
+        return {image: scores[metric] for image, scores in self.images.items()} if metric else {}
 
 
 def plan_evaluation(
@@ -128,13 +130,8 @@ def plan_evaluation(
 ) -> Evaluation:
     """Check an option file, and decide how to run it: with a model that keeps the metrics of each image.
 
-    Args:
-        force_yml: entries of `--force_yml`.
-        protocol: one of `PROTOCOLS`; default: the file's.
-        paper: one of `PAPER_ROWS`, or another text for none; default: recognised by the network and the name.
-
-    Raises:
-        UserError: something in it cannot be used.
+    `protocol` is one of `PROTOCOLS` (default: the file's); `paper` one of `PAPER_ROWS`, or another text for none
+    (default: recognised by the network and the name). UserError if something in the file cannot be used.
     """
     forced = [*force_yml, "val:per_image=true"]
     opt = load_options(file, force_yml)
@@ -168,10 +165,9 @@ def plan_evaluation(
 
 
 def run_all(evaluations: Sequence[Evaluation]) -> None:
-    """Test networks with BasicSR's pipeline, as `basicsr test` does; results are in `results/NAME`, too.
+    """Test networks as `basicsr test` does; results are in `results/NAME`, too.
 
-    Raises:
-        UserError: something in the data or the weights cannot be used.
+    UserError if something in the data or the weights cannot be used.
     """
     with abort_all_ranks(describe), contextlib.redirect_stdout(sys.stderr):  # stdout is for the table
         for each in evaluations:
@@ -202,25 +198,21 @@ def compute_gains(results: Sequence[SetScores], baseline: Evaluation | None) -> 
     others = [] if baseline is None else baseline.read_scores()
     gains = []
     for each in results:
-        same = (other for other in others if (other.dataset, other.scale) == (each.dataset, each.scale))
-        below = _bicubic_psnr(each) if baseline is None else next(map(_psnr, same), {})
-        differences = {image: psnr - below[image] for image, psnr in _psnr(each).items() if image in below}
+        same = (other.psnr for other in others if (other.dataset, other.scale) == (each.dataset, each.scale))
+        below = _bicubic_psnr(each) if baseline is None else next(same, {})
+        differences = {image: psnr - below[image] for image, psnr in each.psnr.items() if image in below}
         finite = [pair for pair in differences.items() if math.isfinite(pair[1])]
         if finite:
             gains.append(Gains(each, dict(sorted(finite, key=lambda pair: -pair[1]))))
     return gains
 
 
-def _psnr(scores: SetScores) -> dict[str, float]:
-    """PSNR (dB) of each image; empty if it was not measured."""
-    return {image: metrics[scores.psnr] for image, metrics in scores.images.items() if scores.psnr}
-
-
 def _bicubic_psnr(scores: SetScores) -> dict[str, float]:
     psnr = {}
-    for name, image, gt in bicubic_images(scores) if scores.psnr else ():
-        image_measured.set(f"bicubic {name} of {scores.dataset}")
-        psnr[name] = float(measure(calculate_metric, {"img": image, "img2": gt}, scores.metrics[scores.psnr]))
+    if metric := scores.metrics.get(scores.psnr_metric):
+        for name, image, gt in bicubic_images(scores):
+            image_measured.set(f"bicubic {name} of {scores.dataset}")
+            psnr[name] = float(measure(calculate_metric, {"img": image, "img2": gt}, metric))
     return psnr
 
 

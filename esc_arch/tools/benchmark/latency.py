@@ -31,8 +31,7 @@ _AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
 class LatencyProtocol:
     """How to measure: on cpu or cuda, in one of `LATENCY_PRECISIONS`, after `warmup` untimed runs.
 
-    Raises:
-        UserError: there is no such device or backend, or a number is too small.
+    UserError if there is no such device or backend, or a number is too small.
     """
 
     device: str
@@ -50,9 +49,8 @@ class LatencyProtocol:
             raise UserError(f"--runs {self.runs} --warmup {self.warmup}: at least 1 run, and 0 or more for warm-up.")
         try:
             WINDOW_ATTENTION.resolve(self.backend)
-        except ValueError:
-            allowed = ", ".join(WINDOW_ATTENTION.backends)
-            raise UserError(f"--backend {self.backend}: not known. Allowed: auto, {allowed}.") from None
+        except ValueError as error:
+            raise UserError(f"--backend {self.backend}: {error}") from None
 
     @property
     def device_name(self) -> str:
@@ -62,18 +60,11 @@ class LatencyProtocol:
 
 
 def measure_latency(net: nn.Module, height: int, width: int, protocol: LatencyProtocol) -> dict[str, float | str]:
-    """Time a network on a random image.
-
-    Args:
-        net: (1, 3, H, W) -> anything; moved to the device, its attention set to the backend.
-        height, width: H and W.
+    """Time a network on a random image (1, 3, H, W); it is moved to the device, its attention set to the backend.
 
     Returns:
         `latency_ms`, the median, or "out of memory"; `latency_spread_ms`, the interquartile range of 4 runs or more;
-        on a GPU `memory_mib`, the most that PyTorch allocated, weights included.
-
-    Raises:
-        UserError: the backend cannot be used here.
+        on a GPU `memory_mib`, the most that PyTorch allocated, weights included. UserError if the backend cannot run.
     """
     for module in net.modules():
         if isinstance(module, WindowAttention):

@@ -7,6 +7,7 @@ import math
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import cv2
@@ -48,52 +49,47 @@ def plot_quality(folder: Path, results: Sequence[SetScores], costs: Sequence[Map
     name, key, label = "latency", "latency_ms", "latency, ms (area: memory)"
     if not costs:
         name, key, label = "multiply_adds", "paper_convention_g", "multiply-adds for an HD image, G (grey: the paper)"
-        costs = list(_count_operations(results))
     most_memory = max((cost.get("memory_mib") or 0 for cost in costs), default=0)
+    networks = {each.evaluation.name: each.evaluation for each in results if each.psnr}
+    cost_of = {name: _cost_of(evaluation, costs) for name, evaluation in networks.items()}
     by_scale: dict[float, list[tuple[SetScores, Mapping[str, Any]]]] = {}
     for each in results:
-        cost = _cost_of(each.evaluation, key, costs)
-        if each.psnr and cost is not None:
+        if cost := cost_of.get(each.evaluation.name):
             by_scale.setdefault(each.evaluation.network.scale, []).append((each, cost))
     for scale, plotted in by_scale.items():
         datasets = dict.fromkeys(each.dataset for each, _ in plotted)
         with _panels(folder / f"psnr_against_{name}_x{scale:g}.png", datasets) as panels:
             for each, cost in plotted:
                 area = _LARGEST * cost["memory_mib"] / most_memory if cost.get("memory_mib") else _AREA
-                _add_point(panels[each.dataset], each.evaluation.name, cost[key], each.mean(each.psnr), area)
+                _add_point(panels[each.dataset], each.evaluation.name, cost[key], fmean(each.psnr.values()), area)
             for dataset, axes in panels.items():
                 for row in PAPER_ROWS if name == "multiply_adds" else ():
                     published, scores = paper_cost(row, scale), paper_scores(row, dataset, scale)
                     if published and scores:
-                        _add_point(axes, row, published["flops_g"], scores["psnr"], color=_PAPER, facecolor="none")
+                        _add_point(axes, row, published["flops_g"], scores["psnr"], color=_PAPER)
                 axes.set_xscale("log")
                 axes.margins(0.25)
                 axes.set_xlabel(label, fontsize=9)
                 axes.set_ylabel("PSNR, dB", fontsize=9)
 
 
-def _add_point(
-    axes: Any, label: str, x: float, y: float, area: float = _AREA, color: str = _OURS, facecolor: str = _OURS
-) -> None:
-    axes.scatter(x, y, s=area, edgecolors=color, facecolors=facecolor, alpha=0.8)
+def _add_point(axes: Any, label: str, x: float, y: float, area: float = _AREA, color: str = _OURS) -> None:
+    axes.scatter(x, y, s=area, edgecolors=color, facecolors="none" if color == _PAPER else color, alpha=0.8)
     axes.annotate(label, (x, y), (4, 6), textcoords="offset points", fontsize=8, color=color)
 
 
-def _count_operations(results: Sequence[SetScores]) -> Iterator[Mapping[str, Any]]:
-    for network in {each.evaluation.name: each.evaluation.network for each in results}.values():
-        with suppress(UserError):  # a network of any scale
-            yield network_cost(network)
-
-
-def _cost_of(evaluation: Evaluation, key: str, costs: Sequence[Mapping[str, Any]]) -> Mapping[str, Any] | None:
-    """The record of a network that has a number under a key."""
+def _cost_of(evaluation: Evaluation, costs: Sequence[Mapping[str, Any]]) -> Mapping[str, Any]:
+    """The record of a network that has its latency, or without `costs` its operations; empty if there is none."""
     network, names = evaluation.network, (evaluation.name, evaluation.file.stem, evaluation.network.published)
+    if not costs:
+        with suppress(UserError):  # a network of any scale
+            return network_cost(network)
     for cost in costs:
         is_same = cost["network"] in names and cost["scale"] == network.scale and cost["output"] == "1280x720"
-        if is_same and isinstance(cost[key], int | float):
+        if is_same and isinstance(cost["latency_ms"], int | float):
             return cost
-    print_note(f"{evaluation.name} is not plotted: there is no {key} of it at x{network.scale:g} and 1280x720.")
-    return None
+    print_note(f"{evaluation.name} is not plotted: its cost at x{network.scale:g} and 1280x720 is not known.")
+    return {}
 
 
 def plot_gains(folder: Path, gains: Sequence[Gains], baseline: str) -> None:

@@ -69,11 +69,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Test, print a table and write FOLDER. Everything that can be wrong is looked for before the first test.
-
-    Raises:
-        UserError: something in the options, the data or a checkpoint cannot be used, or FOLDER exists.
-    """
+    """Test, print a table and write FOLDER; raises UserError before the first test if something cannot be used."""
     draws = args.output is not None and not args.no_figures
     if args.output is not None and args.output.exists():
         raise UserError(f"{args.output} exists, and nothing is overwritten. Choose another folder with -o.")
@@ -184,7 +180,7 @@ def _quality_record(scores: SetScores, notes: list[str]) -> Row:
     published = paper_scores(evaluation.paper, scores.dataset, scale)
     agree = []
     for name, metric in scores.metrics.items():
-        record[name] = mean = scores.mean(name)
+        record[name] = mean = statistics.fmean(image[name] for image in scores.images.values())
         kind, digits = _PAPER_METRICS.get(metric["type"], ("", 4))
         if kind and not (metric.get("crop_border") == scores.border and metric.get("test_y_channel")):
             what = f"{evaluation.name}: val:metrics:{name} is not measured as in the paper on {scores.dataset}"

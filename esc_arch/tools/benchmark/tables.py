@@ -11,9 +11,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from esc_arch.atomic_io import check_output, write_file
+from esc_arch.atomic_io import write_file
 
-__all__ = ["TABLE_FORMATS", "Cell", "Column", "Row", "Table", "add_report_arguments", "check_report", "write_report"]
+__all__ = ["TABLE_FORMATS", "Cell", "Column", "Row", "Table", "add_report_arguments", "write_report"]
 
 TABLE_FORMATS = ("text", "markdown", "csv", "json")
 
@@ -90,12 +90,6 @@ def add_report_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the format of a report, and the file it is written to."""
     parser.add_argument("--format", choices=TABLE_FORMATS, default="text", help="(%(default)s)")
     parser.add_argument("-o", "--report", type=Path, metavar="FILE", help="write to this file instead of printing")
-
-
-def check_report(output: Path | None) -> None:
-    """Check, before the work, that a report can be written; raises UserError otherwise."""
-    if output is not None:
-        check_output(output, overwrite=True)
 
 
 def write_report(text: str, output: Path | None) -> None:

@@ -112,7 +112,7 @@ def test_on_a_gpu(precision: str) -> None:
         ({"precision": "tf32"}, "--precision tf32 is for GPUs. Give fp32, bf16 or fp16 with --device cpu."),
         ({"runs": 0}, "--runs 0 --warmup 5: at least 1 run, and 0 or more for warm-up."),
         ({"warmup": -1}, "--runs 20 --warmup -1: at least 1 run"),
-        ({"backend": "fast"}, "--backend fast: not known. Allowed: auto, naive, sdpa, flex"),
+        ({"backend": "fast"}, "--backend fast: attn_type 'fast' is not known; allowed: auto, naive, sdpa, flex"),
     ],
 )
 def test_refusals(options: dict[str, Any], message: str, monkeypatch: pytest.MonkeyPatch) -> None:
