@@ -29,10 +29,7 @@ _AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 @dataclass(frozen=True)
 class LatencyProtocol:
-    """How to measure: on cpu or cuda, in one of `LATENCY_PRECISIONS`, after `warmup` untimed runs.
-
-    UserError if there is no such device or backend, or a number is too small.
-    """
+    """How to measure: on cpu or cuda, after `warmup` untimed runs. UserError if that cannot be done here."""
 
     device: str
     precision: str = "fp32"
