@@ -19,6 +19,7 @@ from esc_arch.errors import UserError
 
 from .image_reader import READABLE_SUFFIXES, DecodedImage, Pixels, inspect_image, read_image
 from .image_writer import WRITABLE_SUFFIXES, EncodeSpec, encode_spec, write_image
+from .memory import is_out_of_memory
 from .network import Upscaler
 from .stages import overlapped
 from .upscaling import Settings, enlarge_many, enlarge_pixels, enlarged_size
@@ -183,7 +184,7 @@ def _without_conflicts(
             found = os.stat(path)
             return found.st_dev, found.st_ino
         except OSError:
-            return place(path)
+            return os.path.realpath(path)
 
     targets = {identity(task.target) for task in tasks if identity(task.target) != identity(task.source)}
     inputs = [task for task in tasks if task.source in kept or identity(task.source) not in targets]
@@ -271,9 +272,11 @@ class _Run(NamedTuple):
             if sorted(size) != sorted(wanted):  # a side may have become the other
                 problem = f"of {size[1]} x {size[0]} pixels instead of {wanted[1]} x {wanted[0]}"
         except UserError as error:
-            problem = str(error).removeprefix(f"{task.target}: ").rstrip(".")
+            problem = str(error).removeprefix(f"{task.target}: ").partition(". ")[0].rstrip(".")
         if problem:
-            raise UserError(f"{task.target} is there, but {problem}. Overwrite it: --overwrite, or choose another -o.")
+            raise UserError(
+                f"{task.target} is there, but {problem}. Replace it with --overwrite, or choose another -o."
+            )
 
     @contextmanager
     def reporting(self, task: UpscaleTask) -> Iterator[None]:
@@ -282,6 +285,8 @@ class _Run(NamedTuple):
             yield
         except Exception as error:
             fault = system_fault(error) if isinstance(error, OSError) else None
+            if is_out_of_memory(error):
+                fault = "the memory ran out. Free some, or use smaller parts: --tile or --max-memory."
             name = "" if fault or isinstance(error, UserError) else f"{type(error).__name__}: "
             line = " ".join(f"{name}{fault or error}".split())
             self.report.add_failed(task, line if line.startswith(str(task.source)) else f"{task.source}: {line}")

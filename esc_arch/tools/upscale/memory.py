@@ -88,8 +88,10 @@ def _of_container() -> int | None:
 
 def is_out_of_memory(error: BaseException) -> bool:
     """True if an exception says that a device or the machine has not enough memory."""
-    signs = ("not enough memory", "DefaultCPUAllocator", "can't allocate memory", "out of memory", "bad_alloc")
-    signs += ("could not create a primitive", "could not create a memory", "Cannot allocate memory")  # oneDNN, mmap
+    signs = (
+        *("not enough memory", "DefaultCPUAllocator", "can't allocate memory", "out of memory", "bad_alloc"),
+        *("could not create a primitive", "could not create a memory", "Cannot allocate memory"),  # oneDNN, mmap
+    )
     return isinstance(error, MemoryError | torch.OutOfMemoryError) or (
         isinstance(error, RuntimeError) and any(sign in str(error) for sign in signs)
     )
