@@ -180,7 +180,9 @@ def test_what_is_there_and_is_no_result(run: Upscale, ext: str, fault: str) -> N
     result.write_bytes(content)
     status, _, err = run("-i", "in", "-o", "out", "--ext", ext)
     assert status == 1
-    assert re.match(rf"basicsr upscale: in/a.png: {result} is there, but .*({fault}|damaged).*\. Replace it with", err)
+    assert re.match(
+        rf"basicsr upscale: in/a.png: {result} is there, but .*({fault}|damaged).*\. Use --overwrite to", err
+    )
     assert (result.read_bytes(), files("out")) == (content, [f"a_out.{ext}", f"b_out.{ext}"])
     assert run("-i", "in", "-o", "out", "--ext", ext, "--overwrite")[0] == 0
     assert Image.open(result).size == (70, 60)
@@ -225,14 +227,14 @@ def test_whatever_is_in_a_folder_is_said_and_the_rest_done(run: Upscale, monkeyp
     assert (status, files("out")) == (1, ["z_out.png"])
     lines = [line.removeprefix("basicsr upscale: ") for line in err.splitlines()]
     assert [line for line in lines if "n" * 250 not in line] == [
+        "in/closed: cannot be read: Permission denied. Get the permission, or take it out.",
+        "in/sub/closed: cannot be read: Permission denied. Get the permission, or take it out.",
         "in/loop.png: cannot be read: Too many levels of symbolic links.",
         "in/pipe.png: a pipe, a socket or a device, not a file. Take it out.",
         "in/socket.png: a pipe, a socket or a device, not a file. Take it out.",
-        "in/closed: cannot be read: Permission denied. Get the permission, or take it out.",
-        "in/sub/closed: cannot be read: Permission denied. Get the permission, or take it out.",
     ]
     assert len(lines) == 6
-    assert re.search(r"in/n+.png: out/n+_out.png: File name too long. Use a shorter name", err)
+    assert re.search(r"in/n+.png: out/n+_out.png: cannot be written: File name too long\.", err)
     assert out.splitlines()[-1].startswith("1 done, 0 skipped (there already), 6 failed: ")
     assert out.endswith("; left out: 1 .avif, 2 .gif, 1 .heic, 1 link to a folder, 1 without suffix\n")
 
@@ -383,12 +385,11 @@ def test_what_may_be_an_original_is_no_result(run: Upscale, second: str, suffix:
 
 def test_names_that_differ_in_case_alone() -> None:
     """Where the file system ignores the case, the second would be written over the first."""
-    tasks = [UpscaleTask(Path(f"in/{name}"), Path(f"out/{name}")) for name in ("A.png", "a.png", "\u00e9", "e\u0301")]
-    assert [task.problem for task in batch._without_conflicts(tasks, set(), False, False)] == [None] * 4
-    first, second, *others = batch._without_conflicts(tasks, set(), False, True)
-    assert first.problem is None and others[0].problem is None
+    tasks = [UpscaleTask(Path(f"in/{name}"), Path(f"out/{name}")) for name in ("A.png", "a.png", "b.png")]
+    assert [task.problem for task in batch._without_conflicts(tasks, set(), False, False)] == [None] * 3
+    first, second, third = batch._without_conflicts(tasks, set(), False, True)
+    assert first.problem is None and third.problem is None
     assert second.problem == "would be written to out/a.png, as in/A.png is. Use --ext auto, or another -o for it."
-    assert others[1].problem is not None
 
 
 def test_results_beside_inputs_are_no_inputs(run: Upscale) -> None:

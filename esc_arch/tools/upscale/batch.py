@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import os
 import tempfile
-import unicodedata
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
+from functools import partial
 from itertools import groupby, islice
 from pathlib import Path
 from types import MappingProxyType
@@ -177,7 +177,7 @@ def _without_conflicts(
 
     def place(path: Path) -> str:
         name = os.path.realpath(path)
-        return unicodedata.normalize("NFC", name).casefold() if ignores_case else name
+        return name.casefold() if ignores_case else name
 
     def identity(path: Path) -> object:  # the same for all names of a file
         try:
@@ -190,11 +190,8 @@ def _without_conflicts(
     inputs = [task for task in tasks if task.source in kept or identity(task.source) not in targets]
     sources = {identity(task.source) for task in (tasks if overwrite else inputs)}
     first: dict[str, Path] = {}
-    checked = []
-    for task in inputs:
-        if task.problem is not None:
-            checked.append(task)
-            continue
+    checked = [task for task in inputs if task.problem is not None]
+    for task in (task for task in inputs if task.problem is None):
         problem, earlier = None, first.setdefault(place(task.target), task.source)
         if earlier is not task.source and identity(earlier) == identity(task.source):
             continue  # named twice
@@ -252,11 +249,7 @@ class _Run(NamedTuple):
         with self.reporting(task):
             if task.problem is not None:
                 raise UserError(task.problem)
-            try:
-                os.stat(task.target)
-            except FileNotFoundError:
-                return True
-            if self.options.overwrite:
+            if self.options.overwrite or not os.path.exists(task.target):
                 return True
             if not task.is_video:
                 self._check_result(task)
@@ -274,9 +267,7 @@ class _Run(NamedTuple):
         except UserError as error:
             problem = str(error).removeprefix(f"{task.target}: ").partition(". ")[0].rstrip(".")
         if problem:
-            raise UserError(
-                f"{task.target} is there, but {problem}. Replace it with --overwrite, or choose another -o."
-            )
+            raise UserError(f"{task.target} is there, but {problem}. Use --overwrite to replace it, or another -o.")
 
     @contextmanager
     def reporting(self, task: UpscaleTask) -> Iterator[None]:
@@ -303,21 +294,16 @@ class _Run(NamedTuple):
         for task in filter(self.is_to_do, tasks):
             with self.reporting(task):
                 image = read_image(task.source)
-                spec = encode_spec(
-                    task.target,
-                    image,
-                    enlarged_size(self.upscaler, image.pixels.shape, settings),
-                    quality=self.options.quality,
-                    lossless=self.options.lossless,
-                    max_memory=settings.max_memory,
-                )
+                size = enlarged_size(self.upscaler, image.pixels.shape, settings)
+                quality, lossless, memory = self.options.quality, self.options.lossless, settings.max_memory
+                spec = encode_spec(task.target, image, size, quality=quality, lossless=lossless, max_memory=memory)
                 for note in (*image.notes, *spec.notes):
                     self.report.note(f"{task.source}: {note}.")
                 yield _Work(task, image, spec)
 
     def enlarge(self, group: list[_Work]) -> list[tuple[_Work, list[Pixels]]]:
         """Enlarge images of one size; gives what is still to be written. Large results are written as they come."""
-        settings, found = self.options.settings, []
+        settings, progress, found = self.options.settings, self.report.progress, []
         together: Sequence[Pixels] = ()
         if len(group) > 1:
             pixels, dtypes = [work.image.pixels for work in group], [work.spec.dtype for work in group]
@@ -325,20 +311,10 @@ class _Run(NamedTuple):
                 together = enlarge_many(self.upscaler, pixels, settings, dtypes)
         for index, work in enumerate(group):
             with self.reporting(work.task):
-                work.task.target.parent.mkdir(parents=True, exist_ok=True)
-                spec = work.spec
-                rows: Iterable[Pixels] = (
-                    [together[index]]
-                    if together
-                    else enlarge_pixels(
-                        self.upscaler,
-                        work.image.pixels,
-                        settings,
-                        dtype=spec.dtype,
-                        scratch=work.task.target.parent,
-                        progress=self.report.progress,
-                    )
-                )
+                spec, folder = work.spec, work.task.target.parent
+                folder.mkdir(parents=True, exist_ok=True)
+                alone = partial(enlarge_pixels, self.upscaler, work.image.pixels, settings, dtype=spec.dtype)
+                rows: Iterable[Pixels] = [together[index]] if together else alone(scratch=folder, progress=progress)
                 if settings.max_memory is not None or spec.height * spec.width * spec.channels > LARGEST_WAITING:
                     self.write([(work, rows)])
                 else:

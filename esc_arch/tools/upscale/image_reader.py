@@ -76,11 +76,7 @@ def read_image(path: Path) -> DecodedImage:
 
 
 def inspect_image(path: Path) -> tuple[tuple[int, int], bool]:
-    """Height and width, as stored, of an image file, and True if it goes on to its end; no pixel is decoded.
-
-    Raises:
-        UserError: as `read_image`.
-    """
+    """Height and width, as stored, of an image file, and True if it goes on to its end; raises as `read_image`."""
     with _reading(path) as (file, is_tiff):
         length = os.fstat(file.fileno()).st_size
         if is_tiff:
