@@ -15,6 +15,7 @@ from esc_arch.errors import UserError
 from esc_arch.models.esc_model import PROTOCOLS
 from esc_arch.project import add_import_argument
 from esc_arch.training.distributed import print_note
+from esc_arch.training.run_locks import run_locks
 
 from .data import KNOWN_SETS, check_folders, paired_folders
 from .paper import PAPER_ROWS
@@ -64,6 +65,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--no-figures", action="store_true", help="only tables in FOLDER")
 
 
+@run_locks()  # what the tests wrote is read to the end
 def run(args: argparse.Namespace) -> int:
     """Test, print a table and write FOLDER. Everything that can be wrong is looked for before the first test.
 
