@@ -13,7 +13,7 @@ from basicsr.utils import check_resume
 from basicsr.utils.dist_util import master_only
 from torch import Tensor
 
-from esc_arch.atomic_io import remove_partial
+from esc_arch.atomic_io import remove_partial, write_atomically
 from esc_arch.checkpoints.reading import find_weights, read_checkpoint, require_usable
 from esc_arch.errors import UserError
 from esc_arch.training.data_order import EpochSampler
@@ -56,7 +56,7 @@ def make_exp_dirs(original: Original, opt: dict[str, Any]) -> None:
 def copy_opt_file(_: Original, opt_file: str, experiments_root: str) -> None:
     text = Path(opt_file).read_text(encoding="utf-8")
     header = f"# GENERATE TIME: {time.asctime()}\n# CMD:\n# {' '.join(sys.argv)}\n\n"
-    Path(experiments_root, os.path.basename(opt_file)).write_text(header + text, encoding="utf-8")
+    write_atomically(Path(experiments_root, os.path.basename(opt_file)), (header + text).encode())
 
 
 @patch("basicsr.train", "create_train_val_dataloader", "a run does total_iter iterations, or is refused")

@@ -43,8 +43,8 @@ def require_open_files(processes: int, option: str) -> None:
         return
     if most != resource.RLIM_INFINITY and most < needed:
         raise UserError(
-            f"{processes} processes may open about {needed} files, and the limit is {most}. Raise it (ulimit -n "
-            f"{needed}), or lower {option}."
+            f"With {processes} processes about {needed} files are open at once, and the limit is {most}. Raise it "
+            f"(ulimit -n {needed}), or lower {option}."
         )
     resource.setrlimit(resource.RLIMIT_NOFILE, (needed, most))
 
