@@ -11,9 +11,7 @@ import argparse
 import importlib
 import importlib.abc
 import json
-import multiprocessing.util
 import os
-import subprocess
 import sys
 import traceback
 from importlib.machinery import ModuleSpec, PathFinder
@@ -36,6 +34,9 @@ def leave_current_folder() -> None:
     """
     os.environ["PYTHONSAFEPATH"] = "1"
     if sys.version_info < (3, 11):  # which does not know it
+        import multiprocessing.util
+        import subprocess
+
         flags = subprocess._args_from_interpreter_flags  # type: ignore[attr-defined]
         multiprocessing.util._args_from_interpreter_flags = lambda: ["-I", *flags()]  # type: ignore[attr-defined]
 
