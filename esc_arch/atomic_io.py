@@ -48,7 +48,7 @@ os.register_at_fork(after_in_child=lambda: [file.close() for file in list(_LOCKE
 _CURES = {
     **dict.fromkeys(_NO_ROOM, "Make room there, or write elsewhere"),
     **dict.fromkeys(_NO_PERMISSION, "Get the permission for it, or use another folder"),
-    errno.ENOTDIR: "A part of this path is a file, where a folder is needed",
+    **dict.fromkeys((errno.ENOTDIR, errno.EEXIST), "A part of this path is a file, where a folder is needed"),
     errno.ENAMETOOLONG: "Use a shorter name",
     errno.EIO: "The disk or the network that it is on fails",
     errno.ESTALE: "The network that it is on fails",

@@ -88,8 +88,8 @@ def build_model(original: Original, opt: dict[str, Any]) -> Any:
 
 @patch("basicsr.train", "load_resume_state", "resuming needs no GPU, and looks where this run writes")
 def load_resume_state(_: Original, opt: dict[str, Any]) -> dict[str, Any] | None:
-    lock_run(opt)
     if opt["auto_resume"]:
+        lock_run(opt)  # before: a run that goes on would write newer ones
         if (found := _newest_state(opt)) is None:
             return None
         path, state = found
@@ -105,6 +105,7 @@ def load_resume_state(_: Original, opt: dict[str, Any]) -> dict[str, Any] | None
             f"{root}, from which its networks would be read. Give name and path: experiments_root of the run "
             f"that saved it."
         )
+    lock_run(opt)
     check_resume(opt, state["iter"])
     if opt["rank"] == 0:
         for folder in ("models", "training_states"):

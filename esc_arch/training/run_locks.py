@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from esc_arch.atomic_io import locked
+from esc_arch.errors import UserError
 
 __all__ = ["lock_run", "run_locks"]
 
@@ -29,7 +30,10 @@ def lock_run(opt: dict[str, Any]) -> None:
         "run, or stop it; or give this one another name."
     )
     lock = locked(folder.parent, f".{folder.name}.lock", busy)
-    lock.__enter__()
+    try:
+        lock.__enter__()
+    except UserError as error:
+        raise error.__cause__ or error from None  # which says more of a folder that cannot be written
     _held[folder] = lock
 
 
