@@ -25,8 +25,7 @@ __all__ = ["map_in_order", "require_open_files"]
 TASKS_PER_PROCESS = 8
 """At least; a process needs some seconds to start, in which this one is done with several images."""
 
-#: Files that a process of its own may take here, of which most are images on their way; and those that others take.
-_FILES_PER_PROCESS, _OTHER_FILES = 16, 16
+_FILES_PER_PROCESS, _OTHER_FILES = 16, 16  # open at once: images on their way, pipes; logs, LMDBs
 
 Task = TypeVar("Task")
 Result = TypeVar("Result")
