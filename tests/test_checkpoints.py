@@ -224,6 +224,16 @@ def test_no_weights(content: Any) -> None:
         select_weights(content, "params", "net.pth")
 
 
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf"), 1e300])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float16])
+def test_numbers_that_no_network_can_compute_with(value: float, dtype: torch.dtype) -> None:
+    """1e300 is infinite in float32, and already in the file in float16."""
+    weights = WEIGHTS | {"bias": torch.tensor([1.0, value], dtype=torch.float64).to(dtype)}
+    message = r"net\.pth holds bias with 1 of 2 numbers that are infinite or not a number.* Use an earlier checkpoint"
+    with pytest.raises(UserError, match=message):
+        select_weights({"params": weights}, "params", "net.pth")
+
+
 # --- loading ------------------------------------------------------------------------------------------------------
 
 
@@ -247,6 +257,13 @@ MISFITS = {
     "missing": ({"weight": WEIGHTS["weight"]}, r"1 missing in it \(bias\)"),
     "unknown": (WEIGHTS | {"scale": torch.ones(1)}, r"1 not in the network \(scale\)"),
     "shape": (WEIGHTS | {"bias": torch.ones(3)}, r"1 of other shapes \(bias is \(3,\) and should be \(2,\)\)"),
+    **{
+        kind: (
+            WEIGHTS | {"bias": torch.ones(2, dtype=getattr(torch, kind))},
+            rf"1 of other types \(bias is torch\.{kind} and should be torch\.float32: save it as such\)",
+        )
+        for kind in ("int8", "uint8", "bool")
+    },
 }
 
 

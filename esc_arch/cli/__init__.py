@@ -17,7 +17,7 @@ from types import ModuleType
 
 from esc_arch import __version__
 from esc_arch.errors import NO_BASICSR, UNREAD, UserError, describe
-from esc_arch.project import import_modules
+from esc_arch.project import import_modules, leave_current_folder
 
 __all__ = ["VERBS", "main"]
 
@@ -55,6 +55,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--local_rank", "--local-rank", dest="_", help=argparse.SUPPRESS)
     parsers = parser.add_subparsers(dest="verb", metavar="VERB", required=True)
     argv = sys.argv[1:] if argv is None else argv
+    leave_current_folder()
     called = next((word for word in argv if word in VERBS), None)
     try:
         for name, what in VERBS.items():
