@@ -22,6 +22,7 @@ from esc_arch.checkpoints.conversion import (
 from esc_arch.checkpoints.factorisation import factorise, output_error
 from esc_arch.data.photographs import read_photograph
 from esc_arch.errors import UserError
+from esc_arch.printing import shown
 
 __all__ = ["add_arguments", "add_weights_arguments", "run"]
 
@@ -112,5 +113,5 @@ def _factorised(checkpoint: Checkpoint, rank: int) -> Checkpoint:
 
 
 def _comment(line: str) -> None:
-    """Print a YAML comment. Names and values from a file must neither end the line nor steer the terminal."""
-    print("# " + "".join(character if character.isprintable() else "?" for character in line))
+    """Print a YAML comment."""
+    print(f"# {shown(line)}")

@@ -12,6 +12,7 @@ from typing import Any
 
 from basicsr.utils.dist_util import get_dist_info
 
+from esc_arch.printing import escape_record, shown
 from esc_arch.training.distributed import take_notes
 from esc_arch.training.progress import TrainingLog, init_wandb
 from esc_arch.training.run import current_run
@@ -34,6 +35,14 @@ def get_env_info(original: Original) -> str:
                 handler.handle(logger.makeRecord(logger.name, logging.INFO, "", 0, "Note: %s", (note,), None))
     listed = "".join(f"\n\t{module}.{name}: {fixes}" for module, name, _, fixes in PATCHES)
     return f"{original()}\nesc_arch {__version__} replaces in basicsr {SUPPORTED_VERSION}:{listed}"
+
+
+@patch("basicsr.utils.options", "dict2str", "texts of option files stay on their line of the log")
+def dict2str(original: Original, opt: dict[str, Any], indent_level: int = 1) -> str:
+    text: str = original(
+        {key: value if isinstance(value, dict) else shown(value) for key, value in opt.items()}, indent_level
+    )
+    return text
 
 
 class RunLog(TrainingLog):
@@ -65,6 +74,7 @@ def get_root_logger(
     root: logging.Logger = original(logger_name, log_level)
     if log_file is not None and is_first and get_dist_info()[0] == 0:
         root.setLevel(log_level)
+        root.addFilter(escape_record)
         handler = _LogFile(unused(log_file), "w", encoding="utf-8", errors="backslashreplace")
         handler.setFormatter(root.handlers[-1].formatter)
         handler.setLevel(log_level)

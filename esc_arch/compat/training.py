@@ -15,6 +15,7 @@ from basicsr.utils.dist_util import master_only
 from esc_arch.atomic_io import remove_partial
 from esc_arch.checkpoints import read_checkpoint
 from esc_arch.errors import UserError
+from esc_arch.printing import shown
 from esc_arch.training.data_order import EpochSampler
 from esc_arch.training.run import current_run, saved_states, training_run
 
@@ -47,7 +48,7 @@ def test_pipeline(original: Original, root_path: str) -> None:
 @master_only
 def copy_opt_file(_: Original, opt_file: str, experiments_root: str) -> None:
     text = Path(opt_file).read_text(encoding="utf-8")
-    header = f"# GENERATE TIME: {time.asctime()}\n# CMD:\n# {' '.join(sys.argv)}\n\n"
+    header = f"# GENERATE TIME: {time.asctime()}\n# CMD:\n# {shown(' '.join(sys.argv))}\n\n"
     Path(experiments_root, os.path.basename(opt_file)).write_text(header + text, encoding="utf-8")
 
 

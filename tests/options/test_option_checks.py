@@ -510,7 +510,7 @@ DATASETS = [
 ]
 TRAINING = [
     ({"train": ...}, "train: missing; training needs this section"),
-    ({"train": {"total_iter": ...}}, "train:total_iter: missing; give a whole number of at least 1, such as 500000"),
+    ({"train": {"total_iter": ...}}, "train:total_iter: missing; give a whole number from 1 to 1000000000, such"),
     ({"train": {"total_iter": 1.5}}, "train:total_iter: 1.5 given"),
     ({"train": {"total_iter": "5e5"}}, "train:total_iter: '5e5' given"),
     ({"train": {"pixel_opt": ...}}, "train: has no loss; give one of pixel_opt and perceptual_opt"),

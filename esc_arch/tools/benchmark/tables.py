@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from esc_arch.atomic_io import check_output, write_file
+from esc_arch.printing import shown
 
 __all__ = ["TABLE_FORMATS", "Cell", "Column", "Row", "Table", "add_report_arguments", "check_report", "write_report"]
 
@@ -66,7 +67,7 @@ class Table:
         for column in self.columns:
             cells = [record.get(column.name) for record in self.records]
             numeric.append(any(isinstance(cell, int | float) for cell in cells))
-            columns.append([column.title or column.name, *(_shown(cell, column.style) for cell in cells)])
+            columns.append([column.title or column.name, *(_text(cell, column.style) for cell in cells)])
         if form == "markdown":
             columns = [[" ".join(cell.replace("|", r"\|").split()) for cell in column] for column in columns]
             lines = [f"| {' | '.join(row)} |" for row in zip(*columns, strict=True)]
@@ -77,14 +78,14 @@ class Table:
             aligned = [f"{'>' if right else '<'}{width}" for width, right in zip(widths, numeric, strict=True)]
             lines = ["  ".join(map(format, row, aligned)).rstrip() for row in zip(*columns, strict=True)]
             lines.insert(1, "  ".join("-" * width for width in widths))
-            notes = [*self.notes]
+            notes = [*map(shown, self.notes)]
         return "\n".join([*lines, *([""] if notes else []), *notes]) + "\n"
 
 
-def _shown(cell: Cell, style: str) -> str:
+def _text(cell: Cell, style: str) -> str:
     if cell is None:
         return "-"
-    return cell if isinstance(cell, str) else format(cell, style)
+    return shown(cell) if isinstance(cell, str) else format(cell, style)
 
 
 def _finite(cell: Cell) -> Cell:

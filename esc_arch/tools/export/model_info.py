@@ -141,7 +141,7 @@ def complete(info: ModelInfo, training: Training | None, scale: int, urls: Seque
     ]
     if problems := [rule for rule in rules if not rule[2]]:
         lines = [f"{flag}: {what}{f' (given: {given})' if given else ''}" for flag, given, _, what in problems]
-        raise UserError("Cannot publish yet. Please give:" + "".join(f"\n - {line}" for line in lines))
+        raise UserError("Cannot publish yet. Please give:", *(f" - {line}" for line in lines))
     return info
 
 
