@@ -24,8 +24,7 @@ from esc_arch.ops.cpu import building
 from esc_arch.ops.operation import UnusableBackend
 from esc_arch.ops.window_attention import WINDOW_ATTENTION
 from esc_arch.options import load_options
-from esc_arch.options.section_checks import check_keys
-from esc_arch.options.section_checks import check_call, entries
+from esc_arch.options.section_checks import check_call, check_keys, entries
 from esc_arch.problems import of_severity
 from esc_arch.project import add_import_argument
 

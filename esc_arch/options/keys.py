@@ -56,7 +56,7 @@ LONGEST_NAME = 200
 KINDS = {
     "any": Kind("", lambda value: True, {}),
     "folder": Kind(
-        f"a folder's name, {LONGEST_NAME} bytes at most, no / or control characters, in quotes if it is a number",
+        f"a folder's name without / or control characters, {LONGEST_NAME} bytes at most, quoted if it is a number",
         _is_folder_name,
         {"type": "string"},
     ),

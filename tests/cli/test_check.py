@@ -199,8 +199,8 @@ def test_all_mistakes_with_their_places(check: Any) -> None:
 def test_words_that_yaml_takes_for_something_else(check: Any) -> None:
     _, _, err = check(TEXT)
     assert err.splitlines()[0] == (
-        "a.yml:1:1: name: False given; must be a folder's name, 200 bytes at most, no / or control characters, in "
-        "quotes if it is a number. YAML reads no as false: write 'no', in quotes, if it is text"
+        "a.yml:1:1: name: False given; must be a folder's name without / or control characters, 200 bytes at "
+        "most, quoted if it is a number. YAML reads no as false: write 'no', in quotes, if it is text"
     )
 
 
