@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator
 from pathlib import PurePath
 from typing import Any
 
-__all__ = ["OutputStream", "escape_record", "safe_streams", "shown"]
+__all__ = ["OutputStream", "escape_record", "is_utf8", "safe_streams", "shown"]
 
 #: What progress bars and reports send to a terminal: colours, and the cursor to the line above.
 _OWN_SEQUENCES = re.compile(r"(\x1b\[(?:[0-9;]*m|A))")
@@ -31,6 +31,11 @@ def _escape(text: str, keep: str = "") -> str:
         each if each.isprintable() or each in keep or unicodedata.category(each) == "Zs" else ascii(each)[1:-1]
         for each in text
     )
+
+
+def is_utf8(path: str | os.PathLike[str]) -> bool:
+    """True if other languages' libraries can be given the path, too."""
+    return not re.search("[\ud800-\udfff]", os.fspath(path))
 
 
 def escape_record(record: logging.LogRecord) -> bool:

@@ -14,9 +14,8 @@ from torch import Tensor, nn
 from esc_arch import ESC, graphs
 from esc_arch.errors import UserError
 from esc_arch.graphs import WARM_UP_CALLS, GraphedNetwork
-from esc_arch.ops.conv_attn import triton
+from esc_arch.ops import triton_support
 from esc_arch.ops.conv_attn.api import CONV_ATTN
-from esc_arch.ops.window_attention import WINDOW_ATTENTION
 
 
 class Doubling(nn.Module):
@@ -151,8 +150,7 @@ def test_a_network_with_triton_operators_is_one_graph_for_all_sizes(
     monkeypatch.setattr(torch, "is_autocast_enabled", lambda *_: False)
     monkeypatch.setenv("ESC_ARCH_TRITON", "1")
     monkeypatch.setattr(CONV_ATTN, "order", ("triton",))
-    monkeypatch.setattr(triton, "missing", lambda *_: "")
-    monkeypatch.setattr(WINDOW_ATTENTION.backends["triton"], "missing", lambda *_: "")
+    monkeypatch.setattr(triton_support, "missing", lambda *_: "")
     net = small_esc(attn_type="auto", conv_blocks=1).to("meta")
     traced = []
 

@@ -15,6 +15,7 @@ from types import ModuleType
 import pytest
 import torch
 
+from esc_arch.modules.window_attention import WindowAttention
 from esc_arch.ops.window_attention import flex
 
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
@@ -78,7 +79,7 @@ def test_costs_do_not_depend_on_how_a_network_is_computed(inference: ModuleType,
     counted = inference.costs_of(net, 12, 16)
     common.set_attention(net.to(torch.bfloat16), "sdpa")
     assert inference.costs_of(net, 12, 16) == counted
-    assert {module.attn_type for module in net.modules() if hasattr(module, "attn_type")} == {"sdpa"}
+    assert {module.attn_type for module in net.modules() if isinstance(module, WindowAttention)} == {"sdpa"}
 
 
 def test_costs_of_layers_by_hand(inference: ModuleType) -> None:

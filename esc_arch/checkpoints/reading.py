@@ -17,6 +17,7 @@ from torch import Tensor
 from esc_arch.archs.flashbias import Origin, convert_old_factors, mark_published, origin_of
 from esc_arch.archs.shapes import some
 from esc_arch.errors import UserError, first_line
+from esc_arch.printing import is_utf8
 
 __all__ = [
     "find_weights",
@@ -207,10 +208,11 @@ def _check_dense(weights: Mapping[str, Tensor], source: str | Path) -> None:
 
 def _read_safetensors(path: Path) -> dict[str, Any]:
     from safetensors import SafetensorError
-    from safetensors.torch import load_file
+    from safetensors.torch import load, load_file
 
     try:
-        return dict(load_file(path, device="cpu"))
+        # It opens no name that is not UTF-8
+        return dict(load_file(path, device="cpu") if is_utf8(path) else load(path.read_bytes()))
     except SafetensorError as error:
         raise UserError(f"{path} is damaged or was cut short: {first_line(error)}. Get it again.") from error
     except Exception as error:  # a type that PyTorch has not; sizes that no memory holds

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import argparse
 
-from esc_arch.tools.benchmark import cost, data, quality_command
+from esc_arch.tools.benchmark import cost, data, quality
 
 __all__ = ["add_arguments", "run"]
 
-PARTS = {"cost": cost, "quality": quality_command, "data": data}
+PARTS = {"cost": cost, "quality": quality, "data": data}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -46,11 +46,7 @@ def add_weights_arguments(parser: argparse.ArgumentParser, output: str) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Describe and convert. The output is YAML: a section for option files, the rest as comments.
-
-    Raises:
-        UserError: see `open_checkpoint`, `fold` and `factorise`, or the arguments do not go together.
-    """
+    """Describe and convert; raises UserError. The output is YAML: a section for option files, the rest as comments."""
     file_format = _output_format(args)
     checkpoint = open_checkpoint(args.input, param_key=args.param_key, window_size=args.window)
     _describe(args.input, checkpoint)

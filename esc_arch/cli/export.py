@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Callable
 from pathlib import Path
 
 from esc_arch.atomic_io import check_output
@@ -14,14 +15,19 @@ from .convert import add_weights_arguments
 
 __all__ = ["add_arguments", "run"]
 
-EXPORT_SUFFIXES = {"onnx": ".onnx", "torch": ".pt2", "aoti": ".pt2"}
+#: The suffix of each format, and what writes it.
+FORMATS: dict[str, tuple[str, Callable[..., export.ExportResult]]] = {
+    "onnx": (".onnx", export.export_onnx),
+    "torch": (".pt2", export.export_program),
+    "aoti": (".pt2", export.export_compiled),
+}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the checkpoint, the file, and its format."""
     parser.add_argument("-m", "--model", type=Path, required=True, metavar="WEIGHTS", help=".pth or .safetensors")
     parser.add_argument("-o", "--output", type=Path, required=True, metavar="OUT", help="OUT.onnx or OUT.pt2")
-    parser.add_argument("--format", choices=EXPORT_SUFFIXES, help="onnx for .onnx; torch (default) or aoti for .pt2")
+    parser.add_argument("--format", choices=FORMATS, help="onnx for .onnx; torch (default) or aoti for .pt2")
     parser.add_argument("--opset", type=int, metavar="N", help="ONNX opset, 18 to 23 (default: 20)")
     parser.add_argument("--batch", default="dynamic", metavar="N", help="batch size (default: dynamic)")
     parser.add_argument("--size", default="dynamic", metavar="HxW", help="input size (default: dynamic)")
@@ -35,32 +41,27 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Export, and print the differences from PyTorch; raises UserError as `esc_arch.tools.export` does."""
-    file_format = _format(args)
+    matching = [name for name, (suffix, _) in FORMATS.items() if suffix == args.output.suffix]
+    file_format = args.format or next(iter(matching), "")
+    if file_format not in matching:
+        raise UserError(f"{args.output}: the suffix must be .onnx for --format onnx, .pt2 for torch and aoti.")
+    given = {"opset": args.opset, "attention": args.attention, "half": args.half}
+    options = {name: value for name, value in given.items() if value}
+    if options and file_format != "onnx":
+        raise UserError("--opset, --half and --attention are for ONNX only: omit them, or name an .onnx file.")
     check_output(args.output, overwrite=args.overwrite)
     shape = export.InputShape(*_shape(args.batch, args.size))
     upscaler = load(args.model, device="cpu", param_key=args.param_key, window_size=args.window)
     print(upscaler)
     for assumption in upscaler.assumptions:
         print(f"Assumed: {assumption}")
-    write = {"onnx": export.export_onnx, "torch": export.export_program, "aoti": export.export_compiled}[file_format]
-    options = {"opset": args.opset, "attention": args.attention, "half": args.half}
-    options = {name: value for name, value in options.items() if value}  # of ONNX
+    _, write = FORMATS[file_format]
     result = write(upscaler, args.output, shape=shape, pad=not args.no_pad, check=args.check, **options)
     for batch, largest in result.differences.items():
         print(f"  {batch}: max difference {largest:.2g}")
     compared = "not compared with PyTorch" if result.worst is None else f"max difference {result.worst:.2g} (of 0 .. 1)"
     print(f"Wrote {args.output} ({args.output.stat().st_size:,} bytes), input {shape}; {compared}")
     return 0
-
-
-def _format(args: argparse.Namespace) -> str:
-    matching = [name for name, suffix in EXPORT_SUFFIXES.items() if suffix == args.output.suffix]
-    file_format: str = args.format or next(iter(matching), "")
-    if file_format not in matching:
-        raise UserError(f"{args.output}: the suffix must be .onnx for --format onnx, .pt2 for torch and aoti.")
-    if file_format != "onnx" and (args.opset or args.half or args.attention):
-        raise UserError("--opset, --half and --attention are for ONNX only: omit them, or name an .onnx file.")
-    return file_format
 
 
 def _shape(batch: str, size: str) -> list[int | None]:

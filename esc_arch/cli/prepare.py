@@ -20,14 +20,6 @@ from ..errors import INTERRUPTED, UserError
 
 __all__ = ["add_arguments", "run"]
 
-_TRAIN = (
-    "Cut HR images and their bicubic LR images into sub-images, in OUT/NAME_HR_sub.lmdb and "
-    "OUT/NAME_LR_bicubic_Xs_sub.lmdb. If it is interrupted, the same command continues."
-)
-_BENCHMARK = (
-    "Write HR images to OUT/HR and their bicubic LR images to OUT/LR_bicubic/Xs. If it is interrupted, the same "
-    "command continues."
-)
 _CROP = (
     "per-scale: HR stays whole, and the LR of each scale is made from as much of it as that scale divides, as "
     "published benchmark data are; common: HR is cropped to a multiple of all scales (%(default)s)"
@@ -48,17 +40,22 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     folders.add_argument("--scales", type=int, nargs="+", default=[2, 3, 4], metavar="S", help="(2 3 4)")
 
     kinds = parser.add_subparsers(dest="kind", required=True)
-    text = "cut HR images and their bicubic LR images into sub-images in LMDBs"
-    train = kinds.add_parser("train", parents=[folders, common], help=text, description=_TRAIN)
+
+    def add_kind(name: str, text: str, *parents: argparse.ArgumentParser) -> argparse.ArgumentParser:
+        description = f"{text[0].upper()}{text[1:]}. If it is interrupted, the same command continues."
+        return kinds.add_parser(name, parents=parents, help=text, description=description)
+
+    text = "cut HR images and their bicubic LR images into sub-images in LMDBs, OUT/NAME_HR_sub.lmdb and so on"
+    train = add_kind("train", text, folders, common)
     train.add_argument("--name", help="how the LMDBs' names begin (the input folder's name without HR)")
     train.add_argument("--crop-size", type=int, default=480, metavar="N", help="HR pixels (%(default)s)")
     train.add_argument("--overlap", type=int, default=240, metavar="N", help="HR pixels (%(default)s)")
     train.add_argument("--lr", nargs="+", action="extend", default=[], metavar="S=FOLDER", help=_LR)
-    text = "write HR images and their bicubic LR images as PNG files"
-    benchmark = kinds.add_parser("benchmark", parents=[folders, common], help=text, description=_BENCHMARK)
+    text = "write HR images to OUT/HR and their bicubic LR images to OUT/LR_bicubic/Xs, as PNG files"
+    benchmark = add_kind("benchmark", text, folders, common)
     benchmark.add_argument("--crop", choices=["per-scale", "common"], default="per-scale", help=_CROP)
-    text = "LMDBs for training and a benchmark folder from a few photographs that come with scikit-image"
-    demo = kinds.add_parser("demo", parents=[common], help=text, description=f"Make {text}.")
+    text = "make LMDBs for training and a benchmark folder from a few photographs that come with scikit-image"
+    demo = add_kind("demo", text, common)
     demo.add_argument("-o", "--output", type=Path, default=Path("datasets/demo"), metavar="OUT", help="(%(default)s)")
 
 

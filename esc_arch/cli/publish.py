@@ -27,9 +27,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--date", default="", metavar="YYYY-MM-DD", help="of publication (default: today)")
     add("--experiment", type=Path, metavar="DIR", help="experiments/NAME, whose settings and scores are shown")
     add("--images", nargs="+", type=Path, default=[], metavar="LR", help="small pictures to show enlarged")
-    add(
-        "--resources", nargs="+", default=[], metavar="URL", help="addresses of files, or of their folder (ending in /)"
-    )
+    add("--resources", nargs="+", default=[], metavar="URL", help="addresses of files, or of their folder, ending in /")
     add("--no-onnx", action="store_true", help="without the ONNX file")
     add_weights_arguments(parser, "FOLDER, made by this command,")
 

@@ -8,23 +8,21 @@ import time
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import torch
-from basicsr.utils.registry import ARCH_REGISTRY
+from basicsr.archs import build_network
 from torch import Tensor, nn
 
 from esc_arch.archs import ESC
 from esc_arch.errors import FAULT, UserError
-from esc_arch.models.performance import PerformanceOptions, performance_problems
+from esc_arch.models.performance import PerformanceOptions
 from esc_arch.modules.window_attention import WindowAttention
 from esc_arch.ops import cpu
 from esc_arch.ops.autotune.runner import autotune_gpus
 from esc_arch.ops.cpu import building
 from esc_arch.ops.operation import UnusableBackend
 from esc_arch.ops.window_attention import WINDOW_ATTENTION
-from esc_arch.options import load_options
-from esc_arch.options.section_checks import check_call, check_keys, entries
+from esc_arch.options import CheckScope, inspect_options
 from esc_arch.problems import of_severity
 from esc_arch.project import add_import_argument
 
@@ -33,24 +31,19 @@ __all__ = ["add_arguments", "run"]
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the network, the size of the image, and the device."""
-    parser.add_argument(
-        "-opt", metavar="FILE", help="option file; with a train: section it is made ready for training, too. "
-        "Default: base ESC, x2, x3 and x4",
-    )  # fmt: skip
+    opt_help = "option file; one to train makes the backward pass ready, too (default: base ESC, x2, x3 and x4)"
+    parser.add_argument("-opt", metavar="FILE", help=opt_help)
     add_import_argument(parser)
     parser.add_argument("--size", metavar="HxW", default="128x128", help="of the LR image; default: 128x128")
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
-    parser.add_argument(
-        "--again", action="store_true", help="try the Triton kernels on this GPU again, as after a failure"
-    )
+    again_help = "try the Triton kernels on this GPU again, as after a failure"
+    parser.add_argument("--again", action="store_true", help=again_help)
 
 
 def run(args: argparse.Namespace) -> int:
     """Build, compile, and say what is ready; returns the exit status: 0 when all that can be used is ready.
 
-    Raises:
-        UserError: the size, the device or the option file cannot be used, or it names an attention backend that
-            cannot run here.
+    Raises UserError for an invalid size, device or option file, and for an attention backend that cannot run here.
     """
     size = re.fullmatch(r"([1-9]\d*)x([1-9]\d*)", args.size.lower())
     if size is None:
@@ -74,24 +67,15 @@ def _device(name: str) -> torch.device:
 
 
 def _from_option_file(file: str) -> tuple[nn.Module, PerformanceOptions | None]:
-    """The network of an option file, which may be another package's, and how it is trained if it is.
-
-    Raises:
-        UserError: there is no such network, or none with such options.
-    """
-    opt, types = load_options(file), entries(ARCH_REGISTRY)
-    section: Any = opt.get("network_g")
-    problems = list(check_call("network_g", section, types))
-    if not problems:
-        keys = of_severity(check_keys(opt | {"datasets": {}}, is_train=True), "error")
-        problems = [problem for problem in keys if problem.path.startswith("train:")]
-    if problems := problems or list(performance_problems(opt, types[section["type"]])):
-        raise UserError(f"{file}: {'; '.join(map(str, problems))}")
+    """The network of an option file, and how it is trained if it is; data and weights need not be there."""
+    inspection = inspect_options(file, root_path=".", is_train=None, scope=CheckScope(with_files=False))
+    if errors := of_severity(inspection.problems, "error"):
+        raise UserError("; ".join(map(str, errors)))
     try:
-        net: nn.Module = types[section["type"]](**{key: value for key, value in section.items() if key != "type"})
+        net: nn.Module = build_network(inspection.opt["network_g"])
     except (TypeError, ValueError) as error:
         raise UserError(f"{file}: network_g: {error}") from None
-    return net, PerformanceOptions.of(opt) if opt.get("train") else None
+    return net, PerformanceOptions.of(inspection.opt) if inspection.is_train else None
 
 
 def _build_operators() -> int:

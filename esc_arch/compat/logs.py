@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import logging
+import os
 import sys
 import time
 from collections.abc import Callable
@@ -98,7 +99,7 @@ class _LogFile(logging.FileHandler):
 
 @patch(_MODULE, "init_tb_logger", "a training outlives TensorBoard's file")
 def init_tb_logger(original: Original, log_dir: str) -> Any:
-    writer = original(log_dir)
+    writer = original(os.path.relpath(log_dir))  # the current folder may not be UTF-8, which TensorBoard needs
     return writer if writer is None else _ForgivingWriter(writer)
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-__all__ = ["dense_layout", "empty_like", "fast_layout", "is_channels_last"]
+__all__ = ["dense_layout", "empty_like", "empty_map", "fast_layout", "is_channels_last"]
 
 
 def fast_layout(x: Tensor) -> Tensor:
@@ -34,8 +34,12 @@ def is_channels_last(x: Tensor) -> bool:
     return x.stride(1) == 1 and x.shape[1] > 1
 
 
-def empty_like(x: Tensor, channels: int | None = None) -> Tensor:
-    """An empty dense map in the size and layout of x, which may be the first channels of a wider map."""
-    layout = torch.channels_last if is_channels_last(x) else torch.contiguous_format
+def empty_map(x: Tensor, channels: int | None = None, layout: torch.memory_format = torch.channels_last) -> Tensor:
+    """An empty dense map in the size of x; `channels` default to those of x."""
     shape = (x.shape[0], x.shape[1] if channels is None else channels, *x.shape[2:])
     return torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=layout)
+
+
+def empty_like(x: Tensor, channels: int | None = None) -> Tensor:
+    """`empty_map` in the layout of x, which may be the first channels of a wider map."""
+    return empty_map(x, channels, torch.channels_last if is_channels_last(x) else torch.contiguous_format)

@@ -21,6 +21,7 @@ __all__ = [
     "check_norm",
     "check_shapes",
     "normal",
+    "wants_gradients",
 ]
 
 #: Other spellings of backends.
@@ -200,3 +201,8 @@ def check_norm(weight: Tensor | None, bias: Tensor | None) -> None:
     """Raise ValueError where one of them is omitted."""
     if (weight is None) != (bias is None):
         raise ValueError("norm_weight and norm_bias must be given together, or neither.")
+
+
+def wants_gradients(*tensors: Tensor | None) -> bool:
+    """True if gradients are recorded and one of the tensors requires one; None stands for an omitted tensor."""
+    return torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in tensors)

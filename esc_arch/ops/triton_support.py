@@ -9,12 +9,21 @@ from functools import cache
 import torch
 from torch import Tensor
 
-__all__ = ["DTYPES", "INTERPRETED", "missing", "precision"]
+__all__ = ["INTERPRETED", "missing", "precision", "unsupported_reasons"]
 
 #: True if Triton runs kernels in its interpreter, on the CPU: slow, to check their arithmetic.
 INTERPRETED = os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "yes", "on")
-#: What tensor cores multiply.
-DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+def unsupported_reasons(x: Tensor) -> list[str]:
+    """What is against kernels for a map, wherever they are used."""
+    lacking = missing(x.device.type, x.device.index)
+    reasons = [lacking] if lacking else []
+    if torch.compiler.is_exporting() or torch.jit.is_tracing():
+        reasons.append("a compiled kernel cannot be exported")
+    if x.dtype not in (torch.float32, torch.bfloat16, torch.float16):
+        reasons.append(f"its kernels take float32, bfloat16 and float16, not {x.dtype}")
+    return reasons
 
 
 @torch.compiler.assume_constant_result

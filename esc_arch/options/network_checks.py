@@ -21,7 +21,7 @@ from esc_arch.checkpoints.reading import find_weights
 from esc_arch.errors import UserError, first_line
 from esc_arch.modules.window_attention import FactorBiasWindowAttention, WindowAttention
 from esc_arch.ops.cpu import NOT_BUILT
-from esc_arch.ops.gradients import wants_gradients
+from esc_arch.ops.operation import wants_gradients
 from esc_arch.ops.window_attention import WINDOW_ATTENTION
 from esc_arch.ops.window_attention.bias import parameters_of
 from esc_arch.problems import Problem

@@ -101,7 +101,7 @@ def test_tables_are_decomposed_when_loaded(kind: type[nn.Module], caplog: pytest
     source, target = build(kind), factors(kind, seed=1)
     with caplog.at_level(logging.WARNING, logger="basicsr"):
         target.load_state_dict(source.state_dict(), strict=True)
-    assert f"of attention with bias tables: FlashBias factors of rank {RANK} were made of them" in caplog.text
+    assert f"of attention with bias tables: FlashBias factors of rank {RANK} were made from them" in caplog.text
     for before, after in zip(source.blocks, target.blocks, strict=True):
         u, s, vh = torch.linalg.svd(loop_bias(before.attn.relative_position_bias.detach().double(), WINDOW))
         q, k = after.attn.flashbias_q.detach(), after.attn.flashbias_k.detach()
@@ -234,9 +234,7 @@ def test_a_noted_escrib_keeps_its_convention_by_either_name(tmp_path: Path) -> N
 def test_tables_that_are_no_numbers(value: float, rank: int) -> None:
     weights = dict(build().state_dict())
     weights["blocks.1.attn.relative_position_bias"] = torch.full((2, (2 * WINDOW - 1) ** 2), value)
-    with pytest.raises(
-        UserError, match=r"^blocks\.1\.attn\.relative_position_bias has numbers that are infinite or not"
-    ):
+    with pytest.raises(UserError, match=r"^blocks\.1\.attn\.relative_position_bias holds infinite numbers or NaN"):
         factors(rank=rank).load_state_dict(weights)
 
 

@@ -170,14 +170,17 @@ def test_training(
     ("changes", "message"),
     [
         ({"dataroot_gt": "nowhere"}, "datasets:train:dataroot_gt: 'nowhere' given, but there is no "),
-        ({"dataroot_gt": None}, "datasets:train:dataroot_gt: None given; must be a folder, an LMDB or several"),
-        ({"dataroot_gt": [3]}, "datasets:train:dataroot_gt: [3] given; must be a folder, an LMDB or several"),
+        (
+            {"dataroot_gt": None},
+            "datasets:train:dataroot_gt: None given; must be a folder or an LMDB, or a list",
+        ),
+        ({"dataroot_gt": [3]}, "datasets:train:dataroot_gt: [3] given; must be a folder or an LMDB, or a list of them"),
         ({"gt_size": None}, "datasets:train:gt_size: None given; must be a positive integer"),
         ({"gt_size": 9}, "datasets:train:gt_size: 9 given; must be divisible by scale 2"),
         ({"gt_size": 64}, "6 of 6 images checked have a wrong size, the first is "),
         ({"gt_size": 64}, "train0.png: GT is 48x48, smaller than gt_size 64"),
         ({"meta_info_file": ["a.txt"]}, "datasets:train:meta_info_file: 'a.txt' given, but there is no file"),
-        ({"io_backend": {"type": "lmdb"}}, "is not an LMDB that BasicSR can read"),
+        ({"io_backend": {"type": "lmdb"}}, "with io_backend type lmdb its name must end with .lmdb"),
     ],
     ids=str,
 )

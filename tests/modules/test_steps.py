@@ -12,22 +12,19 @@ from torch import Tensor, nn
 from torch.nn.modules import module as torch_module
 
 from esc_arch import ESC, ESCFP, ESCLTE, ESCRIB, ESCReal, ESCRealM
-from esc_arch.modules import ConvAttn, LayerNorm
+from esc_arch.modules import ConvAttn, LayerNorm, fused
 from esc_arch.modules.conv3x3 import Conv3x3
 from esc_arch.modules.fused import can_fuse
 from esc_arch.ops.conv3x3 import cpu as conv3x3
-from esc_arch.ops.conv_attn import cpu as conv_attn
-from esc_arch.ops.conv_ffn import cpu as conv_ffn
 from esc_arch.ops.dispatch import OPERATIONS
-from esc_arch.ops.window_attention import cpu as attention
 
 pytestmark = pytest.mark.usefixtures("native")
 
 STEPS = {
-    "attention": (attention, "fused"),
-    "ConvFFN": (conv_ffn, "fused"),
-    "ConvAttn": (conv_attn, "fused"),
-    "3 x 3": (conv3x3, "fused"),
+    "attention": (fused, "window_attention_fused"),
+    "ConvFFN": (fused, "conv_ffn_fused"),
+    "ConvAttn": (fused, "conv_attention_fused"),
+    "3 x 3": (fused, "conv3x3_fused"),
     "3 x 3 alone": (conv3x3, "forward"),
 }
 #: The small network with 16 channels and more, which the 3 x 3 operator wants.

@@ -15,10 +15,21 @@ import pytest
 import torch
 from torch import Tensor
 
-from esc_arch.ops.autotune import choice, trial
+from esc_arch.ops import triton_support
 from esc_arch.ops.autotune import results as files
-from esc_arch.ops.autotune.choice import NETWORKS, Network, nearest
-from esc_arch.ops.autotune.results import MODES, PRECISIONS, Case, TrialResult, file_of, load, save
+from esc_arch.ops.autotune import trial
+from esc_arch.ops.autotune.results import (
+    MODES,
+    NETWORKS,
+    PRECISIONS,
+    Case,
+    Network,
+    TrialResult,
+    file_of,
+    load,
+    nearest,
+    save,
+)
 from esc_arch.ops.autotune.trial import cases
 from esc_arch.ops.conv_attn import triton
 from esc_arch.ops.conv_attn.api import CONV_ATTN
@@ -211,7 +222,7 @@ def test_a_broken_triton_is_told(monkeypatch: pytest.MonkeyPatch, caplog: pytest
 
 def reasons_for(case: Case, device: str = "cuda") -> list[str]:
     """Those of this case, whose precision is float32."""
-    return choice.auto_skip_reasons(
+    return files.auto_skip_reasons(
         case.operation, case.network, torch.float32, False, case.mode == "training", device, 0
     )
 
@@ -256,7 +267,7 @@ def test_the_environment_decides_first(found: Any, monkeypatch: pytest.MonkeyPat
 
 
 def test_the_command_that_tries_them_is_told_once(found: Any, caplog: pytest.LogCaptureFixture) -> None:
-    choice._advise.cache_clear()
+    files._advise.cache_clear()
     with caplog.at_level(logging.INFO, logger="esc_arch"):
         found((CASE, PASSED))
         reasons_for(CASE._replace(mode="training"))
@@ -274,8 +285,7 @@ def test_the_command_that_tries_them_is_told_once(found: Any, caplog: pytest.Log
 def test_auto_follows_the_result(found: Any, result: TrialResult | None, monkeypatch: pytest.MonkeyPatch) -> None:
     """A device without memory, which knows no autocast, stands in for a GPU."""
     monkeypatch.setattr(torch, "is_autocast_enabled", lambda *_: False)
-    for module in (BACKENDS["triton"], triton):
-        monkeypatch.setattr(module, "missing", lambda *_: "")
+    monkeypatch.setattr(triton_support, "missing", lambda *_: "")
     conv = Case("ConvAttn", "triton", "ESC", "tf32", "inference")
     monkeypatch.setattr(triton, "tf32_in_convolutions", lambda: True)
     found(*((case, result) for case in (CASE, conv) if result is not None))
@@ -298,7 +308,7 @@ def test_auto_follows_the_result(found: Any, result: TrialResult | None, monkeyp
 @pytest.mark.parametrize("result", [PASSED, SLOW])
 def test_a_compiler_follows_the_result(found: Any, result: TrialResult, monkeypatch: pytest.MonkeyPatch) -> None:
     """The whole choice is a constant of its one graph."""
-    monkeypatch.setattr(BACKENDS["triton"], "missing", lambda *_: "")
+    monkeypatch.setattr(triton_support, "missing", lambda *_: "")
     monkeypatch.setattr(WINDOW_ATTENTION, "order", ("triton", "naive"))
     found((CASE._replace(mode="training"), result))
     graphs = []

@@ -15,8 +15,7 @@ import pytest
 import torch
 
 from esc_arch.ops.autotune import results, runner, trial
-from esc_arch.ops.autotune.choice import Network
-from esc_arch.ops.autotune.results import Case, TrialResult, file_of, load
+from esc_arch.ops.autotune.results import Case, Network, TrialResult, file_of, load
 from esc_arch.ops.autotune.runner import autotune, autotune_gpus
 from esc_arch.ops.autotune.trial import cases
 

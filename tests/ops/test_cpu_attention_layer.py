@@ -15,7 +15,7 @@ from torch import Tensor
 
 from esc_arch.ops import cpu as operators
 from esc_arch.ops.window_attention import Bias, window_attention, window_attention_fused
-from esc_arch.ops.window_attention.cpu import Norm, Projection
+from esc_arch.ops.window_attention.api import Norm, Projection
 
 pytestmark = pytest.mark.usefixtures("native")
 

@@ -10,6 +10,7 @@ import shutil
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -177,13 +178,16 @@ def test_by_name_a_failure_is_said(csrc: Path, caplog: pytest.LogCaptureFixture)
 
 
 @needs_compiler
-def test_registrations_run_when_the_operators_are_there() -> None:
-    calls = []
-    cpu.when_loaded(lambda: calls.append("before"))
-    assert calls == []
+def test_pytorch_is_told_of_operators_once_they_are_there(csrc: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    told: list[str] = []
+    monkeypatch.setattr(torch.library, "register_fake", lambda name, _: told.append(name))
+    monkeypatch.setattr(torch.ops, "esc_arch", SimpleNamespace(one=None, two=None))
+    for name in ("one", "left_out"):
+        cpu.register(name, torch.empty_like)
+    assert told == []
     cpu.build()
-    cpu.when_loaded(lambda: calls.append("after"))
-    assert calls == ["before", "after"]
+    cpu.register("two", torch.empty_like)
+    assert told == ["esc_arch::one", "esc_arch::two"]
 
 
 @needs_compiler

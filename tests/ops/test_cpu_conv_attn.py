@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from networks import max_error, normal
 from torch import Tensor
 
-from esc_arch.modules import ConvAttn
+from esc_arch.modules import ConvAttn, fused
 from esc_arch.ops.conv_attn import (
     conv_attention,
     conv_attention_fused,
@@ -438,8 +438,8 @@ def calls_of_operators(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, ...]]
 
         return call
 
-    for name in ("forward", "fused"):
-        monkeypatch.setattr(operators, name, counted(getattr(operators, name)))
+    for module, name in ((operators, "forward"), (fused, "conv_attention_fused")):
+        monkeypatch.setattr(module, name, counted(getattr(module, name)))
     return shapes
 
 

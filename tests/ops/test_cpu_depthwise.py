@@ -9,7 +9,7 @@ from torch import Tensor
 
 from esc_arch.modules import DecomposedConvAttn
 from esc_arch.ops.conv_attn import cpu, decomposed_conv_attention, reference
-from esc_arch.ops.cpu.wrapping import input_reasons
+from esc_arch.ops.cpu import input_reasons
 
 NAMES = ("output", "gradient of x", "gradient of the kernel")
 FORWARD_ONLY = ("test_schema", "test_faketensor", "test_aot_dispatch_dynamic")

@@ -16,11 +16,12 @@ from triton_testing import (
     DEVICES,
     INTERPRETED,
     compile_for_a_gpu,
+    interpret_quickly_and_strictly,
     needs_triton,
-    patch_language_once,
     skip_without_assembler,
 )
 
+from esc_arch.ops import triton_support
 from esc_arch.ops.autotune import trial
 from esc_arch.ops.autotune.trial import allowed_error
 from esc_arch.ops.dispatch import OPERATIONS
@@ -56,7 +57,7 @@ LARGE_CASES = [
 @pytest.fixture(autouse=True)
 def interpret_quickly(monkeypatch: pytest.MonkeyPatch) -> None:
     if INTERPRETED:
-        patch_language_once(monkeypatch)
+        interpret_quickly_and_strictly(monkeypatch)
 
 
 def inputs(
@@ -306,7 +307,6 @@ def test_compiles(
 ) -> None:
     """The first configuration that suits it, to machine code that fits in the shared memory of the GPU."""
     constants = {
-        "SCALE": head_dim**-0.5,
         "KEEP_LSE": True,
         "PADDED": True,
         "WINDOW": window,
@@ -315,7 +315,6 @@ def test_compiles(
         "BLOCK_D": max(16, 1 << (head_dim - 1).bit_length()),
         "CHANNELS_LAST": last,
         "PRECISION": precision,
-        "DIRECT": True,
     }
     kernel = getattr(kernels, name)
     if name == "differentiate_table":
@@ -348,7 +347,7 @@ def test_configurations_suit_the_window_and_the_head(kernels: Any) -> None:
 @pytest.fixture
 def anywhere(monkeypatch: pytest.MonkeyPatch) -> None:
     """As if there were a GPU for it."""
-    monkeypatch.setattr(backend, "missing", lambda *_: "")
+    monkeypatch.setattr(triton_support, "missing", lambda *_: "")
 
 
 def ask(qkv: Tensor, bias: Any) -> Tensor:
@@ -358,7 +357,7 @@ def ask(qkv: Tensor, bias: Any) -> Tensor:
 def test_auto_asks_what_it_is_to_compute(anywhere: None, monkeypatch: pytest.MonkeyPatch) -> None:
     """Its trial is asked of the shapes, the precision and the mode; by name it is taken in any case."""
     asked, called, reasons = [], [], ["not tried"]
-    monkeypatch.setattr(backend, "autotune_reasons", lambda *subject: asked.append(subject) or reasons)
+    monkeypatch.setattr(backend.results, "auto_skip_reasons", lambda *subject: asked.append(subject) or reasons)
     monkeypatch.setattr(backend, "forward", lambda *_: called.append("triton") or torch.zeros(1))
     monkeypatch.setattr(WINDOW_ATTENTION, "order", ("triton", "naive"))
     qkv, table = normal(1, 48, 4, 4), normal(1, 49)

@@ -13,12 +13,13 @@ from triton_testing import (
     DEVICES,
     INTERPRETED,
     compile_for_a_gpu,
+    interpret_quickly_and_strictly,
     needs_triton,
-    patch_language_once,
     skip_without_assembler,
 )
 
 from esc_arch.modules import ConvAttn
+from esc_arch.ops import triton_support
 from esc_arch.ops.autotune import trial
 from esc_arch.ops.autotune.trial import allowed_error
 from esc_arch.ops.conv_attn import conv_attention, symmetrise, triton
@@ -57,7 +58,7 @@ LARGE_CASES = [
 @pytest.fixture(autouse=True)
 def interpret_quickly(monkeypatch: pytest.MonkeyPatch) -> None:
     if INTERPRETED:
-        patch_language_once(monkeypatch)
+        interpret_quickly_and_strictly(monkeypatch)
         monkeypatch.setattr(backend, "PROGRAMS", 1)
 
 
@@ -193,7 +194,7 @@ def test_one_graph_for_a_compiler(device: str, monkeypatch: pytest.MonkeyPatch) 
     """torch.compile takes forward and backward of a layer in as they are, and other sizes of maps in the same graph."""
     torch.compiler.reset()
     monkeypatch.setattr(CONV_ATTN, "order", ("triton",))
-    monkeypatch.setattr(backend, "autotune_reasons", lambda *_: [])
+    monkeypatch.setattr(backend.results, "auto_skip_reasons", lambda *_: [])
     layer = ConvAttn(dim=6, pdim=4, kernel_size=3, own_kernel=True).to(device)
     for parameter in layer.parameters():
         torch.nn.init.normal_(parameter)
@@ -350,7 +351,7 @@ def test_compiles(name: str, channels: int, dtype: str, precision: str, fold: bo
 @pytest.fixture
 def anywhere(monkeypatch: pytest.MonkeyPatch) -> None:
     """As if there were a GPU for it."""
-    monkeypatch.setattr(backend, "missing", lambda *_: "")
+    monkeypatch.setattr(triton_support, "missing", lambda *_: "")
 
 
 def ask(x: Tensor, channels: int = 4, name: str = "triton", symmetric: bool = True) -> Tensor:
@@ -361,7 +362,7 @@ def ask(x: Tensor, channels: int = 4, name: str = "triton", symmetric: bool = Tr
 def test_auto_asks_what_it_is_to_compute(anywhere: None, monkeypatch: pytest.MonkeyPatch) -> None:
     """Its trial is asked of the shapes, the precision and the mode."""
     asked, called, refused = [], [], []
-    monkeypatch.setattr(backend, "autotune_reasons", lambda *subject: asked.append(subject) or refused)
+    monkeypatch.setattr(backend.results, "auto_skip_reasons", lambda *subject: asked.append(subject) or refused)
     monkeypatch.setattr(backend, "tf32_in_convolutions", lambda: True)
     for name in ("triton", "reference"):
         monkeypatch.setattr(CONV_ATTN.backends[name], "forward", lambda *_, name=name: called.append(name))
@@ -379,7 +380,7 @@ def test_auto_asks_what_it_is_to_compute(anywhere: None, monkeypatch: pytest.Mon
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.int32])
 def test_other_types_are_refused(dtype: torch.dtype, anywhere: None) -> None:
-    with pytest.raises(RuntimeError, match=rf"triton: it takes float32, bfloat16 and float16, not {dtype}"):
+    with pytest.raises(RuntimeError, match=rf"triton: its kernels take float32, bfloat16 and float16, not {dtype}"):
         ask(torch.zeros(1, 4, 4, 4, dtype=dtype))
 
 

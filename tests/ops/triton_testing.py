@@ -24,11 +24,23 @@ DEVICES = [
 ]
 
 
-def patch_language_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The interpreter patches triton.language for milliseconds at every call of a helper, though it stays patched."""
+#: Keywords of a launch that are no arguments of the kernel.
+LAUNCH_OPTIONS = {"num_warps", "num_stages", "num_ctas", "maxnreg", "ir_override", "enable_fp_fusion", "warmup"}
+
+
+def interpret_quickly_and_strictly(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The interpreter patches triton.language for milliseconds at every call of a helper, though it stays patched.
+
+    And it ignores keywords that the kernel has no argument for, which compiled kernels refuse.
+    """
     from triton.runtime import interpreter
 
     patched = set()
+    launch = interpreter.GridExecutor.__call__
+
+    def launch_strictly(self: Any, *args: Any, **kwargs: Any) -> Any:
+        assert set(kwargs) <= {*self.arg_names, *LAUNCH_OPTIONS}
+        return launch(self, *args, **kwargs)
 
     def call(self: Any, *args: Any, **kwargs: Any) -> Any:
         modules = frozenset(id(value) for value in self.fn.__globals__.values() if value in (language, language.core))
@@ -39,6 +51,7 @@ def patch_language_once(monkeypatch: pytest.MonkeyPatch) -> None:
 
     language = interpreter.tl
     monkeypatch.setattr(interpreter.InterpretedFunction, "__call__", call)
+    monkeypatch.setattr(interpreter.GridExecutor, "__call__", launch_strictly)
 
 
 def skip_without_assembler() -> Iterator[None]:

@@ -238,7 +238,7 @@ def test_train_file_runs(
     log = result.log(opt["name"])
     assert "Validation Set5" in log or "Validation photographs" in log
     if "FlashBias" in file.name:
-        assert "is of attention with bias tables: FlashBias factors of rank 48 were made of them" in log
+        assert "is of attention with bias tables: FlashBias factors of rank 48 were made from them" in log
     elif opt["scale"] > 2 and not is_real(file):
         assert f".weight was interpolated from x2 to x{opt['scale']}" in log
     assert list((work_folder / "tb_logger" / opt["name"]).glob("events.*"))

@@ -13,8 +13,7 @@ import torch
 from esc_arch.ops.triton_support import INTERPRETED, missing
 
 from . import trial
-from .choice import NETWORKS, Network
-from .results import MODES, Case, TrialResult, file_of, load, save
+from .results import MODES, NETWORKS, Case, Network, TrialResult, file_of, load, save
 
 __all__ = ["autotune", "autotune_gpus"]
 
@@ -104,17 +103,17 @@ class _Child:
             self.process = context.Process(target=_serve, args=(theirs,), daemon=True)
             self.process.start()
             theirs.close()
-        result, broken = None, True
+        result = None
         try:
             self.connection.send((case, network, device, trial.ROUNDS))
             if self.connection.poll(TIMEOUT):
-                result, broken = self.connection.recv()
+                result = self.connection.recv()
         except (EOFError, OSError):
             self.process.join()
             code = self.process.exitcode or 0
             ending = f"signal {signal.Signals(-code).name}" if code < 0 else f"status {code}"
             result = TrialResult(failure=f"the process ended with {ending}")
-        if broken:
+        if result is None or result.failure:  # after an error in a kernel nothing more is computed on that GPU
             self.stop()
         return result
 
@@ -128,9 +127,9 @@ class _Child:
 def _serve(connection: Connection) -> None:
     with suppress(EOFError):  # once nothing more is asked
         while True:
-            arguments, broken = connection.recv(), False
+            arguments = connection.recv()
             try:
                 result = trial.run(*arguments)
-            except Exception as error:  # after an error in a kernel nothing more is computed on that GPU
-                result, broken = TrialResult(failure=f"{type(error).__name__}: {error}"), True
-            connection.send((result, broken))
+            except Exception as error:
+                result = TrialResult(failure=f"{type(error).__name__}: {error}")
+            connection.send(result)

@@ -18,8 +18,7 @@ from esc_arch.ops.dispatch import OPERATIONS
 from esc_arch.ops.float32 import float32_products
 from esc_arch.ops.operation import Operation, Size
 
-from .choice import NETWORKS, Network
-from .results import MODES, PRECISIONS, Case, TrialResult
+from .results import MODES, NETWORKS, PRECISIONS, Case, Network, TrialResult
 
 __all__ = ["LAYOUTS", "ROUNDS", "allowed_error", "cases", "largest_difference", "results", "run"]
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from esc_arch.ops.operation import Operation, check_norm, check_shapes, normal
@@ -79,6 +80,6 @@ def conv3x3_fused(
     """
     check_shapes(FUSED_SHAPES, x, weight, bias, norm_weight, norm_bias, residual)
     check_norm(norm_weight, norm_bias)
-    if "cpu" not in CONV3X3.order:
+    if "cpu" not in CONV3X3.order or cpu.unsupported_reasons(x, norm_weight, norm_bias, weight, bias, residual):
         return None
-    return cpu.fused(x, norm_weight, norm_bias, eps, weight, bias, residual)
+    return torch.ops.esc_arch.conv3x3_fused_cpu(x, norm_weight, norm_bias, eps, weight, bias, residual)

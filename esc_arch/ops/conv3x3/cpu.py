@@ -7,8 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from esc_arch.ops.cpu.wrapping import empty_map, input_reasons, register
+from esc_arch.ops.cpu import input_reasons, register
 from esc_arch.ops.layer_norm import cpu as layer_norm
+from esc_arch.ops.layout import empty_map
 
 #: Below these PyTorch's convolution is faster: a small map does not pay for the kernel's transform, nor few channels
 #: for the map's.
@@ -28,21 +29,6 @@ def unsupported_reasons(x: Tensor, *others: Tensor | None) -> list[str]:
 def forward(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """`torch.ops.esc_arch.conv3x3_cpu`; see `conv3x3`."""
     return torch.ops.esc_arch.conv3x3_cpu(x, weight, bias)
-
-
-def fused(
-    x: Tensor,
-    norm_weight: Tensor | None,
-    norm_bias: Tensor | None,
-    eps: float,
-    weight: Tensor,
-    bias: Tensor | None,
-    residual: Tensor | None,
-) -> Tensor | None:
-    """`torch.ops.esc_arch.conv3x3_fused_cpu`, None where it cannot; see `conv3x3_fused`."""
-    if unsupported_reasons(x, norm_weight, norm_bias, weight, bias, residual):
-        return None
-    return torch.ops.esc_arch.conv3x3_fused_cpu(x, norm_weight, norm_bias, eps, weight, bias, residual)
 
 
 def _backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
@@ -74,9 +60,7 @@ def _fused_backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
     of_any_input = any((of_x, of_norm_weight, of_norm_bias))
     normal = layer_norm.normalised(x, norm_weight, norm_bias, ctx.eps) if of_weight else x
     of_normal, *of_parameters = _gradients(gradient, normal, weight, of_any_input, of_weight, of_bias)
-    of_input: tuple[Tensor | None, ...] = (None, None, None)
-    if of_normal is not None:
-        of_input = layer_norm.gradients_through(of_normal, x, norm_weight, ctx.eps)
+    of_input = layer_norm.gradients_through(of_normal, x, norm_weight, ctx.eps)
     return *of_input, None, *of_parameters, gradient
 
 

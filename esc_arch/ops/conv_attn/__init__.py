@@ -1,11 +1,6 @@
 """Convolutional attention without parameters: the large kernel's symmetry, and the two convolutions."""
 
 from .api import conv_attention, conv_attention_fused, decomposed_conv_attention
-from .symmetry import symmetrise
+from .reference import symmetrise
 
-__all__ = [
-    "conv_attention",
-    "conv_attention_fused",
-    "decomposed_conv_attention",
-    "symmetrise",
-]
+__all__ = ["conv_attention", "conv_attention_fused", "decomposed_conv_attention", "symmetrise"]

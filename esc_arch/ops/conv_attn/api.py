@@ -9,17 +9,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from esc_arch.ops.operation import Operation, SampleShapes, Size, check_shapes, normal
+from esc_arch.ops.cpu import input_reasons
+from esc_arch.ops.operation import Operation, SampleShapes, Size, check_shapes, normal, wants_gradients
 
 from . import cpu, reference, triton
-from .symmetry import symmetrise
+from .reference import symmetrise
 
-__all__ = [
-    "CONV_ATTN",
-    "conv_attention",
-    "conv_attention_fused",
-    "decomposed_conv_attention",
-]
+__all__ = ["CONV_ATTN", "conv_attention", "conv_attention_fused", "decomposed_conv_attention"]
 
 
 def _inputs(shapes: SampleShapes, size: Size) -> list[Tensor]:
@@ -124,9 +120,17 @@ def conv_attention_fused(
     """
     _check(None, large_kernel, None)
     parameters = (proj1_weight, proj1_bias, proj2_weight, proj2_bias, weight, bias)
-    if "cpu" not in CONV_ATTN.order:
+    training = wants_gradients(x, residual, large_kernel, means, *parameters)
+    if (
+        "cpu" not in CONV_ATTN.order
+        or (training and means is not None)  # which get no gradient
+        or cpu.kernel_reasons(symmetric, large_kernel.shape[-1])
+        or input_reasons(large_kernel, means, *parameters, maps=[x, residual])
+    ):
         return None
-    return cpu.fused(x, residual, large_kernel, means, *parameters, symmetric=symmetric)
+    if training:
+        return torch.ops.esc_arch.conv_attention_fused_training_cpu(x, residual, large_kernel, *parameters)[0]
+    return torch.ops.esc_arch.conv_attention_fused_cpu(x, residual, large_kernel, means, *parameters)
 
 
 def decomposed_conv_attention(

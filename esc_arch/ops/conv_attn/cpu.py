@@ -6,14 +6,15 @@ The transform of a kernel that is even in both directions is real and even, so a
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from esc_arch.ops.cpu.wrapping import empty_map, input_reasons, register
-from esc_arch.ops.gradients import wants_gradients
-from esc_arch.ops.layout import empty_like
+from esc_arch.ops.cpu import input_reasons, register
+from esc_arch.ops.layout import empty_like, empty_map
 
 from . import reference
 
@@ -26,42 +27,20 @@ DYNAMIC_SIDE = 3
 
 def unsupported_reasons(x: Tensor, large_kernel: Tensor, dynamic_kernel: Tensor, symmetric: bool) -> list[str]:
     """Why the C++ operators cannot take these inputs."""
-    sides = (large_kernel.shape[-1], dynamic_kernel.shape[-1])
-    return _kernel_reasons(symmetric, *sides) or input_reasons(x, large_kernel, dynamic_kernel)
+    side = max(large_kernel.shape[-1], dynamic_kernel.shape[-1])
+    return kernel_reasons(symmetric, side) or input_reasons(x, large_kernel, dynamic_kernel)
 
 
-def _kernel_reasons(symmetric: bool, *sides: int) -> list[str]:
+def kernel_reasons(symmetric: bool, side: int) -> list[str]:
+    """Why they cannot take a large kernel, or one as large as the larger of both."""
     if not symmetric:
         return ["it needs a large kernel that is symmetric, as `symmetrise` makes it"]
-    too_large = max(sides) > LARGEST_KERNEL
-    return [f"it takes kernels of at most {LARGEST_KERNEL} x {LARGEST_KERNEL}"] if too_large else []
+    return [f"it takes kernels of at most {LARGEST_KERNEL} x {LARGEST_KERNEL}"] if side > LARGEST_KERNEL else []
 
 
 def forward(x: Tensor, large_kernel: Tensor, dynamic_kernel: Tensor, symmetric: bool) -> Tensor:
     """`torch.ops.esc_arch.conv_attention_cpu`; see `conv_attention`. Further channels of x stay as they are."""
     return torch.ops.esc_arch.conv_attention_cpu(x, large_kernel, dynamic_kernel)
-
-
-def fused(
-    x: Tensor,
-    residual: Tensor | None,
-    large_kernel: Tensor,
-    means: Tensor | None,
-    *parameters: Tensor | None,
-    symmetric: bool,
-) -> Tensor | None:
-    """All of ConvAttn in one operator, None where it cannot; see `conv_attention_fused`."""
-    tensors = (x, residual, large_kernel, *parameters)
-    training = wants_gradients(means, *tensors)
-    if training and means is not None:  # which get no gradient
-        return None
-    if _kernel_reasons(symmetric, large_kernel.shape[-1], DYNAMIC_SIDE):
-        return None
-    if input_reasons(large_kernel, means, *parameters, maps=[x, residual]):
-        return None
-    if training:
-        return torch.ops.esc_arch.conv_attention_fused_training_cpu(*tensors)[0]
-    return torch.ops.esc_arch.conv_attention_fused_cpu(x, residual, large_kernel, means, *parameters)
 
 
 def per_image_depthwise(x: Tensor, kernel: Tensor) -> Tensor:
@@ -99,11 +78,9 @@ def _fake_fused_backward(
     return empty_map(x), x.new_empty(large_kernel.shape), *of_weights
 
 
-def _fake_backward(
-    gradient: Tensor, x: Tensor, large_kernel: Tensor, dynamic_kernel: Tensor, of_x: bool, of_kernels: bool
-) -> tuple[Tensor, ...]:
-    of_both = (x.new_empty(kernel.shape if of_kernels else 0) for kernel in (large_kernel, dynamic_kernel))
-    return empty_like(x) if of_x else x.new_empty(0), *of_both
+def _fake_backward(empty: Callable[[Tensor], Tensor], gradient: Tensor, x: Tensor, *others: Any) -> tuple[Tensor, ...]:
+    *kernels, of_x, of_kernels = others
+    return empty(x) if of_x else x.new_empty(0), *(x.new_empty(k.shape if of_kernels else 0) for k in kernels)
 
 
 def _backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
@@ -123,20 +100,14 @@ def _fused_backward(ctx: Any, gradient: Tensor, *_: Tensor | None) -> tuple[Tens
     return of_x, gradient, *of_parameters
 
 
-def _fake_depthwise_backward(
-    gradient: Tensor, x: Tensor, kernel: Tensor, of_x: bool, of_kernel: bool
-) -> tuple[Tensor, Tensor]:
-    return empty_map(x) if of_x else x.new_empty(0), x.new_empty(kernel.shape if of_kernel else 0)
-
-
 def _depthwise_backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
     return torch.ops.esc_arch.depthwise_per_image_backward_cpu(gradient, *ctx.saved_tensors, *ctx.needs_input_grad)
 
 
 register("conv_attention_cpu", lambda x, large_kernel, dynamic_kernel: empty_like(x), _backward)
-register("conv_attention_backward_cpu", _fake_backward)
+register("conv_attention_backward_cpu", partial(_fake_backward, empty_like))
 register("conv_attention_fused_cpu", _empty_output)
 register("conv_attention_fused_training_cpu", _fake_fused, _fused_backward, _keep_fused)
 register("conv_attention_fused_backward_cpu", _fake_fused_backward)
 register("depthwise_per_image_cpu", lambda x, kernel: empty_map(x), _depthwise_backward)
-register("depthwise_per_image_backward_cpu", _fake_depthwise_backward)
+register("depthwise_per_image_backward_cpu", partial(_fake_backward, empty_map))

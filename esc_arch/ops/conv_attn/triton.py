@@ -23,12 +23,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from esc_arch.ops.autotune.choice import auto_skip_reasons as autotune_reasons
-from esc_arch.ops.autotune.choice import nearest
+from esc_arch.ops import triton_support
+from esc_arch.ops.autotune import results
 from esc_arch.ops.float32 import tf32_in_convolutions
-from esc_arch.ops.gradients import wants_gradients
 from esc_arch.ops.layout import empty_like, is_channels_last
-from esc_arch.ops.triton_support import DTYPES, missing, precision
+from esc_arch.ops.operation import wants_gradients
+from esc_arch.ops.triton_support import precision
 
 #: Channels of a group of outputs: as wide as the registers of a multiprocessor allow.
 MAX_CHANNELS = 64
@@ -38,14 +38,9 @@ PROGRAMS = 256
 
 def unsupported_reasons(x: Tensor, large_kernel: Tensor, dynamic_kernel: Tensor, symmetric: bool) -> list[str]:
     """Why these kernels cannot take these inputs."""
-    lacking = missing(x.device.type, x.device.index)
-    reasons = [lacking] if lacking else []
-    if torch.compiler.is_exporting() or torch.jit.is_tracing():
-        reasons.append("a compiled kernel cannot be exported")
+    reasons = triton_support.unsupported_reasons(x)
     if any(kernel.device != x.device for kernel in (large_kernel, dynamic_kernel)):
         reasons.append(f"x is on {x.device}, the kernels are on {large_kernel.device} and {dynamic_kernel.device}")
-    if x.dtype not in DTYPES:
-        reasons.append(f"it takes float32, bfloat16 and float16, not {x.dtype}")
     if x.shape[1] > MAX_CHANNELS:
         reasons.append(f"it takes up to {MAX_CHANNELS} channels, not {x.shape[1]}")
     if x.numel() == 0:
@@ -59,9 +54,9 @@ def auto_skip_reasons(x: Tensor, large_kernel: Tensor, dynamic_kernel: Tensor, s
         return ["its trials are of symmetric kernels"]
     training = wants_gradients(x, large_kernel, dynamic_kernel)
     # (Of the kernel, whose sizes no compiler at work takes for symbols)
-    network = nearest(pdim=large_kernel.shape[0])
+    network = results.nearest(pdim=large_kernel.shape[0])
     where = x.device.type, x.device.index
-    return autotune_reasons("ConvAttn", network, _computed_in(x), tf32_in_convolutions(), training, *where)
+    return results.auto_skip_reasons("ConvAttn", network, _computed_in(x), tf32_in_convolutions(), training, *where)
 
 
 def _computed_in(x: Tensor) -> torch.dtype:

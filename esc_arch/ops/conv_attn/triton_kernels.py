@@ -106,59 +106,6 @@ def _rows(
         return above
 
 
-@triton.jit
-def _band(
-    taps,
-    row,
-    first,
-    SIDE: tl.constexpr,
-    C: tl.constexpr,
-    BLOCK_C: tl.constexpr,
-    COUNT: tl.constexpr,
-    GROUP: tl.constexpr,
-):
-    """What COUNT pixels from `first` on contribute to a group of outputs: (COUNT * BLOCK_C, GROUP * BLOCK_C).
-
-    The channels of the input lie side by side, because tensor cores take TF32 in no other order.
-    """
-    k = tl.arange(0, COUNT * BLOCK_C)[:, None]
-    n = tl.arange(0, GROUP * BLOCK_C)[None, :]
-    tap = first + k // BLOCK_C - n // BLOCK_C
-    wanted = (tap >= 0) & (tap < SIDE)
-    if C != BLOCK_C:
-        wanted = wanted & (k % BLOCK_C < C) & (n % BLOCK_C < C)
-    return tl.load(taps + ((row * SIDE + tap) * C + n % BLOCK_C) * C + k % BLOCK_C, mask=wanted, other=0.0)
-
-
-@triton.jit
-def _dynamic_part(
-    map,
-    kernel,
-    picture,
-    y,
-    x,
-    wanted,
-    height,
-    width,
-    PIXEL: tl.constexpr,
-    C: tl.constexpr,
-    BLOCK_C: tl.constexpr,
-    GROUP: tl.constexpr,
-    SIDE: tl.constexpr,
-):
-    """The depth-wise convolution with each picture's own kernel, (B, C, s, s): (groups, GROUP * BLOCK_C)."""
-    channel = tl.arange(0, GROUP * BLOCK_C)[None, :] % BLOCK_C
-    known = wanted[:, None] & (channel < C)
-    total = tl.zeros([x.shape[0], GROUP * BLOCK_C], tl.float32)
-    for tap in range(SIDE * SIDE):
-        dy = tap // SIDE - SIDE // 2
-        dx = tap % SIDE - SIDE // 2
-        pixels = _pixels(map, picture, y + dy, x + dx, wanted, height, width, PIXEL, C, BLOCK_C, GROUP)
-        weight = tl.load(kernel + (picture[:, None] * C + channel) * (SIDE * SIDE) + tap, mask=known, other=0.0)
-        total += pixels.to(tl.float32) * weight.to(tl.float32)
-    return total
-
-
 @tuned(
     [
         _config(64, 64, 4, 3),
@@ -198,18 +145,34 @@ def convolve(
     GROUP: tl.constexpr = COLUMNS // BLOCK_C
     R: tl.constexpr = SIDE // 2
     picture, y, left, wanted = _groups(tl.program_id(0), batch, height, width, GROUP, BLOCK)
-    acc = _dynamic_part(x, dynamic, picture, y, left, wanted, height, width, PIXEL, C, BLOCK_C, GROUP, DYNAMIC_SIDE)
+    n = tl.arange(0, GROUP * BLOCK_C)[None, :]
+    channel = n % BLOCK_C
+
+    acc = tl.zeros([BLOCK, GROUP * BLOCK_C], tl.float32)
+    for number in range(DYNAMIC_SIDE * DYNAMIC_SIDE):
+        dy = number // DYNAMIC_SIDE - DYNAMIC_SIDE // 2
+        dx = number % DYNAMIC_SIDE - DYNAMIC_SIDE // 2
+        neighbours = _pixels(x, picture, y + dy, left + dx, wanted, height, width, PIXEL, C, BLOCK_C, GROUP)
+        place = (picture[:, None] * C + channel) * (DYNAMIC_SIDE * DYNAMIC_SIDE) + number
+        weight = tl.load(dynamic + place, mask=wanted[:, None] & (channel < C), other=0.0)
+        acc += neighbours.to(tl.float32) * weight.to(tl.float32)
+
     COUNT: tl.constexpr = DEPTH // BLOCK_C
     STEPS: tl.constexpr = (GROUP + SIDE - 1 + COUNT - 1) // COUNT
     ROWS: tl.constexpr = R + 1 if FOLD else SIDE
+    # The channels of the input lie side by side, because tensor cores take TF32 in no other order
+    k = tl.arange(0, COUNT * BLOCK_C)[:, None]
     for step in range(ROWS * STEPS):
         row = step // STEPS
         first = step % STEPS * COUNT
         pixels = _rows(x, picture, y, left + first - R, wanted, R - row, height, width, PIXEL, C, BLOCK_C, COUNT, FOLD)
-        acc += dot(pixels, _band(taps, row, first, SIDE, C, BLOCK_C, COUNT, GROUP), PRECISION)
+        tap = first + k // BLOCK_C - n // BLOCK_C
+        known = (tap >= 0) & (tap < SIDE)
+        if C != BLOCK_C:
+            known = known & (k % BLOCK_C < C) & (channel < C)
+        band = tl.load(taps + ((row * SIDE + tap) * C + channel) * C + k % BLOCK_C, mask=known, other=0.0)
+        acc += dot(pixels, band, PRECISION)
 
-    n = tl.arange(0, GROUP * BLOCK_C)[None, :]
-    channel = n % BLOCK_C
     column = left[:, None] + n // BLOCK_C
     inside = wanted[:, None] & (column < width) & (channel < C)
     if OUT_LAST:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
-from esc_arch.ops.operation import Operation, SampleShapes, Size, check_norm, check_shapes, normal
+from esc_arch.ops.cpu import input_reasons
+from esc_arch.ops.operation import Operation, SampleShapes, Size, check_norm, check_shapes, normal, wants_gradients
 
 from . import cpu, reference
 
@@ -106,6 +108,9 @@ def conv_ffn_fused(
     parameters = (proj_weight, proj_bias, dwc_weight, dwc_bias, aggr_weight, aggr_bias)
     check_shapes(FUSED_SHAPES, x, *parameters, norm_weight, norm_bias)
     check_norm(norm_weight, norm_bias)
-    if "cpu" not in CONV_FFN.order:
+    if "cpu" not in CONV_FFN.order or input_reasons(norm_weight, norm_bias, *parameters, maps=[x]):
         return None
-    return cpu.fused(x, norm_weight, norm_bias, eps, *parameters, pooled=pooled)
+    training = wants_gradients(x, norm_weight, norm_bias, *parameters)
+    count = 0 if training else pooled
+    out, means = torch.ops.esc_arch.conv_ffn_fused_cpu(x, norm_weight, norm_bias, eps, *parameters, count)
+    return out, None if training else means

@@ -10,9 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from esc_arch.ops.cpu.wrapping import empty_map, input_reasons, register
-from esc_arch.ops.gradients import wants_gradients
+from esc_arch.ops.cpu import input_reasons, register
 from esc_arch.ops.layer_norm import cpu as layer_norm
+from esc_arch.ops.layout import empty_map
 
 
 def unsupported_reasons(x: Tensor, *parameters: Tensor) -> list[str]:
@@ -23,18 +23,6 @@ def unsupported_reasons(x: Tensor, *parameters: Tensor) -> list[str]:
 def forward(x: Tensor, *parameters: Tensor) -> Tensor:
     """`torch.ops.esc_arch.conv_ffn_cpu`, whose result is channels_last; see `conv_ffn`."""
     return torch.ops.esc_arch.conv_ffn_cpu(x, *parameters)
-
-
-def fused(
-    x: Tensor, norm_weight: Tensor | None, norm_bias: Tensor | None, eps: float, *parameters: Tensor, pooled: int
-) -> tuple[Tensor, Tensor | None] | None:
-    """The normalisation and the means in the same operator, None where it cannot; see `conv_ffn_fused`."""
-    if input_reasons(norm_weight, norm_bias, *parameters, maps=[x]):
-        return None
-    training = wants_gradients(x, norm_weight, norm_bias, *parameters)
-    count = 0 if training else pooled
-    out, means = torch.ops.esc_arch.conv_ffn_fused_cpu(x, norm_weight, norm_bias, eps, *parameters, count)
-    return out, None if training else means
 
 
 def _fake_fused(x: Tensor, *others: Any) -> tuple[Tensor, Tensor]:
@@ -63,9 +51,7 @@ def _fused_backward(ctx: Any, gradient: Tensor, _: Tensor | None) -> tuple[Tenso
     of_norm, of_parameters = any(ctx.needs_input_grad[:3]), any(ctx.needs_input_grad[4:-1])
     normal = layer_norm.normalised(x, norm_weight, norm_bias, ctx.eps)
     of_normal, *of_all = torch.ops.esc_arch.conv_ffn_backward_cpu(gradient, normal, *parameters, of_norm, of_parameters)
-    of_input: tuple[Tensor | None, ...] = (None, None, None)
-    if of_norm:
-        of_input = layer_norm.gradients_through(of_normal, x, norm_weight, ctx.eps)
+    of_input = layer_norm.gradients_through(of_normal if of_norm else None, x, norm_weight, ctx.eps)
     return *of_input, None, *of_all, None
 
 

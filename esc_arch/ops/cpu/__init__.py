@@ -3,8 +3,8 @@
 `auto` uses them if they are built already, and never waits for a compiler. Requested by name, or by `build`, they are
 compiled on demand (about a minute) and kept in the user's cache. ESC_ARCH_NATIVE=0 switches them off.
 
-A file that offers operators to Python registers what PyTorch needs besides the kernels, for tracing and for
-gradients, in a function under `when_loaded`.
+A file that offers operators to Python tells PyTorch by `register` what it needs besides the kernels, for tracing and
+for gradients.
 """
 
 from __future__ import annotations
@@ -14,16 +14,26 @@ import os
 import platform
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from . import building
 
-__all__ = ["NOT_BUILT", "build", "build_by_name", "ready", "reusing_memory", "unsupported_reasons", "when_loaded"]
+__all__ = [
+    "NOT_BUILT",
+    "build",
+    "build_by_name",
+    "input_reasons",
+    "ready",
+    "register",
+    "reusing_memory",
+    "unsupported_reasons",
+]
 
 logger = logging.getLogger(__name__)
 
@@ -37,14 +47,6 @@ class _State:
     #: Why the operators cannot be called; None until the first layer asks.
     reasons: list[str] | None = None
     registrations: list[Callable[[], None]] = []  # noqa: RUF012  (one per process is what is wanted)
-
-
-def when_loaded(register: Callable[[], None]) -> Callable[[], None]:
-    """A decorator: call `register` once the operators are loaded, at once where they are."""
-    _State.registrations.append(register)
-    if _State.reasons == []:
-        register()
-    return register
 
 
 @torch.compiler.assume_constant_result
@@ -64,6 +66,23 @@ def unsupported_reasons() -> list[str]:
             except OSError as error:
                 _State.reasons = [f"compiling the C++ operators failed: {error}"]
     return list(_State.reasons)
+
+
+def input_reasons(*tensors: Tensor | None, maps: Sequence[Tensor | None] = ()) -> list[str]:
+    """Why a float32 operator cannot take these tensors; `maps` are to have their channels innermost, too."""
+    if torch.compiler.is_exporting() or torch.jit.is_tracing():
+        return ["an exported network keeps the plain formula"]
+    given = [tensor for tensor in (*maps, *tensors) if tensor is not None]
+    reasons = []
+    if others := {tensor.device.type for tensor in given} - {"cpu"}:
+        reasons.append(f"it runs on cpu, not on {', '.join(sorted(others))}")
+    if others := {str(tensor.dtype) for tensor in given} - {"torch.float32"}:
+        reasons.append(f"it takes float32, not {', '.join(sorted(others))}")
+    if torch.is_autocast_enabled("cpu"):
+        reasons.append("autocast asks for half precision, and it computes in float32")
+    if any(each is not None and each.stride(1) != 1 for each in maps):
+        reasons.append("it takes maps with the channels innermost")
+    return reasons or unsupported_reasons()
 
 
 def build() -> float:
@@ -103,6 +122,47 @@ def reusing_memory(x: Tensor) -> Iterator[None]:
         yield
     finally:
         torch.ops.esc_arch.reuse_memory(False)
+
+
+def _keep_inputs(ctx: Any, inputs: tuple[Tensor | None, ...], output: Any) -> None:
+    ctx.save_for_backward(*inputs)
+
+
+def register(
+    name: str,
+    fake: Callable[..., Any],
+    backward: Callable[..., tuple[Tensor | None, ...]] | None = None,
+    keep: Callable[..., None] = _keep_inputs,
+    *,
+    second_derivatives: bool = False,
+) -> None:
+    """Tell PyTorch about an operator, once it is loaded.
+
+    Args:
+        fake: empty tensors like its results.
+        backward, keep: see `torch.library.register_autograd`; gradients that are not wanted are dropped.
+        second_derivatives: `backward` can be differentiated.
+    """
+
+    def differentiate(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
+        if torch.is_grad_enabled() and not second_derivatives:
+            raise RuntimeError(
+                f"the C++ {name} has no second derivatives: set ESC_ARCH_NATIVE=0 for create_graph=True."
+            )
+        assert backward is not None  # or this is not registered
+        found = zip(backward(ctx, *gradients), ctx.needs_input_grad, strict=True)
+        return tuple(gradient if wanted else None for gradient, wanted in found)
+
+    def tell() -> None:
+        if not hasattr(torch.ops.esc_arch, name):  # ESC_ARCH_NATIVE_SOURCES may leave it out
+            return
+        torch.library.register_fake(f"esc_arch::{name}", fake)
+        if backward is not None:
+            torch.library.register_autograd(f"esc_arch::{name}", differentiate, setup_context=keep)
+
+    _State.registrations.append(tell)
+    if _State.reasons == []:
+        tell()
 
 
 @torch.compiler.assume_constant_result

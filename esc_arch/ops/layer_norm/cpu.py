@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from esc_arch.ops.cpu.wrapping import input_reasons, register
+from esc_arch.ops.cpu import input_reasons, register
 from esc_arch.ops.layout import dense_layout
 
 
@@ -29,17 +29,13 @@ def normalised(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float
 
 
 def gradients_through(
-    gradient: Tensor, x: Tensor, weight: Tensor | None, eps: float
-) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """The gradients of x and of the norm's weight and bias, from that of `normalised`'s result."""
-    if weight is None:
+    gradient: Tensor | None, x: Tensor, weight: Tensor | None, eps: float
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """The gradients of x and of the norm's weight and bias, from that of `normalised`'s result, if it is wanted."""
+    if gradient is None or weight is None:
         return gradient, None, None
     of_x, of_weight, of_bias = torch.ops.esc_arch.layer_norm_backward_cpu(gradient, x, weight, eps)
     return of_x, of_weight, of_bias
-
-
-def _like(x: Tensor) -> Tensor:
-    return torch.empty(x.shape, dtype=x.dtype, device=x.device, memory_format=dense_layout(x))
 
 
 def _keep(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -52,8 +48,8 @@ def _backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
 
 
 def _fake_backward(gradient: Tensor, x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
-    return _like(x), x.new_empty(x.shape[1]), x.new_empty(x.shape[1])
+    return torch.empty_like(x, memory_format=dense_layout(x)), x.new_empty(x.shape[1]), x.new_empty(x.shape[1])
 
 
-register("layer_norm_cpu", lambda x, *parameters: _like(x), _backward, _keep)
+register("layer_norm_cpu", lambda x, *parameters: torch.empty_like(x, memory_format=dense_layout(x)), _backward, _keep)
 register("layer_norm_backward_cpu", _fake_backward)

@@ -5,15 +5,21 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+import torch
 from torch import Tensor
 
-from esc_arch.ops.operation import Operation, SampleShapes, Size, check_shapes, normal
+from esc_arch.ops.cpu import input_reasons
+from esc_arch.ops.operation import Operation, SampleShapes, Size, check_shapes, normal, wants_gradients
 
 from . import cpu, flash, flex, flex_flash, reference, sdpa, triton
-from .bias import Bias
-from .cpu import Norm, Projection
+from .bias import Bias, parameters_of
 
 __all__ = ["WINDOW_ATTENTION", "window_attention", "window_attention_fused"]
+
+#: Weight and bias of a 1 x 1 convolution.
+Projection = tuple[Tensor, Tensor | None]
+#: Weight, bias and eps of a layer normalisation.
+Norm = tuple[Tensor, Tensor, float]
 
 
 def _inputs(shapes: SampleShapes, size: Size) -> list[Tensor]:
@@ -111,9 +117,18 @@ def window_attention_fused(
     """
     _check(x, 1, bias, window, heads)
     name = WINDOW_ATTENTION.resolve(backend)
-    if name not in ("auto", "cpu") or (name == "auto" and "cpu" not in WINDOW_ATTENTION.order):
+    weight, shift, eps = norm or (None, None, 0.0)
+    tensors = (weight, shift, *to_qkv, *parameters_of(bias), *to_out)
+    if (
+        "cpu" not in (WINDOW_ATTENTION.order if name == "auto" else (name,))
+        or wants_gradients(x, *tensors)  # there is no backward pass
+        or cpu.unsupported_reasons(x, bias, window, heads)
+        or input_reasons(*tensors, maps=[x])
+    ):
         return None
-    return cpu.fused(x, to_qkv, bias, to_out, window, heads, norm, residual)
+    return torch.ops.esc_arch.window_attention_fused_cpu(
+        x, weight, shift, eps, *to_qkv, *cpu.operands(bias), *to_out, window, heads, residual
+    )
 
 
 def _check(x: Tensor, parts: int, bias: Bias, window: int, heads: int) -> None:

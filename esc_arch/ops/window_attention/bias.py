@@ -12,29 +12,24 @@ Bias = Tensor | tuple[Tensor, Tensor]
 
 
 def dense_bias(bias: Bias, window: int) -> Tensor:
-    """The bias of every pair of tokens of a window: (h, N, N), rows are queries and columns are keys."""
-    if isinstance(bias, Tensor):
-        return _from_table(bias, window)
-    q_factors, k_factors = bias
-    return q_factors @ k_factors.transpose(-2, -1)
+    """The bias of every pair of tokens of a window: (h, N, N), rows are queries and columns are keys.
+
+    Of a table it is bias[h, (qy, qx), (ky, kx)] = table[h, (ky - qy + w - 1) * (2w - 1) + (kx - qx + w - 1)]: a block
+    Toeplitz matrix with Toeplitz blocks, so it consists of sliding w x w windows over the table. No index of N * N
+    numbers is needed, neither here nor in the gradient.
+    """
+    if not isinstance(bias, Tensor):
+        q_factors, k_factors = bias
+        return q_factors @ k_factors.transpose(-2, -1)
+    side = 2 * window - 1
+    # (h, i, j, ky, kx) = table[i + ky, j + kx], which is the bias for i = w - 1 - qy and j = w - 1 - qx
+    sliding = bias.view(-1, side, side).unfold(1, window, 1).unfold(2, window, 1)
+    return sliding.flip(1, 2).reshape(-1, window * window, window * window)
 
 
 def parameters_of(bias: Bias) -> tuple[Tensor, ...]:
     """The tensors a bias consists of."""
     return (bias,) if isinstance(bias, Tensor) else bias
-
-
-def _from_table(table: Tensor, window: int) -> Tensor:
-    """bias[h, (qy, qx), (ky, kx)] = table[h, (ky - qy + w - 1) * (2w - 1) + (kx - qx + w - 1)].
-
-    It is a block Toeplitz matrix with Toeplitz blocks, so it consists of sliding w x w windows over the table: no
-    index of N * N numbers is needed, neither here nor in the gradient.
-    """
-    heads = table.shape[0]
-    side = 2 * window - 1
-    # (h, i, j, ky, kx) = table[i + ky, j + kx], which is the bias for i = w - 1 - qy and j = w - 1 - qx
-    sliding = table.view(heads, side, side).unfold(1, window, 1).unfold(2, window, 1)
-    return sliding.flip(1, 2).reshape(heads, window * window, window * window)
 
 
 def relative_index(query: Tensor, key: Tensor, window: int) -> Tensor:

@@ -12,16 +12,10 @@ import torch
 from torch import Tensor
 
 from esc_arch.ops import cpu
-from esc_arch.ops.cpu.wrapping import empty_map, input_reasons, register
-from esc_arch.ops.gradients import wants_gradients
-from esc_arch.ops.layout import empty_like
+from esc_arch.ops.cpu import register
+from esc_arch.ops.layout import empty_like, empty_map
 
 from .bias import Bias, parameters_of
-
-#: Weight and bias of a 1 x 1 convolution.
-Projection = tuple[Tensor, Tensor | None]
-#: Weight, bias and eps of a layer normalisation.
-Norm = tuple[Tensor, Tensor, float]
 
 #: A window's keys, values and gradients are held by each thread: some megabytes here, and no longer in the cache.
 LARGEST_WINDOW = 96
@@ -43,34 +37,12 @@ def unsupported_reasons(qkv: Tensor, bias: Bias, window: int, heads: int) -> lis
 
 def forward(qkv: Tensor, bias: Bias, window: int, heads: int) -> Tensor:
     """The C++ operator; see `window_attention`."""
-    first, second = _parts(bias)
+    first, second = operands(bias)
     out, _ = torch.ops.esc_arch.window_attention_cpu(qkv.float(), first, second, window, heads)
     return out.to(qkv.dtype)
 
 
-def fused(
-    x: Tensor,
-    to_qkv: Projection,
-    bias: Bias,
-    to_out: Projection,
-    window: int,
-    heads: int,
-    norm: Norm | None,
-    residual: bool,
-) -> Tensor | None:
-    """The projections and the norm in the same operator, None where it cannot; see `window_attention_fused`."""
-    weight, shift, eps = norm or (None, None, 0.0)
-    tensors = (weight, shift, *to_qkv, *parameters_of(bias), *to_out)
-    if wants_gradients(x, *tensors):  # there is no backward pass
-        return None
-    if unsupported_reasons(x, bias, window, heads) or input_reasons(*tensors, maps=[x]):
-        return None
-    return torch.ops.esc_arch.window_attention_fused_cpu(
-        x, weight, shift, eps, *to_qkv, *_parts(bias), *to_out, window, heads, residual
-    )
-
-
-def _parts(bias: Bias) -> tuple[Tensor, Tensor | None]:
+def operands(bias: Bias) -> tuple[Tensor, Tensor | None]:
     """The table and None, or the factors of queries and keys, as the operators take them."""
     first, *others = (part.float().contiguous() for part in parameters_of(bias))
     return first, others[0] if others else None

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from esc_arch.ops.gradients import wants_gradients
+from esc_arch.ops.operation import wants_gradients
 
 from .bias import Bias, dense_bias, parameters_of, relative_index
 from .windows import merge_windows, pad_to_windows, split_windows

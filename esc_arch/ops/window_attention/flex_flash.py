@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from esc_arch.ops.gradients import wants_gradients
+from esc_arch.ops.operation import wants_gradients
 
 from . import flex
 from .bias import Bias, parameters_of

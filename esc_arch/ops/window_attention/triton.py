@@ -23,12 +23,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from esc_arch.ops.autotune.choice import auto_skip_reasons as autotune_reasons
-from esc_arch.ops.autotune.choice import nearest
+from esc_arch.ops import triton_support
+from esc_arch.ops.autotune import results
 from esc_arch.ops.float32 import tf32_in_products
-from esc_arch.ops.gradients import wants_gradients
 from esc_arch.ops.layout import dense_layout
-from esc_arch.ops.triton_support import DTYPES, missing, precision
+from esc_arch.ops.operation import wants_gradients
+from esc_arch.ops.triton_support import precision
 
 from .bias import Bias
 
@@ -41,12 +41,7 @@ PROGRAMS = 4096
 def unsupported_reasons(qkv: Tensor, bias: Bias, window: int, heads: int) -> list[str]:
     """Why these kernels cannot take these inputs."""
     head_dim = qkv.shape[1] // (3 * heads)
-    lacking = missing(qkv.device.type, qkv.device.index)
-    reasons = [lacking] if lacking else []
-    if torch.compiler.is_exporting():
-        reasons.append("a compiled kernel cannot be exported")
-    if qkv.dtype not in DTYPES:
-        reasons.append(f"its kernels take float32, bfloat16 and float16, not {qkv.dtype}")
+    reasons = triton_support.unsupported_reasons(qkv)
     if head_dim > MAX_HEAD_DIM:
         reasons.append(f"its kernels take a head dimension of up to {MAX_HEAD_DIM}, not {head_dim}")
     if not isinstance(bias, Tensor):
@@ -57,9 +52,9 @@ def unsupported_reasons(qkv: Tensor, bias: Bias, window: int, heads: int) -> lis
 def auto_skip_reasons(qkv: Tensor, bias: Bias, window: int, heads: int) -> list[str]:
     """Why `auto` leaves these kernels to those who ask for them by name."""
     assert isinstance(bias, Tensor)  # others are refused above
-    network, training = nearest(channels=qkv.shape[1] // 3), wants_gradients(qkv, bias)
+    network, training = results.nearest(channels=qkv.shape[1] // 3), wants_gradients(qkv, bias)
     where = qkv.device.type, qkv.device.index
-    return autotune_reasons("window attention", network, qkv.dtype, tf32_in_products(), training, *where)
+    return results.auto_skip_reasons("window attention", network, qkv.dtype, tf32_in_products(), training, *where)
 
 
 def forward(qkv: Tensor, bias: Bias, window: int, heads: int) -> Tensor:
@@ -213,14 +208,12 @@ def _constants(qkv: Tensor, window: int, heads: int) -> dict[str, Any]:
     """What the kernels are compiled for."""
     head_dim = qkv.shape[1] // (3 * heads)
     return {
-        "SCALE": head_dim**-0.5,
         "WINDOW": window,
         "HEADS": heads,
         "HEAD_DIM": head_dim,
         "BLOCK_D": max(16, 1 << (head_dim - 1).bit_length()),
         "CHANNELS_LAST": dense_layout(qkv) is torch.channels_last,
         "PRECISION": precision(qkv, tf32_in_products()),
-        "DIRECT": qkv.is_cuda,
         # Explicit: Triton's default is changing
         "enable_fp_fusion": True,
     }

@@ -41,15 +41,16 @@ def _config(queries, keys, warps, stages):
 
 def _fitting(configs, named_args, **arguments):
     """Those whose blocks are not larger than a window needs, and whose tiles the registers can hold."""
-    tokens = max(triton.next_power_of_2(arguments["WINDOW"] ** 2), 16)
-    dim, words = arguments["BLOCK_D"], arguments["PRECISION"] in ("ieee", "tf32")
-    blocks = {config: (config.kwargs["BLOCK_Q"], config.kwargs["BLOCK_K"]) for config in configs}
-    chosen = [
-        config
-        for config, sides in blocks.items()
-        if max(sides) <= max(tokens, 32) and sum(sides) * dim * (1 + words) <= 24576
-    ]
-    return chosen or [min(blocks, key=blocks.__getitem__)]
+    tokens = max(triton.next_power_of_2(arguments["WINDOW"] ** 2), 32)
+    words = 2 if arguments["PRECISION"] in ("ieee", "tf32") else 1
+
+    def blocks(config):
+        return config.kwargs["BLOCK_Q"], config.kwargs["BLOCK_K"]
+
+    def fits(config):
+        return max(blocks(config)) <= tokens and sum(blocks(config)) * arguments["BLOCK_D"] * words <= 24576
+
+    return list(filter(fits, configs)) or [min(configs, key=blocks)]
 
 
 def _tuned(*configs):
@@ -226,7 +227,6 @@ def attend(
     lse,
     height,
     width,
-    SCALE: tl.constexpr,
     KEEP_LSE: tl.constexpr,
     WINDOW: tl.constexpr,
     HEADS: tl.constexpr,
@@ -237,7 +237,7 @@ def attend(
     BLOCK_Q: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
-    """out = softmax(q k^T SCALE + bias) v; lse, (B * G, h, N), the base-2 logarithm of the softmax's denominator.
+    """out = softmax(q k^T / sqrt(d) + bias) v; lse, (B * G, h, N), the base-2 logarithm of the softmax's denominator.
 
     A program is a block of queries of a head of a window.
     """
@@ -259,7 +259,7 @@ def attend(
     for start in range(0, TOKENS, BLOCK_K):
         k_pixel = _pixels(_tokens(start, BLOCK_K, WINDOW), window, height, width, WINDOW)[0]
         k = _load(qkv, picture, CHANNELS + channel, k_pixel, area, 3 * CHANNELS, HEAD_DIM, BLOCK_D, CHANNELS_LAST)
-        scores = dot(q, tl.trans(k), PRECISION) * SCALE + _biases(own, start, 1, BLOCK_K, WINDOW)
+        scores = dot(q, tl.trans(k), PRECISION) * HEAD_DIM**-0.5 + _biases(own, start, 1, BLOCK_K, WINDOW)
         if TOKENS % BLOCK_K != 0:
             scores = tl.where((start + tl.arange(0, BLOCK_K))[None, :] < TOKENS, scores, float("-inf"))
         larger = tl.maximum(largest, tl.max(scores, 1))
@@ -290,7 +290,6 @@ def differentiate_queries(
     d_qkv,
     height,
     width,
-    SCALE: tl.constexpr,
     WINDOW: tl.constexpr,
     HEADS: tl.constexpr,
     HEAD_DIM: tl.constexpr,
@@ -326,13 +325,14 @@ def differentiate_queries(
         k_pixel = _pixels(_tokens(start, BLOCK_K, WINDOW), window, height, width, WINDOW)[0]
         k = _load(qkv, picture, CHANNELS + channel, k_pixel, area, 3 * CHANNELS, HEAD_DIM, BLOCK_D, CHANNELS_LAST)
         v = _load(qkv, picture, 2 * CHANNELS + channel, k_pixel, area, 3 * CHANNELS, HEAD_DIM, BLOCK_D, CHANNELS_LAST)
-        scores = dot(q, tl.trans(k), PRECISION) * SCALE + _biases(own, start, 1, BLOCK_K, WINDOW)
+        scores = dot(q, tl.trans(k), PRECISION) * HEAD_DIM**-0.5 + _biases(own, start, 1, BLOCK_K, WINDOW)
         weights = tl.exp2(scores * LOG2E - log_sum[:, None])
         if TOKENS % BLOCK_K != 0:
             weights = tl.where((start + tl.arange(0, BLOCK_K))[None, :] < TOKENS, weights, 0.0)
         d_scores = weights * (dot(do, tl.trans(v), PRECISION) - product[:, None])
         acc += dot(d_scores.to(k.dtype), k, PRECISION)
-    _store(d_qkv, acc * SCALE, picture, channel, q_pixel, wanted, area, 3 * CHANNELS, HEAD_DIM, BLOCK_D, CHANNELS_LAST)
+    acc *= HEAD_DIM**-0.5
+    _store(d_qkv, acc, picture, channel, q_pixel, wanted, area, 3 * CHANNELS, HEAD_DIM, BLOCK_D, CHANNELS_LAST)
 
 
 @_tuned((64, 64, 4, 3), (64, 128, 4, 2), (32, 32, 4, 2))
@@ -348,7 +348,6 @@ def differentiate_keys(
     width,
     target_height,
     target_width,
-    SCALE: tl.constexpr,
     PADDED: tl.constexpr,
     WINDOW: tl.constexpr,
     HEADS: tl.constexpr,
@@ -387,7 +386,7 @@ def differentiate_keys(
         do = _load(d_out, picture, channel, q_pixel, area, CHANNELS, HEAD_DIM, BLOCK_D, CHANNELS_LAST)
         log_sum = tl.load(lse + offset + query)
         product = tl.load(products + offset + query)
-        scores = dot(k, tl.trans(q), PRECISION) * SCALE + _biases(own, start, -1, BLOCK_Q, WINDOW)
+        scores = dot(k, tl.trans(q), PRECISION) * HEAD_DIM**-0.5 + _biases(own, start, -1, BLOCK_Q, WINDOW)
         weights = tl.exp2(scores * LOG2E - log_sum[None, :])
         if TOKENS % BLOCK_Q != 0:
             weights = tl.where((start + tl.arange(0, BLOCK_Q))[None, :] < TOKENS, weights, 0.0)
@@ -395,13 +394,11 @@ def differentiate_keys(
         d_scores = weights * (dot(v, tl.trans(do), PRECISION) - product[None, :])
         dk += dot(d_scores.to(q.dtype), q, PRECISION)
 
-    columns = tl.cdiv(width, WINDOW)
-    y = window // columns * WINDOW + key // WINDOW
-    x = window % columns * WINDOW + key % WINDOW
-    pixel = y * target_width + x
+    pixel = _pixels(key, window, target_height, target_width, WINDOW)[0]
     area = target_height.to(tl.int64) * target_width
     first = channel + (0 if PADDED else CHANNELS)
-    _store(target, dk * SCALE, picture, first, pixel, there, area, TARGET_CHANNELS, HEAD_DIM, BLOCK_D, CHANNELS_LAST)
+    dk *= HEAD_DIM**-0.5
+    _store(target, dk, picture, first, pixel, there, area, TARGET_CHANNELS, HEAD_DIM, BLOCK_D, CHANNELS_LAST)
     _store(target, dv, picture, first + CHANNELS, pixel, there, area, TARGET_CHANNELS, HEAD_DIM, BLOCK_D, CHANNELS_LAST)
 
 
@@ -417,7 +414,6 @@ def differentiate_table(
     height,
     width,
     share,
-    SCALE: tl.constexpr,
     WINDOW: tl.constexpr,
     HEADS: tl.constexpr,
     HEAD_DIM: tl.constexpr,
@@ -476,7 +472,7 @@ def differentiate_table(
                 )
                 log_sum = tl.load(lse + statistics + query)
                 product = tl.load(products + statistics + query)
-                scores = dot(q, tl.trans(k), PRECISION) * SCALE + bias
+                scores = dot(q, tl.trans(k), PRECISION) * HEAD_DIM**-0.5 + bias
                 weights = tl.exp2(scores * LOG2E - log_sum[:, None])
                 acc += weights * (dot(do, tl.trans(v), PRECISION) - product[:, None])
         if distance > -WINDOW:

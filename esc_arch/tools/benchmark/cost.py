@@ -5,13 +5,13 @@ from __future__ import annotations
 import argparse
 import shlex
 import sys
-from collections.abc import Iterator
 from itertools import product
 from pathlib import Path
 
 import torch
 from tqdm import tqdm
 
+from esc_arch.atomic_io import check_output
 from esc_arch.errors import UserError, first_line
 from esc_arch.project import add_import_argument
 
@@ -19,7 +19,7 @@ from .counting import count_operations
 from .latency import LATENCY_PRECISIONS, LatencyProtocol, measure_latency
 from .networks import PRESETS, NetworkSpec, from_option_file, named
 from .paper import HD, paper_cost
-from .tables import Cell, Column, Table, add_report_arguments, check_report, write_report
+from .tables import Cell, Column, Table, add_report_arguments, write_report
 
 __all__ = ["HELP", "add_arguments", "network_cost", "run"]
 
@@ -102,19 +102,18 @@ def run(args: argparse.Namespace) -> int:
     protocol = None
     if not args.no_latency and device != "auto":
         protocol = LatencyProtocol(device, args.precision, args.backend, args.runs, args.warmup)
-    check_report(args.report)
+    if args.report is not None:
+        check_output(args.report, overwrite=True)
     costs = [network_cost(*pair, protocol) for pair in tqdm(pairs, unit="network", disable=None)]
     columns, notes = [*_COUNTED], [*_COUNTING_NOTES]
     if not args.no_latency:
         columns += _MEASURED
         notes += _latency_notes(protocol)
-    heading, table = "", Table(columns, costs, notes)
-    if args.format in ("text", "markdown"):
-        table = table.without_empty_columns()
+    heading = ""
     if args.format == "markdown":
         command = shlex.join(["basicsr", *sys.argv[1:]])
         heading = f"# What networks cost\n\nMade by `{command}`; do not edit by hand.\n\n"
-    write_report(heading + table.render(args.format), args.report)
+    write_report(heading + Table(columns, costs, notes).render(args.format), args.report)
     return 0
 
 
@@ -131,15 +130,11 @@ def _output_size(text: str) -> tuple[int, int]:
 def network_cost(
     network: NetworkSpec, output: tuple[int, int] = HD, protocol: LatencyProtocol | None = None
 ) -> dict[str, Cell]:
-    """Count, and measure; returns values by the names of columns.
+    """Count, and with a protocol measure; returns values by the names of columns.
 
-    Args:
-        output: width and height of the enlarged image. Those of the input are divided by the scale and rounded down,
-            as behind the paper's numbers (426 x 240 for x3 at 1280 x 720).
-        protocol: how to measure latency; None: not at all.
-
-    Raises:
-        UserError: the network cannot be built, cannot be run on images of this size, or does not enlarge by its scale.
+    `output` is width and height of the enlarged image. Those of the input are divided by the scale and rounded down,
+    as behind the paper's numbers (426 x 240 for x3 at 1280 x 720). UserError if the network cannot be built, cannot be
+    run on images of this size, or does not enlarge by its scale.
     """
     width, height = (int(side / network.scale) for side in output)
     name, size = f"{network.name} x{network.scale:g}", f"{output[0]}x{output[1]}"
@@ -182,21 +177,17 @@ def network_cost(
     if protocol is None:
         return cost
     cost |= {"precision": protocol.precision, "backend": protocol.backend.lower(), "device": protocol.device_name}
-    measured = measure_latency(network.build(), padded[0], padded[1], protocol)
-    cost["latency_ms"] = "out of memory"
-    cost.update(measured or {})
-    return cost
+    return cost | measure_latency(network.build(), padded[0], padded[1], protocol)
 
 
-def _latency_notes(protocol: LatencyProtocol | None) -> Iterator[str]:
+def _latency_notes(protocol: LatencyProtocol | None) -> list[str]:
     paper = "The paper's latency and memory were measured on its GPU, in float32."
     if protocol is None:
-        yield f"Latency: not measured, because there is no CUDA device; --device cpu measures it on the CPU. {paper}"
-        return
-    yield (
+        return [f"Latency: not measured, because there is no CUDA device; --device cpu measures it on the CPU. {paper}"]
+    return [
         f"Latency: of one image, after {protocol.warmup + 1} untimed runs: median and interquartile range of "
         f"{protocol.runs} runs, each waited for. Memory: peak of what PyTorch allocated on the GPU, weights included. "
-        f"{protocol.device_name}, PyTorch {torch.__version__}."
-    )
-    yield f"{protocol.precision}: {LATENCY_PRECISIONS[protocol.precision]}. {paper}"
-    yield "Backend: of window attention in ESC's networks."
+        f"{protocol.device_name}, PyTorch {torch.__version__}.",
+        f"{protocol.precision}: {LATENCY_PRECISIONS[protocol.precision]}. {paper}",
+        "Backend: of window attention in ESC's networks.",
+    ]

@@ -20,32 +20,23 @@ _LAYER_NORM = torch.ops.aten.native_layer_norm
 
 @dataclass(frozen=True)
 class Operations:
-    """What a network has, and what one image costs.
-
-    Attributes:
-        parameters: of the network.
-        products: multiply-adds of convolutions, linear layers and matrix products, both of attention included.
-        paper: the same by the paper's convention, which is fvcore's: plus 5 for each output value of a LayerNorm, 1 for
-            each input value of a global pool, and the q, k, v projection of the pixels that window attention pads
-            (the paper pads before the projection, this package after it).
-        output: shape of the output.
-    """
+    """What a network has, and what one image costs."""
 
     parameters: int
+    #: Multiply-adds of convolutions, linear layers and matrix products, both of attention included.
     products: int
+    #: By the paper's convention, which is fvcore's: plus 5 for each output value of a LayerNorm, 1 for each input value
+    #: of a global pool, and the q, k, v projection of the pixels that window attention pads (the paper pads before the
+    #: projection, this package after it).
     paper: int
+    #: Shape of the output.
     output: tuple[int, ...]
 
 
 def count_operations(net: nn.Module, height: int, width: int) -> Operations:
-    """Count the operations of one image, attention by the plain formula. The network loses its weights: pass a new one.
+    """Count the operations of one image (1, 3, H, W), attention by the plain formula; raises what the network raises.
 
-    Args:
-        net: (1, 3, H, W) -> a tensor.
-        height, width: H and W.
-
-    Raises:
-        Exception: what the network raises for such an image.
+    The network loses its weights: pass a new one.
     """
     extra = 0  # by hooks, because operators do not show it
 

@@ -6,7 +6,7 @@ import argparse
 import operator
 import re
 import shlex
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import product
 from pathlib import Path
@@ -14,15 +14,14 @@ from typing import Any, NamedTuple
 
 from tqdm import tqdm
 
+from esc_arch.atomic_io import check_output
 from esc_arch.data.image_files import IMAGE_SUFFIXES, read_image
 from esc_arch.errors import UserError
-from esc_arch.names import did_you_mean
 from esc_arch.options import load_options
-from esc_arch.options.image_checks import image_size
 from esc_arch.project import add_import_argument
 
 from .resampling import MATLAB, recognise_resampling
-from .tables import Column, Table, add_report_arguments, check_report, write_report
+from .tables import Column, Table, add_report_arguments, write_report
 
 __all__ = ["HELP", "KNOWN_SETS", "add_arguments", "check_folders", "paired_folders", "run"]
 
@@ -106,23 +105,19 @@ def paired_folders(opt: Mapping[str, Any], file: Path) -> Iterator[PairedFolders
 
 @dataclass
 class DataReport:
-    """What was found in a data set at a scale.
-
-    Attributes:
-        expected: number of images of the published set; None for unknown sets.
-        images: number of HR images that have LR images.
-        resampling: how the LR images were made; None if none was compared.
-        problems: why published scores cannot be reproduced with it, a sentence each.
-        notes: what else is good to know.
-        fix: the command that makes the set again, once the HR images are there.
-    """
+    """What was found in a data set at a scale; None and 0 for what was not."""
 
     dataset: str
     scale: int
-    expected: int | None = None
+    #: Number of images of the published set.
+    expected: int | None
+    #: The command that makes the set again, once the HR images are there.
+    fix: str
+    #: Number of HR images that have LR images.
     images: int = 0
+    #: How the LR images were made.
     resampling: str | None = None
-    fix: str = ""
+    #: Why published scores cannot be reproduced with it, a sentence each.
     problems: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
 
@@ -130,16 +125,12 @@ class DataReport:
 def check_folders(folders: PairedFolders, most: int | None = None) -> DataReport:
     """Check the images of a set at a scale, their names and sizes, and how the LR images were made.
 
-    Args:
-        most: compare at most so many LR images with HR, evenly chosen; default: all.
-
-    Raises:
-        UserError: an image cannot be read.
+    At `most` so many LR images are compared with HR, evenly chosen (default: all). UserError if one cannot be read.
     """
     known = KNOWN_SETS.get(folders.name)
     source = f" It is the set of {known.source}; its files: {known.files}." if known else ""
     hr_files, lr_files = images_in(folders.hr), set(images_in(folders.lr))
-    report = DataReport(folders.name, folders.scale, known and known.images, fix=_fix(folders, len(hr_files), known))
+    report = DataReport(folders.name, folders.scale, known and known.images, _fix(folders, len(hr_files), known))
     if not hr_files:
         report.problems.append(f"There are no HR images in {folders.hr}.{source}")
         return report
@@ -157,24 +148,48 @@ def check_folders(folders: PairedFolders, most: int | None = None) -> DataReport
         report.problems.append(f"LR images are missing: {_some(missing)}.")
     if unpaired := lr_files.difference(partners.values()):
         report.problems.append(f"LR images belong to no HR image: {_some(unpaired)}.")
-    pairs = {hr: lr for hr, lr in partners.items() if lr in lr_files}
+    pairs = [pair for pair in partners.items() if pair[1] in lr_files]
     report.images = len(pairs)
-    fitting = _check_sizes(report, pairs)
-    step = 1 if most is None else -(-len(fitting) // most) or 1
+    step = -(-len(pairs) // most) if most and pairs else 1
     if step > 1:
         report.notes.append(f"One in {step} of its LR images was compared with HR.")
-    found: dict[str, list[Path]] = {}
-    for hr in tqdm(fitting[::step], unit="image", leave=False, disable=None):  # None: shown on a terminal only
-        way = recognise_resampling(read_image(hr), read_image(pairs[hr]), report.scale)
-        found.setdefault(way, []).append(pairs[hr])
-    others = sorted(found.keys() - {MATLAB}, key=lambda way: -len(found[way]))
-    report.resampling = next(iter([*others, *found]), None)
+    _compare(report, pairs[::step])
+    return report
+
+
+def _compare(report: DataReport, pairs: Sequence[tuple[Path, Path]]) -> None:
+    """Compare LR images with HR: LR is made from as much of HR as the scale, or 12, divides."""
+    made_by: dict[str, list[Path]] = {}
+    wrong, is_cropped = [], len(pairs) > 2 and report.dataset in KNOWN_SETS
+    for hr, lr in tqdm(pairs, unit="image", leave=False, disable=None):  # None: shown on a terminal only
+        image, small = read_image(hr), read_image(lr)
+        height, width = image.shape[:2]
+        is_cropped &= height % _COMMON_MULTIPLE == width % _COMMON_MULTIPLE == 0
+        expected, other = (
+            (height // multiple * multiple // report.scale, width // multiple * multiple // report.scale)
+            for multiple in (report.scale, _COMMON_MULTIPLE)
+        )
+        if small.shape[:2] in (expected, other):
+            made_by.setdefault(recognise_resampling(image, small, report.scale), []).append(lr)
+        else:
+            wrong.append(
+                f"{lr.name} is {small.shape[1]} x {small.shape[0]}, but {hr.name} is {width} x {height}, which makes "
+                f"{expected[1]} x {expected[0]} at x{report.scale}."
+            )
+    if wrong:
+        report.problems.append(f"{len(wrong)} of {len(pairs)} LR images have the wrong size: {wrong[0]}")
+    others = sorted(made_by.keys() - {MATLAB}, key=lambda way: -len(made_by[way]))
+    report.resampling = next(iter([*others, *made_by]), None)
     for way in others[:3]:
         report.problems.append(
-            f"{len(found[way])} of {len(fitting[::step])} LR images compared were not made by {MATLAB}, but by {way}: "
-            f"{_some(found[way])}."
+            f"{len(made_by[way])} of {len(pairs) - len(wrong)} LR images compared were not made by {MATLAB}, but by "
+            f"{way}: {_some(made_by[way])}."
         )
-    return report
+    if is_cropped:
+        report.notes.append(
+            f"All HR images are cropped to multiples of {_COMMON_MULTIPLE}; published scores are of images cropped for "
+            "each scale separately, so means differ slightly. Create it again from whole HR images."
+        )
 
 
 def _fix(folders: PairedFolders, hr_images: int, known: KnownSet | None) -> str:
@@ -200,37 +215,6 @@ def _some(files: Iterable[Path]) -> str:
     return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
 
 
-def _check_sizes(report: DataReport, pairs: Mapping[Path, Path]) -> list[Path]:
-    """The HR images whose LR fits: made from as much of HR as the scale, or 12, divides."""
-    fitting, wrong, is_cropped = [], "", len(pairs) > 2 and report.dataset in KNOWN_SETS
-    for hr, lr in pairs.items():
-        size, small = image_size(str(hr)), image_size(str(lr))
-        if size is None or small is None:
-            raise UserError(f"{lr if size else hr} cannot be read as an image. Replace or remove it.")
-        height, width = size
-        is_cropped &= height % _COMMON_MULTIPLE == width % _COMMON_MULTIPLE == 0
-        expected, other = (
-            (height // multiple * multiple // report.scale, width // multiple * multiple // report.scale)
-            for multiple in (report.scale, _COMMON_MULTIPLE)
-        )
-        if small in (expected, other):
-            fitting.append(hr)
-        elif not wrong:
-            wrong = (
-                f"{lr.name} is {small[1]} x {small[0]}, but {hr.name} is {width} x {height}, which makes {expected[1]} "
-                f"x {expected[0]} at x{report.scale}."
-            )
-    if wrong:
-        bad = len(pairs) - len(fitting)
-        report.problems.append(f"{bad} of {len(pairs)} LR images have the wrong size: {wrong}")
-    if is_cropped:
-        report.notes.append(
-            f"All HR images are cropped to multiples of {_COMMON_MULTIPLE}; published scores are of images cropped for "
-            "each scale separately, so means differ slightly. Create it again from whole HR images."
-        )
-    return fitting
-
-
 # --- the command ----------------------------------------------------------------------------------------------------
 
 _COLUMNS = (
@@ -252,50 +236,40 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--root", type=Path, default=Path("datasets/benchmark"), metavar="FOLDER", help="of the five sets (%(default)s)"
     )
-    parser.add_argument(
-        "--sets", nargs="+", default=[*KNOWN_SETS], metavar="NAME", help=f"of {', '.join(KNOWN_SETS)} (all)"
-    )
+    parser.add_argument("--sets", nargs="+", choices=[*KNOWN_SETS], default=[*KNOWN_SETS], help="(default: all)")
     parser.add_argument("--scales", nargs="+", type=int, default=[2, 3, 4], metavar="S", help="(2 3 4)")
     add_report_arguments(parser)
 
 
 def run(args: argparse.Namespace) -> int:
-    """Print or write what was found; returns 1 if published scores cannot be reproduced with some of the data.
-
-    Raises:
-        UserError: an option file, a set or a scale cannot be used, or an image cannot be read.
-    """
-    check_report(args.report)
+    """Print or write what was found; returns 1 if published scores cannot be reproduced with some of the data."""
+    if args.report is not None:
+        check_output(args.report, overwrite=True)
     if args.opt:
         folders = dict.fromkeys(each for file in args.opt for each in paired_folders(load_options(file), file))
         if not folders:
             files = ", ".join(map(str, args.opt))
             raise UserError(f"{files}: no data set of type PairedImageDataset in folders; only these are checked.")
     else:
-        folders = dict.fromkeys(_folders_of_sets(args))
+        if min(args.scales) < 2:
+            raise UserError(f"--scales {min(args.scales)}: benchmark data have scales from 2 on.")
+        roots = ((args.root / name, scale) for name, scale in product(args.sets, args.scales))
+        folders = dict.fromkeys(
+            PairedFolders(root.name, scale, root / "HR", root / f"LR_bicubic/X{scale}", f"{{}}x{scale}")
+            for root, scale in roots
+        )
     reports = [check_folders(each) for each in folders]
-    scales: dict[tuple[str, str], list[str]] = {}
+    remarks: dict[tuple[str, str], list[str]] = {}  # the scales of each
     records = []
     for report in reports:
         texts = {"problems": " ".join(report.problems), "notes": " ".join(report.notes)}
         records.append(vars(report) | texts | {"state": "problem" if report.problems else "ok"})
         for remark in (*report.problems, *report.notes):
-            scales.setdefault((report.dataset, remark), []).append(f"x{report.scale}")
-    if args.format in ("csv", "json"):
-        table = Table(_COLUMNS, records)
-    else:
-        remarks = [f"{name} {', '.join(those)}: {remark}" for (name, remark), those in scales.items()]
+            remarks.setdefault((report.dataset, remark), []).append(f"x{report.scale}")
+    table = Table(_COLUMNS, records)
+    if args.format in ("text", "markdown"):
+        lines = [f"{name} {', '.join(scales)}: {remark}" for (name, remark), scales in remarks.items()]
         fixes = {report.dataset: f"To fix {report.dataset}: {report.fix}" for report in reports if report.problems}
-        table = Table(_COLUMNS[:-2], records, [*remarks, *fixes.values()])
+        table = Table(_COLUMNS[:-2], records, [*lines, *fixes.values()])
     write_report(table.render(args.format), args.report)
     return 1 if any(report.problems for report in reports) else 0
-
-
-def _folders_of_sets(args: argparse.Namespace) -> Iterator[PairedFolders]:
-    if min(args.scales) < 2:
-        raise UserError(f"--scales {min(args.scales)}: benchmark data have scales from 2 on.")
-    for name, scale in product(args.sets, args.scales):
-        if name not in KNOWN_SETS:
-            raise UserError(f"--sets {name} is not known. {did_you_mean(name, KNOWN_SETS)}.")
-        folder = args.root / name
-        yield PairedFolders(name, scale, folder / "HR", folder / f"LR_bicubic/X{scale}", f"{{}}x{scale}")

@@ -29,11 +29,7 @@ _AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 @dataclass(frozen=True)
 class LatencyProtocol:
-    """How to measure: on cpu or cuda, in one of `LATENCY_PRECISIONS`, after `warmup` untimed runs.
-
-    Raises:
-        UserError: there is no such device or backend, or a number is too small.
-    """
+    """How to measure: on cpu or cuda, after `warmup` untimed runs. UserError if that cannot be done here."""
 
     device: str
     precision: str = "fp32"
@@ -50,9 +46,8 @@ class LatencyProtocol:
             raise UserError(f"--runs {self.runs} --warmup {self.warmup}: at least 1 run, and 0 or more for warm-up.")
         try:
             WINDOW_ATTENTION.resolve(self.backend)
-        except ValueError:
-            allowed = ", ".join(WINDOW_ATTENTION.backends)
-            raise UserError(f"--backend {self.backend}: not known. Allowed: auto, {allowed}.") from None
+        except ValueError as error:
+            raise UserError(f"--backend {self.backend}: {error}") from None
 
     @property
     def device_name(self) -> str:
@@ -61,19 +56,12 @@ class LatencyProtocol:
         return f"CPU, {torch.get_num_threads()} threads"
 
 
-def measure_latency(net: nn.Module, height: int, width: int, protocol: LatencyProtocol) -> dict[str, float] | None:
-    """Time a network on a random image; None if the GPU's memory does not suffice.
-
-    Args:
-        net: (1, 3, H, W) -> anything; moved to the device, its attention set to the backend.
-        height, width: H and W.
+def measure_latency(net: nn.Module, height: int, width: int, protocol: LatencyProtocol) -> dict[str, float | str]:
+    """Time a network on a random image (1, 3, H, W); it is moved to the device, its attention set to the backend.
 
     Returns:
-        `latency_ms`, the median; `latency_spread_ms`, the interquartile range of 4 runs or more; on a GPU `memory_mib`,
-        the most that PyTorch allocated, weights included.
-
-    Raises:
-        UserError: the backend cannot be used here.
+        `latency_ms`, the median, or "out of memory"; `latency_spread_ms`, the interquartile range of 4 runs or more;
+        on a GPU `memory_mib`, the most that PyTorch allocated, weights included. UserError if the backend cannot run.
     """
     for module in net.modules():
         if isinstance(module, WindowAttention):
@@ -91,10 +79,10 @@ def measure_latency(net: nn.Module, height: int, width: int, protocol: LatencyPr
         ):
             times = [_milliseconds(net, image) for _ in range(1 + protocol.warmup + protocol.runs)][-protocol.runs :]
     except torch.cuda.OutOfMemoryError:
-        return None
+        return {"latency_ms": "out of memory"}
     except UnusableBackend as error:
         raise UserError(f"--backend {protocol.backend}: {error}") from None
-    measured = {"latency_ms": statistics.median(times)}
+    measured: dict[str, float | str] = {"latency_ms": statistics.median(times)}
     if len(times) >= 4:
         lower, _, upper = statistics.quantiles(times, n=4)
         measured["latency_spread_ms"] = upper - lower

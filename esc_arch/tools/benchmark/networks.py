@@ -26,36 +26,32 @@ _SCALE_KEYS = ("upscaling_factor", "upscale", "scale")
 #: Options other than those of the network itself.
 _COMPUTATION = ("attn_type", "backend", "query_chunk", "rank", "flashbias_rank", *_SCALE_KEYS)
 
+
+def _section(text: str) -> dict[str, Any]:
+    """`network_g` from a type, or a type with its options, as in an option file."""
+    name, colon, _ = text.partition(":")
+    options = load_yaml(f"{text}\n").get(name) if colon else {}
+    if not isinstance(options, dict):
+        raise UserError(f"--networks {text!r} is invalid. Give a name, or a type with its options, {_EXAMPLE}.")
+    return {"type": name, **options}
+
+
 #: `network_g` of published networks by the paper's names, most without a scale: what is measured when none is named.
 PRESETS: Mapping[str, Mapping[str, Any]] = {
-    "ESC-FP": {"type": "esc_arch.ESCFP"},
-    "ESC-light": {"type": "esc_arch.ESC", "n_blocks": 3},
-    "ESC": {"type": "esc_arch.ESC"},
-    "ESC-FlashBias": {"type": "esc_arch.ESC", "attn_type": "FlashBias", "flashbias_rank": 48},
-    "ESC-RIB": {"type": "esc_arch.ESCRIB", "gate_type": "DWC"},
-    "ESC-XL": {
-        "type": "esc_arch.ESC",
-        "dim": 192,
-        "pdim": 48,
-        "n_blocks": 8,
-        "window_size": 48,
-        "num_heads": 12,
-        "use_ln": True,
-    },
-    "ESC-Real": {"type": "esc_arch.ESCReal", "upscaling_factor": 4},
-    "ESC-LTE": {"type": "esc_arch.ESCLTE"},
-    "SwinIR-light": {
-        "type": "SwinIR",
-        "img_size": 64,
-        "window_size": 8,
-        "depths": [6, 6, 6, 6],
-        "embed_dim": 60,
-        "num_heads": [6, 6, 6, 6],
-        "mlp_ratio": 2,
-        "upsampler": "pixelshuffledirect",
-    },
-    "EDSR-baseline": {"type": "EDSR", "num_in_ch": 3, "num_out_ch": 3},
-    "RRDBNet": {"type": "RRDBNet", "num_in_ch": 3, "num_out_ch": 3, "scale": 4},
+    "ESC-FP": _section("esc_arch.ESCFP"),
+    "ESC-light": _section("esc_arch.ESC: {n_blocks: 3}"),
+    "ESC": _section("esc_arch.ESC"),
+    "ESC-FlashBias": _section("esc_arch.ESC: {attn_type: FlashBias, flashbias_rank: 48}"),
+    "ESC-RIB": _section("esc_arch.ESCRIB: {gate_type: DWC}"),
+    "ESC-XL": _section("esc_arch.ESC: {dim: 192, pdim: 48, n_blocks: 8, window_size: 48, num_heads: 12, use_ln: true}"),
+    "ESC-Real": _section("esc_arch.ESCReal: {upscaling_factor: 4}"),
+    "ESC-LTE": _section("esc_arch.ESCLTE"),
+    "SwinIR-light": _section(
+        "SwinIR: {img_size: 64, window_size: 8, depths: [6, 6, 6, 6], embed_dim: 60, num_heads: [6, 6, 6, 6], "
+        "mlp_ratio: 2, upsampler: pixelshuffledirect}"
+    ),
+    "EDSR-baseline": _section("EDSR: {num_in_ch: 3, num_out_ch: 3}"),
+    "RRDBNet": _section("RRDBNet: {num_in_ch: 3, num_out_ch: 3, scale: 4}"),
 }
 
 
@@ -75,10 +71,7 @@ class NetworkSpec:
 
     @property
     def multiple(self) -> int:
-        """What height and width of its input must be multiples of.
-
-        ESC's networks take every size. Others with windows are given padded images, as by BasicSR's SwinIRModel.
-        """
+        """What height and width of its input must be multiples of: ESC's networks take every size."""
         if issubclass(_constructor(self.options), ESCFamily):
             return 1
         return int(_arguments(self.options).get("window_size") or 1)
@@ -96,29 +89,21 @@ class NetworkSpec:
 
 
 def named(text: str, scales: Sequence[int]) -> list[NetworkSpec]:
-    """Networks that an argument of the command line means.
+    """Networks that an argument of the command line means, at `scales` unless the options have a scale.
 
-    Args:
-        text: a name of `PRESETS`, a type of ARCH_REGISTRY, or a type with options as in an option file, such as
-            "SwinIR: {upscale: 2, window_size: 8}".
-        scales: wanted; options with a scale have that one.
-
-    Raises:
-        UserError: the name is not known, the network does not take the options, or the text is invalid.
+    `text` is a name of `PRESETS`, a type of ARCH_REGISTRY, or a type with options as in an option file, such as
+    "SwinIR: {upscale: 2, window_size: 8}". UserError if the name is not known, or the options cannot be used.
     """
     if text in PRESETS:
         return _at_scales(text, PRESETS[text], scales)
-    name, colon, _ = text.partition(":")
-    given = load_yaml(f"{text}\n").get(name) if colon else {}
-    if not isinstance(given, dict):
-        raise UserError(f"--networks {text!r} is invalid. Give a name, or a type with its options, {_EXAMPLE}.")
-    types = entries(ARCH_REGISTRY)
+    section, types = _section(text), entries(ARCH_REGISTRY)
+    name = section["type"]
     if name not in types:
         raise UserError(
             f"--networks: there is no {name!r}. {did_you_mean(name, {*PRESETS, *shown_names(types)})}. If it is of "
             "your own package, name the module: --import MODULE."
         )
-    return _at_scales(name, _checked("--networks", {"type": name, **given}), scales)
+    return _at_scales(name, _checked("--networks", section), scales)
 
 
 def from_option_file(path: Path) -> NetworkSpec:
@@ -127,13 +112,11 @@ def from_option_file(path: Path) -> NetworkSpec:
     return _at_scales(path.stem, options, ())[0]
 
 
-def _checked(where: str, section: Any) -> Mapping[str, Any]:
+def _checked(where: str, section: Any) -> Any:
     """A section whose type is registered and takes the options."""
-    problems = "; ".join(map(str, check_call(where, section, entries(ARCH_REGISTRY))))
-    if problems:
-        raise UserError(f"{problems}. Options are given {_EXAMPLE}.")
-    options: Mapping[str, Any] = section
-    return options
+    if problems := list(map(str, check_call(where, section, entries(ARCH_REGISTRY)))):
+        raise UserError(f"{'; '.join(problems)}. Options are given {_EXAMPLE}.")
+    return section
 
 
 def _at_scales(name: str, options: Mapping[str, Any], scales: Sequence[int]) -> list[NetworkSpec]:
@@ -161,10 +144,7 @@ def _arguments(options: Mapping[str, Any]) -> dict[str, Any]:
 
 def _identity(options: Mapping[str, Any]) -> dict[str, Any]:
     """What distinguishes networks other than the scale, how attention is computed, and the rank of its factors."""
-    complete = {
-        key: list(value) if isinstance(value, tuple) else value
-        for key, value in _arguments(options).items()
-        if key not in _COMPUTATION
-    }
+    own = {key: value for key, value in _arguments(options).items() if key not in _COMPUTATION}
+    own = {key: list(value) if isinstance(value, tuple) else value for key, value in own.items()}
     has_factors = str(options.get("attn_type")).lower() == "flashbias"
-    return complete | {"type": _constructor(options), "factors": has_factors}
+    return own | {"type": _constructor(options), "factors": has_factors}

@@ -1,222 +1,236 @@
-"""Networks tested by BasicSR's own pipeline, with the metrics of each image."""
+"""`basicsr benchmark quality`: PSNR and SSIM of networks, compared with the paper and with a baseline."""
 
 from __future__ import annotations
 
 import argparse
-import contextlib
-import copy
-import csv
-import logging
-import math
+import json
 import os
 import statistics
-import sys
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
-import basicsr.test
-from basicsr.data import build_dataset
-from basicsr.metrics import calculate_metric
-from basicsr.utils import logger as basicsr_logger
-from basicsr.utils import tensor2img
-
-from esc_arch.data.names import image_name
-from esc_arch.errors import UserError, describe
+from esc_arch.atomic_io import write_atomically
+from esc_arch.errors import UserError
 from esc_arch.models.esc_model import PROTOCOLS
-from esc_arch.models.metrics import image_measured, measure
-from esc_arch.names import did_you_mean
-from esc_arch.ops.resize import matlab_resize, scale_pair
-from esc_arch.options import Options, checked_options, load_options
-from esc_arch.options.section_checks import is_esc_model
-from esc_arch.training.distributed import abort_all_ranks
-from esc_arch.training.pipeline import run_within
+from esc_arch.project import add_import_argument
+from esc_arch.training.distributed import print_note
 
-from .networks import NetworkSpec
-from .paper import PAPER_ROWS
+from .data import KNOWN_SETS, check_folders, paired_folders
+from .evaluation import Evaluation, Gains, SetScores, compute_gains, plan_evaluation, run_all
+from .paper import PAPER_ROWS, paper_scores
+from .plots import plot_gains, plot_quality, require_matplotlib, write_crops
+from .tables import TABLE_FORMATS, Cell, Column, Row, Table
 
-__all__ = ["NO_PAPER", "Evaluation", "SetScores", "bicubic_images", "bicubic_scores", "plan_evaluation", "run_all"]
+__all__ = ["HELP", "add_arguments", "run"]
 
-#: Value of `--paper` for no comparison.
-NO_PAPER = "none"
+HELP = "Test networks with BasicSR's pipeline, and compare PSNR and SSIM with the paper."
 
-
-@dataclass(frozen=True)
-class Evaluation:
-    """A checked option file, to be tested, with the arguments of `basicsr test` and the complete options.
-
-    `paper` is the row of the paper that it belongs to; None if there is none.
-    """
-
-    file: Path
-    arguments: argparse.Namespace
-    opt: Options
-    network: NetworkSpec
-    paper: str | None
-
-    @property
-    def name(self) -> str:
-        return str(self.opt["name"])
-
-    @property
-    def protocol(self) -> str:
-        return str(self.opt["val"].get("protocol") or PROTOCOLS[0])
-
-    @property
-    def datasets(self) -> dict[str, Options]:
-        """The sections of data sets by their names, in the order they are tested in."""
-        return {section["name"]: section for _, section in sorted(self.opt["datasets"].items())}
-
-    def result_file(self, dataset: str, image: str) -> Path:
-        """Where the result for an image is saved."""
-        suffix = self.opt["val"].get("suffix") or self.name
-        return Path(self.opt["path"]["visualization"], dataset, f"{image}_{suffix}.png")
+BICUBIC = "bicubic"
+#: LR images of a set that are compared with HR before a test; `basicsr benchmark data` compares all.
+_IMAGES_CHECKED = 3
+#: The paper's metrics with the digits it prints. Scores agree if they differ by at most one and a half units of the
+#: last digit: one unit, and half of one for rounding.
+_PAPER_METRICS = {"calculate_psnr": ("psnr", 2), "calculate_ssim": ("ssim", 4)}
+_UNITS = 1.5
 
 
-@dataclass(frozen=True)
-class SetScores:
-    """Metrics of each image of a data set, by names of LR files."""
-
-    evaluation: Evaluation
-    dataset: str
-    images: Mapping[str, Mapping[str, float]]
-
-    @classmethod
-    def read(cls, evaluation: Evaluation, dataset: str) -> SetScores:
-        """What `val: per_image` of a test has left."""
-        file = Path(evaluation.opt["path"]["visualization"], "per_image", f"{dataset}.csv")
-        with open(file, encoding="utf-8", newline="") as lines:
-            rows = {row.pop("image"): row for row in csv.DictReader(lines)}
-        numbers = {image: {name: float(value) for name, value in row.items()} for image, row in rows.items()}
-        return cls(evaluation, dataset, numbers)
-
-    @property
-    def scale(self) -> Any:
-        """A number, or those of height and width."""
-        return self.evaluation.datasets[self.dataset].get("scale") or self.evaluation.network.scale
-
-    @property
-    def border(self) -> int:
-        """The paper's crop_border: as many pixels as the scale."""
-        return math.ceil(max(scale_pair(self.scale)))
-
-    @property
-    def metrics(self) -> dict[str, Options]:
-        """The metrics with the border that `ESCLTEModel` uses for `crop_border: scale`."""
-        return {
-            name: metric | {"crop_border": self.border} if metric.get("crop_border") == "scale" else metric
-            for name, metric in self.evaluation.opt["val"]["metrics"].items()
-        }
-
-    @property
-    def psnr(self) -> str:
-        """The name of the metric that is PSNR; empty if there is none."""
-        return next((name for name, metric in self.metrics.items() if metric["type"] == "calculate_psnr"), "")
-
-    def mean(self, metric: str) -> float | None:
-        values = [scores[metric] for scores in self.images.values() if metric in scores]
-        return statistics.fmean(values) if values else None
-
-
-def plan_evaluation(
-    file: Path,
-    force_yml: Sequence[str] = (),
-    *,
-    protocol: str | None = None,
-    paper: str | None = None,
-    launcher: str = "none",
-) -> Evaluation:
-    """Check an option file, and decide how to run it: with a model that keeps the metrics of each image.
-
-    Args:
-        force_yml: entries of `--force_yml`.
-        protocol: one of `PROTOCOLS`; default: the file's.
-        paper: one of `PAPER_ROWS`, or `NO_PAPER`; default: recognised by the network and the name.
-
-    Raises:
-        UserError: something in it cannot be used.
-    """
-    if paper not in (None, NO_PAPER, *PAPER_ROWS):
-        raise UserError(f"--paper {paper} is not known. {did_you_mean(paper, (*PAPER_ROWS, NO_PAPER))}.")
-    forced = [*force_yml, "val:per_image=true"]
-    opt = load_options(file, force_yml)
-    if not is_esc_model(opt):
-        if opt.get("model_type") == "SRModel":
-            protocol = protocol or "srmodel"
-        if protocol is None:
-            raise UserError(
-                f"{file}: model_type: {opt.get('model_type')!r} does not keep the scores of each image. Choose with "
-                f"--protocol how ESCModel is to run the network instead: {', '.join(PROTOCOLS)}."
-            )
-        forced.append("model_type=esc_arch.ESCModel")
-    if protocol is not None:
-        forced.append(f"val:protocol={protocol}")
-    arguments = argparse.Namespace(
-        opt=str(file), force_yml=forced, launcher=launcher, auto_resume=False, debug=False, local_rank=0
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add what is tested, how, and what it is compared with."""
+    parser.add_argument("-opt", nargs="+", type=Path, required=True, metavar="FILE", help="option files of tests")
+    add_import_argument(parser)
+    parser.add_argument(
+        "-m", "--weights", nargs="+", metavar="FILE", help="one for each option file, over its pretrain_network_g"
     )
-    opt = checked_options(os.getcwd(), False, arguments)
-    if not opt["val"].get("metrics"):
-        raise UserError(
-            f"{file}: val:metrics is missing; give the metrics to measure, such as "
-            "psnr: {type: calculate_psnr, crop_border: 4, test_y_channel: true}"
-        )
-    scale = opt.get("scale") or opt["network_g"].get("upscaling_factor") or 1
-    network = NetworkSpec(opt["name"], opt["network_g"], scale)
-    if paper is None:
-        weights = Path(str((opt.get("path") or {}).get("pretrain_network_g")))
-        is_dflip = "DFLIP" in opt["name"] or "DFLIP" in weights.name
-        paper = f"{network.published}{'-DFLIP' * is_dflip}"
-    return Evaluation(file, arguments, opt, network, paper if paper in PAPER_ROWS else None)
+    parser.add_argument(
+        "--protocol",
+        choices=PROTOCOLS,
+        help="published: the image padded by reflection to whole windows; srmodel: as it is; ensemble: published, mean "
+        "over eight orientations (default: that of the option file, or published)",
+    )
+    parser.add_argument(
+        "--paper",
+        choices=(*PAPER_ROWS, "none"),
+        help="the paper's scores to compare with (default: recognised by the network)",
+    )
+    parser.add_argument("--baseline", metavar="FILE", help=f"an option file to compare images with, or {BICUBIC}")
+    parser.add_argument(
+        "--cost", type=Path, metavar="FILE", help="from basicsr benchmark cost --format json, for PSNR against latency"
+    )
+    parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="(that of the file)")
+    parser.add_argument("--launcher", choices=("none", "pytorch", "slurm"), default="none", help="as in basicsr test")
+    parser.add_argument("--force_yml", nargs="+", default=[], metavar="KEY=VALUE", help="as in basicsr test")
+    parser.add_argument("--format", choices=TABLE_FORMATS, default="text", help="of what is printed (%(default)s)")
+    parser.add_argument(
+        "-o", "--output", type=Path, metavar="FOLDER", help="a new folder for tables in all formats, plots and crops"
+    )
+    parser.add_argument("--no-figures", action="store_true", help="only tables in FOLDER")
 
 
-def run_all(evaluations: Sequence[Evaluation]) -> list[SetScores]:
-    """Test networks with BasicSR's pipeline, as `basicsr test` does; results are in `results/NAME`, too.
-
-    Returns:
-        The scores of each on each of its data sets; nothing in processes other than that of rank 0.
-
-    Raises:
-        UserError: something in the data or the weights cannot be used.
-    """
-    with abort_all_ranks(describe), contextlib.redirect_stdout(sys.stderr):  # stdout is for the table
-        for each in evaluations:
-            _reset_log()
-            run_within(basicsr.test, basicsr.test.test_pipeline, each.arguments)
-        _reset_log()
+def run(args: argparse.Namespace) -> int:
+    """Test, print a table and write FOLDER; raises UserError before the first test if something cannot be used."""
+    draws = args.output is not None and not args.no_figures
+    if args.output is not None and args.output.exists():
+        raise UserError(f"{args.output} exists, and nothing is overwritten. Choose another folder with -o.")
+    if draws:
+        require_matplotlib()
+    costs = _read_costs(args.cost) if args.cost else []
+    evaluations = _plan(args, save_images=draws and args.baseline is not None)
+    baseline = evaluations.pop() if args.baseline not in (None, BICUBIC) else None
+    compared = [each for each in evaluations if each.paper]
+    folders = dict.fromkeys(folders for each in compared for folders in paired_folders(each.opt, each.file))
+    reports = [check_folders(each, _IMAGES_CHECKED) for each in folders if each.name in KNOWN_SETS]
+    problems = [f"{report.dataset} x{report.scale}: {problem}" for report in reports for problem in report.problems]
+    for problem in problems:
+        print_note(f"{problem} basicsr benchmark data says more.")
+    run_all([*evaluations, *([baseline] if baseline else [])])
     if os.environ.get("RANK", "0") != "0":
-        return []
-    return [SetScores.read(each, name) for each in evaluations for name in each.datasets]
+        return 0
+    results = [scores for each in evaluations for scores in each.read_scores()]
+    gains = compute_gains(results, baseline) if args.baseline else []
+    tables = {"quality": quality_table(results, problems)}
+    if args.baseline:
+        tables["gains"] = gain_table(gains, Path(args.baseline).stem)
+    shown = [*tables.values()] if args.format in ("text", "markdown") else [tables["quality"]]
+    print("\n".join(table.render(args.format) for table in shown), end="")
+    if args.output is not None:
+        args.output.mkdir(parents=True)
+        for name, table in {**tables, "per_image": per_image_table(results)}.items():
+            for form, ending in zip(TABLE_FORMATS, ("txt", "md", "csv", "json"), strict=True):
+                write_atomically(args.output / f"{name}.{ending}", table.render(form).encode())
+    if draws:
+        plot_quality(args.output, results, costs)
+        plot_gains(args.output, gains, baseline.name if baseline else BICUBIC)
+        for each in gains:
+            write_crops(args.output / "crops" / each.scores.evaluation.name / each.scores.dataset, each, baseline)
+    return 0
 
 
-def _reset_log() -> None:
-    """Close BasicSR's log file, so that the next run opens its own."""
-    log = logging.getLogger("basicsr")
-    for handler in list(log.handlers):
-        if isinstance(handler, logging.FileHandler) or type(handler) is logging.StreamHandler:
-            log.removeHandler(handler)
-            handler.close()
-    basicsr_logger.initialized_logger.pop("basicsr", None)
+def _plan(args: argparse.Namespace, *, save_images: bool) -> list[Evaluation]:
+    """The evaluations of the option files, and last that of the baseline, if it is a network."""
+    if args.weights is not None and len(args.weights) != len(args.opt):
+        raise UserError(
+            f"-m has {len(args.weights)} file(s) and -opt {len(args.opt)}: give one for each option file, in order."
+        )
+    forced = [*args.force_yml, *(["val:save_img=true"] if save_images else [])]
+    if args.device != "auto":
+        forced.append(f"num_gpu={int(args.device == 'cuda')}")
+    files = [*args.opt, *([Path(args.baseline)] if args.baseline not in (None, BICUBIC) else [])]
+    planned: dict[str, Evaluation] = {}
+    for file, weights in zip_longest(files, args.weights or ()):
+        entries = forced if weights is None else [*forced, f"path:pretrain_network_g={json.dumps(weights)}"]
+        new = plan_evaluation(file, entries, protocol=args.protocol, paper=args.paper, launcher=args.launcher)
+        if new.name in planned:
+            raise UserError(
+                f"{planned[new.name].file} and {file} both have the name {new.name}, and would share "
+                f"results/{new.name}. Give one of them another name."
+            )
+        planned[new.name] = new
+    return list(planned.values())
 
 
-def bicubic_scores(scores: SetScores) -> SetScores:
-    """The same metrics of MATLAB's bicubic enlargement, for each image that has ground truth."""
-    images: dict[str, dict[str, float]] = {}
-    for name, image, gt in bicubic_images(scores):
-        image_measured.set(f"bicubic {name} of {scores.dataset}")
-        images[name] = {
-            key: float(measure(calculate_metric, {"img": image, "img2": gt}, metric))
-            for key, metric in scores.metrics.items()
-        }
-    return replace(scores, images=images)
+def _read_costs(file: Path) -> list[Mapping[str, Any]]:
+    try:
+        records = json.loads(file.read_text(encoding="utf-8"))
+        if not all({"network", "scale", "output", "latency_ms"} <= record.keys() for record in records):
+            raise ValueError("a record has no latency")
+    except (OSError, ValueError, AttributeError, TypeError) as error:
+        raise UserError(
+            f"--cost {file} cannot be used: {error}. Make it with: basicsr benchmark cost --format json -o {file}"
+        ) from None
+    return list(records)
 
 
-def bicubic_images(scores: SetScores) -> Iterator[tuple[str, Any, Any]]:
-    """Name, bicubic enlargement and ground truth, (H, W, 3) uint8 BGR, of each image that has one."""
-    # A copy, because the data set takes parts of its options out
-    data = build_dataset(copy.deepcopy(scores.evaluation.datasets[scores.dataset]))
-    for index in range(len(data)):
-        item = data[index]
-        if "gt" in item:
-            enlarged = matlab_resize(item["lq"][None], tuple(item["gt"].shape[-2:]))
-            yield image_name(item["lq_path"]), tensor2img([enlarged]), tensor2img([item["gt"]])
+# --- tables ---------------------------------------------------------------------------------------------------------
+
+
+def quality_table(results: Sequence[SetScores], problems: Sequence[str] = ()) -> Table:
+    """Means over data sets compared with the paper; `problems` of the data are added to the notes."""
+    columns = [Column("network"), Column("protocol"), Column("scale", style="g"), Column("dataset", "data set")]
+    columns.append(Column("images", style="d"))
+    for name, metric in {name: metric for each in results for name, metric in each.metrics.items()}.items():
+        kind, digits = _PAPER_METRICS.get(metric["type"], ("", 4))
+        columns.append(Column(name, name.upper(), ".3f" if kind == "psnr" else ".4f"))
+        if kind:
+            columns.append(Column(f"{name}_paper", "paper", f".{digits}f"))
+            columns.append(Column(f"{name}_difference", "difference", f"+.{max(digits, 3)}f"))
+    columns += [Column("paper", "row of the paper"), Column("agrees")]
+    notes = [
+        "The paper: PSNR (dB) and SSIM on Y, as many pixels cropped at the border as the scale. Scores agree if all "
+        f"differ by at most {_UNITS} units of the last digit in the paper."
+    ]
+    records = [_quality_record(each, notes) for each in results]
+    if any(each.evaluation.protocol == "ensemble" and each.evaluation.paper for each in results):
+        notes.append("The paper's scores are without self-ensemble.")
+    return Table(columns, records, [*notes, *problems])
+
+
+def _quality_record(scores: SetScores, notes: list[str]) -> Row:
+    """The record of a data set; what is not compared with the paper, and why, is added to the notes."""
+    evaluation, scale = scores.evaluation, scores.scale
+    record: dict[str, Cell] = {
+        "network": evaluation.name,
+        "protocol": evaluation.protocol,
+        "scale": scale if isinstance(scale, int | float) else " x ".join(map(str, scale)),
+        "dataset": scores.dataset,
+        "images": len(scores.images),
+        "paper": evaluation.paper or "no published scores",
+    }
+    published = paper_scores(evaluation.paper, scores.dataset, scale)
+    agree = []
+    for name, metric in scores.metrics.items():
+        record[name] = mean = statistics.fmean(image[name] for image in scores.images.values())
+        kind, digits = _PAPER_METRICS.get(metric["type"], ("", 4))
+        if kind and not (metric.get("crop_border") == scores.border and metric.get("test_y_channel")):
+            what = f"{evaluation.name}: val:metrics:{name} is not measured as in the paper on {scores.dataset}"
+            notes.append(f"{what}, and is not compared.")
+        elif kind in published:
+            difference = mean - published[kind]
+            record |= {f"{name}_paper": published[kind], f"{name}_difference": difference}
+            agree.append(abs(difference) <= _UNITS * 10**-digits)
+    return record | {"agrees": ("yes" if all(agree) else "no") if agree else None}
+
+
+def per_image_table(results: Sequence[SetScores]) -> Table:
+    """The metrics of each image."""
+    names = dict.fromkeys(name for each in results for name in each.metrics)
+    columns = [Column("network"), Column("dataset", "data set"), Column("image")]
+    records: list[Row] = [
+        {"network": each.evaluation.name, "dataset": each.dataset, "image": image, **metrics}
+        for each in results
+        for image, metrics in each.images.items()
+    ]
+    return Table([*columns, *(Column(name, name.upper(), ".4f") for name in names)], records)
+
+
+def gain_table(gains: Sequence[Gains], baseline: str) -> Table:
+    """Mean gain in PSNR, and the images of largest and smallest gain."""
+    columns = (
+        Column("network"),
+        Column("dataset", "data set"),
+        Column("images", style="d"),
+        Column("gain_db", f"gain over {baseline} (dB)", "+.3f"),
+        Column("better", "images better", "d"),
+        Column("most_gained", "best on"),
+        Column("most_gained_db", "by (dB)", "+.3f"),
+        Column("least_gained", "worst on"),
+        Column("least_gained_db", "by (dB)", "+.3f"),
+    )
+    rows: list[Row] = []
+    for each in gains:
+        (best, *_), (*_, worst), values = each.images, each.images, each.images.values()
+        rows.append(
+            {
+                "network": each.scores.evaluation.name,
+                "dataset": each.scores.dataset,
+                "images": len(values),
+                "gain_db": statistics.fmean(values),
+                "better": sum(gain > 0 for gain in values),
+                "most_gained": best,
+                "most_gained_db": each.images[best],
+                "least_gained": worst,
+                "least_gained_db": each.images[worst],
+            }
+        )
+    return Table(columns, rows)

@@ -8,13 +8,13 @@ import io
 import json
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
-from esc_arch.atomic_io import check_output, write_file
+from esc_arch.atomic_io import write_file
 from esc_arch.printing import shown
 
-__all__ = ["TABLE_FORMATS", "Cell", "Column", "Row", "Table", "add_report_arguments", "check_report", "write_report"]
+__all__ = ["TABLE_FORMATS", "Cell", "Column", "Row", "Table", "add_report_arguments", "write_report"]
 
 TABLE_FORMATS = ("text", "markdown", "csv", "json")
 
@@ -26,12 +26,9 @@ Row = Mapping[str, Cell]
 
 @dataclass(frozen=True)
 class Column:
-    """A column of a `Table`.
+    """A column of a `Table`: its name in records, CSV and JSON, and how text and Markdown show it.
 
-    Args:
-        name: the key in records, CSV and JSON.
-        title: heading in text and Markdown, with the unit; default: the name.
-        style: format specification of numbers in text and Markdown, such as ".2f". CSV and JSON have all digits.
+    They have `title` (default: the name) as the heading, and numbers in the format `style`; CSV and JSON all digits.
     """
 
     name: str
@@ -41,15 +38,11 @@ class Column:
 
 @dataclass(frozen=True)
 class Table:
-    """Records under columns, with notes below them in text and Markdown."""
+    """Records under columns, with notes below them in text and Markdown, where empty columns are left out."""
 
     columns: Sequence[Column]
     records: Sequence[Row]
     notes: Sequence[str] = ()
-
-    def without_empty_columns(self) -> Table:
-        used = [each for each in self.columns if any(record.get(each.name) is not None for record in self.records)]
-        return replace(self, columns=used)
 
     def render(self, form: str) -> str:
         """As one of `TABLE_FORMATS`, with a line break at its end."""
@@ -66,20 +59,21 @@ class Table:
         columns, numeric = [], []
         for column in self.columns:
             cells = [record.get(column.name) for record in self.records]
-            numeric.append(any(isinstance(cell, int | float) for cell in cells))
-            columns.append([column.title or column.name, *(_text(cell, column.style) for cell in cells)])
+            if not cells or any(cell is not None for cell in cells):
+                numeric.append(any(isinstance(cell, int | float) for cell in cells))
+                columns.append([column.title or column.name, *(_text(cell, column.style) for cell in cells)])
         if form == "markdown":
             columns = [[" ".join(cell.replace("|", r"\|").split()) for cell in column] for column in columns]
-            lines = [f"| {' | '.join(row)} |" for row in zip(*columns, strict=True)]
-            lines.insert(1, f"|{'|'.join('---:' if right else '---' for right in numeric)}|")
+            rule = f"|{'|'.join('---:' if right else '---' for right in numeric)}|"
+            heading, *lines = (f"| {' | '.join(row)} |" for row in zip(*columns, strict=True))
             notes = [f"- {note}" for note in self.notes]
         else:
             widths = [max(map(len, column)) for column in columns]
             aligned = [f"{'>' if right else '<'}{width}" for width, right in zip(widths, numeric, strict=True)]
-            lines = ["  ".join(map(format, row, aligned)).rstrip() for row in zip(*columns, strict=True)]
-            lines.insert(1, "  ".join("-" * width for width in widths))
+            rule = "  ".join("-" * width for width in widths)
+            heading, *lines = ("  ".join(map(format, row, aligned)).rstrip() for row in zip(*columns, strict=True))
             notes = [*map(shown, self.notes)]
-        return "\n".join([*lines, *([""] if notes else []), *notes]) + "\n"
+        return "\n".join([heading, rule, *lines, *([""] if notes else []), *notes]) + "\n"
 
 
 def _text(cell: Cell, style: str) -> str:
@@ -97,12 +91,6 @@ def add_report_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the format of a report, and the file it is written to."""
     parser.add_argument("--format", choices=TABLE_FORMATS, default="text", help="(%(default)s)")
     parser.add_argument("-o", "--report", type=Path, metavar="FILE", help="write to this file instead of printing")
-
-
-def check_report(output: Path | None) -> None:
-    """Check, before the work, that a report can be written; raises UserError otherwise."""
-    if output is not None:
-        check_output(output, overwrite=True)
 
 
 def write_report(text: str, output: Path | None) -> None:

@@ -5,7 +5,6 @@ compared with PyTorch before it is written.
 """
 
 from .checking import ExportResult, InputShape
-from .compiled import export_compiled, export_program
-from .onnx import export_onnx
+from .formats import export_compiled, export_onnx, export_program
 
 __all__ = ["ExportResult", "InputShape", "export_compiled", "export_onnx", "export_program"]

@@ -55,11 +55,7 @@ class ExportResult(NamedTuple):
 
 
 def require(*packages: str, extra: str, purpose: str) -> None:
-    """Import optional packages.
-
-    Raises:
-        UserError: one is missing; the message names the extra of esc-arch that installs it.
-    """
+    """Import optional packages; raises UserError if one is missing, with the extra of esc-arch that installs it."""
     for package in packages:
         try:
             importlib.import_module(package)

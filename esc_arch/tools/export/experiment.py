@@ -13,7 +13,7 @@ from esc_arch.names import OWN
 from esc_arch.options import load_yaml
 from esc_arch.training.history import History
 
-__all__ = ["Training", "read_experiment"]
+__all__ = ["UNKNOWN", "Training", "read_experiment"]
 
 #: Options in which the experiment's network and the weights must agree.
 COMPARED = ("type", "dim", "n_blocks", "upscaling_factor")
@@ -28,9 +28,12 @@ class Training(NamedTuple):
         scores: values measured at the iteration of the weights, by data set and metric.
     """
 
-    settings: dict[str, Any]
+    settings: Mapping[str, Any]
     on_the_fly: bool
-    scores: dict[tuple[str, str], float]
+    scores: Mapping[tuple[str, str], float]
+
+
+UNKNOWN = Training({}, False, {})
 
 
 def read_experiment(folder: Path, weights: Path, checkpoint: Checkpoint) -> Training:

@@ -25,14 +25,12 @@ CITATION = """\
 
 def model_card(model: Model, files: Sequence[PublishedFile]) -> str:
     """The card, in Markdown, of a model whose folder holds these files."""
-    from huggingface_hub import ModelCard
-
     name, info = model.identifier, model.info
     samples = [(f"![bicubic]({bicubic})", f"![{name}]({sr})") for _, bicubic, sr in model.samples]
     with torch.device("meta"):
         parameters = sum(parameter.numel() for parameter in build_network(model.network_g).parameters())
     training = []
-    if model.training is not None:
+    if model.training.settings:
         training = ["## Training", _code("yaml", yaml.safe_dump(model.training.settings, sort_keys=False))]
         scores = model.training.scores.items()
         rows = [(dataset, metric.upper(), f"{value:.4f}") for (dataset, metric), value in scores]
@@ -57,7 +55,7 @@ def model_card(model: Model, files: Sequence[PublishedFile]) -> str:
         "The architecture is ESC ([arXiv 2503.06671](https://arxiv.org/abs/2503.06671)):",
         _code("bibtex", CITATION),
     ]
-    return str(ModelCard("\n\n".join(parts) + "\n"))
+    return "\n\n".join(parts) + "\n"
 
 
 def _metadata(model: Model) -> str:
@@ -73,7 +71,7 @@ def _metadata(model: Model) -> str:
             metric_name=metric.upper(),
             metric_value=round(value, 4),
         )
-        for (dataset, metric), value in (model.training.scores if model.training else {}).items()
+        for (dataset, metric), value in model.training.scores.items()
     ]
     tags = ["super-resolution", "esc", "pytorch", *(["onnx"] if model.onnx else []), *model.info.tags]
     return ModelCardData(

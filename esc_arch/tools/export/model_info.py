@@ -83,7 +83,7 @@ class Model:
     scale: int
     info: ModelInfo
     network_g: Mapping[str, Any]
-    training: Training | None
+    training: Training
     samples: Sequence[tuple[str, ...]]
     onnx: ExportResult | None
 
@@ -104,20 +104,13 @@ def _dashed(text: str) -> str:
     return re.sub(r"[^a-zA-Z0-9]+", "-", text).strip("-")
 
 
-def complete(info: ModelInfo, training: Training | None, scale: int, urls: Sequence[str]) -> ModelInfo:
-    """Fill in what is known from elsewhere, and check all.
-
-    Args:
-        urls: addresses of files, or of the folder of all files.
-
-    Raises:
-        UserError: with everything that is missing or invalid.
-    """
+def complete(info: ModelInfo, training: Training, scale: int, urls: Sequence[str]) -> ModelInfo:
+    """Fill in what is known from elsewhere; raises UserError with everything that is missing or invalid."""
     info = replace(
         info,
         name=info.name.strip(),
         licence={known.lower(): known for known in LICENCES}.get(info.licence.lower(), info.licence),
-        dataset=info.dataset.strip() or (training.settings.get("data", "") if training else ""),
+        dataset=info.dataset.strip() or training.settings.get("data", ""),
         description=info.description.strip(),
         date=info.date or datetime.date.today().isoformat(),
     )

@@ -28,24 +28,14 @@ TRAINING: Options = {
 LOADING: Options = {"num_worker_per_gpu": 4, "batch_size_per_gpu": 16, "dataset_enlarge_ratio": 100}
 LOADING |= {"prefetch_mode": None, "pin_memory": True}
 
-HEAD = """\
-# {name}, {what}. In the folder that this file is in:
-# basicsr {command} -opt {file}
-# Data: {data}
-"""
 CHOICE = "# The learning rate is a tenth of that of ESC's training from scratch; the number of iterations is a choice."
 
 
 def option_files(identifier: str, network_g: Mapping[str, Any], weights: str, gt_size: int | None) -> dict[str, str]:
     """The option files to test and to fine-tune a network, by name.
 
-    They are for the folder that they are in: there are the weights, and `datasets/`.
-
-    Args:
-        identifier: of the model.
-        network_g: type and options of the network.
-        weights: the file's name.
-        gt_size: side of HR patches; None for LR patches of 64.
+    They are for the folder that they are in: there are the file of weights, and `datasets/`. `gt_size` is the side of
+    HR patches; None for LR patches of 64.
     """
     network, scale = network_named(network_g["type"]), network_g["upscaling_factor"]
     any_scale, real = network.any_scale, network.real_world
@@ -61,14 +51,16 @@ def option_files(identifier: str, network_g: Mapping[str, Any], weights: str, gt
     own = {
         "name": "own",
         "type": source,
-        **_roots("datasets/own", paired),
+        "dataroot_gt": "datasets/own/HR",
+        **({"dataroot_lq": "datasets/own/LR"} if paired else {}),
         "io_backend": DISK,
         **(patches if any_scale else {"gt_size": gt_size or 64 * int(scale)}),
         "use_hflip": True,
         "use_rot": True,
         **LOADING,
     }
-    own_val = {"name": "own_val", "type": "PairedImageDataset", **_roots("datasets/own/val"), "io_backend": DISK}
+    own_val: Options = {"name": "own_val", "type": "PairedImageDataset", "dataroot_gt": "datasets/own/val/HR"}
+    own_val |= {"dataroot_lq": "datasets/own/val/LR", "io_backend": DISK}
     photographs = {"name": "photographs", "type": "SingleImageDataset", "dataroot_lq": "datasets/photographs"}
     test_sets = {"test_1": {**photographs, "io_backend": DISK}} if real else _benchmarks("test", scale, any_scale)
     val_sets = {"val_1": own_val} if paired else _benchmarks("val", scale, any_scale)
@@ -101,17 +93,15 @@ def option_files(identifier: str, network_g: Mapping[str, Any], weights: str, gt
         test_data = "datasets/photographs: a folder of images."
     if paired:
         train_data = "datasets/own/HR, and datasets/own/LR with images of the same names; datasets/own/val/HR and LR."
-    files = {"test": f"test_{identifier}.yml", "train": f"finetune_{identifier}.yml"}
-    tested = HEAD.format(
-        name=identifier, what="tested with esc_arch", command="test", file=files["test"], data=test_data
-    )
-    what = "trained further on images of your own"
-    trained = HEAD.format(name=identifier, what=what, command="train", file=files["train"], data=train_data)
-    return {files["test"]: f"{tested}\n{_text(test)}", files["train"]: f"{trained}{CHOICE}\n\n{_text(train)}"}
-
-
-def _roots(folder: str, paired: bool = True) -> Options:
-    return {"dataroot_gt": f"{folder}/HR", **({"dataroot_lq": f"{folder}/LR"} if paired else {})}
+    files = {}
+    for command, options, what, more in (
+        ("test", test, "tested with esc_arch", [f"# Data: {test_data}"]),
+        ("train", train, "trained further on images of your own", [f"# Data: {train_data}", CHOICE]),
+    ):
+        file = f"{options['name']}.yml"
+        head = [f"# {identifier}, {what}. In the folder that this file is in:", f"# basicsr {command} -opt {file}"]
+        files[file] = "\n".join([*head, *more, "", _text(options)])
+    return files
 
 
 def _benchmarks(phase: str, scale: float, any_scale: bool) -> Options:

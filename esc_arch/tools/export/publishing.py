@@ -23,10 +23,10 @@ from esc_arch.tools.upscale import Upscaler, load, upscale
 from esc_arch.tools.upscale.image_reader import read_image
 
 from .checking import require
-from .experiment import read_experiment
+from .experiment import UNKNOWN, read_experiment
+from .formats import export_onnx
 from .model_card import model_card
 from .model_info import TAGS, Model, ModelInfo, PublishedFile, complete, model_id, user_id
-from .onnx import export_onnx
 from .option_files import option_files
 
 __all__ = ["ModelInfo", "Published", "publish"]
@@ -76,7 +76,7 @@ def publish(
     weights, folder = Path(weights), Path(folder)
     _check_folder(folder, overwrite=overwrite)
     checkpoint = open_checkpoint(weights, param_key=param_key, window_size=window_size)
-    training = None if experiment is None else read_experiment(Path(experiment), weights, checkpoint)
+    training = UNKNOWN if experiment is None else read_experiment(Path(experiment), weights, checkpoint)
     scale = max(round(checkpoint.network_g["upscaling_factor"]), 1)
     info = complete(info, training, scale, urls)
     name = model_id(info.name, scale)
@@ -93,7 +93,7 @@ def publish(
             except UserError as error:
                 notes.append(f"There is no ONNX file: {error}")
         model = Model(name, scale, info, checkpoint.network_g, training, samples, exported)
-        options = option_files(name, model.network_g, file.name, training.settings.get("gt_size") if training else None)
+        options = option_files(name, model.network_g, file.name, training.settings.get("gt_size"))
         for option_file, text in options.items():
             write_file(place / option_file, text.encode())
         weights_first = [file for file in reversed(_files(place)) if file.name.endswith((".safetensors", ".onnx"))]
@@ -107,9 +107,6 @@ def publish(
 
 
 def _check_folder(folder: Path, *, overwrite: bool) -> None:
-    parent = folder.absolute().parent
-    if not parent.is_dir():
-        raise UserError(f"{folder}: the folder {parent} does not exist. Make it, or choose another -o.")
     if not folder.exists() or (folder.is_dir() and not any(folder.iterdir())):
         return
     if not overwrite:
@@ -176,21 +173,14 @@ def _files(place: Path) -> list[PublishedFile]:
 
 
 def _entry(model: Model, files: Sequence[PublishedFile], urls: Sequence[str]) -> dict[str, Any]:
-    """The model's entry in OpenModelDB, as JSON holds it: `data/models/ID.json` of OpenModelDB/open-model-database.
+    """The entry of a model and its weight files, as in `data/models/` of OpenModelDB/open-model-database.
 
-    Fields are those of `src/lib/model-props.ts` there; the lists of users, tags and architectures are kept there, too.
-
-    Args:
-        files: the weights, and the ONNX file.
-        urls: addresses of these files, or of the folder of all files, which end in a slash.
+    Fields are those of `src/lib/model-props.ts` there.
     """
     info, section, training = model.info, model.network_g, model.training
     authors = [user_id(author) for author in info.authors]
-    trained: dict[str, Any] = {}
-    if training is not None:
-        names = {"trainingIterations": "iterations", "trainingHRSize": "gt_size"}
-        trained = {field: training.settings[name] for field, name in names.items() if name in training.settings}
-        trained["trainingOTF"] = training.on_the_fly
+    names = {"trainingIterations": "iterations", "trainingHRSize": "gt_size"}
+    trained = {field: training.settings[name] for field, name in names.items() if name in training.settings}
     resources = []
     for file in files:
         kind = file.name.rpartition(".")[2]
@@ -219,6 +209,7 @@ def _entry(model: Model, files: Sequence[PublishedFile], urls: Sequence[str]) ->
         "outputChannels": 3,
         "resources": resources,
         **trained,
+        **({"trainingOTF": training.on_the_fly} if training.settings else {}),
         "dataset": info.dataset,
         "images": [
             {"type": "paired", "LR": f"{folder}{lr}", "SR": f"{folder}{sr}"} for lr, _, sr in model.samples if folder

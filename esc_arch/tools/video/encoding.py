@@ -81,7 +81,6 @@ class VideoSpec:
         primaries, transfer: as in ITU-T H.273.
         aspect: width of a pixel by its height, if known.
         display_matrix: how players are to turn it: 9 numbers of FFmpeg's, or None.
-        tag: the codec's name in the container; None for FFmpeg's choice.
     """
 
     codec: str
@@ -96,7 +95,6 @@ class VideoSpec:
     rate: Fraction
     aspect: Fraction | None
     display_matrix: tuple[int, ...] | None
-    tag: str | None
 
     def label(self, target: Any) -> None:
         """Say of a frame, or of an encoder, what its colours mean."""
@@ -122,8 +120,8 @@ class VideoSpec:
         """A stream like this in a container, with an encoder that only says what stands at the file's beginning."""
         stream = container.add_stream(self.codec, rate=self.rate)
         self.apply(stream.codec_context)
-        if self.tag is not None:
-            stream.codec_context.codec_tag = self.tag
+        if self.codec == "libx265" and container.format.name in ("mp4", "mov"):
+            stream.codec_context.codec_tag = "hvc1"  # which Apple's players want
         stream.time_base = self.time_base
         if self.display_matrix is not None:
             stream.set_display_matrix(self.display_matrix)
@@ -243,7 +241,6 @@ def video_spec(
         rate=exact(stream.average_rate) or exact(stream.guessed_rate) or USUAL_RATE,
         aspect=exact(stream.sample_aspect_ratio),
         display_matrix=display_matrix,
-        tag="hvc1" if encoder == "libx265" and container_format(target) in ("mp4", "mov") else None,
     )
     _check(spec, target)
     return spec
@@ -296,7 +293,7 @@ class Encoder:
     def __init__(self, spec: VideoSpec) -> None:
         self.spec = spec
         self.shown: list[tuple[int, int | None]] = []
-        self.packets: list[Packet] = []
+        self.packets: list[Any] = []
         self.context = import_av().CodecContext.create(spec.codec, "w")
         spec.apply(self.context)
         with scheduling_kept():
@@ -307,14 +304,11 @@ class Encoder:
         frame.pts, frame.time_base = len(self.shown), self.context.time_base
         self.spec.label(frame)
         self.shown.append((time, duration))
-        self._encode(frame)
+        self.packets += self.context.encode(frame)
 
     def finish(self) -> list[Packet]:
         """All that was added, encoded, in the order of decoding."""
-        self._encode(None)
+        self.packets += self.context.encode(None)
         if sorted(packet.pts for packet in self.packets) != list(range(len(self.shown))):
             raise RuntimeError(f"{self.spec.codec} did not give a packet for each frame")
-        return [Packet(*self.shown[packet.pts], packet.is_key, packet.data) for packet in self.packets]
-
-    def _encode(self, frame: Any) -> None:
-        self.packets += [Packet(each.pts, None, each.is_keyframe, bytes(each)) for each in self.context.encode(frame)]
+        return [Packet(*self.shown[int(packet.pts)], packet.is_keyframe, bytes(packet)) for packet in self.packets]

@@ -48,11 +48,7 @@ SCALER = 0x4 | 0x40000 | 0x80000
 
 
 def import_av() -> ModuleType:
-    """PyAV, which brings FFmpeg.
-
-    Raises:
-        UserError: it is not installed, or too old.
-    """
+    """PyAV, which brings FFmpeg; raises UserError if it is not installed, or too old."""
     try:
         import av
         from av.video.stream import VideoStream
@@ -98,10 +94,9 @@ class Coding:
 
     @classmethod
     def of(cls, frame: Any) -> Coding:
-        """Of a frame of PyAV's. What it does not say is taken as players take it: from its size, limited range.
+        """Of a frame of PyAV's; raises UserError for an unknown matrix.
 
-        Raises:
-            UserError: a matrix that is not known here.
+        What the frame does not say is taken as players take it: from its size, limited range.
         """
         depth = depth_of(frame.format)
         if is_rgb(frame.format):

@@ -132,9 +132,8 @@ def _copied_packets(old: Any, copies: Mapping[int, Any], start: int) -> Iterator
         for packet in old.demux([old.streams[index] for index in copies]):
             if not packet.size:  # the end of a stream
                 continue
-            if start:
-                shift = round(Fraction(start, MICROSECONDS) / packet.time_base)
-                packet.dts = packet.dts - shift if packet.dts is not None else None
-                packet.pts = packet.pts - shift if packet.pts is not None else None
+            shift = round(Fraction(start, MICROSECONDS) / packet.time_base)
+            packet.dts = packet.dts - shift if packet.dts is not None else None
+            packet.pts = packet.pts - shift if packet.pts is not None else None
             packet.stream = copies[packet.stream.index]
             yield packet

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from fractions import Fraction
 from itertools import chain
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from esc_arch.errors import UserError
 
@@ -30,14 +30,8 @@ LEFT_OUT = {
     "DOVI_METADATA": "metadata of Dolby Vision",
     "A53_CC": "closed captions in the video",
 }
-
-
-class Batch(NamedTuple):
-    """Frames that run together: when they are shown, for how long (None where it is not known), and (3, H, W)."""
-
-    times: list[int]
-    durations: list[int | None]
-    planes: list[Planes]
+#: Frames that run together: when each is shown, for how long (None where it is not known), and (3, H, W).
+Batch = list[tuple[int, int | None, Planes]]
 
 
 class VideoReader:
@@ -78,17 +72,16 @@ class VideoReader:
 
         Batches end where segments of this length do, so that they are the same after a resumption.
         """
-        number, waiting = 0, Batch([], [], [])
+        number, waiting = 0, Batch()
         for number, frame in enumerate(chain([self.first], self._frames), 1):
             if number > done:
                 self._note_losses(frame)
-                waiting.times.append(frame.pts)
-                waiting.durations.append(frame.duration or None)
-                waiting.planes.append(planes_of(frame, self.coding, self.first.height, self.first.width))
-            if waiting.times and (len(waiting.times) == batch or number % length == 0):
+                planes = planes_of(frame, self.coding, self.first.height, self.first.width)
+                waiting.append((frame.pts, frame.duration or None, planes))
+            if waiting and (len(waiting) == batch or number % length == 0):
                 yield waiting
-                waiting = Batch([], [], [])
-        if waiting.times:
+                waiting = []
+        if waiting:
             yield waiting
         self._note_faults(number)
 
@@ -98,22 +91,20 @@ class VideoReader:
         assert unit is not None
         step = max(round(1 / (rate * unit)), 1) if rate else 1
         shift = round(Fraction(self.origin, MICROSECONDS) / unit)
-        for frame in self._decoded():
-            time = frame.pts - shift if frame.pts is not None else 0 if last is None else last + step
-            if last is not None and time <= last:
-                self._note("times of frames that do not grow were put right")
-                time = last + 1
-            frame.pts = last = time
-            self._faults += bool(frame.is_corrupt)
-            yield frame
-
-    def _decoded(self) -> Iterator[Any]:
-        av = import_av()
         for packet in chain(self._packets(), [None]):
             try:
-                yield from self.stream.decode(packet)
-            except av.FFmpegError:
+                frames = self.stream.decode(packet)
+            except import_av().FFmpegError:
                 self._faults += 1
+                continue
+            for frame in frames:
+                time = frame.pts - shift if frame.pts is not None else 0 if last is None else last + step
+                if last is not None and time <= last:
+                    self._note("times of frames that do not grow were put right")
+                    time = last + 1
+                frame.pts = last = time
+                self._faults += bool(frame.is_corrupt)
+                yield frame
 
     def _packets(self) -> Iterator[Any]:
         """Those of the stream. Those of others only say how far the file goes."""
@@ -160,11 +151,7 @@ class VideoReader:
 
 @contextmanager
 def open_video(path: Path) -> Iterator[VideoReader]:
-    """The first video stream of a file.
-
-    Raises:
-        UserError: there is none that can be decoded.
-    """
+    """The first video stream of a file; raises UserError if there is none that can be decoded."""
     av = import_av()
     try:
         container = open_to_read(str(path))

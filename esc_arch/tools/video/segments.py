@@ -120,11 +120,7 @@ class WorkFolder:
         return self.path / f"{len(self._files):06}.segment"
 
     def packets(self) -> Iterator[Packet]:
-        """All packets, in the order of decoding.
-
-        Raises:
-            UserError: a file was damaged since it was written.
-        """
+        """All packets, in the order of decoding; raises UserError if a file was damaged since it was written."""
         for path in self._files:
             packets = read_segment(path)
             if packets is None:

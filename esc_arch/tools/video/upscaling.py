@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import logging
-from collections.abc import Callable, Iterable
-from functools import partial
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from esc_arch.atomic_io import writing_to
+from esc_arch.atomic_io import check_output, writing_to
 from esc_arch.errors import UserError
 from esc_arch.ops.resize import scaled_size
 from esc_arch.tools.upscale import large_images
@@ -120,10 +119,7 @@ def _check(source: Path, target: Path, batch: int | None, overwrite: bool) -> No
         raise UserError(f"batch: {batch} given; it must be a number of frames, 1 or more.")
     if target.exists() and target.resolve() == source.resolve():
         raise UserError(f"{target} is the video to be enlarged. Choose another name for the result.")
-    if target.exists() and not overwrite:
-        raise UserError(f"{target} exists. Choose another name, or have it overwritten.")
-    if not target.parent.is_dir():
-        raise UserError(f"{target.parent}: no such folder. Create it first.")
+    check_output(target, overwrite=overwrite)
 
 
 def _run(
@@ -140,14 +136,14 @@ def _run(
 
     def compute(found: Batch) -> Batch:
         nonlocal done
-        enlarged = list(network(np.stack(found.planes)))
-        done += len(found.times)
+        enlarged = network(np.stack([planes for *_, planes in found]))
+        done += len(found)
         if total:
             report(min(done / total, 1.0))
-        return found._replace(planes=enlarged)
+        return [(time, duration, planes) for (time, duration, _), planes in zip(found, enlarged, strict=True)]
 
     def write(found: Batch) -> None:
-        for time, duration, planes in zip(*found, strict=True):
+        for time, duration, planes in found:
             if not encoders:
                 encoders.append(Encoder(spec))
             frame = frame_of(planes, spec.coding, spec.pixel_format, spec.height, spec.width)
@@ -200,21 +196,16 @@ class _Network:
 
 def _settings(upscaler: Upscaler, video: VideoReader, spec: VideoSpec) -> dict[str, str]:
     """All that the result depends on."""
-    weights = upscaler.net.state_dict()
-    network: list[bytes | memoryview] = [repr((upscaler.network_g, upscaler.precision, list(weights))).encode()]
-    network += [each.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data for each in weights.values()]
+    weights, source = upscaler.net.state_dict(), hashlib.sha256()
+    network = hashlib.sha256(repr((upscaler.network_g, upscaler.precision, list(weights))).encode())
+    for each in weights.values():
+        network.update(each.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
     with open(video.path, "rb") as file:
-        source = _digest(iter(partial(file.read, 2**20), b""))
+        while part := file.read(2**20):
+            source.update(part)
     return {
-        "source": f"{source}, stream {video.stream.index}",
-        "network": _digest(network),
+        "source": f"{source.hexdigest()}, stream {video.stream.index}",
+        "network": network.hexdigest(),
         "video settings": repr(spec),
         "PyAV": import_av().__version__,
     }
-
-
-def _digest(parts: Iterable[bytes | memoryview]) -> str:
-    digest = hashlib.sha256()
-    for part in parts:
-        digest.update(part)
-    return digest.hexdigest()

@@ -49,8 +49,8 @@ def test_runs(precision: str, dtype: torch.dtype) -> None:
     before = torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32
     latency = measure_latency(net, 6, 4, LatencyProtocol(device="cpu", precision=precision, runs=5, warmup=2))
     assert net.calls == [((1, 3, 6, 4), dtype, "highest", False, False, False)] * 8
-    assert latency is not None and latency.keys() == {"latency_ms", "latency_spread_ms"}
-    assert min(latency.values()) >= 0
+    assert latency.keys() == {"latency_ms", "latency_spread_ms"}
+    assert all(float(value) >= 0 for value in latency.values())
     assert (torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32) == before
 
 
@@ -63,7 +63,7 @@ def test_median_and_quartiles(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_too_few_runs_for_quartiles() -> None:
     latency = measure_latency(Watched(), 4, 4, LatencyProtocol(device="cpu", runs=3, warmup=0))
-    assert latency is not None and "latency_spread_ms" not in latency
+    assert "latency_spread_ms" not in latency
 
 
 @pytest.mark.parametrize("backend", ["naive", "SDPA"])
@@ -92,7 +92,7 @@ def test_out_of_memory(monkeypatch: pytest.MonkeyPatch) -> None:
 
     net = Watched()
     monkeypatch.setattr(net, "forward", fail)
-    assert measure_latency(net, 6, 5, LatencyProtocol(device="cpu")) is None
+    assert measure_latency(net, 6, 5, LatencyProtocol(device="cpu")) == {"latency_ms": "out of memory"}
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
@@ -100,10 +100,9 @@ def test_out_of_memory(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_on_a_gpu(precision: str) -> None:
     net = ESC(**SMALL)
     latency = measure_latency(net, 40, 30, LatencyProtocol(device="cuda", precision=precision, runs=4))
-    assert latency is not None
     weights = sum(p.numel() * p.element_size() for p in net.parameters())
-    assert latency["memory_mib"] > weights / 2**20
-    assert latency["latency_ms"] > 0
+    assert float(latency["memory_mib"]) > weights / 2**20
+    assert float(latency["latency_ms"]) > 0
 
 
 @pytest.mark.parametrize(
@@ -113,7 +112,7 @@ def test_on_a_gpu(precision: str) -> None:
         ({"precision": "tf32"}, "--precision tf32 is for GPUs. Give fp32, bf16 or fp16 with --device cpu."),
         ({"runs": 0}, "--runs 0 --warmup 5: at least 1 run, and 0 or more for warm-up."),
         ({"warmup": -1}, "--runs 20 --warmup -1: at least 1 run"),
-        ({"backend": "fast"}, "--backend fast: not known. Allowed: auto, naive, sdpa, flex"),
+        ({"backend": "fast"}, "--backend fast: attn_type 'fast' is not known; allowed: auto, naive, sdpa, flex"),
     ],
 )
 def test_refusals(options: dict[str, Any], message: str, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -20,11 +20,10 @@ from basicsr.archs import build_network
 from conftest import NETWORK, Run, run_command
 
 from esc_arch.cli import main
-from esc_arch.errors import UserError
 from esc_arch.options import load_yaml
-from esc_arch.tools.benchmark.paper import PAPER_ROWS, paper_scores
-from esc_arch.tools.benchmark.quality import SetScores, plan_evaluation
-from esc_arch.tools.benchmark.quality_tables import quality_table
+from esc_arch.tools.benchmark.evaluation import SetScores, plan_evaluation
+from esc_arch.tools.benchmark.paper import paper_scores
+from esc_arch.tools.benchmark.quality import quality_table
 
 ROOT = Path(__file__).parents[3]
 SHIPPED = sorted((ROOT / "options").glob("test_ESC*.yml"))
@@ -300,7 +299,7 @@ def of_paper(file: Path, psnr: float, ssim: float, **metric: Any) -> SetScores:
     opt = copy.deepcopy(evaluation.opt)
     opt["val"]["metrics"]["psnr"] |= metric
     images = {name: {"psnr": psnr + sign * 2, "ssim": ssim} for name, sign in (("a", 1), ("b", -1))}
-    return SetScores(replace(evaluation, opt=opt), "Set5", images)
+    return SetScores(replace(evaluation, opt=opt), opt["datasets"]["test_1"], images)
 
 
 def test_differences_from_the_paper(options: Any, run_basicsr: Any) -> None:
@@ -352,7 +351,6 @@ def test_data_are_looked_at_first(quality: Any, options: Any, photographs: Any, 
     [
         ({}, ["-m", "a.pth", "b.pth"], "-m has 2 file(s) and -opt 1: give one for each option file"),
         ({}, ["-m", "a.pth"], "path:pretrain_network_g: 'a.pth' given, but there is no file"),
-        ({}, ["--paper", "ESC_light"], "--paper ESC_light is not known. Did you mean 'ESC-light'?"),
         ({}, ["--baseline", "no.yml"], "option file no.yml does not exist"),
         ({}, ["--baseline", "trial.yml"], "both have the name trial, and would share results/trial"),
         ({}, ["--cost", "no.json"], "--cost no.json cannot be used"),
@@ -372,9 +370,3 @@ def test_bad_input(changes: Any, arguments: list[str], message: str, quality: An
     assert message in run.err
     assert "Traceback" not in run.err
     assert not (run.folder / "results").exists()
-
-
-def test_unknown_rows_are_refused_by_the_function_too(options: Any, run_basicsr: Any) -> None:
-    with pytest.raises(UserError, match=r"--paper ESK is not known\."):
-        plan_evaluation(Path(run_basicsr.option_file(options)), paper="ESK")
-    assert "ESC-DFLIP" in PAPER_ROWS

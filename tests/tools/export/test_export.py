@@ -17,8 +17,7 @@ from torch import Tensor
 
 from esc_arch.cli import main
 from esc_arch.errors import UserError
-from esc_arch.tools.export import InputShape, export_compiled, export_onnx, export_program
-from esc_arch.tools.export import onnx as onnx_export
+from esc_arch.tools.export import InputShape, export_compiled, export_onnx, export_program, formats
 from esc_arch.tools.export.checking import Export
 from esc_arch.tools.export.network import ExportedNetwork, onnx_network
 from esc_arch.tools.upscale.network import Upscaler, load
@@ -146,7 +145,7 @@ def test_the_file_says_what_it_is(exported: Path, weights: Path) -> None:
 def test_the_file_says_nothing_of_this_machine(exported: Path) -> None:
     data = exported.read_bytes()
     assert str(Path(torch.__file__).parent).encode() not in data
-    assert str(Path(onnx_export.__file__).parent).encode() not in data
+    assert str(Path(formats.__file__).parent).encode() not in data
 
 
 def test_attention_is_computed_a_window_at_a_time(exported: Path) -> None:
@@ -196,7 +195,7 @@ def test_nothing_is_written_where_it_differs(exported: Path, weights: Path, monk
     import onnx
 
     monkeypatch.setattr(Export, "trace", lambda *_: None)
-    monkeypatch.setattr(onnx_export, "_convert", lambda *_: onnx.load(exported))
+    monkeypatch.setattr(formats, "_convert", lambda *_: onnx.load(exported))
     upscaler = load(weights, device="cpu")
     other = replace(upscaler, net=randomise(build_network(dict(NET)), seed=1).eval())
     with pytest.raises(UserError, match=r"differs from PyTorch by .* on .*, more than 0.0001, and was not written"):

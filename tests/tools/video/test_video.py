@@ -780,8 +780,8 @@ def test_no_video(upscaler: Upscaler, tmp_path: Path) -> None:
     [
         ({"target": "out.avi"}, r"out\.avi: videos are written as \.mp4"),
         ({"target": "in.mp4"}, r"in\.mp4 is the video to be enlarged"),
-        ({"target": "there.mp4"}, r"there\.mp4 exists. Choose another name"),
-        ({"target": "nowhere/out.mp4"}, r"nowhere: no such folder. Create it first"),
+        ({"target": "there.mp4"}, r"there\.mp4 already exists. Choose another name"),
+        ({"target": "nowhere/out.mp4"}, r"Cannot write .*nowhere/out\.mp4: it must be a file in an existing folder"),
         ({"source": "none.mp4"}, r"none\.mp4: no such file"),
         ({"scale": -1}, r"The scale is -1; it must be a number above 0"),
         ({"batch": 0}, r"batch: 0 given; it must be a number of frames, 1 or more"),
