@@ -7,7 +7,8 @@ import logging
 import pickle
 import re
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -208,15 +209,22 @@ def _check_dense(weights: Mapping[str, Tensor], source: str | Path) -> None:
 
 def _read_safetensors(path: Path) -> dict[str, Any]:
     from safetensors import SafetensorError
-    from safetensors.torch import load, load_file
+    from safetensors.torch import load_file
 
     try:
-        # It opens no name that is not UTF-8
-        return dict(load_file(path, device="cpu") if is_utf8(path) else load(path.read_bytes()))
+        with _utf8_name(path) as name:
+            return dict(load_file(name, device="cpu"))
     except SafetensorError as error:
         raise UserError(f"{path} is damaged or was cut short: {first_line(error)}. Get it again.") from error
     except Exception as error:  # a type that PyTorch has not; sizes that no memory holds
         raise _damaged(path, error) from error
+
+
+@contextmanager
+def _utf8_name(path: Path) -> Iterator[str]:
+    """Another name of a file whose own is not UTF-8, while this lasts: safetensors opens no other."""
+    with path.open("rb") as file:
+        yield str(path) if is_utf8(path) else f"/dev/fd/{file.fileno()}"
 
 
 def is_safetensors(path: Path) -> bool:
@@ -234,7 +242,7 @@ def read_metadata(path: str | Path) -> dict[str, str]:
     """The metadata of a safetensors file."""
     from safetensors import safe_open
 
-    with safe_open(path, framework="pt") as file:
+    with _utf8_name(Path(path)) as name, safe_open(name, framework="pt") as file:
         return dict(file.metadata() or {})
 
 

@@ -53,9 +53,9 @@ class _OptionLoader(yaml.SafeLoader):
             if not isinstance(node, yaml.ScalarNode):
                 raise
             reason = f": {error}" if isinstance(error, ArithmeticError | ValueError) else ""
+            text = node.value if len(node.value) <= _LONGEST_NUMBER else f"{node.value[:_LONGEST_NUMBER]}..."
             raise yaml.constructor.ConstructorError(
-                problem=f"{node.value!r:.100} cannot be read as {_short(node.tag)}{reason}",
-                problem_mark=node.start_mark,
+                problem=f"{text!r} cannot be read as {_short(node.tag)}{reason}", problem_mark=node.start_mark
             ) from None
 
 
