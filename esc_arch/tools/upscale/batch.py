@@ -13,6 +13,7 @@ from types import MappingProxyType
 from typing import NamedTuple
 
 from esc_arch.errors import UserError
+from esc_arch.printing import shown
 
 from .image_reader import READABLE_SUFFIXES, DecodedImage, Pixels, read_image
 from .image_writer import WRITABLE_SUFFIXES, EncodeSpec, encode_spec, write_image
@@ -234,7 +235,7 @@ class _Run(NamedTuple):
             yield
         except Exception as error:
             line = " ".join(f"{'' if isinstance(error, UserError) else f'{type(error).__name__}: '}{error}".split())
-            self.report.add_failed(task, line if line.startswith(str(task.source)) else f"{task.source}: {line}")
+            self.report.add_failed(task, line if line.startswith(shown(task.source)) else f"{task.source}: {line}")
 
     def groups(self, tasks: Sequence[UpscaleTask]) -> Iterator[list[_Work]]:
         """Images that run together: neighbours of one size."""
