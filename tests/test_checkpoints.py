@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from esc_arch.checkpoints import describe_mismatch, load_weights, read_checkpoint, select_weights
-from esc_arch.checkpoints.reading import is_safetensors
+from esc_arch.checkpoints.reading import is_safetensors, read_metadata
 from esc_arch.errors import UserError
 
 WEIGHTS = {"weight": torch.arange(6.0).reshape(2, 3), "bias": torch.tensor([7.0, 8.0])}
@@ -291,3 +291,10 @@ def test_long_lists_are_cut() -> None:
     (problem,) = describe_mismatch({}, {f"layer{index}": torch.ones(1) for index in range(11)})
     assert problem.startswith("11 not in the network (layer0, layer1")
     assert problem.endswith("layer7 and 3 more)")
+
+
+def test_a_safetensors_file_whose_name_is_not_utf8(tmp_path: Path) -> None:
+    path = tmp_path / "a\udcff.safetensors"
+    path.write_bytes(safetensors.torch.save({"weight": torch.arange(3.0)}, {"a": "b"}))
+    assert torch.equal(read_checkpoint(path)["weight"], torch.arange(3.0))
+    assert read_metadata(path) == {"a": "b"}

@@ -7,7 +7,8 @@ import logging
 import pickle
 import re
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from torch import Tensor
 from esc_arch.archs.flashbias import Origin, convert_old_factors, mark_published, origin_of
 from esc_arch.archs.shapes import some
 from esc_arch.errors import UserError, first_line
+from esc_arch.printing import is_utf8
 
 __all__ = [
     "find_weights",
@@ -221,11 +223,19 @@ def _read_safetensors(path: Path) -> dict[str, Any]:
     from safetensors.torch import load_file
 
     try:
-        return dict(load_file(path, device="cpu"))
+        with _utf8_name(path) as name:
+            return dict(load_file(name, device="cpu"))
     except SafetensorError as error:
         raise UserError(f"{path} is damaged or was cut short: {first_line(error)}. Get it again.") from error
     except Exception as error:  # a type that PyTorch has not; sizes that no memory holds
         raise _damaged(path, error) from error
+
+
+@contextmanager
+def _utf8_name(path: Path) -> Iterator[str]:
+    """Another name of a file whose own is not UTF-8, while this lasts: safetensors opens no other."""
+    with path.open("rb") as file:
+        yield str(path) if is_utf8(path) else f"/dev/fd/{file.fileno()}"
 
 
 def is_safetensors(path: Path) -> bool:
@@ -243,7 +253,7 @@ def read_metadata(path: str | Path) -> dict[str, str]:
     """The metadata of a safetensors file."""
     from safetensors import safe_open
 
-    with safe_open(path, framework="pt") as file:
+    with _utf8_name(Path(path)) as name, safe_open(name, framework="pt") as file:
         return dict(file.metadata() or {})
 
 

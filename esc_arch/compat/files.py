@@ -18,8 +18,8 @@ from esc_arch.atomic_io import replacing
 from esc_arch.data.decoding import decode
 from esc_arch.data.hr_images import as_list
 from esc_arch.data.lmdb_check import lmdb_problem
-from esc_arch.data.names import shown
 from esc_arch.errors import UserError
+from esc_arch.printing import shown
 from esc_arch.training.run import current_run
 
 from .patches import Original, patch

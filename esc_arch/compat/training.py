@@ -16,6 +16,7 @@ from torch import Tensor
 from esc_arch.atomic_io import remove_partial, write_atomically
 from esc_arch.checkpoints.reading import find_weights, read_checkpoint, require_usable
 from esc_arch.errors import UserError
+from esc_arch.printing import shown
 from esc_arch.training.data_order import EpochSampler
 from esc_arch.training.run import current_run, saved_states, training_run
 from esc_arch.training.run_locks import lock_run, run_locks
@@ -55,7 +56,7 @@ def make_exp_dirs(original: Original, opt: dict[str, Any]) -> None:
 @master_only
 def copy_opt_file(_: Original, opt_file: str, experiments_root: str) -> None:
     text = Path(opt_file).read_text(encoding="utf-8")
-    header = f"# GENERATE TIME: {time.asctime()}\n# CMD:\n# {' '.join(sys.argv)}\n\n"
+    header = f"# GENERATE TIME: {time.asctime()}\n# CMD:\n# {shown(' '.join(sys.argv))}\n\n"
     write_atomically(Path(experiments_root, os.path.basename(opt_file)), (header + text).encode())
 
 

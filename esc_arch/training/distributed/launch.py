@@ -19,6 +19,7 @@ import torch.multiprocessing
 from torch.distributed.distributed_c10d import _get_default_store
 
 from esc_arch.errors import UserError
+from esc_arch.printing import shown
 
 from .collectives import close_control_group, gather_objects, open_control_group, wait_for_all
 from .failure_monitor import FailureMonitor, longest_silence, own_connection
@@ -59,6 +60,7 @@ def take_notes() -> list[str]:
 
 def print_note(text: str) -> None:
     """Print `Note: text` to stderr, once among all processes, and keep it for the log, which is not open yet."""
+    text = shown(text)
     _notes.append(text)
     if os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0")) == "0":
         print(f"Note: {text}", file=sys.stderr, flush=True)
