@@ -54,6 +54,7 @@ setup(
         "wandb": ["wandb>=0.15"],
         "test": [
             "pytest>=8",
+            "pytest-cov>=6",
             "pytest-timeout>=2.3",
             "pytest-xdist>=3.6",
             "ruff>=0.9",
