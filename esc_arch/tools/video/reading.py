@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from fractions import Fraction
 from itertools import chain
 from pathlib import Path
@@ -117,7 +117,7 @@ class VideoReader:
                     self._end = max(self._end, float((moment + (packet.duration or 0)) * packet.time_base))
                 if packet.stream.index == self.stream.index:
                     yield packet
-        except import_av().FFmpegError:
+        except (import_av().FFmpegError, OSError):
             self._faults += 1
 
     def _note(self, text: str) -> None:
@@ -142,7 +142,8 @@ class VideoReader:
 
     def _note_faults(self, frames: int) -> None:
         rest = f"the {frames} frames that can be decoded are enlarged"
-        expected = ((self.container.start_time or 0) + (self.container.duration or 0)) / MICROSECONDS
+        # Some files count their duration from 0, others from where they begin
+        expected = ((self.container.duration or 0) + min(self.container.start_time or 0, 0)) / MICROSECONDS
         if STORED & set(self.container.format.name.split(",")) and self._end < expected - TOLERANCE:
             self._note(f"the file is cut off at {self._end:.2f} of {expected:.2f} seconds; {rest}")
         if self._faults:
@@ -153,12 +154,16 @@ class VideoReader:
 def open_video(path: Path) -> Iterator[VideoReader]:
     """The first video stream of a file; raises UserError if there is none that can be decoded."""
     av = import_av()
-    try:
-        container = open_to_read(str(path))
-    except (av.FFmpegError, OSError) as error:
-        reason = getattr(error, "strerror", None) or error
-        raise UserError(f"{path}: cannot be read as a video ({reason}). The file is damaged, or no video.") from error
-    with container:
+    with ExitStack() as opened:
+        try:
+            container = opened.enter_context(open_to_read(path))
+        except av.FFmpegError as error:
+            raise UserError(
+                f"{path}: cannot be read as a video ({error.strerror}). The file is damaged, no video, or a list of "
+                "other files, which are not opened."
+            ) from error
+        except OSError as error:
+            raise UserError(f"{path}: cannot be read: {error.strerror}.") from error
         for stream in container.streams.video:
             if not stream.disposition & av.stream.Disposition.attached_pic and stream.codec_context is not None:
                 stream.thread_type = "AUTO"

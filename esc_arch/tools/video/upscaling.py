@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import logging
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -94,7 +95,9 @@ def upscale_video(
             )
         network = _Network(upscaler, video.coding, spec.coding, asked, max_memory)
         length = SEGMENT.get(upscaler.device.type, SEGMENT["cpu"])
-        with writing_to(target.parent), WorkFolder.opened(target, _settings(upscaler, video, spec), length) as folder:
+        settings = _settings(upscaler, video, spec)
+        with writing_to(target.parent), WorkFolder.opened(target, settings, length) as folder:
+            check_output(target, overwrite=overwrite)  # again: another process may just have finished it
             if folder.shown:
                 logger.warning("%s: resuming an earlier run, of which %d frames are there.", target, len(folder.shown))
             try:
@@ -104,8 +107,6 @@ def upscale_video(
                 if folder.shown:
                     kept = len(folder.shown), folder.path
                     logger.warning("%s: %d frames are kept in %s; the same command resumes.", target, *kept)
-                else:
-                    folder.remove()
                 raise
             folder.remove()
     report(1.0)
@@ -113,11 +114,12 @@ def upscale_video(
 
 def _check(source: Path, target: Path, batch: int | None, overwrite: bool) -> None:
     container_format(target)
-    if not source.is_file():
-        raise UserError(f"{source}: no such file. Give a video file.")
+    if not os.path.isfile(source):
+        what = "a folder, a pipe or a device, not a file" if os.path.exists(source) else "no such file"
+        raise UserError(f"{source}: {what}. Give a video file.")
     if batch is not None and batch < 1:
         raise UserError(f"batch: {batch} given; it must be a number of frames, 1 or more.")
-    if target.exists() and target.resolve() == source.resolve():
+    if target.exists() and target.samefile(source):
         raise UserError(f"{target} is the video to be enlarged. Choose another name for the result.")
     check_output(target, overwrite=overwrite)
 

@@ -756,9 +756,7 @@ def test_damaged_places_are_counted(upscaler: Upscaler, tmp_path: Path, log: pyt
 def test_no_video(upscaler: Upscaler, tmp_path: Path) -> None:
     text = tmp_path / "in.mp4"
     text.write_text("This is no video.\n" * 100)
-    with pytest.raises(
-        UserError, match=r"in\.mp4: cannot be read as a video \(.*\)\. The file is damaged, or no video"
-    ):
+    with pytest.raises(UserError, match=r"in\.mp4: cannot be read as a video \(.*\)\. The file is damaged, no video"):
         upscale_video(upscaler, text, tmp_path / "out.mp4")
     sound = tmp_path / "sound.mkv"
     with av.open(str(sound), "w") as container:
