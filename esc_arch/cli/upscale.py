@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import logging
+import os
 import sys
 from functools import partial
 from pathlib import Path
@@ -69,8 +70,14 @@ def run(args: argparse.Namespace) -> int:
     precision = "fp32" if args.fp32 else "auto"
     upscaler = load(args.model, device=_device(args.gpu_id), precision=precision, window_size=args.window)
     settings.asked(upscaler)
-    tasks = find_tasks(
-        args.input, sys.stdin, args.output, suffix=args.suffix, ext=args.ext, videos=video.RESULT_SUFFIXES
+    tasks, left_out = find_tasks(
+        args.input,
+        _listed() if "-" in args.input else [],
+        args.output,
+        suffix=args.suffix,
+        ext=args.ext,
+        overwrite=args.overwrite,
+        videos=video.RESULT_SUFFIXES,
     )
     print(upscaler, *upscaler.assumptions, sep="\n  ")
     progress = _Progress(len(tasks))
@@ -93,7 +100,7 @@ def run(args: argparse.Namespace) -> int:
     finally:
         logger.removeHandler(progress)
         progress.bar.close()
-    print(_last_line(progress))
+    print(_last_line(progress) + _shown(left_out))
     return FAULT if progress.failed else 0
 
 
@@ -107,6 +114,15 @@ def _options(args: argparse.Namespace) -> BatchOptions:
     memory = None if args.max_memory is None else parse_memory(args.max_memory)
     settings = Settings(args.outscale, args.tile, args.pre_pad, memory, args.alpha_upsampler)
     return BatchOptions(settings, args.quality, args.lossless, args.batch, args.overwrite)
+
+
+def _listed() -> list[str]:
+    """Names from standard input, of any bytes: one a line, or each before a NUL, as `find -print0` writes them."""
+    if sys.stdin is None:
+        raise UserError("-i -: standard input is closed. Send it a list of names, or name the files.")
+    text = os.fsdecode(sys.stdin.buffer.read())
+    lines = text.split("\0") if "\0" in text else text.replace("\r\n", "\n").split("\n")
+    return [line for line in lines if line.strip()]
 
 
 def _device(gpu: int | None) -> str:

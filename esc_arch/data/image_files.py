@@ -56,13 +56,16 @@ def folder_sources(folder: Path) -> list[Source]:
 
     UserError if it is no folder, has no image, or if two of its images differ only in their suffix.
     """
-    if not folder.is_dir():
-        raise UserError(f"{folder} is not a folder. Give the folder that holds the images.")
-    files = sorted(
-        path
-        for path in folder.iterdir()
-        if path.suffix.lower() in IMAGE_SUFFIXES and not path.name.startswith(".") and path.is_file()
-    )
+    try:
+        if not folder.is_dir():
+            raise UserError(f"{folder} is not a folder. Give the folder that holds the images.")
+        files = sorted(
+            path
+            for path in folder.iterdir()
+            if path.suffix.lower() in IMAGE_SUFFIXES and not path.name.startswith(".") and path.is_file()
+        )
+    except PermissionError as error:
+        raise UserError(f"{folder} cannot be read: {error.strerror}. Get the permission for it.") from error
     if not files:
         raise UserError(f"{folder} holds no image ({' '.join(IMAGE_SUFFIXES)}). Folders inside it are not searched.")
     stats = ((path, path.stat()) for path in files)

@@ -6,6 +6,7 @@ import io
 import os
 import re
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -91,9 +92,19 @@ def test_folders_keep_their_structure(run: Upscale) -> None:
 
 def test_several_inputs_and_a_list(run: Upscale, monkeypatch: pytest.MonkeyPatch) -> None:
     put("a.png"), put("folder/b.png"), put("with space.png")
-    monkeypatch.setattr(sys, "stdin", io.StringIO("with space.png\n\nfolder\r\n"))
-    assert run("-i", "a.png", "-", "-o", "out", "--suffix", "")[0] == 0
-    assert files("out") == ["a.png", "b.png", "with space.png"]
+    os.rename(put("c.png"), b"\xff.png")
+    for text in (b"with space.png\n\nfolder\r\n\xff.png", b"with space.png\0folder\0\xff.png\0"):
+        monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(text)))
+        status, out, _ = run("-i", "a.png", "-", "-o", "out", "--suffix", "", "--overwrite")
+        assert (status, files("out")) == (0, ["a.png", "b.png", "with space.png", "\udcff.png"])
+        assert "?.png -> out/?.png (70 x 60)\n" in out
+
+
+def test_a_list_from_nowhere(run: Upscale, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "stdin", None)
+    status, _, err = run("-i", "-", "-o", "out")
+    assert (status, len(err.splitlines())) == (2, 1)
+    assert "-i -: standard input is closed. Send it a list of names" in err
 
 
 @pytest.mark.parametrize(("ext", "kind"), [("png", "PNG"), ("jpg", "JPEG"), ("webp", "WEBP"), ("tiff", "TIFF")])
@@ -145,15 +156,107 @@ def test_options_reach_the_network(run: Upscale, weights: Path, monkeypatch: pyt
 def test_what_is_there_is_skipped(run: Upscale) -> None:
     put("in/a.png"), put("in/b.png")
     assert run("-i", "in", "-o", "out")[0] == 0
-    Path("out/a_out.png").write_bytes(b"kept")
+    kept = put("out/a_out.png", np.zeros((60, 70, 3), np.uint8)).read_bytes()
     Path("out/b_out.png").unlink()
     status, out, _ = run("-i", "in", "-o", "out")
     assert status == 0
     assert "in/a.png: skipped, out/a_out.png is there" in out
     assert out.endswith("1 done, 1 skipped (there already), 0 failed\n")
-    assert Path("out/a_out.png").read_bytes() == b"kept"
+    assert Path("out/a_out.png").read_bytes() == kept
     assert run("-i", "in", "-o", "out", "--overwrite")[1].endswith("2 done, 0 skipped (there already), 0 failed\n")
-    assert Image.open("out/a_out.png").size == (70, 60)
+    assert np.asarray(Image.open("out/a_out.png")).any()
+
+
+@pytest.mark.parametrize("ext", ["png", "jpg", "webp", "tiff"])
+@pytest.mark.parametrize("fault", ["cut off", "empty", "of 140 x 120 pixels instead of 70 x 60", "not a PNG"])
+def test_what_is_there_and_is_no_result(run: Upscale, ext: str, fault: str) -> None:
+    """Of another run, killed while it copied, or of another network: it is neither trusted nor overwritten unasked."""
+    put("in/a.png"), put("in/b.png")
+    assert run("-i", "in", "-o", "out", "--ext", ext, "-s", 4 if "140" in fault else 2)[0] == 0
+    result = Path(f"out/a_out.{ext}")
+    content = result.read_bytes()
+    changed = {"cut off": content[: int(0.9 * len(content))], "empty": b"", "not a PNG": b"\0" * 99}
+    content = changed.get(fault, content)
+    result.write_bytes(content)
+    status, _, err = run("-i", "in", "-o", "out", "--ext", ext)
+    assert status == 1
+    assert re.match(
+        rf"basicsr upscale: in/a.png: {result} is there, but .*({fault}|damaged).*\. Use --overwrite to", err
+    )
+    assert (result.read_bytes(), files("out")) == (content, [f"a_out.{ext}", f"b_out.{ext}"])
+    assert run("-i", "in", "-o", "out", "--ext", ext, "--overwrite")[0] == 0
+    assert Image.open(result).size == (70, 60)
+
+
+def test_a_result_that_another_run_writes_meanwhile_stays(run: Upscale, monkeypatch: pytest.MonkeyPatch) -> None:
+    original = large_images.enlarge
+
+    def enlarge(*arguments: Any, **options: Any) -> Any:
+        yield from original(*arguments, **options)
+        put("out/a_out.png", np.zeros((60, 70, 3), np.uint8))
+
+    monkeypatch.setattr(large_images, "enlarge", enlarge)
+    status, out, _ = run("-i", put("a.png"), "-o", "out")
+    assert (status, "a.png: skipped, out/a_out.png is there" in out) == (0, True)
+    assert not np.asarray(Image.open("out/a_out.png")).any()
+
+
+@pytest.mark.timeout(60)
+def test_whatever_is_in_a_folder_is_said_and_the_rest_done(run: Upscale, monkeypatch: pytest.MonkeyPatch) -> None:
+    scandir = os.scandir
+
+    def closed(path: Any) -> Any:  # whoever runs this may be root
+        if "closed" in str(path):
+            raise PermissionError(13, "Permission denied", str(path))
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", closed)
+    put("in/z.png")
+    put(f"in/{'n' * 250}.png")
+    os.mkfifo("in/pipe.png")
+    Path("in/loop.png").symlink_to("loop.png")
+    Path("in/closed").mkdir(), Path("in/sub").mkdir()
+    Path("in/sub/closed").mkdir()
+    Path("in/sub/back").symlink_to("../../in")
+    Path("in/gone").symlink_to("nowhere")
+    with socket.socket(socket.AF_UNIX) as server:
+        server.bind("in/socket.png")
+        for name in ("a.gif", "sub/b.gif", "c.HEIC", "d.avif", ".hidden.gif"):
+            Path("in", name).write_bytes(b"")
+        status, out, err = run("-i", "in", "-o", "out")
+    assert (status, files("out")) == (1, ["z_out.png"])
+    lines = [line.removeprefix("basicsr upscale: ") for line in err.splitlines()]
+    assert [line for line in lines if "n" * 250 not in line] == [
+        "in/closed: cannot be read: Permission denied. Get the permission, or take it out.",
+        "in/sub/closed: cannot be read: Permission denied. Get the permission, or take it out.",
+        "in/loop.png: cannot be read: Too many levels of symbolic links.",
+        "in/pipe.png: a pipe, a socket or a device, not a file. Take it out.",
+        "in/socket.png: a pipe, a socket or a device, not a file. Take it out.",
+    ]
+    assert len(lines) == 6
+    assert re.search(r"in/n+.png: out/n+_out.png: cannot be written: File name too long\.", err)
+    assert out.splitlines()[-1].startswith("1 done, 0 skipped (there already), 6 failed: ")
+    assert out.endswith("; left out: 1 .avif, 2 .gif, 1 .heic, 1 link to a folder, 1 without suffix\n")
+
+
+@pytest.mark.parametrize("arguments", [["-i", "n" * 300, "-o", "out"], ["-i", "a.png", "-o", "n" * 300]])
+def test_names_that_are_too_long(run: Upscale, arguments: list[str]) -> None:
+    put("a.png")
+    status, _, err = run(*arguments)
+    assert (status, len(err.splitlines())) == (2, 1)
+    assert "no such file or folder" in err or "cannot be written to: File name too long" in err
+
+
+@pytest.mark.parametrize("options", [[], ["--max-memory", "16G"], ["--batch", "2"]])
+def test_a_network_that_gives_no_numbers(run: Upscale, weights: Path, options: list[str]) -> None:
+    content = torch.load(weights, weights_only=True)
+    next(iter(content["params"].values())).fill_(1e38)
+    torch.save(content, "broken.pth")
+    put("a.png"), put("b.png")
+    status, _, err = run("-i", "a.png", "b.png", "-o", "out", *options, model="broken.pth")
+    assert status == 1
+    assert err.startswith("basicsr upscale: a.png: broken.pth gave values that are not finite (NaN or infinite). Its w")
+    assert (len(err.splitlines()), files("out")) == (2, [])
 
 
 def test_a_failing_file_is_a_line_and_the_rest_is_done(run: Upscale) -> None:
@@ -260,6 +363,33 @@ def test_inputs_are_never_written_over(run: Upscale, overwrite: list[str]) -> No
     assert status == 1
     assert "a.png: would be written over the input a.png. Choose another -o, or a --suffix." in err
     assert Path("a.png").read_bytes() == before
+
+
+@pytest.mark.parametrize("link", [None, os.link, os.symlink])
+@pytest.mark.parametrize(("second", "suffix"), [("scan.png", ""), ("scan_out.png", "out"), ("scan_out.PNG", "out")])
+def test_what_may_be_an_original_is_no_result(run: Upscale, second: str, suffix: str, link: Any) -> None:
+    """Neither beside the input, nor where a link to it leads."""
+    put("in/scan.bmp")
+    before = put(f"in/{second}", np.zeros((9, 9, 3), np.uint8)).read_bytes()
+    folder = "in" if link is None else "out"
+    if link is not None:
+        Path(folder).mkdir()
+        link(Path("in", second).absolute(), Path(folder, second))
+    status, _, err = run("-i", "in", "-o", folder, "--suffix", suffix, "--overwrite")
+    if second.endswith("PNG"):  # another file here
+        assert (status, Path("in", second).read_bytes()) == (0, before)
+        return
+    assert (status, Path("in", second).read_bytes()) == (1, before)
+    assert f"in/scan.bmp: would be written over the input {folder}/{second}. Choose another -o, or a --suffix." in err
+
+
+def test_names_that_differ_in_case_alone() -> None:
+    """Where the file system ignores the case, the second would be written over the first."""
+    tasks = [UpscaleTask(Path(f"in/{name}"), Path(f"out/{name}")) for name in ("A.png", "a.png", "b.png")]
+    assert [task.problem for task in batch._without_conflicts(tasks, set(), False, False)] == [None] * 3
+    first, second, third = batch._without_conflicts(tasks, set(), False, True)
+    assert first.problem is None and third.problem is None
+    assert second.problem == "would be written to out/a.png, as in/A.png is. Use --ext auto, or another -o for it."
 
 
 def test_results_beside_inputs_are_no_inputs(run: Upscale) -> None:

@@ -4,18 +4,22 @@ from __future__ import annotations
 
 import os
 import tempfile
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
+from functools import partial
 from itertools import groupby, islice
 from pathlib import Path
 from types import MappingProxyType
 from typing import NamedTuple
 
+from esc_arch.atomic_io import system_fault
 from esc_arch.errors import UserError
 
-from .image_reader import READABLE_SUFFIXES, DecodedImage, Pixels, read_image
+from .image_reader import READABLE_SUFFIXES, DecodedImage, Pixels, inspect_image, read_image
 from .image_writer import WRITABLE_SUFFIXES, EncodeSpec, encode_spec, write_image
+from .memory import is_out_of_memory
 from .network import Upscaler
 from .stages import overlapped
 from .upscaling import Settings, enlarge_many, enlarge_pixels, enlarged_size
@@ -78,33 +82,36 @@ class BatchReport:
 
 def find_tasks(
     inputs: Sequence[str],
-    listed: Iterable[str],
+    listed: Sequence[str],
     output: Path,
     *,
     suffix: str,
     ext: str,
+    overwrite: bool = False,
     videos: Mapping[str, str] = MappingProxyType({}),
-) -> list[UpscaleTask]:
-    """What to enlarge, and where to.
+) -> tuple[list[UpscaleTask], str]:
+    """What to enlarge and where to; and, to end a line, what else is in the folders.
 
-    Files in folders keep their place below the folder; hidden ones do not count, nor do results of earlier runs.
+    Files in folders keep their place below the folder; hidden ones do not count, nor do results of earlier runs:
+    files in the output folder, and those named as another's result, if there is a suffix.
 
     Args:
-        inputs: files and folders; `-` stands for `listed`, lines that name a file or folder each.
+        inputs: files and folders; `-` stands for those that are `listed`.
         output: a folder; or a file, with a suffix, when the input is one file.
         suffix: what names of results end in, after an underscore; may be empty.
         ext: of `EXTENSIONS`.
+        overwrite: True if results of earlier runs are to be replaced.
         videos: what names of videos may end in, and what those of results then end in.
 
     Raises:
         UserError: there is nothing to enlarge, or `output` cannot be written to.
     """
-    lines = [line.rstrip("\r\n") for line in listed if line.strip()] if "-" in inputs else []
-    names = [line for name in inputs for line in (lines if name == "-" else [name])]
-    single = len(names) == 1 and "-" not in inputs and not Path(names[0]).is_dir()
-    is_file = output.suffix.lower() in WRITABLE_SUFFIXES and not output.is_dir()
-    folder = output
-    if single and output.suffix and not output.is_dir():
+    names = [each for name in inputs for each in (listed if name == "-" else [name])]
+    given = {Path(name) for name in names}
+    single = len(names) == 1 and "-" not in inputs and not os.path.isdir(names[0])
+    is_file = output.suffix.lower() in WRITABLE_SUFFIXES and not os.path.isdir(output)
+    folder, others = output, Counter[str]()
+    if single and output.suffix and not os.path.isdir(output):
         source = Path(names[0])
         is_video = source.suffix.lower() in videos
         if not (is_video or is_file):
@@ -114,60 +121,81 @@ def find_tasks(
     elif is_file:
         raise UserError(f"Several inputs need a folder: -o FOLDER, not {output}.")
     else:
-        found = [each for name in names for each in _files(Path(name), output, {*READABLE_SUFFIXES, *videos})]
-        tasks = []
-        for source, place in found:
+        tasks, known = [], {*READABLE_SUFFIXES, *videos}
+        for source, place, problem in (each for name in names for each in _files(Path(name), output)):
             own = source.suffix.lower()
+            if problem is None and own not in known and source not in given:
+                others["link to a folder" if os.path.isdir(source) else own or "without suffix"] += 1
+                continue
             image_ending = f".{ext}" if ext != "auto" else own if own in WRITABLE_SUFFIXES else ".png"
             ending = videos.get(own, image_ending)
             name = f"{source.stem}{'_' * bool(suffix)}{suffix}{source.suffix if ending == own else ending}"
-            tasks.append(UpscaleTask(source, output / place / name, own in videos))
+            tasks.append(UpscaleTask(source, output / place / name, own in videos, problem))
+    left_out = f"; left out: {', '.join(f'{others[kind]} {kind}' for kind in sorted(others))}" if others else ""
     if not tasks:
         raise UserError(
             f"{', '.join(names) or 'The list of inputs'}: no image found ({' '.join(READABLE_SUFFIXES)}; hidden files "
-            "do not count)."
+            f"do not count{left_out})."
         )
-    if not any(task.source.exists() for task in tasks):
+    if not any(os.path.lexists(task.source) for task in tasks):
         raise UserError(f"{', '.join(str(task.source) for task in tasks[:5])}: no such file or folder.")
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=folder):
-            pass
+        with tempfile.NamedTemporaryFile(dir=folder, prefix=".esc_arch_") as probe:
+            ignores_case = os.path.exists(folder / Path(probe.name).name.upper())
     except OSError as error:
         raise UserError(f"{folder}: cannot be written to: {error.strerror or error}. Choose another -o.") from error
-    return _without_conflicts(tasks, {Path(name) for name in names})
+    kept = {task.source for task in tasks} if not suffix else given
+    return _without_conflicts(tasks, kept, overwrite, ignores_case), left_out
 
 
-def _files(path: Path, output: Path, known: Collection[str]) -> Iterator[tuple[Path, Path]]:
-    """The file, or the images and videos below the folder, each with its folder's place there."""
-    if not path.is_dir():
-        yield path, Path()
+def _files(path: Path, output: Path) -> Iterator[tuple[Path, Path, str | None]]:
+    """The file, or those below the folder, each with its folder's place there, and why it cannot be read."""
+    if not os.path.isdir(path):
+        yield path, Path(), None
         return
-    results = output.resolve()
-    for parent, folders, names in os.walk(path):
+    results, closed = os.path.realpath(output), list[OSError]()
+    for parent, folders, names in os.walk(path, onerror=closed.append):
         here = Path(parent)
-        folders[:] = sorted(name for name in folders if not name.startswith(".") and (here / name).resolve() != results)
+        # Links may lead back to where they are; they are counted with the files
+        names += [name for name in folders if os.path.islink(here / name)]
+        folders[:] = sorted(n for n in folders if not n.startswith(".") and os.path.realpath(here / n) != results)
         for file in (here / name for name in sorted(names) if not name.startswith(".")):
-            if file.suffix.lower() in known:
-                yield file, here.relative_to(path)
+            yield file, here.relative_to(path), None
+    for error in closed:
+        yield Path(error.filename), Path(), f"cannot be read: {error.strerror}. Get the permission, or take it out."
 
 
-def _without_conflicts(tasks: list[UpscaleTask], given: set[Path]) -> list[UpscaleTask]:
+def _without_conflicts(
+    tasks: list[UpscaleTask], kept: set[Path], overwrite: bool, ignores_case: bool
+) -> list[UpscaleTask]:
     """Tasks of which none writes over an input, or over another's result.
 
-    What was found in a folder and has the name of another's result is that result, of an earlier run.
+    What has the name of another's result and is not `kept` is that result, of an earlier run, and no input; as it may
+    be the user's as well, it is not written over either.
     """
-    targets = {task.target.resolve() for task in tasks if task.target.resolve() != task.source.resolve()}
-    tasks = [task for task in tasks if task.source in given or task.source.resolve() not in targets]
-    sources = {task.source.resolve() for task in tasks}
-    first: dict[Path, Path] = {}
-    checked = []
-    for task in tasks:
-        target, problem = task.target.resolve(), None
-        earlier = first.setdefault(target, task.source)
-        if earlier is not task.source and earlier.resolve() == task.source.resolve():
+
+    def place(path: Path) -> str:
+        name = os.path.realpath(path)
+        return name.casefold() if ignores_case else name
+
+    def identity(path: Path) -> object:  # the same for all names of a file
+        try:
+            found = os.stat(path)
+            return found.st_dev, found.st_ino
+        except OSError:
+            return os.path.realpath(path)
+
+    targets = {identity(task.target) for task in tasks if identity(task.target) != identity(task.source)}
+    inputs = [task for task in tasks if task.source in kept or identity(task.source) not in targets]
+    sources = {identity(task.source) for task in (tasks if overwrite else inputs)}
+    first: dict[str, Path] = {}
+    checked = [task for task in inputs if task.problem is not None]
+    for task in (task for task in inputs if task.problem is None):
+        problem, earlier = None, first.setdefault(place(task.target), task.source)
+        if earlier is not task.source and identity(earlier) == identity(task.source):
             continue  # named twice
-        if target in sources:
+        if identity(task.target) in sources:
             problem = f"would be written over the input {task.target}. Choose another -o, or a --suffix."
         elif earlier is not task.source:
             problem = f"would be written to {task.target}, as {earlier} is. Use --ext auto, or another -o for it."
@@ -192,19 +220,18 @@ def upscale_files(
 ) -> None:
     """Enlarge files, images first: the next are read, and the last written, while one is computed.
 
-    What is there already is skipped: files are written whole or not at all. A file that fails is reported, and the
-    rest is done. When this is interrupted, what is computed is still written.
+    What is there already is skipped, if it is whole and of the right size, however it came there. A file that fails is
+    reported, and the rest is done. When this is interrupted, what is computed is still written.
     """
     run = _Run(upscaler, options, report)
-    waiting = [task for task in tasks if run.is_to_do(task)]
-    groups = run.groups([task for task in waiting if not task.is_video])
+    groups = run.groups([task for task in tasks if not task.is_video])
     if options.settings.max_memory is None:
         overlapped(groups, run.enlarge, run.write, WRITERS)
     else:  # whatever waits would take memory
         for group in groups:
             run.enlarge(group)
-    for task in waiting:
-        if task.is_video and upscale_video is not None:
+    for task in tasks:
+        if task.is_video and upscale_video is not None and run.is_to_do(task):
             with run.reporting(task):
                 task.target.parent.mkdir(parents=True, exist_ok=True)
                 upscale_video(task.source, task.target)
@@ -222,10 +249,25 @@ class _Run(NamedTuple):
         with self.reporting(task):
             if task.problem is not None:
                 raise UserError(task.problem)
-            if not task.target.exists() or self.options.overwrite:
+            if self.options.overwrite or not os.path.exists(task.target):
                 return True
+            if not task.is_video:
+                self._check_result(task)
             self.report.add_skipped(task)
         return False
+
+    def _check_result(self, task: UpscaleTask) -> None:
+        """UserError if what is there cannot be the whole result."""
+        wanted = enlarged_size(self.upscaler, inspect_image(task.source)[0], self.options.settings)
+        try:
+            size, is_whole = inspect_image(task.target)
+            problem = "it is cut off" * (not is_whole)
+            if sorted(size) != sorted(wanted):  # a side may have become the other
+                problem = f"of {size[1]} x {size[0]} pixels instead of {wanted[1]} x {wanted[0]}"
+        except UserError as error:
+            problem = str(error).removeprefix(f"{task.target}: ").partition(". ")[0].rstrip(".")
+        if problem:
+            raise UserError(f"{task.target} is there, but {problem}. Use --overwrite to replace it, or another -o.")
 
     @contextmanager
     def reporting(self, task: UpscaleTask) -> Iterator[None]:
@@ -233,7 +275,11 @@ class _Run(NamedTuple):
         try:
             yield
         except Exception as error:
-            line = " ".join(f"{'' if isinstance(error, UserError) else f'{type(error).__name__}: '}{error}".split())
+            fault = system_fault(error) if isinstance(error, OSError) else None
+            if is_out_of_memory(error):
+                fault = "the memory ran out. Free some, or use smaller parts: --tile or --max-memory."
+            name = "" if fault or isinstance(error, UserError) else f"{type(error).__name__}: "
+            line = " ".join(f"{name}{fault or error}".split())
             self.report.add_failed(task, line if line.startswith(str(task.source)) else f"{task.source}: {line}")
 
     def groups(self, tasks: Sequence[UpscaleTask]) -> Iterator[list[_Work]]:
@@ -245,24 +291,19 @@ class _Run(NamedTuple):
     def _read(self, tasks: Sequence[UpscaleTask]) -> Iterator[_Work]:
         """Images with what they become."""
         settings = self.options.settings
-        for task in tasks:
+        for task in filter(self.is_to_do, tasks):
             with self.reporting(task):
                 image = read_image(task.source)
-                spec = encode_spec(
-                    task.target,
-                    image,
-                    enlarged_size(self.upscaler, image.pixels, settings),
-                    quality=self.options.quality,
-                    lossless=self.options.lossless,
-                    max_memory=settings.max_memory,
-                )
+                size = enlarged_size(self.upscaler, image.pixels.shape, settings)
+                quality, lossless, memory = self.options.quality, self.options.lossless, settings.max_memory
+                spec = encode_spec(task.target, image, size, quality=quality, lossless=lossless, max_memory=memory)
                 for note in (*image.notes, *spec.notes):
                     self.report.note(f"{task.source}: {note}.")
                 yield _Work(task, image, spec)
 
     def enlarge(self, group: list[_Work]) -> list[tuple[_Work, list[Pixels]]]:
         """Enlarge images of one size; gives what is still to be written. Large results are written as they come."""
-        settings, found = self.options.settings, []
+        settings, progress, found = self.options.settings, self.report.progress, []
         together: Sequence[Pixels] = ()
         if len(group) > 1:
             pixels, dtypes = [work.image.pixels for work in group], [work.spec.dtype for work in group]
@@ -270,20 +311,10 @@ class _Run(NamedTuple):
                 together = enlarge_many(self.upscaler, pixels, settings, dtypes)
         for index, work in enumerate(group):
             with self.reporting(work.task):
-                work.task.target.parent.mkdir(parents=True, exist_ok=True)
-                spec = work.spec
-                rows: Iterable[Pixels] = (
-                    [together[index]]
-                    if together
-                    else enlarge_pixels(
-                        self.upscaler,
-                        work.image.pixels,
-                        settings,
-                        dtype=spec.dtype,
-                        scratch=work.task.target.parent,
-                        progress=self.report.progress,
-                    )
-                )
+                spec, folder = work.spec, work.task.target.parent
+                folder.mkdir(parents=True, exist_ok=True)
+                alone = partial(enlarge_pixels, self.upscaler, work.image.pixels, settings, dtype=spec.dtype)
+                rows: Iterable[Pixels] = [together[index]] if together else alone(scratch=folder, progress=progress)
                 if settings.max_memory is not None or spec.height * spec.width * spec.channels > LARGEST_WAITING:
                     self.write([(work, rows)])
                 else:
@@ -293,5 +324,7 @@ class _Run(NamedTuple):
     def write(self, images: Sequence[tuple[_Work, Iterable[Pixels]]]) -> None:
         for work, rows in images:
             with self.reporting(work.task):
+                if not self.is_to_do(work.task):  # another run has been faster
+                    continue
                 write_image(work.task.target, work.spec, rows)
                 self.report.add_done(work.task, work.spec)

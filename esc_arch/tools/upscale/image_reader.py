@@ -8,10 +8,13 @@ from __future__ import annotations
 
 import io
 import logging
+import os
+import stat
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from itertools import islice
 from pathlib import Path
 from typing import IO, Any, cast
 
@@ -22,9 +25,9 @@ from PIL import Image, ImageCms, UnidentifiedImageError
 
 from esc_arch.errors import UserError, first_line
 
-from .metadata import Metadata, image_metadata, png_colour, tiff_metadata
+from .metadata import Metadata, image_metadata, png_chunks, tiff_metadata
 
-__all__ = ["LARGEST_INPUT", "READABLE_SUFFIXES", "DecodedImage", "Pixels", "decoded", "read_image", "to_srgb"]
+__all__ = ["READABLE_SUFFIXES", "DecodedImage", "Pixels", "decoded", "inspect_image", "read_image", "to_srgb"]
 
 Pixels = npt.NDArray[Any]
 
@@ -34,8 +37,12 @@ READABLE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".tif", ".tiff", ".bmp")
 READABLE_FORMATS = ("PNG", "JPEG", "WEBP", "TIFF", "BMP")
 #: In pixels. A file of some kilobytes can claim more than any memory holds.
 LARGEST_INPUT = 2**29
+#: Directories of a TIFF file that are looked at. There may be more than can be read in a minute.
+MOST_DIRECTORIES = 100
 
 TIFF_STARTS = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
+#: What stands near the end of a whole file.
+ENDS = {"PNG": b"IEND\xaeB`\x82", "JPEG": b"\xff\xd9", "MPO": b"\xff\xd9"}
 #: Of Pillow's modes, those that are kept, and those that become one of these.
 KEPT, CONVERTED = ("L", "LA", "RGB", "RGBA"), ("1", "La", "P", "PA", "RGBa", "RGBX", "YCbCr")
 
@@ -64,13 +71,40 @@ def read_image(path: Path) -> DecodedImage:
         UserError: it cannot be read, is damaged, larger than `LARGEST_INPUT`, animated or of several pages, or has
             channels of more than 16 bits.
     """
+    with _reading(path) as (file, is_tiff):
+        return _read_tiff(path, file) if is_tiff else _read_other(path, file)
+
+
+def inspect_image(path: Path) -> tuple[tuple[int, int], bool]:
+    """Height and width, as stored, of an image file, and True if it goes on to its end; raises as `read_image`."""
+    with _reading(path) as (file, is_tiff):
+        length = os.fstat(file.fileno()).st_size
+        if is_tiff:
+            import tifffile
+
+            with tifffile.TiffFile(file) as tiff:
+                page: Any = tiff.pages[0]
+                end = max(map(sum, zip(page.dataoffsets, page.databytecounts, strict=True)))
+                return (page.imagelength, page.imagewidth), end <= length
+        with _open(file) as image:  # a WebP file is not opened in part
+            size, mark = (image.height, image.width), ENDS.get(image.format or "", b"")
+        file.seek(max(length - 4096, 0))  # other programs may have added to it
+        return size, mark in file.read()
+
+
+@contextmanager
+def _reading(path: Path) -> Iterator[tuple[IO[bytes], bool]]:
+    """An image file, and True if it is a TIFF one; what is raised becomes a line."""
     try:
+        mode = path.stat().st_mode
+        if not (stat.S_ISREG(mode) or stat.S_ISDIR(mode)):  # to open a pipe may take for ever
+            raise UserError("a pipe, a socket or a device, not a file. Take it out.")
         with path.open("rb") as file:
             start = file.read(4)
             if not start:
                 raise UserError("empty. Replace it.")
             file.seek(0)
-            return _read_tiff(path, file) if start in TIFF_STARTS else _read_other(path, file)
+            yield file, start in TIFF_STARTS
     except UserError as error:
         raise UserError(f"{path}: {error}") from error
     except UnidentifiedImageError as error:
@@ -92,14 +126,13 @@ def _read_other(path: Path, file: IO[bytes]) -> DecodedImage:
         # MPO: what telephones call .jpg, with a depth map or another view behind the image
         if frames > 1 and image.format != "MPO":
             raise UserError(f"animated ({frames} frames). Save the frames as images, or make a video of them.")
+        image.load()  # what it holds beside pixels may stand behind them
         metadata, notes = image_metadata(image)
         found = None
         if image.format == "PNG":
-            place = file.tell()
-            metadata = replace(metadata, png_colour=png_colour(file))
+            metadata = png_chunks(file, metadata)
             file.seek(24)
             depth, colour_type = file.read(2)
-            file.seek(place)
             if depth == 16:
                 found = DecodedImage(_deep_png(path, image, grey=colour_type in (0, 4)), metadata, notes)
         found = found or decoded(image, metadata, notes)
@@ -173,8 +206,7 @@ def to_srgb(image: Image.Image, icc: bytes | None) -> tuple[Image.Image, bool]:
 
 
 def _deep_png(path: Path, image: Image.Image, *, grey: bool) -> Pixels:
-    # OpenCV fills what is missing of a file in silence; Pillow notices
-    image.load()
+    # OpenCV fills what is missing of a file in silence; Pillow, which has loaded it, notices
     pixels = _by_opencv(path, grey=grey)
     key = image.info.get("transparency")
     if key is not None and pixels.shape[2] in (1, 3):
@@ -206,9 +238,10 @@ def _read_tiff(path: Path, file: IO[bytes]) -> DecodedImage:
     with tifffile.TiffFile(file) as tiff:
         page: Any = tiff.pages[0]
         _check_size(page.imagelength, page.imagewidth)
-        pages = sum(1 for other in tiff.pages if not cast(Any, other).is_reduced) if len(tiff.pages) > 1 else 1
-        if pages > 1:
-            raise UserError(f"{pages} pages. Save each as an image of its own.")
+        others = sum(not cast(Any, other).is_reduced for other in islice(tiff.pages, 1, MOST_DIRECTORIES))
+        if others:
+            more = " or more" * (others + 1 == MOST_DIRECTORIES)
+            raise UserError(f"{others + 1} pages{more}. Save each as an image of its own.")
         bits = max(np.atleast_1d(page.bitspersample))
         if page.sampleformat != 1 or bits > 16:
             kind = {1: "whole", 2: "signed", 3: "floating-point"}.get(page.sampleformat, "other")

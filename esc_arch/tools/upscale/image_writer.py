@@ -18,7 +18,7 @@ from esc_arch.atomic_io import replacing
 from esc_arch.errors import UserError
 
 from .image_reader import DecodedImage, Pixels, to_srgb
-from .metadata import DESCRIPTIVE, EXIF, EXIF_MARKER, GPS, Metadata
+from .metadata import DESCRIPTIVE, EXIF, EXIF_MARKER, GPS, TEXTS, XMP_CHUNK, XMP_SEGMENT, XMP_TAG, Metadata
 
 __all__ = ["LARGEST_SIDE", "WRITABLE_SUFFIXES", "EncodeSpec", "encode_spec", "write_image"]
 
@@ -36,6 +36,7 @@ STRIP = 64
 LARGEST_CLASSIC_TIFF = 2**32 - 2**26
 #: What JPEG's markers hold.
 LARGEST_JPEG_EXIF = 65533 - len(EXIF_MARKER)
+LARGEST_JPEG_XMP = 65533 - len(XMP_SEGMENT)
 
 
 @dataclass(frozen=True)
@@ -95,7 +96,14 @@ def encode_spec(
         exif = exif.fitted(height, width)
         if kind == "jpg" and len(exif.encode()) > LARGEST_JPEG_EXIF:
             exif, notes = None, ("its EXIF data are longer than JPEG holds and left out",)
-    metadata = replace(image.metadata, exif=exif)
+    xmp, found = image.metadata.xmp, image.metadata.texts
+    if xmp is not None and kind == "jpg" and len(xmp) > LARGEST_JPEG_XMP:
+        xmp, notes = None, (*notes, "its XMP data are longer than JPEG holds and left out")
+    texts = tuple(each for each in found if each[0] in TEXTS.get(kind, ()))
+    if found and not texts:
+        what = "PNG text" if found[0][0] in TEXTS["png"] else "JPEG comment or IPTC data"
+        notes = (*notes, f"its {what} cannot be kept in {kind} and left out")
+    metadata = replace(image.metadata, exif=exif, xmp=xmp, texts=texts)
     return EncodeSpec(
         kind, height, width, channels, np.uint16 if deep else np.uint8, metadata, quality, lossless, notes
     )
@@ -143,6 +151,10 @@ def _write_png(file: IO[bytes], spec: EncodeSpec, rows: Iterable[Pixels]) -> Non
         putchunk(file, b"pHYs", struct.pack(">IIB", *(round(dpi / 0.0254) for dpi in metadata.dpi), 1))
     if metadata.exif is not None:
         putchunk(file, b"eXIf", metadata.exif.encode())
+    if metadata.xmp is not None:
+        putchunk(file, b"iTXt", XMP_CHUNK + bytes(4) + metadata.xmp)
+    for name, content in metadata.texts:
+        putchunk(file, name, content)
     packer, above = zlib.compressobj(COMPRESSION), np.zeros((1, spec.width * spec.channels * depth // 8), np.uint8)
     for strip in _strips(rows):
         raw = np.ascontiguousarray(strip, strip.dtype.newbyteorder(">")).view(np.uint8).reshape(len(strip), -1)
@@ -159,10 +171,12 @@ def _write_tiff(file: IO[bytes], spec: EncodeSpec, rows: Iterable[Pixels]) -> No
     """TIFF 6.0, or BigTIFF beyond its 4 GiB: strips, differences along rows (predictor 2), deflate."""
     import tifffile
 
-    icc, exif, big = spec.metadata.icc, spec.metadata.exif, spec.is_big
+    icc, exif, xmp, big = spec.metadata.icc, spec.metadata.exif, spec.metadata.xmp, spec.is_big
     tags: list[tuple[int | str, int, int, object, bool]] = []
     if icc is not None:
         tags.append((0x8773, 7, len(icc), icc, True))
+    if xmp is not None:
+        tags.append((XMP_TAG, 1, len(xmp), xmp, True))
     with tifffile.TiffWriter(file, bigtiff=big, byteorder="<") as tiff:
         if exif is not None:
             for tag, (kind, value) in exif.tags.items():
@@ -205,11 +219,14 @@ def _write_whole(file: IO[bytes], spec: EncodeSpec, rows: Iterable[Pixels]) -> N
     if spec.kind == "webp" and spec.channels < 3:
         image, icc = _grey_as_rgb(image, icc)
     options = {"quality": spec.quality, "icc_profile": icc, "exif": EXIF_MARKER + exif.encode() if exif else b""}
+    if spec.metadata.xmp is not None:
+        options["xmp"] = spec.metadata.xmp
     if spec.kind == "webp":
         image.save(file, "WEBP", lossless=spec.lossless, exact=spec.lossless, **options)
     else:
         # Colours at half the resolution would undo a part of the enlargement
-        image.save(file, "JPEG", subsampling=0, dpi=dpi or (0, 0), **options)
+        extra = b"".join(marker + struct.pack(">H", len(text) + 2) + text for marker, text in spec.metadata.texts)
+        image.save(file, "JPEG", subsampling=0, dpi=dpi or (0, 0), extra=extra, **options)
 
 
 def _grey_as_rgb(image: Image.Image, icc: bytes | None) -> tuple[Image.Image, bytes | None]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import os
 import re
+import resource
 import sys
 import weakref
 from collections.abc import Callable
@@ -57,16 +58,16 @@ def resident() -> int:
     """The bytes of this process that are in memory; where the system does not say, the most there have been."""
     with suppress(OSError):
         return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
-    import resource
-
     highest = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return highest if sys.platform == "darwin" else highest * 1024
 
 
 def available() -> int:
     """The bytes that programs may still take without swapping, here and within the limit of the container."""
-    sizes = [_of_container()]
+    sizes, limit = [_of_container()], resource.getrlimit(resource.RLIMIT_AS)[0]
     try:
+        if limit != resource.RLIM_INFINITY:  # of addresses (ulimit -v)
+            sizes.append(limit - int(Path("/proc/self/statm").read_text().split()[0]) * os.sysconf("SC_PAGE_SIZE"))
         lines = Path("/proc/meminfo").read_text().splitlines()
         sizes.append(next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable")))
     except (OSError, StopIteration):
@@ -87,7 +88,10 @@ def _of_container() -> int | None:
 
 def is_out_of_memory(error: BaseException) -> bool:
     """True if an exception says that a device or the machine has not enough memory."""
-    signs = ("not enough memory", "DefaultCPUAllocator", "can't allocate memory", "out of memory")
+    signs = (
+        *("not enough memory", "DefaultCPUAllocator", "can't allocate memory", "out of memory", "bad_alloc"),
+        *("could not create a primitive", "could not create a memory", "Cannot allocate memory"),  # oneDNN, mmap
+    )
     return isinstance(error, MemoryError | torch.OutOfMemoryError) or (
         isinstance(error, RuntimeError) and any(sign in str(error) for sign in signs)
     )

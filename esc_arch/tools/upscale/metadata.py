@@ -1,8 +1,9 @@
-"""What image files hold beside pixels: colour profile, camera data (EXIF), resolution."""
+"""What image files hold beside pixels: colour profile, camera data (EXIF), XMP, texts, resolution."""
 
 from __future__ import annotations
 
 import io
+import re
 import struct
 import warnings
 from collections.abc import Collection
@@ -15,16 +16,8 @@ from PIL.TiffImagePlugin import ImageFileDirectory_v2
 from esc_arch.errors import first_line
 
 __all__ = [
-    "DESCRIPTIVE",
-    "EXIF",
-    "EXIF_MARKER",
-    "GPS",
-    "Exif",
-    "Metadata",
-    "image_metadata",
-    "parse_exif",
-    "png_colour",
-    "tiff_metadata",
+    *("DESCRIPTIVE", "EXIF", "EXIF_MARKER", "GPS", "TEXTS", "XMP_CHUNK", "XMP_SEGMENT", "XMP_TAG", "Exif", "Metadata"),
+    *("image_metadata", "parse_exif", "png_chunks", "tiff_metadata"),
 ]
 
 #: What stands before the tags in a JPEG file, and may in others.
@@ -47,6 +40,13 @@ DESCRIPTIVE = {
 
 #: Chunks of a PNG file that say how its numbers are colours, where no profile does.
 PNG_COLOUR = (b"cICP", b"sRGB", b"gAMA", b"cHRM")
+#: How the chunk of a PNG file and the segment of a JPEG file that hold XMP begin, and JPEG's with what does not fit.
+XMP_CHUNK = b"XML:com.adobe.xmp\0"
+XMP_SEGMENT, XMP_EXTENSION = b"http://ns.adobe.com/xap/1.0/\0", b"http://ns.adobe.com/xmp/extension/\0"
+#: Markers of JPEG's comments and of Photoshop's resources, and the number of IPTC among these; XMP's tag in TIFF.
+COMMENT, APP13, IPTC, XMP_TAG = b"\xff\xfe", b"\xff\xed", 0x0404, 0x02BC
+#: What one format alone holds, by the names of its chunks and the markers of its segments.
+TEXTS = {"png": (b"tEXt", b"zTXt", b"iTXt"), "jpg": (COMMENT, APP13)}
 
 
 @dataclass(frozen=True)
@@ -101,12 +101,16 @@ class Metadata:
         icc: the colour profile, byte for byte.
         dpi: resolution in pixels per inch, horizontal and vertical.
         png_colour: chunks of `PNG_COLOUR`, name and content.
+        xmp: as it is to stand in any format.
+        texts: what one format alone holds, see `TEXTS`: names, or JPEG's markers, and contents.
     """
 
     icc: bytes | None = None
     exif: Exif | None = None
     dpi: tuple[float, float] | None = None
     png_colour: tuple[tuple[bytes, bytes], ...] = ()
+    xmp: bytes | None = None
+    texts: tuple[tuple[bytes, bytes], ...] = ()
 
 
 def image_metadata(image: Image.Image) -> tuple[Metadata, tuple[str, ...]]:
@@ -114,7 +118,23 @@ def image_metadata(image: Image.Image) -> tuple[Metadata, tuple[str, ...]]:
     exif, notes = None, tuple[str, ...]()
     if block := image.info.get("exif"):
         exif, notes = parse_exif(io.BytesIO(block.removeprefix(EXIF_MARKER)))
-    return Metadata(image.info.get("icc_profile") or None, exif, _known(image.info.get("dpi"))), notes
+    texts = []
+    for name, content in getattr(image, "applist", ()):  # of JPEG
+        if name == "COM":
+            texts.append((COMMENT, content))
+        elif content.startswith(XMP_EXTENSION):
+            notes = (*notes, "its extended XMP, beyond 64 KiB, was left out")
+    if isinstance(iptc := image.info.get("photoshop", {}).get(IPTC), bytes):
+        resource = b"8BIM" + struct.pack(">HHI", IPTC, 0, len(iptc)) + iptc + bytes(len(iptc) % 2)
+        texts.append((APP13, b"Photoshop 3.0\0" + resource))
+    icc, dpi, xmp = image.info.get("icc_profile") or None, _known(image.info.get("dpi")), image.info.get("xmp")
+    return Metadata(icc, exif, dpi, xmp=_upright_xmp(xmp), texts=tuple(texts)), notes
+
+
+def _upright_xmp(xmp: object) -> bytes | None:
+    """XMP of pixels that are not turned any more; None for what is no text."""
+    upright = rb"(tiff:Orientation(?:>|\s*=\s*[\"']))[2-8]"
+    return re.sub(upright, rb"\g<1>1", xmp) if isinstance(xmp, bytes) and xmp else None
 
 
 def tiff_metadata(file: IO[bytes], page: Any) -> tuple[Metadata, tuple[str, ...]]:
@@ -129,7 +149,8 @@ def tiff_metadata(file: IO[bytes], page: Any) -> tuple[Metadata, tuple[str, ...]
     if per_inch is not None and all(number and number[1] for number in numbers):
         dpi = _known([number[0] / number[1] * per_inch for number in numbers])
     profile = page.tags.valueof(0x8773)
-    return Metadata(bytes(profile) if profile else None, exif, dpi), notes
+    xmp = page.tags.valueof(XMP_TAG)
+    return Metadata(bytes(profile) if profile else None, exif, dpi, xmp=_upright_xmp(xmp)), notes
 
 
 def _known(dpi: Any) -> tuple[float, float] | None:
@@ -169,15 +190,17 @@ def _read_directory(file: IO[bytes], head: bytes, place: int, kind: int, only: C
     )
 
 
-def png_colour(file: IO[bytes]) -> tuple[tuple[bytes, bytes], ...]:
-    """The chunks of `PNG_COLOUR` in a file."""
-    chunks = []
+def png_chunks(file: IO[bytes], metadata: Metadata) -> Metadata:
+    """With the chunks of `PNG_COLOUR` and `TEXTS` in a file."""
+    colour, texts = [], []
     place = 8
     while file.seek(place) and len(head := file.read(8)) == 8:
         length, name = struct.unpack(">I4s", head)
-        if name == b"IDAT":
+        if name == b"IEND":
             break
         if name in PNG_COLOUR and length <= 32:
-            chunks.append((name, file.read(length)))
+            colour.append((name, file.read(length)))
+        elif name in TEXTS["png"] and not (content := file.read(length)).startswith(XMP_CHUNK):
+            texts.append((name, content))
         place += length + 12
-    return tuple(chunks)
+    return replace(metadata, png_colour=tuple(colour), texts=tuple(texts))

@@ -29,7 +29,7 @@ from .memory import is_out_of_memory, parse_memory
 from .metadata import Metadata
 from .network import Upscaler, load
 
-__all__ = ["ALPHAS", "Settings", "enlarge_many", "enlarge_pixels", "enlarged_size", "upscale"]
+__all__ = ["ALPHAS", "Settings", "enlarge_many", "enlarge_pixels", "enlarged_size", "finite", "upscale"]
 
 #: How alpha may be enlarged.
 ALPHAS = ("network", "bicubic")
@@ -37,6 +37,8 @@ ALPHAS = ("network", "bicubic")
 KEPT_NETWORKS = 4
 #: Rows of a result that are rounded, put together and written at a time.
 ROWS = 256
+#: How far floating-point images may be outside of 0 .. 1 by rounding: less than half a step of 8 bits.
+TOLERANCE = 1e-3
 
 ImageT = TypeVar("ImageT", Pixels, Tensor, Image.Image)
 
@@ -80,9 +82,9 @@ class Settings:
         return scale
 
 
-def enlarged_size(upscaler: Upscaler, image: Pixels, settings: Settings) -> tuple[int, int]:
-    """Height and width of what an image (H, W, ...) becomes, rounded to whole pixels."""
-    return scaled_size(image.shape[:2], upscaler.scale if settings.scale is None else settings.scale)
+def enlarged_size(upscaler: Upscaler, size: tuple[int, ...], settings: Settings) -> tuple[int, int]:
+    """Height and width of what an image of size (H, W, ...) becomes, rounded to whole pixels."""
+    return scaled_size((size[0], size[1]), upscaler.scale if settings.scale is None else settings.scale)
 
 
 def enlarge_pixels(
@@ -106,7 +108,7 @@ def enlarge_pixels(
         Rows of the result from the top to the bottom, (h, W', C).
 
     Raises:
-        UserError: the network does not have the scale; parts do not fit.
+        UserError: the network does not have the scale or gives NaN; parts do not fit; `pixels` are not in 0 .. 1.
     """
     inputs = _inputs(pixels, settings)
 
@@ -124,7 +126,7 @@ def enlarge_pixels(
 
     # Alpha, the last of the inputs, is computed first: it is joined to the rows of the colours
     outputs = [rows(image, len(inputs) - 1 - index) for index, image in enumerate(inputs)]
-    size, folder = enlarged_size(upscaler, pixels, settings), scratch if settings.max_memory is not None else None
+    size, folder = enlarged_size(upscaler, pixels.shape, settings), scratch if settings.max_memory is not None else None
     return _assembled(pixels, size, outputs, dtype, folder)
 
 
@@ -152,7 +154,7 @@ def enlarge_many(
             rows = enlarge_pixels(upscaler, pixels, settings, dtype=dtype)
         else:
             outputs = [_fitted([next(enlarged)], upscaler, pixels, settings) for _ in group]
-            rows = _assembled(pixels, enlarged_size(upscaler, pixels, settings), outputs, dtype)
+            rows = _assembled(pixels, enlarged_size(upscaler, pixels.shape, settings), outputs, dtype)
         results.append(np.concatenate(list(rows)))
     return results
 
@@ -162,7 +164,17 @@ def _fitted(blocks: Iterable[Tensor], upscaler: Upscaler, pixels: Pixels, settin
     scale = settings.asked(upscaler)
     source = upscaler.output_size(pixels.shape[0], pixels.shape[1], scale)
     margin = round(settings.pre_pad * (upscaler.scale if scale is None else scale))
-    return _resized(_cropped(blocks, margin, source), source, enlarged_size(upscaler, pixels, settings))
+    rows = _cropped((finite(upscaler, block) for block in blocks), margin, source)
+    return _resized(rows, source, enlarged_size(upscaler, pixels.shape, settings))
+
+
+def finite(upscaler: Upscaler, result: Tensor) -> Tensor:
+    """What a network returned, of any shape; UserError if there are values in it that are no numbers."""
+    if not all(map(math.isfinite, result.aminmax())):
+        half = "Half precision is too narrow (use --fp32, in Python precision='fp32'), or its weights are broken."
+        cure = "Its weights are broken: use others." if upscaler.precision == torch.float32 else half
+        raise UserError(f"{upscaler.source.name} gave values that are not finite (NaN or infinite). {cure}")
+    return result
 
 
 def _assembled(
@@ -215,7 +227,14 @@ def _floating(image: Pixels) -> Pixels:
 def _inputs(pixels: Pixels, settings: Settings) -> list[Pixels]:
     """What goes through the network, (H, W, 3): the colours, and alpha if it is needed; padded."""
     # Floating types other than float32 are no gain inside a network
-    pixels = pixels.astype(np.float32, copy=False) if np.issubdtype(pixels.dtype, np.floating) else pixels
+    if np.issubdtype(pixels.dtype, np.floating):
+        pixels = pixels.astype(np.float32, copy=False)
+        low, high = pixels.min(), pixels.max()
+        if not (low >= -TOLERANCE and high <= 1 + TOLERANCE):  # NaN, too
+            raise UserError(
+                f"The image has values from {low:g} to {high:g}; floating-point images must be in 0 .. 1: divide it by "
+                "its largest possible value, such as 255, or clip it."
+            )
     planes = [pixels]
     if pixels.shape[2] in (2, 4):
         colour, alpha = pixels[..., :-1], pixels[..., -1]
@@ -306,7 +325,7 @@ def upscale(
         palette becomes RGB or RGBA.
 
     Raises:
-        UserError: an image of another kind, or an invalid checkpoint or option.
+        UserError: an image of another kind or range, an invalid checkpoint or option, or a result that is not finite.
 
     Example:
         >>> import esc_arch, numpy as np
@@ -344,7 +363,7 @@ def upscale(
 
 def _enlarge(upscaler: Upscaler, pixels: Pixels, settings: Settings) -> Pixels:
     rows = enlarge_pixels(upscaler, pixels, settings)
-    return _collected(rows, enlarged_size(upscaler, pixels, settings), pixels.dtype)
+    return _collected(rows, enlarged_size(upscaler, pixels.shape, settings), pixels.dtype)
 
 
 def _upscale_tensor(image: Tensor, upscaler: Upscaler, settings: Settings) -> Tensor:

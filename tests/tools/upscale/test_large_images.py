@@ -19,10 +19,10 @@ from torch import Tensor
 
 from esc_arch.archs.heads import Region
 from esc_arch.errors import UserError
-from esc_arch.tools.upscale import large_images
+from esc_arch.tools.upscale import large_images, memory
 from esc_arch.tools.upscale.feature_maps import FeatureMap
 from esc_arch.tools.upscale.large_images import costs_of, enlarge, plan_for, whole
-from esc_arch.tools.upscale.memory import format_memory, is_out_of_memory, parse_memory, peak_of, resident
+from esc_arch.tools.upscale.memory import available, format_memory, is_out_of_memory, parse_memory, peak_of, resident
 from esc_arch.tools.upscale.network import Upscaler
 from esc_arch.tools.upscale.tiled_executor import PaddedImage, Plan, TiledExecutor, cuts, grid
 
@@ -372,7 +372,16 @@ def test_real_failures_of_the_allocator_are_recognised() -> None:
         np.empty(2**58)
     assert is_out_of_memory(of_torch.value)
     assert is_out_of_memory(of_numpy.value)
+    assert is_out_of_memory(RuntimeError("could not create a primitive"))  # oneDNN
     assert not is_out_of_memory(ValueError("out of memory"))
+
+
+def test_a_limit_of_the_process_counts(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(memory.resource, "getrlimit", lambda _: (2**50, 2**50))
+    free = available()
+    used = next(int(line.split()[1]) for line in Path("/proc/self/status").read_text().splitlines() if "VmSize" in line)
+    monkeypatch.setattr(memory.resource, "getrlimit", lambda _: (used * 1024 + 2**20, 2**50))
+    assert available() <= 2**21 < free
 
 
 @pytest.mark.parametrize(("kind", "tile", "largest"), [("ESC", 16, 16), ("ESC", 9, 16), ("ESCRealM", 20, 32)])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import os
 import re
 import struct
 import zlib
@@ -15,12 +16,13 @@ import numpy as np
 import pytest
 import tifffile
 from PIL import Image, ImageCms, ImageOps
+from PIL.PngImagePlugin import PngInfo
 from PIL.TiffImagePlugin import IFDRational
 from skimage.data import astronaut, chelsea
 
 from esc_arch.errors import UserError
 from esc_arch.tools.upscale import image_reader, image_writer
-from esc_arch.tools.upscale.image_reader import DecodedImage, read_image
+from esc_arch.tools.upscale.image_reader import DecodedImage, inspect_image, read_image
 from esc_arch.tools.upscale.image_writer import LARGEST_SIDE, encode_spec, write_image
 from esc_arch.tools.upscale.metadata import Exif, Metadata, parse_exif
 
@@ -289,6 +291,60 @@ def test_the_resolution_is_kept(tmp_path: Path, source: str, to: str) -> None:
         assert image.info["dpi"] == pytest.approx((300, 150), abs=0.02)
 
 
+XMP = b'<x:xmpmeta xmlns:x="adobe:ns:meta/"><rdf:Description tiff:Orientation="6" dc:title="Cat"/></x:xmpmeta>'
+
+
+@pytest.mark.parametrize("to", LARGEST_SIDE)
+@pytest.mark.parametrize("source", LARGEST_SIDE)
+def test_xmp_is_kept(tmp_path: Path, source: str, to: str) -> None:
+    """But for the orientation: the pixels are upright."""
+    text = PngInfo()
+    text.add_itxt("XML:com.adobe.xmp", XMP.decode())
+    path = tmp_path / f"a{SUFFIXES[source]}"
+    options: dict[str, Any] = {"pnginfo": text} if source == "png" else {"xmp": XMP}
+    if source == "tiff":
+        options = {"tiffinfo": {0x02BC: XMP}}
+    Image.fromarray(PHOTOGRAPH).save(path, **options)
+    as_written(tmp_path / f"b{SUFFIXES[to]}", read_image(path))
+    with Image.open(tmp_path / f"b{SUFFIXES[to]}") as image:
+        image.load()
+        assert image.info["xmp"] == XMP.replace(b'"6"', b'"1"')
+
+
+def test_xmp_that_jpeg_cannot_hold(tmp_path: Path) -> None:
+    picture = DecodedImage(PHOTOGRAPH, Metadata(xmp=bytes(70000)))
+    spec = encode_spec(tmp_path / "a.jpg", picture, (100, 140))
+    assert spec.notes == ("its XMP data are longer than JPEG holds and left out",)
+    assert as_written(tmp_path / "a.jpg", picture).metadata.xmp is None
+    extension = b"\xff\xe1" + struct.pack(">H", 40) + b"http://ns.adobe.com/xmp/extension/\0abc"
+    Image.fromarray(PHOTOGRAPH).save(tmp_path / "b.jpg", extra=extension)
+    assert read_image(tmp_path / "b.jpg").notes == ("its extended XMP, beyond 64 KiB, was left out",)
+
+
+def test_texts_are_kept_in_their_format_and_said_elsewhere(tmp_path: Path) -> None:
+    text, png, jpeg = PngInfo(), tmp_path / "a.png", tmp_path / "a.jpg"
+    text.add_text("parameters", "a prompt"), text.add_text("long", "x" * 5000, zip=True)
+    text.add_itxt("Title", "Müller", lang="de")
+    text.add(b"tEXt", b"behind\0the pixels", after_idat=True)
+    Image.fromarray(PHOTOGRAPH).save(png, pnginfo=text)
+    iptc = b"\x1c\x02\x78\0\x03cat"
+    segment = b"Photoshop 3.0\x008BIM\x04\x04\0\0" + struct.pack(">I", len(iptc)) + iptc
+    extra = b"\xff\xed" + struct.pack(">H", len(segment) + 2) + segment
+    Image.fromarray(PHOTOGRAPH).save(jpeg, comment="a comment", extra=extra)
+    as_written(tmp_path / "b.png", read_image(png))
+    as_written(tmp_path / "b.jpg", read_image(jpeg))
+    with Image.open(tmp_path / "b.png") as image:
+        image.load()
+        texts = image.text  # type: ignore[attr-defined]
+        assert texts == {"parameters": "a prompt", "long": "x" * 5000, "Title": "Müller", "behind": "the pixels"}
+    with Image.open(tmp_path / "b.jpg") as image:
+        assert (image.info["comment"], image.info["photoshop"]) == (b"a comment", {0x0404: iptc})
+    for source, kinds, what in ((png, ("jpg", "webp", "tiff"), "PNG text"), (jpeg, ("png", "webp"), "JPEG comment or")):
+        for kind in kinds:
+            (note,) = encode_spec(tmp_path / f"c.{kind}", read_image(source), (100, 140)).notes
+            assert re.fullmatch(f"its {what}.* cannot be kept in {kind} and left out", note)
+
+
 def test_how_a_png_says_its_colours_is_kept(tmp_path: Path) -> None:
     stored = io.BytesIO()
     Image.fromarray(PHOTOGRAPH).save(stored, "PNG")
@@ -405,6 +461,25 @@ def test_thumbnails_are_no_pages(tmp_path: Path) -> None:
     np.testing.assert_array_equal(read_image(tmp_path / "t.tif").pixels, PHOTOGRAPH)
 
 
+def test_directories_without_end(tmp_path: Path) -> None:
+    """No more than some are read, pages or thumbnails; `inspect_image` reads the first."""
+    tags = [(256, 1), (257, 1), (258, 8), (259, 1), (262, 1), (273, 4), (277, 1), (278, 1), (279, 1)]
+    for name, kind in (("pages", 0), ("thumbnails", 1)):
+        data, count = b"II*\0\x08\0\0\0", 300
+        length = 2 + 12 * (len(tags) + 1) + 4
+        for index in range(count):
+            data += struct.pack("<H", len(tags) + 1)
+            for tag, value in [(254, kind * (index > 0)), *tags]:
+                data += struct.pack("<HHII", tag, 4, 1, value)
+            data += struct.pack("<I", (index < count - 1) * (8 + length * (index + 1)))
+        path = tmp_path / f"{name}.tif"
+        path.write_bytes(data)
+        assert inspect_image(path) == ((1, 1), True)
+    assert read_image(path).pixels.shape == (1, 1, 1)
+    with pytest.raises(UserError, match=r"100 pages or more\. Save each as an image"):
+        read_image(tmp_path / "pages.tif")
+
+
 def png_of(height: int, width: int) -> bytes:
     head = b"IHDR" + struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
     data = b"IDAT" + zlib.compress(bytes(1000))
@@ -459,7 +534,12 @@ def test_what_cannot_be_read_is_said_in_a_line(tmp_path: Path, content: bytes, m
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.timeout(60)
 def test_files_that_cannot_be_opened(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe.png")
+    for path in (tmp_path / "pipe.png", Path("/dev/zero")):
+        with pytest.raises(UserError, match=f"^{path}: a pipe, a socket or a device, not a file. Take it out"):
+            read_image(path)
     with pytest.raises(UserError, match=r"a.png: cannot be read: No such file or directory\."):
         read_image(tmp_path / "a.png")
     with pytest.raises(UserError, match=r": cannot be read: Is a directory\."):

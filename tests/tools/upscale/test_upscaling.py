@@ -290,12 +290,45 @@ def test_memory_as_text(model: Upscaler) -> None:
         (torch.zeros(4, 4), r"The tensor is \(4, 4\) of torch.float32; it must be \(3, H, W\) or \(B, 3, H, W\)"),
         (torch.zeros(1, 4, 4), r"The tensor is \(1, 4, 4\)"),
         (torch.zeros(3, 4, 4, dtype=torch.int64), "of torch.int64"),
+        (
+            PHOTOGRAPH.astype(np.float32),
+            r"The image has values from 0 to 249; floating-point images must be in 0 .. 1: ",
+        ),
+        (np.full((4, 4), -0.1, np.float16), "The image has values from -0.0999756 to -0.0999756"),
+        (np.full((4, 4, 3), np.nan), "The image has values from nan to nan"),
+        (torch.full((2, 3, 4, 4), 1.1), r"values from 1.1 to 1.1; .* divide it by its largest possible value, such as"),
         (Image.new("F", (4, 4)), "a kind that is not enlarged .Pillow's mode F.. Save it with 8 or 16 bits"),
     ],
 )
 def test_images_that_are_none(model: Upscaler, image: Any, message: str) -> None:
     with pytest.raises(UserError, match=message):
         upscale(image, model)
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+def test_results_that_are_no_numbers(
+    weights: Path, precision: str, value: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    broken = esc_arch.load(weights, device="cpu", precision=precision)
+    original = Upscaler.__call__
+
+    def call(self: Upscaler, image: torch.Tensor, scale: float | None = None) -> torch.Tensor:
+        result = original(self, image, scale)
+        result[..., 7, 9] = value
+        return result
+
+    monkeypatch.setattr(Upscaler, "__call__", call)
+    cure = (
+        "Its weights are broken: use others" if precision == "fp32" else "Half precision is too narrow .use --fp32, in"
+    )
+    for image in (PHOTOGRAPH, torch.zeros(2, 3, 8, 8)):
+        with pytest.raises(UserError, match=rf"^x2.pth gave values that are not finite .NaN or infinite.\. {cure}"):
+            upscale(image, broken)
+
+
+def test_rounding_is_no_range(model: Upscaler) -> None:
+    assert upscale(np.full((4, 4), 1 + 1e-6, np.float32), model).shape == (8, 8)
 
 
 @pytest.mark.parametrize(
