@@ -130,8 +130,7 @@ class VideoReader:
         """Say what of a frame the result has not."""
         if frame.interlaced_frame:
             self._note("it is interlaced, and enlarged as if it were not. Deinterlace it first (ffmpeg -vf bwdif)")
-        alpha = any(part.is_alpha for part in frame.format.components) or self.stream.metadata.get("alpha_mode") == "1"
-        if alpha and not frame.format.has_palette:
+        if self.stream.metadata.get("alpha_mode") == "1" or _is_transparent(frame):
             self._note("its alpha is left out")
         height, width = self.first.height, self.first.width
         if (frame.height, frame.width) != (height, width):
@@ -148,6 +147,12 @@ class VideoReader:
             self._note(f"the file is cut off at {self._end:.2f} of {expected:.2f} seconds; {rest}")
         if self._faults:
             self._note(f"{self._faults} places are damaged; {rest}")
+
+
+def _is_transparent(frame: Any) -> bool:
+    """True if it has alpha that says something: that of GIFs is mostly full."""
+    alpha = any(part.is_alpha for part in frame.format.components) and not frame.format.has_palette
+    return alpha and bool(frame.to_ndarray(format="rgba")[..., 3].min() < 255)
 
 
 @contextmanager
