@@ -112,7 +112,9 @@ class WorkFolder:
                     write_atomically(path / MANIFEST, json.dumps({**settings, "segment": length}).encode())
                 yield folder
             except BaseException:
-                if not folder.shown:
+                if folder.shown:
+                    folder._remove_files(but=folder._files)  # a half-written result takes room that may be needed
+                else:
                     folder.remove()
                 raise
 
