@@ -609,15 +609,9 @@ class Interrupted(Counting):
 
     def __call__(self, image: Tensor, scale: float | None = None) -> Tensor:
         if len(self.shapes) == self.at:
-            wait_for_segments()
             object.__setattr__(self, "at", -1)
             raise KeyboardInterrupt
         return super().__call__(image, scale)
-
-
-def wait_for_segments() -> None:
-    """Give the encoding thread the time to write what it has."""
-    threading.Event().wait(0.5)
 
 
 @pytest.fixture
