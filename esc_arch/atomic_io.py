@@ -225,8 +225,8 @@ def locked(folder: Path, name: str = ".prepare.lock", busy: str | None = None) -
     with file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            if os.fstat(file.fileno()).st_nlink == 0:  # removed by the process that held it, which has just ended
-                raise BlockingIOError
+            if os.fstat(file.fileno()).st_nlink == 0:  # removed, as that of a finished video, since it was opened
+                raise UserError(f"Another process has just finished with {folder}. Run the command again.")
         except BlockingIOError:
             prepare = f"Another 'basicsr prepare' is writing to {folder}. Wait for it, or choose another -o."
             raise UserError(busy or prepare) from None
