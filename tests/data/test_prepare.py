@@ -228,6 +228,19 @@ def test_lr_for_a_scale_that_is_not_made(hr_folder: Path, tmp_path: Path) -> Non
         basicsr_prepare("train", "-i", hr_folder, "-o", tmp_path / "out", "--scales", 2, "--lr", f"4={hr_folder}", *CUT)
 
 
+def test_a_folder_that_cannot_be_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def closed(path: Path) -> None:  # whoever runs this may be root
+        raise PermissionError(13, "Permission denied", str(path))
+
+    for name in ("iterdir", "is_dir"):
+        with (
+            monkeypatch.context() as patch,
+            pytest.raises(UserError, match=f"^{tmp_path} cannot be read: Permission de"),
+        ):
+            patch.setattr(Path, name, closed)
+            folder_sources(tmp_path)
+
+
 def test_folder_without_images(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"holds no image \(\.png .*\)\. Folders inside it are not searched"):
         basicsr_prepare("train", "-i", tmp_path, "-o", tmp_path / "out", *CUT)
