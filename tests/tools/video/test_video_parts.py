@@ -312,9 +312,9 @@ def test_one_process_at_a_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     with WorkFolder.opened(target, {}, 2) as folder:
         lock = open(folder.path / "lock", "rb")  # noqa: SIM115  of a process that is about to lock it
         folder.remove()
-        monkeypatch.setattr(atomic_io, "open_regular", lambda *_, **__: lock)
-        with pytest.raises(UserError, match=r"Another process has just finished with .*Run the command again\."):
-            WorkFolder.opened(target, {}, 2).__enter__()
+    monkeypatch.setattr(atomic_io, "open_regular", lambda *_, **__: lock)
+    with pytest.raises(UserError, match=r"Another process has just finished with .*Run the command again\."):
+        WorkFolder.opened(target, {}, 2).__enter__()
 
 
 def test_stages_run_at_the_same_time() -> None:
