@@ -2,7 +2,7 @@
 
     python install_basicsr.py [OPTION_OF_PIP_INSTALL ...]
 
-Needs `setuptools wheel cython` and PyTorch in the environment, as the README's lines install them.
+Needs `setuptools>=77 wheel cython` and PyTorch in the environment, as the README's lines install them.
 
 BasicSR's setup.py runs `exec(...)` and looks its version up in `locals()`. Since Python 3.13 (PEP 667), exec() without
 namespaces writes to a copy of its caller's variables, and nothing is found. The processes that pip starts here, and no

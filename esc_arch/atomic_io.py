@@ -5,9 +5,12 @@ from __future__ import annotations
 import errno
 import fcntl
 import os
+import re
 import secrets
 import shutil
+import socket
 import stat
+import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -38,11 +41,14 @@ _LONGEST_NAME = 235
 
 _NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _NO_PERMISSION = (errno.EACCES, errno.EPERM, errno.EROFS)
+#: Files that are locked. A forked process that outlives this one would keep them so.
+_LOCKED: weakref.WeakSet[IO[bytes]] = weakref.WeakSet()
+os.register_at_fork(after_in_child=lambda: [file.close() for file in list(_LOCKED)])
 #: Errors of the system that a user can fix, and how.
 _CURES = {
     **dict.fromkeys(_NO_ROOM, "Make room there, or write elsewhere"),
     **dict.fromkeys(_NO_PERMISSION, "Get the permission for it, or use another folder"),
-    errno.ENOTDIR: "A part of this path is a file, where a folder is needed",
+    **dict.fromkeys((errno.ENOTDIR, errno.EEXIST), "A part of this path is a file, where a folder is needed"),
     errno.ENAMETOOLONG: "Use a shorter name",
     errno.EIO: "The disk or the network that it is on fails",
     errno.ESTALE: "The network that it is on fails",
@@ -117,9 +123,11 @@ def replacing(path: Path, *, durable: bool = True) -> Iterator[IO[bytes]]:
             os.replace(temporary, path)  # while it is locked, no other process takes it for one that was left behind
         if durable:
             fsync_folder(path.parent)
-    except BaseException:
+    except BaseException as error:
         with suppress(OSError):  # the first error is the one that counts
             temporary.unlink(missing_ok=True)
+        if isinstance(error, OSError) and error.errno and error.filename is None:  # what writing raises
+            error.filename = str(path)
         raise
 
 
@@ -211,9 +219,9 @@ def remove(path: Path) -> None:
 
 @contextmanager
 def locked(folder: Path, name: str = ".prepare.lock", busy: str | None = None) -> Iterator[None]:
-    """Make `folder` and lock it against other processes that do the same, which get a UserError.
+    """Make `folder` and lock it against other processes that do the same, which get a UserError with who holds it.
 
-    The lock file stays behind, empty: removing it would let two processes lock different files of one name.
+    The lock file stays behind: removing it would let two processes lock different files of one name.
 
     Args:
         name: of the lock file.
@@ -229,7 +237,16 @@ def locked(folder: Path, name: str = ".prepare.lock", busy: str | None = None) -
                 raise UserError(f"Another process has just finished with {folder}. Run the command again.")
         except BlockingIOError:
             prepare = f"Another 'basicsr prepare' is writing to {folder}. Wait for it, or choose another -o."
-            raise UserError(busy or prepare) from None
+            raise UserError(f"{busy or prepare} It is {_holder(folder / name)}.") from None
         except OSError:
             pass  # a network file system without locks
+        _LOCKED.add(file)
+        with suppress(OSError):  # a full disk: then nobody learns who holds it
+            os.truncate(file.fileno(), 0)
+            os.write(file.fileno(), f"process {os.getpid()} on {socket.gethostname()}".encode())
         yield
+
+
+def _holder(lock: Path) -> str:
+    text = lock.read_text(errors="replace")
+    return text if re.fullmatch(r"process \d+ on [\w.-]+", text) else "another process"

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from .printing import shown
+
 __all__ = [
     "FAULT",
     "INTERRUPTED",
@@ -19,8 +21,12 @@ class UserError(Exception):
     """Something the user gave cannot be used.
 
     The message is all a user sees, so it says what was given (file, key or value), what is allowed
-    and what to do. The command line prints it without a traceback and exits with status 2.
+    and what to do. The command line prints it without a traceback and exits with status 2. Its lines are arguments
+    of their own: each stays one, whatever the names and values in it.
     """
+
+    def __str__(self) -> str:
+        return "\n".join(map(shown, self.args))
 
 
 def message_of(error: UserError) -> str:

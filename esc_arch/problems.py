@@ -6,6 +6,8 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from .printing import shown
+
 __all__ = ["Place", "Problem", "join", "of_severity", "wrong_value"]
 
 
@@ -42,7 +44,7 @@ class Problem:
     place: Place | None = None
 
     def __str__(self) -> str:
-        return ": ".join(part for part in (str(self.place or ""), self.path, self.message) if part)
+        return shown(": ".join(part for part in (str(self.place or ""), self.path, self.message) if part))
 
 
 def wrong_value(path: str, value: Any, wanted: str) -> Problem:

@@ -1,7 +1,8 @@
 """The user's own package, whose modules register networks, models, data sets and losses when they are imported.
 
 Only modules that the user names are looked for in the current folder, and what is in their packages: whatever else
-lies there, which may be a download, is not imported. Worker processes look there for the same names.
+lies there, which may be a download, is not imported, nor by child processes (`leave_current_folder`). Those look there
+for the same names.
 """
 
 from __future__ import annotations
@@ -18,12 +19,26 @@ from typing import Any
 
 from .errors import UserError
 
-__all__ = ["add_import_argument", "find_as_parent_process", "import_modules"]
+__all__ = ["add_import_argument", "find_as_parent_process", "import_modules", "leave_current_folder"]
 
 #: Tells child processes what `_FOLDERS` is, as JSON.
 _VARIABLE = "ESC_ARCH_PROJECT"
 #: By top-level module, the folder in which it is looked for first.
 _FOLDERS: dict[str, str] = {}
+
+
+def leave_current_folder() -> None:
+    """Let processes that are started from now on import nothing from the current folder, unless PYTHONPATH names it.
+
+    Python has it first on the path with `-c`, by which worker processes start.
+    """
+    os.environ["PYTHONSAFEPATH"] = "1"
+    if sys.version_info < (3, 11):  # which does not know it
+        import multiprocessing.util
+        import subprocess
+
+        flags = subprocess._args_from_interpreter_flags  # type: ignore[attr-defined]
+        multiprocessing.util._args_from_interpreter_flags = lambda: ["-I", *flags()]  # type: ignore[attr-defined]
 
 
 def add_import_argument(parser: argparse.ArgumentParser) -> None:

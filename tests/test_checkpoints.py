@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from esc_arch.checkpoints import describe_mismatch, load_weights, read_checkpoint, select_weights
-from esc_arch.checkpoints.reading import is_safetensors
+from esc_arch.checkpoints.reading import is_safetensors, read_metadata
 from esc_arch.errors import UserError
 
 WEIGHTS = {"weight": torch.arange(6.0).reshape(2, 3), "bias": torch.tensor([7.0, 8.0])}
@@ -224,6 +224,16 @@ def test_no_weights(content: Any) -> None:
         select_weights(content, "params", "net.pth")
 
 
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf"), 1e300])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float16])
+def test_numbers_that_no_network_can_compute_with(value: float, dtype: torch.dtype) -> None:
+    """1e300 is infinite in float32, and already in the file in float16."""
+    weights = WEIGHTS | {"bias": torch.tensor([1.0, value], dtype=torch.float64).to(dtype)}
+    message = r"net\.pth holds bias with 1 of 2 numbers that are infinite or not a number.* Use an earlier checkpoint"
+    with pytest.raises(UserError, match=message):
+        select_weights({"params": weights}, "params", "net.pth")
+
+
 # --- loading ------------------------------------------------------------------------------------------------------
 
 
@@ -247,6 +257,13 @@ MISFITS = {
     "missing": ({"weight": WEIGHTS["weight"]}, r"1 missing in it \(bias\)"),
     "unknown": (WEIGHTS | {"scale": torch.ones(1)}, r"1 not in the network \(scale\)"),
     "shape": (WEIGHTS | {"bias": torch.ones(3)}, r"1 of other shapes \(bias is \(3,\) and should be \(2,\)\)"),
+    **{
+        kind: (
+            WEIGHTS | {"bias": torch.ones(2, dtype=getattr(torch, kind))},
+            rf"1 of other types \(bias is torch\.{kind} and should be torch\.float32: save it as such\)",
+        )
+        for kind in ("int8", "uint8", "bool")
+    },
 }
 
 
@@ -274,3 +291,10 @@ def test_long_lists_are_cut() -> None:
     (problem,) = describe_mismatch({}, {f"layer{index}": torch.ones(1) for index in range(11)})
     assert problem.startswith("11 not in the network (layer0, layer1")
     assert problem.endswith("layer7 and 3 more)")
+
+
+def test_a_safetensors_file_whose_name_is_not_utf8(tmp_path: Path) -> None:
+    path = tmp_path / "a\udcff.safetensors"
+    path.write_bytes(safetensors.torch.save({"weight": torch.arange(3.0)}, {"a": "b"}))
+    assert torch.equal(read_checkpoint(path)["weight"], torch.arange(3.0))
+    assert read_metadata(path) == {"a": "b"}

@@ -214,13 +214,10 @@ def test_cleaning_up_after_a_failure_has_an_end(
 
 
 @pytest.mark.parametrize("finished", [False, True])
-def test_a_process_that_falls_silent(
-    finished: bool, exits: Exits, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
-) -> None:
+def test_a_process_that_falls_silent(finished: bool, exits: Exits, capsys: pytest.CaptureFixture) -> None:
     """One of three is killed or stopped, or has ended as it should: the two others end, or go on."""
-    monkeypatch.setattr(failure_monitor, "_SILENCE", 0.3)
     store = dist.HashStore()
-    monitors = [FailureMonitor(store, rank, 3, poll=0.01) for rank in range(3)]
+    monitors = [FailureMonitor(store, rank, 3, poll=0.01, silence=0.3) for rank in range(3)]
     for each in monitors:
         each.start()
     if finished:
@@ -230,10 +227,23 @@ def test_a_process_that_falls_silent(
     else:
         monitors[1]._stopping.set()
         wait_until(lambda: len(exits) == 2)
-        message = "rank 1 failed: no sign of life for 0.3 s: it was killed or stopped, or its machine cannot be reached"
+        message = (
+            "rank 1 failed: no sign of life for 0.3 s (ESC_ARCH_RANK_TIMEOUT): it was killed or stopped, or its "
+            "machine cannot be reached"
+        )
         assert capsys.readouterr().err.count(f"{message}; stopping\n") == 2
     for each in monitors:
         each.stop()
+
+
+@pytest.mark.parametrize("text", ["", "a minute", "0", "4.9", "-60", "nan", "inf"])
+def test_a_time_of_silence_that_cannot_be(text: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert failure_monitor.longest_silence() == 60
+    monkeypatch.setenv("ESC_ARCH_RANK_TIMEOUT", "1e3")
+    assert failure_monitor.longest_silence() == 1000
+    monkeypatch.setenv("ESC_ARCH_RANK_TIMEOUT", text)
+    with pytest.raises(UserError, match=rf"ESC_ARCH_RANK_TIMEOUT={text} .* must be seconds .* 5 or more"):
+        distributed.init_dist("pytorch")
 
 
 def test_a_rendezvous_that_is_lost(exits: Exits, capsys: pytest.CaptureFixture) -> None:

@@ -89,7 +89,7 @@ def adapt_weights(net: nn.Module, weights: dict[str, Tensor]) -> list[str]:
 
 
 def describe_mismatch(own: Mapping[str, Tensor], weights: Mapping[str, Tensor]) -> list[str]:
-    """How a state dict differs from a network's: missing names, unknown names, other shapes. Empty when it fits."""
+    """How a state dict differs from a network's: missing and unknown names, other shapes and types, if it does."""
     missing = [name for name in own if name not in weights]
     unknown = [name for name in weights if name not in own]
     shapes = [
@@ -97,9 +97,22 @@ def describe_mismatch(own: Mapping[str, Tensor], weights: Mapping[str, Tensor]) 
         for name, tensor in weights.items()
         if name in own and own[name].shape != tensor.shape
     ]
-    groups = {"missing in it": missing, "not in the network": unknown, "of other shapes": shapes}
+    types = [
+        f"{name} is {tensor.dtype} and should be {own[name].dtype}: save it as such"
+        for name, tensor in weights.items()
+        if name in own and own[name].is_floating_point() != tensor.is_floating_point()
+    ]
+    groups = {
+        "missing in it": missing,
+        "not in the network": unknown,
+        "of other shapes": shapes,
+        "of other types": types,
+    }
     return [f"{len(names)} {what} ({some(names)})" for what, names in groups.items() if names]
 
 
 def _fitting(own: Mapping[str, Tensor], weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    return {name: tensor for name, tensor in weights.items() if name in own and own[name].shape == tensor.shape}
+    def fits(tensor: Tensor, to: Tensor | None) -> bool:
+        return to is not None and to.shape == tensor.shape and to.is_floating_point() == tensor.is_floating_point()
+
+    return {name: tensor for name, tensor in weights.items() if fits(tensor, own.get(name))}

@@ -7,7 +7,8 @@ import logging
 import pickle
 import re
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from torch import Tensor
 from esc_arch.archs.flashbias import Origin, convert_old_factors, mark_published, origin_of
 from esc_arch.archs.shapes import some
 from esc_arch.errors import UserError, first_line
+from esc_arch.printing import is_utf8
 
 __all__ = [
     "find_weights",
@@ -25,6 +27,7 @@ __all__ = [
     "is_state_dict",
     "read_checkpoint",
     "read_metadata",
+    "require_usable",
     "select_weights",
 ]
 
@@ -135,8 +138,8 @@ def select_weights(checkpoint: Mapping[str, Any], param_key: str | None, source:
         source: the file, for messages.
 
     Raises:
-        UserError: no weights in it, or some that no network can take: sparse, quantised, complex, without content, or
-            numbers that are repeated to far more than the file holds.
+        UserError: no weights in it, or some that no network can take: sparse, quantised, complex, without content,
+            infinite or not a number, or repeated to far more than the file holds.
     """
     key, weights = find_weights(checkpoint, param_key, source)
     if key == param_key is not None:
@@ -168,7 +171,7 @@ def find_weights(
                 f"{some([*map(str, checkpoint)]) or 'nothing'}.{is_state}"
             )
         key, weights = found[0], checkpoint[found[0]]
-    _check_dense(weights, source)
+    require_usable(weights, source)
     return key, {PREFIXES.sub("", name): tensor for name, tensor in weights.items()}
 
 
@@ -181,7 +184,8 @@ def is_state_dict(value: object) -> bool:
     )
 
 
-def _check_dense(weights: Mapping[str, Tensor], source: str | Path) -> None:
+def require_usable(weights: Mapping[str, Tensor], source: str | Path) -> None:
+    """UserError if tensors of a file are of kinds, or hold numbers, with which no network can compute."""
     for name, tensor in weights.items():
         odd = {
             "a nested tensor": tensor.is_nested,
@@ -189,6 +193,7 @@ def _check_dense(weights: Mapping[str, Tensor], source: str | Path) -> None:
             "a quantised tensor": tensor.is_quantized,
             "complex numbers": tensor.is_complex(),
             "a tensor without content": tensor.is_meta,
+            "packed numbers": str(tensor.dtype).endswith("_x2"),  # of 4 bits
         }
         if kind := next((kind for kind, found in odd.items() if found), None):
             raise UserError(
@@ -203,6 +208,14 @@ def _check_dense(weights: Mapping[str, Tensor], source: str | Path) -> None:
             f"The weights in {source} would take {taken:,} bytes of memory, and are stored in "
             f"{sum(stored.values()):,}: it was not made by saving a network. Get it from another source."
         )
+    for name, tensor in weights.items():
+        # In float32, in which they are used: larger ones of float64 are infinite there
+        if tensor.is_floating_point() and (wrong := tensor.numel() - int(tensor.float().isfinite().sum())):
+            raise UserError(
+                f"{source} holds {name} with {wrong:,} of {tensor.numel():,} numbers that are infinite or not a number "
+                "(NaN): the training that saved it had diverged, or the file is damaged. Use an earlier checkpoint of "
+                "that training, or get the file again."
+            )
 
 
 def _read_safetensors(path: Path) -> dict[str, Any]:
@@ -210,11 +223,19 @@ def _read_safetensors(path: Path) -> dict[str, Any]:
     from safetensors.torch import load_file
 
     try:
-        return dict(load_file(path, device="cpu"))
+        with _utf8_name(path) as name:
+            return dict(load_file(name, device="cpu"))
     except SafetensorError as error:
         raise UserError(f"{path} is damaged or was cut short: {first_line(error)}. Get it again.") from error
     except Exception as error:  # a type that PyTorch has not; sizes that no memory holds
         raise _damaged(path, error) from error
+
+
+@contextmanager
+def _utf8_name(path: Path) -> Iterator[str]:
+    """Another name of a file whose own is not UTF-8, while this lasts: safetensors opens no other."""
+    with path.open("rb") as file:
+        yield str(path) if is_utf8(path) else f"/dev/fd/{file.fileno()}"
 
 
 def is_safetensors(path: Path) -> bool:
@@ -232,7 +253,7 @@ def read_metadata(path: str | Path) -> dict[str, str]:
     """The metadata of a safetensors file."""
     from safetensors import safe_open
 
-    with safe_open(path, framework="pt") as file:
+    with _utf8_name(Path(path)) as name, safe_open(name, framework="pt") as file:
         return dict(file.metadata() or {})
 
 

@@ -9,15 +9,15 @@ import argparse
 import contextlib
 import importlib
 import os
-import select
 import sys
 import traceback
 from collections.abc import Sequence
 from types import ModuleType
 
 from esc_arch import __version__
-from esc_arch.errors import NO_BASICSR, UNREAD, UserError, describe
-from esc_arch.project import import_modules
+from esc_arch.errors import FAULT, NO_BASICSR, UNREAD, UserError, describe
+from esc_arch.printing import safe_streams
+from esc_arch.project import import_modules, leave_current_folder
 
 __all__ = ["VERBS", "main"]
 
@@ -45,8 +45,26 @@ VERBS = {
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run a verb; returns the exit status: 0, 2 for a mistake of the user's (one message), 130 for Ctrl-C, 141 when
-    nobody reads what is printed any more."""
+    """Run a verb; returns the exit status.
+
+    It is 0; 2 for a mistake of the user's (one message); 130 for Ctrl-C; 1 when the standard output could not be
+    written, and 141 when nobody reads it any more, which end no run.
+    """
+    argv = sys.argv[1:] if argv is None else argv
+    called = next((word for word in argv if word in VERBS), None)
+    with safe_streams() as output:
+        status = _run(argv, called)
+        output.flush()
+        if status or output.failure is None:
+            return status
+        if isinstance(output.failure, BrokenPipeError):
+            return UNREAD
+        reason = output.failure.strerror or output.failure
+        print(f"basicsr {called}: the standard output is incomplete: {reason}.", file=sys.stderr)
+        return FAULT
+
+
+def _run(argv: Sequence[str], called: str | None) -> int:
     parser = argparse.ArgumentParser(
         prog="basicsr", description="BasicSR with the ESC networks. `basicsr VERB --help` says more about a verb."
     )
@@ -54,8 +72,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     # torch.distributed.launch puts it before the verb, where it is of no use to anyone (fault 19)
     parser.add_argument("--local_rank", "--local-rank", dest="_", help=argparse.SUPPRESS)
     parsers = parser.add_subparsers(dest="verb", metavar="VERB", required=True)
-    argv = sys.argv[1:] if argv is None else argv
-    called = next((word for word in argv if word in VERBS), None)
+    leave_current_folder()
     try:
         for name, what in VERBS.items():
             of_verb = parsers.add_parser(name, help=what, description=what)
@@ -67,13 +84,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             # What modules print must not be in the midst of what `check --json` prints
             with contextlib.redirect_stdout(sys.stderr) if args.verb == "check" else contextlib.nullcontext():
                 import_modules(getattr(args, "imports", None), "--import")
-        status = verb.run(args)
-        sys.stdout.flush()
-        return status
-    except BrokenPipeError:
-        if not _is_unread():
-            raise
-        return UNREAD
+        return int(verb.run(args))
     except (UserError, KeyboardInterrupt) as error:
         status, message = describe(error)
         rank = os.environ.get("RANK", "0")
@@ -90,17 +101,3 @@ def _module(verb: str) -> ModuleType:
         if error.name != "basicsr":
             raise
         raise UserError(NO_BASICSR) from None
-
-
-def _is_unread() -> bool:
-    """True if the reader of standard output has gone, as that of `basicsr doctor | head`; then the rest is dropped."""
-    try:
-        output = sys.stdout.fileno()
-    except (OSError, ValueError):  # not a file
-        return False
-    poll = select.poll()
-    poll.register(output, select.POLLOUT)
-    gone = any(event & (select.POLLERR | select.POLLHUP) for _, event in poll.poll(0))
-    if gone:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), output)  # Python writes what is left when it ends
-    return gone

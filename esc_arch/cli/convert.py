@@ -22,6 +22,8 @@ from esc_arch.checkpoints.conversion import (
 from esc_arch.checkpoints.factorisation import factorise, output_error
 from esc_arch.data.photographs import read_photograph
 from esc_arch.errors import UserError
+from esc_arch.printing import shown
+from esc_arch.project import add_import_argument
 
 __all__ = ["add_arguments", "add_weights_arguments", "run"]
 
@@ -39,6 +41,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def add_weights_arguments(parser: argparse.ArgumentParser, output: str) -> None:
     """Add which weights of the checkpoint to take, and whether to replace `output`."""
+    add_import_argument(parser)
     parser.add_argument("--param-key", metavar="K", help="take the weights under K; default: params_ema, else params")
     parser.add_argument("--window", type=int, metavar="W", help="window_size, which weights of ESCRIB do not determine")
     parser.add_argument("--overwrite", action="store_true", help=f"replace {output} if it exists")
@@ -108,5 +111,5 @@ def _factorised(checkpoint: Checkpoint, rank: int) -> Checkpoint:
 
 
 def _comment(line: str) -> None:
-    """Print a YAML comment. Names and values from a file must neither end the line nor steer the terminal."""
-    print("# " + "".join(character if character.isprintable() else "?" for character in line))
+    """Print a YAML comment."""
+    print(f"# {shown(line)}")

@@ -13,6 +13,8 @@ import torch
 from tqdm import tqdm
 
 from esc_arch.errors import FAULT, UserError
+from esc_arch.printing import shown
+from esc_arch.project import add_import_argument
 from esc_arch.tools.upscale.batch import EXTENSIONS, BatchOptions, BatchReport, UpscaleTask, find_tasks, upscale_files
 from esc_arch.tools.upscale.image_writer import EncodeSpec
 from esc_arch.tools.upscale.memory import parse_memory
@@ -28,6 +30,7 @@ NAMED = 20
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the command's arguments."""
+    add_import_argument(parser)
     add = parser.add_argument
     add(
         "-i",
@@ -100,7 +103,7 @@ def run(args: argparse.Namespace) -> int:
     finally:
         logger.removeHandler(progress)
         progress.bar.close()
-    print(_last_line(progress) + _shown(left_out))
+    print(_last_line(progress) + shown(left_out))
     return FAULT if progress.failed else 0
 
 
@@ -138,14 +141,9 @@ def _device(gpu: int | None) -> str:
 
 def _last_line(report: BatchReport) -> str:
     line = f"{len(report.done)} done, {len(report.skipped)} skipped (there already), {len(report.failed)} failed"
-    names = ", ".join(_shown(str(path)) for path in report.failed[:NAMED])
+    names = ", ".join(shown(path) for path in report.failed[:NAMED])
     more = f" and {len(report.failed) - NAMED} more" if len(report.failed) > NAMED else ""
     return f"{line}: {names}{more}" if names else line
-
-
-def _shown(text: str) -> str:
-    """File names must neither end a line nor steer the terminal."""
-    return "".join(character if character.isprintable() else "?" for character in text)
 
 
 class _Progress(BatchReport, logging.Handler):
@@ -189,4 +187,4 @@ class _Progress(BatchReport, logging.Handler):
 
     def _say(self, line: str, *, error: bool = False) -> None:
         with self.bar.external_write_mode(sys.stderr if error else sys.stdout, nolock=False):
-            print(_shown(line), file=sys.stderr if error else sys.stdout, flush=True)
+            print(shown(line), file=sys.stderr if error else sys.stdout, flush=True)

@@ -14,6 +14,7 @@ from basicsr.utils import scandir
 from esc_arch.data.hr_images import as_list
 from esc_arch.data.image_files import IMAGE_SUFFIXES
 from esc_arch.data.names import read_names
+from esc_arch.data.worker_pool import require_open_files
 from esc_arch.errors import UserError
 from esc_arch.training.data_order import SeededDataset
 from esc_arch.training.stopping import shield_worker
@@ -38,7 +39,9 @@ def build_dataloader(
 ) -> Any:
     if dataset_opt["phase"] == "train":
         dataset = SeededDataset(dataset)
-    return original(dataset, dataset_opt, *args, **kwargs)
+    loader = original(dataset, dataset_opt, *args, **kwargs)
+    require_open_files(loader.num_workers, "datasets: train: num_worker_per_gpu")
+    return loader
 
 
 @patch("basicsr.data", "worker_init_fn", "workers draw other random crops in every epoch")

@@ -8,7 +8,7 @@ import os
 import stat
 import sys
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import cv2
 import lmdb
@@ -18,8 +18,8 @@ from esc_arch.atomic_io import replacing
 from esc_arch.data.decoding import decode
 from esc_arch.data.hr_images import as_list
 from esc_arch.data.lmdb_check import lmdb_problem
-from esc_arch.data.names import shown
 from esc_arch.errors import UserError
+from esc_arch.printing import shown
 from esc_arch.training.run import current_run
 
 from .patches import Original, patch
@@ -32,9 +32,9 @@ _LONGEST_FILE = 2**31 - 1
 #: As BasicSR's function names them.
 _FLAGS = {"color": cv2.IMREAD_COLOR, "grayscale": cv2.IMREAD_GRAYSCALE, "unchanged": cv2.IMREAD_UNCHANGED}
 
-#: By path. lmdb refuses a second environment of a file in one process, also in a forked worker, which can read on
-#: through its parent's, as BasicSR opens them without locks.
-_ENVIRONMENTS: dict[str, Any] = {}
+#: By path: the environment, its file and the file's size. lmdb refuses a second environment of a file in one process,
+#: also in a forked worker, which can read on through its parent's, as BasicSR opens them without locks.
+_ENVIRONMENTS: dict[str, tuple[Any, IO[bytes], int]] = {}
 
 logger = logging.getLogger("basicsr")
 
@@ -75,16 +75,29 @@ def lmdb_backend_init(_: Original, self: Any, db_paths: Any, client_keys: Any = 
     options = {"readonly": True, "lock": False, "readahead": False} | options
     self.db_paths = [str(path) for path in as_list(db_paths)]
     self.paths = dict(zip(as_list(client_keys), self.db_paths, strict=True))
-    self._client = {}
+    self._client, self._files = {}, {}
     for key, path in self.paths.items():
         place = os.path.realpath(path)
         if place not in _ENVIRONMENTS:
             require_sound(path)
             try:
-                _ENVIRONMENTS[place] = lmdb.open(path, **options)
+                environment = lmdb.open(path, **options)
             except lmdb.Error as error:
                 raise UserError(f"Cannot open the LMDB {path}: {str(error).rstrip('.')}.") from error
-        self._client[key] = _ENVIRONMENTS[place]
+            file = open(Path(path, "data.mdb"), "rb")  # noqa: SIM115  as long as the environment
+            _ENVIRONMENTS[place] = environment, file, os.fstat(file.fileno()).st_size
+        self._client[key], *self._files[key] = _ENVIRONMENTS[place]
+
+
+@patch("basicsr.utils.file_client", "LmdbBackend.get", "a file that is cut short meanwhile ends no process by SIGBUS")
+def lmdb_get(original: Original, self: Any, filepath: str, client_key: str) -> Any:
+    file, size = self._files[client_key]
+    if (left := os.fstat(file.fileno()).st_size) < size:
+        raise UserError(
+            f"The LMDB {self.paths[client_key]} was cut short while it was read: data.mdb has {left:,} of {size:,} "
+            "bytes. Create it again: `basicsr prepare`."
+        )
+    return original(self, filepath, client_key)
 
 
 def require_sound(path: str) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import logging
+import os
 import sys
 import time
 from collections.abc import Callable
@@ -12,6 +13,7 @@ from typing import Any
 
 from basicsr.utils.dist_util import get_dist_info
 
+from esc_arch.printing import escape_record, shown
 from esc_arch.training.distributed import take_notes
 from esc_arch.training.progress import TrainingLog, init_wandb
 from esc_arch.training.run import current_run
@@ -34,6 +36,14 @@ def get_env_info(original: Original) -> str:
                 handler.handle(logger.makeRecord(logger.name, logging.INFO, "", 0, "Note: %s", (note,), None))
     listed = "".join(f"\n\t{module}.{name}: {fixes}" for module, name, _, fixes in PATCHES)
     return f"{original()}\nesc_arch {__version__} replaces in basicsr {SUPPORTED_VERSION}:{listed}"
+
+
+@patch("basicsr.utils.options", "dict2str", "texts of option files stay on their line of the log")
+def dict2str(original: Original, opt: dict[str, Any], indent_level: int = 1) -> str:
+    text: str = original(
+        {key: value if isinstance(value, dict) else shown(value) for key, value in opt.items()}, indent_level
+    )
+    return text
 
 
 class RunLog(TrainingLog):
@@ -65,6 +75,7 @@ def get_root_logger(
     root: logging.Logger = original(logger_name, log_level)
     if log_file is not None and is_first and get_dist_info()[0] == 0:
         root.setLevel(log_level)
+        root.addFilter(escape_record)
         handler = _LogFile(unused(log_file), "w", encoding="utf-8", errors="backslashreplace")
         handler.setFormatter(root.handlers[-1].formatter)
         handler.setLevel(log_level)
@@ -88,7 +99,7 @@ class _LogFile(logging.FileHandler):
 
 @patch(_MODULE, "init_tb_logger", "a training outlives TensorBoard's file")
 def init_tb_logger(original: Original, log_dir: str) -> Any:
-    writer = original(log_dir)
+    writer = original(os.path.relpath(log_dir))  # the current folder may not be UTF-8, which TensorBoard needs
     return writer if writer is None else _ForgivingWriter(writer)
 
 

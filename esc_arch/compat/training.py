@@ -11,12 +11,15 @@ from typing import Any
 
 from basicsr.utils import check_resume
 from basicsr.utils.dist_util import master_only
+from torch import Tensor
 
-from esc_arch.atomic_io import remove_partial
-from esc_arch.checkpoints import read_checkpoint
+from esc_arch.atomic_io import remove_partial, write_atomically
+from esc_arch.checkpoints.reading import find_weights, read_checkpoint, require_usable
 from esc_arch.errors import UserError
+from esc_arch.printing import shown
 from esc_arch.training.data_order import EpochSampler
 from esc_arch.training.run import current_run, saved_states, training_run
+from esc_arch.training.run_locks import lock_run, run_locks
 
 from .failures import system_faults_named
 from .patches import PATCHES, Original, patch
@@ -29,7 +32,7 @@ PATCHES.append(
 
 @patch("basicsr.train", "train_pipeline", "a training stops when asked to, all saved, and ends with a report")
 def train_pipeline(original: Original, root_path: str) -> None:
-    with training_run() as run, system_faults_named():
+    with run_locks(), training_run() as run, system_faults_named():
         try:
             original(root_path)
             run.finish()
@@ -39,16 +42,22 @@ def train_pipeline(original: Original, root_path: str) -> None:
 
 @patch("basicsr.test", "test_pipeline", "a full disk or a missing permission is one message")
 def test_pipeline(original: Original, root_path: str) -> None:
-    with system_faults_named():
+    with run_locks(), system_faults_named():
         original(root_path)
+
+
+@patch("basicsr.utils.misc", "make_exp_dirs", "no two runs of one name write into one folder")
+def make_exp_dirs(original: Original, opt: dict[str, Any]) -> None:
+    lock_run(opt)
+    original(opt)
 
 
 @patch("basicsr.train", "copy_opt_file", "option files are UTF-8 whatever the locale")
 @master_only
 def copy_opt_file(_: Original, opt_file: str, experiments_root: str) -> None:
     text = Path(opt_file).read_text(encoding="utf-8")
-    header = f"# GENERATE TIME: {time.asctime()}\n# CMD:\n# {' '.join(sys.argv)}\n\n"
-    Path(experiments_root, os.path.basename(opt_file)).write_text(header + text, encoding="utf-8")
+    header = f"# GENERATE TIME: {time.asctime()}\n# CMD:\n# {shown(' '.join(sys.argv))}\n\n"
+    write_atomically(Path(experiments_root, os.path.basename(opt_file)), (header + text).encode())
 
 
 @patch("basicsr.train", "create_train_val_dataloader", "a run does total_iter iterations, or is refused")
@@ -81,6 +90,7 @@ def build_model(original: Original, opt: dict[str, Any]) -> Any:
 @patch("basicsr.train", "load_resume_state", "resuming needs no GPU, and looks where this run writes")
 def load_resume_state(_: Original, opt: dict[str, Any]) -> dict[str, Any] | None:
     if opt["auto_resume"]:
+        lock_run(opt)  # before: a run that goes on would write newer ones
         if (found := _newest_state(opt)) is None:
             return None
         path, state = found
@@ -96,6 +106,7 @@ def load_resume_state(_: Original, opt: dict[str, Any]) -> dict[str, Any] | None
             f"{root}, from which its networks would be read. Give name and path: experiments_root of the run "
             f"that saved it."
         )
+    lock_run(opt)
     check_resume(opt, state["iter"])
     if opt["rank"] == 0:
         for folder in ("models", "training_states"):
@@ -123,11 +134,16 @@ def _newest_state(opt: dict[str, Any]) -> tuple[Path, dict[str, Any]] | None:
 
 
 def _require_networks(opt: dict[str, Any], state: Path, iteration: int) -> None:
-    """Refuse a state whose networks are missing: their saving may have met a full disk."""
+    """Refuse a state whose networks are missing, as after a full disk, or cannot be used."""
     for network in (key.removeprefix("network_") for key in opt if key.startswith("network_") and opt[key]):
+        if f"network_{network}" in (opt["path"].get("ignore_resume_networks") or ()):
+            continue
         path = Path(opt["path"]["models"], f"net_{network}_{iteration}.pth")
-        if f"network_{network}" not in (opt["path"].get("ignore_resume_networks") or ()) and not path.is_file():
+        if not path.is_file():
             raise UserError(f"{state} belongs to {path}, which is not there.")
+        content = read_checkpoint(path)
+        for key in ("params", "params_ema"):
+            find_weights(content, key, path)
 
 
 def _read_state(path: Path) -> dict[str, Any]:
@@ -140,4 +156,10 @@ def _read_state(path: Path) -> dict[str, Any]:
             is_right = isinstance(value, list) and all(isinstance(entry, dict) for entry in value)
         if not is_right:
             raise UserError(f"{path} is not a training state: its {key} is {value!s:.80}.")
+    for number, optimizer in enumerate(state["optimizers"]):
+        entries = optimizer.get("state")
+        for parameter, entry in entries.items() if isinstance(entries, dict) else ():
+            values = entry.items() if isinstance(entry, dict) else ()
+            tensors = {f"{key} of parameter {parameter}": value for key, value in values if isinstance(value, Tensor)}
+            require_usable(tensors, f"optimizer {number} of {path}")
     return state

@@ -9,7 +9,7 @@ import re
 from ..errors import UserError
 from .image_files import IMAGE_SUFFIXES
 
-__all__ = ["image_name", "read_names", "shown"]
+__all__ = ["image_name", "read_names"]
 
 #: Bytes. File systems take 255, of which an iteration or a suffix and `.png` need some.
 _LONGEST = 160
@@ -31,12 +31,6 @@ def image_name(path: str | os.PathLike[str]) -> str:
     digest = hashlib.sha256(stem.encode("utf-8", "surrogatepass")).hexdigest()[:8]
     cut = name.strip(".").encode()[: _LONGEST - len(digest) - 1].decode(errors="ignore")
     return f"{cut or 'image'}_{digest}"
-
-
-def shown(name: object) -> str:
-    """A name as messages are to have it: on one line, and nothing in it that a terminal would obey."""
-    text = str(name)
-    return text if text.isprintable() else ascii(text)[1:-1]
 
 
 #: What follows a name in a list: the size of the image, as BasicSR's scripts write it, `(height,width,channels)`.

@@ -188,5 +188,5 @@ def _lmdbs_to_make(lmdbs: Mapping[int, Path], settings: Mapping[int, dict[str, A
         else:
             print(f"{path} is complete already.")
     if in_the_way and not overwrite:
-        raise UserError("\n".join([*in_the_way, "Give --overwrite to replace it, or another folder or name."]))
+        raise UserError(*in_the_way, "Give --overwrite to replace it, or another folder or name.")
     return wanted

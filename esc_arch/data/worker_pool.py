@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import resource
 import signal
 import threading
 from collections import deque
@@ -19,13 +20,32 @@ from tqdm import tqdm
 
 from ..errors import UserError
 
-__all__ = ["map_in_order"]
+__all__ = ["map_in_order", "require_open_files"]
 
 TASKS_PER_PROCESS = 8
 """At least; a process needs some seconds to start, in which this one is done with several images."""
 
+_FILES_PER_PROCESS, _OTHER_FILES = 16, 16  # open at once: images on their way, pipes; logs, LMDBs
+
 Task = TypeVar("Task")
 Result = TypeVar("Result")
+
+
+def require_open_files(processes: int, option: str) -> None:
+    """Raise the limit of open files, if need be, to what so many processes take here: without it they hang.
+
+    UserError, which names the `option` that says how many there are, if the system does not allow it.
+    """
+    needed = len(os.listdir("/dev/fd")) + _OTHER_FILES + processes * _FILES_PER_PROCESS
+    limit, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if processes == 0 or limit == resource.RLIM_INFINITY or limit >= needed:
+        return
+    if most != resource.RLIM_INFINITY and most < needed:
+        raise UserError(
+            f"With {processes} processes about {needed} files are open at once, and the limit is {most}. Raise it "
+            f"(ulimit -n {needed}), or lower {option}."
+        )
+    resource.setrlimit(resource.RLIMIT_NOFILE, (needed, most))
 
 
 @contextmanager
@@ -50,6 +70,7 @@ def _results(function: Callable[[Task], Result], tasks: Sequence[Task], jobs: in
     if jobs <= 1:
         yield from map(function, tasks)
         return
+    require_open_files(jobs, "-j")
     # spawn: in forked children torch's thread pool can deadlock
     pool = ProcessPoolExecutor(jobs, multiprocessing.get_context("spawn"), initializer=_start_worker)
     waiting: deque[Future[Result]] = deque()

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from esc_arch.archs.base import ESCFamily, SharedKernelNetwork
 from esc_arch.checkpoints.conversion import build_network, identify
-from esc_arch.checkpoints.reading import is_state_dict
+from esc_arch.checkpoints.reading import is_state_dict, require_usable
 from esc_arch.errors import UserError
 from esc_arch.tools.upscale.network import PRECISIONS, Upscaler
 
@@ -43,6 +43,7 @@ class ESCArch(Architecture[ESCFamily]):
             UserError: the weights are of no network of the family, or incomplete.
         """
         weights, section, _ = identify(_unwrapped(state_dict), {}, "The state dict")
+        require_usable(weights, "The state dict")
         net = build_network(section)
         assert isinstance(net, ESCFamily)
 

@@ -99,6 +99,5 @@ def checked_options(root_path: str, is_train: bool, args: argparse.Namespace) ->
     for warning in of_severity(inspection.problems, "warning"):
         print_note(f"{warning}.")
     if errors := of_severity(inspection.problems, "error"):
-        lines = "".join(f"\n{error}" for error in errors)
-        raise UserError(f"{args.opt}: {len(errors)} problem(s):{lines}")
+        raise UserError(f"{args.opt}: {len(errors)} problem(s):", *errors)
     return inspection.opt

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import inspect
 import os
+import tempfile
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,6 +24,7 @@ from esc_arch.errors import UserError
 from esc_arch.models import ESCLTEModel
 from esc_arch.models.metrics import needs_ground_truth
 from esc_arch.names import did_you_mean
+from esc_arch.printing import shown
 from esc_arch.problems import Problem, join, of_severity, wrong_value
 from esc_arch.project import import_modules
 
@@ -155,6 +157,8 @@ def _check_key_types(section: Mapping[Any, Any], path: str) -> Iterator[Problem]
         inner = join(path, str(key))
         if not isinstance(key, str):  # BasicSR fails when it prints the options
             yield Problem(inner, f"the key is {type(key).__name__} {key!r}; keys must be text: put it in quotes")
+        elif shown(key) != key:
+            yield Problem(inner, "the key has control characters; write it without them")
         if isinstance(value, dict):
             yield from _check_key_types(value, inner)
 
@@ -267,6 +271,13 @@ def _check_metrics(opt: Options) -> Iterator[Problem]:
 
 def _check_paths(opt: Options, is_train: bool) -> Iterator[Problem]:
     paths = opt.get("path") or {}
+    key = "experiments_root" if is_train else "results_root"
+    written = {f"path:{key}": Path(str(paths.get(key, "")))}
+    if is_train and (opt.get("logger") or {}).get("use_tb_logger"):
+        written["logger:use_tb_logger"] = Path("tb_logger", opt["name"])
+    for key, run in written.items():  # an earlier run is renamed or goes on
+        if reason := _write_problem(run if opt.get("auto_resume") else run.parent):
+            yield Problem(key, f"{run} cannot be written ({reason}). Change its rights, or write elsewhere")
     state = paths.get("resume_state")
     if is_train and state and not opt.get("auto_resume") and not os.path.isfile(str(state)):
         yield Problem("path:resume_state", f"{state!r} given, but there is no file {os.path.abspath(str(state))}")
@@ -280,3 +291,18 @@ def _check_paths(opt: Options, is_train: bool) -> Iterator[Problem]:
             continue
         if not isinstance(file, str) or not os.path.isfile(file):
             yield Problem(f"path:{key}", f"{file!r} given, but there is no file {os.path.abspath(str(file))}")
+
+
+def _write_problem(folder: Path) -> str | None:
+    """Why a folder, which need not exist yet, cannot be written to."""
+    try:
+        folder.lstat()
+    except FileNotFoundError:
+        return _write_problem(folder.parent)
+    except OSError as error:
+        return f"{folder}: {error.strerror}"
+    try:
+        with tempfile.TemporaryFile(dir=folder):
+            return None
+    except OSError as error:
+        return f"{folder}: {error.strerror}"

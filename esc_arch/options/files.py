@@ -25,6 +25,8 @@ __all__ = ["Options", "YAMLError", "apply_force_yml", "load_options", "load_with
 
 Options = dict[str, Any]
 
+#: No library takes larger whole numbers; Python does not even print all of them.
+_TOO_LARGE, _LONGEST_NUMBER = 2**63, 40
 _FORCE_FORM = "--force_yml takes KEY[:KEY...]=VALUE, such as train:ema_decay=0.999"
 
 
@@ -41,14 +43,19 @@ class _OptionLoader(yaml.SafeLoader):
 
     def construct_object(self, node: yaml.Node, deep: bool = False) -> Any:
         try:
-            return super().construct_object(node, deep)
+            is_long = _short(node.tag) == "!!int" and len(node.value) > _LONGEST_NUMBER
+            value = _TOO_LARGE if is_long else super().construct_object(node, deep)
+            if isinstance(value, int) and abs(value) >= _TOO_LARGE:
+                raise ValueError("whole numbers must be below 2**63 (9.2e18)")
+            return value
         except (ArithmeticError, AttributeError, LookupError, ValueError) as error:
             # 2024-13-45, which looks like a date; !!bool z, !!int '' and !!timestamp z, at which PyYAML stumbles
             if not isinstance(node, yaml.ScalarNode):
                 raise
             reason = f": {error}" if isinstance(error, ArithmeticError | ValueError) else ""
+            text = node.value if len(node.value) <= _LONGEST_NUMBER else f"{node.value[:_LONGEST_NUMBER]}..."
             raise yaml.constructor.ConstructorError(
-                problem=f"{node.value!r} cannot be read as {_short(node.tag)}{reason}", problem_mark=node.start_mark
+                problem=f"{text!r} cannot be read as {_short(node.tag)}{reason}", problem_mark=node.start_mark
             ) from None
 
 
@@ -133,19 +140,24 @@ def apply_force_yml(opt: Options, entries: Iterable[str], positions: Positions |
             leads through something that is not a mapping.
     """
     for entry in entries:
-        source = f"--force_yml entry {entry!r}"
+        source = f"--force_yml entry {entry[:100]!r}"
         key_path, equals, text = entry.partition("=")
         *sections, key = (part.strip() for part in key_path.split(":"))
         if not equals or not all((*sections, key)):
             raise UserError(f"{source} cannot be read: {_FORCE_FORM}.")
         section: Any = opt
-        for depth, name in enumerate(sections, start=1):
+        for depth, name in enumerate((*sections, key)):
+            # Patterns of parameters may have dots
+            if "." in name and name not in section and (depth == 0 or name.partition(".")[0] in section):
+                raise UserError(f"{source}: there is no key {name!r}. Write {key_path.replace('.', ':')}={text[:100]}.")
+            if depth == len(sections):
+                break
             if section.get(name) is None:
                 section[name] = {}
             section = section[name]
             if not isinstance(section, dict):
                 raise UserError(
-                    f"{source} leads through {':'.join(sections[:depth])}, which is {section!r} and no mapping: "
+                    f"{source} leads through {':'.join(sections[: depth + 1])}, which is {section!r} and no mapping: "
                     f"{_FORCE_FORM}, where every KEY but the last names a mapping."
                 )
         try:

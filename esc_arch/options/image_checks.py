@@ -18,13 +18,17 @@ from PIL import ExifTags, Image
 from esc_arch.data.hr_images import HRImages, as_list
 from esc_arch.data.image_files import IMAGE_SUFFIXES, read_image
 from esc_arch.data.lmdb_check import contents_of, listed_sizes, lmdb_problem
-from esc_arch.data.names import read_names, shown
+from esc_arch.data.names import read_names
 from esc_arch.errors import UserError
 from esc_arch.models.metrics import too_small
+from esc_arch.printing import shown
 from esc_arch.problems import Problem, wrong_value
 
 from .files import Options
-from .section_checks import CheckScope
+from .section_checks import CheckScope, lacks_memory
+
+#: Of the order of an epoch, which BasicSR's sampler draws at once: a tensor, and a list of numbers.
+_BYTES_PER_SAMPLE = 8 + 8 + 32
 
 __all__ = ["HR_DATASETS", "ROOTS", "SizeRule", "backend_type", "check_images", "list_key"]
 
@@ -116,6 +120,13 @@ def check_images(path: str, dataset: Options, rule: SizeRule | None, scope: Chec
                     yield Problem(path, f"{file} cannot be read as an image; replace or remove it")
     if not total:
         return
+    ratio = dataset.get("dataset_enlarge_ratio")
+    if (
+        path == "datasets:train"
+        and isinstance(ratio, int | float)
+        and (lack := lacks_memory(total * ratio * _BYTES_PER_SAMPLE))
+    ):
+        yield Problem(f"{path}:dataset_enlarge_ratio", f"{ratio} given, so that the order of an epoch takes {lack}")
     # One problem for all images, since with a wrong scale every image has one
     wrong = [
         f"{name}: {problem}"

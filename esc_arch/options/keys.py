@@ -7,12 +7,15 @@ optimisers and schedulers come from their constructors. A new check of single va
 
 from __future__ import annotations
 
+import math
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from esc_arch.models.esc_model import PROTOCOLS
 from esc_arch.models.performance import COMPILE_MODES
+from esc_arch.printing import shown
 
 __all__ = ["IGNORED", "KEYS", "KINDS", "OLD_NAMES", "REQUIRED", "Key", "find_key"]
 
@@ -26,7 +29,7 @@ class Kind(NamedTuple):
 
 
 def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool)
+    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < math.inf
 
 
 def _is_integer(value: Any) -> bool:
@@ -38,17 +41,26 @@ def _is_list(value: Any, is_part: Callable[[Any], bool]) -> bool:
 
 
 def _is_text(value: Any) -> bool:
-    return isinstance(value, str | None)  # lists for several folders may have null for one
+    # Lists for several folders may have null for one
+    return value is None or (isinstance(value, str) and not re.search(r"[\x00-\x1f\x7f]", value))
 
 
 def _is_folder_name(value: Any) -> bool:
-    return isinstance(value, str) and value not in ("", ".", "..") and "/" not in value
+    is_name = isinstance(value, str) and value not in ("", ".", "..") and "/" not in value and shown(value) == value
+    return is_name and len(value.encode()) <= LONGEST_NAME
 
+
+#: Of a run, in bytes. File systems take 255, of which the name of a log and that of an archive have more.
+LONGEST_NAME = 200
 
 KINDS = {
     "any": Kind("", lambda value: True, {}),
-    "folder": Kind("a folder's name without /, in quotes if it is a number", _is_folder_name, {"type": "string"}),
-    "text": Kind("text, in quotes if it looks like a number", _is_text, {"type": "string"}),
+    "folder": Kind(
+        f"a folder's name without / or control characters, {LONGEST_NAME} bytes at most, quoted if it is a number",
+        _is_folder_name,
+        {"type": "string"},
+    ),
+    "text": Kind("text on one line, in quotes if it looks like a number", _is_text, {"type": "string"}),
     "texts": Kind("a list of texts", lambda value: _is_list(value, _is_text), {"type": "array"}),
     # 0 and 1 do the same in Python; quoted words would all be true
     "flag": Kind("true or false, without quotes", lambda value: value in (0, 1), {"enum": [True, False, 0, 1]}),
@@ -185,7 +197,7 @@ KEYS["path"] = {
 }
 
 KEYS["train"] = {
-    "total_iter": Key("int", "Iterations of the training.", least=1, example=500000, nullable=False),
+    "total_iter": Key("int", "Iterations of the training.", least=1, most=10**9, example=500000, nullable=False),
     "warmup_iter": Key("int", "Iterations in which the learning rate rises from 0; -1: none.", least=-1, default=-1),
     "ema_decay": Key("number", "Decay of the moving average of the weights; 0: none.", least=0, most=1, example=0.999),
     "optim_*": Key("mapping", "An optimiser: its type, its lr, and further arguments of its constructor."),
@@ -261,7 +273,7 @@ KEYS["datasets:*"] = {
     "io_backend": Key("mapping", "How files are read: {type: disk}, or {type: lmdb}."),
     "scale": Key("number numbers", "Of this data set alone; ESCLTE: also [height, width].", least=1, length=2),
     "batch_size_per_gpu": Key("int", "Training: samples in a batch of each GPU.", least=1, example=16),
-    "num_worker_per_gpu": Key("int", "Training: processes that load the data of each GPU.", least=0, default=4),
+    "num_worker_per_gpu": Key("int", "Training: processes that load each GPU's data.", least=0, most=512, default=4),
     "dataset_enlarge_ratio": Key("number", "Training: passes through the data set in an epoch.", above=0, example=100),
     "prefetch_mode": Key("", "Training: how batches are fetched ahead.", choices=("cpu", "cuda")),
     "num_prefetch_queue": Key("int", "Training: batches fetched ahead by prefetch_mode cpu.", least=1, default=1),

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from esc_arch.checkpoints import adapt_weights, mismatch_message, read_checkpoint
 from esc_arch.checkpoints.reading import find_weights
-from esc_arch.errors import UserError
+from esc_arch.errors import UserError, first_line
 from esc_arch.modules.window_attention import FactorBiasWindowAttention, WindowAttention
 from esc_arch.ops.cpu import NOT_BUILT
 from esc_arch.ops.operation import wants_gradients
@@ -28,7 +28,7 @@ from esc_arch.problems import Problem
 from esc_arch.training.parameter_groups import freeze, pattern_problems
 
 from .files import Options
-from .section_checks import QUICK, CheckScope, entries, is_esc_model, is_known_code
+from .section_checks import QUICK, CheckScope, entries, is_esc_model, is_known_code, lacks_memory
 
 __all__ = ["check_networks"]
 
@@ -50,8 +50,11 @@ def check_networks(opt: Options, is_train: bool, scope: CheckScope = QUICK) -> I
         if not isinstance(net, nn.Module):
             continue
         pretrained = None if is_resumed else opt["path"].get(f"pretrain_{key}")
-        if scope.thorough:
-            count = sum(parameter.numel() for parameter in net.parameters())
+        count = sum(parameter.numel() for parameter in net.parameters())
+        if scope.with_files and (lack := lacks_memory(4 * count * (1 + is_train))):
+            kept = "weights and gradients" if is_train else "weights"
+            yield Problem(key, f"{count:,} parameters, whose {kept} alone take {lack}. Make the network smaller")
+        elif scope.thorough:
             whose = "" if is_known_code(type(net)) else f" of {type(net).__module__}"
             yield Problem(key, f"{opt[key]['type']}{whose} can be built, {count:,} parameters", "note")
         if scope.with_files and pretrained:
@@ -93,7 +96,8 @@ def _build(section: Options, scope: CheckScope) -> nn.Module | str | None:
                 return kind(**copy.deepcopy(arguments))  # some change what they are given
         except Exception as error:
             if kind.__module__.startswith("esc_arch."):  # which check their arguments; others may dislike the device
-                return str(error) if isinstance(error, ValueError | TypeError) else None
+                is_message = isinstance(error, ValueError | TypeError)
+                return str(error) if is_message else f"{section['type']} cannot be built: {first_line(error)}"
             if device == "cpu" and (scope.with_files or not isinstance(error, OSError)):
                 return f"{section['type']} cannot be built: {type(error).__name__}: {error}".rstrip(".: ")
     return None

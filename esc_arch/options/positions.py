@@ -20,6 +20,7 @@ TOO_DEEP = f"more than {_MAX_DEPTH} levels of lists and mappings, or an alias (*
 
 _BOOL, _TIME, _MERGE, *_NUMBERS = (f"tag:yaml.org,2002:{t}" for t in ("bool", "timestamp", "merge", "int", "float"))
 _OCTAL = re.compile(r"[-+]?0[0-7_]+")
+_LONGEST_NUMBER = 40
 _BOOLEANS = {"yes": "true", "on": "true", "no": "false", "off": "false"}
 
 
@@ -128,7 +129,7 @@ class Positions:
 def _reading(node: Any) -> str | None:
     """How YAML 1.1 reads a scalar, where that is not what it looks like."""
     text, value = node.value, None
-    if node.style:  # in quotes
+    if node.style or len(text) > _LONGEST_NUMBER:  # in quotes, or refused when it is read
         return None
     if node.tag == _BOOL:
         value = _BOOLEANS.get(text.lower())

@@ -7,6 +7,7 @@ looks mistyped is a warning.
 from __future__ import annotations
 
 import inspect
+import os
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -33,6 +34,7 @@ __all__ = [
     "is_integer",
     "is_known",
     "is_known_code",
+    "lacks_memory",
     "metrics_of",
     "missing_keys",
     "shown_names",
@@ -214,6 +216,12 @@ def is_known_code(thing: Any) -> bool:
 def is_known(registry: Any, name: Any) -> bool:
     """True if a name in a registry is that of known code."""
     return isinstance(name, str) and is_known_code(entries(registry).get(name))
+
+
+def lacks_memory(size: float) -> str:
+    """Why so many bytes cannot be had; empty if this machine may have them."""
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    return f"{size / 2**30:,.0f} GiB; this machine has {memory / 2**30:,.0f} GiB" if size > memory else ""
 
 
 def is_integer(value: Any, least: int | None = None) -> bool:

@@ -199,8 +199,8 @@ def test_all_mistakes_with_their_places(check: Any) -> None:
 def test_words_that_yaml_takes_for_something_else(check: Any) -> None:
     _, _, err = check(TEXT)
     assert err.splitlines()[0] == (
-        "a.yml:1:1: name: False given; must be a folder's name without /, in quotes if it is a number. "
-        "YAML reads no as false: write 'no', in quotes, if it is text"
+        "a.yml:1:1: name: False given; must be a folder's name without / or control characters, 200 bytes at "
+        "most, quoted if it is a number. YAML reads no as false: write 'no', in quotes, if it is text"
     )
 
 
@@ -246,7 +246,7 @@ def test_json(check: Any, train_options: Any) -> None:
         "column": 3,
         "force_yml": None,
         "key": "train:total_iter",
-        "message": "0 given; must be a whole number of at least 1, such as 500000",
+        "message": "0 given; must be a whole number from 1 to 1000000000, such as 500000",
     }
     assert (forced["line"], forced["force_yml"], forced["key"]) == (None, "val:save_img=maybe", "val:save_img")
     (warning,) = result["warnings"]

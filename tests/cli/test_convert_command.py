@@ -72,7 +72,7 @@ def test_what_a_file_says_cannot_break_out_of_its_comment(
     torch.save({"params": source, "note": "a\nb: " + "c" * 99, "evil\nkey": 1, "other\n\x1b[2J": {1, 2}}, "net.pth")
     printed = convert(capsys, "net.pth")
     assert yaml.safe_load(printed) == {"network_g": SECTION}
-    assert "# Other values: note: a b: [...], evil?key: 1\n# Left out: other??[2J (--param" in printed
+    assert "# Other values: note: a b: [...], evil\\nkey: 1\n# Left out: other\\n\\x1b[2J (--param" in printed
 
 
 @pytest.mark.usefixtures("source")

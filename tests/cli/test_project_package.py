@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import multiprocessing
+import runpy
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -223,3 +225,27 @@ def test_a_folder_without_init_gives_way_to_a_package_elsewhere(work_folder: Pat
     project.import_modules(["plain.archs", "this"], "--import")
     assert sys.modules["plain.archs"].__file__ == str(work_folder / "plain" / "archs.py")
     assert not str(sys.modules["this"].__file__).startswith(str(work_folder))
+
+
+def test_child_processes_import_nothing_from_the_current_folder(
+    work_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PYTHONSAFEPATH", "")
+    for name in ("socket", "uuid"):
+        Path(f"{name}.py").write_text(f"import pathlib\npathlib.Path('mark_{name}').touch()\n")
+    project.leave_current_folder()
+    child = multiprocessing.get_context("spawn").Process(target=print)
+    child.start()
+    child.join()
+    assert child.exitcode == 0
+    assert not list(work_folder.glob("mark_*"))
+
+
+def test_the_module_goes_on_without_the_current_folder(work_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With -m Python itself begins there."""
+    path = list(sys.path)
+    monkeypatch.setattr(sys, "path", [str(work_folder), *path])
+    monkeypatch.setattr(sys, "argv", ["esc_arch", "--version"])
+    with pytest.raises(SystemExit, match="0"):
+        runpy.run_module("esc_arch", run_name="__main__", alter_sys=True)
+    assert sys.path == path

@@ -160,7 +160,7 @@ def test_debug_changes_the_name_and_validates_every_8_iterations(run_basicsr: An
     run = run_basicsr("train", train_options, "--debug")
     assert run.status == 0, run.err
     assert {path.name for path in run.folder.iterdir()} == {"experiments", "trial.yml"}
-    assert [path.name for path in run.folder.glob("experiments/*")] == ["debug_trial"]
+    assert [path.name for path in run.folder.glob("experiments/[!.]*")] == ["debug_trial"]
     log = run.log("debug_trial")
     assert iterations(log) == list(range(1, 9))
     assert (run.experiment("debug_trial") / "training_states" / "8.state").is_file()
@@ -173,7 +173,7 @@ def test_force_yml_changes_options(run_basicsr: Any, train_options: Any) -> None
         "logger:save_checkpoint_freq=1",
     )  # fmt: skip
     assert run.status == 0, run.err
-    assert [path.name for path in run.folder.glob("experiments/*")] == ["other"]
+    assert [path.name for path in run.folder.glob("experiments/[!.]*")] == ["other"]
     log = run.log("other")
     assert iterations(log) == [1, 2]
     assert re.findall(r"lr:\(([^,]+),", log) == ["1.000e-04"] * 2

@@ -281,7 +281,7 @@ def test_names_do_not_steer_the_terminal(run: Upscale) -> None:
     Path("a\x1b[31m.png").write_bytes(b"")
     put("b.png")
     _, out, err = run("-i", "a\x1b[31m.png", "b.png", "-o", "out")
-    assert "a?[31m.png: empty" in err
+    assert err == "basicsr upscale: a\\x1b[31m.png: empty. Replace it.\n"
     assert "\x1b" not in out + err
 
 

@@ -160,6 +160,17 @@ def test_13_a_forked_worker_reads_an_lmdb_that_is_open_already(pair_of_lmdbs: li
     assert client.get("a", "gt") == b"gt"
 
 
+def test_an_lmdb_that_is_cut_short_while_it_is_read(pair_of_lmdbs: list[str]) -> None:
+    """The process would be ended by SIGBUS."""
+    client = client_of(pair_of_lmdbs)
+    assert client.get("a", "lq") == b"lq"
+    size = os.path.getsize(os.path.join(pair_of_lmdbs[1], "data.mdb"))
+    os.truncate(os.path.join(pair_of_lmdbs[1], "data.mdb"), 4096)
+    with pytest.raises(UserError, match=rf"lq\.lmdb was cut short while it was read: data\.mdb has 4,096 of {size:,} "):
+        client.get("a", "lq")
+    assert client.get("a", "gt") == b"gt"
+
+
 def test_an_lmdb_that_is_none(tmp_path: Path) -> None:
     (tmp_path / "a.lmdb").mkdir()
     (tmp_path / "a.lmdb" / "data.mdb").write_bytes(b"nothing" * 1000)

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import itertools
 import json
 import logging
 import os
+import re
 import resource
 import shutil
 import signal
@@ -23,6 +25,7 @@ import cv2
 import numpy as np
 import pytest
 import torch
+from basicsr.data import build_dataloader
 from basicsr.utils import AvgTimer, imwrite
 from basicsr.utils.logger import get_root_logger, init_tb_logger
 from basicsr.utils.registry import DATASET_REGISTRY
@@ -30,6 +33,7 @@ from conftest import run_command
 from torch.utils.data import Dataset
 
 from esc_arch import ESCModel, UserError, atomic_io
+from esc_arch.data import worker_pool
 from esc_arch.training.progress import TrainingLog
 
 TOTAL = 7  # of epochs of 3: 6 images in batches of 2
@@ -266,7 +270,7 @@ def test_an_output_folder_that_is_mounted_read_only(run_basicsr: Any, options: A
     assert run.status == 2, run.err
     assert "Traceback" not in run.err
     assert run.err.splitlines()[-1].endswith(
-        "experiments/trial: Read-only file system. Get the permission for it, or use another folder."
+        "experiments/.trial.lock: Read-only file system. Get the permission for it, or use another folder."
     )
 
 
@@ -300,7 +304,8 @@ def test_an_output_folder_below_a_file(place: str, run_basicsr: Any, options: An
     (run_basicsr.folder / place).write_text("a file")
     options["logger"]["use_tb_logger"] = True
     run = run_basicsr("train", options)
-    assert_told(run, f"{place}/trial: Not a directory. A part of this path is a file")
+    reason = "experiments: File exists" if place == "experiments" else "tb_logger/trial: Not a directory"
+    assert_told(run, f"{reason}. A part of this path is a file")
 
 
 @pytest.mark.parametrize(
@@ -376,6 +381,25 @@ def test_results_that_cannot_be_written(run_basicsr: Any, test_options: Any, mon
     assert_told(run, "No space left on device", "Make room there")
 
 
+def test_results_that_are_longer_than_there_is_room(run_basicsr: Any, test_options: Any, monkeypatch: Any) -> None:
+    """What writing raises names no file."""
+
+    def write(*_: object) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(atomic_io.os, "fsync", write)
+    with pytest.raises(OSError, match=r"No space left on device: '.*a\.txt'"):
+        atomic_io.write_atomically(run_basicsr.folder / "a.txt", b"new")
+    monkeypatch.setattr("esc_arch.compat.files.cv2.imencode", lambda *_: (True, np.zeros(2**20, np.uint8)))
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    try:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (2**19, limits[1]))
+        run = run_basicsr("test", test_options)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert_told(run, "results/trial/visualization/Cuts/val0x2_trial.png: File too large (free space there: ")
+
+
 def test_pictures_are_those_of_basicsr(tmp_path: Path) -> None:
     image = np.random.default_rng(0).integers(0, 256, (9, 7, 3), np.uint8)
     for name, params in (("a.png", None), ("a.jpg", [cv2.IMWRITE_JPEG_QUALITY, 80]), ("deep/er/a.bmp", None)):
@@ -437,7 +461,8 @@ def test_an_archive_of_the_same_second(run_basicsr: Any, options: Any, monkeypat
         snapshots.append(take_snapshot(run.experiment()))
     suffixes = ["_archived_20260101_000000", "_archived_20260101_000000_2", "_archived_20260101_000000_3"]
     for root in ("experiments", "tb_logger"):
-        assert {path.name for path in (run.folder / root).iterdir()} == {f"trial{end}" for end in ["", *suffixes]}
+        names = {path.name for path in (run.folder / root).iterdir()} - {".trial.lock"}
+        assert names == {f"trial{end}" for end in ["", *suffixes]}
     for suffix, snapshot in zip(suffixes, snapshots, strict=False):
         assert take_snapshot(run.folder / "experiments" / f"trial{suffix}") == snapshot
 
@@ -505,6 +530,26 @@ def test_the_time_left_is_of_a_steady_clock(options: Any, basicsr_log: Any, monk
     monkeypatch.setattr(time, "time", lambda: 1e9)
     log({"epoch": 0, "iter": 1, "lrs": [1e-3], "time": 1.0, "data_time": 0.0, "l_pix": 1.0})
     assert "[eta: 0:00:50, " in basicsr_log.text  # 10 s for what counts as two iterations, and ten to come
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_too_few_open_files_for_the_workers(workers: int, monkeypatch: Any) -> None:
+    """Without the limit raised they hang, and fill the disk with tracebacks."""
+    raised: list[Any] = []
+    monkeypatch.setattr(worker_pool.resource, "setrlimit", lambda _, limits: raised.append(limits))
+    for most in (10**6, resource.RLIM_INFINITY):
+        monkeypatch.setattr(worker_pool.resource, "getrlimit", lambda _, most=most: (1, most))
+        build_dataloader([1, 2], {"phase": "train", "batch_size_per_gpu": 1, "num_worker_per_gpu": workers}, 0, seed=0)
+        assert [limit for _, limit in raised] == [most] * bool(workers)
+        raised.clear()
+    monkeypatch.setattr(worker_pool.resource, "getrlimit", lambda _: (20, 20))
+    with contextlib.nullcontext() if workers == 0 else pytest.raises(UserError) as refused:
+        build_dataloader([1, 2], {"phase": "train", "batch_size_per_gpu": 1, "num_worker_per_gpu": workers}, 0, seed=0)
+    if refused is not None:
+        message = (
+            r"With 2 processes about (\d+) files are open at once, and the limit is 20\. Raise it \(ulimit -n \1\)"
+        )
+        assert re.match(rf"{message}, or lower datasets: train: num_worker_per_gpu\.$", str(refused.value))
 
 
 def test_user_errors_of_the_system_name_the_file() -> None:

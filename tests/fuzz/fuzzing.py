@@ -1,6 +1,7 @@
 """What fuzzing tests share: how many examples, bounds on time and memory of each, and mutations of bytes and trees.
 
-Examples are derandomised: the same run finds the same faults. `ESC_ARCH_LONG=1` runs thousands in place of tens.
+Examples are derandomised: the same run finds the same faults. `ESC_ARCH_LONG=1` runs thousands in place of tens;
+`ESC_ARCH_FUZZ_SECONDS=S` new ones, of pytest's `--hypothesis-seed`, for S seconds in each test.
 """
 
 from __future__ import annotations
@@ -10,8 +11,8 @@ import resource
 import signal
 import time
 from collections import Counter
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from typing import Any
 
 from hypothesis import HealthCheck, settings
@@ -20,6 +21,7 @@ from hypothesis import strategies as st
 from esc_arch.errors import UserError
 
 LONG = os.environ.get("ESC_ARCH_LONG") == "1"
+SECONDS = float(os.environ.get("ESC_ARCH_FUZZ_SECONDS", 0))
 #: What one example may take before it counts as hanging, many times what the slowest takes on a busy machine.
 HANGS_AFTER = 60
 #: Address space that one example may add; a header that lies about sizes asks for more.
@@ -29,25 +31,49 @@ INTERESTING = (0, 1, 2, 7, 8, 16, 127, 128, 255, 256, 32767, 65535, 2**31 - 1, 2
 TEXTS = ("", " ", "x", "~", "None", "../..", "a\0b", "é𝕏\u202e", "\ud800", "{}", "{0}", "%s", "a" * 3000, "-1", "1e999")
 
 
+_end = 0.0  # of the test that runs
+
+
+class TimeIsOver(BaseException):
+    """No further example is to begin. (Hypothesis takes an Exception for a fault.)"""
+
+
+def end_in_time() -> None:
+    """Called where an example begins."""
+    if SECONDS and time.monotonic() > _end:
+        raise TimeIsOver
+
+
 class Hang(BaseException):
     """An example did not end. (No Exception, as code may swallow those.)"""
 
 
-def fuzz(short: int, long: int) -> settings:
-    """Settings of a test with so many examples."""
-    return settings(
-        max_examples=long if LONG else short,
-        derandomize=True,
+def fuzz(short: int, long: int) -> Callable[[Callable[[], None]], Callable[[], None]]:
+    """Settings of a test with so many examples, or as many as its seconds allow."""
+    chosen = settings(
+        max_examples=1_000_000 if SECONDS else long if LONG else short,
+        derandomize=not SECONDS,
         deadline=None,
         database=None,
         suppress_health_check=list(HealthCheck),
     )
+
+    def decorate(test: Callable[[], None]) -> Callable[[], None]:
+        def run() -> None:
+            with suppress(TimeIsOver):
+                chosen(test)()
+
+        return run
+
+    return decorate
 
 
 class Tally:
     """What became of the examples of a test; it would be no test if all were refused, or none."""
 
     def __init__(self) -> None:
+        global _end
+        _end = time.monotonic() + SECONDS
         self.counts: Counter[str] = Counter()
         self.seconds = 0.0
 
@@ -102,6 +128,7 @@ def address_space() -> int:
 @st.composite
 def mutated(draw: st.DrawFn, sources: list[bytes], most: int = 6) -> bytes:
     """One of the sources with a few bytes changed, put in, taken out or repeated, mostly where headers are; or none."""
+    end_in_time()
     data = bytearray(draw(st.sampled_from(sources)))
     for _ in range(draw(st.integers(0, most))):
         if not data:
@@ -146,6 +173,7 @@ def places(tree: Any) -> list[tuple[Any, Any]]:
 
 def mutate_tree(draw: st.DrawFn, tree: Any, values: list[Any], most: int = 3) -> None:
     """Delete, rename, replace, copy or nest a few entries of a tree of mappings and lists, in place; or none."""
+    end_in_time()
     for _ in range(draw(st.integers(0, most))):
         where = places(tree)
         if not where:

@@ -142,7 +142,7 @@ VALUES = [
     ("datasets:train:pin_memory", 2, "datasets:train:pin_memory: 2 given; must be true or false"),
     ("datasets:train:dataset_enlarge_ratio", 0, "datasets:train:dataset_enlarge_ratio: 0 given; must be a number"),
     ("datasets:train:mean", [1, "x"], "datasets:train:mean: [1, 'x'] given; must be a list of numbers"),
-    ("datasets:val:name", 5, "datasets:val:name: 5 given; must be text, in quotes if it looks like a number"),
+    ("datasets:val:name", 5, "datasets:val:name: 5 given; must be text on one line, in quotes"),
     ("datasets:val:scale", [1, 2, 3], "datasets:val:scale: [1, 2, 3] given; must be a number or a list of 2 numbers"),
     ("val:suffix", False, "val:suffix: False given; must be text"),
 ]  # fmt: skip

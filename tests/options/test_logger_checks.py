@@ -67,12 +67,12 @@ def test_what_passes(logger: Any, val: Any, train_options: Any, wandb: None) -> 
         (
             {"use_tb_logger": True, "wandb": {"project": 7}},
             {},
-            "logger:wandb:project: 7 given; must be text, in quotes if it looks like a number",
+            "logger:wandb:project: 7 given; must be text on one line, in quotes if it looks like a number",
         ),
         (
             {"use_tb_logger": True, "wandb": PROJECT | {"resume_id": 12}},
             {},
-            "logger:wandb:resume_id: 12 given; must be text, in quotes if it looks like a number",
+            "logger:wandb:resume_id: 12 given; must be text on one line, in quotes if it looks like a number",
         ),
         (
             {"wandb": PROJECT},

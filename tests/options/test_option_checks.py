@@ -402,7 +402,7 @@ def test_names_in_lists(line: str, name: str, folder: Path) -> None:
 GENERAL = [
     ({"name": ...}, "name: None given; must be a folder's name without /"),
     ({"name": ""}, "name: '' given; must be a folder's name without /"),
-    ({"name": 12}, "name: 12 given; must be a folder's name without /, in quotes if it is a number"),
+    ({"name": 12}, "name: 12 given; must be a folder's name without / or control characters"),
     ({"name": "../x"}, "name: '../x' given; must be a folder's name without /"),
     ({"name": "/x"}, "name: '/x' given; must be a folder's name without /"),
     ({"name": ".."}, "name: '..' given; must be a folder's name without /"),
@@ -460,7 +460,7 @@ DATASETS = [
     (datasets(batch_size_per_gpu=0), "datasets:train:batch_size_per_gpu: 0 given"),
     (
         datasets(num_worker_per_gpu=-1),
-        "datasets:train:num_worker_per_gpu: -1 given; must be a whole number of at least 0",
+        "datasets:train:num_worker_per_gpu: -1 given; must be a whole number from 0 to 512",
     ),
     (datasets(prefetch_mode="gpu"), "datasets:train:prefetch_mode: 'gpu' given; must be cpu or cuda"),
     (
@@ -510,7 +510,7 @@ DATASETS = [
 ]
 TRAINING = [
     ({"train": ...}, "train: missing; training needs this section"),
-    ({"train": {"total_iter": ...}}, "train:total_iter: missing; give a whole number of at least 1, such as 500000"),
+    ({"train": {"total_iter": ...}}, "train:total_iter: missing; give a whole number from 1 to 1000000000, such"),
     ({"train": {"total_iter": 1.5}}, "train:total_iter: 1.5 given"),
     ({"train": {"total_iter": "5e5"}}, "train:total_iter: '5e5' given"),
     ({"train": {"pixel_opt": ...}}, "train: has no loss; give one of pixel_opt and perceptual_opt"),

@@ -13,7 +13,7 @@ import torch
 from basicsr.utils.registry import DATASET_REGISTRY
 from torch.utils.data import Dataset
 
-from esc_arch.data.names import image_name, shown
+from esc_arch.data.names import image_name
 
 ODD = {
     "newline": "a\nb",
@@ -72,11 +72,6 @@ def test_good_names_stay(path: str, name: str) -> None:
 def test_names_that_were_changed_stay_apart() -> None:
     names = [image_name(path) for path in ("x" * 300, "x" * 301, "a\nb", "a\tb", "..", ".")]
     assert len(set(names)) == len(names)
-
-
-def test_messages_have_names_on_one_line() -> None:
-    assert shown("é 1.png") == "é 1.png"
-    assert shown("a\nb\x1b[2J\udcff") == r"a\nb\x1b[2J\udcff"
 
 
 def written(folder: Path) -> set[str]:

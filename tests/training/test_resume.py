@@ -255,6 +255,27 @@ def test_a_state_of_another_schedule_is_refused(section: Any, run_basicsr: Any, 
     assert "milestones" in run.err and "is ignored" not in run.err
 
 
+@pytest.mark.parametrize("file", ["training_states/4.state", "models/net_g_4.pth"])
+def test_a_state_that_is_not_numbers_is_skipped(file: str, run_basicsr: Any, options: Any) -> None:
+    """Going on from it would lose the run."""
+    options["train"]["total_iter"] = 4
+    options["logger"]["save_checkpoint_freq"] = 2
+    run = run_basicsr("train", options)
+    path = run.experiment() / file
+    content = torch.load(path, weights_only=True)
+    spoiled = content["params_ema"] if "params_ema" in content else content["optimizers"][0]["state"][0]
+    next(value for value in spoiled.values() if value.ndim > 1).view(-1)[0] = float("nan")
+    torch.save(content, path)
+    options["path"]["resume_state"] = str(run.experiment() / "training_states" / "4.state")
+    given = run_basicsr("train", options)
+    assert given.status == 2 and "with 1 of " in given.err.splitlines()[-1] and str(path) in given.err.splitlines()[-1]
+    options["path"]["resume_state"] = None
+    resumed = run_basicsr("train", options, "--auto_resume")
+    assert resumed.status == 0, resumed.err
+    assert resumed.err.count("--auto_resume skips a state: ") == 1
+    assert "Resuming training from epoch: 0, iter: 2." in resumed.log()
+
+
 def test_a_drawn_seed_is_kept(run_basicsr: Any, options: Any, stop_at: Any) -> None:
     del options["manual_seed"]
     stop_at(3)

@@ -16,6 +16,7 @@ from esc_arch.errors import UserError
 from esc_arch.models.esc_model import PROTOCOLS
 from esc_arch.project import add_import_argument
 from esc_arch.training.distributed import print_note
+from esc_arch.training.run_locks import run_locks
 
 from .data import KNOWN_SETS, check_folders, paired_folders
 from .evaluation import Evaluation, Gains, SetScores, compute_gains, plan_evaluation, run_all
@@ -68,6 +69,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--no-figures", action="store_true", help="only tables in FOLDER")
 
 
+@run_locks()  # what the tests wrote is read to the end
 def run(args: argparse.Namespace) -> int:
     """Test, print a table and write FOLDER; raises UserError before the first test if something cannot be used."""
     draws = args.output is not None and not args.no_figures

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from esc_arch.atomic_io import write_file
+from esc_arch.printing import shown
 
 __all__ = ["TABLE_FORMATS", "Cell", "Column", "Row", "Table", "add_report_arguments", "write_report"]
 
@@ -60,7 +61,7 @@ class Table:
             cells = [record.get(column.name) for record in self.records]
             if not cells or any(cell is not None for cell in cells):
                 numeric.append(any(isinstance(cell, int | float) for cell in cells))
-                columns.append([column.title or column.name, *(_shown(cell, column.style) for cell in cells)])
+                columns.append([column.title or column.name, *(_text(cell, column.style) for cell in cells)])
         if form == "markdown":
             columns = [[" ".join(cell.replace("|", r"\|").split()) for cell in column] for column in columns]
             rule = f"|{'|'.join('---:' if right else '---' for right in numeric)}|"
@@ -71,14 +72,14 @@ class Table:
             aligned = [f"{'>' if right else '<'}{width}" for width, right in zip(widths, numeric, strict=True)]
             rule = "  ".join("-" * width for width in widths)
             heading, *lines = ("  ".join(map(format, row, aligned)).rstrip() for row in zip(*columns, strict=True))
-            notes = [*self.notes]
+            notes = [*map(shown, self.notes)]
         return "\n".join([heading, rule, *lines, *([""] if notes else []), *notes]) + "\n"
 
 
-def _shown(cell: Cell, style: str) -> str:
+def _text(cell: Cell, style: str) -> str:
     if cell is None:
         return "-"
-    return cell if isinstance(cell, str) else format(cell, style)
+    return shown(cell) if isinstance(cell, str) else format(cell, style)
 
 
 def _finite(cell: Cell) -> Cell:

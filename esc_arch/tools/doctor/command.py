@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import io
 import math
 import sys
 from collections.abc import Callable, Iterable
@@ -53,8 +52,6 @@ def _seconds(text: str) -> float:
 
 def run(args: argparse.Namespace) -> int:
     """Print the report, a section as soon as it is known; returns the exit status: 1 if there is a problem, else 0."""
-    if isinstance(sys.stdout, io.TextIOWrapper):
-        sys.stdout.reconfigure(errors="backslashreplace")  # for a terminal or a pipe that takes ASCII alone
     found: dict[str, list[Finding]] = {}
     with Worker(args.timeout) as worker:
         context = Context(args, installation.basicsr_failure(worker), worker)

@@ -134,6 +134,8 @@ def copies(context: Context) -> Iterator[Finding]:
     yield from _copies_of_basicsr()
     if failure:
         return
+    import basicsr  # noqa: F401  so that it has been patched
+
     from esc_arch.compat import PATCHES, SUPPORTED_VERSION, aliases, reason_against_patches
 
     yield Finding("missing modules", f"stand-ins for {', '.join(aliases.stand_ins_in_use()) or 'none'}")

@@ -9,6 +9,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from esc_arch.printing import shown
+
 from .subprocess_worker import JobFailed, Worker
 
 __all__ = ["OK", "PROBLEM", "WARNING", "Context", "Finding", "as_json", "as_text", "size_text", "warn_if"]
@@ -90,7 +92,7 @@ def as_text(findings: Sequence[Finding], *, colours: bool = False) -> str:
     lines, advice = [], ""
     for key, finding in zip(keys, findings, strict=True):
         mark = "-" if finding.status == OK else finding.status.upper()
-        line = f"{mark} {key:<{width}}  {finding.text}".rstrip()
+        line = shown(f"{mark} {key:<{width}}  {finding.text}".rstrip())
         lines.append(f"{_COLOURS[finding.status]}{line}\033[0m" if colours and mark != "-" else line)
         if finding.advice not in ("", advice):
             lines.append(f"    -> {finding.advice}")

@@ -134,7 +134,7 @@ def complete(info: ModelInfo, training: Training, scale: int, urls: Sequence[str
     ]
     if problems := [rule for rule in rules if not rule[2]]:
         lines = [f"{flag}: {what}{f' (given: {given})' if given else ''}" for flag, given, _, what in problems]
-        raise UserError("Cannot publish yet. Please give:" + "".join(f"\n - {line}" for line in lines))
+        raise UserError("Cannot publish yet. Please give:", *(f" - {line}" for line in lines))
     return info
 
 

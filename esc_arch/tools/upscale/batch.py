@@ -16,6 +16,7 @@ from typing import NamedTuple
 
 from esc_arch.atomic_io import system_fault
 from esc_arch.errors import UserError
+from esc_arch.printing import shown
 
 from .image_reader import READABLE_SUFFIXES, DecodedImage, Pixels, inspect_image, is_animated, read_image
 from .image_writer import WRITABLE_SUFFIXES, EncodeSpec, encode_spec, write_image
@@ -288,7 +289,7 @@ class _Run(NamedTuple):
                 fault = "the memory ran out. Free some, or use smaller parts: --tile or --max-memory."
             name = "" if fault or isinstance(error, UserError) else f"{type(error).__name__}: "
             line = " ".join(f"{name}{fault or error}".split())
-            self.report.add_failed(task, line if line.startswith(str(task.source)) else f"{task.source}: {line}")
+            self.report.add_failed(task, line if line.startswith(shown(task.source)) else f"{task.source}: {line}")
 
     def groups(self, tasks: Sequence[UpscaleTask]) -> Iterator[list[_Work]]:
         """Images that run together: neighbours of one size."""

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import atexit
 import json
+import math
 import multiprocessing
 import os
 import sys
@@ -21,12 +22,15 @@ from typing import NoReturn
 
 import torch.distributed as dist
 
-__all__ = ["FailureMonitor", "own_connection"]
+from esc_arch.errors import UserError
+
+__all__ = ["FailureMonitor", "longest_silence", "own_connection"]
 
 #: Seconds between two looks into the store.
 _POLL = 1.0
-#: Seconds without a sign of life after which a process counts as failed.
-_SILENCE = 60.0
+#: Sets the seconds without a sign of life after which a process counts as failed; by default `_SILENCE`.
+_VARIABLE = "ESC_ARCH_RANK_TIMEOUT"
+_SILENCE, _LEAST_SILENCE = 60.0, 5.0
 #: Seconds that a failing process waits for the others to read why; it may be the one that serves the store.
 _READING = 3.0
 #: Seconds by which the others end after the process that failed, so that torchrun names that one as the first.
@@ -48,14 +52,31 @@ def own_connection(store: dist.Store) -> dist.Store:
     return dist.TCPStore(store.host, store.port, is_master=False, wait_for_workers=False, timeout=timedelta(seconds=30))
 
 
+def longest_silence() -> float:
+    """Seconds without a sign of life after which a process counts as failed; UserError if the user's are invalid."""
+    text = os.environ.get(_VARIABLE, f"{_SILENCE:g}")
+    try:
+        seconds = float(text)
+    except ValueError:
+        seconds = math.nan
+    if not _LEAST_SILENCE <= seconds < math.inf:
+        raise UserError(
+            f"{_VARIABLE}={text} in the environment: must be seconds without a sign of life, {_LEAST_SILENCE:g} or "
+            f"more, after which a process of the run counts as failed (default: {_SILENCE:g})."
+        )
+    return seconds
+
+
 class FailureMonitor:
     """A thread that ends this process when another one has failed, or when it hangs after its own failure.
 
     `store` is of these processes alone, and has a connection that the main thread does not use.
     """
 
-    def __init__(self, store: dist.Store, rank: int, world_size: int, *, poll: float = _POLL) -> None:
-        self._store, self._rank, self._world_size, self._poll = store, rank, world_size, poll
+    def __init__(
+        self, store: dist.Store, rank: int, world_size: int, *, poll: float = _POLL, silence: float = _SILENCE
+    ) -> None:
+        self._store, self._rank, self._world_size, self._poll, self._silence = store, rank, world_size, poll, silence
         self._next = (rank + 1) % world_size
         self._looks, self._heard = -1, time.monotonic()  # the next process's, and since when
         self._stopping = threading.Event()
@@ -108,8 +129,11 @@ class FailureMonitor:
         looks, now = self._store.add(f"looks/{self._next}", 0), time.monotonic()
         if looks != self._looks or looks >= _FINISHED or self._next == self._rank:
             self._looks, self._heard = looks, now
-        elif now - self._heard > _SILENCE:
-            why = f"no sign of life for {_SILENCE:g} s: it was killed or stopped, or its machine cannot be reached"
+        elif now - self._heard > self._silence:
+            why = (
+                f"no sign of life for {self._silence:g} s ({_VARIABLE}): it was killed or stopped, or its machine "
+                "cannot be reached"
+            )
             self._store.compare_set(_FAILURE, "", json.dumps({"rank": self._next, "status": 1, "message": why}))
 
     def _end(self, status: int, why: str, *, told: bool = False) -> NoReturn:

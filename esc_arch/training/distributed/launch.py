@@ -19,9 +19,10 @@ import torch.multiprocessing
 from torch.distributed.distributed_c10d import _get_default_store
 
 from esc_arch.errors import UserError
+from esc_arch.printing import shown
 
 from .collectives import close_control_group, gather_objects, open_control_group, wait_for_all
-from .failure_monitor import FailureMonitor, own_connection
+from .failure_monitor import FailureMonitor, longest_silence, own_connection
 
 __all__ = ["abort_all_ranks", "init_dist", "print_note", "resolve_launcher", "take_notes"]
 
@@ -59,6 +60,7 @@ def take_notes() -> list[str]:
 
 def print_note(text: str) -> None:
     """Print `Note: text` to stderr, once among all processes, and keep it for the log, which is not open yet."""
+    text = shown(text)
     _notes.append(text)
     if os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0")) == "0":
         print(f"Note: {text}", file=sys.stderr, flush=True)
@@ -89,9 +91,11 @@ def init_dist(launcher: str, backend: str = "nccl", port: int | None = None, **p
     only; torchrun chooses its own. Further arguments go to `torch.distributed.init_process_group`.
 
     To be called within `abort_all_ranks`, which undoes it: from now on a thread watches the other processes. UserError
-    if there are fewer GPUs than processes, Slurm's `scontrol` names no nodes, or the processes do not find each other.
+    if there are fewer GPUs than processes, Slurm's `scontrol` names no nodes, the processes do not find each other, or
+    ESC_ARCH_RANK_TIMEOUT is invalid.
     """
     global _monitor
+    silence = longest_silence()
     if torch.multiprocessing.get_start_method(allow_none=True) is None:
         torch.multiprocessing.set_start_method("spawn")  # CUDA does not survive a fork
     if launcher == "slurm":
@@ -115,7 +119,7 @@ def init_dist(launcher: str, backend: str = "nccl", port: int | None = None, **p
     open_control_group()
     run = gather_objects(uuid.uuid4().hex)[0]  # torchrun's store outlives a restart
     keys = dist.PrefixStore(f"esc_arch/{run}", own_connection(_get_default_store()))
-    _monitor = FailureMonitor(keys, dist.get_rank(), dist.get_world_size())
+    _monitor = FailureMonitor(keys, dist.get_rank(), dist.get_world_size(), silence=silence)
     _monitor.start()
 
 
