@@ -233,6 +233,8 @@ def locked(folder: Path, name: str = ".prepare.lock", busy: str | None = None) -
     with file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if os.fstat(file.fileno()).st_nlink == 0:  # removed, as that of a finished video, since it was opened
+                raise UserError(f"Another process has just finished with {folder}. Run the command again.")
         except BlockingIOError:
             prepare = f"Another 'basicsr prepare' is writing to {folder}. Wait for it, or choose another -o."
             raise UserError(f"{busy or prepare} It is {_holder(folder / name)}.") from None

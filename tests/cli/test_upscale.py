@@ -221,7 +221,7 @@ def test_whatever_is_in_a_folder_is_said_and_the_rest_done(run: Upscale, monkeyp
     Path("in/gone").symlink_to("nowhere")
     with socket.socket(socket.AF_UNIX) as server:
         server.bind("in/socket.png")
-        for name in ("a.gif", "sub/b.gif", "c.HEIC", "d.avif", ".hidden.gif"):
+        for name in ("a.psd", "sub/b.psd", "c.HEIC", "d.avif", ".hidden.psd"):
             Path("in", name).write_bytes(b"")
         status, out, err = run("-i", "in", "-o", "out")
     assert (status, files("out")) == (1, ["z_out.png"])
@@ -236,7 +236,7 @@ def test_whatever_is_in_a_folder_is_said_and_the_rest_done(run: Upscale, monkeyp
     assert len(lines) == 6
     assert re.search(r"in/n+.png: out/n+_out.png: cannot be written: File name too long\.", err)
     assert out.splitlines()[-1].startswith("1 done, 0 skipped (there already), 6 failed: ")
-    assert out.endswith("; left out: 1 .avif, 2 .gif, 1 .heic, 1 link to a folder, 1 without suffix\n")
+    assert out.endswith("; left out: 1 .avif, 1 .heic, 2 .psd, 1 link to a folder, 1 without suffix\n")
 
 
 @pytest.mark.parametrize("arguments", [["-i", "n" * 300, "-o", "out"], ["-i", "a.png", "-o", "n" * 300]])
@@ -389,7 +389,7 @@ def test_names_that_differ_in_case_alone() -> None:
     assert [task.problem for task in batch._without_conflicts(tasks, set(), False, False)] == [None] * 3
     first, second, third = batch._without_conflicts(tasks, set(), False, True)
     assert first.problem is None and third.problem is None
-    assert second.problem == "would be written to out/a.png, as in/A.png is. Use --ext auto, or another -o for it."
+    assert second.problem == "would be written to out/a.png, as in/A.png is. Use another -o for it."
 
 
 def test_results_beside_inputs_are_no_inputs(run: Upscale) -> None:
@@ -512,6 +512,24 @@ def test_videos_among_the_inputs(run: Upscale, monkeypatch: pytest.MonkeyPatch) 
     assert "in/b/film.mp4 -> out/b/film_out.mp4\n" in out
     assert run("-i", "in/b/film.mp4", "-o", "new.mp4")[0] == 0
     assert seen[-1][:2] == (Path("in/b/film.mp4"), Path("new.mp4"))
+
+
+def test_gifs_are_videos_unless_they_have_one_frame(run: Upscale, monkeypatch: pytest.MonkeyPatch) -> None:
+    from esc_arch.tools.video import upscaling as video
+
+    seen: list[tuple[str, str]] = []
+    monkeypatch.setattr(video, "upscale_video", lambda _, *files, **__: seen.append(tuple(map(str, files))))
+    Path("in").mkdir()
+    first, second = (Image.fromarray(each) for each in (PHOTOGRAPH, PHOTOGRAPH[::-1].copy()))
+    first.save("in/still.gif")
+    first.save("in/moving.gif", save_all=True, append_images=[second])
+    Path("in/broken.gif").write_bytes(b"GIF")
+    assert run("-i", "in", "-o", "out")[0] == 0
+    assert sorted(seen) == [("in/broken.gif", "out/broken_out.mp4"), ("in/moving.gif", "out/moving_out.mp4")]
+    assert cv2.imread("out/still_out.png").shape == (60, 70, 3)
+    for source in ("in/moving.gif", "a.apng", "in/still.gif"):  # the output says that it is to be a video
+        run("-i", source, "-o", "a.webm")
+        assert seen[-1] == (source, "a.webm") or source == "a.apng"
 
 
 def test_ctrl_c_keeps_what_is_finished(run: Upscale, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -18,7 +18,7 @@ from esc_arch.atomic_io import system_fault
 from esc_arch.errors import UserError
 from esc_arch.printing import shown
 
-from .image_reader import READABLE_SUFFIXES, DecodedImage, Pixels, inspect_image, read_image
+from .image_reader import READABLE_SUFFIXES, DecodedImage, Pixels, inspect_image, is_animated, read_image
 from .image_writer import WRITABLE_SUFFIXES, EncodeSpec, encode_spec, write_image
 from .memory import is_out_of_memory
 from .network import Upscaler
@@ -114,7 +114,9 @@ def find_tasks(
     folder, others = output, Counter[str]()
     if single and output.suffix and not os.path.isdir(output):
         source = Path(names[0])
-        is_video = source.suffix.lower() in videos
+        is_video = _is_video(source, videos) or (
+            output.suffix.lower() in videos.values() and source.suffix.lower() not in READABLE_SUFFIXES
+        )
         if not (is_video or is_file):
             allowed = " ".join(WRITABLE_SUFFIXES)
             raise UserError(f"{output}: not a format that can be written; allowed: {allowed}, or a folder.")
@@ -124,14 +126,14 @@ def find_tasks(
     else:
         tasks, known = [], {*READABLE_SUFFIXES, *videos}
         for source, place, problem in (each for name in names for each in _files(Path(name), output)):
-            own = source.suffix.lower()
+            own, is_video = source.suffix.lower(), _is_video(source, videos)
             if problem is None and own not in known and source not in given:
                 others["link to a folder" if os.path.isdir(source) else own or "without suffix"] += 1
                 continue
             image_ending = f".{ext}" if ext != "auto" else own if own in WRITABLE_SUFFIXES else ".png"
-            ending = videos.get(own, image_ending)
+            ending = videos[own] if is_video else image_ending
             name = f"{source.stem}{'_' * bool(suffix)}{suffix}{source.suffix if ending == own else ending}"
-            tasks.append(UpscaleTask(source, output / place / name, own in videos, problem))
+            tasks.append(UpscaleTask(source, output / place / name, is_video, problem))
     left_out = f"; left out: {', '.join(f'{others[kind]} {kind}' for kind in sorted(others))}" if others else ""
     if not tasks:
         raise UserError(
@@ -148,6 +150,12 @@ def find_tasks(
         raise UserError(f"{folder}: cannot be written to: {error.strerror or error}. Choose another -o.") from error
     kept = {task.source for task in tasks} if not suffix else given
     return _without_conflicts(tasks, kept, overwrite, ignores_case), left_out
+
+
+def _is_video(path: Path, videos: Mapping[str, str]) -> bool:
+    """By the suffix; a GIF of one frame is an image."""
+    suffix = path.suffix.lower()
+    return suffix in videos and (suffix != ".gif" or is_animated(path))
 
 
 def _files(path: Path, output: Path) -> Iterator[tuple[Path, Path, str | None]]:
@@ -199,7 +207,7 @@ def _without_conflicts(
         if identity(task.target) in sources:
             problem = f"would be written over the input {task.target}. Choose another -o, or a --suffix."
         elif earlier is not task.source:
-            problem = f"would be written to {task.target}, as {earlier} is. Use --ext auto, or another -o for it."
+            problem = f"would be written to {task.target}, as {earlier} is. Use another -o for it."
         checked.append(replace(task, problem=problem))
     return checked
 

@@ -27,14 +27,23 @@ from esc_arch.errors import UserError, first_line
 
 from .metadata import Metadata, image_metadata, png_chunks, tiff_metadata
 
-__all__ = ["READABLE_SUFFIXES", "DecodedImage", "Pixels", "decoded", "inspect_image", "read_image", "to_srgb"]
+__all__ = [
+    "READABLE_SUFFIXES",
+    "DecodedImage",
+    "Pixels",
+    "decoded",
+    "inspect_image",
+    "is_animated",
+    "read_image",
+    "to_srgb",
+]
 
 Pixels = npt.NDArray[Any]
 
 #: Files that folders are searched for.
 READABLE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".tif", ".tiff", ".bmp")
 #: Formats that are read, by Pillow's names.
-READABLE_FORMATS = ("PNG", "JPEG", "WEBP", "TIFF", "BMP")
+READABLE_FORMATS = ("PNG", "JPEG", "WEBP", "TIFF", "BMP", "GIF")
 #: In pixels. A file of some kilobytes can claim more than any memory holds.
 LARGEST_INPUT = 2**29
 #: Directories of a TIFF file that are looked at. There may be more than can be read in a minute.
@@ -92,6 +101,15 @@ def inspect_image(path: Path) -> tuple[tuple[int, int], bool]:
         return size, mark in file.read()
 
 
+def is_animated(path: Path) -> bool:
+    """True if an image file has several frames, or cannot be read."""
+    try:
+        with _reading(path) as (file, _), _open(file) as image:
+            return getattr(image, "n_frames", 1) > 1
+    except UserError:
+        return True
+
+
 @contextmanager
 def _reading(path: Path) -> Iterator[tuple[IO[bytes], bool]]:
     """An image file, and True if it is a TIFF one; what is raised becomes a line."""
@@ -109,7 +127,7 @@ def _reading(path: Path) -> Iterator[tuple[IO[bytes], bool]]:
         raise UserError(f"{path}: {error}") from error
     except UnidentifiedImageError as error:
         raise UserError(
-            f"{path}: not a PNG, JPEG, WebP, TIFF or BMP image, whatever its name says, or damaged at its start. "
+            f"{path}: not a PNG, JPEG, WebP, TIFF, BMP or GIF image, whatever its name says, or damaged at its start. "
             "Replace it or take it out."
         ) from error
     except MemoryError as error:

@@ -185,8 +185,9 @@ def choose_pixel_format(asked: str, codec: str, source: Any) -> str:
     # RGB is kept where nothing is to be lost; elsewhere hardly a player shows it
     rgb = is_rgb(source) and encoder.lossless and not encoder.lossy
     alike = [each.name for each in usable if is_rgb(each) == rgb]
-    # Grey has no chroma, so the least will do
-    like = named("yuv420p", depth_of(source)) if channels_of(source) == 1 and not is_rgb(source) else source.name
+    # Grey has no chroma, so the least will do; of GIFs, which are bgra, many players show nothing else
+    least = source.name == "bgra" or (channels_of(source) == 1 and not is_rgb(source))
+    like = named("yuv420p", depth_of(source)) if least and not rgb else source.name
     return str(import_av().codec.codec.find_best_pix_fmt_of_list(alike or names, like)[0].name)
 
 

@@ -7,9 +7,13 @@ all grey for full range.
 
 from __future__ import annotations
 
+import io
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from fractions import Fraction
 from functools import lru_cache
+from pathlib import Path
 from types import ModuleType
 from typing import Any
 
@@ -60,11 +64,20 @@ def import_av() -> ModuleType:
     return av
 
 
-def open_to_read(path: str) -> Any:
-    """A container of PyAV's, whatever its metadata are: PyAV before 19 stops at those that are no UTF-8."""
+@contextmanager
+def open_to_read(path: Path) -> Iterator[Any]:
+    """A container of PyAV's.
+
+    FFmpeg gets the open file, without its name, and may open nothing else: names, and what playlists contain, can be
+    addresses to it.
+    """
     av = import_av()
-    strict = int(av.__version__.partition(".")[0]) < 19
-    return av.open(path, metadata_errors="replace") if strict else av.open(path)
+    # PyAV before 19 stops at metadata that are no UTF-8
+    strict = {"metadata_errors": "replace"} if int(av.__version__.partition(".")[0]) < 19 else {}
+    with io.FileIO(path) as file:
+        file.name = f"video{path.suffix}"  # by which FFmpeg recognises some formats
+        with av.open(file, container_options={"protocol_whitelist": "none"}, **strict) as container:
+            yield container
 
 
 def exact(number: Any) -> Fraction | None:

@@ -38,14 +38,15 @@ def join(folder: WorkFolder, spec: VideoSpec, source: Path, video: int, start: i
     """
     container = container_format(target)
     path = folder.path / f"joined{target.suffix.lower()}"
+    path.unlink(missing_ok=True)  # FFmpeg would follow a link
     if container in ("mp4", "mov"):
         # Where the video begins is stored in this unit, by default milliseconds
         options = {"movflags": "+faststart", "movie_timescale": str(max(spec.time_base.denominator, 1000))}
     else:
         options = {"avoid_negative_ts": "disabled"}  # which moves all, where sound begins before 0
     with (
-        open_to_read(str(source)) as old,
-        import_av().open(str(path), "w", format=container, container_options=options) as new,
+        open_to_read(source) as old,
+        import_av().open(f"file:{path.absolute()}", "w", format=container, container_options=options) as new,
     ):
         new.metadata.update(_kept_metadata(old.metadata))
         chapters = old.chapters()
@@ -86,8 +87,9 @@ def _is_held(stream: Any, container: str, target: Path) -> bool:
         kind = ", ".join(str(part) for part in (stream.type, codec, stream.language) if part)
         reason = " ".join(str(error).split())
         logger.warning(
-            "%s: stream %d (%s) is left out, since %s does not hold it (%s). Matroska (.mkv) holds most.",
+            "%s: stream %d (%s) is left out, since %s does not hold it (%s).%s",
             *(target, stream.index, kind, target.suffix, reason),
+            "" if container == "matroska" else " Matroska (.mkv) holds most.",
         )
         return False
     if stream.type == "video" and not stream.disposition & av.stream.Disposition.attached_pic:
@@ -128,7 +130,8 @@ def _video_packets(folder: WorkFolder, spec: VideoSpec, stream: Any) -> Iterator
 
 
 def _copied_packets(old: Any, copies: Mapping[int, Any], start: int) -> Iterator[Any]:
-    with suppress(import_av().FFmpegError):  # where the source is cut off, it was said when its frames were read
+    # Where the source is cut off, it was said when its frames were read
+    with suppress(import_av().FFmpegError, OSError):
         for packet in old.demux([old.streams[index] for index in copies]):
             if not packet.size:  # the end of a stream
                 continue

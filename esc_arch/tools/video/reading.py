@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from fractions import Fraction
 from itertools import chain
 from pathlib import Path
@@ -117,7 +117,7 @@ class VideoReader:
                     self._end = max(self._end, float((moment + (packet.duration or 0)) * packet.time_base))
                 if packet.stream.index == self.stream.index:
                     yield packet
-        except import_av().FFmpegError:
+        except (import_av().FFmpegError, OSError):
             self._faults += 1
 
     def _note(self, text: str) -> None:
@@ -130,8 +130,7 @@ class VideoReader:
         """Say what of a frame the result has not."""
         if frame.interlaced_frame:
             self._note("it is interlaced, and enlarged as if it were not. Deinterlace it first (ffmpeg -vf bwdif)")
-        alpha = any(part.is_alpha for part in frame.format.components) or self.stream.metadata.get("alpha_mode") == "1"
-        if alpha and not frame.format.has_palette:
+        if self.stream.metadata.get("alpha_mode") == "1" or _is_transparent(frame):
             self._note("its alpha is left out")
         height, width = self.first.height, self.first.width
         if (frame.height, frame.width) != (height, width):
@@ -142,23 +141,34 @@ class VideoReader:
 
     def _note_faults(self, frames: int) -> None:
         rest = f"the {frames} frames that can be decoded are enlarged"
-        expected = ((self.container.start_time or 0) + (self.container.duration or 0)) / MICROSECONDS
+        # Some files count their duration from 0, others from where they begin
+        expected = ((self.container.duration or 0) + min(self.container.start_time or 0, 0)) / MICROSECONDS
         if STORED & set(self.container.format.name.split(",")) and self._end < expected - TOLERANCE:
             self._note(f"the file is cut off at {self._end:.2f} of {expected:.2f} seconds; {rest}")
         if self._faults:
             self._note(f"{self._faults} places are damaged; {rest}")
 
 
+def _is_transparent(frame: Any) -> bool:
+    """True if it has alpha that says something: that of GIFs is mostly full."""
+    alpha = any(part.is_alpha for part in frame.format.components) and not frame.format.has_palette
+    return alpha and bool(frame.to_ndarray(format="rgba")[..., 3].min() < 255)
+
+
 @contextmanager
 def open_video(path: Path) -> Iterator[VideoReader]:
     """The first video stream of a file; raises UserError if there is none that can be decoded."""
     av = import_av()
-    try:
-        container = open_to_read(str(path))
-    except (av.FFmpegError, OSError) as error:
-        reason = getattr(error, "strerror", None) or error
-        raise UserError(f"{path}: cannot be read as a video ({reason}). The file is damaged, or no video.") from error
-    with container:
+    with ExitStack() as opened:
+        try:
+            container = opened.enter_context(open_to_read(path))
+        except av.FFmpegError as error:
+            raise UserError(
+                f"{path}: cannot be read as a video ({error.strerror}). The file is damaged, no video, or a list of "
+                "other files, which are not opened."
+            ) from error
+        except OSError as error:
+            raise UserError(f"{path}: cannot be read: {error.strerror}.") from error
         for stream in container.streams.video:
             if not stream.disposition & av.stream.Disposition.attached_pic and stream.codec_context is not None:
                 stream.thread_type = "AUTO"

@@ -10,13 +10,14 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-import shutil
+import os
+import re
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
-from esc_arch.atomic_io import locked, write_atomically
+from esc_arch.atomic_io import locked, remove_partial, require_own_folder, write_atomically
 from esc_arch.errors import UserError
 
 __all__ = ["Packet", "WorkFolder", "decoding_times", "read_segment", "write_segment"]
@@ -25,6 +26,10 @@ logger = logging.getLogger("esc_arch")
 
 MAGIC = b"esc_arch video segment 2\n"
 MANIFEST, LOCK = "manifest.json", "lock"
+#: What else is made here; whatever has another name is somebody's.
+OURS = re.compile(r"\d{6,}\.segment|joined\.\w+")
+#: Bytes of a target's name that leave room for the rest of the folder's, of 255.
+LONGEST_NAME = 235
 
 
 class Packet(NamedTuple):
@@ -79,15 +84,16 @@ class WorkFolder:
         `settings` are all that the result depends on; `length` is that of a new folder.
 
         Raises:
-            UserError: another process is at the same target.
+            UserError: another process is at the same target, or the folder is a link or another user's.
         """
-        path = target.with_name(f".{target.name}.partial")
+        name = os.fsencode(target.name)
+        short = target.name if len(name) < LONGEST_NAME else hashlib.sha256(name).hexdigest()
+        path = target.with_name(f".{short}.partial")
         busy = f"Another process is writing {target}. Wait for it, or choose another name."
+        require_own_folder(path)
+        path.mkdir(0o700, exist_ok=True)  # what others could put there would be taken for ours
         with locked(path, LOCK, busy):
-            try:
-                earlier = json.loads((path / MANIFEST).read_bytes())
-            except (FileNotFoundError, ValueError):
-                earlier = {}
+            earlier = _manifest(path / MANIFEST)
             folder = cls(path, earlier.get("segment", length))
             changed = [key for key in settings if earlier.get(key) != settings[key]]
             if not changed:
@@ -99,13 +105,18 @@ class WorkFolder:
                     folder._keep(packets)
             elif earlier:
                 logger.warning("%s: an earlier run had another %s; starting over.", target, ", ".join(changed))
-            for each in path.iterdir():
-                if each not in folder._files and each.name not in (MANIFEST, LOCK):
-                    each.unlink()
-            if changed:
-                folder.length = length
-                write_atomically(path / MANIFEST, json.dumps({**settings, "segment": length}).encode())
-            yield folder
+            folder._remove_files(but=folder._files)
+            try:
+                if changed:
+                    folder.length = length
+                    write_atomically(path / MANIFEST, json.dumps({**settings, "segment": length}).encode())
+                yield folder
+            except BaseException:
+                if folder.shown:
+                    folder._remove_files(but=folder._files)  # a half-written result takes room that may be needed
+                else:
+                    folder.remove()
+                raise
 
     def add(self, packets: Sequence[Packet]) -> None:
         """Write the next segment."""
@@ -128,8 +139,27 @@ class WorkFolder:
             yield from packets
 
     def remove(self) -> None:
-        """Remove it with all that is in it."""
-        shutil.rmtree(self.path)
+        """Remove what is ours, and the folder if nothing else is in it."""
+        self._remove_files()
+        (self.path / MANIFEST).unlink(missing_ok=True)
+        (self.path / LOCK).unlink(missing_ok=True)
+        with suppress(OSError):
+            self.path.rmdir()
+
+    def _remove_files(self, but: Sequence[Path] = ()) -> None:
+        remove_partial(self.path)
+        for each in self.path.iterdir():
+            if OURS.fullmatch(each.name) and each not in but:
+                each.unlink()
+
+
+def _manifest(path: Path) -> dict[str, Any]:
+    """What a manifest says; nothing if it is not there or not whole."""
+    try:
+        found = json.loads(path.read_bytes()) if path.is_file() else {}
+    except (ValueError, RecursionError):
+        found = {}
+    return found if isinstance(found, dict) and type(found.get("segment")) is int and found["segment"] > 0 else {}
 
 
 def decoding_times(shown: Sequence[int]) -> list[int]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import logging
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,7 @@ from esc_arch.tools.upscale import large_images
 from esc_arch.tools.upscale.memory import is_out_of_memory, release
 from esc_arch.tools.upscale.network import Upscaler
 from esc_arch.tools.upscale.stages import overlapped
-from esc_arch.tools.upscale.upscaling import Settings
+from esc_arch.tools.upscale.upscaling import Settings, finite
 
 from .encoding import CONTAINERS, Encoder, VideoSpec, container_format, video_spec
 from .frames import Coding, Planes, frame_of, import_av
@@ -32,7 +33,7 @@ __all__ = ["RESULT_SUFFIXES", "upscale_video"]
 logger = logging.getLogger("esc_arch")
 
 #: What names of videos may end in, and what those of results then end in. Matroska takes whatever the others have.
-RESULT_SUFFIXES = {
+RESULT_SUFFIXES = {".gif": ".mp4"} | {
     suffix: suffix if suffix in CONTAINERS else ".mkv"
     for suffix in (
         *(".3gp", ".asf", ".avi", ".divx", ".dv", ".f4v", ".flv", ".h264", ".hevc", ".ivf", ".m2ts", ".m2v", ".m4v"),
@@ -76,8 +77,9 @@ def upscale_video(
         max_memory: bytes that a frame may take in the network; above it, it is run in parts with the same result.
 
     Raises:
-        UserError: PyAV is missing, the source is no video or has no frame that can be decoded, or an argument is
-            invalid; the message says which. What is done is kept.
+        UserError: PyAV is missing, the source is no video or has no frame that can be decoded, an argument is invalid,
+            the network gives NaN, the disk is full, or another process writes the target; the message says which.
+            What is done is kept.
     """
     import_av()
     source, target = Path(source), Path(target)
@@ -94,7 +96,9 @@ def upscale_video(
             )
         network = _Network(upscaler, video.coding, spec.coding, asked, max_memory)
         length = SEGMENT.get(upscaler.device.type, SEGMENT["cpu"])
-        with writing_to(target.parent), WorkFolder.opened(target, _settings(upscaler, video, spec), length) as folder:
+        settings = _settings(upscaler, video, spec)
+        with writing_to(target.parent), WorkFolder.opened(target, settings, length) as folder:
+            check_output(target, overwrite=overwrite)  # again: another process may just have finished it
             if folder.shown:
                 logger.warning("%s: resuming an earlier run, of which %d frames are there.", target, len(folder.shown))
             try:
@@ -104,8 +108,6 @@ def upscale_video(
                 if folder.shown:
                     kept = len(folder.shown), folder.path
                     logger.warning("%s: %d frames are kept in %s; the same command resumes.", target, *kept)
-                else:
-                    folder.remove()
                 raise
             folder.remove()
     report(1.0)
@@ -113,11 +115,12 @@ def upscale_video(
 
 def _check(source: Path, target: Path, batch: int | None, overwrite: bool) -> None:
     container_format(target)
-    if not source.is_file():
-        raise UserError(f"{source}: no such file. Give a video file.")
+    if not os.path.isfile(source):
+        what = "a folder, a pipe, a socket or a device, not a file" if os.path.exists(source) else "no such file"
+        raise UserError(f"{source}: {what}. Give a video file.")
     if batch is not None and batch < 1:
         raise UserError(f"batch: {batch} given; it must be a number of frames, 1 or more.")
-    if target.exists() and target.resolve() == source.resolve():
+    if target.exists() and target.samefile(source):
         raise UserError(f"{target} is the video to be enlarged. Choose another name for the result.")
     check_output(target, overwrite=overwrite)
 
@@ -191,7 +194,7 @@ class _Network:
         return np.stack([np.concatenate(list(rows), axis=1) for rows in parts])
 
     def _samples(self, rgb: Tensor) -> Planes:
-        return self.result.from_rgb(rgb).cpu().numpy().astype(self.result.dtype, copy=False)
+        return self.result.from_rgb(finite(self.upscaler, rgb)).cpu().numpy().astype(self.result.dtype, copy=False)
 
 
 def _settings(upscaler: Upscaler, video: VideoReader, spec: VideoSpec) -> dict[str, str]:

@@ -507,8 +507,9 @@ FRAMES = {"save_all": True, "append_images": [Image.fromarray(PHOTOGRAPH[::-1].c
     ("content", "message"),
     [
         (b"", "empty. Replace it."),
-        (b"no picture" * 9, "not a PNG, JPEG, WebP, TIFF or BMP image, whatever its name says, or damaged"),
-        (encoded("GIF"), "not a PNG, JPEG"),
+        (b"no picture" * 9, "not a PNG, JPEG, WebP, TIFF, BMP or GIF image, whatever its name says, or damaged"),
+        (encoded("PPM"), "not a PNG, JPEG"),
+        (encoded("GIF", **FRAMES), r"animated \(2 frames\)"),
         (encoded("PNG")[:9000], r"damaged \(.*\). Replace it."),
         (DEEP_PNG[:30000], r"damaged \(.*\). Replace it."),
         (DEEP_PNG[:30000] + bytes(500) + DEEP_PNG[30500:], r"damaged \(.*\). Replace it."),

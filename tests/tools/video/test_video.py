@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import builtins
+import errno
 import logging
 import os
 import shutil
@@ -25,6 +26,7 @@ from torch import Tensor
 from esc_arch.checkpoints.conversion import build_network
 from esc_arch.errors import UserError
 from esc_arch.tools.upscale import Upscaler
+from esc_arch.tools.video import segments
 from esc_arch.tools.video import upscaling as video
 from esc_arch.tools.video.frames import side_data_of
 from esc_arch.tools.video.upscaling import upscale_video
@@ -77,6 +79,7 @@ def write_clip(
     prepare: Callable[[Any], None] = lambda stream: None,
     beside: Callable[[Any], Callable[[], None]] | None = None,
     file_format: str | None = None,
+    alpha: int = 255,
 ) -> Path:
     """A video of `picture`s.
 
@@ -95,7 +98,8 @@ def write_clip(
         prepare(stream)
         write_others = beside(container) if beside is not None else None
         for index, time in enumerate([STEP * index for index in range(count)] if times is None else times):
-            frame = av.VideoFrame.from_ndarray(picture(index, *size), "rgb24").reformat(
+            pixels = np.dstack([picture(index, *size), np.full(size, alpha, np.uint8)])
+            frame = av.VideoFrame.from_ndarray(pixels, "rgba").reformat(
                 format=pixel_format, dst_colorspace={1: 1, 6: 5}.get(matrix, matrix), dst_color_range=color_range
             )
             frame.pts, frame.time_base = time, TICK
@@ -406,10 +410,23 @@ def test_interlaced_video_and_alpha_are_warned_of(
     upscale_video(upscaler, source, tmp_path / "out.mp4")
     message = f"{source}: it is interlaced, and enlarged as if it were not. Deinterlace it first (ffmpeg -vf bwdif)."
     assert log.messages.count(message) == 1
-    source = write_clip(tmp_path / "alpha.mov", codec="prores_ks", pixel_format="yuva444p10le")
+    source = write_clip(tmp_path / "alpha.mov", codec="prores_ks", pixel_format="yuva444p10le", alpha=127)
     upscale_video(upscaler, source, tmp_path / "opaque.mov", codec="prores_ks")
     assert log.messages.count(f"{source}: its alpha is left out.") == 1
     assert frames_of(tmp_path / "opaque.mov")[0].format.name.startswith("yuv444p1")
+
+
+def test_gifs(upscaler: Upscaler, tmp_path: Path, log: pytest.LogCaptureFixture) -> None:
+    """Their delays are kept, of what they do not show nothing is said, and the result is one that all players show."""
+    from PIL import Image
+
+    source, delays = tmp_path / "a.gif", [100, 50, 200, 300]
+    first, *others = [Image.fromarray(picture(index)) for index in range(4)]
+    first.save(source, save_all=True, append_images=others, duration=delays)
+    upscale_video(upscaler, source, tmp_path / "out.mp4")
+    assert times_of(tmp_path / "out.mp4") == [Fraction(sum(delays[:index]), 1000) for index in range(4)]
+    assert frames_of(tmp_path / "out.mp4")[0].format.name == "yuv420p"
+    assert not log.messages
 
 
 def test_grey_and_rgb(upscaler: Upscaler, tmp_path: Path) -> None:
@@ -592,15 +609,9 @@ class Interrupted(Counting):
 
     def __call__(self, image: Tensor, scale: float | None = None) -> Tensor:
         if len(self.shapes) == self.at:
-            wait_for_segments()
             object.__setattr__(self, "at", -1)
             raise KeyboardInterrupt
         return super().__call__(image, scale)
-
-
-def wait_for_segments() -> None:
-    """Give the encoding thread the time to write what it has."""
-    threading.Event().wait(0.5)
 
 
 @pytest.fixture
@@ -722,6 +733,16 @@ def test_a_cut_off_file_is_enlarged_up_to_the_fault(
     assert f"{source}: the file is cut off at 0." in log.text
 
 
+@pytest.mark.parametrize("suffix", [".mkv", ".mp4", ".mov", ".avi"])
+def test_a_whole_file_that_begins_late_is_not_cut_off(
+    upscaler: Upscaler, tmp_path: Path, log: pytest.LogCaptureFixture, suffix: str
+) -> None:
+    source = write_clip(tmp_path / f"in{suffix}", times=[STEP * index for index in range(50, 56)])
+    upscale_video(upscaler, source, tmp_path / "out.mkv")
+    assert len(frames_of(tmp_path / "out.mkv")) >= 6
+    assert "cut off" not in log.text
+
+
 def test_a_cut_off_mp4(upscaler: Upscaler, tmp_path: Path, log: pytest.LogCaptureFixture) -> None:
     whole = write_clip(tmp_path / "whole.mp4", count=30)
     source = tmp_path / "in.mp4"
@@ -753,12 +774,125 @@ def test_damaged_places_are_counted(upscaler: Upscaler, tmp_path: Path, log: pyt
     assert "places are damaged; the " in log.text
 
 
+@pytest.mark.parametrize(
+    "name",
+    [
+        *(b"http:127.0.0.1:9?.mp4", b"concat:a.mp4|b.mp4", b"subfile,,start,0,end,9,,:in.mp4", b"cache:in.mp4"),
+        *(b"file:in.mp4", b"%d.mp4", b"-i.mp4", b"line\nend.mp4", b"\xff\xfe.mp4", b"n" * 251 + b".mp4"),
+    ],
+)
+def test_names_are_names(
+    upscaler: Upscaler, clip: bytes, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: bytes
+) -> None:
+    """FFmpeg would take many of them for addresses."""
+    monkeypatch.chdir(tmp_path)
+    source, target = Path(os.fsdecode(name)), Path("results", os.fsdecode(name))
+    target.parent.mkdir()
+    source.write_bytes(clip)
+    upscale_video(upscaler, source, target)
+    target.rename("out.mp4")
+    assert len(frames_of(Path("out.mp4"))) == 2
+    assert not list(target.parent.iterdir())
+
+
+@pytest.fixture(scope="module")
+def clip(tmp_path_factory: pytest.TempPathFactory) -> bytes:
+    """A video of two frames."""
+    return write_clip(tmp_path_factory.mktemp("clip") / "in.mp4", count=2).read_bytes()
+
+
+HLS = "#EXTM3U\n#EXT-X-VERSION:3\n#EXT-X-TARGETDURATION:9\n#EXTINF:1,\nother.ts\n#EXT-X-ENDLIST\n"
+
+
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        *(("in.mp4", "ffconcat version 1.0\nfile other.ts\n"), ("in.m3u8", HLS), ("in.mp4", HLS)),
+        (
+            "in.mp4",
+            "# VobSub index file, v7\nsize: 32x24\nid: en, index: 0\ntimestamp: 00:00:00:000, filepos: 000000000\n",
+        ),
+        ("in.mp4", "v=0\no=- 0 0 IN IP4 127.0.0.1\ns=x\nc=IN IP4 127.0.0.1\nt=0 0\nm=video 9 RTP/AVP 33\n"),
+    ],
+)
+def test_lists_of_other_files_open_none(upscaler: Upscaler, tmp_path: Path, name: str, text: str) -> None:
+    write_clip(tmp_path / "other.ts", count=2)
+    write_clip(tmp_path / "in.sub", count=2, file_format="vob")
+    (tmp_path / name).write_text(text)
+    with pytest.raises(UserError, match=r"no video, or a list of other files, which are not opened\."):
+        upscale_video(upscaler, tmp_path / name, tmp_path / "out.mp4")
+
+
+def test_pipes_and_folders_are_no_videos(upscaler: Upscaler, tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "in.mp4")
+    for source in (tmp_path / "in.mp4", tmp_path):
+        with pytest.raises(UserError, match=r": a folder, a pipe, a socket or a device, not a file\."):
+            upscale_video(upscaler, source, tmp_path / "out.mp4")
+
+
+def test_results_that_are_no_numbers_end_the_run(upscaler: Upscaler, tmp_path: Path) -> None:
+    class Broken(Counting):
+        def __call__(self, image: Tensor, scale: float | None = None) -> Tensor:
+            return super().__call__(image, scale) * (float("inf") if len(self.shapes) == 2 else 1)
+
+    source, broken = write_clip(tmp_path / "in.mp4"), counting(upscaler, Broken)
+    with pytest.raises(UserError, match=r"gave values that are not finite .*weights are broken"):
+        upscale_video(broken, source, tmp_path / "out.mp4")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["in.mp4"]
+
+
+@pytest.mark.usefixtures("short_segments")
+def test_a_full_disk_costs_nothing_that_is_done(
+    upscaler: Upscaler, tmp_path: Path, log: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """While segments are written, and while they are joined by FFmpeg."""
+    import resource
+
+    source, target, work = write_clip(tmp_path / "in.mkv"), tmp_path / "out.mkv", tmp_path / ".out.mkv.partial"
+    network, write, soft = counting(upscaler), segments.write_atomically, resource.getrlimit(resource.RLIMIT_FSIZE)
+    with monkeypatch.context() as patch:
+
+        def full(path: Path, data: bytes) -> None:
+            if path.name == "000001.segment":
+                raise OSError(errno.ENOSPC, "No space left on device", str(path))
+            write(path, data)
+
+        patch.setattr(segments, "write_atomically", full)
+        with pytest.raises(UserError, match=r"Cannot write to .*No space left on device.*000001\.segment.* is kept"):
+            upscale_video(network, source, target, codec="ffv1")
+    assert f"{target}: 3 frames are kept in {work}; the same command resumes." in log.messages
+    size = (work / "000000.segment").stat().st_size
+    resource.setrlimit(resource.RLIMIT_FSIZE, (round(1.5 * size), soft[1]))
+    try:
+        with pytest.raises(UserError, match=r"Cannot write to .*File too large.*joined\.mkv.* is kept"):
+            upscale_video(network, source, target, codec="ffv1")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, soft)
+    network.shapes.clear()
+    upscale_video(network, source, target, codec="ffv1")
+    assert (network.shapes, len(frames_of(target)), work.exists()) == ([], 6, False)
+
+
+def test_another_process_may_finish_the_target_first(
+    upscaler: Upscaler, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source, target, settings = write_clip(tmp_path / "in.mp4", count=1), tmp_path / "out.mp4", video._settings
+
+    def slow(*arguments: Any) -> dict[str, str]:
+        target.write_bytes(b"theirs")
+        return settings(*arguments)
+
+    monkeypatch.setattr(video, "_settings", slow)
+    with pytest.raises(UserError, match=r"out\.mp4 already exists"):
+        upscale_video(upscaler, source, target)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["in.mp4", "out.mp4"]
+    assert target.read_bytes() == b"theirs"
+
+
 def test_no_video(upscaler: Upscaler, tmp_path: Path) -> None:
     text = tmp_path / "in.mp4"
     text.write_text("This is no video.\n" * 100)
-    with pytest.raises(
-        UserError, match=r"in\.mp4: cannot be read as a video \(.*\)\. The file is damaged, or no video"
-    ):
+    with pytest.raises(UserError, match=r"in\.mp4: cannot be read as a video \(.*\)\. The file is damaged, no video"):
         upscale_video(upscaler, text, tmp_path / "out.mp4")
     sound = tmp_path / "sound.mkv"
     with av.open(str(sound), "w") as container:

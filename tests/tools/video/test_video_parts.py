@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import shutil
 import threading
 from collections.abc import Iterable
 from itertools import pairwise
@@ -11,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 
+from esc_arch import atomic_io
 from esc_arch.errors import UserError
 from esc_arch.tools.upscale.stages import WAITING, overlapped
 from esc_arch.tools.video import encoding
@@ -158,6 +161,8 @@ def test_sizes_that_formats_ask_for(pixel_format: str, padded: tuple[int, int]) 
         ("libx264", "gray", "yuv420p"),
         ("libx264", "gray10le", "yuv420p10le"),
         ("libx264", "rgb24", "yuv444p"),
+        ("libx264", "bgra", "yuv420p"),
+        ("ffv1", "bgra", "bgr0"),
         ("libsvtav1", "yuv444p10le", "yuv420p10le"),
         ("ffv1", "yuv444p12le", "yuv444p12le"),
         ("ffv1", "bgr24", "bgr0"),
@@ -264,8 +269,39 @@ def test_a_segment_that_is_damaged_later_is_named(tmp_path: Path) -> None:
             list(folder.packets())
 
 
-def test_one_process_at_a_time(tmp_path: Path) -> None:
-    pytest.importorskip("fcntl")
+def test_what_others_put_into_a_work_folder_stays(tmp_path: Path) -> None:
+    work, precious = tmp_path / ".a.mp4.partial", tmp_path / "precious"
+    precious.write_bytes(b"precious")
+    (work / "films").mkdir(parents=True)
+    (work / "notes.txt").write_text("notes")
+    (work / "joined.mp4").symlink_to(precious)
+    (work / "000007.segment").symlink_to(precious)
+    os.mkfifo(work / "manifest.json")
+    with WorkFolder.opened(tmp_path / "a.mp4", {"codec": "one"}, 2) as folder:
+        folder.add(packets(1, 2))
+        folder.remove()
+    assert sorted(path.name for path in work.iterdir()) == ["films", "notes.txt"]
+    assert precious.read_bytes() == b"precious"
+    shutil.rmtree(work)
+    precious.rename(work)
+    with pytest.raises(UserError, match=r"\.a\.mp4\.partial is in the way: it must be a folder of yours"):
+        WorkFolder.opened(tmp_path / "a.mp4", {}, 2).__enter__()
+    work.unlink()
+    work.symlink_to(tmp_path)
+    with pytest.raises(UserError, match="is in the way"):
+        WorkFolder.opened(tmp_path / "a.mp4", {}, 2).__enter__()
+
+
+@pytest.mark.parametrize("text", ["[]", '{"codec": "one"}', '{"codec": "one", "segment": 0}', "[" * 100_000, "\xff"])
+def test_a_manifest_without_sense_is_none(tmp_path: Path, text: str) -> None:
+    with WorkFolder.opened(tmp_path / "a.mp4", {"codec": "one"}, 2) as folder:
+        folder.add(packets(1, 2))
+        (folder.path / "manifest.json").write_text(text)
+    with WorkFolder.opened(tmp_path / "a.mp4", {"codec": "one"}, 3) as folder:
+        assert (folder.shown, folder.length) == ([], 3)
+
+
+def test_one_process_at_a_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     target = tmp_path / "a.mp4"
     with (
         WorkFolder.opened(target, {}, 2),
@@ -273,6 +309,12 @@ def test_one_process_at_a_time(tmp_path: Path) -> None:
         WorkFolder.opened(target, {}, 2),
     ):
         pass
+    with WorkFolder.opened(target, {}, 2) as folder:
+        lock = open(folder.path / "lock", "rb")  # noqa: SIM115  of a process that is about to lock it
+        folder.remove()
+    monkeypatch.setattr(atomic_io, "open_regular", lambda *_, **__: lock)
+    with pytest.raises(UserError, match=r"Another process has just finished with .*Run the command again\."):
+        WorkFolder.opened(target, {}, 2).__enter__()
 
 
 def test_stages_run_at_the_same_time() -> None:
