@@ -52,12 +52,26 @@ __all__ = [
     "upscale",
 ]
 
-#: Where the names above are defined, in the order to look.
+#: Where the names above are defined, in the order to look; modules that can be used without an import of their own.
 _PLACES = ("archs", "losses", "data", "models")
+_MODULES = (
+    *_PLACES,
+    "checkpoints",
+    "compat",
+    "graphs",
+    "integrations",
+    "modules",
+    "ops",
+    "options",
+    "tools",
+    "training",
+)
 
 
 def __getattr__(name: str) -> Any:
     """Import what is asked for: training needs no libraries that read pictures, and networks need no BasicSR."""
+    if name in _MODULES:
+        return importlib.import_module(f"{__name__}.{name}")
     if name not in __all__:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     places = ("tools.upscale",) if name in ("load", "upscale") else _PLACES
@@ -71,3 +85,7 @@ def __getattr__(name: str) -> Any:
         if hasattr(module, name):
             return getattr(module, name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__, *_MODULES})

@@ -20,9 +20,10 @@ def attach_to_basicsr() -> None:
 
     So that networks and tools, which need no BasicSR, do not wait for it: it takes longer to import than they do.
     """
-    if _FINDER not in sys.meta_path:
-        sys.meta_path.insert(0, _FINDER)
-    if "basicsr" in sys.modules:
+    # An earlier import of esc_arch may have left its own
+    others = [finder for finder in sys.meta_path if type(finder).__module__ != __name__]
+    sys.meta_path[:] = [_Finder(), *others]
+    if sys.modules.get("basicsr") is not None:
         compat.prepare_import(imported_before=True)
         _complete()
     else:
@@ -45,9 +46,6 @@ class _Finder(importlib.abc.MetaPathFinder):
         finally:
             sys.meta_path.insert(0, self)
         return spec
-
-
-_FINDER = _Finder()
 
 
 def _wrap(loader: Any) -> None:

@@ -84,15 +84,14 @@ class OutputStream:
 
 @contextlib.contextmanager
 def safe_streams() -> Iterator[OutputStream]:
-    """While this lasts, stdin, stdout (which is returned) and stderr are there, and print as `OutputStream` does."""
+    """While this lasts, stdout (which is returned) and stderr are there, and print as `OutputStream` does."""
     while (null := os.open(os.devnull, os.O_RDWR)) <= 2:  # or a file opened next would get what is printed
         os.set_inheritable(null, True)
     os.close(null)
-    before = sys.stdin, sys.stdout, sys.stderr
-    with open(os.devnull, "r+", encoding="utf-8") as nothing:
-        sys.stdin = sys.stdin or nothing
+    before = sys.stdout, sys.stderr
+    with open(os.devnull, "w", encoding="utf-8") as nothing:
         sys.stdout, sys.stderr = output, _ = OutputStream(sys.stdout or nothing), OutputStream(sys.stderr or nothing)
         try:
             yield output
         finally:
-            sys.stdin, sys.stdout, sys.stderr = before
+            sys.stdout, sys.stderr = before

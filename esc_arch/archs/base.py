@@ -95,6 +95,8 @@ class ESCFamily(nn.Module):
             raise ValueError(f"upscaling_factor is {scale}; it must be a whole number of at least 1.")
         else:
             self.upscaling_factor = int(scale)
+        if self.dim < 1:
+            raise ValueError(f"dim is {self.dim}; it must be a whole number of at least 1.")
         for name, count in (("n_blocks", self.n_blocks), ("conv_blocks", self.conv_blocks)):
             if not 0 <= count <= MOST_PARTS or count != int(count):
                 raise ValueError(f"{name} is {count}; it must be a whole number from 0 to {MOST_PARTS}.")

@@ -239,3 +239,10 @@ def test_modules_that_are_imported_before_basicsr(run_script: Callable[..., Any]
     """They lead to the import of BasicSR, with which our classes are registered, which import those modules."""
     run = run_script(IMPORT_FIRST)
     assert run.status == 0, run.err
+
+
+def test_parts_are_found_without_an_import_of_their_own(run_script: Callable[..., Any]) -> None:
+    code = (
+        "import esc_arch\nassert {'ESC', 'archs', 'graphs'} <= set(dir(esc_arch))\nprint(esc_arch.archs.ESC.__name__)"
+    )
+    assert run_script(code).out == "ESC\n"

@@ -97,7 +97,7 @@ def test_several_inputs_and_a_list(run: Upscale, monkeypatch: pytest.MonkeyPatch
         monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(text)))
         status, out, _ = run("-i", "a.png", "-", "-o", "out", "--suffix", "", "--overwrite")
         assert (status, files("out")) == (0, ["a.png", "b.png", "with space.png", "\udcff.png"])
-        assert "?.png -> out/?.png (70 x 60)\n" in out
+        assert "\\udcff.png -> out/\\udcff.png (70 x 60)\n" in out
 
 
 def test_a_list_from_nowhere(run: Upscale, monkeypatch: pytest.MonkeyPatch) -> None:

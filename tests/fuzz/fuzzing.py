@@ -38,12 +38,6 @@ class TimeIsOver(BaseException):
     """No further example is to begin. (Hypothesis takes an Exception for a fault.)"""
 
 
-def end_in_time() -> None:
-    """Called where an example begins."""
-    if SECONDS and time.monotonic() > _end:
-        raise TimeIsOver
-
-
 class Hang(BaseException):
     """An example did not end. (No Exception, as code may swallow those.)"""
 
@@ -81,6 +75,8 @@ class Tally:
     def example(self) -> Iterator[None]:
         """Runs an example: it may end in a UserError with one message, and in nothing else."""
         start = time.monotonic()
+        if SECONDS and start > _end:
+            raise TimeIsOver
         try:
             with bounded():
                 yield
@@ -128,7 +124,6 @@ def address_space() -> int:
 @st.composite
 def mutated(draw: st.DrawFn, sources: list[bytes], most: int = 6) -> bytes:
     """One of the sources with a few bytes changed, put in, taken out or repeated, mostly where headers are; or none."""
-    end_in_time()
     data = bytearray(draw(st.sampled_from(sources)))
     for _ in range(draw(st.integers(0, most))):
         if not data:
@@ -173,7 +168,6 @@ def places(tree: Any) -> list[tuple[Any, Any]]:
 
 def mutate_tree(draw: st.DrawFn, tree: Any, values: list[Any], most: int = 3) -> None:
     """Delete, rename, replace, copy or nest a few entries of a tree of mappings and lists, in place; or none."""
-    end_in_time()
     for _ in range(draw(st.integers(0, most))):
         where = places(tree)
         if not where:

@@ -45,7 +45,7 @@ def conv3x3(x: Tensor, weight: Tensor, bias: Tensor | None, *, backend: str = "a
         ValueError: shapes that do not fit each other, or an unknown backend.
         RuntimeError: the backend requested by name cannot take these inputs; the message lists every reason.
     """
-    check_shapes(SHAPES, x, weight, bias)
+    check_shapes(SHAPES, x, weight, bias, C=weight.shape[1])
     return CONV3X3(backend, x, weight, bias)
 
 
@@ -78,7 +78,7 @@ def conv3x3_fused(
     Raises:
         ValueError: shapes that do not fit each other.
     """
-    check_shapes(FUSED_SHAPES, x, weight, bias, norm_weight, norm_bias, residual)
+    check_shapes(FUSED_SHAPES, x, weight, bias, norm_weight, norm_bias, residual, C=weight.shape[1])
     check_norm(norm_weight, norm_bias)
     if "cpu" not in CONV3X3.order or cpu.unsupported_reasons(x, norm_weight, norm_bias, weight, bias, residual):
         return None
