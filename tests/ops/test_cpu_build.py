@@ -56,7 +56,7 @@ def commands(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """What was run since: the last arguments, which are sources and, of the link, an option."""
     run, found = building._run, []
     monkeypatch.setattr(
-        building, "_run", lambda command, output: (found.append(Path(command[-1]).name), run(command, output))
+        building, "_run", lambda command, *others: (found.append(Path(command[-1]).name), run(command, *others))
     )
     return found
 
