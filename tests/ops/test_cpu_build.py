@@ -199,7 +199,7 @@ def test_a_library_that_does_not_load(new_process: Callable[[], None], monkeypat
 
     monkeypatch.setattr(torch.ops, "load_library", fail)
     new_process()
-    assert cpu.unsupported_reasons() == ["compiling the C++ operators failed: undefined symbol: x"]
+    assert cpu.unsupported_reasons() == ["loading the C++ operators failed: undefined symbol: x"]
 
 
 @needs_compiler

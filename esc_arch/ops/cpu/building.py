@@ -13,9 +13,11 @@ import os
 import platform
 import shlex
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
+import threading
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
@@ -123,7 +125,7 @@ def compile_library(wanted: Recipe) -> Path:
             other.unlink(missing_ok=True)
         return str(output)
 
-    with _build_lock():
+    with _build_lock(), _exit_on_sigterm():
         with suppress(OSError):
             if _is_whole(library):
                 return library
@@ -153,6 +155,19 @@ def _build_lock() -> Iterator[None]:
             logger.warning("Waiting for another process that builds the C++ operators ...")
             fcntl.flock(lock, fcntl.LOCK_EX)
         yield
+
+
+@contextmanager
+def _exit_on_sigterm() -> Iterator[None]:
+    """SIGTERM ends this process as an interrupt does, so that it waits for its compilers to end."""
+    if threading.current_thread() is not threading.main_thread() or signal.getsignal(signal.SIGTERM) != signal.SIG_DFL:
+        yield
+        return
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
 def _key(compiler: tuple[str, ...], flags: tuple[str, ...], *sources: Path) -> str:
