@@ -68,6 +68,7 @@ def unsupported_reasons() -> list[str]:
                     _load(library)
             except Exception as error:  # whatever is wrong with them, networks run without them
                 _State.reasons = [f"loading the C++ operators failed: {_describe(error)}"]
+                logger.warning("%s. PyTorch's own operators are used instead.", _State.reasons[0])
     return list(_State.reasons)
 
 
@@ -103,10 +104,13 @@ def build() -> float:
         if obstacles:
             raise RuntimeError(f"The C++ operators cannot be built: {'; '.join(obstacles)}.")
         try:
-            _load(building.compile_library(building.recipe()))
+            wanted = building.recipe()
+            # (Loading operators twice, from two files, would end the process)
+            again = _State.reasons != [NOT_BUILT] and str(wanted.library) not in torch.ops.loaded_libraries
+            _load(building.compile_library(wanted, again=again))
         except Exception as error:
             _State.reasons = [f"compiling the C++ operators failed: {_describe(error)}"]
-            raise RuntimeError(f"The C++ operators cannot be built: {_describe(error)}") from error
+            raise RuntimeError(f"The C++ operators cannot be built: {_describe(error)}.") from error
     return time.perf_counter() - start
 
 
@@ -200,7 +204,7 @@ def _obstacles() -> list[str]:
 
 
 def _describe(error: Exception) -> str:
-    return (system_fault(error) if isinstance(error, OSError) else None) or str(error)
+    return ((system_fault(error) if isinstance(error, OSError) else None) or str(error)).rstrip(".")
 
 
 def _load(library: Path) -> None:

@@ -104,8 +104,11 @@ def built_library(wanted: Recipe) -> Path | None:
         return None
 
 
-def compile_library(wanted: Recipe) -> Path:
+def compile_library(wanted: Recipe, *, again: bool = False) -> Path:
     """Compile the library, unless another process has just done so; several processes wait for one of them.
+
+    Args:
+        again: link it again if it is there, as it cannot be loaded.
 
     Raises:
         RuntimeError: the compiler failed; the message begins with its first line about an error.
@@ -127,7 +130,7 @@ def compile_library(wanted: Recipe) -> Path:
 
     with _build_lock(), _exit_on_sigterm():
         with suppress(OSError):
-            if _is_whole(library):
+            if not again and _is_whole(library):
                 return library
         for left in objects.glob("tmp*"):  # by a process that was killed
             shutil.rmtree(left, ignore_errors=True)
@@ -146,6 +149,7 @@ def _build_lock() -> Iterator[None]:
     path = cache_folder() / "build.lock"
     try:
         lock = open_regular(path, create=True)
+        os.fchmod(lock.fileno(), 0o600)
     except OSError as error:
         raise RuntimeError(f"{path} cannot be locked: {error.strerror}. Remove it.") from error
     with lock:
@@ -193,7 +197,7 @@ def _run(command: Sequence[str], output: Path, alive: int) -> None:
             env={**os.environ, "LC_ALL": "C", "TMPDIR": folder},
             start_new_session=True,
         )
-        if done.returncode:
+        if done.returncode or not made.exists():
             for full in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
                 if os.strerror(full) in done.stderr:
                     raise OSError(full, os.strerror(full), str(output))
