@@ -76,7 +76,7 @@ def run(args: argparse.Namespace) -> int:
     if args.output is not None:
         _check_new(args.output)
         existing = next(path for path in args.output.absolute().parents if os.path.lexists(path))
-        with _writing(args.output), tempfile.TemporaryDirectory(dir=existing):
+        with _writing(args.output), tempfile.TemporaryDirectory(prefix=f".{args.output.name}.", dir=existing):
             pass
     if draws:
         require_matplotlib()
