@@ -25,21 +25,13 @@ def cache_folder() -> Path:
 
 
 def read(path: Path) -> bytes:
-    """The contents of a file in the cache.
-
-    Raises:
-        OSError: it cannot be read, or other users may have written it.
-    """
+    """The contents of a file in the cache; OSError where it cannot be read, or other users may have written it."""
     _require_own(path)
     return path.read_bytes()
 
 
 def write(path: Path, data: bytes) -> None:
-    """Write a file in the cache, whole or not at all, for this user alone.
-
-    Raises:
-        OSError: it cannot be written, or other users may write to its folder.
-    """
+    """Write a file in the cache, whole or not at all, for this user alone."""
     own_folder(path.parent)
     with replacing(path) as file:
         os.fchmod(file.fileno(), 0o600)
@@ -47,11 +39,7 @@ def write(path: Path, data: bytes) -> None:
 
 
 def own_folder(folder: Path) -> Path:
-    """A folder in the cache, made if need be.
-
-    Raises:
-        OSError: it cannot be made, or other users may write to it.
-    """
+    """A folder in the cache, made if need be; OSError where that fails, or other users may write to it."""
     for each in (*reversed(folder.parents), folder):
         if not os.path.lexists(each):
             each.mkdir(mode=0o700, exist_ok=True)

@@ -63,10 +63,7 @@ class Recipe(NamedTuple):
 
 
 def find_compiler() -> tuple[str, ...] | None:
-    """The C++ compiler's command: CXX of the environment, g++ or clang++; None where there is none.
-
-    None as well where CXX is no command line, as with a quote that is not closed.
-    """
+    """The C++ compiler's command: CXX of the environment, g++ or clang++; None for none, or an invalid CXX."""
     for command in (os.environ.get("CXX", ""), "g++", "clang++"):
         try:
             words = shlex.split(command)
@@ -189,14 +186,9 @@ def _run(command: Sequence[str], output: Path, alive: int) -> None:
     with tempfile.TemporaryDirectory(dir=cache_folder() / "objects") as folder:
         made = Path(folder) / output.name
         done = subprocess.run(
-            ("/bin/sh", "-c", _GUARDED, folder, *command, "-o", str(made)),
-            stdin=alive,
-            capture_output=True,
-            text=True,
-            errors="replace",
-            env={**os.environ, "LC_ALL": "C", "TMPDIR": folder},
-            start_new_session=True,
-        )
+            ("/bin/sh", "-c", _GUARDED, folder, *command, "-o", str(made)), stdin=alive, capture_output=True,
+            text=True, errors="replace", env={**os.environ, "LC_ALL": "C", "TMPDIR": folder}, start_new_session=True,
+        )  # fmt: skip
         if done.returncode or not made.exists():
             for full in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
                 if os.strerror(full) in done.stderr:
