@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import fcntl
+import glob
 import os
 import re
 import secrets
@@ -11,8 +12,8 @@ import shutil
 import socket
 import stat
 import weakref
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import IO
 
@@ -22,6 +23,7 @@ __all__ = [
     "check_output",
     "fsync_folder",
     "locked",
+    "new_folder",
     "open_regular",
     "remove",
     "remove_partial",
@@ -198,6 +200,45 @@ def replace_folder(new: Path, target: Path) -> None:
         raise
     fsync_folder(target.parent)
     remove(old)
+
+
+@contextmanager
+def new_folder(target: Path, check: Callable[[], None]) -> Iterator[Path]:
+    """A folder to fill, which replaces `target` when the block ends without an error; no other process fills it.
+
+    What was left by processes that were killed is removed.
+
+    Args:
+        check: called before `target` is replaced; raises an error if it must not be.
+    """
+    with ExitStack() as own:
+        with _folder_lock(target.parent):
+            for left in target.parent.glob(f".{glob.escape(target.name)}.{'[0-9a-f]' * 8}{PARTIAL}"):
+                with suppress(OSError), _folder_lock(left, wait=False):
+                    if left.lstat().st_uid == os.geteuid():
+                        shutil.rmtree(left)
+            place = target.with_name(f".{target.name}.{secrets.token_hex(4)}{PARTIAL}")
+            place.mkdir()
+            own.enter_context(_folder_lock(place))
+        try:
+            yield place
+            with _folder_lock(target.parent):
+                check()
+                replace_folder(place, target)
+        finally:
+            shutil.rmtree(place, ignore_errors=True)
+
+
+@contextmanager
+def _folder_lock(folder: Path, *, wait: bool = True) -> Iterator[None]:
+    """Lock a folder itself; OSError for links, and unless `wait` for one that another process has locked."""
+    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
+    try:
+        with suppress(OSError) if wait else nullcontext():  # a network file system without locks
+            fcntl.flock(descriptor, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+        yield
+    finally:
+        os.close(descriptor)
 
 
 def fsync_folder(folder: Path) -> None:

@@ -10,6 +10,7 @@ import pytest
 
 from esc_arch.atomic_io import (
     locked,
+    new_folder,
     open_regular,
     remove_partial,
     replacing,
@@ -93,3 +94,34 @@ def test_folders_of_work_in_progress(tmp_path: Path) -> None:
     (tmp_path / "link").symlink_to(tmp_path)
     with pytest.raises(UserError, match=r"link is in the way: it must be a folder of yours"):
         require_own_folder(tmp_path / "link")
+
+
+def test_two_that_fill_a_folder(tmp_path: Path) -> None:
+    """Each its own; the last replaces the others, unless its check says otherwise."""
+    target, check = tmp_path / "out", lambda: None
+    with new_folder(target, check) as first:
+        (first / "first").touch()
+        with new_folder(target, check) as second:
+            (second / "second").touch()
+            assert first.is_dir()
+        assert [path.name for path in target.iterdir()] == ["second"]
+    assert [path.name for path in target.iterdir()] == ["first"]
+
+    def refuse() -> None:
+        raise UserError("it is there")
+
+    with pytest.raises(UserError, match="it is there"), new_folder(target, refuse):
+        pass
+    assert [path.name for path in target.iterdir()] == ["first"]
+    assert list(tmp_path.iterdir()) == [target]
+
+
+def test_folders_that_killed_processes_left(tmp_path: Path) -> None:
+    left, kept = tmp_path / ".out.0123abcd.partial", tmp_path / ".out.partial"
+    link = tmp_path / ".out.01234567.partial"
+    for folder in (left, kept):
+        folder.mkdir()
+        (folder / "file").touch()
+    link.symlink_to(kept)
+    with new_folder(tmp_path / "out", lambda: None):
+        assert not left.exists() and (kept / "file").exists() and link.is_symlink()

@@ -209,6 +209,15 @@ def test_a_file_that_cannot_be_read_is_told(caplog: pytest.LogCaptureFixture) ->
     assert f"{file} cannot be read: Is a directory." in caplog.text
 
 
+def test_results_that_others_may_have_written(caplog: pytest.LogCaptureFixture) -> None:
+    file = write((CASE, PASSED))
+    assert file.stat().st_mode & 0o777 == 0o600
+    file.chmod(0o660)
+    load.cache_clear()
+    assert load("cpu", None) == {}
+    assert f"{file} cannot be read: {file} can be written by other users" in caplog.text
+
+
 def test_a_broken_triton_is_told(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
     write((CASE, PASSED))
     monkeypatch.setattr(files, "_triton", TRITON_OF)

@@ -5,8 +5,15 @@ A few tiny sources stand in for the operators: they need no header of PyTorch an
 
 from __future__ import annotations
 
+import hashlib
+import os
 import platform
 import shutil
+import signal
+import subprocess
+import sys
+import threading
+import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -15,7 +22,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from esc_arch.ops import cpu
+from esc_arch.ops import cache, cpu
 from esc_arch.ops.cpu import building
 
 needs_compiler = pytest.mark.skipif(
@@ -56,7 +63,7 @@ def commands(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """What was run since: the last arguments, which are sources and, of the link, an option."""
     run, found = building._run, []
     monkeypatch.setattr(
-        building, "_run", lambda command, output: (found.append(Path(command[-1]).name), run(command, output))
+        building, "_run", lambda command, *others: (found.append(Path(command[-1]).name), run(command, *others))
     )
     return found
 
@@ -199,7 +206,181 @@ def test_a_library_that_does_not_load(new_process: Callable[[], None], monkeypat
 
     monkeypatch.setattr(torch.ops, "load_library", fail)
     new_process()
-    assert cpu.unsupported_reasons() == ["compiling the C++ operators failed: undefined symbol: x"]
+    assert cpu.unsupported_reasons() == ["loading the C++ operators failed: undefined symbol: x"]
+
+
+@needs_compiler
+@pytest.mark.parametrize("damage", [b"", b"damaged"])
+def test_a_damaged_object_is_compiled_again(csrc: Path, commands: list[str], damage: bytes) -> None:
+    """As a power cut may leave it: empty, and without a note of what it should be, or with another."""
+    first = building.compile_library(building.recipe())
+    (obj,) = (first.parent.parent / "objects").glob("one-*.o")
+    obj.write_bytes(damage)
+    if not damage:
+        obj.with_suffix(".sha256").unlink()
+    first.unlink()
+    commands.clear()
+    assert building.compile_library(building.recipe()) == first
+    assert commands[:-1] == ["one.cpp"]
+
+
+@needs_compiler
+def test_a_whole_library_that_does_not_load(
+    new_process: Callable[[], None], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Networks go on without the operators, and a build makes them again."""
+    library = building.recipe().library
+    cache.write(library, b"junk")
+    cache.write(library.with_suffix(".sha256"), hashlib.sha256(b"junk").hexdigest().encode())
+    assert not cpu.ready()
+    (record,) = caplog.records
+    assert record.getMessage().startswith("loading the C++ operators failed: Could not load this library: ")
+    cpu.build()
+    assert cpu.ready()
+
+
+@needs_compiler
+@pytest.mark.parametrize("plant", ["library", "note", "folder", "cache", "link", "link to cache", "parent"])
+def test_what_others_may_have_written_is_not_loaded(
+    plant: str, new_process: Callable[[], None], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    cpu.build()
+    new_process()
+    library, folder = building.recipe().library, building.cache_folder()
+    monkeypatch.setattr(torch.ops, "load_library", lambda _: pytest.fail("it was loaded"))
+    if plant.startswith("link"):
+        linked = library if plant == "link" else folder
+        linked.rename(tmp_path / "there")
+        linked.symlink_to(tmp_path / "there")
+        what = f"{linked} is a link"
+    else:
+        note = library.with_suffix(".sha256")
+        parts = {"library": library, "note": note, "folder": library.parent, "cache": folder, "parent": folder.parent}
+        parts[plant].chmod(0o770)
+        what = f"{parts[plant]} can be written by other users"
+    (reason,) = cpu.unsupported_reasons()
+    assert reason.startswith(f"loading the C++ operators failed: {what}, so nothing is taken from the cache. ")
+
+
+@needs_compiler
+def test_what_others_own_is_not_loaded(new_process: Callable[[], None], monkeypatch: pytest.MonkeyPatch) -> None:
+    cpu.build()
+    new_process()
+    user = os.geteuid()
+    monkeypatch.setattr(os, "geteuid", lambda: user + 1)
+    assert f"operators.so belongs to another user (uid {user})" in cpu.unsupported_reasons()[0]
+    with pytest.raises(RuntimeError, match=rf"cannot be built: .* belongs to another user \(uid {user}\)"):
+        cpu.build()
+
+
+@needs_compiler
+def test_the_cache_is_for_this_user_alone(new_process: Callable[[], None]) -> None:
+    """Whatever the umask; a folder of the user's that others may write is made so."""
+    folder = building.cache_folder()
+    folder.mkdir(parents=True)
+    folder.chmod(0o777)
+    umask = os.umask(0)
+    try:
+        cpu.build()
+    finally:
+        os.umask(umask)
+    modes = {path.name: path.stat().st_mode & 0o777 for path in (folder, *folder.rglob("*"))}
+    assert modes.pop("esc_arch") == 0o700
+    assert all(mode == (0o600 if "." in name else 0o700) for name, mode in modes.items())
+    new_process()
+    assert cpu.ready()
+
+
+@needs_compiler
+@pytest.mark.parametrize("kind", ["link", "pipe"])
+def test_a_planted_lock(kind: str, tmp_path: Path) -> None:
+    (victim := tmp_path / "victim").write_text("precious")
+    lock = cache.own_folder(building.cache_folder()) / "build.lock"
+    os.mkfifo(lock) if kind == "pipe" else lock.symlink_to(victim)
+    with pytest.raises(RuntimeError, match=r"build\.lock cannot be locked: .*\. Remove it\."):
+        cpu.build()
+    assert victim.read_text() == "precious"
+
+
+def test_no_home_and_no_name(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """As in a container with a user of its own."""
+    monkeypatch.setattr("pwd.getpwuid", lambda uid: {}[uid])
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    for home, named in ((None, None), ("here", "here")):
+        for variable, value in (("HOME", home), ("XDG_CACHE_HOME", named)):
+            monkeypatch.setenv(variable, value) if value else monkeypatch.delenv(variable)
+        assert building.cache_folder() == tmp_path / f"esc_arch-{os.geteuid()}"
+    assert not cpu.ready()
+
+
+_ENDLESS = """#!/bin/sh
+# A compiler that starts another process, as compilers do, and does not end
+if [ "$1" = --version ]; then exit; fi
+sleep 300 & echo $$ $! >{pids}; wait
+"""
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGKILL])
+def test_compilers_end_with_the_process(number: signal.Signals, tmp_path: Path) -> None:
+    """And their temporary folder goes; how is the matter of a process of its own."""
+    pids, compiler = tmp_path / "pids", tmp_path / "endless"
+    compiler.write_text(_ENDLESS.format(pids=pids))
+    compiler.chmod(0o755)
+    program = "import signal; signal.signal(2, signal.default_int_handler); from esc_arch.ops import cpu; cpu.build()"
+    environment = {**os.environ, "CXX": str(compiler), "ESC_ARCH_NATIVE_SOURCES": "memory.cpp"}
+    child = subprocess.Popen([sys.executable, "-c", program], env=environment, stderr=subprocess.DEVNULL)
+    until(lambda: pids.exists() and len(pids.read_text().split()) == 2)
+    child.send_signal(number)
+    assert child.wait() != 0
+    until(lambda: not any(map(runs, pids.read_text().split())))
+    until(lambda: not list(building.cache_folder().glob("objects/tmp*")))
+
+
+def until(condition: Callable[[], bool]) -> None:
+    while not condition():  # (the test ends after the time that pytest gives it)
+        time.sleep(0.05)
+
+
+def runs(pid: str) -> bool:
+    try:
+        return "Z" not in Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+    except OSError:
+        return False
+
+
+@needs_compiler
+def test_what_a_killed_build_left_is_removed() -> None:
+    left = cache.own_folder(building.cache_folder() / "objects" / "tmp123")
+    (left / "half.o").touch()
+    cpu.build()
+    assert not left.exists()
+
+
+def test_a_second_process_says_that_it_waits(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    cache.own_folder(building.cache_folder())
+    entered = threading.Event()
+
+    def enter() -> None:
+        with building._build_lock():
+            entered.set()
+
+    with building._build_lock():
+        second = threading.Thread(target=enter)
+        second.start()
+        until(lambda: bool(caplog.records))
+        assert not entered.is_set()
+    second.join()
+    assert entered.is_set() and "Waiting for another process" in caplog.text
+
+
+def test_a_full_disk_is_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    linker = tmp_path / "linker"
+    linker.write_text("#!/bin/sh\necho 'ld: final link failed: No space left on device' >&2\nexit 1\n")
+    linker.chmod(0o755)
+    monkeypatch.setenv("CXX", str(linker))
+    message = r"cannot be built: .*/objects/\w+-\w+\.o: No space left on device \(free space there: .* Make room there"
+    with pytest.raises(RuntimeError, match=message):
+        cpu.build()
 
 
 @needs_compiler
@@ -221,6 +402,12 @@ def test_no_compiler(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
         cpu.build()
     cpu.build_by_name()
     assert not cpu.ready()
+
+
+def test_a_compiler_that_is_no_command_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CXX", 'g++ "-O2')
+    (reason,) = cpu.unsupported_reasons()
+    assert reason.endswith("CXX naming a compiler, which CXX='g++ \"-O2' does not")
 
 
 def test_switched_off_and_unknown_machine(monkeypatch: pytest.MonkeyPatch) -> None:

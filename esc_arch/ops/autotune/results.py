@@ -17,8 +17,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from esc_arch.atomic_io import write_atomically
-from esc_arch.ops.cpu import building
+from esc_arch.ops import cache as user_cache
 from esc_arch.ops.operation import SampleShapes, Size
 
 logger = logging.getLogger(__name__)
@@ -163,7 +162,7 @@ def file_of(device: torch.device) -> Path:
         ImportError: of triton, which is there and broken.
     """
     text = json.dumps(_key(device), sort_keys=True)
-    return building.cache_folder() / f"autotune-{hashlib.sha256(text.encode()).hexdigest()[:20]}.json"
+    return user_cache.cache_folder() / f"autotune-{hashlib.sha256(text.encode()).hexdigest()[:20]}.json"
 
 
 def save(device: torch.device, results: Mapping[Case, TrialResult]) -> None:
@@ -173,9 +172,8 @@ def save(device: torch.device, results: Mapping[Case, TrialResult]) -> None:
         OSError: it cannot be written.
     """
     records = [case._asdict() | asdict(result) for case, result in results.items()]
-    file = file_of(device)
-    file.parent.mkdir(parents=True, exist_ok=True)
-    write_atomically(file, json.dumps({"key": _key(device), "results": records}, indent=1).encode())
+    data = json.dumps({"key": _key(device), "results": records}, indent=1)
+    user_cache.write(file_of(device), data.encode())
     load.cache_clear()
 
 
@@ -184,7 +182,7 @@ def load(kind: str, index: int | None) -> dict[Case, TrialResult]:
     """The results on the device of this type and number; none, with a warning, where their file cannot be read."""
     try:
         file = file_of(torch.device(kind) if index is None else torch.device(kind, index))
-        return dict(_decode(record) for record in json.loads(file.read_bytes())["results"])
+        return dict(_decode(record) for record in json.loads(user_cache.read(file))["results"])
     except FileNotFoundError:
         return {}
     except ImportError as error:

@@ -22,6 +22,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from esc_arch.atomic_io import system_fault
+
 from . import building
 
 __all__ = [
@@ -60,11 +62,13 @@ def unsupported_reasons() -> list[str]:
     """Why the operators cannot be called now; empty when they can. Looked up once: every layer asks."""
     if _State.reasons is None:
         _State.reasons = _obstacles() or [NOT_BUILT]
-        if _State.reasons == [NOT_BUILT] and (library := building.built_library(building.recipe())):
+        if _State.reasons == [NOT_BUILT]:
             try:
-                _load(library)
-            except OSError as error:
-                _State.reasons = [f"compiling the C++ operators failed: {error}"]
+                if library := building.built_library(building.recipe()):
+                    _load(library)
+            except Exception as error:  # whatever is wrong with them, networks run without them
+                _State.reasons = [f"loading the C++ operators failed: {_describe(error)}"]
+                logger.warning("%s. PyTorch's own operators are used instead.", _State.reasons[0])
     return list(_State.reasons)
 
 
@@ -100,10 +104,13 @@ def build() -> float:
         if obstacles:
             raise RuntimeError(f"The C++ operators cannot be built: {'; '.join(obstacles)}.")
         try:
-            _load(building.compile_library(building.recipe()))
-        except (RuntimeError, OSError) as error:
-            _State.reasons = [f"compiling the C++ operators failed: {error}"]
-            raise RuntimeError(f"The C++ operators cannot be built: {error}") from error
+            wanted = building.recipe()
+            # (Loading operators twice, from two files, would end the process)
+            again = _State.reasons != [NOT_BUILT] and str(wanted.library) not in torch.ops.loaded_libraries
+            _load(building.compile_library(wanted, again=again))
+        except Exception as error:
+            _State.reasons = [f"compiling the C++ operators failed: {_describe(error)}"]
+            raise RuntimeError(f"The C++ operators cannot be built: {_describe(error)}.") from error
     return time.perf_counter() - start
 
 
@@ -188,8 +195,16 @@ def _obstacles() -> list[str]:
             f"the C++ operators are for Linux and macOS on x86-64 and arm64, not {sys.platform} on {machine}"
         )
     if building.find_compiler() is None:
-        reasons.append("compiling the C++ operators needs g++ or clang++ on the PATH, or CXX naming a compiler")
+        named = os.environ.get("CXX")
+        reasons.append(
+            "compiling the C++ operators needs g++ or clang++ on the PATH, or CXX naming a compiler"
+            + (f", which CXX={named!r} does not" if named else "")
+        )
     return reasons
+
+
+def _describe(error: Exception) -> str:
+    return ((system_fault(error) if isinstance(error, OSError) else None) or str(error)).rstrip(".")
 
 
 def _load(library: Path) -> None:

@@ -6,23 +6,33 @@ For development, ESC_ARCH_NATIVE_SOURCES (file names with commas between) restri
 
 from __future__ import annotations
 
+import errno
 import hashlib
+import logging
 import os
 import platform
 import shlex
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
-from collections.abc import Sequence
+import threading
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, suppress
 from functools import cache
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
 
+from esc_arch.atomic_io import open_regular
+from esc_arch.ops.cache import cache_folder, own_folder, read, write
+
 __all__ = ["Recipe", "built_library", "cache_folder", "compile_library", "find_compiler", "recipe"]
+
+logger = logging.getLogger(__name__)
 
 CSRC = Path(__file__).parent / "csrc"
 
@@ -32,6 +42,15 @@ _INSTRUCTIONS = {
     "AVX512": ("-march=native", "-mprefer-vector-width=512", "-DCPU_CAPABILITY=AVX512", "-DCPU_CAPABILITY_AVX512"),
     "AVX2": ("-march=native", "-mno-avx512f", "-DCPU_CAPABILITY=AVX2", "-DCPU_CAPABILITY_AVX2"),
 }
+
+#: A script that turns into the command of its arguments. Beside it waits what ends the command, all that it started
+#: and its folder of temporary files, when nobody holds the other end of standard input any more: when this process
+#: ends, in whatever way.
+_GUARDED = """
+exec 3<&0 </dev/null
+(trap "" TERM; read _ <&3; kill -TERM 0; rm -rf -- "$0"; kill -KILL 0) >/dev/null 2>&1 &
+exec "$@" 3<&-
+"""
 
 
 class Recipe(NamedTuple):
@@ -43,15 +62,13 @@ class Recipe(NamedTuple):
     library: Path
 
 
-def cache_folder() -> Path:
-    """Where libraries are kept: in the user's cache; it need not be there yet."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "esc_arch"
-
-
 def find_compiler() -> tuple[str, ...] | None:
-    """The C++ compiler's command: CXX of the environment, g++ or clang++; None where there is none."""
+    """The C++ compiler's command: CXX of the environment, g++ or clang++; None for none, or an invalid CXX."""
     for command in (os.environ.get("CXX", ""), "g++", "clang++"):
-        words = shlex.split(command)
+        try:
+            words = shlex.split(command)
+        except ValueError:
+            return None
         path = shutil.which(words[0]) if words else None
         if path is not None:
             return (path, *words[1:])
@@ -73,68 +90,126 @@ def recipe() -> Recipe:
 
 
 def built_library(wanted: Recipe) -> Path | None:
-    """The library, where it was built before and is as it was written; None otherwise."""
-    library = wanted.library
+    """The library, where it was built before and is as it was written; None otherwise.
+
+    Raises:
+        OSError: it is there, and cannot be read, or other users may have written it.
+    """
     try:
-        # Loading half a file ends the process, so it is compared with what was noted when it was whole
-        return library if library.with_suffix(".sha256").read_text() == _digest(library) else None
-    except OSError:
+        return wanted.library if _is_whole(wanted.library) else None
+    except FileNotFoundError:
         return None
 
 
-def compile_library(wanted: Recipe) -> Path:
+def compile_library(wanted: Recipe, *, again: bool = False) -> Path:
     """Compile the library, unless another process has just done so; several processes wait for one of them.
+
+    Args:
+        again: link it again if it is there, as it cannot be loaded.
 
     Raises:
         RuntimeError: the compiler failed; the message begins with its first line about an error.
-        OSError: the cache cannot be written.
+        OSError: the cache cannot be written, or other users may write to it.
     """
-    import fcntl
-
-    library, objects, installed = wanted.library, cache_folder() / "objects", Path(torch.__file__).parent
-    objects.mkdir(parents=True, exist_ok=True)
+    library, objects, installed = wanted.library, own_folder(cache_folder() / "objects"), Path(torch.__file__).parent
     include = (f"-I{installed / 'include'}", f"-I{installed / 'include' / 'torch' / 'csrc' / 'api' / 'include'}")
     link = (f"-L{installed / 'lib'}", f"-Wl,-rpath,{installed / 'lib'}", "-ltorch_cpu", "-lc10")
 
     def compile_source(source: Path) -> str:
         output = objects / f"{source.stem}-{_key(wanted.compiler, wanted.flags, source)}.o"
-        if not output.exists():
-            _run((*wanted.compiler, *wanted.flags, *include, "-c", str(source)), output)
-        for other in set(objects.glob(f"{source.stem}-*.o")) - {output}:
+        with suppress(OSError):
+            if _is_whole(output):
+                return str(output)
+        _run((*wanted.compiler, *wanted.flags, *include, "-c", str(source)), output, alive.fileno())
+        for other in set(objects.glob(f"{source.stem}-*")) - {output, _note_of(output)}:
             other.unlink(missing_ok=True)
         return str(output)
 
-    with open(cache_folder() / "build.lock", "w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        if built_library(wanted) is None:
-            with ThreadPoolExecutor(max_workers=os.cpu_count()) as pool:
-                compiled = list(pool.map(compile_source, wanted.sources))
-            library.parent.mkdir(exist_ok=True)
-            _run((*wanted.compiler, "-shared", *compiled, *link, *_openmp_at_link(wanted)), library)
-            library.with_suffix(".sha256").write_text(_digest(library))
+    with _build_lock(), _exit_on_sigterm():
+        with suppress(OSError):
+            if not again and _is_whole(library):
+                return library
+        for left in objects.glob("tmp*"):  # by a process that was killed
+            shutil.rmtree(left, ignore_errors=True)
+        reading, writing = os.pipe()
+        # Whatever ends this block, the compilers end before the threads that wait for them
+        with open(reading, "rb") as alive, ThreadPoolExecutor(os.cpu_count()) as pool, open(writing, "wb"):
+            compiled = list(pool.map(compile_source, wanted.sources))
+            _run((*wanted.compiler, "-shared", *compiled, *link, *_openmp_at_link(wanted)), library, alive.fileno())
     return library
+
+
+@contextmanager
+def _build_lock() -> Iterator[None]:
+    import fcntl
+
+    path = cache_folder() / "build.lock"
+    try:
+        lock = open_regular(path, create=True)
+        os.fchmod(lock.fileno(), 0o600)
+    except OSError as error:
+        raise RuntimeError(f"{path} cannot be locked: {error.strerror}. Remove it.") from error
+    with lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            logger.warning("Waiting for another process that builds the C++ operators ...")
+            fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
+
+
+@contextmanager
+def _exit_on_sigterm() -> Iterator[None]:
+    """SIGTERM ends this process as an interrupt does, so that it waits for its compilers to end."""
+    if threading.current_thread() is not threading.main_thread() or signal.getsignal(signal.SIGTERM) != signal.SIG_DFL:
+        yield
+        return
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
 def _key(compiler: tuple[str, ...], flags: tuple[str, ...], *sources: Path) -> str:
     """Differs whenever what is compiled from these sources might."""
     parts = (*compiler, _version_of(compiler), *flags, torch.__version__, _cpu())
     headers = "".join(map(_digest, sorted(CSRC.glob("*.h"))))
-    return hashlib.sha256("\0".join((*parts, headers, *map(_digest, sources))).encode()).hexdigest()[:20]
+    return hashlib.sha256(os.fsencode("\0".join((*parts, headers, *map(_digest, sources))))).hexdigest()[:20]
 
 
-def _run(command: Sequence[str], output: Path) -> None:
-    """Run a command that writes `output`, which appears whole or not at all."""
-    with tempfile.TemporaryDirectory(dir=output.parent) as folder:
+def _run(command: Sequence[str], output: Path, alive: int) -> None:
+    """Run a command that writes `output`, which appears whole or not at all, with a note of its digest.
+
+    It is ended when nobody holds the other end of the pipe `alive` any more.
+    """
+    with tempfile.TemporaryDirectory(dir=cache_folder() / "objects") as folder:
         made = Path(folder) / output.name
-        try:
-            done = subprocess.run((*command, "-o", str(made)), capture_output=True, text=True, errors="replace")
-        except OSError as error:
-            raise RuntimeError(f"{command[0]} cannot be run: {error}") from error
-        if done.returncode:
+        done = subprocess.run(
+            ("/bin/sh", "-c", _GUARDED, folder, *command, "-o", str(made)), stdin=alive, capture_output=True,
+            text=True, errors="replace", env={**os.environ, "LC_ALL": "C", "TMPDIR": folder}, start_new_session=True,
+        )  # fmt: skip
+        if done.returncode or not made.exists():
+            for full in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+                if os.strerror(full) in done.stderr:
+                    raise OSError(full, os.strerror(full), str(output))
             lines = [line.strip() for line in done.stderr.splitlines() if line.strip()] or ["no message"]
             first = next((line for line in lines if "error" in line.lower()), lines[0])
+            if done.returncode in (126, 127):  # of the shell
+                raise RuntimeError(f"{command[0]} cannot be run: {first}")
             raise RuntimeError(f"{first} (from: {shlex.join(command)})")
-        made.replace(output)
+        data = made.read_bytes()
+    write(output, data)
+    write(_note_of(output), hashlib.sha256(data).hexdigest().encode())
+
+
+def _is_whole(output: Path) -> bool:
+    """True if a file is as it was written: loading half a library ends the process, as a power cut may leave it."""
+    return hashlib.sha256(read(output)).hexdigest().encode() == read(_note_of(output))
+
+
+def _note_of(output: Path) -> Path:
+    return output.with_suffix(".sha256")
 
 
 def _sources() -> tuple[Path, ...]:

@@ -6,12 +6,14 @@ import argparse
 import json
 import os
 import statistics
-from collections.abc import Mapping, Sequence
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
-from esc_arch.atomic_io import write_atomically
+from esc_arch.atomic_io import new_folder, write_atomically
 from esc_arch.errors import UserError
 from esc_arch.models.esc_model import PROTOCOLS
 from esc_arch.project import add_import_argument
@@ -73,8 +75,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Test, print a table and write FOLDER; raises UserError before the first test if something cannot be used."""
     draws = args.output is not None and not args.no_figures
-    if args.output is not None and args.output.exists():
-        raise UserError(f"{args.output} exists, and nothing is overwritten. Choose another folder with -o.")
+    if args.output is not None:
+        _check_new(args.output)
+        existing = next(path for path in args.output.absolute().parents if os.path.lexists(path))
+        with _writing(args.output), tempfile.TemporaryDirectory(prefix=f".{args.output.name}.", dir=existing):
+            pass
     if draws:
         require_matplotlib()
     costs = _read_costs(args.cost) if args.cost else []
@@ -96,17 +101,33 @@ def run(args: argparse.Namespace) -> int:
         tables["gains"] = gain_table(gains, Path(args.baseline).stem)
     shown = [*tables.values()] if args.format in ("text", "markdown") else [tables["quality"]]
     print("\n".join(table.render(args.format) for table in shown), end="")
-    if args.output is not None:
-        args.output.mkdir(parents=True)
-        for name, table in {**tables, "per_image": per_image_table(results)}.items():
-            for form, ending in zip(TABLE_FORMATS, ("txt", "md", "csv", "json"), strict=True):
-                write_atomically(args.output / f"{name}.{ending}", table.render(form).encode())
-    if draws:
-        plot_quality(args.output, results, costs)
-        plot_gains(args.output, gains, baseline.name if baseline else BICUBIC)
-        for each in gains:
-            write_crops(args.output / "crops" / each.scores.evaluation.name / each.scores.dataset, each, baseline)
+    if args.output is None:
+        return 0
+    with _writing(args.output):
+        args.output.parent.mkdir(parents=True, exist_ok=True)
+        with new_folder(args.output.absolute(), lambda: _check_new(args.output)) as folder:
+            for name, table in {**tables, "per_image": per_image_table(results)}.items():
+                for form, ending in zip(TABLE_FORMATS, ("txt", "md", "csv", "json"), strict=True):
+                    write_atomically(folder / f"{name}.{ending}", table.render(form).encode())
+            if draws:
+                plot_quality(folder, results, costs)
+                plot_gains(folder, gains, baseline.name if baseline else BICUBIC)
+                for each in gains:
+                    write_crops(folder / "crops" / each.scores.evaluation.name / each.scores.dataset, each, baseline)
     return 0
+
+
+def _check_new(folder: Path) -> None:
+    if os.path.lexists(folder):
+        raise UserError(f"{folder} exists, and nothing is overwritten. Choose another folder with -o.")
+
+
+@contextmanager
+def _writing(folder: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise UserError(f"{folder} cannot be written: {error}. Choose another folder with -o.") from error
 
 
 def _plan(args: argparse.Namespace, *, save_images: bool) -> list[Evaluation]:

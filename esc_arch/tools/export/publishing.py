@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -15,7 +14,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from PIL import Image
 
-from esc_arch.atomic_io import remove, replace_folder, replacing, write_file
+from esc_arch.atomic_io import new_folder, replacing, write_file
 from esc_arch.checkpoints.conversion import Checkpoint, open_checkpoint, save_checkpoint
 from esc_arch.errors import UserError
 from esc_arch.names import did_you_mean
@@ -81,7 +80,7 @@ def publish(
     info = complete(info, training, scale, urls)
     name = model_id(info.name, scale)
     notes = [f"Assumed: {assumption}" for assumption in checkpoint.assumptions]
-    with _new_folder(folder) as place:
+    with _filling(folder, overwrite=overwrite) as place:
         file = place / f"{name}.safetensors"
         _write_weights(file, checkpoint, info)
         upscaler = load(file, device="cpu")
@@ -124,19 +123,13 @@ def _check_folder(folder: Path, *, overwrite: bool) -> None:
 
 
 @contextmanager
-def _new_folder(folder: Path) -> Iterator[Path]:
-    """A new folder to fill, which replaces `folder` when the block ends without an error."""
-    target = folder.resolve()
-    place = target.with_name(f".{target.name}.partial")
+def _filling(folder: Path, *, overwrite: bool) -> Iterator[Path]:
+    """`new_folder` for `folder`, which another process may have made in the meantime."""
     try:
-        remove(place)  # of an earlier run that was killed
-        place.mkdir()
-        yield place
-        replace_folder(place, target)
+        with new_folder(folder.resolve(), lambda: _check_folder(folder, overwrite=overwrite)) as place:
+            yield place
     except OSError as error:
         raise UserError(f"{folder} cannot be written: {error.strerror or error}. Choose another -o.") from error
-    finally:
-        shutil.rmtree(place, ignore_errors=True)
 
 
 def _write_weights(path: Path, checkpoint: Checkpoint, info: ModelInfo) -> None:

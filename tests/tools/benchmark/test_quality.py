@@ -188,6 +188,23 @@ def test_the_folder(quality: Any, options: Any, run_basicsr: Any) -> None:
     assert {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()} == before
 
 
+def test_a_folder_that_cannot_be_written(quality: Any, options: Any, monkeypatch: Any) -> None:
+    """Found before the tests, or where the disk is full after them: nothing half stays, and the scores are printed."""
+    run = quality([options], "-o", "/proc/report", "--no-figures")
+    assert run.status == 2 and not (run.folder / "results").exists()
+    assert run.err.startswith("basicsr benchmark: /proc/report cannot be written: ")
+    before = {path.name for path in run.folder.iterdir()} | {"results"}
+
+    def full(path: Path, _: bytes) -> None:
+        raise OSError(28, "No space left on device", str(path))
+
+    monkeypatch.setattr("esc_arch.tools.benchmark.quality.write_atomically", full)
+    run = quality([options], "-o", "report", "--no-figures")
+    assert run.status == 2 and "PSNR" in run.out
+    assert re.search(r"report cannot be written: .*No space left on device: .*quality\.txt", run.err)
+    assert {path.name for path in run.folder.iterdir()} == before
+
+
 def per_image(folder: Path, name: str) -> dict[str, float]:
     with open(folder / f"results/{name}/visualization/per_image/Set5.csv", encoding="utf-8") as file:
         return {row["image"]: float(row["psnr"]) for row in csv.DictReader(file)}

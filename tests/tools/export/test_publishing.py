@@ -555,7 +555,7 @@ def test_a_failure_leaves_what_was_there(
         raise error
 
     def fail_late(source: Path, target: Path) -> None:
-        if Path(source).name == ".out.partial":
+        if Path(target) == folder and Path(source).name != ".out.old":
             raise error
         replace_file(source, target)
 
@@ -573,10 +573,26 @@ def test_what_a_kill_left(weights: Path, tmp_path: Path) -> None:
     """In the middle of filling, and between taking the old folder away and putting the new one there."""
     folder = tmp_path / "out"
     publish(weights, folder, INFO, onnx=False)
-    (tmp_path / ".out.partial").mkdir()
-    (tmp_path / ".out.partial" / "half").write_text("")
+    (tmp_path / ".out.0123abcd.partial").mkdir()
+    (tmp_path / ".out.0123abcd.partial" / "half").write_text("")
     folder.rename(tmp_path / ".out.old")
     publish(weights, folder, INFO, onnx=False, overwrite=True)
+    assert {path.name for path in tmp_path.iterdir()} == {weights.name, "out"}
+
+
+def test_two_at_once(weights: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Another process publishes to the same folder while this one fills its own: the first that is done stays."""
+    folder, made = tmp_path / "out", publishing.option_files
+
+    def publish_meanwhile(*arguments: Any) -> dict[str, str]:
+        monkeypatch.setattr(publishing, "option_files", made)
+        publish(weights, folder, replace(INFO, name="Other"), onnx=False)
+        return made(*arguments)
+
+    monkeypatch.setattr(publishing, "option_files", publish_meanwhile)
+    with pytest.raises(UserError, match=r"out already exists"):
+        publish(weights, folder, INFO, onnx=False)
+    assert (folder / "2x-Other.safetensors").is_file() and not list(folder.glob("*Sharp*"))
     assert {path.name for path in tmp_path.iterdir()} == {weights.name, "out"}
 
 
