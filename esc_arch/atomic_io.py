@@ -169,12 +169,13 @@ def remove_partial(folder: Path) -> None:
 
 
 def open_regular(path: Path, *, create: bool = False) -> IO[bytes]:
-    """Open a file to append to; OSError for links, which may lead anywhere, and pipes, which may wait for ever."""
+    """Open a file to append to; OSError for links of both kinds, which may be anything, and pipes, which may wait."""
     flags = os.O_WRONLY | os.O_APPEND | os.O_NOFOLLOW | os.O_NONBLOCK | (os.O_CREAT if create else 0)
     file = open(path, "ab", opener=lambda name, _: os.open(name, flags, 0o666))  # noqa: SIM115  returned
-    if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+    state = os.fstat(file.fileno())
+    if not stat.S_ISREG(state.st_mode) or state.st_nlink > 1:
         file.close()
-        raise OSError(errno.EINVAL, "it is no regular file", str(path))
+        raise OSError(errno.EINVAL, "it is no regular file of one name", str(path))
     return file
 
 

@@ -73,6 +73,10 @@ def test_a_lock_that_was_planted(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="lock"), locked(tmp_path, "lock"):
         pass
     assert (tmp_path / "victim").read_text() == "precious"
+    (tmp_path / "second name").hardlink_to(tmp_path / "victim")
+    with pytest.raises(UserError, match="second name"), locked(tmp_path, "second name"):
+        pass
+    assert (tmp_path / "victim").read_text() == "precious"
     os.mkfifo(tmp_path / "pipe")
     with pytest.raises(OSError):
         open_regular(tmp_path / "pipe")
