@@ -106,6 +106,13 @@ def photographs(tmp_path_factory: pytest.TempPathFactory) -> Photographs:
     return Photographs(train[1], train[SCALE], lmdbs[1], lmdbs[SCALE], val[1], val[SCALE])
 
 
+@pytest.fixture(autouse=True)
+def children_as_before() -> Iterator[None]:
+    """`main` keeps the processes that it starts from the current folder; what a test starts itself may need its own."""
+    yield
+    os.environ.pop("PYTHONSAFEPATH", None)
+
+
 @pytest.fixture
 def val_set(photographs: Photographs) -> Options:
     return {

@@ -96,7 +96,7 @@ class TestRoundTrip:
         for index, (name, tensor) in enumerate(weights.items()):
             if tensor.is_floating_point():
                 weights[name] = tensor.to(types[index % len(types)])
-        weights["last.bias"] = torch.tensor([float("nan"), float("inf"), -0.0, 1e-45, 1, 2, 3, 4])
+        weights["last.bias"] = torch.tensor([3e38, -3e38, -0.0, 1e-45, 1, 2, 3, 4])
         back = self.there_and_back({"params_ema": weights}, tmp_path)
         assert_same(back["params_ema"], weights)
         assert back["params_ema"]["to_img.MetaUpsample"].dtype == torch.uint8
@@ -446,7 +446,7 @@ class TestFactors:
         weights = weights_of()
         weights["blocks.1.attn.relative_position_bias"][0, 3] = float("nan")
         torch.save(weights, tmp_path / "a.pth")
-        with pytest.raises(UserError, match=r"blocks\.1\.attn\.relative_position_bias holds infinities or NaN"):
+        with pytest.raises(UserError, match=r"blocks\.1\.attn\.relative_position_bias with 1 of 98 numbers"):
             factorise(open_checkpoint(tmp_path / "a.pth"), 2)
 
 

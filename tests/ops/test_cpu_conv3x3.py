@@ -173,7 +173,7 @@ def test_an_exported_network_keeps_the_formula() -> None:
 @pytest.mark.parametrize(
     ("place", "shape", "message"),
     [
-        (0, (16, 16, 16), r"x has shape \(16, 16, 16\); it must be \(B, C, H, W\)"),
+        (0, (16, 16, 16), r"x has shape \(16, 16, 16\); it must be \(B, C = 16, H, W\)"),
         (4, (8, 16, 5, 5), r"weight has shape \(8, 16, 5, 5\); it must be \(D = 8, C = 16, 3, 3\)"),
         (1, (15,), r"norm_weight has shape \(15,\); it must be \(C = 16\)"),
         (5, (16,), r"bias has shape \(16,\); it must be \(D = 8\)"),
@@ -299,7 +299,7 @@ def test_where_the_plain_one_is_left_to_pytorch(monkeypatch: pytest.MonkeyPatch)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         assert conv3x3(x, weight, None).dtype == torch.bfloat16
     assert len(taken) == 2
-    with pytest.raises(ValueError, match="weight has shape"):
+    with pytest.raises(ValueError, match="x has shape"):
         conv3x3(x, normal(8, 4, 3, 3), None)
 
 

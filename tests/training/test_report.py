@@ -197,7 +197,7 @@ def test_a_full_disk_is_a_warning_and_leaves_the_old_files(
     original = builtins.open
 
     def fail(file: Any, mode: str = "r", *args: Any, **kwargs: Any) -> Any:
-        if "w" in mode and str(file).startswith(str(tmp_path)):
+        if set(mode) & set("wx") and str(file).startswith(str(tmp_path)):
             raise OSError(28, "No space left on device")
         return original(file, mode, *args, **kwargs)
 

@@ -13,7 +13,7 @@ from basicsr.utils import make_exp_dirs
 
 from esc_arch.atomic_io import locked
 from esc_arch.errors import UserError
-from esc_arch.tools.benchmark import quality_command
+from esc_arch.tools.benchmark import quality
 from esc_arch.training.run_locks import lock_run, run_locks
 
 HOLDER = rf"It is process {os.getpid()} on {re.escape(socket.gethostname())}\.$"
@@ -63,7 +63,7 @@ def test_a_run_keeps_its_folder_to_the_end_of_the_command(opt: Any) -> None:
     assert not is_locked(opt)
     lock_run({**opt, "rank": 1})  # the first process of a run does it for all
     assert not is_locked(opt)
-    assert hasattr(quality_command.run, "__wrapped__")  # what its tests wrote is read to the end
+    assert hasattr(quality.run, "__wrapped__")  # what its tests wrote is read to the end
 
 
 def test_programs_of_others_that_make_the_folders_themselves(opt: Any) -> None:

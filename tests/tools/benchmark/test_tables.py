@@ -38,7 +38,7 @@ def test_markdown() -> None:
         "| name | PSNR (dB) | difference | count |",
         "|---|---:|---:|---:|",
         r"| a\|b | 38.35 | -1.0% | 12 |",
-        "| longer name | - | +50.0% | none left |",
+        r"| longer\nname | - | +50.0% | none left |",
         "",
         "- One.",
         "- Two.",

@@ -41,8 +41,9 @@ def test_what_the_check_finds(train_options: Any, photographs: Any) -> None:
     broken = Path(shutil.copytree(photographs.gt_lmdb, "gt.lmdb"))
     data = (broken / "data.mdb").read_bytes()
     (broken / "data.mdb").write_bytes(data[: len(data) // 2])
+    shutil.copytree(photographs.lq_lmdb, "lq.lmdb")
     train_options["datasets"]["train"] |= {
-        "dataroot_gt": "gt.lmdb", "dataroot_lq": str(photographs.lq_lmdb), "io_backend": {"type": "lmdb"}
+        "dataroot_gt": "gt.lmdb", "dataroot_lq": "lq.lmdb", "io_backend": {"type": "lmdb"}
     }  # fmt: skip
     folder = Path(shutil.copytree(photographs.val_gt, "val"))
     for image in folder.iterdir():
