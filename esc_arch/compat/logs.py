@@ -13,7 +13,7 @@ from typing import Any
 
 from basicsr.utils.dist_util import get_dist_info
 
-from esc_arch.printing import escape_record, shown
+from esc_arch.printing import escape_record, is_utf8, shown
 from esc_arch.training.distributed import take_notes
 from esc_arch.training.progress import TrainingLog, init_wandb
 from esc_arch.training.run import current_run
@@ -99,7 +99,8 @@ class _LogFile(logging.FileHandler):
 
 @patch(_MODULE, "init_tb_logger", "a training outlives TensorBoard's file")
 def init_tb_logger(original: Original, log_dir: str) -> Any:
-    writer = original(os.path.relpath(log_dir))  # the current folder may not be UTF-8, which TensorBoard needs
+    # TensorBoard needs a path that is UTF-8, as that from the current folder may be
+    writer = original(log_dir if is_utf8(log_dir) else os.path.relpath(log_dir))
     return writer if writer is None else _ForgivingWriter(writer)
 
 
