@@ -20,6 +20,7 @@ from esc_arch.checkpoints.conversion import (
     save_checkpoint,
 )
 from esc_arch.checkpoints.factorisation import factorise, output_error
+from esc_arch.checkpoints.published import resolve
 from esc_arch.data.photographs import read_photograph
 from esc_arch.errors import UserError
 from esc_arch.printing import shown
@@ -30,7 +31,7 @@ __all__ = ["add_arguments", "add_weights_arguments", "run"]
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the file, where to write it, and what to do with it."""
-    parser.add_argument("input", type=Path, metavar="INPUT", help="a checkpoint (.pth, .safetensors)")
+    parser.add_argument("input", type=Path, metavar="INPUT", help="a checkpoint (.pth, .safetensors), or a name")
     parser.add_argument("-o", "--output", type=Path, metavar="OUTPUT", help="write it here; default: describe it only")
     parser.add_argument("--to", choices=CHECKPOINT_FORMATS, help="format of OUTPUT; default: that of its suffix")
     parser.add_argument("--fold", action="store_true", help="store the symmetrised large kernel, for inference only")
@@ -50,6 +51,7 @@ def add_weights_arguments(parser: argparse.ArgumentParser, output: str) -> None:
 def run(args: argparse.Namespace) -> int:
     """Describe and convert; raises UserError. The output is YAML: a section for option files, the rest as comments."""
     file_format = _output_format(args)
+    args.input = resolve(args.input)
     checkpoint = open_checkpoint(args.input, param_key=args.param_key, window_size=args.window)
     _describe(args.input, checkpoint)
     if args.fold:

@@ -25,7 +25,9 @@ FORMATS: dict[str, tuple[str, Callable[..., export.ExportResult]]] = {
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the checkpoint, the file, and its format."""
-    parser.add_argument("-m", "--model", type=Path, required=True, metavar="WEIGHTS", help=".pth or .safetensors")
+    parser.add_argument(
+        "-m", "--model", type=Path, required=True, metavar="WEIGHTS", help=".pth, .safetensors or a name"
+    )
     parser.add_argument("-o", "--output", type=Path, required=True, metavar="OUT", help="OUT.onnx or OUT.pt2")
     parser.add_argument("--format", choices=FORMATS, help="onnx for .onnx; torch (default) or aoti for .pt2")
     parser.add_argument("--opset", type=int, metavar="N", help="ONNX opset, 18 to 23 (default: 20)")

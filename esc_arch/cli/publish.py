@@ -15,7 +15,7 @@ __all__ = ["add_arguments", "run"]
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the weights, the folder, and what no file says."""
     add = parser.add_argument
-    add("-m", "--model", type=Path, required=True, metavar="WEIGHTS", help=".pth or .safetensors")
+    add("-m", "--model", type=Path, required=True, metavar="WEIGHTS", help=".pth, .safetensors or a name")
     add("-o", "--output", type=Path, required=True, metavar="FOLDER", help="the folder to make")
     add("--name", default="", help="name of the model, without its scale")
     add("--author", nargs="+", default=[], metavar="NAME", help="who made it")

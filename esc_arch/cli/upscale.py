@@ -12,6 +12,7 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
+from esc_arch.checkpoints.published import INCLUDED
 from esc_arch.errors import FAULT, UserError
 from esc_arch.printing import shown
 from esc_arch.project import add_import_argument
@@ -40,7 +41,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="files, and folders with all in them; - reads a list, one a line",
     )
     add("-o", "--output", type=Path, required=True, help="a folder, or a file when the input is one file")
-    add("-m", "--model", type=Path, required=True, metavar="WEIGHTS", help=".pth or .safetensors")
+    model_help = (
+        ".pth, .safetensors, or a name (basicsr weights); default: a small network of scale 2, or 4 for -s above 2"
+    )
+    add("-m", "--model", metavar="WEIGHTS", help=model_help)
     add("-s", "--outscale", type=float, metavar="S", help="enlarge by S; default: as the network does")
     add("-t", "--tile", type=int, default=0, metavar="N", help="parts of at most N pixels, with the same result")
     add("--tile_pad", type=int, metavar="N", help="accepted without effect: parts need no overlap")
@@ -71,7 +75,8 @@ def run(args: argparse.Namespace) -> int:
     options = _options(args)
     settings = options.settings
     precision = "fp32" if args.fp32 else "auto"
-    upscaler = load(args.model, device=_device(args.gpu_id), precision=precision, window_size=args.window)
+    weights = args.model or _included(args.outscale)
+    upscaler = load(weights, device=_device(args.gpu_id), precision=precision, window_size=args.window)
     settings.asked(upscaler)
     tasks, left_out = find_tasks(
         args.input,
@@ -105,6 +110,14 @@ def run(args: argparse.Namespace) -> int:
         progress.bar.close()
     print(_last_line(progress) + shown(left_out))
     return FAULT if progress.failed else 0
+
+
+def _included(outscale: float | None) -> str:
+    """The weights to use if none are asked for."""
+    scale = 4 if outscale is not None and outscale > 2 else 2
+    better = f"the published ones give better results: -m ESC_DFLIP_X{scale} (downloaded once)"
+    print(f"Without -m: {INCLUDED[scale]}, small weights that come with esc_arch; {better}.")
+    return INCLUDED[scale]
 
 
 def _options(args: argparse.Namespace) -> BatchOptions:
