@@ -41,7 +41,15 @@ refuse_without_basicsr()
 setup(
     version=read_version(),
     packages=find_packages(include=["esc_arch", "esc_arch.*"]),
-    package_data={"esc_arch": ["py.typed", "ops/cpu/csrc/*", "tools/benchmark/*.json", "checkpoints/*.json", "checkpoints/weights/*"]},
+    package_data={
+        "esc_arch": [
+            "py.typed",
+            "ops/cpu/csrc/*",
+            "tools/benchmark/*.json",
+            "checkpoints/*.json",
+            "checkpoints/weights/*",
+        ]
+    },
     install_requires=read_requirements(),
     extras_require={
         "flash-attn": ["flash-attn>=2.6"],
