@@ -10,10 +10,11 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 
 import pytest
 import torch
+from fresh import run_script
 
 from esc_arch.modules.window_attention import WindowAttention
 from esc_arch.ops.window_attention import flex
@@ -177,7 +178,7 @@ def test_memory_is_that_of_a_process_of_its_own(
     request: pytest.FixtureRequest, common: ModuleType, name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     module = request.getfixturevalue(name)
-    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    monkeypatch.setattr(common, "subprocess", SimpleNamespace(run=run_script, PIPE=subprocess.PIPE))
     if name == "inference":
         args = module.parse_arguments([*NETWORK, "network_g:window_size=16"])
         args.output = 512, 512
@@ -285,7 +286,8 @@ def test_a_scale_without_option_file_is_said(inference: ModuleType, capsys: pyte
 
 def test_the_convolutions_of_convattn_are_compared() -> None:
     command = [sys.executable, str(BENCHMARKS / "conv_attn.py"), "--quick", "--rounds", "2"]
-    done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=200)
+    done = run_script(command)
+    assert done.returncode == 0, done.stderr
     assert "| ms (times as fast) | reference |" in done.stdout
     assert "| channels_last, 1x16x24x32, forward and backward | " in done.stdout
     errors = [float(cell) for cell in done.stdout.splitlines()[-1].split("|")[2:-1]]
