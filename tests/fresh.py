@@ -21,17 +21,17 @@ from typing import IO, Any
 
 __all__ = ["run_code", "run_script"]
 
-#: What takes long, of that which esc_arch, BasicSR and the tests import. Not triton, which reads its environment then.
+#: What takes long, of that which esc_arch, BasicSR and the tests import.
 PRELOADED = (
-    "torch.utils.data", "torch.utils.flop_counter", "torchvision.transforms.functional", "torchvision.models.vgg",
-    "torchvision.utils", "scipy.linalg", "scipy.special", "scipy.stats", "cv2", "requests", "yaml", "pytest",
+    "torch.utils.data", "torchvision.transforms.functional", "torchvision.models.vgg", "torchvision.utils",
+    "scipy.linalg", "scipy.special", "scipy.stats", "cv2", "requests", "yaml", "pytest",
 )  # fmt: skip
 
 
 def run_script(
     command: Sequence[str], *, cwd: Path | None = None, env: Mapping[str, str] | None = None, **_: Any
 ) -> subprocess.CompletedProcess[str]:
-    """In place of `subprocess.run`, of this Python, a script or `-m esc_arch`, and arguments; all output is captured, as text."""
+    """In place of `subprocess.run`, for this Python with a script or `-m esc_arch`; captures all output, as text."""
     if list(command[1:3]) == ["-m", "esc_arch"]:
         command = [command[0], str(_root() / "esc_arch" / "__main__.py"), *command[3:]]
     assert command[0] == sys.executable and Path(command[1]).is_file()
@@ -55,9 +55,7 @@ def run_code(
     script.write_text(code, encoding="utf-8")
     inherited = {name: value for name, value in os.environ.items() if not name.startswith("PYTHON")}
     search = os.pathsep.join(map(str, [*path, _root()]))
-    return run_script(
-        [sys.executable, str(script)], cwd=folder, env=inherited | {"PYTHONPATH": search} | environment
-    )
+    return run_script([sys.executable, str(script)], cwd=folder, env=inherited | {"PYTHONPATH": search} | environment)
 
 
 def _root() -> Path:
@@ -68,11 +66,11 @@ def _root() -> Path:
 
 @cache
 def _server() -> Any:
-    """Ends with this process, which closes its input."""
+    """Ends with this process, which closes its input. What a script runs of Triton is interpreted."""
     clean = {name: value for name, value in os.environ.items() if not name.startswith("PYTHON")}
     return subprocess.Popen(
         [sys.executable, __file__],
-        env=clean | {"OMP_NUM_THREADS": "1"},
+        env=clean | {"OMP_NUM_THREADS": "1", "TRITON_INTERPRET": "1"},
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         encoding="utf-8",
@@ -105,6 +103,8 @@ def _run(argv: list[str], folder: str, environment: dict[str, str], outputs: lis
         status = 0
     except SystemExit as end:
         status = end.code or 0
+        if not isinstance(status, int):
+            print(status, file=sys.stderr)
     except BaseException:
         traceback.print_exc()
     finally:

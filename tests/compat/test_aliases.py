@@ -93,9 +93,7 @@ print(json.dumps(facts))
 
 
 @pytest.fixture(scope="module")
-def facts(
-    tmp_path_factory: pytest.TempPathFactory, photographs: Any
-) -> dict[str, Any]:
+def facts(tmp_path_factory: pytest.TempPathFactory, photographs: Any) -> dict[str, Any]:
     """What a program finds where three modules are missing, and that imports things in an odd order, several times."""
     options = {
         "name": "Train",
