@@ -83,7 +83,7 @@ def trial_finds(monkeypatch: pytest.MonkeyPatch) -> Callable[[Any], None]:
 
 @pytest.fixture
 def child(monkeypatch: pytest.MonkeyPatch) -> Callable[[Any], None]:
-    """Sets what the child does in place of a trial; it is forked, not started anew."""
+    """Sets what the child does in place of a trial; it is forked from one that has imported all."""
     monkeypatch.setattr(runner, "multiprocessing", SimpleNamespace(get_context=lambda _: SERVER))
     return lambda function: monkeypatch.setattr(runner, "_serve", functools.partial(serve, function))
 
