@@ -10,8 +10,6 @@ import os
 import platform
 import shutil
 import signal
-import subprocess
-import sys
 import threading
 import time
 from collections.abc import Callable
@@ -21,6 +19,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from ranks import SERVER
 
 from esc_arch.ops import cache, cpu
 from esc_arch.ops.cpu import building
@@ -326,14 +325,22 @@ def test_compilers_end_with_the_process(number: signal.Signals, tmp_path: Path) 
     pids, compiler = tmp_path / "pids", tmp_path / "endless"
     compiler.write_text(_ENDLESS.format(pids=pids))
     compiler.chmod(0o755)
-    program = "import signal; signal.signal(2, signal.default_int_handler); from esc_arch.ops import cpu; cpu.build()"
-    environment = {**os.environ, "CXX": str(compiler), "ESC_ARCH_NATIVE_SOURCES": "memory.cpp"}
-    child = subprocess.Popen([sys.executable, "-c", program], env=environment, stderr=subprocess.DEVNULL)
+    environment = {"CXX": str(compiler), "ESC_ARCH_NATIVE_SOURCES": "memory.cpp"}
+    child = SERVER.Process(target=build_with, args=({**os.environ, **environment},))
+    child.start()
     until(lambda: pids.exists() and len(pids.read_text().split()) == 2)
-    child.send_signal(number)
-    assert child.wait() != 0
+    os.kill(child.pid, number)
+    child.join()
+    assert child.exitcode not in (0, None)
     until(lambda: not any(map(runs, pids.read_text().split())))
     until(lambda: not list(building.cache_folder().glob("objects/tmp*")))
+
+
+def build_with(environment: dict[str, str]) -> None:
+    os.environ.update(environment)
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
+    cpu.build()
 
 
 def until(condition: Callable[[], bool]) -> None:
