@@ -1,6 +1,6 @@
 """The console command `basicsr`: a verb each, a file each.
 
-A verb's module has `add_arguments(parser)` and `run(args)`, which returns the exit status.
+A verb's module has `run(args)`, which returns the exit status; `arguments` has the flags of all.
 """
 
 from __future__ import annotations
@@ -18,6 +18,8 @@ from esc_arch import __version__
 from esc_arch.errors import FAULT, NO_BASICSR, UNREAD, UserError, describe
 from esc_arch.printing import safe_streams
 from esc_arch.project import import_modules, leave_current_folder
+
+from .arguments import add_arguments
 
 __all__ = ["VERBS", "main"]
 
@@ -75,11 +77,13 @@ def _run(argv: Sequence[str], called: str | None) -> int:
     leave_current_folder()
     try:
         for name, what in VERBS.items():
-            of_verb = parsers.add_parser(name, help=what, description=what)
-            if name == called:
-                verb = _module(name)
-                verb.add_arguments(of_verb)
+            add_arguments(parsers.add_parser(name, help=what, description=what), name)
+        if "_ARGCOMPLETE" in os.environ:  # a shell asks what could come next
+            import argcomplete
+
+            argcomplete.autocomplete(parser)
         args = parser.parse_args(argv)
+        verb = _module(args.verb)
         if args.verb != "doctor":  # where a failure is a line of the report
             # What modules print must not be in the midst of what `check --json` prints
             with contextlib.redirect_stdout(sys.stderr) if args.verb == "check" else contextlib.nullcontext():

@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 
 from esc_arch.atomic_io import system_fault
+from esc_arch.ops.compiling import constant_when_compiled
 
 from . import building
 
@@ -51,13 +52,13 @@ class _State:
     registrations: list[Callable[[], None]] = []  # noqa: RUF012  (one per process is what is wanted)
 
 
-@torch.compiler.assume_constant_result
+@constant_when_compiled
 def ready() -> bool:
     """True if the operators are loaded, or were built before and can be loaded now."""
     return not unsupported_reasons()
 
 
-@torch.compiler.assume_constant_result
+@constant_when_compiled
 def unsupported_reasons() -> list[str]:
     """Why the operators cannot be called now; empty when they can. Looked up once: every layer asks."""
     if _State.reasons is None:
@@ -172,7 +173,7 @@ def register(
         tell()
 
 
-@torch.compiler.assume_constant_result
+@constant_when_compiled
 def build_by_name() -> None:
     """Build the operators that were requested by name; on failure `unsupported_reasons` says why."""
     if unsupported_reasons() != [NOT_BUILT]:
