@@ -43,6 +43,8 @@ VERBS = {
     ),
     "check": "Check option files and the data and weights they name, without running or writing anything.",
     "doctor": "Find what is wrong with this installation.",
+    "options": "List, show and copy the option files that come with esc_arch.",
+    "setup-training": "Install BasicSR 1.4.2, which training needs, on any Python.",
 }
 
 
@@ -100,7 +102,7 @@ def _run(argv: Sequence[str], called: str | None) -> int:
 
 def _module(verb: str) -> ModuleType:
     try:
-        return importlib.import_module(f"{__name__}.{verb}")
+        return importlib.import_module(f"{__name__}.{verb.replace('-', '_')}")
     except ModuleNotFoundError as error:
         if error.name != "basicsr":
             raise

@@ -258,6 +258,23 @@ def _doctor(parser: argparse.ArgumentParser) -> None:
     add("--timeout", type=_seconds, default=60.0, metavar="S", help=timeout_help)
 
 
+def _options(parser: argparse.ArgumentParser) -> None:
+    parts = parser.add_subparsers(dest="part", metavar="PART", required=True)
+    text = "list the option files"
+    parts.add_parser("list", help=text, description=text)
+    for name, text in (("show", "print an option file"), ("copy", "copy option files, to be changed")):
+        part = parts.add_parser(name, help=text, description=text)
+        part.add_argument("names", nargs="+", metavar="NAME", help="such as train_ESC_x4")
+    to_help = "a file to write, or a folder (default: the current one)"
+    part.add_argument("-o", "--output", type=Path, default=Path(), metavar="OUT", help=to_help)
+    part.add_argument("--overwrite", action="store_true", help="replace files that exist")
+
+
+def _setup_training(parser: argparse.ArgumentParser) -> None:
+    options_help = "options for pip install or uv pip install, after --, such as -- --quiet"
+    parser.add_argument("options", nargs="*", metavar="OPTION", help=options_help)
+
+
 def _seconds(text: str) -> float:
     try:
         seconds = float(text)
@@ -308,4 +325,6 @@ _VERBS: Mapping[str, _Add] = {
     "warmup": _warmup,
     "check": _check,
     "doctor": _doctor,
+    "options": _options,
+    "setup-training": _setup_training,
 }
