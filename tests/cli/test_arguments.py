@@ -7,10 +7,15 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable, Iterable
+from pathlib import Path
 
+import cv2
+import numpy as np
 import pytest
 import torch
+from networks import SMALL, randomise
 
+from esc_arch import ESC
 from esc_arch.checkpoints.conversion import CHECKPOINT_FORMATS
 from esc_arch.cli import VERBS, arguments, check, export, main
 from esc_arch.models.esc_model import PROTOCOLS
@@ -61,6 +66,19 @@ def test_help_and_mistakes_load_nothing_heavy() -> None:
     )
     run = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
     assert run.returncode == 0, run.stderr
+
+
+def test_a_picture_is_enlarged_without_pytorchs_compiler_and_basicsr(work_folder: Path) -> None:
+    """Their imports take longer than all the rest."""
+    torch.save({"params": randomise(ESC(**SMALL)).state_dict()}, "net.pth")
+    cv2.imwrite("a.png", np.zeros((9, 7, 3), np.uint8))
+    program = (
+        "import sys\nfrom esc_arch.cli import main\nmain('upscale -i a.png -o b.png -m net.pth'.split())\n"
+        "slow = {'torch._dynamo', 'sympy', 'triton', 'basicsr', 'torchvision', 'scipy'} & {*sys.modules}\n"
+        "sys.exit(f'imported {slow}' if slow else 0)\n"
+    )
+    run = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert run.returncode == 0 and Path("b.png").is_file(), run.stderr
 
 
 @pytest.mark.parametrize("verb", VERBS)

@@ -60,7 +60,7 @@ def versions(context: Context) -> Iterator[Finding]:
     yield Finding("esc-arch", _version("esc-arch") or f"{__version__}, a folder on the path, not installed")
     extras = _requirements()
     for name, extra in extras.items():
-        if extra:
+        if extra and not (extra == "train" and _version(name)):
             yield Finding(name, _version(name) or f"not installed (extra {extra})")
         else:
             yield _library(context, name)
