@@ -31,6 +31,7 @@ def _pipeline(parser: argparse.ArgumentParser) -> None:
     add("-opt", required=True, metavar="FILE", help="option file (YAML)")
     add("--launcher", choices=_LAUNCHERS, default="none", help="what started the processes; torchrun is recognised")
     add("--auto_resume", action="store_true", help="go on from the last saved training state")
+    _add_no_build(parser)
     add("--debug", action="store_true", help="a short try: log, validate and save every few iterations")
     # Processes started by torch.distributed.launch are given it, in either spelling (fault 19)
     add("--local_rank", "--local-rank", type=int, default=0, help=argparse.SUPPRESS)
@@ -156,6 +157,7 @@ def _upscale(parser: argparse.ArgumentParser) -> None:
     add("--pixel-format", default="auto", metavar="NAME", help="of videos, FFmpeg's name; default: the source's")
     add("--overwrite", action="store_true", help="overwrite existing results (default: skip)")
     add("--window", type=int, metavar="W", help="window_size, which weights of ESCRIB do not say")
+    _add_no_build(parser)
 
 
 def _benchmark(parser: argparse.ArgumentParser) -> None:
@@ -291,6 +293,11 @@ def _add_weights(parser: argparse.ArgumentParser, output: str) -> None:
     parser.add_argument("--param-key", metavar="K", help="take the weights under K; default: params_ema, else params")
     parser.add_argument("--window", type=int, metavar="W", help="window_size, which weights of ESCRIB do not determine")
     parser.add_argument("--overwrite", action="store_true", help=f"replace {output} if it exists")
+
+
+def _add_no_build(parser: argparse.ArgumentParser) -> None:
+    no_build_help = "on a CPU, do not build the C++ operators, which are several times faster, where they are missing"
+    parser.add_argument("--no-build", action="store_true", help=no_build_help)
 
 
 def _add_report(parser: argparse.ArgumentParser) -> None:

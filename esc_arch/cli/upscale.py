@@ -12,6 +12,7 @@ import torch
 from tqdm import tqdm
 
 from esc_arch.errors import FAULT, UserError
+from esc_arch.ops.cpu import background
 from esc_arch.printing import shown
 from esc_arch.tools.upscale.batch import BatchOptions, BatchReport, UpscaleTask, find_tasks, upscale_files
 from esc_arch.tools.upscale.image_writer import EncodeSpec
@@ -49,6 +50,8 @@ def run(args: argparse.Namespace) -> int:
     )
     print(upscaler, *upscaler.assumptions, sep="\n  ")
     progress = _Progress(len(tasks))
+    if upscaler.device.type == "cpu" and not args.no_build:
+        background.start_build(progress.note)
     upscale_video = partial(
         video.upscale_video,
         upscaler,

@@ -77,7 +77,7 @@ def _build_operators() -> int:
     if not cpu.ready():
         print("Building the C++ operators (1 to 3 minutes, once) ...", flush=True)
     try:
-        seconds = cpu.build()
+        seconds = cpu.build(lambda done, total: print(f"  {done} of {total} parts are compiled", flush=True))
     except RuntimeError as error:
         print(f"{error}\nPyTorch's own operators are used instead: slower, with the same results.")
         return FAULT if error.__cause__ is not None else 0  # what was tried failed, or there is nothing to try with

@@ -1,7 +1,8 @@
 """Operators in C++ for the CPU, float32: compiled once by the machine's own compiler, never required.
 
 `auto` uses them if they are built already, and never waits for a compiler. Requested by name, or by `build`, they are
-compiled on demand (about a minute) and kept in the user's cache. ESC_ARCH_NATIVE=0 switches them off.
+compiled on demand (about a minute) and kept in the user's cache; `background` does so for who did not ask.
+ESC_ARCH_NATIVE=0 switches them off; with ESC_ARCH_NATIVE=built they are used, but nothing is built unasked.
 
 A file that offers operators to Python tells PyTorch by `register` what it needs besides the kernels, for tracing and
 for gradients.
@@ -32,6 +33,7 @@ __all__ = [
     "build",
     "build_by_name",
     "input_reasons",
+    "look_again",
     "ready",
     "register",
     "reusing_memory",
@@ -73,6 +75,12 @@ def unsupported_reasons() -> list[str]:
     return list(_State.reasons)
 
 
+def look_again() -> None:
+    """Load the operators if another process has built them since. Between images: last digits may change."""
+    if _State.reasons == [NOT_BUILT]:
+        _State.reasons = None
+
+
 def input_reasons(*tensors: Tensor | None, maps: Sequence[Tensor | None] = ()) -> list[str]:
     """Why a float32 operator cannot take these tensors; `maps` are to have their channels innermost, too."""
     if torch.compiler.is_exporting() or torch.jit.is_tracing():
@@ -90,8 +98,11 @@ def input_reasons(*tensors: Tensor | None, maps: Sequence[Tensor | None] = ()) -
     return reasons or unsupported_reasons()
 
 
-def build() -> float:
+def build(progress: Callable[[int, int], Any] = lambda done, total: None) -> float:
     """Compile and load the operators, unless that is done.
+
+    Args:
+        progress: is told how many parts of how many are compiled.
 
     Returns:
         The seconds it took; next to nothing where they were built before.
@@ -108,7 +119,7 @@ def build() -> float:
             wanted = building.recipe()
             # (Loading operators twice, from two files, would end the process)
             again = _State.reasons != [NOT_BUILT] and str(wanted.library) not in torch.ops.loaded_libraries
-            _load(building.compile_library(wanted, again=again))
+            _load(building.compile_library(wanted, again=again, progress=progress))
         except Exception as error:
             _State.reasons = [f"compiling the C++ operators failed: {_describe(error)}"]
             raise RuntimeError(f"The C++ operators cannot be built: {_describe(error)}.") from error
