@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import os
 import re
 import sys
 from collections.abc import Mapping, Sequence
@@ -18,45 +17,7 @@ from ..data.photographs import prepare_demo
 from ..data.prepare import prepare_train
 from ..errors import INTERRUPTED, UserError
 
-__all__ = ["add_arguments", "run"]
-
-_CROP = (
-    "per-scale: HR stays whole, and the LR of each scale is made from as much of it as that scale divides, as "
-    "published benchmark data are; common: HR is cropped to a multiple of all scales (%(default)s)"
-)
-_LR = "LR images of scale S, named like 0001x2.png or 0001.png, to be used instead of making them"
-
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add the three kinds of data as sub-commands."""
-    common = argparse.ArgumentParser(add_help=False)
-    jobs = min(os.cpu_count() or 1, 8)  # beyond that, the process that writes is what limits
-    common.add_argument("-j", "--jobs", type=int, default=jobs, metavar="N", help="processes (%(default)s)")
-    common.add_argument("--overwrite", action="store_true", help="replace data that were made with other settings")
-
-    folders = argparse.ArgumentParser(add_help=False)
-    folders.add_argument("-i", "--input", type=Path, required=True, metavar="FOLDER", help="the HR images")
-    folders.add_argument("-o", "--output", type=Path, required=True, metavar="OUT", help="where to write")
-    folders.add_argument("--scales", type=int, nargs="+", default=[2, 3, 4], metavar="S", help="(2 3 4)")
-
-    kinds = parser.add_subparsers(dest="kind", required=True)
-
-    def add_kind(name: str, text: str, *parents: argparse.ArgumentParser) -> argparse.ArgumentParser:
-        description = f"{text[0].upper()}{text[1:]}. If it is interrupted, the same command continues."
-        return kinds.add_parser(name, parents=parents, help=text, description=description)
-
-    text = "cut HR images and their bicubic LR images into sub-images in LMDBs, OUT/NAME_HR_sub.lmdb and so on"
-    train = add_kind("train", text, folders, common)
-    train.add_argument("--name", help="how the LMDBs' names begin (the input folder's name without HR)")
-    train.add_argument("--crop-size", type=int, default=480, metavar="N", help="HR pixels (%(default)s)")
-    train.add_argument("--overlap", type=int, default=240, metavar="N", help="HR pixels (%(default)s)")
-    train.add_argument("--lr", nargs="+", action="extend", default=[], metavar="S=FOLDER", help=_LR)
-    text = "write HR images to OUT/HR and their bicubic LR images to OUT/LR_bicubic/Xs, as PNG files"
-    benchmark = add_kind("benchmark", text, folders, common)
-    benchmark.add_argument("--crop", choices=["per-scale", "common"], default="per-scale", help=_CROP)
-    text = "make LMDBs for training and a benchmark folder from a few photographs that come with scikit-image"
-    demo = add_kind("demo", text, common)
-    demo.add_argument("-o", "--output", type=Path, default=Path("datasets/demo"), metavar="OUT", help="(%(default)s)")
+__all__ = ["run"]
 
 
 def run(args: argparse.Namespace) -> int:

@@ -7,58 +7,24 @@ import logging
 import os
 import sys
 from functools import partial
-from pathlib import Path
 
 import torch
 from tqdm import tqdm
 
 from esc_arch.errors import FAULT, UserError
+from esc_arch.ops.cpu import background
 from esc_arch.printing import shown
-from esc_arch.project import add_import_argument
-from esc_arch.tools.upscale.batch import EXTENSIONS, BatchOptions, BatchReport, UpscaleTask, find_tasks, upscale_files
+from esc_arch.tools.upscale.batch import BatchOptions, BatchReport, UpscaleTask, find_tasks, upscale_files
 from esc_arch.tools.upscale.image_writer import EncodeSpec
 from esc_arch.tools.upscale.memory import parse_memory
 from esc_arch.tools.upscale.network import load
-from esc_arch.tools.upscale.upscaling import ALPHAS, Settings
+from esc_arch.tools.upscale.upscaling import Settings
 from esc_arch.tools.video import upscaling as video
 
-__all__ = ["add_arguments", "run"]
+__all__ = ["run"]
 
 #: Names of failed files that the last line has room for.
 NAMED = 20
-
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add the command's arguments."""
-    add_import_argument(parser)
-    add = parser.add_argument
-    add(
-        "-i",
-        "--input",
-        nargs="+",
-        required=True,
-        help="files, and folders with all in them; - reads a list, one a line",
-    )
-    add("-o", "--output", type=Path, required=True, help="a folder, or a file when the input is one file")
-    add("-m", "--model", type=Path, required=True, metavar="WEIGHTS", help=".pth or .safetensors")
-    add("-s", "--outscale", type=float, metavar="S", help="enlarge by S; default: as the network does")
-    add("-t", "--tile", type=int, default=0, metavar="N", help="parts of at most N pixels, with the same result")
-    add("--tile_pad", type=int, metavar="N", help="accepted without effect: parts need no overlap")
-    add("--pre_pad", type=int, default=0, metavar="N", help="pixels added at each side, then cropped")
-    add("--max-memory", metavar="SIZE", help="such as 2G: in parts that fit, with the same result")
-    add("--fp32", action="store_true", help="full precision on GPUs, too; CPUs always have it")
-    add("-g", "--gpu-id", type=int, metavar="N", help="this GPU; -1 is the CPU; default: the first GPU")
-    add("--batch", type=int, metavar="N", help="images of one size that run together")
-    add("--alpha_upsampler", choices=ALPHAS, default="network", help="for alpha; default: network")
-    add("--suffix", default="out", help="results are NAME_SUFFIX; default: out; '' for none")
-    add("--ext", choices=EXTENSIONS, default="auto", help="format of results; auto: the input's")
-    add("--quality", type=int, default=95, metavar="Q", help="of JPEG and WebP, 1 to 100; default: 95")
-    add("--lossless", action="store_true", help="WebP without loss")
-    add("--codec", default="auto", metavar="NAME", help="encoder of videos; default: libx264, or libvpx-vp9 in .webm")
-    add("--crf", type=float, metavar="Q", help="CRF of videos, 0 is best; default: 17 for x264")
-    add("--pixel-format", default="auto", metavar="NAME", help="of videos, FFmpeg's name; default: the source's")
-    add("--overwrite", action="store_true", help="overwrite existing results (default: skip)")
-    add("--window", type=int, metavar="W", help="window_size, which weights of ESCRIB do not say")
 
 
 def run(args: argparse.Namespace) -> int:
@@ -84,6 +50,8 @@ def run(args: argparse.Namespace) -> int:
     )
     print(upscaler, *upscaler.assumptions, sep="\n  ")
     progress = _Progress(len(tasks))
+    if upscaler.device.type == "cpu" and not args.no_build:
+        background.start_build(progress.note)
     upscale_video = partial(
         video.upscale_video,
         upscaler,

@@ -21,6 +21,7 @@ from basicsr.utils.matlab_functions import imresize
 
 import esc_arch
 from esc_arch.cli import prepare as cli
+from esc_arch.cli.arguments import add_arguments
 from esc_arch.data import benchmark, image_files, lmdb_writer, prepare, worker_pool
 from esc_arch.data.image_files import Image, folder_sources, read_image, sub_image_starts
 from esc_arch.data.lmdb_check import listed_sizes
@@ -50,7 +51,7 @@ def hr_folder(tmp_path: Path) -> Path:
 
 def basicsr_prepare(*arguments: object) -> int:
     parser = argparse.ArgumentParser()
-    cli.add_arguments(parser)
+    add_arguments(parser, "prepare")
     return cli.run(parser.parse_args([str(argument) for argument in arguments]))
 
 
@@ -388,6 +389,7 @@ def test_a_changed_image_begins_anew(hr_folder: Path, tmp_path: Path, monkeypatc
 SLOW = """
 import argparse, sys, time
 from esc_arch.cli import prepare as cli
+from esc_arch.cli.arguments import add_arguments
 from esc_arch.data import lmdb_writer
 from esc_arch.data.lmdb_writer import LmdbWriter
 
@@ -400,7 +402,7 @@ if __name__ == "__main__":
     lmdb_writer.WRITE_BYTES = 0
     LmdbWriter.write = write
     parser = argparse.ArgumentParser()
-    cli.add_arguments(parser)
+    add_arguments(parser, "prepare")
     sys.exit(cli.run(parser.parse_args()))
 """
 

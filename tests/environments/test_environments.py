@@ -4,13 +4,9 @@ from __future__ import annotations
 
 import os
 import re
-import runpy
-import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from types import SimpleNamespace
-from typing import Any
 
 import matrix
 import pytest
@@ -46,25 +42,11 @@ PathFinder.find_spec = find_others
 def test_every_extra_has_steps() -> None:
     extras = re.search(r"extras_require=\{(.*?)\n    \},", SETUP, re.S)
     assert extras is not None
-    names = set(re.findall(r'^        "([\w-]+)":', extras[1], re.M)) - {"test", "flash-attn"}
+    names = set(re.findall(r'^        "([\w-]+)":', extras[1], re.M)) - {"completion", "flash-attn", "test", "train"}
     assert names == set(matrix.EXTRAS) == set(PACKAGES)
     for extra in names:
         assert {f"with-{extra}", f"without-{extra}"} <= smoke.STEPS.keys()
     assert set(matrix.CORE) <= smoke.STEPS.keys()
-
-
-@pytest.mark.parametrize(("version", "there", "status"), [((3, 13), False, 1), ((3, 13), True, 0), ((3, 12), False, 0)])
-def test_setup_says_what_to_do_where_basicsr_cannot_be_built(version: Any, there: bool, status: int) -> None:
-    code = (
-        "import importlib.metadata, runpy, setuptools, sys\n"
-        f"sys.version_info, sys.argv = {version}, ['setup.py', '--version']\n"
-        "before = importlib.metadata.distributions\n"
-        f"importlib.metadata.distributions = lambda **asked: [1] * {there} if 'path' in asked else before(**asked)\n"
-        "runpy.run_path('setup.py')"
-    )
-    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode == status, done.stderr
-    assert ("python install_basicsr.py" in done.stderr) == bool(status)
 
 
 @pytest.fixture(scope="module")
@@ -143,40 +125,3 @@ def test_wrong_arguments(
     with pytest.raises(SystemExit):
         matrix.main()
     assert message in capsys.readouterr().err
-
-
-@pytest.fixture
-def install_basicsr() -> SimpleNamespace:
-    """The script, which is no part of the package."""
-    return SimpleNamespace(**runpy.run_path(str(ROOT / "install_basicsr.py")))
-
-
-def test_exec_writes_to_its_caller_again(install_basicsr: SimpleNamespace, tmp_path: Path) -> None:
-    """What BasicSR's setup.py does; in Python 3.13 and newer it fails without the module."""
-    (tmp_path / "sitecustomize.py").write_text(install_basicsr.SITECUSTOMIZE, encoding="utf-8")
-    code = (
-        "def version():\n    exec(compile('__version__ = \"1.4.2\"', 'version.py', 'exec'))\n"
-        "    return locals()['__version__']\n"
-        "space = {}\nexec('a = 1', space)\nexec('b = a + 1', space, own := {})\n"
-        "print(version(), space['a'], own['b'], 'b' in space)"
-    )
-    environment = {"PYTHONPATH": str(tmp_path), "PATH": os.environ["PATH"]}
-    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
-    assert done.stdout.split() == ["1.4.2", "1", "2", "False"]
-
-
-def test_pip_is_called_with_the_module_on_its_path(
-    install_basicsr: SimpleNamespace, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    calls = []
-
-    def run(command: list[str], *, env: dict[str, str], check: bool) -> Any:
-        calls.append(command)
-        first = Path(env["PYTHONPATH"].split(os.pathsep)[0])
-        assert (first / "sitecustomize.py").read_text(encoding="utf-8") == install_basicsr.SITECUSTOMIZE
-        return subprocess.CompletedProcess(command, 3)
-
-    monkeypatch.setattr(subprocess, "run", run)
-    assert install_basicsr.main(["--quiet"]) == 3
-    assert calls[0][1:] == ["-m", "pip", "install", "--no-build-isolation", "basicsr==1.4.2", "--quiet"]
-    assert install_basicsr.REQUIREMENT in (ROOT / "requirements.txt").read_text(encoding="utf-8").splitlines()

@@ -18,8 +18,9 @@ from PIL import Image
 
 import esc_arch  # noqa: F401  makes basicsr importable
 from esc_arch import options
+from esc_arch.cli.arguments import add_arguments
 from esc_arch.errors import UserError
-from esc_arch.options import add_arguments, apply_force_yml, load_yaml, parse_options
+from esc_arch.options import apply_force_yml, load_yaml, parse_options
 from esc_arch.training import distributed
 from esc_arch.training.distributed import resolve_launcher
 
@@ -65,7 +66,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 def arguments(*flags: str) -> argparse.Namespace:
     parser = argparse.ArgumentParser()
-    add_arguments(parser)
+    add_arguments(parser, "train")
     return parser.parse_args(flags)
 
 
