@@ -12,6 +12,7 @@ import signal
 import subprocess
 import sys
 import threading
+import traceback
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -224,7 +225,12 @@ class Basicsr:
         argv = [verb, "-opt", self.option_file(options), *arguments]
         self.capture.readouterr()
         with _fresh_basicsr_logger():
-            status = main(argv)
+            try:
+                status = main(argv)
+            except SystemExit as stopped:
+                # A data loader that the traceback holds would keep its workers waiting when it is collected: 5 s each
+                traceback.clear_frames(stopped.__traceback__)
+                raise
         return Run(status, *self.capture.readouterr(), self.folder)
 
     def in_new_process(
@@ -257,8 +263,8 @@ def run_basicsr(
     torch.set_num_threads(threads)
 
 
-def run_command(command: list[str], folder: Path, **environment: str) -> Run:
-    """Run a command to its end, with what Python and torch take from the environment under control."""
+def child_environment() -> dict[str, str]:
+    """This process's, with what Python and torch take from it under control."""
     inherited = {
         name: value
         for name, value in os.environ.items()
@@ -266,10 +272,15 @@ def run_command(command: list[str], folder: Path, **environment: str) -> Run:
     }
     # esc_arch may be importable only because the tests are started from its folder
     inherited["PYTHONPATH"] = str(Path(esc_arch.__file__).parents[1])
+    return inherited | {"OMP_NUM_THREADS": "1", "PYTHONDONTWRITEBYTECODE": "1"}
+
+
+def run_command(command: list[str], folder: Path, **environment: str) -> Run:
+    """Run a command to its end."""
     done = subprocess.run(
         command,
         cwd=folder,
-        env=inherited | {"OMP_NUM_THREADS": "1", "PYTHONDONTWRITEBYTECODE": "1"} | environment,
+        env=child_environment() | environment,
         capture_output=True,
         encoding="utf-8",
         errors="replace",

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import multiprocessing
 import os
 import random
 import signal
@@ -15,6 +14,7 @@ from typing import Any
 
 import pytest
 import torch
+from ranks import SERVER
 
 from esc_arch.checkpoints import read_checkpoint
 from esc_arch.cli import main
@@ -26,11 +26,6 @@ pytestmark = [
     pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork here"),
     pytest.mark.timeout(3000 if LONG else 300),
 ]
-
-
-#: Its processes are forked from one in which all is imported, and that has no threads.
-SERVER = multiprocessing.get_context("forkserver")
-SERVER.set_forkserver_preload(["esc_arch.cli.train", "pytest"])
 
 
 @pytest.fixture
