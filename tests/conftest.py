@@ -34,6 +34,7 @@ from esc_arch.data.benchmark import prepare_benchmark
 from esc_arch.data.image_files import folder_sources
 from esc_arch.data.prepare import prepare_train
 from esc_arch.ops import cpu as operators
+from esc_arch.training import report
 
 Options = dict[str, Any]
 
@@ -249,6 +250,13 @@ class Basicsr:
         return path.name
 
 
+def empty_figure(*_: object) -> Any:
+    """Stands in for `report._draw`: drawing real curves takes longer than these trainings (see test_report.py)."""
+    from matplotlib.figure import Figure
+
+    return Figure((1, 1))
+
+
 @pytest.fixture
 def run_basicsr(
     work_folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
@@ -257,6 +265,7 @@ def run_basicsr(
     numbers = itertools.count()
     for module in (basicsr.train, basicsr.test, basicsr.utils.misc):
         monkeypatch.setattr(module, "get_time_str", lambda: f"20260101_{next(numbers):06}")
+    monkeypatch.setattr(report, "_draw", empty_figure)
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # the networks are tiny
     yield Basicsr(work_folder, capsys)

@@ -13,9 +13,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from conftest import Run, child_environment
+from conftest import Run, child_environment, empty_figure
 
 from esc_arch.cli import main
+from esc_arch.training import report
 
 __all__ = [
     "SERVER", "enter", "finish", "free_port", "of_torchrun", "run_forked", "run_ranks", "start_forked", "start_ranks"
@@ -107,6 +108,7 @@ def _run(folder: Path, number: int, environment: Mapping[str, str], run: Callabl
         os.environ.update(environment)
         multiprocessing.set_start_method(None, force=True)  # which is the server's
         torch.set_num_threads(1)
+        report._draw = empty_figure
         status = run(*arguments) or 0
     except SystemExit as end:
         status = end.code

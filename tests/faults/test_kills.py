@@ -14,10 +14,12 @@ from typing import Any
 
 import pytest
 import torch
+from conftest import empty_figure
 from ranks import SERVER
 
 from esc_arch.checkpoints import read_checkpoint
 from esc_arch.cli import main
+from esc_arch.training import report
 
 LONG = "ESC_ARCH_LONG" in os.environ
 KILLS = 100 if LONG else 3
@@ -47,6 +49,7 @@ def train(folder: Path, argv: list[str], before: Callable[[], None] | None) -> N
             os.dup2(out.fileno(), 2)
         sys.stdout, sys.stderr = sys.__stdout__, sys.__stderr__
         torch.set_num_threads(1)
+        report._draw = empty_figure
         if before is not None:
             before()
         status = main(["train", *argv])
