@@ -116,7 +116,7 @@ def whole(start: Any) -> dict[str, torch.Tensor]:
 def test_kills_at_random_moments(workers: int, start: Any, options: Any, run_basicsr: Any) -> None:
     """Until so many were killed; then the run is let end. Every resumption gets further or begins where it did."""
     options["datasets"]["train"]["num_worker_per_gpu"] = workers
-    options["train"]["total_iter"] = 60 * KILLS if LONG else 150
+    options["train"]["total_iter"] = 60 * KILLS if LONG else 100
     run_basicsr.option_file(options)
     expected = whole(start)
     drawn = random.Random(0)
@@ -181,7 +181,7 @@ def newest_number() -> int:
 
 def test_kills_between_all_calls_of_a_save(start: Any, options: Any, run_basicsr: Any) -> None:
     """Network and state: each written, flushed to the disk, renamed, the folder flushed; then old ones removed."""
-    options["train"]["total_iter"] = 10
+    options["train"]["total_iter"] = 6
     options["val"]["val_freq"] = 100
     options["logger"]["keep_last"] = 1
     run_basicsr.option_file(options)
@@ -204,7 +204,7 @@ def test_kills_between_all_calls_of_a_save(start: Any, options: Any, run_basicsr
 
 def test_a_kill_in_the_middle_of_a_file(start: Any, options: Any, run_basicsr: Any) -> None:
     """What is half written is under another name, and is gone after the resumption."""
-    options["train"]["total_iter"] = 10
+    options["train"]["total_iter"] = 6
     run_basicsr.option_file(options)
     expected = whole(start)
 
