@@ -19,7 +19,6 @@ from basicsr.archs.basicvsr_arch import EDVRFeatureExtractor
 from basicsr.archs.spynet_arch import SpyNet
 from basicsr.archs.tof_arch import SPyNetTOF
 from basicsr.utils.registry import ARCH_REGISTRY
-from small_real import use_small_vgg19
 
 from esc_arch import LPIPSLoss, UserError
 from esc_arch.checkpoints import read_checkpoint
@@ -180,13 +179,15 @@ def hub(work_folder: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 @pytest.mark.parametrize("save", [save_new, save_legacy, save_plain_pickle])
 @pytest.mark.parametrize("place", ["hub", "experiments"])
 @pytest.mark.filterwarnings("ignore::UserWarning")
-def test_weights_of_vgg(place: str, save: Any, hub: Path, environment: None, monkeypatch: pytest.MonkeyPatch) -> None:
-    if place == "experiments":  # else torchvision's is what reads them
-        use_small_vgg19(monkeypatch)
+def test_weights_of_vgg(place: str, save: Any, hub: Path, environment: None) -> None:
     folder = hub if place == "hub" else Path("experiments/pretrained_models")
     folder.mkdir(parents=True, exist_ok=True)
     save(str(folder / Path(vgg_arch.VGG_PRETRAIN_PATH).name))
-    with pytest.raises(UserError, match=r"the VGG19 weights \(.*(which could run code|is damaged).*Delete it and get"):
+    building_costs_nothing = torch.device("meta")
+    with (
+        building_costs_nothing,
+        pytest.raises(UserError, match=r"the VGG19 weights \(.*(which could run code|is damaged).*Delete it and get"),
+    ):
         vgg_arch.VGGFeatureExtractor(["conv1_1"])
 
 
