@@ -14,6 +14,7 @@ import lmdb
 import numpy as np
 import pytest
 import torch
+from ranks import run_forked
 
 from esc_arch import ESC
 
@@ -267,10 +268,10 @@ def test_data_that_cannot_be_read_are_named(
     assert take_snapshot(archived) == before
 
 
-def test_a_new_process_reports_with_its_exit_status(run_basicsr: Any, options: Any) -> None:
+def test_a_process_of_its_own_reports_with_its_exit_status(run_basicsr: Any, options: Any) -> None:
     cut_an_image_short(run_basicsr.folder, options)
     options["datasets"]["train"]["num_worker_per_gpu"] = 2
-    run = run_basicsr.in_new_process("train", options)
+    run = run_forked(run_basicsr.folder, ["train", "-opt", run_basicsr.option_file(options)])
     assert run.status == 2
     assert "Traceback" not in run.err
     assert run.err.splitlines()[-1].startswith("basicsr train: lq/train2x2.png is not an image")

@@ -224,6 +224,9 @@ def test_a_new_process_writes_where_it_is_run_and_nowhere_else(run_basicsr: Any,
     assert {path.name for path in run.folder.iterdir()} == {"experiments", "tb_logger", "trial.yml"}
     new_network(train_options).load_state_dict(run.weights(), strict=True)
     assert installed() == before
+    pytest.importorskip("matplotlib")
+    height, width, _ = cv2.imread(str(run.experiment() / "training.png")).shape
+    assert width > height > 500  # of four panels; other tests draw none
 
 
 # --- going on -----------------------------------------------------------------------------------------------------

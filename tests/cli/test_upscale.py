@@ -7,7 +7,6 @@ import os
 import re
 import signal
 import socket
-import subprocess
 import sys
 import time
 from collections.abc import Callable
@@ -21,6 +20,7 @@ import pytest
 import torch
 from conftest import NETWORK
 from PIL import Image
+from ranks import finish, start_forked
 from skimage.data import astronaut
 
 import esc_arch
@@ -579,15 +579,14 @@ def test_ctrl_c_while_the_last_file_is_waited_for(run: Upscale, monkeypatch: pyt
 def test_a_signal_ends_the_process(work_folder: Path, weights: Path) -> None:
     for index in range(400):
         put(f"in/{index}.png", PHOTOGRAPH.repeat(4, axis=0).repeat(4, axis=1))
-    command = [sys.executable, "-m", "esc_arch", "upscale", "-i", "in", "-o", "out", "-m", str(weights), "-g", "-1"]
-    environment = os.environ | {"PYTHONPATH": str(Path(esc_arch.__file__).parents[1]), "OMP_NUM_THREADS": "1"}
-    process = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    command = ["upscale", "-i", "in", "-o", "out", "-m", str(weights), "-g", "-1"]
+    process = start_forked(work_folder, main, command)
     deadline = time.monotonic() + 100
-    while not list(Path("out").glob("*_out.png")) and time.monotonic() < deadline and process.poll() is None:
+    while not list(Path("out").glob("*_out.png")) and time.monotonic() < deadline and process.is_alive():
         time.sleep(0.05)
-    process.send_signal(signal.SIGINT)
-    _, err = process.communicate(timeout=60)
-    assert (process.returncode, err) == (130, "basicsr upscale: interrupted.\n")
+    os.kill(process.pid, signal.SIGINT)
+    (run,) = finish(work_folder, [process])
+    assert (run.status, run.err) == (130, "basicsr upscale: interrupted.\n")
     assert 0 < len(files("out")) < 400
     for name in files("out"):
         Image.open(f"out/{name}").load()

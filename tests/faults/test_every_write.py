@@ -6,7 +6,6 @@ import builtins
 import errno
 import io
 import json
-import multiprocessing
 import os
 import shutil
 import sys
@@ -22,6 +21,7 @@ import torch
 import yaml
 from conftest import _fresh_basicsr_logger
 from networks import SMALL, randomise
+from ranks import SERVER
 
 from esc_arch import ESC
 from esc_arch.checkpoints import read_checkpoint
@@ -32,10 +32,6 @@ LONG = "ESC_ARCH_LONG" in os.environ
 #: Moments of a verb that are tried; a training has hundreds.
 TRIED = 1000 if LONG else 8
 KILLED = 137
-
-#: Its processes are forked from one in which all is imported, and that has no threads.
-SERVER = multiprocessing.get_context("forkserver")
-SERVER.set_forkserver_preload(["esc_arch.cli.train", "pytest", "conftest"])
 
 pytestmark = pytest.mark.timeout(3000 if LONG else 300)
 

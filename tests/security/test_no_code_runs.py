@@ -183,7 +183,11 @@ def test_weights_of_vgg(place: str, save: Any, hub: Path, environment: None) -> 
     folder = hub if place == "hub" else Path("experiments/pretrained_models")
     folder.mkdir(parents=True, exist_ok=True)
     save(str(folder / Path(vgg_arch.VGG_PRETRAIN_PATH).name))
-    with pytest.raises(UserError, match=r"the VGG19 weights \(.*(which could run code|is damaged).*Delete it and get"):
+    building_costs_nothing = torch.device("meta")
+    with (
+        building_costs_nothing,
+        pytest.raises(UserError, match=r"the VGG19 weights \(.*(which could run code|is damaged).*Delete it and get"),
+    ):
         vgg_arch.VGGFeatureExtractor(["conv1_1"])
 
 
