@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import errno
 import fcntl
 import glob
@@ -145,8 +146,10 @@ def _new_partial(path: Path) -> tuple[Path, IO[bytes]]:
                 temporary = path.with_name(f".{name}.{secrets.token_hex(4)}{PARTIAL}")
             continue
         with suppress(OSError):  # a network file system without locks
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        return temporary, file
+            fcntl.flock(file, fcntl.LOCK_EX)
+        if os.fstat(file.fileno()).st_nlink:
+            return temporary, file
+        file.close()  # before it was locked, another process took it for one that was left behind
 
 
 def _remove_left(path: Path) -> bool:
@@ -154,7 +157,9 @@ def _remove_left(path: Path) -> bool:
     try:
         with open_regular(path) as file:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            ours = os.fstat(file.fileno()).st_uid == os.geteuid()
+            state = os.fstat(file.fileno())
+            # Its process may have renamed it since it was opened, and the name be another's by now
+            ours = state.st_uid == os.geteuid() and os.path.samestat(state, path.lstat())
             if ours:
                 path.unlink()
             return ours
@@ -189,18 +194,31 @@ def require_own_folder(path: Path) -> None:
 
 def replace_folder(new: Path, target: Path) -> None:
     """Move the folder `new` to `target`, on disk, in place of what is there; if that fails, what was there stays."""
-    old = target.with_name(f".{target.name}.old")
-    if os.path.lexists(target):  # a folder cannot replace another in one step
-        remove(old)
-        os.replace(target, old)
-    try:
-        os.replace(new, target)
-    except BaseException:
-        with suppress(OSError):
-            os.replace(old, target)
-        raise
+    if os.path.lexists(target) and _exchange(new, target):
+        old = new
+    else:
+        old = target.with_name(f".{target.name}.old")
+        if os.path.lexists(target):  # a kill before the next step leaves no target
+            remove(old)
+            os.replace(target, old)
+        try:
+            os.replace(new, target)
+        except BaseException:
+            with suppress(OSError):
+                os.replace(old, target)
+            raise
     fsync_folder(target.parent)
     remove(old)
+
+
+def _exchange(one: Path, other: Path) -> bool:
+    """Exchange what has these two names, in one step; False where the system or the file system cannot."""
+    try:
+        rename = ctypes.CDLL(None).renameat2
+    except AttributeError:  # not Linux
+        return False
+    here, exchange = -100, 2  # AT_FDCWD, RENAME_EXCHANGE
+    return bool(rename(here, os.fsencode(one), here, os.fsencode(other), exchange) == 0)
 
 
 @contextmanager

@@ -23,7 +23,13 @@ __all__ = [
 ]  # fmt: skip
 
 SERVER = multiprocessing.get_context("forkserver")
-SERVER.set_forkserver_preload(["esc_arch.cli.train", "esc_arch.cli.test", "pytest", "conftest"])
+SERVER.set_forkserver_preload(
+    [
+        *("av", "pytest", "skimage.data", "torch.export"),
+        *(f"esc_arch.cli.{verb}" for verb in ("export", "prepare", "publish", "test", "train", "upscale", "warmup")),
+        *(f"esc_arch.tools.{name}" for name in ("benchmark.cost", "benchmark.quality", "video.upscaling")),
+    ]
+)
 
 
 def free_port() -> str:
