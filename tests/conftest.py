@@ -12,7 +12,6 @@ import signal
 import subprocess
 import sys
 import threading
-import traceback
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -229,12 +228,7 @@ class Basicsr:
         argv = [verb, "-opt", self.option_file(options), *arguments]
         self.capture.readouterr()
         with _fresh_basicsr_logger():
-            try:
-                status = main(argv)
-            except SystemExit as stopped:
-                # A data loader that the traceback holds would keep its workers waiting when it is collected: 5 s each
-                traceback.clear_frames(stopped.__traceback__)
-                raise
+            status = main(argv)
         return Run(status, *self.capture.readouterr(), self.folder)
 
     def in_new_process(

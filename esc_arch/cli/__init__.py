@@ -91,12 +91,14 @@ def _run(argv: Sequence[str], called: str | None) -> int:
             with contextlib.redirect_stdout(sys.stderr) if args.verb == "check" else contextlib.nullcontext():
                 import_modules(getattr(args, "imports", None), "--import")
         return int(verb.run(args))
-    except (UserError, KeyboardInterrupt) as error:
+    except (UserError, KeyboardInterrupt, SystemExit) as error:
+        # Drop a data loader that the traceback holds: as cyclic garbage, it would keep its workers waiting for seconds
+        traceback.clear_frames(error.__traceback__)
+        if isinstance(error, SystemExit):
+            raise
         status, message = describe(error)
         rank = os.environ.get("RANK", "0")
         print(f"basicsr {called}{f' (rank {rank})' * (rank != '0')}: {message}", file=sys.stderr)
-        # Drop a data loader that the traceback holds: as cyclic garbage, it would keep its workers waiting for seconds
-        traceback.clear_frames(error.__traceback__)
         return status
 
 
