@@ -51,7 +51,9 @@ _CURES = {
     **dict.fromkeys(_NO_ROOM, "Make room there, or write elsewhere"),
     **dict.fromkeys(_NO_PERMISSION, "Get the permission for it, or use another folder"),
     **dict.fromkeys((errno.ENOTDIR, errno.EEXIST), "A part of this path is a file, where a folder is needed"),
+    errno.ENOENT: "It, or the current folder, was removed meanwhile",
     errno.ENAMETOOLONG: "Use a shorter name",
+    errno.ELOOP: "A link there leads to itself: remove it",
     errno.EIO: "The disk or the network that it is on fails",
     errno.ESTALE: "The network that it is on fails",
     errno.EMFILE: "Raise the limit of open files (ulimit -n), or use fewer workers",
@@ -86,7 +88,7 @@ def writing_to(folder: Path) -> Iterator[None]:
 
 
 def _free_space(folder: Path) -> str:
-    existing = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
+    existing = next(path for path in (folder.absolute(), *folder.absolute().parents) if os.path.exists(path))
     return f"{shutil.disk_usage(existing).free / 2**20:,.0f} MiB"
 
 
@@ -146,7 +148,14 @@ def _new_partial(path: Path) -> tuple[Path, IO[bytes]]:
             continue
         with suppress(OSError):  # a network file system without locks
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        return temporary, file
+        if _is_at(file, temporary):
+            return temporary, file
+        file.close()  # before it was locked, another process took it for one that was left behind
+
+
+def _is_at(file: IO[bytes], path: Path) -> bool:
+    """True if `path` still is the name of an open file."""
+    return os.path.lexists(path) and os.path.samestat(os.fstat(file.fileno()), os.lstat(path))
 
 
 def _remove_left(path: Path) -> bool:
@@ -154,10 +163,11 @@ def _remove_left(path: Path) -> bool:
     try:
         with open_regular(path) as file:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            ours = os.fstat(file.fileno()).st_uid == os.geteuid()
-            if ours:
+            if os.fstat(file.fileno()).st_uid != os.geteuid():
+                return False
+            if _is_at(file, path):  # its writer may just have moved it to its final name
                 path.unlink()
-            return ours
+            return True
     except OSError:
         return False
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import fcntl
 import os
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -49,6 +50,25 @@ def test_two_writers_of_one_name_have_files_of_their_own(tmp_path: Path) -> None
         remove_partial(tmp_path)  # what is in use stays
     assert target.read_bytes() == b"first"
     assert list(tmp_path.iterdir()) == [target]
+
+
+def test_a_file_that_another_process_took_for_one_left_behind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    theirs, flock, calls = tmp_path / ".out.png.partial", fcntl.flock, []
+
+    def late(*arguments: Any) -> None:  # before ours is locked, the other one removes it and makes its own
+        if not calls:
+            theirs.unlink()
+            theirs.touch()
+            calls.append(theirs.open("ab"))
+            flock(calls[0], fcntl.LOCK_EX)
+            calls[0].write(b"half")
+            calls[0].flush()
+        flock(*arguments)
+
+    monkeypatch.setattr(fcntl, "flock", late)
+    write_atomically(tmp_path / "out.png", b"whole")
+    assert (tmp_path / "out.png").read_bytes() == b"whole" and theirs.read_bytes() == b"half"
+    calls[0].close()
 
 
 def test_what_a_killed_process_left_is_removed(tmp_path: Path) -> None:

@@ -66,7 +66,8 @@ def run(args: argparse.Namespace) -> int:
     more = {"jobs": args.jobs, "overwrite": args.overwrite}
     try:
         if args.kind == "train":
-            name = re.sub(r"_?HR$", "", args.input.resolve().name) or args.input.resolve().parent.name
+            place = Path(os.path.realpath(args.input))
+            name = re.sub(r"_?HR$", "", place.name) or place.parent.name
             _print_train(
                 prepare_train(
                     folder_sources(args.input),
@@ -81,7 +82,7 @@ def run(args: argparse.Namespace) -> int:
             )
         elif args.kind == "benchmark":
             folders = benchmark_folders(args.output, args.scales).values()
-            if args.input.resolve() in (folder.resolve() for folder in folders):
+            if os.path.realpath(args.input) in map(os.path.realpath, folders):
                 raise UserError(f"{args.input} would be written to, but sources are never changed. Choose another -o.")
             per_scale = args.crop == "per-scale"
             sources = folder_sources(args.input)

@@ -123,7 +123,10 @@ def _listed() -> list[str]:
     """Names from standard input, of any bytes: one a line, or each before a NUL, as `find -print0` writes them."""
     if sys.stdin is None:
         raise UserError("-i -: standard input is closed. Send it a list of names, or name the files.")
-    text = os.fsdecode(sys.stdin.buffer.read())
+    try:
+        text = os.fsdecode(sys.stdin.buffer.read())
+    except OSError as error:
+        raise UserError(f"-i -: standard input cannot be read: {error.strerror}.") from error
     lines = text.split("\0") if "\0" in text else text.replace("\r\n", "\n").split("\n")
     return [line for line in lines if line.strip()]
 

@@ -284,6 +284,14 @@ def test_without_data(check: Any, train_options: Any) -> None:
     assert check(train_options)[0] == 2
 
 
+def test_states_of_an_earlier_run_that_cannot_be_read(check: Any, train_options: Any, work_folder: Path) -> None:
+    states = work_folder / "experiments" / train_options["name"] / "training_states"
+    states.parent.mkdir(parents=True)
+    states.touch()  # a file, or a folder without permission, which root would not meet
+    status, _, err = check(train_options, "--auto_resume")
+    assert status == 2 and re.search(r"path:training_states: .*training_states cannot be written", err)
+
+
 def test_weights(check: Any, train_options: Any) -> None:
     net = build_network(train_options["network_g"])
     torch.save({"params": net.state_dict()}, "fits.pth")

@@ -13,6 +13,7 @@ import time
 from collections.abc import Callable
 from concurrent.futures import Future
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import cv2
@@ -105,6 +106,11 @@ def test_a_list_from_nowhere(run: Upscale, monkeypatch: pytest.MonkeyPatch) -> N
     status, _, err = run("-i", "-", "-o", "out")
     assert (status, len(err.splitlines())) == (2, 1)
     assert "-i -: standard input is closed. Send it a list of names" in err
+    with open(os.devnull, "w") as written:
+        unreadable = SimpleNamespace(read=lambda: os.read(written.fileno(), 1))
+        monkeypatch.setattr(sys, "stdin", SimpleNamespace(buffer=unreadable))
+        status, _, err = run("-i", "-", "-o", "out")
+    assert (status, len(err.splitlines())) == (2, 1) and "standard input cannot be read: Bad file descriptor" in err
 
 
 @pytest.mark.parametrize(("ext", "kind"), [("png", "PNG"), ("jpg", "JPEG"), ("webp", "WEBP"), ("tiff", "TIFF")])

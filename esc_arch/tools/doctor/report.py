@@ -103,7 +103,7 @@ def as_text(findings: Sequence[Finding], *, colours: bool = False) -> str:
 def _hide_home(text: str) -> str:
     """`text` with ~ in place of the home folder, as it is written and as links lead to it; not if it is the root."""
     home = Path("~").expanduser()
-    for path in sorted({str(home), str(home.resolve())} - {"/"}, key=len, reverse=True):
+    for path in sorted({str(home), os.path.realpath(home)} - {"/"}, key=len, reverse=True):
         text = re.sub(rf"{re.escape(path)}(?![\w.-])", "~", text)
     return text
 
