@@ -25,6 +25,7 @@ __all__ = [
     "locked",
     "new_folder",
     "open_regular",
+    "read_regular",
     "remove",
     "remove_partial",
     "replace_folder",
@@ -187,6 +188,20 @@ def open_regular(path: Path, *, create: bool = False) -> IO[bytes]:
         file.close()
         raise OSError(errno.EINVAL, "it is no regular file of one name", str(path))
     return file
+
+
+def read_regular(path: str | os.PathLike[str], *, pipes: bool = False) -> bytes:
+    """The contents of a file; OSError for a device, which may never end, and for a pipe, which may wait.
+
+    Args:
+        pipes: take pipes, too; one that nobody writes to is empty.
+    """
+    with open(path, "rb", opener=lambda name, flags: os.open(name, flags | os.O_NONBLOCK)) as file:
+        mode = os.fstat(file.fileno()).st_mode
+        if not (stat.S_ISREG(mode) or (pipes and stat.S_ISFIFO(mode))):
+            raise OSError(errno.EINVAL, "it is a pipe or a device, not a file", os.fspath(path))
+        os.set_blocking(file.fileno(), True)
+        return file.read()
 
 
 def require_own_folder(path: Path) -> None:

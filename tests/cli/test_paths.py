@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from esc_arch.atomic_io import read_regular
 from esc_arch.cli import main
 from esc_arch.training.run import saved_states
 
@@ -31,6 +32,43 @@ def test_what_the_system_refuses_is_one_line(
     Path("hr/a.png").touch()
     assert main(arguments) == 2
     assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("pipe", "arguments", "message"),
+    [
+        ("a.yml", ["check", "-opt", "a.yml"], "option file a.yml is empty."),
+        ("costs", ["benchmark", "quality", "-opt", "b.yml", "--cost", "costs"], "--cost costs cannot be used"),
+        ("hr/b.png", ["prepare", "benchmark", "-i", "hr", "-o", "out"], "hr/b.png is no file, but a pipe"),
+        ("out/prepare.json", ["prepare", "benchmark", "-i", "hr", "-o", "out"], "prepare.json was not written by"),
+        (
+            "out/.T_HR_sub.lmdb.partial/prepare.json",
+            ["prepare", "train", "-i", "hr", "-o", "out", "--name", "T"],
+            "a.png",
+        ),
+    ],
+)
+def test_pipes_are_not_waited_for(
+    pipe: str, arguments: list[str], message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("hr").mkdir()
+    Path("hr/a.png").touch()
+    Path(pipe).parent.mkdir(parents=True, exist_ok=True)
+    os.mkfifo(pipe)
+    assert main(arguments) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_option_files_may_come_from_pipes(tmp_path: Path) -> None:
+    reading, writing = os.pipe()
+    os.write(writing, b"name: a\n")
+    os.close(writing)
+    assert read_regular(f"/dev/fd/{reading}", pipes=True) == b"name: a\n"
+    os.close(reading)
+    for name in ("/dev/zero", "/dev/null"):
+        with pytest.raises(OSError, match="pipe or a device"):
+            read_regular(name, pipes=True)
 
 
 @pytest.mark.parametrize("verb", ["check", "train", "test"])
