@@ -54,7 +54,7 @@ _CURES = {
     **dict.fromkeys((errno.ENOTDIR, errno.EEXIST), "A part of this path is a file, where a folder is needed"),
     errno.ENOENT: "It, or the current folder, was removed meanwhile",
     errno.ENAMETOOLONG: "Use a shorter name",
-    errno.ELOOP: "A link there leads to itself: remove it",
+    errno.ELOOP: "Remove the link there, which leads to itself or is not followed",
     errno.EIO: "The disk or the network that it is on fails",
     errno.ESTALE: "The network that it is on fails",
     errno.EMFILE: "Raise the limit of open files (ulimit -n), or use fewer workers",
