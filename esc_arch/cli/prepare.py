@@ -17,6 +17,7 @@ from ..data.lmdb_check import listed_sizes
 from ..data.photographs import prepare_demo
 from ..data.prepare import prepare_train
 from ..errors import INTERRUPTED, UserError
+from ..printing import shown
 
 __all__ = ["add_arguments", "run"]
 
@@ -121,5 +122,6 @@ def _print_benchmark(folders: Mapping[int, Path]) -> None:
 
 def _print_option_lines(paths: Mapping[int, Path], further: str) -> None:
     for scale in sorted(paths.keys() - {1}):
-        print(f"  In an option file with scale: {scale}\n    dataroot_gt: {paths[1]}\n    dataroot_lq: {paths[scale]}")
+        hr, lr = shown(paths[1]), shown(paths[scale])
+        print(f"  In an option file with scale: {scale}\n    dataroot_gt: {hr}\n    dataroot_lq: {lr}")
         print(f"    {further.format(scale=scale)}")

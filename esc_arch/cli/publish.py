@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+from esc_arch.printing import shown
 from esc_arch.tools.export.publishing import ModelInfo, publish
 
 from .convert import add_weights_arguments
@@ -51,6 +52,6 @@ def run(args: argparse.Namespace) -> int:
     for file in published.files:
         print(f"{file.name:{width}}  {file.size:>13,} bytes  sha256 {file.sha256}")
     for note in published.notes:
-        print(f"Note: {note}")
-    print(f"Wrote folder {published.folder}/")
+        print(f"Note: {shown(note)}")
+    print(f"Wrote folder {shown(published.folder)}/")
     return 0

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -56,7 +57,7 @@ class LmdbWriter:
                 remove(self.partial)
                 self.partial.mkdir(parents=True)
                 write_atomically(self.partial / SETTINGS_FILE, json.dumps(dict(settings), indent=1).encode())
-            self._env = lmdb.open(str(self.partial), map_size=FREE_MAP_SIZE, lock=False)
+            self._env = lmdb.open(os.fsencode(self.partial), map_size=FREE_MAP_SIZE, lock=False)
             with self._env.begin(buffers=True) as transaction:
                 self.sizes = {bytes(key).decode(): _size(bytes(png[:24])) for key, png in transaction.cursor()}
 

@@ -421,7 +421,7 @@ def test_results_beside_inputs_are_no_inputs(run: Upscale) -> None:
         (["-i", "a.png", "a.png", "-o", "b.png"], "Several inputs need a folder: -o FOLDER, not b.png."),
         (["-i", ".", "-o", "b.png"], "Several inputs need a folder: -o FOLDER, not b.png."),
         (["-i", "a.png", "-o", "a.png/out"], "a.png/out: cannot be written to: Not a directory. Choose another -o."),
-        (["-i", "a.png", "-o", "out", "--batch", "0"], "--batch 0: give a number of images, 1 or more."),
+        (["-i", "a.png", "-o", "out", "--batch", "0"], "--batch 0: give a number of images, from 1 to 10000."),
         (["-i", "a.png", "-o", "out", "--quality", "0"], "--quality 0: give a number from 1 to 100."),
         (["-i", "a.png", "-o", "out", "--suffix", "a/b"], "--suffix a/b: a suffix is a part of a name"),
         (["-i", "a.png", "-o", "out", "-s", "-1"], "The scale is -1; it must be a number above 0."),
