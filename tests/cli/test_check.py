@@ -204,6 +204,11 @@ def test_words_that_yaml_takes_for_something_else(check: Any) -> None:
     )
 
 
+def test_an_infinite_learning_rate(check: Any, train_options: Any) -> None:
+    train_options["train"]["optim_g"]["lr"] = float("inf")
+    assert "train:optim_g:lr: inf given; must be a finite number" in check(train_options)[2]
+
+
 def test_odd_numbers_are_told(check: Any, train_options: Any) -> None:
     train_options["manual_seed"] = "SEED"
     text = yaml.safe_dump(train_options, sort_keys=False)
