@@ -24,8 +24,6 @@ from esc_arch.tools.video import upscaling as video
 
 __all__ = ["add_arguments", "run"]
 
-#: The largest `--batch`.
-MOST_TOGETHER = 10_000
 #: Names of failed files that the last line has room for.
 NAMED = 20
 
@@ -110,8 +108,8 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _options(args: argparse.Namespace) -> BatchOptions:
-    if args.batch is not None and not 1 <= args.batch <= MOST_TOGETHER:
-        raise UserError(f"--batch {args.batch}: give a number of images, from 1 to {MOST_TOGETHER}.")
+    if args.batch is not None and not 1 <= args.batch <= 10_000:
+        raise UserError(f"--batch {args.batch}: give a number of images, from 1 to 10000.")
     if not 1 <= args.quality <= 100:
         raise UserError(f"--quality {args.quality}: give a number from 1 to 100.")
     if "/" in args.suffix or "\\" in args.suffix:

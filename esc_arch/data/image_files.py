@@ -19,8 +19,7 @@ import cv2
 import numpy as np
 import numpy.typing as npt
 
-from esc_arch.atomic_io import read_regular
-
+from ..atomic_io import read_regular
 from ..errors import UserError
 from .decoding import decode
 

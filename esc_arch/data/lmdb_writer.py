@@ -11,15 +11,7 @@ from typing import Any
 
 import lmdb
 
-from esc_arch.atomic_io import (
-    fsync_folder,
-    read_regular,
-    remove,
-    replace_folder,
-    require_own_folder,
-    write_atomically,
-    writing_to,
-)
+from esc_arch.atomic_io import fsync_folder, remove, replace_folder, require_own_folder, write_atomically, writing_to
 
 from .decoding import size_in_header
 from .image_files import PNG_COMPRESSION
@@ -126,7 +118,8 @@ def why_not_reusable(path: Path, settings: Mapping[str, Any]) -> str | None:
 
 def _read_settings(folder: Path) -> dict[str, Any] | None:
     try:
-        settings = json.loads(read_regular(folder / SETTINGS_FILE))
+        file = folder / SETTINGS_FILE
+        settings = json.loads(file.read_bytes()) if file.is_file() else None  # a pipe would be waited for
     except (OSError, ValueError):
         return None
     return settings if isinstance(settings, dict) else None
