@@ -26,6 +26,7 @@ __all__ = [
     "locked",
     "new_folder",
     "open_regular",
+    "read_regular",
     "remove",
     "remove_partial",
     "replace_folder",
@@ -52,7 +53,9 @@ _CURES = {
     **dict.fromkeys(_NO_ROOM, "Make room there, or write elsewhere"),
     **dict.fromkeys(_NO_PERMISSION, "Get the permission for it, or use another folder"),
     **dict.fromkeys((errno.ENOTDIR, errno.EEXIST), "A part of this path is a file, where a folder is needed"),
+    errno.ENOENT: "It, or the current folder, was removed meanwhile",
     errno.ENAMETOOLONG: "Use a shorter name",
+    errno.ELOOP: "Remove the link there, which leads to itself or is not followed",
     errno.EIO: "The disk or the network that it is on fails",
     errno.ESTALE: "The network that it is on fails",
     errno.EMFILE: "Raise the limit of open files (ulimit -n), or use fewer workers",
@@ -87,7 +90,7 @@ def writing_to(folder: Path) -> Iterator[None]:
 
 
 def _free_space(folder: Path) -> str:
-    existing = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
+    existing = next(path for path in (folder.absolute(), *folder.absolute().parents) if os.path.exists(path))
     return f"{shutil.disk_usage(existing).free / 2**20:,.0f} MiB"
 
 
@@ -147,9 +150,14 @@ def _new_partial(path: Path) -> tuple[Path, IO[bytes]]:
             continue
         with suppress(OSError):  # a network file system without locks
             fcntl.flock(file, fcntl.LOCK_EX)
-        if os.fstat(file.fileno()).st_nlink:
+        if _is_at(file, temporary):
             return temporary, file
         file.close()  # before it was locked, another process took it for one that was left behind
+
+
+def _is_at(file: IO[bytes], path: Path) -> bool:
+    """True if `path` still is the name of an open file."""
+    return os.path.lexists(path) and os.path.samestat(os.fstat(file.fileno()), os.lstat(path))
 
 
 def _remove_left(path: Path) -> bool:
@@ -157,12 +165,11 @@ def _remove_left(path: Path) -> bool:
     try:
         with open_regular(path) as file:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            state = os.fstat(file.fileno())
-            # Its process may have renamed it since it was opened, and the name be another's by now
-            ours = state.st_uid == os.geteuid() and os.path.samestat(state, path.lstat())
-            if ours:
+            if os.fstat(file.fileno()).st_uid != os.geteuid():
+                return False
+            if _is_at(file, path):  # its writer may just have moved it to its final name
                 path.unlink()
-            return ours
+            return True
     except OSError:
         return False
 
@@ -182,6 +189,20 @@ def open_regular(path: Path, *, create: bool = False) -> IO[bytes]:
         file.close()
         raise OSError(errno.EINVAL, "it is no regular file of one name", str(path))
     return file
+
+
+def read_regular(path: str | os.PathLike[str], *, pipes: bool = False) -> bytes:
+    """The contents of a file; OSError for a device, which may never end, and for a pipe, which may wait.
+
+    Args:
+        pipes: take pipes, too; one that nobody writes to is empty.
+    """
+    with open(path, "rb", opener=lambda name, flags: os.open(name, flags | os.O_NONBLOCK)) as file:
+        mode = os.fstat(file.fileno()).st_mode
+        if not (stat.S_ISREG(mode) or (pipes and stat.S_ISFIFO(mode))):
+            raise OSError(errno.EINVAL, "it is a pipe or a device, not a file", os.fspath(path))
+        os.set_blocking(file.fileno(), True)
+        return file.read()
 
 
 def require_own_folder(path: Path) -> None:

@@ -15,6 +15,7 @@ from collections.abc import Sequence
 from types import ModuleType
 
 from esc_arch import __version__
+from esc_arch.atomic_io import system_fault
 from esc_arch.errors import FAULT, NO_BASICSR, UNREAD, UserError, describe
 from esc_arch.printing import safe_streams
 from esc_arch.project import import_modules, leave_current_folder
@@ -91,12 +92,13 @@ def _run(argv: Sequence[str], called: str | None) -> int:
             with contextlib.redirect_stdout(sys.stderr) if args.verb == "check" else contextlib.nullcontext():
                 import_modules(getattr(args, "imports", None), "--import")
         return int(verb.run(args))
-    except (UserError, KeyboardInterrupt, SystemExit) as error:
+    except (UserError, KeyboardInterrupt, OSError, SystemExit) as error:
         # Drop a data loader that the traceback holds: as cyclic garbage, it would keep its workers waiting for seconds
         traceback.clear_frames(error.__traceback__)
-        if isinstance(error, SystemExit):
+        fault = system_fault(error) if isinstance(error, OSError) else None
+        if isinstance(error, SystemExit) or (isinstance(error, OSError) and fault is None):
             raise
-        status, message = describe(error)
+        status, message = describe(error if fault is None else UserError(fault))
         rank = os.environ.get("RANK", "0")
         print(f"basicsr {called}{f' (rank {rank})' * (rank != '0')}: {message}", file=sys.stderr)
         return status

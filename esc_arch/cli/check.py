@@ -14,6 +14,7 @@ from esc_arch.errors import USER_ERROR, UserError
 from esc_arch.options import CheckScope, inspect_options
 from esc_arch.options.files import YAMLError
 from esc_arch.options.schema import options_schema
+from esc_arch.printing import shown
 from esc_arch.problems import Problem, of_severity
 
 __all__ = ["PURPOSES", "run"]
@@ -59,11 +60,11 @@ def _print(file: str, purpose: str | None, problems: Sequence[Problem]) -> None:
     for problem in errors:
         print(problem if problem.path else problem.message, file=sys.stderr)
     for problem in of_severity(problems, "note"):
-        print(f"OK  {file}: {problem.path}: {problem.message}")
+        print(shown(f"OK  {file}: {problem.path}: {problem.message}"))
     if errors:
-        print(f"{file}: {len(errors)} problem(s)", file=sys.stderr)
+        print(f"{shown(file)}: {len(errors)} problem(s)", file=sys.stderr)
     else:
-        print(f"OK  {file}: ready for basicsr {purpose}")
+        print(f"OK  {shown(file)}: ready for basicsr {purpose}")
 
 
 def _as_json(file: str, purpose: str | None, problems: Sequence[Problem]) -> Mapping[str, Any]:

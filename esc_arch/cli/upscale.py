@@ -76,8 +76,8 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _options(args: argparse.Namespace) -> BatchOptions:
-    if args.batch is not None and args.batch < 1:
-        raise UserError(f"--batch {args.batch}: give a number of images, 1 or more.")
+    if args.batch is not None and not 1 <= args.batch <= 10_000:
+        raise UserError(f"--batch {args.batch}: give a number of images, from 1 to 10000.")
     if not 1 <= args.quality <= 100:
         raise UserError(f"--quality {args.quality}: give a number from 1 to 100.")
     if "/" in args.suffix or "\\" in args.suffix:
@@ -91,7 +91,10 @@ def _listed() -> list[str]:
     """Names from standard input, of any bytes: one a line, or each before a NUL, as `find -print0` writes them."""
     if sys.stdin is None:
         raise UserError("-i -: standard input is closed. Send it a list of names, or name the files.")
-    text = os.fsdecode(sys.stdin.buffer.read())
+    try:
+        text = os.fsdecode(sys.stdin.buffer.read())
+    except OSError as error:
+        raise UserError(f"-i -: standard input cannot be read: {error.strerror}.") from error
     lines = text.split("\0") if "\0" in text else text.replace("\r\n", "\n").split("\n")
     return [line for line in lines if line.strip()]
 

@@ -82,6 +82,10 @@ FOUND_BEFORE_THE_RUN: dict[str, tuple[Callable[[Path, Any], None], list[str]]] =
         change("datasets", "train", "gt_size", value=64),
         ["datasets:train", "train0.png", "48x48", "gt_size 64"],
     ),
+    "batch larger than the data set": (
+        change("datasets", "train", "batch_size_per_gpu", value=7),
+        ["train:batch_size_per_gpu: 6 images, fewer than one batch of 7. Lower it, raise"],
+    ),
     "wrong scale": (change("scale", value=4), ["network_g:upscaling_factor", "scale is 4"]),
     "unknown network": (change("network_g", "type", value="esc"), ["network_g:type", "'esc'", "Did you mean 'ESC'"]),
     "unknown model type": (change("model_type", value="ESCModl"), ["model_type", "Did you mean 'ESCModel'"]),
@@ -239,10 +243,6 @@ FOUND_WHILE_READING: dict[str, tuple[Callable[[Path, Any], None], list[str]]] = 
     "missing in an LMDB": (remove_an_lmdb_entry, [r"lq\.lmdb has no image 'b'", "create it again"]),
     "LMDB": (damage_an_lmdb, [r"Cannot open the LMDB lq\.lmdb", "basicsr prepare"]),
     "small image": (one_small_image_behind_many, [r"zzz\.png \(LQ 7 x 7, GT 14 x 14", "gt_size 16"]),
-    "batch larger than the data set": (
-        change("datasets", "train", "batch_size_per_gpu", value=7),
-        ["6 images, fewer than one batch of 7", "Lower batch_size_per_gpu"],
-    ),
 }
 
 

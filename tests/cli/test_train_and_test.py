@@ -363,6 +363,15 @@ def test_testing_measures_what_training_saved(
     assert {path.name for path in run.folder.iterdir()} == {"experiments", "results", "trial.yml"}
 
 
+def test_weights_whose_results_are_no_numbers(run_basicsr: Any, test_options: Any, work_folder: Path) -> None:
+    weights = ESC(**{key: value for key, value in test_options["network_g"].items() if key != "type"}).state_dict()
+    torch.save({"params": {name: torch.full_like(value, 1e30) for name, value in weights.items()}}, "huge.pth")
+    test_options["path"] = {"pretrain_network_g": "huge.pth"}
+    run = run_basicsr("test", test_options)
+    assert run.status == 2 and "has infinite or NaN pixels: the weights are broken. Use others." in run.err
+    assert not list(work_folder.glob("results/trial/visualization/**/*.png"))
+
+
 def test_a_test_repeated_keeps_the_first_results(run_basicsr: Any, test_options: Any, take_snapshot: Any) -> None:
     run = run_basicsr("test", test_options, "--force_yml", "val:suffix=mine")
     assert (run.folder / "results/trial/visualization/Cuts/val0x2_mine.png").is_file()

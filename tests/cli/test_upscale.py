@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable
 from concurrent.futures import Future
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import cv2
@@ -105,6 +106,11 @@ def test_a_list_from_nowhere(run: Upscale, monkeypatch: pytest.MonkeyPatch) -> N
     status, _, err = run("-i", "-", "-o", "out")
     assert (status, len(err.splitlines())) == (2, 1)
     assert "-i -: standard input is closed. Send it a list of names" in err
+    with open(os.devnull, "w") as written:
+        unreadable = SimpleNamespace(read=lambda: os.read(written.fileno(), 1))
+        monkeypatch.setattr(sys, "stdin", SimpleNamespace(buffer=unreadable))
+        status, _, err = run("-i", "-", "-o", "out")
+    assert (status, len(err.splitlines())) == (2, 1) and "standard input cannot be read: Bad file descriptor" in err
 
 
 @pytest.mark.parametrize(("ext", "kind"), [("png", "PNG"), ("jpg", "JPEG"), ("webp", "WEBP"), ("tiff", "TIFF")])
@@ -415,7 +421,7 @@ def test_results_beside_inputs_are_no_inputs(run: Upscale) -> None:
         (["-i", "a.png", "a.png", "-o", "b.png"], "Several inputs need a folder: -o FOLDER, not b.png."),
         (["-i", ".", "-o", "b.png"], "Several inputs need a folder: -o FOLDER, not b.png."),
         (["-i", "a.png", "-o", "a.png/out"], "a.png/out: cannot be written to: Not a directory. Choose another -o."),
-        (["-i", "a.png", "-o", "out", "--batch", "0"], "--batch 0: give a number of images, 1 or more."),
+        (["-i", "a.png", "-o", "out", "--batch", "0"], "--batch 0: give a number of images, from 1 to 10000."),
         (["-i", "a.png", "-o", "out", "--quality", "0"], "--quality 0: give a number from 1 to 100."),
         (["-i", "a.png", "-o", "out", "--suffix", "a/b"], "--suffix a/b: a suffix is a part of a name"),
         (["-i", "a.png", "-o", "out", "-s", "-1"], "The scale is -1; it must be a number above 0."),
