@@ -1,11 +1,13 @@
-"""What packaging computes; the rest is in pyproject.toml. Requirements are those of requirements.txt."""
+"""What packaging computes; the rest is in pyproject.toml.
 
-import sys
-import sysconfig
-from importlib.metadata import distributions
+Requirements are those of requirements.txt. BasicSR and lmdb, which only training needs, are the extra `train`.
+"""
+
+import shutil
 from pathlib import Path
 
 from setuptools import find_packages, setup
+from setuptools.command.build_py import build_py
 
 ROOT = Path(__file__).parent
 
@@ -13,6 +15,7 @@ ONNX = ["onnx>=1.17", "onnxscript>=0.5", "onnxruntime>=1.20"]
 PUBLISH = ["huggingface-hub>=0.20"]
 SPANDREL = ["spandrel>=0.4.0"]
 VIDEO = ["av>=17.1"]
+PACKAGE_DATA = ["py.typed", "ops/cpu/csrc/*", "tools/benchmark/*.json", "checkpoints/*.json", "checkpoints/weights/*"]
 
 
 def read_requirements() -> list[str]:
@@ -25,42 +28,38 @@ def read_version() -> str:
     return text.split('"')[1]
 
 
-def refuse_without_basicsr() -> None:
-    """End with what to do where BasicSR's own installation fails: pip prepares this package before it tries."""
-    installed = any(distributions(name="basicsr", path=[sysconfig.get_path("purelib")]))
-    if sys.version_info >= (3, 13) and not installed:
-        version = ".".join(map(str, sys.version_info[:2]))
-        sys.exit(
-            f"BasicSR 1.4.2, which esc_arch extends, cannot be installed by pip on Python {version}: its setup.py "
-            "relies on exec() writing to locals(), which ended with 3.12.\n"
-            "Run `python install_basicsr.py` in esc_arch's folder first, then this again; or use Python 3.10 to 3.12."
-        )
+class BuildWithOptionFiles(build_py):
+    """Puts options/ into the package, too: an editable installation reads it where it is."""
+
+    def run(self) -> None:
+        super().run()
+        if not self.editable_mode:
+            shutil.copytree(ROOT / "options", Path(self.build_lib, "esc_arch", "option_files"), dirs_exist_ok=True)
 
 
-refuse_without_basicsr()
+REQUIREMENTS = read_requirements()
+TRAIN = [each for each in REQUIREMENTS if each.startswith(("basicsr", "lmdb"))]
 setup(
     version=read_version(),
     packages=find_packages(include=["esc_arch", "esc_arch.*"]),
-    package_data={
-        "esc_arch": [
-            "py.typed",
-            "ops/cpu/csrc/*",
-            "tools/benchmark/*.json",
-            "checkpoints/*.json",
-            "checkpoints/weights/*",
-        ]
-    },
-    install_requires=read_requirements(),
+    package_data={"esc_arch": PACKAGE_DATA},
+    install_requires=[each for each in REQUIREMENTS if each not in TRAIN],
+    cmdclass={"build_py": BuildWithOptionFiles},
     extras_require={
+        "completion": ["argcomplete>=3"],
         "flash-attn": ["flash-attn>=2.6"],
         "lpips": ["lpips>=0.1.4"],
         "onnx": ONNX,
         "plot": ["matplotlib>=3.7"],
         "publish": PUBLISH,
         "spandrel": SPANDREL,
+        "train": TRAIN,
         "video": VIDEO,
         "wandb": ["wandb>=0.15"],
         "test": [
+            "argcomplete>=3",
+            "build>=1",
+            "twine>=6",
             "pytest>=8",
             "pytest-cov>=6",
             "pytest-timeout>=2.3",

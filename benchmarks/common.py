@@ -336,7 +336,7 @@ class Ceilings:
 def measure_ceilings(device: str, quick: bool) -> Ceilings:
     """Medians of five; `quick` uses sizes that fit into caches, so that a test ends soon."""
     progress("ceilings")
-    side = 512 if quick else 8192 if device == "cuda" else 3072
+    side = 128 if quick else 8192 if device == "cuda" else 3072
     length = (2**20 if quick else 2**28 if device == "cuda" else 2**26) // 4
     source, target = torch.rand(length, device=device), torch.empty(length, device=device)
     copying = _seconds_of(lambda: target.copy_(source))

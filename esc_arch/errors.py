@@ -41,7 +41,7 @@ def message_of(error: UserError) -> str:
 
 
 #: What a program that trains or reads data sets says without BasicSR.
-NO_BASICSR = "It needs BasicSR, which is not installed: pip install --no-build-isolation basicsr==1.4.2"
+NO_BASICSR = "It needs BasicSR, which is not installed: run `basicsr setup-training`."
 
 #: Exit codes.
 FAULT, USER_ERROR, INTERRUPTED, UNREAD = 1, 2, 130, 141

@@ -7,7 +7,6 @@ for the same names.
 
 from __future__ import annotations
 
-import argparse
 import importlib
 import importlib.abc
 import json
@@ -19,7 +18,7 @@ from typing import Any
 
 from .errors import UserError
 
-__all__ = ["add_import_argument", "find_as_parent_process", "import_modules", "leave_current_folder"]
+__all__ = ["find_as_parent_process", "import_modules", "leave_current_folder"]
 
 #: Tells child processes what `_FOLDERS` is, as JSON.
 _VARIABLE = "ESC_ARCH_PROJECT"
@@ -39,14 +38,6 @@ def leave_current_folder() -> None:
 
         flags = subprocess._args_from_interpreter_flags  # type: ignore[attr-defined]
         multiprocessing.util._args_from_interpreter_flags = lambda: ["-I", *flags()]  # type: ignore[attr-defined]
-
-
-def add_import_argument(parser: argparse.ArgumentParser) -> None:
-    """Add `--import`, whose modules are in `args.imports`."""
-    parser.add_argument(
-        "--import", dest="imports", nargs="+", action="extend", metavar="MODULE",
-        help="import this module of your own package first, such as hat.archs; looked for in the current folder, too",
-    )  # fmt: skip
 
 
 def import_modules(names: object, where: str) -> None:

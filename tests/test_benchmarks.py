@@ -5,13 +5,15 @@ from __future__ import annotations
 import importlib
 import json
 import logging
+import subprocess
 from collections.abc import Iterator
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+from fresh import run_script
 
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 TINY = {"dim": 8, "pdim": 4, "kernel_size": 3, "n_blocks": 1, "conv_blocks": 1, "window_size": 4, "num_heads": 2}
@@ -102,7 +104,8 @@ def test_settings_of_a_gpu(training: ModuleType) -> None:
     assert settings["+ checkpointing"].optimizer == {"fused": True}
 
 
-def test_memory_is_that_of_a_process_of_its_own(training: ModuleType, capsys: pytest.CaptureFixture[str]) -> None:
+def test_memory_is_that_of_a_process_of_its_own(training: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(training, "subprocess", SimpleNamespace(run=run_script, PIPE=subprocess.PIPE))
     args = training.parse_arguments([*STEP, "datasets:train:gt_size=128"])
     trial = training.Trial(training.settings_for("cpu", False)[0])
     peak = training.peak_of_own_process(args, 2, trial)
@@ -116,7 +119,7 @@ def test_loss_curves_of_two_precisions(
 ) -> None:
     monkeypatch.syspath_prepend(str(BENCHMARKS))
     curves = importlib.import_module("training_curves")
-    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    monkeypatch.setattr(curves, "subprocess", SimpleNamespace(run=run_script))
     monkeypatch.setattr(curves, "prepare_demo", lambda _: None)
     data = {
         "train:dataroot_gt": photographs.gt_lmdb,

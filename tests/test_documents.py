@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import importlib
 import re
 import shlex
 from collections.abc import Iterator
@@ -12,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from esc_arch.cli import VERBS
+from esc_arch.cli.arguments import add_arguments
 
 ROOT = Path(__file__).parents[1]
 DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -36,7 +36,7 @@ def test_commands_are_understood(document: Path) -> None:
     for verb, *words in commands(document):
         assert verb in VERBS
         parser = argparse.ArgumentParser(exit_on_error=False)
-        importlib.import_module(f"esc_arch.cli.{verb}").add_arguments(parser)
+        add_arguments(parser, verb)
         try:
             parser.parse_args(words)
         except (argparse.ArgumentError, SystemExit) as error:

@@ -10,13 +10,16 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 
 import pytest
 import torch
+import torch.nn.functional as F
+from fresh import run_script
+from torch import Tensor
 
 from esc_arch.modules.window_attention import WindowAttention
-from esc_arch.ops.window_attention import flex
+from esc_arch.ops.window_attention import Bias, dense_bias, flex
 
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 TINY = {"dim": 8, "pdim": 4, "kernel_size": 3, "n_blocks": 1, "conv_blocks": 1, "window_size": 4, "num_heads": 2}
@@ -37,7 +40,8 @@ def common(monkeypatch: pytest.MonkeyPatch) -> Iterator[ModuleType]:
     monkeypatch.syspath_prepend(str(BENCHMARKS))
     module = importlib.import_module("common")
     monkeypatch.setattr(module, "prepare_operators", lambda: "C++ operators as they are")  # they take half a minute
-    monkeypatch.setattr(flex, "_compiled", lambda: flex._attend)  # and so does this
+    monkeypatch.setattr(flex, "_compiled", lambda: attend)  # and so does this
+    monkeypatch.setattr(module, "gc", SimpleNamespace(collect=lambda: None))  # of all that tests have imported
     yield module
     logging.disable(disabled)
     torch.set_num_threads(threads)
@@ -51,6 +55,11 @@ def inference(common: ModuleType) -> ModuleType:
 @pytest.fixture
 def attention(common: ModuleType) -> ModuleType:
     return importlib.import_module("attention")
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor, bias: Bias, window: int, _: str | None) -> Tensor:
+    """What flex attention computes."""
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=dense_bias(bias, window).to(q.dtype))
 
 
 def rows(text: str) -> dict[str, dict[str, str]]:
@@ -177,7 +186,7 @@ def test_memory_is_that_of_a_process_of_its_own(
     request: pytest.FixtureRequest, common: ModuleType, name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     module = request.getfixturevalue(name)
-    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    monkeypatch.setattr(common, "subprocess", SimpleNamespace(run=run_script, PIPE=subprocess.PIPE))
     if name == "inference":
         args = module.parse_arguments([*NETWORK, "network_g:window_size=16"])
         args.output = 512, 512
@@ -285,7 +294,8 @@ def test_a_scale_without_option_file_is_said(inference: ModuleType, capsys: pyte
 
 def test_the_convolutions_of_convattn_are_compared() -> None:
     command = [sys.executable, str(BENCHMARKS / "conv_attn.py"), "--quick", "--rounds", "2"]
-    done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=200)
+    done = run_script(command)
+    assert done.returncode == 0, done.stderr
     assert "| ms (times as fast) | reference |" in done.stdout
     assert "| channels_last, 1x16x24x32, forward and backward | " in done.stdout
     errors = [float(cell) for cell in done.stdout.splitlines()[-1].split("|")[2:-1]]

@@ -1,6 +1,6 @@
 """The console command `basicsr`: a verb each, a file each.
 
-A verb's module has `add_arguments(parser)` and `run(args)`, which returns the exit status.
+A verb's module has `run(args)`, which returns the exit status; `arguments` has the flags of all.
 """
 
 from __future__ import annotations
@@ -15,9 +15,12 @@ from collections.abc import Sequence
 from types import ModuleType
 
 from esc_arch import __version__
+from esc_arch.atomic_io import system_fault
 from esc_arch.errors import FAULT, NO_BASICSR, UNREAD, UserError, describe
 from esc_arch.printing import safe_streams
 from esc_arch.project import import_modules, leave_current_folder
+
+from .arguments import add_arguments
 
 __all__ = ["VERBS", "main"]
 
@@ -42,6 +45,8 @@ VERBS = {
     ),
     "check": "Check option files and the data and weights they name, without running or writing anything.",
     "doctor": "Find what is wrong with this installation.",
+    "options": "List, show and copy the option files that come with esc_arch.",
+    "setup-training": "Install BasicSR 1.4.2, which training needs, on any Python.",
 }
 
 
@@ -76,28 +81,33 @@ def _run(argv: Sequence[str], called: str | None) -> int:
     leave_current_folder()
     try:
         for name, what in VERBS.items():
-            of_verb = parsers.add_parser(name, help=what, description=what)
-            if name == called:
-                verb = _module(name)
-                verb.add_arguments(of_verb)
+            add_arguments(parsers.add_parser(name, help=what, description=what), name)
+        if "_ARGCOMPLETE" in os.environ:  # a shell asks what could come next
+            import argcomplete
+
+            argcomplete.autocomplete(parser)
         args = parser.parse_args(argv)
+        verb = _module(args.verb)
         if args.verb != "doctor":  # where a failure is a line of the report
             # What modules print must not be in the midst of what `check --json` prints
             with contextlib.redirect_stdout(sys.stderr) if args.verb == "check" else contextlib.nullcontext():
                 import_modules(getattr(args, "imports", None), "--import")
         return int(verb.run(args))
-    except (UserError, KeyboardInterrupt) as error:
-        status, message = describe(error)
-        rank = os.environ.get("RANK", "0")
-        print(f"basicsr {called}{f' (rank {rank})' * (rank != '0')}: {message}", file=sys.stderr)
+    except (UserError, KeyboardInterrupt, OSError, SystemExit) as error:
         # Drop a data loader that the traceback holds: as cyclic garbage, it would keep its workers waiting for seconds
         traceback.clear_frames(error.__traceback__)
+        fault = system_fault(error) if isinstance(error, OSError) else None
+        if isinstance(error, SystemExit) or (isinstance(error, OSError) and fault is None):
+            raise
+        status, message = describe(error if fault is None else UserError(fault))
+        rank = os.environ.get("RANK", "0")
+        print(f"basicsr {called}{f' (rank {rank})' * (rank != '0')}: {message}", file=sys.stderr)
         return status
 
 
 def _module(verb: str) -> ModuleType:
     try:
-        return importlib.import_module(f"{__name__}.{verb}")
+        return importlib.import_module(f"{__name__}.{verb.replace('-', '_')}")
     except ModuleNotFoundError as error:
         if error.name != "basicsr":
             raise

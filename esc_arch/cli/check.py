@@ -14,33 +14,12 @@ from esc_arch.errors import USER_ERROR, UserError
 from esc_arch.options import CheckScope, inspect_options
 from esc_arch.options.files import YAMLError
 from esc_arch.options.schema import options_schema
+from esc_arch.printing import shown
 from esc_arch.problems import Problem, of_severity
-from esc_arch.project import add_import_argument
 
-__all__ = ["add_arguments", "run"]
+__all__ = ["PURPOSES", "run"]
 
-_PURPOSES = {"train": True, "test": False, "auto": None}
-
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add the files, what they are for, and how much is checked."""
-    what = parser.add_mutually_exclusive_group(required=True)
-    what.add_argument("-opt", nargs="+", metavar="FILE", help="option files (YAML)")
-    what.add_argument("--schema", action="store_true", help="print the JSON schema of option files, for editors")
-    parser.add_argument(
-        "--force_yml", nargs="+", default=[], metavar="KEY[:KEY...]=VALUE", help="set options over those of the files"
-    )
-    parser.add_argument(
-        "--for",
-        dest="purpose",
-        choices=list(_PURPOSES),
-        default="auto",
-        help="what the files are for; auto: training if they have a training set",
-    )
-    parser.add_argument("--auto_resume", action="store_true", help="as the flag of basicsr train")
-    add_import_argument(parser)
-    parser.add_argument("--no-data", action="store_true", help="the files alone, not the data, weights and GPUs")
-    parser.add_argument("--json", action="store_true", help="print the result as JSON")
+PURPOSES = {"train": True, "test": False, "auto": None}
 
 
 def run(args: argparse.Namespace) -> int:
@@ -64,7 +43,7 @@ def _check(file: str, args: argparse.Namespace) -> tuple[str | None, Sequence[Pr
         inspection = inspect_options(
             file,
             root_path=os.getcwd(),
-            is_train=_PURPOSES[args.purpose],
+            is_train=PURPOSES[args.purpose],
             force_yml=args.force_yml,
             auto_resume=args.auto_resume,
             scope=CheckScope(thorough=True, with_files=not args.no_data),
@@ -81,11 +60,11 @@ def _print(file: str, purpose: str | None, problems: Sequence[Problem]) -> None:
     for problem in errors:
         print(problem if problem.path else problem.message, file=sys.stderr)
     for problem in of_severity(problems, "note"):
-        print(f"OK  {file}: {problem.path}: {problem.message}")
+        print(shown(f"OK  {file}: {problem.path}: {problem.message}"))
     if errors:
-        print(f"{file}: {len(errors)} problem(s)", file=sys.stderr)
+        print(f"{shown(file)}: {len(errors)} problem(s)", file=sys.stderr)
     else:
-        print(f"OK  {file}: ready for basicsr {purpose}")
+        print(f"OK  {shown(file)}: ready for basicsr {purpose}")
 
 
 def _as_json(file: str, purpose: str | None, problems: Sequence[Problem]) -> Mapping[str, Any]:

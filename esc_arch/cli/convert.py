@@ -21,31 +21,10 @@ from esc_arch.checkpoints.conversion import (
 )
 from esc_arch.checkpoints.factorisation import factorise, output_error
 from esc_arch.checkpoints.published import resolve
-from esc_arch.data.photographs import read_photograph
 from esc_arch.errors import UserError
 from esc_arch.printing import shown
-from esc_arch.project import add_import_argument
 
-__all__ = ["add_arguments", "add_weights_arguments", "run"]
-
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add the file, where to write it, and what to do with it."""
-    parser.add_argument("input", type=Path, metavar="INPUT", help="a checkpoint (.pth, .safetensors), or a name")
-    parser.add_argument("-o", "--output", type=Path, metavar="OUTPUT", help="write it here; default: describe it only")
-    parser.add_argument("--to", choices=CHECKPOINT_FORMATS, help="format of OUTPUT; default: that of its suffix")
-    parser.add_argument("--fold", action="store_true", help="store the symmetrised large kernel, for inference only")
-    rank_help = "replace bias tables by factors of rank R (attn_type: FlashBias), and print the resulting errors"
-    parser.add_argument("--flashbias-rank", type=int, metavar="R", help=rank_help)
-    add_weights_arguments(parser, "OUTPUT")
-
-
-def add_weights_arguments(parser: argparse.ArgumentParser, output: str) -> None:
-    """Add which weights of the checkpoint to take, and whether to replace `output`."""
-    add_import_argument(parser)
-    parser.add_argument("--param-key", metavar="K", help="take the weights under K; default: params_ema, else params")
-    parser.add_argument("--window", type=int, metavar="W", help="window_size, which weights of ESCRIB do not determine")
-    parser.add_argument("--overwrite", action="store_true", help=f"replace {output} if it exists")
+__all__ = ["run"]
 
 
 def run(args: argparse.Namespace) -> int:
@@ -106,6 +85,8 @@ def _factorised(checkpoint: Checkpoint, rank: int) -> Checkpoint:
     _comment(f"  {'layer':{width}}  max error  energy kept")
     for error in errors:
         _comment(f"  {error.layer:{width}}  {error.largest:9.2e}  {error.kept:11.4%}")
+    from esc_arch.data.photographs import read_photograph  # BasicSR comes with it
+
     pixels = torch.from_numpy(read_photograph("astronaut")[60:124, 180:244, ::-1].copy())
     largest, psnr = output_error(checkpoint, factors, pixels.permute(2, 0, 1)[None] / 255)
     _comment(f"Output on a photograph: max difference {largest:.2g} (of 0 .. 1), PSNR {psnr:.2f} dB")

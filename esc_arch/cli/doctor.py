@@ -2,6 +2,6 @@
 
 from __future__ import annotations
 
-from esc_arch.tools.doctor.command import add_arguments, run
+from esc_arch.tools.doctor.command import run
 
-__all__ = ["add_arguments", "run"]
+__all__ = ["run"]

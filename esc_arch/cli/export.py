@@ -4,16 +4,14 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Callable
-from pathlib import Path
 
 from esc_arch.atomic_io import check_output
 from esc_arch.errors import UserError
+from esc_arch.printing import shown
 from esc_arch.tools import export
 from esc_arch.tools.upscale import load
 
-from .convert import add_weights_arguments
-
-__all__ = ["add_arguments", "run"]
+__all__ = ["run"]
 
 #: The suffix of each format, and what writes it.
 FORMATS: dict[str, tuple[str, Callable[..., export.ExportResult]]] = {
@@ -21,24 +19,6 @@ FORMATS: dict[str, tuple[str, Callable[..., export.ExportResult]]] = {
     "torch": (".pt2", export.export_program),
     "aoti": (".pt2", export.export_compiled),
 }
-
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add the checkpoint, the file, and its format."""
-    parser.add_argument(
-        "-m", "--model", type=Path, required=True, metavar="WEIGHTS", help=".pth, .safetensors or a name"
-    )
-    parser.add_argument("-o", "--output", type=Path, required=True, metavar="OUT", help="OUT.onnx or OUT.pt2")
-    parser.add_argument("--format", choices=FORMATS, help="onnx for .onnx; torch (default) or aoti for .pt2")
-    parser.add_argument("--opset", type=int, metavar="N", help="ONNX opset, 18 to 23 (default: 20)")
-    parser.add_argument("--batch", default="dynamic", metavar="N", help="batch size (default: dynamic)")
-    parser.add_argument("--size", default="dynamic", metavar="HxW", help="input size (default: dynamic)")
-    parser.add_argument("--half", action="store_true", help="ONNX in float16; input and output stay float32")
-    attention_help = "ONNX: a window at a time (default), or all at once for runtimes without loops, in far more memory"
-    parser.add_argument("--attention", choices=("windows", "whole"), help=attention_help)
-    parser.add_argument("--no-pad", action="store_true", help="leave padding to whole windows out of the graph")
-    parser.add_argument("--check", action=argparse.BooleanOptionalAction, default=True, help="compare with PyTorch")
-    add_weights_arguments(parser, "OUT")
 
 
 def run(args: argparse.Namespace) -> int:
@@ -62,7 +42,7 @@ def run(args: argparse.Namespace) -> int:
     for batch, largest in result.differences.items():
         print(f"  {batch}: max difference {largest:.2g}")
     compared = "not compared with PyTorch" if result.worst is None else f"max difference {result.worst:.2g} (of 0 .. 1)"
-    print(f"Wrote {args.output} ({args.output.stat().st_size:,} bytes), input {shape}; {compared}")
+    print(f"Wrote {shown(args.output)} ({args.output.stat().st_size:,} bytes), input {shape}; {compared}")
     return 0
 
 

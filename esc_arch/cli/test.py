@@ -6,10 +6,9 @@ import argparse
 
 import basicsr.test
 
-from esc_arch.options import add_arguments
 from esc_arch.training.pipeline import run_pipeline
 
-__all__ = ["add_arguments", "run"]
+__all__ = ["run"]
 
 
 def run(args: argparse.Namespace) -> int:

@@ -7,62 +7,25 @@ import logging
 import os
 import sys
 from functools import partial
-from pathlib import Path
 
 import torch
 from tqdm import tqdm
 
 from esc_arch.checkpoints.published import INCLUDED
 from esc_arch.errors import FAULT, UserError
+from esc_arch.ops.cpu import background
 from esc_arch.printing import shown
-from esc_arch.project import add_import_argument
-from esc_arch.tools.upscale.batch import EXTENSIONS, BatchOptions, BatchReport, UpscaleTask, find_tasks, upscale_files
+from esc_arch.tools.upscale.batch import BatchOptions, BatchReport, UpscaleTask, find_tasks, upscale_files
 from esc_arch.tools.upscale.image_writer import EncodeSpec
 from esc_arch.tools.upscale.memory import parse_memory
 from esc_arch.tools.upscale.network import load
-from esc_arch.tools.upscale.upscaling import ALPHAS, Settings
+from esc_arch.tools.upscale.upscaling import Settings
 from esc_arch.tools.video import upscaling as video
 
-__all__ = ["add_arguments", "run"]
+__all__ = ["run"]
 
 #: Names of failed files that the last line has room for.
 NAMED = 20
-
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add the command's arguments."""
-    add_import_argument(parser)
-    add = parser.add_argument
-    add(
-        "-i",
-        "--input",
-        nargs="+",
-        required=True,
-        help="files, and folders with all in them; - reads a list, one a line",
-    )
-    add("-o", "--output", type=Path, required=True, help="a folder, or a file when the input is one file")
-    model_help = (
-        ".pth, .safetensors, or a name (basicsr weights); default: a small network of scale 2, or 4 for -s above 2"
-    )
-    add("-m", "--model", metavar="WEIGHTS", help=model_help)
-    add("-s", "--outscale", type=float, metavar="S", help="enlarge by S; default: as the network does")
-    add("-t", "--tile", type=int, default=0, metavar="N", help="parts of at most N pixels, with the same result")
-    add("--tile_pad", type=int, metavar="N", help="accepted without effect: parts need no overlap")
-    add("--pre_pad", type=int, default=0, metavar="N", help="pixels added at each side, then cropped")
-    add("--max-memory", metavar="SIZE", help="such as 2G: in parts that fit, with the same result")
-    add("--fp32", action="store_true", help="full precision on GPUs, too; CPUs always have it")
-    add("-g", "--gpu-id", type=int, metavar="N", help="this GPU; -1 is the CPU; default: the first GPU")
-    add("--batch", type=int, metavar="N", help="images of one size that run together")
-    add("--alpha_upsampler", choices=ALPHAS, default="network", help="for alpha; default: network")
-    add("--suffix", default="out", help="results are NAME_SUFFIX; default: out; '' for none")
-    add("--ext", choices=EXTENSIONS, default="auto", help="format of results; auto: the input's")
-    add("--quality", type=int, default=95, metavar="Q", help="of JPEG and WebP, 1 to 100; default: 95")
-    add("--lossless", action="store_true", help="WebP without loss")
-    add("--codec", default="auto", metavar="NAME", help="encoder of videos; default: libx264, or libvpx-vp9 in .webm")
-    add("--crf", type=float, metavar="Q", help="CRF of videos, 0 is best; default: 17 for x264")
-    add("--pixel-format", default="auto", metavar="NAME", help="of videos, FFmpeg's name; default: the source's")
-    add("--overwrite", action="store_true", help="overwrite existing results (default: skip)")
-    add("--window", type=int, metavar="W", help="window_size, which weights of ESCRIB do not say")
 
 
 def run(args: argparse.Namespace) -> int:
@@ -89,6 +52,8 @@ def run(args: argparse.Namespace) -> int:
     )
     print(upscaler, *upscaler.assumptions, sep="\n  ")
     progress = _Progress(len(tasks))
+    if upscaler.device.type == "cpu" and not args.no_build:
+        background.start_build(progress.note)
     upscale_video = partial(
         video.upscale_video,
         upscaler,
@@ -121,8 +86,8 @@ def _included(outscale: float | None) -> str:
 
 
 def _options(args: argparse.Namespace) -> BatchOptions:
-    if args.batch is not None and args.batch < 1:
-        raise UserError(f"--batch {args.batch}: give a number of images, 1 or more.")
+    if args.batch is not None and not 1 <= args.batch <= 10_000:
+        raise UserError(f"--batch {args.batch}: give a number of images, from 1 to 10000.")
     if not 1 <= args.quality <= 100:
         raise UserError(f"--quality {args.quality}: give a number from 1 to 100.")
     if "/" in args.suffix or "\\" in args.suffix:
@@ -136,7 +101,10 @@ def _listed() -> list[str]:
     """Names from standard input, of any bytes: one a line, or each before a NUL, as `find -print0` writes them."""
     if sys.stdin is None:
         raise UserError("-i -: standard input is closed. Send it a list of names, or name the files.")
-    text = os.fsdecode(sys.stdin.buffer.read())
+    try:
+        text = os.fsdecode(sys.stdin.buffer.read())
+    except OSError as error:
+        raise UserError(f"-i -: standard input cannot be read: {error.strerror}.") from error
     lines = text.split("\0") if "\0" in text else text.replace("\r\n", "\n").split("\n")
     return [line for line in lines if line.strip()]
 

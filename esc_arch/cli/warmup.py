@@ -8,36 +8,25 @@ import time
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
-from basicsr.archs import build_network
 from torch import Tensor, nn
 
 from esc_arch.archs import ESC
 from esc_arch.errors import FAULT, UserError
-from esc_arch.models.performance import PerformanceOptions
 from esc_arch.modules.window_attention import WindowAttention
 from esc_arch.ops import cpu
 from esc_arch.ops.autotune.runner import autotune_gpus
 from esc_arch.ops.cpu import building
 from esc_arch.ops.operation import UnusableBackend
 from esc_arch.ops.window_attention import WINDOW_ATTENTION
-from esc_arch.options import CheckScope, inspect_options
 from esc_arch.problems import of_severity
-from esc_arch.project import add_import_argument
 
-__all__ = ["add_arguments", "run"]
+if TYPE_CHECKING:
+    from esc_arch.models.performance import PerformanceOptions
 
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add the network, the size of the image, and the device."""
-    opt_help = "option file; one to train makes the backward pass ready, too (default: base ESC, x2, x3 and x4)"
-    parser.add_argument("-opt", metavar="FILE", help=opt_help)
-    add_import_argument(parser)
-    parser.add_argument("--size", metavar="HxW", default="128x128", help="of the LR image; default: 128x128")
-    parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
-    again_help = "try the Triton kernels on this GPU again, as after a failure"
-    parser.add_argument("--again", action="store_true", help=again_help)
+__all__ = ["run"]
 
 
 def run(args: argparse.Namespace) -> int:
@@ -45,7 +34,7 @@ def run(args: argparse.Namespace) -> int:
 
     Raises UserError for an invalid size, device or option file, and for an attention backend that cannot run here.
     """
-    size = re.fullmatch(r"([1-9]\d*)x([1-9]\d*)", args.size.lower())
+    size = re.fullmatch(r"([1-9]\d{0,4})x([1-9]\d{0,4})", args.size.lower())
     if size is None:
         raise UserError(f"--size {args.size}: give rows and columns of the LR image, such as 128x128.")
     device = _device(args.device)
@@ -68,6 +57,11 @@ def _device(name: str) -> torch.device:
 
 def _from_option_file(file: str) -> tuple[nn.Module, PerformanceOptions | None]:
     """The network of an option file, and how it is trained if it is; data and weights need not be there."""
+    from basicsr.archs import build_network
+
+    from esc_arch.models.performance import PerformanceOptions
+    from esc_arch.options import CheckScope, inspect_options
+
     inspection = inspect_options(file, root_path=".", is_train=None, scope=CheckScope(with_files=False))
     if errors := of_severity(inspection.problems, "error"):
         raise UserError("; ".join(map(str, errors)))
@@ -83,7 +77,7 @@ def _build_operators() -> int:
     if not cpu.ready():
         print("Building the C++ operators (1 to 3 minutes, once) ...", flush=True)
     try:
-        seconds = cpu.build()
+        seconds = cpu.build(lambda done, total: print(f"  {done} of {total} parts are compiled", flush=True))
     except RuntimeError as error:
         print(f"{error}\nPyTorch's own operators are used instead: slower, with the same results.")
         return FAULT if error.__cause__ is not None else 0  # what was tried failed, or there is nothing to try with

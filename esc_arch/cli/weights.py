@@ -7,11 +7,7 @@ import argparse
 from esc_arch.checkpoints.published import named_weights, release_page
 from esc_arch.printing import shown
 
-__all__ = ["add_arguments", "run"]
-
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """There are none."""
+__all__ = ["run"]
 
 
 def run(args: argparse.Namespace) -> int:

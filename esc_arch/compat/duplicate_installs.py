@@ -56,8 +56,7 @@ def mixed(installed: dict[str, Distribution]) -> tuple[str, str]:
     versions = " and ".join(f"{name} {distribution.version}" for name, distribution in installed.items())
     return (
         f"{versions} are installed, each of which is a BasicSR: in one folder their files replace each other's",
-        f"Keep one: pip uninstall {' '.join(installed)}, then "
-        f"pip install --no-build-isolation basicsr==1.4.2 (or the other).",
+        f"Keep one: pip uninstall {' '.join(installed)}, then basicsr setup-training (or pip install the other).",
     )
 
 

@@ -13,7 +13,7 @@ from basicsr.utils import check_resume
 from basicsr.utils.dist_util import master_only
 from torch import Tensor
 
-from esc_arch.atomic_io import remove_partial, write_atomically
+from esc_arch.atomic_io import read_regular, remove_partial, write_atomically
 from esc_arch.checkpoints.reading import find_weights, read_checkpoint, require_usable
 from esc_arch.errors import UserError
 from esc_arch.printing import shown
@@ -55,7 +55,7 @@ def make_exp_dirs(original: Original, opt: dict[str, Any]) -> None:
 @patch("basicsr.train", "copy_opt_file", "option files are UTF-8 whatever the locale")
 @master_only
 def copy_opt_file(_: Original, opt_file: str, experiments_root: str) -> None:
-    text = Path(opt_file).read_text(encoding="utf-8")
+    text = read_regular(opt_file, pipes=True).decode()
     header = f"# GENERATE TIME: {time.asctime()}\n# CMD:\n# {shown(' '.join(sys.argv))}\n\n"
     write_atomically(Path(experiments_root, os.path.basename(opt_file)), (header + text).encode())
 

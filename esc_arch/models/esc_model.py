@@ -343,13 +343,16 @@ class ESCModel(SRModel):
         images = {key: tensor2img([visuals[of]]) for key, of in (("img", "result"), ("img2", "gt")) if of in visuals}
         del self.lq, self.output
         folder = Path(self.opt["path"]["visualization"])
-        if save_img:  # where BasicSR saves it
+        finite = bool(visuals["result"].isfinite().all())
+        if not finite:
+            problem = f"The result for {name} of {dataset} has infinite or NaN pixels"
+            if not self.opt["is_train"]:
+                raise UserError(f"{problem}: the weights are broken. Use others.")
+            logger.warning("%s: it has no PSNR.", problem)
+        if save_img and finite:  # where BasicSR saves it
             suffix = current_iter if self.opt["is_train"] else val.get("suffix") or self.opt["name"]
             file = folder / (name if self.opt["is_train"] else dataset) / f"{name}_{suffix}.png"
             imwrite(images["img"], str(file))
-        finite = bool(visuals["result"].isfinite().all())
-        if not finite:
-            logger.warning("The result for %s of %s has infinite or NaN pixels: it has no PSNR.", name, dataset)
         metrics = {
             key: float(calculate_metric(images, self.metric_options(metric))) if finite else math.nan
             for key, metric in (val.get("metrics") or {}).items()

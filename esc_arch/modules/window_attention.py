@@ -168,7 +168,9 @@ class FlashWindowAttention(WindowAttention):
 
     def __init__(self, *, dim: int, window_size: int, num_heads: int, attn_type: str = "auto") -> None:
         super().__init__(dim=dim, window_size=window_size, num_heads=num_heads, attn_type=attn_type)
-        self.relative_position_bias = nn.Parameter(torch.randn(num_heads, (2 * window_size - 1) ** 2) * 0.001)
+        table = torch.empty(num_heads, (2 * window_size - 1) ** 2)
+        # (Without data, normal_ would do nothing but import torch's compiler)
+        self.relative_position_bias = nn.Parameter(table if table.is_meta else table.normal_(std=0.001))
 
     def position_bias(self) -> Bias:
         return self.relative_position_bias

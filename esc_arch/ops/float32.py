@@ -7,6 +7,8 @@ from contextlib import contextmanager
 
 import torch
 
+from esc_arch.ops.compiling import constant_when_compiled
+
 __all__ = ["float32_products", "tf32_in_convolutions", "tf32_in_products"]
 
 
@@ -23,14 +25,14 @@ def float32_products(*, tf32: bool) -> Iterator[None]:
         torch.backends.cudnn.allow_tf32 = convolutions
 
 
-@torch.compiler.assume_constant_result
+@constant_when_compiled
 def tf32_in_products() -> bool:
     """True if PyTorch has been told to multiply float32 in matrix products as TF32."""
     matmul = torch.backends.cuda.matmul
     return (getattr(matmul, "fp32_precision", None) or ("tf32" if matmul.allow_tf32 else "ieee")) == "tf32"
 
 
-@torch.compiler.assume_constant_result
+@constant_when_compiled
 def tf32_in_convolutions() -> bool:
     """True if PyTorch has been told to multiply float32 in convolutions as TF32."""
     convolutions = torch.backends.cudnn

@@ -9,6 +9,8 @@ from functools import cache
 import torch
 from torch import Tensor
 
+from esc_arch.ops.compiling import constant_when_compiled
+
 __all__ = ["INTERPRETED", "missing", "precision", "unsupported_reasons"]
 
 #: True if Triton runs kernels in its interpreter, on the CPU: slow, to check their arithmetic.
@@ -26,7 +28,7 @@ def unsupported_reasons(x: Tensor) -> list[str]:
     return reasons
 
 
-@torch.compiler.assume_constant_result
+@constant_when_compiled
 def missing(device: str, index: int | None) -> str:
     """What this machine lacks; empty when nothing. Constant under torch.compile.
 

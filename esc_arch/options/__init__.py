@@ -13,7 +13,6 @@ from basicsr.utils.dist_util import get_dist_info
 
 from esc_arch.errors import UserError
 from esc_arch.problems import of_severity
-from esc_arch.project import add_import_argument
 from esc_arch.training.distributed import gather_objects, init_dist, print_note, resolve_launcher
 
 from .checks import check_options, inspect_options
@@ -23,7 +22,6 @@ from .section_checks import CheckScope
 __all__ = [
     "CheckScope",
     "Options",
-    "add_arguments",
     "apply_force_yml",
     "check_options",
     "checked_options",
@@ -32,28 +30,6 @@ __all__ = [
     "load_yaml",
     "parse_options",
 ]
-
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add BasicSR's flags to `parser`."""
-    parser.add_argument("-opt", required=True, metavar="FILE", help="option file (YAML)")
-    parser.add_argument(
-        "--launcher",
-        choices=["none", "pytorch", "slurm"],
-        default="none",
-        help="what started the processes; torchrun is recognised",
-    )
-    parser.add_argument("--auto_resume", action="store_true", help="go on from the last saved training state")
-    parser.add_argument("--debug", action="store_true", help="a short try: log, validate and save every few iterations")
-    # Processes started by torch.distributed.launch are given it, in either spelling (fault 19).
-    parser.add_argument("--local_rank", "--local-rank", type=int, default=0, help=argparse.SUPPRESS)
-    parser.add_argument(
-        "--force_yml",
-        nargs="+",
-        metavar="KEY[:KEY...]=VALUE",
-        help="set options over those of the file, such as train:ema_decay=0.999",
-    )
-    add_import_argument(parser)
 
 
 def parse_options(root_path: str, is_train: bool, args: argparse.Namespace) -> tuple[Options, argparse.Namespace]:
@@ -65,7 +41,7 @@ def parse_options(root_path: str, is_train: bool, args: argparse.Namespace) -> t
     Args:
         root_path: the folder that `experiments/` and `results/` are in; with `--auto_resume` the current one (fault 7).
         is_train: True to train, False to test.
-        args: what a parser made by `add_arguments` returns; its launcher is replaced by the real one.
+        args: the flags of `basicsr train` or `test`; its launcher is replaced by the real one.
 
     Raises:
         UserError: with every problem of the option file, `--force_yml` and the launcher.

@@ -6,6 +6,7 @@ BasicSR 1.4.2 reads option files with a loader whose tags can call any function,
 
 from __future__ import annotations
 
+import io
 import logging
 import os
 import re
@@ -15,6 +16,7 @@ from typing import Any
 
 import yaml
 
+from esc_arch.atomic_io import read_regular
 from esc_arch.errors import UserError
 from esc_arch.problems import Place
 from esc_arch.project import import_modules
@@ -112,7 +114,7 @@ def load_with_positions(text_or_path: str | os.PathLike[str]) -> tuple[Options, 
     if "\n" not in text:
         file, source = text, f"option file {text}"
         try:
-            text = Path(file).read_text(encoding="utf-8-sig")
+            text = io.TextIOWrapper(io.BytesIO(read_regular(file, pipes=True)), encoding="utf-8-sig").read()
         except FileNotFoundError:
             raise UserError(f"{source} does not exist (looked for {Path(file).absolute()}).") from None
         except UnicodeDecodeError as error:

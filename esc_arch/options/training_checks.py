@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import inspect
+import math
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -15,7 +16,7 @@ from torch import nn
 
 from esc_arch.losses import ImageLoss
 from esc_arch.models import ESCLTEModel, ESCModel
-from esc_arch.problems import Problem
+from esc_arch.problems import Problem, wrong_value
 from esc_arch.training import parameter_groups
 from esc_arch.training.optimizers import NO_MUON, OPTIMIZERS, build_optimizer
 from esc_arch.training.schedulers import SCHEDULERS, TORCH_SCHEDULERS, build_scheduler
@@ -105,6 +106,9 @@ def _check_optimizer(path: str, section: Any) -> Iterator[Problem]:
     problems = list(check_call(path, section, OPTIMIZERS, supplied=["params"], needed=["lr"], registered=False))
     yield from problems
     if not problems:
+        for key, value in section.items():
+            if isinstance(value, float) and not math.isfinite(value):
+                yield wrong_value(f"{path}:{key}", value, "a finite number")
         try:
             _trial_optimizer(section)
         except Exception as error:  # of any kind: torch does not look at the types of all of its arguments

@@ -11,7 +11,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from esc_arch.atomic_io import write_atomically
+from esc_arch.atomic_io import read_regular, write_atomically
 
 __all__ = ["History"]
 
@@ -45,7 +45,7 @@ class History:
         """All records; a line that was cut off, when the process was killed or the disk was full, is left out."""
         lines: list[bytes] = []
         with self._warning(), suppress(FileNotFoundError):
-            lines = self.path.read_bytes().splitlines()
+            lines = read_regular(self.path).splitlines()
         return [record for line in lines if (record := _parse(line)) is not None]
 
     def truncate(self, iteration: int) -> None:

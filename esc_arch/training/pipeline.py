@@ -10,9 +10,13 @@ from collections.abc import Callable
 from types import ModuleType
 from typing import Any
 
+import basicsr  # noqa: F401  first: what comes with it imports modules of this package
+from basicsr.utils.registry import ARCH_REGISTRY
+
 from esc_arch import options
 from esc_arch.errors import describe
-from esc_arch.training.distributed import abort_all_ranks
+from esc_arch.ops.cpu import background
+from esc_arch.training.distributed import abort_all_ranks, print_note
 
 __all__ = ["run_pipeline", "run_within"]
 
@@ -31,7 +35,7 @@ def run_within(module: ModuleType, pipeline: Callable[[str], None], args: argpar
     """`run_pipeline` for a caller that is within `abort_all_ranks`, and may run several one after the other."""
     # The pipelines call this name; basicsr's function reads sys.argv and evaluates parts of it
     original: Callable[..., Any] = module.parse_options
-    module.parse_options = functools.partial(options.parse_options, args=args)  # type: ignore[attr-defined]
+    module.parse_options = functools.partial(_parse_options, args=args)  # type: ignore[attr-defined]
     # What parts of esc_arch that do not know BasicSR log goes to the log of the run, too
     ours, handler = logging.getLogger("esc_arch"), _IntoTheLog()
     level = ours.level
@@ -43,6 +47,22 @@ def run_within(module: ModuleType, pipeline: Callable[[str], None], args: argpar
         module.parse_options = original  # type: ignore[attr-defined]
         ours.removeHandler(handler)
         ours.setLevel(level)
+
+
+def _parse_options(root_path: str, is_train: bool, args: argparse.Namespace) -> tuple[Any, argparse.Namespace]:
+    """The options of the run, which on a CPU begins when the C++ operators are built.
+
+    It does not go on without them meanwhile: a run must not change its last digits on the way.
+    """
+    opt, args = options.parse_options(root_path, is_train, args)
+    # (Several pipelines of `basicsr benchmark quality` come here, which has no such flag)
+    if opt["num_gpu"] == 0 and not getattr(args, "no_build", True) and _is_ours(opt["network_g"]["type"]):
+        background.build_aloud(print_note)
+    return opt, args
+
+
+def _is_ours(network: str) -> bool:
+    return str(ARCH_REGISTRY.get(network).__module__).startswith("esc_arch.")
 
 
 class _IntoTheLog(logging.Handler):

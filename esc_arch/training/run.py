@@ -213,5 +213,9 @@ def what_is_saved(opt: Mapping[str, Any]) -> str:
 
 
 def saved_states(folder: Path) -> list[Path]:
-    """The files `ITERATION.state` in a folder, the newest last."""
-    return sorted((path for path in folder.glob("*.state") if path.stem.isdigit()), key=lambda path: int(path.stem))
+    """The files `ITERATION.state` in a folder, the newest last; OSError if it is there and cannot be read."""
+    try:
+        states = [path for path in folder.iterdir() if path.suffix == ".state" and path.stem.isdigit()]
+    except FileNotFoundError:
+        return []
+    return sorted(states, key=lambda path: int(path.stem))

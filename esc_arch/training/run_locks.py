@@ -7,7 +7,7 @@ from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any
 
-from esc_arch.atomic_io import locked
+from esc_arch.atomic_io import locked, system_fault
 from esc_arch.errors import UserError
 
 __all__ = ["lock_run", "run_locks"]
@@ -33,7 +33,8 @@ def lock_run(opt: dict[str, Any]) -> None:
     try:
         lock.__enter__()
     except UserError as error:
-        raise error.__cause__ or error from None  # which says more of a folder that cannot be written
+        cause = error.__cause__  # which says more of a folder that cannot be written
+        raise cause if isinstance(cause, OSError) and system_fault(cause) else error from None
     _held[folder] = lock
 
 

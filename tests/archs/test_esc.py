@@ -33,6 +33,7 @@ from torch._dynamo.utils import counters
 
 from esc_arch import ESC
 from esc_arch.ops.conv_attn import symmetrise
+from esc_arch.ops.window_attention import flex
 
 # --- names and counts ----------------------------------------------------------------------------------------------
 
@@ -109,14 +110,15 @@ def test_initial_values() -> None:
 
 
 # --- compilers -----------------------------------------------------------------------------------------------------
-# They come first, so that what the test that starts from nothing compiles serves all others.
 
 
 @needs_compiler
-def test_flex_is_compiled_once_for_all_sizes_and_networks() -> None:
-    """Expensive: it starts from nothing, some 15 s. A single window is a second case, anything else is not."""
+def test_flex_is_compiled_once_for_all_sizes_and_networks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A single window is a second case, anything else is not. What is traced is counted; other tests generate code."""
     torch._dynamo.reset()
     counters.clear()
+    traced = torch.compile(flex._attend, backend="eager")
+    monkeypatch.setattr(flex, "_compiled", lambda: traced)
     net = small_esc(attn_type="flex", n_blocks=2, conv_blocks=1)
     networks = [net, copy.deepcopy(net), small_esc(seed=7, attn_type="flex", conv_blocks=1)]
     batches = [(1, (9, 10)), *((batch, size) for size in SIZES for batch in (1, 2))]
@@ -124,7 +126,7 @@ def test_flex_is_compiled_once_for_all_sizes_and_networks() -> None:
         for batch, size in batches:
             for each in networks:
                 each(image(batch, 3, *size))
-    assert counters["stats"]["unique_graphs"] <= 2
+    assert 1 <= counters["stats"]["unique_graphs"] <= 2
 
 
 @needs_compiler

@@ -12,6 +12,7 @@ import pytest
 import torch
 from basicsr.archs import build_network
 from basicsr.utils.registry import ARCH_REGISTRY, Registry
+from fresh import run_code
 from networks import SMALL, image, normal, randomise
 from other_packages import OUR_NAMES, write_project
 
@@ -184,22 +185,22 @@ print(json.dumps(facts))
 """
 
 
-def test_import_after_a_failed_import_of_basicsr_and_once_more(run_script: Callable[..., Any]) -> None:
+def test_import_after_a_failed_import_of_basicsr_and_once_more(tmp_path: Path) -> None:
     code = IMPORT_BASICSR_IN_VAIN + "import esc_arch\n" + BUILD + IMPORT_AGAIN + BUILD
-    run = run_script(code + 'print("all is well")')
-    assert run.status == 0, run.err
-    assert "all is well" in run.out
+    run = run_code(code + 'print("all is well")', tmp_path)
+    assert run.returncode == 0, run.stderr
+    assert "all is well" in run.stdout
 
 
 @pytest.mark.parametrize("order", ["before", "after"])
-def test_another_package_with_names_of_ours(order: str, start_script: Callable[..., Any], tmp_path: Path) -> None:
+def test_another_package_with_names_of_ours(order: str, tmp_path: Path) -> None:
     """It has them, whether it is imported before or after, and ours have names of their own."""
     write_project(tmp_path)
     theirs = ["hat.archs", "hat.models", "hat.data", "hat.losses"]
     modules = [*theirs, "esc_arch"] if order == "before" else ["esc_arch", *theirs]
-    run = start_script(f"import sys; sys.argv[1:] = {modules}" + IMPORT_BOTH, tmp_path)
-    assert run.status == 0, run.err
-    facts = json.loads(run.out.splitlines()[-1])
+    run = run_code(f"import sys; sys.argv[1:] = {modules}" + IMPORT_BOTH, tmp_path)
+    assert run.returncode == 0, run.stderr
+    facts = json.loads(run.stdout.splitlines()[-1])
     for registry, names in OUR_NAMES.items():
         for name in names:
             assert facts[registry][name].startswith("hat.")
@@ -223,7 +224,7 @@ def test_recognised_networks_are_ours_whoever_has_the_name(monkeypatch: pytest.M
 
 
 IMPORT_FIRST = """
-import importlib, os, torch, torchvision, scipy.stats, esc_arch
+import importlib, os, esc_arch
 for module in ("data.hr_images", "models.metrics", "options.files", "training.data_order"):
     process = os.fork()
     if process == 0:
@@ -235,14 +236,14 @@ for module in ("data.hr_images", "models.metrics", "options.files", "training.da
 """
 
 
-def test_modules_that_are_imported_before_basicsr(run_script: Callable[..., Any]) -> None:
+def test_modules_that_are_imported_before_basicsr(tmp_path: Path) -> None:
     """They lead to the import of BasicSR, with which our classes are registered, which import those modules."""
-    run = run_script(IMPORT_FIRST)
-    assert run.status == 0, run.err
+    run = run_code(IMPORT_FIRST, tmp_path)
+    assert run.returncode == 0, run.stderr
 
 
-def test_parts_are_found_without_an_import_of_their_own(run_script: Callable[..., Any]) -> None:
+def test_parts_are_found_without_an_import_of_their_own(tmp_path: Path) -> None:
     code = (
         "import esc_arch\nassert {'ESC', 'archs', 'graphs'} <= set(dir(esc_arch))\nprint(esc_arch.archs.ESC.__name__)"
     )
-    assert run_script(code).out == "ESC\n"
+    assert run_code(code, tmp_path).stdout == "ESC\n"

@@ -204,6 +204,11 @@ def test_words_that_yaml_takes_for_something_else(check: Any) -> None:
     )
 
 
+def test_an_infinite_learning_rate(check: Any, train_options: Any) -> None:
+    train_options["train"]["optim_g"]["lr"] = float("inf")
+    assert "train:optim_g:lr: inf given; must be a finite number" in check(train_options)[2]
+
+
 def test_odd_numbers_are_told(check: Any, train_options: Any) -> None:
     train_options["manual_seed"] = "SEED"
     text = yaml.safe_dump(train_options, sort_keys=False)
@@ -282,6 +287,14 @@ def test_without_data(check: Any, train_options: Any) -> None:
     assert (status, err) == (0, "")
     assert out.splitlines()[0].startswith("OK  a.yml: network_g: ESC can be built")
     assert check(train_options)[0] == 2
+
+
+def test_states_of_an_earlier_run_that_cannot_be_read(check: Any, train_options: Any, work_folder: Path) -> None:
+    states = work_folder / "experiments" / train_options["name"] / "training_states"
+    states.parent.mkdir(parents=True)
+    states.touch()  # a file, or a folder without permission, which root would not meet
+    status, _, err = check(train_options, "--auto_resume")
+    assert status == 2 and re.search(r"path:training_states: .*training_states cannot be written", err)
 
 
 def test_weights(check: Any, train_options: Any) -> None:

@@ -224,6 +224,9 @@ def test_a_new_process_writes_where_it_is_run_and_nowhere_else(run_basicsr: Any,
     assert {path.name for path in run.folder.iterdir()} == {"experiments", "tb_logger", "trial.yml"}
     new_network(train_options).load_state_dict(run.weights(), strict=True)
     assert installed() == before
+    pytest.importorskip("matplotlib")
+    height, width, _ = cv2.imread(str(run.experiment() / "training.png")).shape
+    assert width > height > 500  # of four panels; other tests draw none
 
 
 # --- going on -----------------------------------------------------------------------------------------------------
@@ -358,6 +361,15 @@ def test_testing_measures_what_training_saved(
     ]
     assert psnr == pytest.approx(sum(measured) / 2, abs=2e-4)
     assert {path.name for path in run.folder.iterdir()} == {"experiments", "results", "trial.yml"}
+
+
+def test_weights_whose_results_are_no_numbers(run_basicsr: Any, test_options: Any, work_folder: Path) -> None:
+    weights = ESC(**{key: value for key, value in test_options["network_g"].items() if key != "type"}).state_dict()
+    torch.save({"params": {name: torch.full_like(value, 1e30) for name, value in weights.items()}}, "huge.pth")
+    test_options["path"] = {"pretrain_network_g": "huge.pth"}
+    run = run_basicsr("test", test_options)
+    assert run.status == 2 and "has infinite or NaN pixels: the weights are broken. Use others." in run.err
+    assert not list(work_folder.glob("results/trial/visualization/**/*.png"))
 
 
 def test_a_test_repeated_keeps_the_first_results(run_basicsr: Any, test_options: Any, take_snapshot: Any) -> None:

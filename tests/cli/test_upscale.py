@@ -7,12 +7,12 @@ import os
 import re
 import signal
 import socket
-import subprocess
 import sys
 import time
 from collections.abc import Callable
 from concurrent.futures import Future
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import cv2
@@ -21,6 +21,7 @@ import pytest
 import torch
 from conftest import NETWORK
 from PIL import Image
+from ranks import finish, start_forked
 from skimage.data import astronaut
 
 import esc_arch
@@ -105,6 +106,11 @@ def test_a_list_from_nowhere(run: Upscale, monkeypatch: pytest.MonkeyPatch) -> N
     status, _, err = run("-i", "-", "-o", "out")
     assert (status, len(err.splitlines())) == (2, 1)
     assert "-i -: standard input is closed. Send it a list of names" in err
+    with open(os.devnull, "w") as written:
+        unreadable = SimpleNamespace(read=lambda: os.read(written.fileno(), 1))
+        monkeypatch.setattr(sys, "stdin", SimpleNamespace(buffer=unreadable))
+        status, _, err = run("-i", "-", "-o", "out")
+    assert (status, len(err.splitlines())) == (2, 1) and "standard input cannot be read: Bad file descriptor" in err
 
 
 @pytest.mark.parametrize(("ext", "kind"), [("png", "PNG"), ("jpg", "JPEG"), ("webp", "WEBP"), ("tiff", "TIFF")])
@@ -415,7 +421,7 @@ def test_results_beside_inputs_are_no_inputs(run: Upscale) -> None:
         (["-i", "a.png", "a.png", "-o", "b.png"], "Several inputs need a folder: -o FOLDER, not b.png."),
         (["-i", ".", "-o", "b.png"], "Several inputs need a folder: -o FOLDER, not b.png."),
         (["-i", "a.png", "-o", "a.png/out"], "a.png/out: cannot be written to: Not a directory. Choose another -o."),
-        (["-i", "a.png", "-o", "out", "--batch", "0"], "--batch 0: give a number of images, 1 or more."),
+        (["-i", "a.png", "-o", "out", "--batch", "0"], "--batch 0: give a number of images, from 1 to 10000."),
         (["-i", "a.png", "-o", "out", "--quality", "0"], "--quality 0: give a number from 1 to 100."),
         (["-i", "a.png", "-o", "out", "--suffix", "a/b"], "--suffix a/b: a suffix is a part of a name"),
         (["-i", "a.png", "-o", "out", "-s", "-1"], "The scale is -1; it must be a number above 0."),
@@ -579,15 +585,14 @@ def test_ctrl_c_while_the_last_file_is_waited_for(run: Upscale, monkeypatch: pyt
 def test_a_signal_ends_the_process(work_folder: Path, weights: Path) -> None:
     for index in range(400):
         put(f"in/{index}.png", PHOTOGRAPH.repeat(4, axis=0).repeat(4, axis=1))
-    command = [sys.executable, "-m", "esc_arch", "upscale", "-i", "in", "-o", "out", "-m", str(weights), "-g", "-1"]
-    environment = os.environ | {"PYTHONPATH": str(Path(esc_arch.__file__).parents[1]), "OMP_NUM_THREADS": "1"}
-    process = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    command = ["upscale", "-i", "in", "-o", "out", "-m", str(weights), "-g", "-1"]
+    process = start_forked(work_folder, main, command)
     deadline = time.monotonic() + 100
-    while not list(Path("out").glob("*_out.png")) and time.monotonic() < deadline and process.poll() is None:
+    while not list(Path("out").glob("*_out.png")) and time.monotonic() < deadline and process.is_alive():
         time.sleep(0.05)
-    process.send_signal(signal.SIGINT)
-    _, err = process.communicate(timeout=60)
-    assert (process.returncode, err) == (130, "basicsr upscale: interrupted.\n")
+    os.kill(process.pid, signal.SIGINT)
+    (run,) = finish(work_folder, [process])
+    assert (run.status, run.err) == (130, "basicsr upscale: interrupted.\n")
     assert 0 < len(files("out")) < 400
     for name in files("out"):
         Image.open(f"out/{name}").load()

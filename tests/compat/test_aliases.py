@@ -15,6 +15,7 @@ from typing import Any
 
 import basicsr
 import pytest
+from fresh import run_code
 
 import esc_arch.compat
 from esc_arch.compat import aliases, duplicate_installs, patches
@@ -92,9 +93,7 @@ print(json.dumps(facts))
 
 
 @pytest.fixture(scope="module")
-def facts(
-    tmp_path_factory: pytest.TempPathFactory, start_script: Callable[..., Any], photographs: Any
-) -> dict[str, Any]:
+def facts(tmp_path_factory: pytest.TempPathFactory, photographs: Any) -> dict[str, Any]:
     """What a program finds where three modules are missing, and that imports things in an odd order, several times."""
     options = {
         "name": "Train",
@@ -111,9 +110,9 @@ def facts(
     }
     report = textwrap.indent(REPORT.replace("{options!r}", repr(options)), "    ")
     code = f"{HIDE}\nif __name__ == '__main__':\n{report}\nelse:\n    import esc_arch\n"
-    run = start_script(code, tmp_path_factory.mktemp("imports"))
-    assert run.status == 0, run.err
-    return json.loads(run.out.splitlines()[-1])
+    run = run_code(code, tmp_path_factory.mktemp("imports"))
+    assert run.returncode == 0, run.stderr
+    return json.loads(run.stdout.splitlines()[-1])
 
 
 @pytest.mark.parametrize("module", ["version", "grey", "convolve"])
@@ -199,20 +198,20 @@ def test_a_second_copy_is_named_and_that_basicsr_was_imported_before(
     assert f"Not used: {(clone / 'basicsr').resolve()}" in text
 
 
-def test_the_first_copy_on_the_path_is_used_and_left_alone_if_of_another_version(clone: Path, run_script: Any) -> None:
+def test_the_first_copy_on_the_path_is_used_and_left_alone_if_of_another_version(clone: Path, tmp_path: Path) -> None:
     code = """
 import logging
 logging.basicConfig()
 import esc_arch, basicsr.train
 print(basicsr.__file__, hasattr(basicsr.train.load_resume_state, "_esc_arch_original"))
 """
-    run = run_script(code, path=(clone,))
-    assert run.status == 0, run.err
-    assert run.out.splitlines()[-1] == f"{clone / 'basicsr' / '__init__.py'} False"
-    assert "2 copies of BasicSR" in run.err
-    assert f"Used: {(clone / 'basicsr').resolve()} (first on the path)" in run.err
-    assert f"Not used: {Path(basicsr.__file__).resolve().parent}" in run.err
-    assert f"fixes faults of basicsr 1.4.2; {clone / 'basicsr'} is left as it is: this is 1.5.0." in run.err
+    run = run_code(code, tmp_path, path=(clone,))
+    assert run.returncode == 0, run.stderr
+    assert run.stdout.splitlines()[-1] == f"{clone / 'basicsr' / '__init__.py'} False"
+    assert "2 copies of BasicSR" in run.stderr
+    assert f"Used: {(clone / 'basicsr').resolve()} (first on the path)" in run.stderr
+    assert f"Not used: {Path(basicsr.__file__).resolve().parent}" in run.stderr
+    assert f"fixes faults of basicsr 1.4.2; {clone / 'basicsr'} is left as it is: this is 1.5.0." in run.stderr
 
 
 def test_another_version_is_not_patched(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:

@@ -12,6 +12,7 @@ import skimage.data
 from basicsr.data.paired_image_dataset import PairedImageDataset
 
 from esc_arch.cli import prepare as cli
+from esc_arch.cli.arguments import add_arguments
 from esc_arch.data import photographs
 from esc_arch.data.image_files import read_image
 from esc_arch.data.photographs import TRAIN, VALIDATION, read_photograph
@@ -41,7 +42,7 @@ def test_demo(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.Ca
     monkeypatch.setattr(photographs, "TRAIN", ("coins", "chelsea"))
     monkeypatch.chdir(tmp_path)
     parser = argparse.ArgumentParser()
-    cli.add_arguments(parser)
+    add_arguments(parser, "prepare")
     args = parser.parse_args(["demo", "-j", "2"])
     assert cli.run(args) == 0
     assert "gt_size can be up to 240." in capsys.readouterr().out

@@ -3,10 +3,9 @@
     python tests/environments/matrix.py                        # every cell
     python tests/environments/matrix.py 3.12/newest 3.11/2.7   # these
     python tests/environments/matrix.py 3.13/newest --extras onnx,plot
-    python tests/environments/matrix.py 3.13/refused           # what Python 3.13 says without install_basicsr.py
 
-A cell is a new virtual environment, set up as the README says: PyTorch, what BasicSR's build needs, then
-`pip install --no-build-isolation -e .` in a copy of this working tree. In it `smoke.py` trains, upscales, converts and
+A cell is a new virtual environment, set up as the README says: PyTorch, `pip install -e .` in a copy of this working
+tree, and `basicsr setup-training`. In it `smoke.py` trains, upscales, converts and
 exports by the installed commands; then each extra is tried without its packages (a message has to name the extra),
 installed, and tried. An environment takes up to 8 GB below `--work`, and is removed before the next one is made.
 
@@ -31,20 +30,14 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[2]
 SMOKE = Path(__file__).with_name("smoke.py")
 
-OLDEST, NEWEST, REFUSED = "2.7", "newest", "refused"
-#: Pythons that BasicSR's own installation works on, and those that need `install_basicsr.py`.
-PYTHONS, PATCHED = ("3.10", "3.11", "3.12"), ("3.13",)
+OLDEST, NEWEST = "2.7", "newest"
 CELLS = [
-    *(f"{python}/{torch}" for python in PYTHONS for torch in (OLDEST, NEWEST)),
-    *(f"{python}/{kind}" for python in PATCHED for kind in (REFUSED, NEWEST)),
+    *(f"{python}/{torch}" for python in ("3.10", "3.11", "3.12") for torch in (OLDEST, NEWEST)),
+    f"3.13/{NEWEST}",
 ]
 #: flash-attn is built by CUDA's compiler for the GPU present: only by name.
 EXTRAS = ("onnx", "plot", "publish", "spandrel", "video", "lpips", "wandb")
 CORE = ("import", "names", "train", "resume", "upscale", "convert", "export")
-#: What the README installs before esc_arch.
-BUILD_TOOLS = ("setuptools", "wheel", "cython")
-#: What pip says where BasicSR cannot be built, and has to be said before it tries.
-REFUSAL = "install_basicsr.py"
 SECONDS = 3600
 
 
@@ -146,34 +139,19 @@ def run_cell(name: str, extras: Sequence[str], work: Path | None) -> list[Result
             cell.add("python", False, 0, f"no python{version} on the path or in pyenv")
         elif cell.run("venv", [found, "-m", "venv", "venv"]) is not None:
             source = copy_of_tree(cell.folder)
-            if torch == REFUSED:
-                refuse(cell, source)
-            elif install(cell, source, version, torch):
+            if install(cell, source, torch):
                 check(cell, source, extras)
         return cell.results
 
 
-def install(cell: Cell, source: Path, version: str, torch: str) -> bool:
-    """What the README's line does."""
+def install(cell: Cell, source: Path, torch: str) -> bool:
+    """What the README's line does, with this PyTorch."""
     chosen = ["torch", "torchvision"] if torch == NEWEST else [f"torch=={torch}.*", "torchvision"]
     return (
-        cell.pip("install torch", *chosen, *BUILD_TOOLS)
-        and (
-            version in PYTHONS
-            or cell.run("install_basicsr", [cell.python, source / "install_basicsr.py", "-q"]) is not None
-        )
-        and cell.pip("install", "--no-build-isolation", "-e", ".", folder=source)
+        cell.pip("install torch", *chosen)
+        and cell.pip("install", "-e", ".", folder=source)
+        and cell.run("setup-training", [cell.python.with_name("basicsr"), "setup-training"]) is not None
     )
-
-
-def refuse(cell: Cell, source: Path) -> None:
-    """Without BasicSR, installation ends at once, with a message that says what to do."""
-    if not cell.pip("install tools", *BUILD_TOOLS):
-        return
-    command = [cell.python, "-m", "pip", "install", "--no-build-isolation", "-e", "."]
-    text = cell.run("refused", command, source, status=1)
-    if text is not None and (REFUSAL not in text or "KeyError" in text):
-        cell.add("refusal says why", False, 0, text[-2000:])
 
 
 def check(cell: Cell, source: Path, extras: Iterable[str]) -> None:
@@ -181,7 +159,7 @@ def check(cell: Cell, source: Path, extras: Iterable[str]) -> None:
     cell.smoke(*CORE)
     for extra in extras:
         cell.smoke(f"without-{extra}")
-        if cell.pip(f"install {extra}", "--no-build-isolation", "-e", f".[{extra}]", folder=source):
+        if cell.pip(f"install {extra}", "-e", f".[{extra}]", folder=source):
             cell.smoke(f"with-{extra}")
 
 
@@ -202,7 +180,7 @@ def copy_of_tree(folder: Path) -> Path:
     """What installing needs of this working tree, where builds may leave files."""
     target = folder / "source"
     target.mkdir()
-    for name in ("setup.py", "pyproject.toml", "requirements.txt", "README.md", "install_basicsr.py"):
+    for name in ("setup.py", "pyproject.toml", "requirements.txt", "README.md", "LICENSE", "MANIFEST.in"):
         shutil.copy(ROOT / name, target)
     for name in ("esc_arch", "options"):
         shutil.copytree(ROOT / name, target / name, ignore=shutil.ignore_patterns("__pycache__"))

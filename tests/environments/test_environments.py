@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import os
 import re
-import runpy
 import subprocess
 import sys
 from collections.abc import Callable
+from importlib.machinery import PathFinder
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -15,6 +14,9 @@ from typing import Any
 import matrix
 import pytest
 import smoke
+from ranks import finish, start_forked
+
+from esc_arch.cli import main
 
 ROOT = Path(__file__).parents[2]
 SETUP = (ROOT / "setup.py").read_text(encoding="utf-8")
@@ -28,43 +30,16 @@ PACKAGES = {
     "lpips": ("lpips",),
     "wandb": ("wandb",),
 }
-#: A Python that starts with it finds none of the packages.
-BLOCKER = """
-from importlib.machinery import PathFinder
-
-find_spec = PathFinder.find_spec
-
-
-def find_others(name, path=None, target=None):
-    return None if name.partition(".")[0] in {blocked!r} else find_spec(name, path, target)
-
-
-PathFinder.find_spec = find_others
-"""
 
 
 def test_every_extra_has_steps() -> None:
     extras = re.search(r"extras_require=\{(.*?)\n    \},", SETUP, re.S)
     assert extras is not None
-    names = set(re.findall(r'^        "([\w-]+)":', extras[1], re.M)) - {"test", "flash-attn"}
+    names = set(re.findall(r'^        "([\w-]+)":', extras[1], re.M)) - {"completion", "flash-attn", "test", "train"}
     assert names == set(matrix.EXTRAS) == set(PACKAGES)
     for extra in names:
         assert {f"with-{extra}", f"without-{extra}"} <= smoke.STEPS.keys()
     assert set(matrix.CORE) <= smoke.STEPS.keys()
-
-
-@pytest.mark.parametrize(("version", "there", "status"), [((3, 13), False, 1), ((3, 13), True, 0), ((3, 12), False, 0)])
-def test_setup_says_what_to_do_where_basicsr_cannot_be_built(version: Any, there: bool, status: int) -> None:
-    code = (
-        "import importlib.metadata, runpy, setuptools, sys\n"
-        f"sys.version_info, sys.argv = {version}, ['setup.py', '--version']\n"
-        "before = importlib.metadata.distributions\n"
-        f"importlib.metadata.distributions = lambda **asked: [1] * {there} if 'path' in asked else before(**asked)\n"
-        "runpy.run_path('setup.py')"
-    )
-    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode == status, done.stderr
-    assert ("python install_basicsr.py" in done.stderr) == bool(status)
 
 
 @pytest.fixture(scope="module")
@@ -86,17 +61,29 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+def without_packages(blocked: tuple[str, ...], argv: list[str]) -> int:
+    """Do what a command of `smoke.py` would start, as a Python that finds none of these packages."""
+    find_spec = PathFinder.find_spec
+
+    def find_others(name: str, *more: Any) -> Any:
+        return None if name.partition(".")[0] in blocked else find_spec(name, *more)
+
+    PathFinder.find_spec = find_others  # type: ignore[method-assign]
+    for name in [name for name in sys.modules if name.partition(".")[0] in blocked]:
+        del sys.modules[name]
+    if argv[0] == "-c":
+        exec(argv[1], {})
+        return 0
+    return main(argv)
+
+
 @pytest.mark.parametrize("extra", PACKAGES)
-def test_without_an_extra_its_name_is_said(
-    extra: str, trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    blocker = tmp_path / "sitecustomize.py"
-    blocker.write_text(BLOCKER.format(blocked=PACKAGES[extra]), encoding="utf-8")
-    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(tmp_path), str(ROOT)]))
-    # The command of an installation may belong to another copy of the package
-    monkeypatch.setattr(
-        smoke, "basicsr", lambda *arguments, **more: smoke.command(sys.executable, "-m", "esc_arch", *arguments, **more)
-    )
+def test_without_an_extra_its_name_is_said(extra: str, trained: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def run(command: list[str], **_: Any) -> Any:
+        (done,) = finish(trained, [start_forked(trained, without_packages, PACKAGES[extra], command[1:])])
+        return subprocess.CompletedProcess(command, done.status, done.out + done.err, done.err)
+
+    monkeypatch.setattr(smoke, "subprocess", SimpleNamespace(run=run, PIPE=None, STDOUT=None))
     monkeypatch.chdir(trained)
     assert smoke.STEPS[f"without-{extra}"]() == "named"
 
@@ -143,40 +130,3 @@ def test_wrong_arguments(
     with pytest.raises(SystemExit):
         matrix.main()
     assert message in capsys.readouterr().err
-
-
-@pytest.fixture
-def install_basicsr() -> SimpleNamespace:
-    """The script, which is no part of the package."""
-    return SimpleNamespace(**runpy.run_path(str(ROOT / "install_basicsr.py")))
-
-
-def test_exec_writes_to_its_caller_again(install_basicsr: SimpleNamespace, tmp_path: Path) -> None:
-    """What BasicSR's setup.py does; in Python 3.13 and newer it fails without the module."""
-    (tmp_path / "sitecustomize.py").write_text(install_basicsr.SITECUSTOMIZE, encoding="utf-8")
-    code = (
-        "def version():\n    exec(compile('__version__ = \"1.4.2\"', 'version.py', 'exec'))\n"
-        "    return locals()['__version__']\n"
-        "space = {}\nexec('a = 1', space)\nexec('b = a + 1', space, own := {})\n"
-        "print(version(), space['a'], own['b'], 'b' in space)"
-    )
-    environment = {"PYTHONPATH": str(tmp_path), "PATH": os.environ["PATH"]}
-    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
-    assert done.stdout.split() == ["1.4.2", "1", "2", "False"]
-
-
-def test_pip_is_called_with_the_module_on_its_path(
-    install_basicsr: SimpleNamespace, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    calls = []
-
-    def run(command: list[str], *, env: dict[str, str], check: bool) -> Any:
-        calls.append(command)
-        first = Path(env["PYTHONPATH"].split(os.pathsep)[0])
-        assert (first / "sitecustomize.py").read_text(encoding="utf-8") == install_basicsr.SITECUSTOMIZE
-        return subprocess.CompletedProcess(command, 3)
-
-    monkeypatch.setattr(subprocess, "run", run)
-    assert install_basicsr.main(["--quiet"]) == 3
-    assert calls[0][1:] == ["-m", "pip", "install", "--no-build-isolation", "basicsr==1.4.2", "--quiet"]
-    assert install_basicsr.REQUIREMENT in (ROOT / "requirements.txt").read_text(encoding="utf-8").splitlines()

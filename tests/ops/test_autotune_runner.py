@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 import torch
+from ranks import SERVER
 
 from esc_arch.ops.autotune import results, runner, trial
 from esc_arch.ops.autotune.results import Case, Network, TrialResult, file_of, load
@@ -82,7 +83,8 @@ def trial_finds(monkeypatch: pytest.MonkeyPatch) -> Callable[[Any], None]:
 
 @pytest.fixture
 def child(monkeypatch: pytest.MonkeyPatch) -> Callable[[Any], None]:
-    """Sets what the child does in place of a trial."""
+    """Sets what the child does in place of a trial; it is forked from one that has imported all."""
+    monkeypatch.setattr(runner, "multiprocessing", SimpleNamespace(get_context=lambda _: SERVER))
     return lambda function: monkeypatch.setattr(runner, "_serve", functools.partial(serve, function))
 
 

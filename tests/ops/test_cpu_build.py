@@ -11,7 +11,6 @@ import platform
 import shutil
 import signal
 import subprocess
-import sys
 import threading
 import time
 from collections.abc import Callable
@@ -21,9 +20,10 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from ranks import SERVER
 
 from esc_arch.ops import cache, cpu
-from esc_arch.ops.cpu import building
+from esc_arch.ops.cpu import background, building
 
 needs_compiler = pytest.mark.skipif(
     shutil.which("g++") is None and shutil.which("clang++") is None, reason="needs g++ or clang++"
@@ -326,14 +326,22 @@ def test_compilers_end_with_the_process(number: signal.Signals, tmp_path: Path) 
     pids, compiler = tmp_path / "pids", tmp_path / "endless"
     compiler.write_text(_ENDLESS.format(pids=pids))
     compiler.chmod(0o755)
-    program = "import signal; signal.signal(2, signal.default_int_handler); from esc_arch.ops import cpu; cpu.build()"
-    environment = {**os.environ, "CXX": str(compiler), "ESC_ARCH_NATIVE_SOURCES": "memory.cpp"}
-    child = subprocess.Popen([sys.executable, "-c", program], env=environment, stderr=subprocess.DEVNULL)
+    environment = {"CXX": str(compiler), "ESC_ARCH_NATIVE_SOURCES": "memory.cpp"}
+    child = SERVER.Process(target=build_with, args=({**os.environ, **environment},))
+    child.start()
     until(lambda: pids.exists() and len(pids.read_text().split()) == 2)
-    child.send_signal(number)
-    assert child.wait() != 0
+    os.kill(child.pid, number)
+    child.join()
+    assert child.exitcode not in (0, None)
     until(lambda: not any(map(runs, pids.read_text().split())))
     until(lambda: not list(building.cache_folder().glob("objects/tmp*")))
+
+
+def build_with(environment: dict[str, str]) -> None:
+    os.environ.update(environment)
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
+    cpu.build()
 
 
 def until(condition: Callable[[], bool]) -> None:
@@ -437,3 +445,72 @@ def test_a_compiler_that_cannot_run(monkeypatch: pytest.MonkeyPatch, tmp_path: P
     monkeypatch.setenv("CXX", str(broken))
     with pytest.raises(RuntimeError, match="broken cannot be run"):
         cpu.build()
+
+
+# --- unasked ------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def unasked(monkeypatch: pytest.MonkeyPatch) -> list[list[str]]:
+    """Processes that were started to build, and did so at once, in this process."""
+    started: list[list[str]] = []
+
+    def start(command: list[str], **how: object) -> None:
+        assert how["start_new_session"] and how["cwd"] == "/"
+        started.append(command)
+        reasons = cpu._State.reasons
+        background.build_and_note()
+        cpu._State.reasons = reasons  # of this process, which does not know yet
+
+    monkeypatch.setattr(background, "subprocess", SimpleNamespace(Popen=start, DEVNULL=subprocess.DEVNULL))
+    monkeypatch.setattr(cpu, "_load", lambda library: setattr(cpu._State, "reasons", []))
+    return started
+
+
+@needs_compiler
+def test_built_in_the_background_and_used_from_the_next_image_on(unasked: list[list[str]]) -> None:
+    said: list[str] = []
+    background.start_build(said.append)
+    assert len(unasked) == len(said) == 1 and "in the background" in said[0]
+    assert not cpu.ready()
+    cpu.look_again()
+    assert cpu.ready()
+    background.start_build(said.append)
+    assert len(unasked) == len(said) == 1
+
+
+@needs_compiler
+@pytest.mark.parametrize("value", ["0", "built"])
+def test_not_unasked_where_that_is_switched_off(
+    value: str, unasked: list[list[str]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("ESC_ARCH_NATIVE", value)
+    background.start_build(pytest.fail)
+    background.build_aloud(pytest.fail)
+    assert not unasked
+
+
+@needs_compiler
+def test_a_failure_in_the_background_is_not_repeated(unasked: list[list[str]], csrc: Path) -> None:
+    (csrc / "two.cpp").write_text("int wrong(")
+    background.start_build(lambda line: None)
+    background.start_build(pytest.fail)
+    background.build_aloud(pytest.fail)
+    assert len(unasked) == 1
+    (csrc / "two.cpp").write_text("int right();")
+    assert background.wanted()
+
+
+@needs_compiler
+def test_built_aloud_before_a_training(unasked: list[list[str]], csrc: Path, new_process: Callable[[], None]) -> None:
+    said: list[str] = []
+    background.build_aloud(said.append)
+    assert cpu.ready() and not unasked
+    assert said[1:3] == ["  1 of 2 parts are compiled", "  2 of 2 parts are compiled"] and "are ready" in said[3]
+    new_process()
+    background.build_aloud(pytest.fail)
+    new_process()
+    said.clear()
+    (csrc / "two.cpp").write_text("int wrong(")
+    background.build_aloud(said.append)
+    assert "PyTorch's own operators are used instead" in said[-1]

@@ -138,7 +138,7 @@ def test_the_window_of_the_paper(device: str, monkeypatch: pytest.MonkeyPatch) -
 @pytest.mark.parametrize("device", DEVICES)
 def test_repeats_are_equal_to_the_last_bit(device: str) -> None:
     """Padding and several windows: everything that could be added up in another order."""
-    qkv, table, shape = inputs((4, 1, 16, (2, 3, 6), FLOAT, "channels last"), device)
+    qkv, table, shape = inputs((4, 1, 16, (1, 3, 6), FLOAT, "channels last"), device)
     first, second = (results(qkv, table, shape, "triton") for _ in range(2))
     for one, other in zip(first, second, strict=True):
         assert torch.equal(one, other)
@@ -184,7 +184,7 @@ def test_one_graph_for_a_compiler(device: str) -> None:
         dynamic=True,
         backend="inductor" if device == "cuda" else "aot_eager",
     )
-    for size in [(1, 4, 4), (1, 5, 6)]:
+    for size in [(1, 4, 4), (1, 3, 6)]:
         qkv, table, shape = inputs((4, 1, 16, size, FLOAT, "NCHW"), device)
         leaves = [qkv.requires_grad_(), table.requires_grad_()]
         out = compiled(*leaves)
@@ -199,7 +199,7 @@ def test_one_graph_for_a_compiler(device: str) -> None:
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_operator_is_well_defined(layout: str, device: str) -> None:
     """Shapes and layouts without data, gradients, and no input written to: PyTorch's own checks."""
-    qkv, table, _ = inputs((4, 1, 16, (1, 3, 5), FLOAT, layout), device)
+    qkv, table, _ = inputs((4, 1, 16, (1, 3, 2), FLOAT, layout), device)
     torch.library.opcheck(
         torch.ops.esc_arch.window_attention_triton.default,
         (qkv.requires_grad_(), table.requires_grad_(), 4, 1, True),

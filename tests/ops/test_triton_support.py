@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
+from fresh import run_code
 from triton_testing import INTERPRETED, needs_triton
 
 from esc_arch.ops import triton_support
@@ -57,12 +55,10 @@ def test_half_types_are_widened_in_the_interpreter(dtype: torch.dtype) -> None:
 
 @needs_triton
 @pytest.mark.skipif(INTERPRETED, reason="is itself in the interpreter")
-def test_kernels_in_the_interpreter() -> None:
+def test_kernels_in_the_interpreter(tmp_path: Path) -> None:
     """The tests of kernels whose device is the interpreter, in one process."""
-    folder = Path(__file__).parent
-    files = [str(file) for file in folder.glob("test_triton_*.py")]
-    environment = {**os.environ, "TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": ""}
+    files = [str(file) for file in Path(__file__).parent.glob("test_triton_*.py")]
     options = ["-k", "interpreter and not kernels_in", "-q", "-p", "no:cacheprovider", "-o", "addopts="]
-    command = [sys.executable, "-m", "pytest", *files, *options]
-    run = subprocess.run(command, env=environment, capture_output=True, text=True, cwd=folder.parents[1])
+    code = f"import sys, pytest\nsys.exit(pytest.main({[*files, *options]}))"
+    run = run_code(code, tmp_path, TRITON_INTERPRET="1", CUDA_VISIBLE_DEVICES="")
     assert run.returncode == 0, run.stdout[-6000:] + run.stderr[-2000:]

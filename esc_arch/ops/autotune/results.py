@@ -18,6 +18,7 @@ from typing import Any, NamedTuple
 import torch
 
 from esc_arch.ops import cache as user_cache
+from esc_arch.ops.compiling import constant_when_compiled
 from esc_arch.ops.operation import SampleShapes, Size
 
 logger = logging.getLogger(__name__)
@@ -119,7 +120,7 @@ class TrialResult:
         )
 
 
-@torch.compiler.assume_constant_result
+@constant_when_compiled
 def auto_skip_reasons(
     operation: str, network: str, dtype: torch.dtype, tf32: bool, training: bool, device: str, index: int | None
 ) -> list[str]:

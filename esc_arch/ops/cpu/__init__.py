@@ -1,7 +1,8 @@
 """Operators in C++ for the CPU, float32: compiled once by the machine's own compiler, never required.
 
 `auto` uses them if they are built already, and never waits for a compiler. Requested by name, or by `build`, they are
-compiled on demand (about a minute) and kept in the user's cache. ESC_ARCH_NATIVE=0 switches them off.
+compiled on demand (about a minute) and kept in the user's cache; `background` does so for who did not ask.
+ESC_ARCH_NATIVE=0 switches them off; with ESC_ARCH_NATIVE=built they are used, but nothing is built unasked.
 
 A file that offers operators to Python tells PyTorch by `register` what it needs besides the kernels, for tracing and
 for gradients.
@@ -23,6 +24,7 @@ import torch
 from torch import Tensor
 
 from esc_arch.atomic_io import system_fault
+from esc_arch.ops.compiling import constant_when_compiled
 
 from . import building
 
@@ -31,6 +33,7 @@ __all__ = [
     "build",
     "build_by_name",
     "input_reasons",
+    "look_again",
     "ready",
     "register",
     "reusing_memory",
@@ -51,13 +54,13 @@ class _State:
     registrations: list[Callable[[], None]] = []  # noqa: RUF012  (one per process is what is wanted)
 
 
-@torch.compiler.assume_constant_result
+@constant_when_compiled
 def ready() -> bool:
     """True if the operators are loaded, or were built before and can be loaded now."""
     return not unsupported_reasons()
 
 
-@torch.compiler.assume_constant_result
+@constant_when_compiled
 def unsupported_reasons() -> list[str]:
     """Why the operators cannot be called now; empty when they can. Looked up once: every layer asks."""
     if _State.reasons is None:
@@ -70,6 +73,12 @@ def unsupported_reasons() -> list[str]:
                 _State.reasons = [f"loading the C++ operators failed: {_describe(error)}"]
                 logger.warning("%s. PyTorch's own operators are used instead.", _State.reasons[0])
     return list(_State.reasons)
+
+
+def look_again() -> None:
+    """Load the operators if another process has built them since. Between images: last digits may change."""
+    if _State.reasons == [NOT_BUILT]:
+        _State.reasons = None
 
 
 def input_reasons(*tensors: Tensor | None, maps: Sequence[Tensor | None] = ()) -> list[str]:
@@ -89,8 +98,11 @@ def input_reasons(*tensors: Tensor | None, maps: Sequence[Tensor | None] = ()) -
     return reasons or unsupported_reasons()
 
 
-def build() -> float:
+def build(progress: Callable[[int, int], Any] = lambda done, total: None) -> float:
     """Compile and load the operators, unless that is done.
+
+    Args:
+        progress: is told how many parts of how many are compiled.
 
     Returns:
         The seconds it took; next to nothing where they were built before.
@@ -107,7 +119,7 @@ def build() -> float:
             wanted = building.recipe()
             # (Loading operators twice, from two files, would end the process)
             again = _State.reasons != [NOT_BUILT] and str(wanted.library) not in torch.ops.loaded_libraries
-            _load(building.compile_library(wanted, again=again))
+            _load(building.compile_library(wanted, again=again, progress=progress))
         except Exception as error:
             _State.reasons = [f"compiling the C++ operators failed: {_describe(error)}"]
             raise RuntimeError(f"The C++ operators cannot be built: {_describe(error)}.") from error
@@ -172,7 +184,7 @@ def register(
         tell()
 
 
-@torch.compiler.assume_constant_result
+@constant_when_compiled
 def build_by_name() -> None:
     """Build the operators that were requested by name; on failure `unsupported_reasons` says why."""
     if unsupported_reasons() != [NOT_BUILT]:

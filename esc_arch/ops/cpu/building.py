@@ -18,12 +18,12 @@ import subprocess
 import sys
 import tempfile
 import threading
-from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import contextmanager, suppress
 from functools import cache
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
@@ -101,11 +101,14 @@ def built_library(wanted: Recipe) -> Path | None:
         return None
 
 
-def compile_library(wanted: Recipe, *, again: bool = False) -> Path:
+def compile_library(
+    wanted: Recipe, *, again: bool = False, progress: Callable[[int, int], Any] = lambda done, total: None
+) -> Path:
     """Compile the library, unless another process has just done so; several processes wait for one of them.
 
     Args:
         again: link it again if it is there, as it cannot be loaded.
+        progress: is told how many of how many sources are compiled, by one thread.
 
     Raises:
         RuntimeError: the compiler failed; the message begins with its first line about an error.
@@ -134,7 +137,11 @@ def compile_library(wanted: Recipe, *, again: bool = False) -> Path:
         reading, writing = os.pipe()
         # Whatever ends this block, the compilers end before the threads that wait for them
         with open(reading, "rb") as alive, ThreadPoolExecutor(os.cpu_count()) as pool, open(writing, "wb"):
-            compiled = list(pool.map(compile_source, wanted.sources))
+            tasks = [pool.submit(compile_source, source) for source in wanted.sources]
+            for done, task in enumerate(as_completed(tasks), start=1):
+                task.result()
+                progress(done, len(tasks))
+            compiled = [task.result() for task in tasks]
             _run((*wanted.compiler, "-shared", *compiled, *link, *_openmp_at_link(wanted)), library, alive.fileno())
     return library
 

@@ -22,6 +22,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from esc_arch.ops.compiling import constant_when_compiled
+
 from .bias import Bias
 from .windows import merge_windows, pad_to_windows, split_windows
 
@@ -86,12 +88,12 @@ def _on_flash(x: Tensor) -> bool:
     return x.is_cuda and x.dtype in HALVES
 
 
-@torch.compiler.assume_constant_result
+@constant_when_compiled
 def _capability(device: int | None) -> tuple[int, int]:
     return torch.cuda.get_device_capability(device)
 
 
-@torch.compiler.assume_constant_result
+@constant_when_compiled
 def flash_attn_4_suits(device: int | None) -> bool:
     """True if flash-attn 4 is installed and supports this GPU."""
     return 9 <= _capability(device)[0] <= 11 and _installed("flash_attn.cute")

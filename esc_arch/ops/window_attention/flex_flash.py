@@ -8,6 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from esc_arch.ops.compiling import constant_when_compiled
 from esc_arch.ops.operation import wants_gradients
 
 from . import flex
@@ -36,7 +37,7 @@ def forward(qkv: Tensor, bias: Bias, window: int, heads: int) -> Tensor:
     return flex.forward(qkv, bias, window, heads, backend="FLASH")
 
 
-@torch.compiler.assume_constant_result
+@constant_when_compiled
 def _offered() -> bool:
     from torch.nn.attention import flex_attention
 

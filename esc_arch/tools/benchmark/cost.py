@@ -6,24 +6,20 @@ import argparse
 import shlex
 import sys
 from itertools import product
-from pathlib import Path
 
 import torch
 from tqdm import tqdm
 
 from esc_arch.atomic_io import check_output
 from esc_arch.errors import UserError, first_line
-from esc_arch.project import add_import_argument
 
 from .counting import count_operations
 from .latency import LATENCY_PRECISIONS, LatencyProtocol, measure_latency
 from .networks import PRESETS, NetworkSpec, from_option_file, named
 from .paper import HD, paper_cost
-from .tables import Cell, Column, Table, add_report_arguments, write_report
+from .tables import Cell, Column, Table, write_report
 
-__all__ = ["HELP", "add_arguments", "network_cost", "run"]
-
-HELP = "Parameters, multiply-adds, latency and memory of networks, compared with the paper."
+__all__ = ["network_cost", "run"]
 
 #: Widths and heights of enlarged images by name; the paper's is HD.
 _OUTPUTS = {"HD": HD, "FHD": (1920, 1080), "4K": (3840, 2160)}
@@ -61,34 +57,6 @@ _COUNTING_NOTES = (
     "fvcore does), and the q, k, v projection of the pixels that window attention pads: the paper pads before it, this "
     "package after it, with equal results. The difference is that of this count.",
 )
-
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add what is measured, how, and where it is written."""
-    parser.add_argument("-opt", nargs="+", type=Path, default=[], metavar="FILE", help="network_g of these files")
-    add_import_argument(parser)
-    parser.add_argument(
-        "--networks",
-        nargs="+",
-        metavar="NAME",
-        help=f"{', '.join(PRESETS)} (default: all of them), another registered type of network, or one with its "
-        "options, as in 'SwinIR: {upscale: 2, window_size: 8}'",
-    )
-    parser.add_argument(
-        "--scales", nargs="+", type=int, default=[2, 3, 4], metavar="S", help="of networks given without one (2 3 4)"
-    )
-    parser.add_argument(
-        "--output", nargs="+", default=["HD"], metavar="SIZE", help=f"{', '.join(_OUTPUTS)} or as in 1280x720 (HD)"
-    )
-    parser.add_argument("--no-latency", action="store_true", help="count, but measure neither latency nor memory")
-    parser.add_argument(
-        "--device", choices=("auto", "cpu", "cuda"), default="auto", help="for latency; auto measures only on a GPU"
-    )
-    parser.add_argument("--precision", choices=LATENCY_PRECISIONS, default="fp32", help="for latency (%(default)s)")
-    parser.add_argument("--backend", default="auto", help="of ESC's window attention, as attn_type (%(default)s)")
-    parser.add_argument("--runs", type=int, default=20, metavar="N", help="timed runs (%(default)s)")
-    parser.add_argument("--warmup", type=int, default=5, metavar="N", help="untimed runs before them (%(default)s)")
-    add_report_arguments(parser)
 
 
 def run(args: argparse.Namespace) -> int:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import operator
+import os
 import re
 import shlex
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -18,14 +19,11 @@ from esc_arch.atomic_io import check_output
 from esc_arch.data.image_files import IMAGE_SUFFIXES, read_image
 from esc_arch.errors import UserError
 from esc_arch.options import load_options
-from esc_arch.project import add_import_argument
 
 from .resampling import MATLAB, recognise_resampling
-from .tables import Column, Table, add_report_arguments, write_report
+from .tables import Column, Table, write_report
 
-__all__ = ["HELP", "KNOWN_SETS", "add_arguments", "check_folders", "paired_folders", "run"]
-
-HELP = "Check benchmark data: images, names, sizes, and how LR images were made."
+__all__ = ["KNOWN_SETS", "check_folders", "paired_folders", "run"]
 
 
 class KnownSet(NamedTuple):
@@ -96,7 +94,7 @@ def paired_folders(opt: Mapping[str, Any], file: Path) -> Iterator[PairedFolders
             continue
         section = {"name": phase, "scale": opt.get("scale"), "filename_tmpl": "{}"} | section
         try:
-            hr, lr = (Path(section[f"dataroot_{kind}"]).expanduser() for kind in ("gt", "lq"))
+            hr, lr = (Path(os.path.expanduser(section[f"dataroot_{kind}"])) for kind in ("gt", "lq"))
             name, template = str(section["name"]), str(section["filename_tmpl"])
             yield PairedFolders(name, operator.index(section["scale"]), hr, lr, template)
         except (KeyError, TypeError):
@@ -227,18 +225,6 @@ _COLUMNS = (
     Column("problems"),
     Column("notes"),
 )
-
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add what is checked."""
-    parser.add_argument("-opt", nargs="+", type=Path, default=[], metavar="FILE", help="the data that these files name")
-    add_import_argument(parser)
-    parser.add_argument(
-        "--root", type=Path, default=Path("datasets/benchmark"), metavar="FOLDER", help="of the five sets (%(default)s)"
-    )
-    parser.add_argument("--sets", nargs="+", choices=[*KNOWN_SETS], default=[*KNOWN_SETS], help="(default: all)")
-    parser.add_argument("--scales", nargs="+", type=int, default=[2, 3, 4], metavar="S", help="(2 3 4)")
-    add_report_arguments(parser)
 
 
 def run(args: argparse.Namespace) -> int:

@@ -13,22 +13,18 @@ from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
-from esc_arch.atomic_io import new_folder, write_atomically
+from esc_arch.atomic_io import new_folder, read_regular, write_atomically
 from esc_arch.errors import UserError
-from esc_arch.models.esc_model import PROTOCOLS
-from esc_arch.project import add_import_argument
 from esc_arch.training.distributed import print_note
 from esc_arch.training.run_locks import run_locks
 
 from .data import KNOWN_SETS, check_folders, paired_folders
 from .evaluation import Evaluation, Gains, SetScores, compute_gains, plan_evaluation, run_all
-from .paper import PAPER_ROWS, paper_scores
+from .paper import paper_scores
 from .plots import plot_gains, plot_quality, require_matplotlib, write_crops
 from .tables import TABLE_FORMATS, Cell, Column, Row, Table
 
-__all__ = ["HELP", "add_arguments", "run"]
-
-HELP = "Test networks with BasicSR's pipeline, and compare PSNR and SSIM with the paper."
+__all__ = ["run"]
 
 BICUBIC = "bicubic"
 #: LR images of a set that are compared with HR before a test; `basicsr benchmark data` compares all.
@@ -37,38 +33,6 @@ _IMAGES_CHECKED = 3
 #: last digit: one unit, and half of one for rounding.
 _PAPER_METRICS = {"calculate_psnr": ("psnr", 2), "calculate_ssim": ("ssim", 4)}
 _UNITS = 1.5
-
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add what is tested, how, and what it is compared with."""
-    parser.add_argument("-opt", nargs="+", type=Path, required=True, metavar="FILE", help="option files of tests")
-    add_import_argument(parser)
-    parser.add_argument(
-        "-m", "--weights", nargs="+", metavar="FILE", help="one for each option file, over its pretrain_network_g"
-    )
-    parser.add_argument(
-        "--protocol",
-        choices=PROTOCOLS,
-        help="published: the image padded by reflection to whole windows; srmodel: as it is; ensemble: published, mean "
-        "over eight orientations (default: that of the option file, or published)",
-    )
-    parser.add_argument(
-        "--paper",
-        choices=(*PAPER_ROWS, "none"),
-        help="the paper's scores to compare with (default: recognised by the network)",
-    )
-    parser.add_argument("--baseline", metavar="FILE", help=f"an option file to compare images with, or {BICUBIC}")
-    parser.add_argument(
-        "--cost", type=Path, metavar="FILE", help="from basicsr benchmark cost --format json, for PSNR against latency"
-    )
-    parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="(that of the file)")
-    parser.add_argument("--launcher", choices=("none", "pytorch", "slurm"), default="none", help="as in basicsr test")
-    parser.add_argument("--force_yml", nargs="+", default=[], metavar="KEY=VALUE", help="as in basicsr test")
-    parser.add_argument("--format", choices=TABLE_FORMATS, default="text", help="of what is printed (%(default)s)")
-    parser.add_argument(
-        "-o", "--output", type=Path, metavar="FOLDER", help="a new folder for tables in all formats, plots and crops"
-    )
-    parser.add_argument("--no-figures", action="store_true", help="only tables in FOLDER")
 
 
 @run_locks()  # what the tests wrote is read to the end
@@ -155,7 +119,7 @@ def _plan(args: argparse.Namespace, *, save_images: bool) -> list[Evaluation]:
 
 def _read_costs(file: Path) -> list[Mapping[str, Any]]:
     try:
-        records = json.loads(file.read_text(encoding="utf-8"))
+        records = json.loads(read_regular(file, pipes=True))
         if not all({"network", "scale", "output", "latency_ms"} <= record.keys() for record in records):
             raise ValueError("a record has no latency")
     except (OSError, ValueError, AttributeError, TypeError) as error:

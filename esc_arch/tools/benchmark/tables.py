@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import csv
 import io
 import json
@@ -14,7 +13,7 @@ from pathlib import Path
 from esc_arch.atomic_io import write_file
 from esc_arch.printing import shown
 
-__all__ = ["TABLE_FORMATS", "Cell", "Column", "Row", "Table", "add_report_arguments", "write_report"]
+__all__ = ["TABLE_FORMATS", "Cell", "Column", "Row", "Table", "write_report"]
 
 TABLE_FORMATS = ("text", "markdown", "csv", "json")
 
@@ -85,12 +84,6 @@ def _text(cell: Cell, style: str) -> str:
 def _finite(cell: Cell) -> Cell:
     """JSON has no infinity and no NaN: they become texts."""
     return str(cell) if isinstance(cell, float) and not math.isfinite(cell) else cell
-
-
-def add_report_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add the format of a report, and the file it is written to."""
-    parser.add_argument("--format", choices=TABLE_FORMATS, default="text", help="(%(default)s)")
-    parser.add_argument("-o", "--report", type=Path, metavar="FILE", help="write to this file instead of printing")
 
 
 def write_report(text: str, output: Path | None) -> None:

@@ -3,17 +3,14 @@
 from __future__ import annotations
 
 import argparse
-import math
 import sys
 from collections.abc import Callable, Iterable
-
-from esc_arch.project import add_import_argument
 
 from . import installation, machine, option_file
 from .report import PROBLEM, WARNING, Context, Finding, as_json, as_text
 from .subprocess_worker import Worker, describe
 
-__all__ = ["add_arguments", "run"]
+__all__ = ["run"]
 
 SECTIONS: dict[str, Callable[[Context], Iterable[Finding]]] = {
     "versions": installation.versions,
@@ -26,28 +23,6 @@ SECTIONS: dict[str, Callable[[Context], Iterable[Finding]]] = {
     "environment": machine.environment,
     "option file": option_file.examine,
 }
-
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add the option file, the form of the report, and how far it goes."""
-    parser.add_argument("-opt", metavar="FILE", help="also this option file, its data, weights and folders")
-    add_import_argument(parser)
-    parser.add_argument("--json", action="store_true", help="the report as JSON, see docs/doctor.md")
-    parser.add_argument("--no-test", action="store_true", help="do not compare backends with their references")
-    parser.add_argument(
-        "--timeout", type=_seconds, default=60.0, metavar="S",
-        help="seconds for each self-test and for the option file (60); the first time kernels are compiled",
-    )  # fmt: skip
-
-
-def _seconds(text: str) -> float:
-    try:
-        seconds = float(text)
-    except ValueError:
-        seconds = math.nan
-    if not 0 < seconds < math.inf:
-        raise argparse.ArgumentTypeError(f"{text!r} given; must be a number of seconds above 0")
-    return seconds
 
 
 def run(args: argparse.Namespace) -> int:

@@ -28,8 +28,8 @@ _MODULES = {"opencv-python": "cv2", "pillow": "PIL", "pyyaml": "yaml", "scikit-i
 _OPENCV = ("opencv-python", "opencv-python-headless", "opencv-contrib-python", "opencv-contrib-python-headless")
 #: What to do about a failed import, by what its message contains.
 _HINTS = {
-    "No module named 'basicsr'": "Install it: pip install --no-build-isolation basicsr==1.4.2.",
-    "No module named": "Install what is missing, or reinstall esc_arch: pip install --no-build-isolation -e .",
+    "No module named 'basicsr'": "Install it: basicsr setup-training.",
+    "No module named": "Install what is missing, or reinstall esc_arch.",
     "libGL": "OpenCV needs a display library: pip install opencv-python-headless in place of opencv-python.",
     "undefined symbol": "It was built for another version of PyTorch: reinstall torch and torchvision together.",
     "multiarray": "It was built for another NumPy: pip install --upgrade it.",
@@ -60,7 +60,7 @@ def versions(context: Context) -> Iterator[Finding]:
     yield Finding("esc-arch", _version("esc-arch") or f"{__version__}, a folder on the path, not installed")
     extras = _requirements()
     for name, extra in extras.items():
-        if extra:
+        if extra and not (extra == "train" and _version(name)):
             yield Finding(name, _version(name) or f"not installed (extra {extra})")
         else:
             yield _library(context, name)

@@ -49,8 +49,8 @@ class Worker:
             self._process = get_context("spawn").Process(target=_serve, args=(child,))
             self._process.start()
             child.close()
-        self._connection.send((function, arguments))
         try:
+            self._connection.send((function, arguments))
             for seconds in (_IMPORT_LIMIT, self.timeout):
                 if not self._connection.poll(seconds):
                     self.stop()
@@ -58,7 +58,7 @@ class Worker:
                 error, result = self._connection.recv()
                 if error:
                     raise JobFailed(error)
-        except EOFError:
+        except (EOFError, ConnectionError):
             self._process.join()
             code = self._process.exitcode
             self.stop()

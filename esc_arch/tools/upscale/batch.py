@@ -16,6 +16,7 @@ from typing import NamedTuple
 
 from esc_arch.atomic_io import system_fault
 from esc_arch.errors import UserError
+from esc_arch.ops import cpu
 from esc_arch.printing import shown
 
 from .image_reader import READABLE_SUFFIXES, DecodedImage, Pixels, inspect_image, is_animated, read_image
@@ -313,6 +314,7 @@ class _Run(NamedTuple):
     def enlarge(self, group: list[_Work]) -> list[tuple[_Work, list[Pixels]]]:
         """Enlarge images of one size; gives what is still to be written. Large results are written as they come."""
         settings, progress, found = self.options.settings, self.report.progress, []
+        cpu.look_again()
         together: Sequence[Pixels] = ()
         if len(group) > 1:
             pixels, dtypes = [work.image.pixels for work in group], [work.spec.dtype for work in group]

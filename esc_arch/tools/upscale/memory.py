@@ -118,6 +118,11 @@ class _Tensors(TorchDispatchMode):
         self.peak = self.now = 0
         self.seen: dict[int, Any] = {}
 
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        """PyTorch asks this. Nothing in here is compiled, and the guard would import its compiler: a second or more."""
+        return False
+
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))
         for x in tree_leaves(out):

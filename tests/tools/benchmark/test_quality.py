@@ -17,7 +17,8 @@ import cv2
 import pytest
 import torch
 from basicsr.archs import build_network
-from conftest import NETWORK, Run, run_command
+from conftest import NETWORK, Run
+from ranks import free_port, of_torchrun, run_ranks
 
 from esc_arch.cli import main
 from esc_arch.options import load_yaml
@@ -27,7 +28,6 @@ from esc_arch.tools.benchmark.quality import quality_table
 
 ROOT = Path(__file__).parents[3]
 SHIPPED = sorted((ROOT / "options").glob("test_ESC*.yml"))
-TORCHRUN = ("-m", "torch.distributed.run", "--nproc_per_node", "2", "--standalone")
 
 
 @pytest.fixture
@@ -126,10 +126,10 @@ def test_two_processes_give_the_same_scores(quality: Any, options: Any, work_fol
         pytest.skip("with GPUs the processes would use them")
     others = [options | {"name": name} for name in ("first", "second")]
     expected = records(quality(others, "--format", "json"))
-    command = [sys.executable, *TORCHRUN, "-m", "esc_arch", "benchmark", "quality", "-opt", "first.yml", "second.yml"]
-    two = run_command([*command, "--format", "json", "--launcher", "pytorch"], work_folder)
-    assert two.status == 0, two.err
-    assert json.loads(two.out) == expected
+    command = ["benchmark", "quality", "-opt", "first.yml", "second.yml", "--format", "json", "--launcher", "pytorch"]
+    first, second = run_ranks(work_folder, command, of_torchrun(free_port()))
+    assert first.status == second.status == 0, first.err + second.err
+    assert json.loads(first.out) == expected and second.out == ""
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")

@@ -81,7 +81,8 @@ def test_requirements_that_are_not_met(pretend: Any) -> None:
 def test_a_clone_that_is_not_installed(pretend: Any) -> None:
     found = pretend(esc_arch=None)
     assert found["esc-arch"].text.endswith("a folder on the path, not installed")
-    needed = {line.partition(">")[0].partition("=")[0] for line in (ROOT / "requirements.txt").read_text().split()}
+    lines = (ROOT / "requirements.txt").read_text().splitlines()
+    needed = {line.partition(">")[0].partition("=")[0] for line in lines}
     assert needed <= found.keys()
 
 
@@ -92,10 +93,12 @@ def test_a_library_that_cannot_be_imported(pretend: Any) -> None:
 
 
 def test_libraries_that_are_not_there(pretend: Any) -> None:
-    found = pretend(opencv_python=None, opencv_python_headless="4.12.0", lmdb=None, failing="lmdb")
+    found = pretend(opencv_python=None, opencv_python_headless="4.12.0", safetensors=None, failing="safetensors")
     assert found["opencv-python"].text == "4.12.0"
-    assert found["lmdb"].text == "not installed" and found["lmdb"].advice == "pip install lmdb"
-    assert pretend(lmdb=None)["lmdb"].text == "not installed under this name, but can be imported"
+    assert found["safetensors"].text == "not installed"
+    assert found["safetensors"].advice == "pip install safetensors"
+    assert pretend(safetensors=None)["safetensors"].text == "not installed under this name, but can be imported"
+    assert pretend(lmdb=None)["lmdb"].text == "not installed (extra train)"
 
 
 def test_two_opencvs(pretend: Any) -> None:
@@ -146,7 +149,7 @@ def test_functions_that_are_not_patched(monkeypatch: pytest.MonkeyPatch) -> None
 @pytest.mark.parametrize(
     ("failure", "advice"),
     [
-        ("ModuleNotFoundError: No module named 'basicsr'", "pip install --no-build-isolation basicsr==1.4.2"),
+        ("ModuleNotFoundError: No module named 'basicsr'", "basicsr setup-training"),
         ("ImportError: libGL.so.1: cannot open", "opencv-python-headless"),
         ("ImportError: torchvision/_C.so: undefined symbol", "reinstall torch and torchvision"),
         ("ValueError: x", "fix this first"),

@@ -11,6 +11,7 @@ import cv2
 import numpy as np
 import pytest
 import torch
+from fresh import run_code
 from networks import max_error, small_esc
 from PIL import Image
 from skimage.data import astronaut, chelsea
@@ -351,7 +352,7 @@ def test_padding_goes_with_whole_scales(any_scale: Upscaler) -> None:
         enlarge_pixels(any_scale, PHOTOGRAPH, Settings(scale=2.5, pre_pad=4))
 
 
-def test_the_package_has_the_api_without_loading_it_early(run_script: Any) -> None:
+def test_the_package_has_the_api_without_loading_it_early(tmp_path: Path) -> None:
     code = (
         "import sys, esc_arch\n"
         "assert 'esc_arch.tools.upscale' not in sys.modules\n"
@@ -359,9 +360,9 @@ def test_the_package_has_the_api_without_loading_it_early(run_script: Any) -> No
         "assert upscale is esc_arch.upscale and load is esc_arch.load\n"
         "try:\n    esc_arch.loda\nexcept AttributeError as error:\n    print(error)\n"
     )
-    run = run_script(code)
-    assert run.status == 0, run.err
-    assert "module 'esc_arch' has no attribute 'loda'" in run.out
+    run = run_code(code, tmp_path)
+    assert run.returncode == 0, run.stderr
+    assert "module 'esc_arch' has no attribute 'loda'" in run.stdout
 
 
 def test_the_example_of_the_documentation(weights: Path) -> None:
