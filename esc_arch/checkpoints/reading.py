@@ -46,6 +46,10 @@ ZIP, PICKLE = b"PK\x03\x04", b"\x80\x02"
 OTHER_FILES = {
     (b"<!doctype", b"<html", b"<?xml"): "a web page. Download the file itself, not the page that shows it",
     (b"version https://git-lfs",): "a Git LFS pointer. Fetch the file itself with `git lfs pull`",
+    # A protobuf: the version of the format, then the name of the program that wrote it
+    tuple(bytes((8, version, 18)) for version in range(3, 32)): (
+        "an ONNX model, which runs in ONNX Runtime and not here. Give the .pth or .safetensors file it was made from"
+    ),
 }
 
 

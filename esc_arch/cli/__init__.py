@@ -79,7 +79,9 @@ def _run(argv: Sequence[str], called: str | None) -> int:
             if name == called:
                 verb = _module(name)
                 verb.add_arguments(of_verb)
-        args = parser.parse_args(argv)
+        args, unknown = parser.parse_known_args(argv)
+        if unknown:  # with the usage of the verb
+            parsers.choices[args.verb].error(f"unrecognized arguments: {' '.join(unknown)}")
         if args.verb != "doctor":  # where a failure is a line of the report
             # What modules print must not be in the midst of what `check --json` prints
             with contextlib.redirect_stdout(sys.stderr) if args.verb == "check" else contextlib.nullcontext():

@@ -11,9 +11,10 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from esc_arch.errors import USER_ERROR, UserError
-from esc_arch.options import CheckScope, inspect_options
+from esc_arch.options import CheckScope, inspect_options, missing_data
 from esc_arch.options.files import YAMLError
 from esc_arch.options.schema import options_schema
+from esc_arch.printing import shown
 from esc_arch.problems import Problem, of_severity
 from esc_arch.project import add_import_argument
 
@@ -24,9 +25,17 @@ _PURPOSES = {"train": True, "test": False, "auto": None}
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the files, what they are for, and how much is checked."""
-    what = parser.add_mutually_exclusive_group(required=True)
-    what.add_argument("-opt", nargs="+", metavar="FILE", help="option files (YAML)")
-    what.add_argument("--schema", action="store_true", help="print the JSON schema of option files, for editors")
+    parser.add_argument("files", nargs="*", metavar="FILE", help="option files (YAML)")
+    parser.add_argument(
+        "-opt",
+        "--opt",
+        nargs="+",
+        action="extend",
+        default=[],
+        metavar="FILE",
+        help="likewise",
+    )
+    parser.add_argument("--schema", action="store_true", help="print the JSON schema of option files, for editors")
     parser.add_argument(
         "--force_yml", nargs="+", default=[], metavar="KEY[:KEY...]=VALUE", help="set options over those of the files"
     )
@@ -48,13 +57,17 @@ def run(args: argparse.Namespace) -> int:
     if args.schema:
         print(json.dumps(options_schema(), indent=1))
         return 0
+    if not (files := [*args.files, *args.opt]):
+        raise UserError("name option files, as in basicsr check options/train_ESC_x2.yml, or give --schema.")
     with contextlib.redirect_stdout(sys.stderr):  # on which constructors may print
-        results = [(file, *_check(file, args)) for file in args.opt]
+        results = [(file, *_check(file, args)) for file in files]
     if args.json:
         print(json.dumps({"files": [_as_json(*result) for result in results]}, indent=1))
     else:
         for result in results:
             _print(*result)
+        for line in missing_data([problem for _, _, problems in results for problem in problems])[1]:
+            print(shown(line), file=sys.stderr)
     return USER_ERROR if any(of_severity(problems, "error") for _, _, problems in results) else 0
 
 
@@ -78,7 +91,7 @@ def _print(file: str, purpose: str | None, problems: Sequence[Problem]) -> None:
     for problem in of_severity(problems, "warning"):
         print(f"{problem} (warning)")
     errors = of_severity(problems, "error")
-    for problem in errors:
+    for problem in missing_data(errors)[0]:
         print(problem if problem.path else problem.message, file=sys.stderr)
     for problem in of_severity(problems, "note"):
         print(f"OK  {file}: {problem.path}: {problem.message}")

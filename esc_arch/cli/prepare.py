@@ -24,6 +24,7 @@ _CROP = (
     "per-scale: HR stays whole, and the LR of each scale is made from as much of it as that scale divides, as "
     "published benchmark data are; common: HR is cropped to a multiple of all scales (%(default)s)"
 )
+_DEMO = Path("datasets/demo")
 _LR = "LR images of scale S, named like 0001x2.png or 0001.png, to be used instead of making them"
 
 
@@ -56,7 +57,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     benchmark.add_argument("--crop", choices=["per-scale", "common"], default="per-scale", help=_CROP)
     text = "make LMDBs for training and a benchmark folder from a few photographs that come with scikit-image"
     demo = add_kind("demo", text, common)
-    demo.add_argument("-o", "--output", type=Path, default=Path("datasets/demo"), metavar="OUT", help="(%(default)s)")
+    demo.add_argument("-o", "--output", type=Path, default=_DEMO, metavar="OUT", help="(%(default)s)")
 
 
 def run(args: argparse.Namespace) -> int:
@@ -90,6 +91,8 @@ def run(args: argparse.Namespace) -> int:
             lmdbs, made = prepare_demo(args.output, **more)
             _print_train(lmdbs)
             _print_benchmark(made)
+            if args.output == _DEMO:  # which the option file names
+                print("Next, from a clone of the repository: basicsr train -opt options/train_ESC_x2_demo.yml")
     except KeyboardInterrupt:
         print("\nStopped. The same command continues from here.", file=sys.stderr)
         return INTERRUPTED

@@ -32,7 +32,7 @@ __all__ = ["add_arguments", "run"]
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the network, the size of the image, and the device."""
     opt_help = "option file; one to train makes the backward pass ready, too (default: base ESC, x2, x3 and x4)"
-    parser.add_argument("-opt", metavar="FILE", help=opt_help)
+    parser.add_argument("-opt", "--opt", metavar="FILE", help=opt_help)
     add_import_argument(parser)
     parser.add_argument("--size", metavar="HxW", default="128x128", help="of the LR image; default: 128x128")
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")

@@ -17,6 +17,7 @@ from esc_arch.project import add_import_argument
 from esc_arch.training.distributed import gather_objects, init_dist, print_note, resolve_launcher
 
 from .checks import check_options, inspect_options
+from .data_checks import missing_data
 from .files import Options, apply_force_yml, load_options, load_yaml
 from .section_checks import CheckScope
 
@@ -30,13 +31,14 @@ __all__ = [
     "inspect_options",
     "load_options",
     "load_yaml",
+    "missing_data",
     "parse_options",
 ]
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add BasicSR's flags to `parser`."""
-    parser.add_argument("-opt", required=True, metavar="FILE", help="option file (YAML)")
+    parser.add_argument("-opt", "--opt", required=True, metavar="FILE", help="option file (YAML)")
     parser.add_argument(
         "--launcher",
         choices=["none", "pytorch", "slurm"],
@@ -99,5 +101,6 @@ def checked_options(root_path: str, is_train: bool, args: argparse.Namespace) ->
     for warning in of_severity(inspection.problems, "warning"):
         print_note(f"{warning}.")
     if errors := of_severity(inspection.problems, "error"):
-        raise UserError(f"{args.opt}: {len(errors)} problem(s):", *errors)
+        others, lines = missing_data(errors)
+        raise UserError(f"{args.opt}: {len(errors)} problem(s):", *others, *lines)
     return inspection.opt

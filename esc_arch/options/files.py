@@ -131,8 +131,8 @@ def load_with_positions(text_or_path: str | os.PathLike[str]) -> tuple[Options, 
 def apply_force_yml(opt: Options, entries: Iterable[str], positions: Positions | None = None) -> None:
     """Set values in `opt` from entries like `train:ema_decay=0.999`, in place, and note them in `positions`.
 
-    A value is read as in an option file, lists and mappings too; `none` in any case means None, as in
-    BasicSR, and takes a whole data set out (`datasets:val_2=none`). Keys that do not exist are made, with
+    A value is read as in an option file, lists and mappings too; `null` removes the key, and `none` in any case means
+    None, as in BasicSR, and takes a whole data set out (`datasets:val_2=none`). Keys that do not exist are made, with
     the mappings above them.
 
     Raises:
@@ -145,6 +145,12 @@ def apply_force_yml(opt: Options, entries: Iterable[str], positions: Positions |
         *sections, key = (part.strip() for part in key_path.split(":"))
         if not equals or not all((*sections, key)):
             raise UserError(f"{source} cannot be read: {_FORCE_FORM}.")
+        try:
+            is_none = text.strip().lower() == "none"
+            value = None if is_none else _parse(text.strip(), source, "")[0]
+        except UserError as error:
+            hint = "to give text with special characters: \"KEY='TEXT'\""
+            raise UserError(f"{error}. {_FORCE_FORM}; {hint}.") from None
         section: Any = opt
         for depth, name in enumerate((*sections, key)):
             # Patterns of parameters may have dots
@@ -160,13 +166,8 @@ def apply_force_yml(opt: Options, entries: Iterable[str], positions: Positions |
                     f"{source} leads through {':'.join(sections[: depth + 1])}, which is {section!r} and no mapping: "
                     f"{_FORCE_FORM}, where every KEY but the last names a mapping."
                 )
-        try:
-            value = None if text.strip().lower() == "none" else _parse(text.strip(), source, "")[0]
-        except UserError as error:
-            hint = "to give text with special characters: \"KEY='TEXT'\""
-            raise UserError(f"{error}. {_FORCE_FORM}; {hint}.") from None
-        if value is None and sections == ["datasets"] and key in section:
-            del section[key]
+        if value is None and (not is_none or (sections == ["datasets"] and key in section)):
+            section.pop(key, None)
         else:
             section[key] = value
         if positions is not None:

@@ -32,7 +32,7 @@ class History:
         self._warned = False
 
     def append(self, record: Mapping[str, Any]) -> None:
-        """Add a line. Values: numbers, also numpy's and one-element tensors, text, and lists of these."""
+        """Add a line. Values: numbers, also numpy's and one-element tensors, text, and lists and mappings of these."""
         line = _line({key: _plain(value) for key, value in record.items()})
         with self._warning(), open(self.path, "a+b") as file:
             if file.seek(0, os.SEEK_END):
@@ -87,6 +87,8 @@ def _plain(value: Any) -> Any:
     """What JSON can hold: Python's own numbers, and null for those that are not finite."""
     if isinstance(value, list | tuple):
         return [_plain(entry) for entry in value]
+    if isinstance(value, dict):
+        return {key: _plain(entry) for key, entry in value.items()}
     if hasattr(value, "item"):
         value = value.item()
     return None if isinstance(value, float) and not math.isfinite(value) else value

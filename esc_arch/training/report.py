@@ -36,25 +36,26 @@ def write_report(
     opt: Mapping[str, Any],
     history: History,
     seconds: float,
+    iterations: int,
     skipped: int = 0,
     parameters: int | None = None,
 ) -> str:
     """Write `summary.md` and, where matplotlib is installed, `training.png` to the experiment's folder.
 
-    Of a run of so many `seconds`, steps `skipped` for gradients that were not finite, and `parameters` of the network.
-    What goes wrong is a warning in the log: the training itself is done and saved. Returns the summary, for the log.
+    Of a run of so many `seconds`, after `iterations` in all, steps `skipped` for gradients that were not finite, and
+    `parameters` of the network. What goes wrong is a warning in the log: the training itself is done and saved. Returns
+    the summary, for the log.
     """
     text = ""
     with _warning_of(folder / "summary.md"):
         records = history.records()
         training = [record for record in records if "dataset" not in record]
-        scores = _scores(records, opt)
+        scores, bicubic = _scores(records, opt), _bicubic(records)
         scale = f" x{opt['scale']}" if "scale" in opt else ""
         count = f", {parameters:,} parameters" if parameters is not None else ""
-        done = max((record["iter"] for record in records), default=0)
         rows = [
             ("network", f"{opt['network_g']['type']}{scale}{count}"),
-            ("iterations", f"{done:,} of {int(opt['train']['total_iter']):,}"),
+            ("iterations", f"{iterations:,} of {int(opt['train']['total_iter']):,}"),
             ("time of this run", str(datetime.timedelta(seconds=round(seconds)))),
             *_measured(training),
             *([("skipped steps", f"{skipped:,} (their loss was not finite)")] if skipped else []),
@@ -62,10 +63,16 @@ def write_report(
         parts = [f"# {opt['name']}", _table(("training", ""), rows)]
         if scores:
             cells = [
-                (*key, *(text for at, value in (points[-1], best) for text in (f"{value:.4f}", f"{at:,}")))
+                (
+                    *key,
+                    *(text for at, value in (points[-1], best) for text in (f"{value:.4f}", f"{at:,}")),
+                    f"{bicubic[key]:.4f}" if key in bicubic else "",
+                )
                 for key, (points, best) in scores.items()
             ]
-            parts.append(_table(("data set", "metric", "last", "at iteration", "best", "at iteration"), cells))
+            columns = ("data set", "metric", "last", "at iteration", "best", "at iteration", "bicubic")
+            shown = len(columns) if bicubic else -1
+            parts.append(_table(columns[:shown], [row[:shown] for row in cells]))
         text = "\n\n".join([*parts, f"In {folder}."]) + "\n"
         write_atomically(folder / "summary.md", text.encode())
     with _warning_of(folder / "training.png"):
@@ -76,7 +83,7 @@ def write_report(
             return text
         if records:
             picture = io.BytesIO()
-            _draw(str(opt["name"]), training, scores).savefig(picture, format="png", dpi="figure")
+            _draw(str(opt["name"]), training, scores, bicubic).savefig(picture, format="png", dpi="figure")
             write_atomically(folder / "training.png", picture.getvalue())
     return text
 
@@ -116,6 +123,17 @@ def _scores(records: Sequence[Logged], opt: Mapping[str, Any]) -> Scores:
     }
 
 
+def _bicubic(records: Sequence[Logged]) -> dict[tuple[str, str], float]:
+    """By data set and metric, the scores of bicubic interpolation, as far as they were logged."""
+    return {
+        (record["dataset"], metric): value
+        for record in records
+        if isinstance(found := record.get("bicubic"), dict)
+        for metric, value in found.items()
+        if isinstance(value, int | float)
+    }
+
+
 def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     """A Markdown table whose columns are aligned in plain text, too."""
     widths = [max(3, *(len(row[index]) for row in [head, *rows])) for index in range(len(head))]
@@ -124,7 +142,7 @@ def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     return "\n".join(f"| {line} |" for line in lines)
 
 
-def _draw(name: str, training: Sequence[Logged], scores: Scores) -> Any:
+def _draw(name: str, training: Sequence[Logged], scores: Scores, bicubic: Mapping[tuple[str, str], float]) -> Any:
     """A figure of a panel for each loss, for the learning rates, and for each metric of each data set."""
     from matplotlib.figure import Figure
 
@@ -141,7 +159,7 @@ def _draw(name: str, training: Sequence[Logged], scores: Scores) -> Any:
         return axes
 
     def plot(axes: Any, iterations: Sequence[int], values: Sequence[float]) -> None:
-        axes.plot(iterations, values, color="#1f5a8a", linewidth=1.4, marker="." if len(values) < 30 else None)
+        axes.plot(iterations, values, color="#1f5a8a", linewidth=1.4, marker="." if len(values) == 1 else None)
 
     for loss in losses:
         axes = panel(f"loss {loss}")
@@ -159,6 +177,9 @@ def _draw(name: str, training: Sequence[Logged], scores: Scores) -> Any:
         axes = panel(": ".join(key))
         plot(axes, *zip(*points, strict=True))
         axes.plot(iteration, value, "o", color=_BEST, markersize=5)
+        if key in bicubic:
+            axes.axhline(bicubic[key], color="0.45", linewidth=1.0, linestyle="--", label=f"bicubic {bicubic[key]:.4f}")
+            axes.legend(fontsize=8, frameon=False)
         axes.set_title(f"best {value:.4f} at {iteration:,}", fontsize=9, loc="right", color=_BEST)
     return figure
 

@@ -65,7 +65,7 @@ _COUNTING_NOTES = (
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add what is measured, how, and where it is written."""
-    parser.add_argument("-opt", nargs="+", type=Path, default=[], metavar="FILE", help="network_g of these files")
+    parser.add_argument("-opt", "--opt", nargs="+", type=Path, default=[], metavar="FILE", help="their network_g")
     add_import_argument(parser)
     parser.add_argument(
         "--networks",

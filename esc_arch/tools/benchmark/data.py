@@ -231,7 +231,7 @@ _COLUMNS = (
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add what is checked."""
-    parser.add_argument("-opt", nargs="+", type=Path, default=[], metavar="FILE", help="the data that these files name")
+    parser.add_argument("-opt", "--opt", nargs="+", type=Path, default=[], metavar="FILE", help="their data")
     add_import_argument(parser)
     parser.add_argument(
         "--root", type=Path, default=Path("datasets/benchmark"), metavar="FOLDER", help="of the five sets (%(default)s)"

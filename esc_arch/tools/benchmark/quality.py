@@ -41,7 +41,7 @@ _UNITS = 1.5
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add what is tested, how, and what it is compared with."""
-    parser.add_argument("-opt", nargs="+", type=Path, required=True, metavar="FILE", help="option files of tests")
+    parser.add_argument("-opt", "--opt", nargs="+", type=Path, required=True, metavar="FILE", help="of tests")
     add_import_argument(parser)
     parser.add_argument(
         "-m", "--weights", nargs="+", metavar="FILE", help="one for each option file, over its pretrain_network_g"

@@ -30,7 +30,7 @@ SECTIONS: dict[str, Callable[[Context], Iterable[Finding]]] = {
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the option file, the form of the report, and how far it goes."""
-    parser.add_argument("-opt", metavar="FILE", help="also this option file, its data, weights and folders")
+    parser.add_argument("-opt", "--opt", metavar="FILE", help="also this option file, its data, weights and folders")
     add_import_argument(parser)
     parser.add_argument("--json", action="store_true", help="the report as JSON, see docs/doctor.md")
     parser.add_argument("--no-test", action="store_true", help="do not compare backends with their references")
