@@ -23,16 +23,11 @@ OTHERS = {
     "layers.0.residual_group.blocks.0.conv_block.cab.0.weight": "HAT",
     "layers.0.residual_group.blocks.0.attn.logit_scale": "Swin2SR",
     "layers.0.residual_group.blocks.0.attn.relative_position_bias_table": "SwinIR",
-    "layers.0.residual_group.layers.0.sigma": "ATD",
-    "layers.0.swin1.attn.relative_position_bias_table": "DRCT",
     "layers.0.blocks.0.ffn.sg.norm.weight": "DAT",
     "residual_layer.0.residual_layer.0.layer.0.fn.0.weight": "OmniSR",
     "block_1.c1_r.eval_conv.weight": "SPAN",
-    "feats.1.lk.conv.weight": "PLKSR",
-    "feats.0.safm.mfr.0.weight": "SAFMN",
     "unet1.conv1.conv.0.weight": "Real-CUGAN",
-    "body.0.body.0.body.3.conv_du.0.weight": "RCAN",
-    "body.1.weight": "SRVGGNetCompact (Real-ESRGAN)",  # a PReLU between convolutions
+    "3.weight": "SRVGGNetCompact (Real-ESRGAN)",  # numbers alone
 }
 
 

@@ -26,15 +26,7 @@ _PURPOSES = {"train": True, "test": False, "auto": None}
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the files, what they are for, and how much is checked."""
     parser.add_argument("files", nargs="*", metavar="FILE", help="option files (YAML)")
-    parser.add_argument(
-        "-opt",
-        "--opt",
-        nargs="+",
-        action="extend",
-        default=[],
-        metavar="FILE",
-        help="likewise",
-    )
+    parser.add_argument("-opt", "--opt", nargs="+", default=[], metavar="FILE", help="likewise")
     parser.add_argument("--schema", action="store_true", help="print the JSON schema of option files, for editors")
     parser.add_argument(
         "--force_yml", nargs="+", default=[], metavar="KEY[:KEY...]=VALUE", help="set options over those of the files"

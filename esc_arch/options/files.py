@@ -131,9 +131,9 @@ def load_with_positions(text_or_path: str | os.PathLike[str]) -> tuple[Options, 
 def apply_force_yml(opt: Options, entries: Iterable[str], positions: Positions | None = None) -> None:
     """Set values in `opt` from entries like `train:ema_decay=0.999`, in place, and note them in `positions`.
 
-    A value is read as in an option file, lists and mappings too; `null` removes the key, and `none` in any case means
-    None, as in BasicSR, and takes a whole data set out (`datasets:val_2=none`). Keys that do not exist are made, with
-    the mappings above them.
+    A value is read as in an option file, lists and mappings too; `null` removes the key, `none` in any case means None,
+    as in BasicSR, and takes a whole data set out (`datasets:val_2=none`). Keys that do not exist are made, with the
+    mappings above them.
 
     Raises:
         UserError: an entry without `=`, with an empty key, with a value that is not YAML, or one that
@@ -145,12 +145,6 @@ def apply_force_yml(opt: Options, entries: Iterable[str], positions: Positions |
         *sections, key = (part.strip() for part in key_path.split(":"))
         if not equals or not all((*sections, key)):
             raise UserError(f"{source} cannot be read: {_FORCE_FORM}.")
-        try:
-            is_none = text.strip().lower() == "none"
-            value = None if is_none else _parse(text.strip(), source, "")[0]
-        except UserError as error:
-            hint = "to give text with special characters: \"KEY='TEXT'\""
-            raise UserError(f"{error}. {_FORCE_FORM}; {hint}.") from None
         section: Any = opt
         for depth, name in enumerate((*sections, key)):
             # Patterns of parameters may have dots
@@ -166,7 +160,12 @@ def apply_force_yml(opt: Options, entries: Iterable[str], positions: Positions |
                     f"{source} leads through {':'.join(sections[: depth + 1])}, which is {section!r} and no mapping: "
                     f"{_FORCE_FORM}, where every KEY but the last names a mapping."
                 )
-        if value is None and (not is_none or (sections == ["datasets"] and key in section)):
+        try:
+            value = None if text.strip().lower() == "none" else _parse(text.strip(), source, "")[0]
+        except UserError as error:
+            hint = "to give text with special characters: \"KEY='TEXT'\""
+            raise UserError(f"{error}. {_FORCE_FORM}; {hint}.") from None
+        if text.strip() == "null" or (value is None and sections == ["datasets"] and key in section):
             section.pop(key, None)
         else:
             section[key] = value

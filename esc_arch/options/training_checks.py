@@ -31,7 +31,7 @@ _LOSS_KEYS = ("pixel_opt", "perceptual_opt", "gan_opt", "ldl_opt", "feature_matc
 _NOT_OF_PAIRS = ("PerceptualLoss", "GANLoss", "MultiScaleGANLoss", "GANFeatLoss", "WeightedTVLoss")
 _LOGGED_NAMES = ("pix", "percep", "style")
 #: The share of the weights before training that the average of a training from scratch may have at its end.
-MOST_UNTRAINED = 0.01
+MOST_UNTRAINED = 0.1
 
 
 def check_training(opt: Options) -> Iterator[Problem]:
@@ -79,7 +79,7 @@ def _check_length(train: Options, is_pretrained: bool) -> Iterator[Problem]:
     if untrained > MOST_UNTRAINED:
         message = (
             f"{decay} given: after total_iter {total} the average still has {untrained:.0%} of the weights before "
-            f"training, and scores worse than the network. Give {max(0, 1 - 10 / total):.4g}, or 0 for no average"
+            f"training, and scores worse than the network. Give at most {max(0, 1 - 10 / total):.4g}; 0 is no average"
         )
         yield Problem("train:ema_decay", message, "warning")
 

@@ -27,8 +27,8 @@ _BEST = "#b5432a"
 _FINAL = 10  # log lines that the final loss is the mean of: one batch says little
 
 Logged = Mapping[str, Any]
-#: (data set, metric) -> the finite scores, as (iteration, value), and the best of them.
-Scores = dict[tuple[str, str], tuple[list[tuple[int, float]], tuple[int, float]]]
+#: (data set, metric) -> the finite scores, as (iteration, value), the best of them, and that of bicubic interpolation.
+Scores = dict[tuple[str, str], tuple[list[tuple[int, float]], tuple[int, float], float | None]]
 
 
 def write_report(
@@ -50,7 +50,7 @@ def write_report(
     with _warning_of(folder / "summary.md"):
         records = history.records()
         training = [record for record in records if "dataset" not in record]
-        scores, bicubic = _scores(records, opt), _bicubic(records)
+        scores = _scores(records, opt)
         scale = f" x{opt['scale']}" if "scale" in opt else ""
         count = f", {parameters:,} parameters" if parameters is not None else ""
         rows = [
@@ -65,14 +65,16 @@ def write_report(
             cells = [
                 (
                     *key,
-                    *(text for at, value in (points[-1], best) for text in (f"{value:.4f}", f"{at:,}")),
-                    f"{bicubic[key]:.4f}" if key in bicubic else "",
+                    f"{last:.4f}",
+                    f"{end:,}",
+                    f"{best:.4f}",
+                    f"{at:,}",
+                    "-" if bicubic is None else f"{bicubic:.4f}",
                 )
-                for key, (points, best) in scores.items()
+                for key, ((*_, (end, last)), (at, best), bicubic) in scores.items()
             ]
             columns = ("data set", "metric", "last", "at iteration", "best", "at iteration", "bicubic")
-            shown = len(columns) if bicubic else -1
-            parts.append(_table(columns[:shown], [row[:shown] for row in cells]))
+            parts.append(_table(columns, cells))
         text = "\n\n".join([*parts, f"In {folder}."]) + "\n"
         write_atomically(folder / "summary.md", text.encode())
     with _warning_of(folder / "training.png"):
@@ -83,7 +85,7 @@ def write_report(
             return text
         if records:
             picture = io.BytesIO()
-            _draw(str(opt["name"]), training, scores, bicubic).savefig(picture, format="png", dpi="figure")
+            _draw(str(opt["name"]), training, scores).savefig(picture, format="png", dpi="figure")
             write_atomically(folder / "training.png", picture.getvalue())
     return text
 
@@ -111,26 +113,18 @@ def _measured(training: Sequence[Logged]) -> Iterator[tuple[str, str]]:
 def _scores(records: Sequence[Logged], opt: Mapping[str, Any]) -> Scores:
     """The scores of all validations; of equally good ones the last is the best, as BasicSR counts."""
     found: dict[tuple[str, str], list[tuple[int, float]]] = defaultdict(list)
+    bicubic: dict[tuple[str, str], float] = {}
     for record in records:
         for metric, value in record.items() if "dataset" in record else ():
-            if metric not in ("iter", "dataset") and isinstance(value, int | float):
+            if metric == "bicubic" and isinstance(value, dict):
+                bicubic |= {(record["dataset"], name): score for name, score in value.items() if score is not None}
+            elif metric not in ("iter", "dataset") and isinstance(value, int | float):
                 found[record["dataset"], metric].append((record["iter"], value))
     options = (opt.get("val") or {}).get("metrics") or {}
     signs = {metric: -1 if entry.get("better") == "lower" else 1 for metric, entry in options.items()}
     return {
-        key: (points, max(points, key=lambda point: (signs.get(key[1], 1) * point[1], point[0])))
+        key: (points, max(points, key=lambda at: (signs.get(key[1], 1) * at[1], at[0])), bicubic.get(key))
         for key, points in found.items()
-    }
-
-
-def _bicubic(records: Sequence[Logged]) -> dict[tuple[str, str], float]:
-    """By data set and metric, the scores of bicubic interpolation, as far as they were logged."""
-    return {
-        (record["dataset"], metric): value
-        for record in records
-        if isinstance(found := record.get("bicubic"), dict)
-        for metric, value in found.items()
-        if isinstance(value, int | float)
     }
 
 
@@ -142,7 +136,7 @@ def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     return "\n".join(f"| {line} |" for line in lines)
 
 
-def _draw(name: str, training: Sequence[Logged], scores: Scores, bicubic: Mapping[tuple[str, str], float]) -> Any:
+def _draw(name: str, training: Sequence[Logged], scores: Scores) -> Any:
     """A figure of a panel for each loss, for the learning rates, and for each metric of each data set."""
     from matplotlib.figure import Figure
 
@@ -173,12 +167,12 @@ def _draw(name: str, training: Sequence[Logged], scores: Scores, bicubic: Mappin
         axes = panel("learning rate")
         for rates in zip(*(record.get("lrs") or [record["lr"]] for record in training), strict=False):
             plot(axes, [record["iter"] for record in training], rates)
-    for key, (points, (iteration, value)) in scores.items():
+    for key, (points, (iteration, value), bicubic) in scores.items():
         axes = panel(": ".join(key))
         plot(axes, *zip(*points, strict=True))
         axes.plot(iteration, value, "o", color=_BEST, markersize=5)
-        if key in bicubic:
-            axes.axhline(bicubic[key], color="0.45", linewidth=1.0, linestyle="--", label=f"bicubic {bicubic[key]:.4f}")
+        if bicubic is not None:
+            axes.axhline(bicubic, color="0.45", linewidth=1.0, linestyle="--", label=f"bicubic {bicubic:.4f}")
             axes.legend(fontsize=8, frameon=False)
         axes.set_title(f"best {value:.4f} at {iteration:,}", fontsize=9, loc="right", color=_BEST)
     return figure

@@ -79,7 +79,7 @@ def test_a_file_to_a_file(run: Upscale, weights: Path) -> None:
     np.testing.assert_array_equal(np.asarray(Image.open("new/b.png")), expected(weights, PHOTOGRAPH))
     assert re.match(r"ESC x2, [\d,]+ parameters, CPU, fp32\n", out)
     assert "a.png -> new/b.png (70 x 60)\n" in out
-    assert out.endswith("1 done, 0 skipped (there already), 0 failed\n")
+    assert out.endswith("1 done, 0 skipped (there already), 0 failed; results: new/b.png\n")
 
 
 def test_folders_keep_their_structure(run: Upscale) -> None:
@@ -161,9 +161,11 @@ def test_what_is_there_is_skipped(run: Upscale) -> None:
     status, out, _ = run("-i", "in", "-o", "out")
     assert status == 0
     assert "in/a.png: skipped, out/a_out.png is there" in out
-    assert out.endswith("1 done, 1 skipped (there already), 0 failed\n")
+    assert out.endswith("1 done, 1 skipped (there already), 0 failed; results: out\n")
     assert Path("out/a_out.png").read_bytes() == kept
-    assert run("-i", "in", "-o", "out", "--overwrite")[1].endswith("2 done, 0 skipped (there already), 0 failed\n")
+    assert run("-i", "in", "-o", "out", "--overwrite")[1].endswith(
+        "2 done, 0 skipped (there already), 0 failed; results: out\n"
+    )
     assert np.asarray(Image.open("out/a_out.png")).any()
 
 
@@ -353,7 +355,7 @@ def test_inputs_named_twice_are_one(run: Upscale) -> None:
     put("a.png")
     status, out, err = run("-i", "a.png", "./a.png", ".", "a.png", "-o", "out")
     assert (status, err) == (0, "")
-    assert out.endswith("1 done, 0 skipped (there already), 0 failed\n")
+    assert out.endswith("1 done, 0 skipped (there already), 0 failed; results: out\n")
 
 
 @pytest.mark.parametrize("overwrite", [[], ["--overwrite"]])
@@ -397,9 +399,9 @@ def test_results_beside_inputs_are_no_inputs(run: Upscale) -> None:
     assert run("-i", "in", "-o", "in")[0] == 0
     status, out, _ = run("-i", "in", "-o", "in")
     assert (status, files("in")) == (0, ["a.png", "a_out.png", "b.png", "b_out.png"])
-    assert out.endswith("0 done, 2 skipped (there already), 0 failed\n")
+    assert out.endswith("0 done, 2 skipped (there already), 0 failed; results: in\n")
     assert run("-i", "in", "-o", "in/results")[0] == 0
-    assert run("-i", "in", "-o", "in/results")[1].endswith("skipped (there already), 0 failed\n")
+    assert run("-i", "in", "-o", "in/results")[1].endswith("skipped (there already), 0 failed; results: in/results\n")
     assert not any("results/" in name for name in files("in/results"))
 
 

@@ -66,9 +66,9 @@ def test_the_summary_says_what_was_done(tmp_path: Path, history: History, opt: d
         ["peak memory", "3.50 GiB"],
         ["final l_pix", f"{final:.4e} (mean of the last 10 logged)"],
         ["skipped steps", "1,234 (their loss was not finite)"],
-        ["Set5", "psnr", "32.1250", "2,000", "33.2500", "1,600"],
-        ["Set5", "lpips", f"{1 / 32.125:.4f}", "2,000", f"{1 / 33.25:.4f}", "1,600"],
-        ["Set14", "psnr", "29.1250", "2,000", "30.2500", "1,600"],
+        ["Set5", "psnr", "32.1250", "2,000", "33.2500", "1,600", "-"],
+        ["Set5", "lpips", f"{1 / 32.125:.4f}", "2,000", f"{1 / 33.25:.4f}", "1,600", "-"],
+        ["Set14", "psnr", "29.1250", "2,000", "30.2500", "1,600", "-"],
     ):
         assert row in rows
     assert text.endswith(f"\n\nIn {tmp_path}.\n")
@@ -121,7 +121,7 @@ def panels_of(history: History, opt: dict[str, Any]) -> dict[str, Any]:
     """What is drawn: axes by their titles."""
     records = history.records()
     training = [record for record in records if "dataset" not in record]
-    figure = report._draw("", training, report._scores(records, opt), report._bicubic(records))
+    figure = report._draw("", training, report._scores(records, opt))
     return {axes.get_title("left"): axes for axes in figure.axes}
 
 
@@ -152,7 +152,7 @@ def test_bicubic_is_beside_the_network(tmp_path: Path, history: History, opt: di
     history.append({"iter": 2100, "dataset": "Set14", "psnr": 30.5, "bicubic": {"psnr": 28.125, "ssim": math.inf}})
     rows = cells(write_report(tmp_path, opt, history, seconds=1, iterations=2100))
     assert ["Set14", "psnr", "30.5000", "2,100", "30.5000", "2,100", "28.1250"] in rows
-    assert ["Set5", "psnr", "32.1250", "2,000", "33.2500", "1,600", ""] in rows
+    assert ["Set5", "psnr", "32.1250", "2,000", "33.2500", "1,600", "-"] in rows
     panels = panels_of(history, opt)
     assert [line.get_label() for line in panels["Set14: psnr"].lines][2:] == ["bicubic 28.1250"]
     assert set(panels["Set14: psnr"].lines[2].get_ydata()) == {28.125}

@@ -12,8 +12,7 @@ import logging
 import math
 import weakref
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Sequence
 from itertools import count
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -21,7 +20,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from esc_arch.archs.heads import Region
 from esc_arch.errors import UserError
@@ -84,13 +83,13 @@ def enlarge(
     # The padding of the protocol, and of the network itself
     padded = PaddedImage(image, upscaler.net.window_size, upscaler.net.unshuffle_factor)
     height, width = image.shape[:2]
+    tell: Callable[[float], Any] = progress or (lambda part: None)
     out_size, is_other = upscaler.output_size(height, width, scale), isinstance(upscaler.net, OtherNetwork)
     free = _host(max_memory) if upscaler.device.type == "cpu" else _device(upscaler.device)
     pixels = padded.height * padded.width // upscaler.net.unshuffle_factor**2
     if at_once and not 0 < tile < max(height, width) and costs_of(upscaler, scale)[0].of(pixels) <= free:
         try:
-            with _reporting(upscaler.net.blocks, progress):
-                enlarged = whole(upscaler, image, scale)
+            enlarged = whole(upscaler, image, scale, tell)
         except Exception as error:
             if not is_out_of_memory(error):
                 raise
@@ -99,38 +98,19 @@ def enlarge(
                 *(width, height, "" if is_other else ", with the same result"),
             )
         else:
-            if progress is not None:
-                progress(1)
+            tell(1)
             yield enlarged
             return
         release(upscaler.device)  # after the exception, whose frames hold tensors
     if is_other:
-        yield from _in_overlapping_tiles(upscaler, padded, tile, free, progress)
+        yield from _in_overlapping_tiles(upscaler, padded, tile, free, tell)
         return
     plan = plan_for(upscaler, padded, out_size, scale, max_memory, tile)
     yield from TiledExecutor(upscaler, padded, out_size, plan, scratch, progress).run()
 
 
-@contextmanager
-def _reporting(blocks: Iterable[nn.Module], progress: Callable[[float], Any] | None) -> Iterator[None]:
-    """While this lasts, progress is told of each of the blocks, which run one after the other."""
-    layers = list(blocks) if progress is not None else []
-    done = count(1)
-
-    def tell(*_: Any) -> None:
-        assert progress is not None
-        progress(next(done) / (len(layers) + 1))
-
-    hooks = [layer.register_forward_hook(tell) for layer in layers]
-    try:
-        yield
-    finally:
-        for hook in hooks:
-            hook.remove()
-
-
 def _in_overlapping_tiles(
-    upscaler: Upscaler, image: PaddedImage, tile: int, free: float, progress: Callable[[float], Any] | None
+    upscaler: Upscaler, image: PaddedImage, tile: int, free: float, progress: Callable[[float], Any]
 ) -> Iterator[Tensor]:
     """Rows of the result of a network that nothing is known of, in tiles of which the margins are cropped."""
     size, factor = (image.height, image.width), round(upscaler.scale)
@@ -147,8 +127,7 @@ def _in_overlapping_tiles(
             seen = core.expand(OVERLAP, size)
             enlarged = upscaler(image.read(seen, upscaler.device))[0]
             band[..., left * factor : right * factor] = core.times(factor).crop(enlarged, seen.times(factor))
-            if progress is not None:
-                progress((top * size[1] + right * (bottom - top)) / (size[0] * size[1]))
+            progress((top * size[1] + right * (bottom - top)) / (size[0] * size[1]))
         yield band
 
 
@@ -201,11 +180,23 @@ def _peaks(upscaler: Upscaler, side: int, scale: float | None) -> tuple[int, int
     return executor.size[0] * executor.size[1], at_once, part
 
 
-def whole(upscaler: Upscaler, image: Any, scale: float | None) -> Tensor:
-    """The image enlarged at once, (3, H', W'), on the CPU."""
+def whole(
+    upscaler: Upscaler, image: Any, scale: float | None, progress: Callable[[float], Any] = lambda part: None
+) -> Tensor:
+    """The image enlarged at once, (3, H', W'), on the CPU; progress is told of each block."""
     padded = PaddedImage(image)
     x = padded.read(Region(0, 0, padded.height, padded.width), upscaler.device)
-    return upscaler(x, scale)[0].cpu()
+    blocks, done = list(upscaler.net.blocks), count(1)
+
+    def tell(*_: Any) -> None:
+        progress(next(done) / (len(blocks) + 1))
+
+    hooks = [block.register_forward_hook(tell) for block in blocks]
+    try:
+        return upscaler(x, scale)[0].cpu()
+    finally:
+        for hook in hooks:
+            hook.remove()
 
 
 def plan_for(

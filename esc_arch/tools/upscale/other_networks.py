@@ -64,7 +64,7 @@ def load_any(weights: str | Path, *, device: str = "auto", precision: str = "aut
     except UnsupportedModelError:
         raise unknown from None
     except Exception as error:  # of weights that are not what their names say, about anything
-        raise UserError(f"{weights}: spandrel cannot load it: {first_line(error)}.") from error
+        raise UserError(f"{weights}: spandrel cannot load it: {first_line(error).rstrip(':')}.") from error
     name = found.architecture.name
     if not isinstance(found, ImageModelDescriptor) or (found.input_channels, found.output_channels) != (3, 3):
         raise UserError(f"{weights} is {name}, a {found.purpose} network that does not take and give RGB images.")
