@@ -53,7 +53,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--force_yml",
         nargs="+",
         metavar="KEY[:KEY...]=VALUE",
-        help="set options over those of the file, such as train:ema_decay=0.999",
+        help="set options over those of the file, such as train:ema_decay=0.999; null removes a key",
     )
     add_import_argument(parser)
 

@@ -20,7 +20,8 @@ class History:
     """A file of one JSON object per line: logged iterations and validations, in the order of time.
 
     Of training: ``{"iter": 100, "epoch": 0, "lr": 5e-4, "l_pix": 0.02, "images_per_s": 80.5}``; of validation:
-    ``{"iter": 5000, "dataset": "Set5", "psnr": 37.9, "ssim": 0.96}``. Numbers that are not finite are written as null.
+    ``{"iter": 5000, "dataset": "Set5", "psnr": 37.9, "ssim": 0.96, "bicubic": {"psnr": 33.7}}``. Numbers
+    that are not finite are written as null.
 
     A line is in the file, safe from the death of the process, when `append` returns. What cannot be written (full disk)
     is lost with one warning: no training ends for it. Only one process of a distributed run may write. The file need

@@ -238,7 +238,7 @@ def test_whatever_is_in_a_folder_is_said_and_the_rest_done(run: Upscale, monkeyp
     assert len(lines) == 6
     assert re.search(r"in/n+.png: out/n+_out.png: cannot be written: File name too long\.", err)
     assert out.splitlines()[-1].startswith("1 done, 0 skipped (there already), 6 failed: ")
-    assert out.endswith("; left out: 1 .avif, 1 .heic, 2 .psd, 1 link to a folder, 1 without suffix\n")
+    assert out.endswith("; left out: 1 .avif, 1 .heic, 2 .psd, 1 link to a folder, 1 without suffix; results: out\n")
 
 
 @pytest.mark.parametrize("arguments", [["-i", "n" * 300, "-o", "out"], ["-i", "a.png", "-o", "n" * 300]])
@@ -275,7 +275,8 @@ def test_a_failing_file_is_a_line_and_the_rest_is_done(run: Upscale) -> None:
     assert lines[1] == "basicsr upscale: in/c.jpg: empty. Replace it."
     assert lines[2].startswith("basicsr upscale: in/d.png: has an alpha channel, which JPEG cannot hold. Use --ext png")
     assert lines[3] == "basicsr upscale: missing.png: cannot be read: No such file or directory."
-    assert out.endswith("2 done, 0 skipped (there already), 4 failed: in/b.png, in/c.jpg, in/d.png, missing.png\n")
+    last = "2 done, 0 skipped (there already), 4 failed: in/b.png, in/c.jpg, in/d.png, missing.png; results: out\n"
+    assert out.endswith(last)
     assert files("out") == ["a_out.jpg", "z_out.jpg"]
 
 
