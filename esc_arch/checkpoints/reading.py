@@ -72,7 +72,7 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
     if not start:
         raise UserError(f"{path} is not a checkpoint: it is empty.")
     for beginnings, what in OTHER_FILES.items():
-        if start.startswith(beginnings):
+        if start.startswith(beginnings) and start[8:9] != b"{":  # as safetensors have it, whose length may look so
             raise UserError(f"{path} is not a checkpoint: it is {what}.")
     if is_safetensors(path):
         content = _read_safetensors(path)

@@ -80,11 +80,7 @@ def _is_for_terminal(record: logging.LogRecord) -> bool:
     return not (is_info and _DETAILS.search(record.getMessage()))
 
 
-@patch(
-    _MODULE,
-    "get_root_logger",
-    "log files are UTF-8, overwrite none, outlive a full disk, and have the details",
-)
+@patch(_MODULE, "get_root_logger", "log files are UTF-8, overwrite none, and outlive a full disk")
 def get_root_logger(
     original: Original, logger_name: str = "basicsr", log_level: int = logging.INFO, log_file: str | None = None
 ) -> logging.Logger:

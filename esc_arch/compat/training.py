@@ -49,8 +49,7 @@ def test_pipeline(original: Original, root_path: str) -> None:
         original(root_path)
         for folder in [*folders][-1:]:  # on rank 0
             pictures = folder / "visualization"
-            has_pictures = pictures.is_dir() and any(pictures.iterdir())
-            logger.info("Pictures are in %s", pictures) if has_pictures else logger.info("The log is in %s", folder)
+            logger.info("Results are in %s", pictures if any(pictures.glob("*")) else folder)
 
 
 @patch("basicsr.utils.misc", "make_exp_dirs", "no two runs of one name write into one folder")

@@ -357,9 +357,9 @@ class ESCModel(SRModel):
         options = {key: self.metric_options(metric) for key, metric in (val.get("metrics") or {}).items()}
         metrics = {key: float(calculate_metric(images, of)) if finite else math.nan for key, of in options.items()}
         validated = _Validated(index, name, metrics)
-        if self.opt["is_train"] and dataset not in self.bicubic and "gt" in visuals and finite:
+        is_first = self.opt["is_train"] and dataset not in self.bicubic and "gt" in visuals and finite
+        if paired := {key: of for key, of in options.items() if is_first and needs_ground_truth(of)}:
             images["img"] = bicubic(visuals)
-            paired = {key: of for key, of in options.items() if needs_ground_truth(of)}
             validated.bicubic = {key: float(calculate_metric(images, of)) for key, of in paired.items()}
         if val.get("comparison") and "gt" in visuals:
             file = folder / "comparison" / dataset / f"{name}.png"

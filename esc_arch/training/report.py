@@ -63,18 +63,11 @@ def write_report(
         parts = [f"# {opt['name']}", _table(("training", ""), rows)]
         if scores:
             cells = [
-                (
-                    *key,
-                    f"{last:.4f}",
-                    f"{end:,}",
-                    f"{best:.4f}",
-                    f"{at:,}",
-                    "-" if bicubic is None else f"{bicubic:.4f}",
-                )
+                (*key, f"{last:.4f}", f"{end:,}", f"{best:.4f}", f"{at:,}", f"{bicubic:.4f}" if bicubic else "-")
                 for key, ((*_, (end, last)), (at, best), bicubic) in scores.items()
             ]
-            columns = ("data set", "metric", "last", "at iteration", "best", "at iteration", "bicubic")
-            parts.append(_table(columns, cells))
+            head = ("data set", "metric", "last", "at iteration", "best", "at iteration", "bicubic")
+            parts.append(_table(head, cells))
         text = "\n\n".join([*parts, f"In {folder}."]) + "\n"
         write_atomically(folder / "summary.md", text.encode())
     with _warning_of(folder / "training.png"):

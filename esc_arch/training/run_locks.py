@@ -39,10 +39,7 @@ def lock_run(opt: dict[str, Any]) -> None:
 
 @contextmanager
 def run_locks() -> Iterator[Iterable[Path]]:
-    """Unlock at the end what was locked within; where they are nested, at the end of the outer one.
-
-    Gives the folders that are locked, the last one last.
-    """
+    """Unlock at the end what was locked within, which is given; nested ones do at the end of the outer one."""
     global _is_within
     is_nested, _is_within = _is_within, True
     try:

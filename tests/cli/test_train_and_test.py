@@ -352,7 +352,7 @@ def test_testing_measures_what_training_saved(
     assert run.status == 0, run.err
     assert "Best:" not in run.err
     pictures = run.folder / "results" / "trial" / "visualization"
-    assert run.err.endswith(f"Pictures are in {pictures}\n")
+    assert run.err.endswith(f"Results are in {pictures}\n")
     (psnr,) = values(run.log(of="results"), "psnr")
     assert (psnr == trained) == (key == "params_ema")  # training validates the average
 
