@@ -86,7 +86,9 @@ def _run(argv: Sequence[str], called: str | None) -> int:
             import argcomplete
 
             argcomplete.autocomplete(parser)
-        args = parser.parse_args(argv)
+        args, unknown = parser.parse_known_args(argv)
+        if unknown:  # with the usage of the verb
+            parsers.choices[args.verb].error(f"unrecognized arguments: {' '.join(unknown)}")
         verb = _module(args.verb)
         if args.verb != "doctor":  # where a failure is a line of the report
             # What modules print must not be in the midst of what `check --json` prints

@@ -21,6 +21,8 @@ from ..printing import shown
 
 __all__ = ["run"]
 
+_DEMO = Path("datasets/demo")
+
 
 def run(args: argparse.Namespace) -> int:
     """Make the data; returns the exit status: 0, or 130 after Ctrl-C."""
@@ -54,6 +56,8 @@ def run(args: argparse.Namespace) -> int:
             lmdbs, made = prepare_demo(args.output, **more)
             _print_train(lmdbs)
             _print_benchmark(made)
+            if args.output == _DEMO:  # which the option file names
+                print("Next: basicsr options copy train_ESC_x2_demo && basicsr train -opt train_ESC_x2_demo.yml")
     except KeyboardInterrupt:
         print("\nStopped. The same command continues from here.", file=sys.stderr)
         return INTERRUPTED

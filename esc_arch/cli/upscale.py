@@ -18,7 +18,7 @@ from esc_arch.printing import shown
 from esc_arch.tools.upscale.batch import BatchOptions, BatchReport, UpscaleTask, find_tasks, upscale_files
 from esc_arch.tools.upscale.image_writer import EncodeSpec
 from esc_arch.tools.upscale.memory import parse_memory
-from esc_arch.tools.upscale.network import load
+from esc_arch.tools.upscale.other_networks import load_any
 from esc_arch.tools.upscale.upscaling import Settings
 from esc_arch.tools.video import upscaling as video
 
@@ -39,7 +39,7 @@ def run(args: argparse.Namespace) -> int:
     settings = options.settings
     precision = "fp32" if args.fp32 else "auto"
     weights = args.model or _included(args.outscale)
-    upscaler = load(weights, device=_device(args.gpu_id), precision=precision, window_size=args.window)
+    upscaler = load_any(weights, device=_device(args.gpu_id), precision=precision, window_size=args.window)
     settings.asked(upscaler)
     tasks, left_out = find_tasks(
         args.input,
@@ -73,7 +73,8 @@ def run(args: argparse.Namespace) -> int:
     finally:
         logger.removeHandler(progress)
         progress.bar.close()
-    print(_last_line(progress) + shown(left_out))
+    place = f"; results: {args.output}" * bool(progress.done or progress.skipped)
+    print(_last_line(progress) + shown(left_out + place))
     return FAULT if progress.failed else 0
 
 

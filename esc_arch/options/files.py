@@ -133,9 +133,9 @@ def load_with_positions(text_or_path: str | os.PathLike[str]) -> tuple[Options, 
 def apply_force_yml(opt: Options, entries: Iterable[str], positions: Positions | None = None) -> None:
     """Set values in `opt` from entries like `train:ema_decay=0.999`, in place, and note them in `positions`.
 
-    A value is read as in an option file, lists and mappings too; `none` in any case means None, as in
-    BasicSR, and takes a whole data set out (`datasets:val_2=none`). Keys that do not exist are made, with
-    the mappings above them.
+    A value is read as in an option file, lists and mappings too; `null` removes the key, `none` in any case means None,
+    as in BasicSR, and takes a whole data set out (`datasets:val_2=none`). Keys that do not exist are made, with the
+    mappings above them.
 
     Raises:
         UserError: an entry without `=`, with an empty key, with a value that is not YAML, or one that
@@ -167,8 +167,8 @@ def apply_force_yml(opt: Options, entries: Iterable[str], positions: Positions |
         except UserError as error:
             hint = "to give text with special characters: \"KEY='TEXT'\""
             raise UserError(f"{error}. {_FORCE_FORM}; {hint}.") from None
-        if value is None and sections == ["datasets"] and key in section:
-            del section[key]
+        if text.strip() == "null" or (value is None and sections == ["datasets"] and key in section):
+            section.pop(key, None)
         else:
             section[key] = value
         if positions is not None:

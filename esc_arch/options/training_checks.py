@@ -31,6 +31,8 @@ _LOSS_KEYS = ("pixel_opt", "perceptual_opt", "gan_opt", "ldl_opt", "feature_matc
 #: They are not called with an image and its target: BasicSR has keys of their own for most.
 _NOT_OF_PAIRS = ("PerceptualLoss", "GANLoss", "MultiScaleGANLoss", "GANFeatLoss", "WeightedTVLoss")
 _LOGGED_NAMES = ("pix", "percep", "style")
+#: The share of the weights before training that the average of a training from scratch may have at its end.
+MOST_UNTRAINED = 0.1
 
 
 def check_training(opt: Options) -> Iterator[Problem]:
@@ -64,6 +66,23 @@ def check_training(opt: Options) -> Iterator[Problem]:
             yield from _check_optimizer(f"train:{key}", train.get(key))
     if is_known_code(model.setup_schedulers):
         yield from _check_scheduler(train)
+    if all(KEYS["train"][key].accepts(train.get(key, 0)) for key in ("total_iter", "warmup_iter", "ema_decay")):
+        yield from _check_length(train, bool((opt.get("path") or {}).get("pretrain_network_g")))
+
+
+def _check_length(train: Options, is_pretrained: bool) -> Iterator[Problem]:
+    """Warnings of what a short training does not get to."""
+    total, warmup, decay = (train.get(key) or 0 for key in ("total_iter", "warmup_iter", "ema_decay"))
+    if warmup > total:
+        message = f"{warmup} given, more than total_iter {total}: the learning rate does not get to lr. Lower it"
+        yield Problem("train:warmup_iter", message, "warning")
+    untrained = 0 if is_pretrained else decay**total
+    if untrained > MOST_UNTRAINED:
+        message = (
+            f"{decay} given: after total_iter {total} the average still has {untrained:.0%} of the weights before "
+            f"training, and scores worse than the network. Give at most {max(0, 1 - 10 / total):.4g}; 0 is no average"
+        )
+        yield Problem("train:ema_decay", message, "warning")
 
 
 def _check_loss(path: str, section: Any, known: Mapping[str, Any], model: type[SRModel] | None) -> Iterator[Problem]:

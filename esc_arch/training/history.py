@@ -20,7 +20,8 @@ class History:
     """A file of one JSON object per line: logged iterations and validations, in the order of time.
 
     Of training: ``{"iter": 100, "epoch": 0, "lr": 5e-4, "l_pix": 0.02, "images_per_s": 80.5}``; of validation:
-    ``{"iter": 5000, "dataset": "Set5", "psnr": 37.9, "ssim": 0.96}``. Numbers that are not finite are written as null.
+    ``{"iter": 5000, "dataset": "Set5", "psnr": 37.9, "ssim": 0.96, "bicubic": {"psnr": 33.7}}``. Numbers
+    that are not finite are written as null.
 
     A line is in the file, safe from the death of the process, when `append` returns. What cannot be written (full disk)
     is lost with one warning: no training ends for it. Only one process of a distributed run may write. The file need
@@ -32,7 +33,7 @@ class History:
         self._warned = False
 
     def append(self, record: Mapping[str, Any]) -> None:
-        """Add a line. Values: numbers, also numpy's and one-element tensors, text, and lists of these."""
+        """Add a line. Values: numbers, also numpy's and one-element tensors, text, and lists and mappings of these."""
         line = _line({key: _plain(value) for key, value in record.items()})
         with self._warning(), open(self.path, "a+b") as file:
             if file.seek(0, os.SEEK_END):
@@ -87,6 +88,8 @@ def _plain(value: Any) -> Any:
     """What JSON can hold: Python's own numbers, and null for those that are not finite."""
     if isinstance(value, list | tuple):
         return [_plain(entry) for entry in value]
+    if isinstance(value, dict):
+        return {key: _plain(entry) for key, entry in value.items()}
     if hasattr(value, "item"):
         value = value.item()
     return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any
@@ -39,12 +39,12 @@ def lock_run(opt: dict[str, Any]) -> None:
 
 
 @contextmanager
-def run_locks() -> Iterator[None]:
-    """Unlock at the end what was locked within; where they are nested, at the end of the outer one."""
+def run_locks() -> Iterator[Iterable[Path]]:
+    """Unlock at the end what was locked within, which is given; nested ones do at the end of the outer one."""
     global _is_within
     is_nested, _is_within = _is_within, True
     try:
-        yield
+        yield _held.keys()
     finally:
         _is_within = is_nested
         while _held and not is_nested:

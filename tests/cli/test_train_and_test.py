@@ -74,9 +74,14 @@ def test_training_leaves_checkpoints_states_and_a_log(
     assert {path.name for path in run.folder.iterdir()} == {"experiments", "trial.yml"}
     assert "name: trial" in (root / "trial.yml").read_text()
 
+    start = run.err.partition("iter:       1,")[0]
+    assert len(start.splitlines()) <= 15
+    assert "Data: 6 images in batches of 2; validation on " in start
+    assert f"in the log: {next(root.glob('*.log'))}" in start
     log = run.log()
     assert f"Model [{model_type if model_type != 'ESRModel' else 'ESCModel'}] is created." in log
     assert iterations(log) == [1, 2, 3, 4]
+    assert "-1 day" not in log
     assert "End of training" in log
     assert re.search(r"esc_arch \S+ replaces in basicsr 1\.4\.2:\n\tbasicsr\.", log)
     sets = len(options["datasets"]) - 1
@@ -348,11 +353,13 @@ def test_testing_measures_what_training_saved(
     test_options["path"] = {"pretrain_network_g": "experiments/trial/models/net_g_latest.pth", "param_key_g": key}
     run = run_basicsr("test", test_options)
     assert run.status == 0, run.err
+    assert "Best:" not in run.err
+    pictures = run.folder / "results" / "trial" / "visualization"
+    assert run.err.endswith(f"Results are in {pictures}\n")
     (psnr,) = values(run.log(of="results"), "psnr")
     assert (psnr == trained) == (key == "params_ema")  # training validates the average
 
-    pictures = run.folder / "results" / "trial" / "visualization" / "Cuts"
-    results = sorted(pictures.iterdir())
+    results = sorted((pictures / "Cuts").iterdir())
     assert [path.name for path in results] == ["val0x2_trial.png", "val1x2_trial.png"]
     truths = [photographs.val_gt / "val0.png", photographs.val_gt / "val1.png"]
     measured = [

@@ -80,7 +80,7 @@ def test_a_file_to_a_file(run: Upscale, weights: Path) -> None:
     np.testing.assert_array_equal(np.asarray(Image.open("new/b.png")), expected(weights, PHOTOGRAPH))
     assert re.match(r"ESC x2, [\d,]+ parameters, CPU, fp32\n", out)
     assert "a.png -> new/b.png (70 x 60)\n" in out
-    assert out.endswith("1 done, 0 skipped (there already), 0 failed\n")
+    assert out.endswith("1 done, 0 skipped (there already), 0 failed; results: new/b.png\n")
 
 
 def test_folders_keep_their_structure(run: Upscale) -> None:
@@ -167,9 +167,11 @@ def test_what_is_there_is_skipped(run: Upscale) -> None:
     status, out, _ = run("-i", "in", "-o", "out")
     assert status == 0
     assert "in/a.png: skipped, out/a_out.png is there" in out
-    assert out.endswith("1 done, 1 skipped (there already), 0 failed\n")
+    assert out.endswith("1 done, 1 skipped (there already), 0 failed; results: out\n")
     assert Path("out/a_out.png").read_bytes() == kept
-    assert run("-i", "in", "-o", "out", "--overwrite")[1].endswith("2 done, 0 skipped (there already), 0 failed\n")
+    assert run("-i", "in", "-o", "out", "--overwrite")[1].endswith(
+        "2 done, 0 skipped (there already), 0 failed; results: out\n"
+    )
     assert np.asarray(Image.open("out/a_out.png")).any()
 
 
@@ -242,7 +244,7 @@ def test_whatever_is_in_a_folder_is_said_and_the_rest_done(run: Upscale, monkeyp
     assert len(lines) == 6
     assert re.search(r"in/n+.png: out/n+_out.png: cannot be written: File name too long\.", err)
     assert out.splitlines()[-1].startswith("1 done, 0 skipped (there already), 6 failed: ")
-    assert out.endswith("; left out: 1 .avif, 1 .heic, 2 .psd, 1 link to a folder, 1 without suffix\n")
+    assert out.endswith("; left out: 1 .avif, 1 .heic, 2 .psd, 1 link to a folder, 1 without suffix; results: out\n")
 
 
 @pytest.mark.parametrize("arguments", [["-i", "n" * 300, "-o", "out"], ["-i", "a.png", "-o", "n" * 300]])
@@ -279,7 +281,8 @@ def test_a_failing_file_is_a_line_and_the_rest_is_done(run: Upscale) -> None:
     assert lines[1] == "basicsr upscale: in/c.jpg: empty. Replace it."
     assert lines[2].startswith("basicsr upscale: in/d.png: has an alpha channel, which JPEG cannot hold. Use --ext png")
     assert lines[3] == "basicsr upscale: missing.png: cannot be read: No such file or directory."
-    assert out.endswith("2 done, 0 skipped (there already), 4 failed: in/b.png, in/c.jpg, in/d.png, missing.png\n")
+    last = "2 done, 0 skipped (there already), 4 failed: in/b.png, in/c.jpg, in/d.png, missing.png; results: out\n"
+    assert out.endswith(last)
     assert files("out") == ["a_out.jpg", "z_out.jpg"]
 
 
@@ -359,7 +362,7 @@ def test_inputs_named_twice_are_one(run: Upscale) -> None:
     put("a.png")
     status, out, err = run("-i", "a.png", "./a.png", ".", "a.png", "-o", "out")
     assert (status, err) == (0, "")
-    assert out.endswith("1 done, 0 skipped (there already), 0 failed\n")
+    assert out.endswith("1 done, 0 skipped (there already), 0 failed; results: out\n")
 
 
 @pytest.mark.parametrize("overwrite", [[], ["--overwrite"]])
@@ -403,9 +406,9 @@ def test_results_beside_inputs_are_no_inputs(run: Upscale) -> None:
     assert run("-i", "in", "-o", "in")[0] == 0
     status, out, _ = run("-i", "in", "-o", "in")
     assert (status, files("in")) == (0, ["a.png", "a_out.png", "b.png", "b_out.png"])
-    assert out.endswith("0 done, 2 skipped (there already), 0 failed\n")
+    assert out.endswith("0 done, 2 skipped (there already), 0 failed; results: in\n")
     assert run("-i", "in", "-o", "in/results")[0] == 0
-    assert run("-i", "in", "-o", "in/results")[1].endswith("skipped (there already), 0 failed\n")
+    assert run("-i", "in", "-o", "in/results")[1].endswith("skipped (there already), 0 failed; results: in/results\n")
     assert not any("results/" in name for name in files("in/results"))
 
 

@@ -345,8 +345,8 @@ def test_an_earlier_run_that_cannot_be_put_aside(run_basicsr: Any, options: Any,
 def test_other_errors_keep_their_traceback(run_basicsr: Any, options: Any, monkeypatch: Any) -> None:
     """A fault of the program must not look like one of the system."""
     run_basicsr.option_file(options)
-    monkeypatch.setattr(basicsr.train, "build_model", fail_with(errno.ENOENT))
-    with pytest.raises(FileNotFoundError):
+    monkeypatch.setattr(basicsr.train, "build_model", fail_with(errno.ENOTTY))
+    with pytest.raises(OSError):
         run_basicsr("train", options)
 
 

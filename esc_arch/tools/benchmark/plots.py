@@ -137,8 +137,7 @@ def write_crops(folder: Path, gains: Gains, baseline: Evaluation | None) -> None
             continue
         below: Any = read_image(baseline.result_file(dataset, image)) if baseline else bicubic
         result: Any = read_image(evaluation.result_file(dataset, image))
-        panels = [(baseline.name if baseline else "bicubic", below), (f"{evaluation.name} {gain:+.2f} dB", result)]
-        # The detail is taken where the first panel differs most from the last
-        shown = dict([*(panels if gain > 0 else reversed(panels)), ("ground truth", gt)])
+        name = baseline.name if baseline else "bicubic"
+        shown = {name: below, f"{evaluation.name} {gain:+.2f} dB": result, "ground truth": gt}
         file = folder / f"most_{'gain' if gain > 0 else 'loss'}_{image}.png"
-        write_atomically(file, encode_png(side_by_side(shown)))
+        write_atomically(file, encode_png(side_by_side(shown, worst=int(gain < 0))))

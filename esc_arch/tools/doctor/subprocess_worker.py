@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import logging
 import os
 import signal
 from contextlib import suppress
@@ -80,6 +81,7 @@ def _serve(calls: Connection) -> None:
     os.setsid()
     os.environ["TORCHINDUCTOR_COMPILE_THREADS"] = "1"
     os.dup2(2, 1)  # what libraries print is not the report
+    logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)  # it warns of CUDA without a GPU
     with suppress(EOFError):
         while True:
             function, arguments = calls.recv()
