@@ -113,7 +113,7 @@ SHIPPED = sorted(path for path in (ROOT / "options").glob("*.yml") if "demo" not
 @pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.stem)
 def test_every_shipped_network_is_a_preset(path: Path) -> None:
     network = from_option_file(path)
-    parts = re.fullmatch(r"(?:train|test)_(.+?)(?:_x(\d))?(?:_gan|_mse)?", path.stem)
+    parts = re.fullmatch(r"(?:train|test|finetune)_(.+?)(?:_x(\d))?(?:_gan|_mse)?", path.stem)
     assert parts is not None
     assert network.published == PUBLISHED[parts[1]]
     assert network.scale == int(parts[2] or 4)
