@@ -30,7 +30,7 @@ def read_version() -> str:
 
 
 def read_readme() -> str:
-    """README.md, whose links lead into the repository: absolute for the package index, if pyproject.toml has its URL."""
+    """README.md, for the package index: links into the repository are absolute if pyproject.toml has its URL."""
     text = (ROOT / "README.md").read_text(encoding="utf-8")
     url = re.search(r'^Repository = "(.+?)/?"$', (ROOT / "pyproject.toml").read_text(encoding="utf-8"), re.MULTILINE)
     if url is None:
