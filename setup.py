@@ -72,6 +72,8 @@ setup(
         "wandb": ["wandb>=0.15"],
         "test": [
             "argcomplete>=3",
+            "build>=1",
+            "twine>=6",
             "pytest>=8",
             "pytest-cov>=6",
             "pytest-timeout>=2.3",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import errno
 import fcntl
 import glob
@@ -25,6 +26,7 @@ __all__ = [
     "locked",
     "new_folder",
     "open_regular",
+    "read_regular",
     "remove",
     "remove_partial",
     "replace_folder",
@@ -51,7 +53,9 @@ _CURES = {
     **dict.fromkeys(_NO_ROOM, "Make room there, or write elsewhere"),
     **dict.fromkeys(_NO_PERMISSION, "Get the permission for it, or use another folder"),
     **dict.fromkeys((errno.ENOTDIR, errno.EEXIST), "A part of this path is a file, where a folder is needed"),
+    errno.ENOENT: "It, or the current folder, was removed meanwhile",
     errno.ENAMETOOLONG: "Use a shorter name",
+    errno.ELOOP: "Remove the link there, which leads to itself or is not followed",
     errno.EIO: "The disk or the network that it is on fails",
     errno.ESTALE: "The network that it is on fails",
     errno.EMFILE: "Raise the limit of open files (ulimit -n), or use fewer workers",
@@ -86,7 +90,7 @@ def writing_to(folder: Path) -> Iterator[None]:
 
 
 def _free_space(folder: Path) -> str:
-    existing = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
+    existing = next(path for path in (folder.absolute(), *folder.absolute().parents) if os.path.exists(path))
     return f"{shutil.disk_usage(existing).free / 2**20:,.0f} MiB"
 
 
@@ -145,8 +149,15 @@ def _new_partial(path: Path) -> tuple[Path, IO[bytes]]:
                 temporary = path.with_name(f".{name}.{secrets.token_hex(4)}{PARTIAL}")
             continue
         with suppress(OSError):  # a network file system without locks
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        return temporary, file
+            fcntl.flock(file, fcntl.LOCK_EX)
+        if _is_at(file, temporary):
+            return temporary, file
+        file.close()  # before it was locked, another process took it for one that was left behind
+
+
+def _is_at(file: IO[bytes], path: Path) -> bool:
+    """True if `path` still is the name of an open file."""
+    return os.path.lexists(path) and os.path.samestat(os.fstat(file.fileno()), os.lstat(path))
 
 
 def _remove_left(path: Path) -> bool:
@@ -154,10 +165,11 @@ def _remove_left(path: Path) -> bool:
     try:
         with open_regular(path) as file:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            ours = os.fstat(file.fileno()).st_uid == os.geteuid()
-            if ours:
+            if os.fstat(file.fileno()).st_uid != os.geteuid():
+                return False
+            if _is_at(file, path):  # its writer may just have moved it to its final name
                 path.unlink()
-            return ours
+            return True
     except OSError:
         return False
 
@@ -179,6 +191,20 @@ def open_regular(path: Path, *, create: bool = False) -> IO[bytes]:
     return file
 
 
+def read_regular(path: str | os.PathLike[str], *, pipes: bool = False) -> bytes:
+    """The contents of a file; OSError for a device, which may never end, and for a pipe, which may wait.
+
+    Args:
+        pipes: take pipes, too; one that nobody writes to is empty.
+    """
+    with open(path, "rb", opener=lambda name, flags: os.open(name, flags | os.O_NONBLOCK)) as file:
+        mode = os.fstat(file.fileno()).st_mode
+        if not (stat.S_ISREG(mode) or (pipes and stat.S_ISFIFO(mode))):
+            raise OSError(errno.EINVAL, "it is a pipe or a device, not a file", os.fspath(path))
+        os.set_blocking(file.fileno(), True)
+        return file.read()
+
+
 def require_own_folder(path: Path) -> None:
     """UserError if `path`, where work in progress is kept, is there as a link or a file, or is another user's."""
     if os.path.lexists(path):
@@ -189,18 +215,31 @@ def require_own_folder(path: Path) -> None:
 
 def replace_folder(new: Path, target: Path) -> None:
     """Move the folder `new` to `target`, on disk, in place of what is there; if that fails, what was there stays."""
-    old = target.with_name(f".{target.name}.old")
-    if os.path.lexists(target):  # a folder cannot replace another in one step
-        remove(old)
-        os.replace(target, old)
-    try:
-        os.replace(new, target)
-    except BaseException:
-        with suppress(OSError):
-            os.replace(old, target)
-        raise
+    if os.path.lexists(target) and _exchange(new, target):
+        old = new
+    else:
+        old = target.with_name(f".{target.name}.old")
+        if os.path.lexists(target):  # a kill before the next step leaves no target
+            remove(old)
+            os.replace(target, old)
+        try:
+            os.replace(new, target)
+        except BaseException:
+            with suppress(OSError):
+                os.replace(old, target)
+            raise
     fsync_folder(target.parent)
     remove(old)
+
+
+def _exchange(one: Path, other: Path) -> bool:
+    """Exchange what has these two names, in one step; False where the system or the file system cannot."""
+    try:
+        rename = ctypes.CDLL(None).renameat2
+    except AttributeError:  # not Linux
+        return False
+    here, exchange = -100, 2  # AT_FDCWD, RENAME_EXCHANGE
+    return bool(rename(here, os.fsencode(one), here, os.fsencode(other), exchange) == 0)
 
 
 @contextmanager

@@ -15,6 +15,7 @@ import pytest
 import torch
 from conftest import run_command
 from other_packages import write_project
+from ranks import free_port, of_torchrun, run_forked, run_ranks
 
 from esc_arch import project
 
@@ -22,20 +23,24 @@ MODULES = ("hat.archs", "hat.models", "hat.data")
 
 
 @pytest.fixture
-def command(run_basicsr: Any, tmp_path: Path) -> Callable[..., Any]:
-    """Runs `basicsr VERB -opt ...` as the console command, for which the current folder is not on the path."""
+def command(run_basicsr: Any) -> Callable[..., Any]:
+    """Runs `basicsr VERB -opt ...` in a process of its own, for which the current folder is not on the path."""
+    return lambda verb, options, *arguments: run_forked(
+        run_basicsr.folder, [*verb.split(), "-opt", run_basicsr.option_file(options), *arguments]
+    )
+
+
+@pytest.fixture
+def console_command(run_basicsr: Any, tmp_path: Path) -> Callable[..., Any]:
+    """The same by the console command in a new interpreter, which may import what a process forked here has already."""
     program = tmp_path / "bin" / "basicsr"
     program.parent.mkdir()
     program.write_text(
         "import sys\nfrom esc_arch.cli import main\n\nif __name__ == '__main__':\n    sys.exit(main())\n"
     )
-
-    def run(verb: str, options: Any, *arguments: str, start: tuple[str, ...] = ()) -> Any:
-        file = run_basicsr.option_file(options)
-        words = [sys.executable, *start, str(program), *verb.split(), "-opt", file, *arguments]
-        return run_command(words, run_basicsr.folder)
-
-    return run
+    return lambda verb, options, *arguments: run_command(
+        [sys.executable, str(program), verb, "-opt", run_basicsr.option_file(options), *arguments], run_basicsr.folder
+    )
 
 
 @pytest.fixture
@@ -91,14 +96,15 @@ def test_modules_named_in_the_option_file(command: Any, options: Any) -> None:
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="with GPUs the processes would use them")
-def test_every_process_of_a_distributed_training_knows_them(command: Any, options: Any) -> None:
+def test_every_process_of_a_distributed_training_knows_them(run_basicsr: Any, options: Any) -> None:
     options["datasets"]["train"]["num_worker_per_gpu"] = 1
     del options["num_gpu"]
-    torchrun = ("-m", "torch.distributed.run", "--nproc_per_node", "2", "--standalone")
-    run = command("train", options | {"import": list(MODULES)}, "--launcher", "pytorch", start=torchrun)
-    assert run.status == 0, run.err
-    assert "loaded in Process by spawn" in run.out
-    assert run.err.count("Note: imported hat.archs") == 1
+    argv = ["train", "-opt", run_basicsr.option_file(options | {"import": list(MODULES)}), "--launcher", "pytorch"]
+    runs = run_ranks(run_basicsr.folder, argv, of_torchrun(free_port()))
+    for run in runs:
+        assert run.status == 0, run.err
+        assert "loaded in Process by spawn" in run.out
+    assert "".join(run.err for run in runs).count("Note: imported hat.archs") == 1
 
 
 @pytest.mark.parametrize(
@@ -150,12 +156,14 @@ def test_what_modules_print_is_not_in_the_json(command: Any, options: Any, work_
     assert "hello" in checked.err
 
 
-def test_nothing_in_the_current_folder_is_imported_unasked(command: Any, options: Any, work_folder: Path) -> None:
+def test_nothing_in_the_current_folder_is_imported_unasked(
+    console_command: Any, command: Any, options: Any, work_folder: Path
+) -> None:
     """Neither by this program nor by the modules that are named: they say what else is to be named."""
     for name in ("helper", "triton", "wandb", "sitecustomize"):
         Path(f"{name}.py").write_text(f"import pathlib\npathlib.Path('mark_{name}').touch()\n")
     options["import"] = list(MODULES)
-    run = command("check", options)
+    run = console_command("check", options)
     assert run.status == 0, run.err
     Path("hat/__init__.py").write_text("import helper\n")
     run = command("check", options)
