@@ -70,7 +70,7 @@ class ESCModel(SRModel):
     network runs on all of it, and the output is cropped. With several processes each validates its share of the
     images; means are those of one process to the last bit.
 
-    Options beyond SRModel's are listed in the README ("Options of training"). Named `ESRModel`, it takes published
+    Options beyond SRModel's are listed in docs/training.md ("Options"). Named `ESRModel`, it takes published
     option files: ``train: use_amp`` is ``amp: fp16``, and ``gradient_clip`` is halved after 50,000 iterations.
     """
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import multiprocessing
-import runpy
+import os
+import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -249,11 +250,12 @@ def test_child_processes_import_nothing_from_the_current_folder(
     assert not list(work_folder.glob("mark_*"))
 
 
-def test_the_module_goes_on_without_the_current_folder(work_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_module_goes_on_without_the_current_folder(work_folder: Path) -> None:
     """With -m Python itself begins there."""
-    path = list(sys.path)
-    monkeypatch.setattr(sys, "path", [str(work_folder), *path])
-    monkeypatch.setattr(sys, "argv", ["esc_arch", "--version"])
-    with pytest.raises(SystemExit, match="0"):
-        runpy.run_module("esc_arch", run_name="__main__", alter_sys=True)
-    assert sys.path == path
+    for name in ("typing", "argparse", "yaml"):
+        Path(f"{name}.py").write_text("open('ran', 'w')\n", encoding="utf-8")
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONSAFEPATH"}
+    run = subprocess.run(
+        [sys.executable, "-m", "esc_arch", "--version"], env=environment, capture_output=True, text=True
+    )
+    assert run.stdout.startswith("esc_arch ") and not Path("ran").exists(), run.stderr

@@ -177,7 +177,7 @@ def test_an_lmdb_that_is_cut_short_after_its_check(pair_of_lmdbs: list[str], mon
 
     def cut_and_open(path: str, **options: Any) -> Any:
         environment = opened(path, **options)
-        os.truncate(os.path.join(path, "data.mdb"), 8192)
+        os.truncate(os.path.join(os.fsdecode(path), "data.mdb"), 8192)
         return environment
 
     monkeypatch.setattr(lmdb, "open", cut_and_open)

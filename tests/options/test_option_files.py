@@ -299,7 +299,8 @@ def test_flags() -> None:
     assert arguments("-opt", "a.yml", "--local_rank=2", "--launcher", "slurm").local_rank == 2
     plain = vars(arguments("-opt", "a.yml"))
     assert plain == {
-        "opt": "a.yml", "launcher": "none", "auto_resume": False, "debug": False, "local_rank": 0, "force_yml": None,
+        "opt": "a.yml", "launcher": "none",
+        "no_build": False, "auto_resume": False, "debug": False, "local_rank": 0, "force_yml": None,
         "imports": None,
     }  # fmt: skip
 
