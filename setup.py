@@ -17,6 +17,7 @@ ONNX = ["onnx>=1.17", "onnxscript>=0.5", "onnxruntime>=1.20"]
 PUBLISH = ["huggingface-hub>=0.20"]
 SPANDREL = ["spandrel>=0.4.0"]
 VIDEO = ["av>=17.1"]
+PACKAGE_DATA = ["py.typed", "ops/cpu/csrc/*", "tools/benchmark/*.json", "checkpoints/*.json", "checkpoints/weights/*"]
 
 
 def read_requirements() -> list[str]:
@@ -55,7 +56,7 @@ setup(
     long_description=read_readme(),
     long_description_content_type="text/markdown",
     packages=find_packages(include=["esc_arch", "esc_arch.*"]),
-    package_data={"esc_arch": ["py.typed", "ops/cpu/csrc/*", "tools/benchmark/*.json"]},
+    package_data={"esc_arch": PACKAGE_DATA},
     install_requires=[each for each in REQUIREMENTS if each not in TRAIN],
     cmdclass={"build_py": BuildWithOptionFiles},
     extras_require={

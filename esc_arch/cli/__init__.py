@@ -37,6 +37,7 @@ VERBS = {
         "Make a folder to share a network by: weights, ONNX, option files, model card, and the entry for OpenModelDB."
     ),
     "upscale": "Enlarge pictures and videos by the network of a checkpoint.",
+    "weights": "List the weights that can be given by name.",
     "benchmark": "Reproduce the paper's tables, and compare its numbers with ours.",
     "warmup": (
         "Prepare this machine: compile the C++ operators and the kernels of a network once, try the Triton kernels on "

@@ -17,7 +17,7 @@ _DEVICES = ("auto", "cpu", "cuda")
 _LAUNCHERS = ("none", "pytorch", "slurm")
 _TABLE_FORMATS = ("text", "markdown", "csv", "json")
 _PAPER_ROWS = ("ESC-FP", "ESC-light", "ESC", "HiT-SRF", "SwinIR-light", "ESC-DFLIP", "ESC-LTE")
-_WEIGHTS = ".pth or .safetensors"
+_WEIGHTS = ".pth, .safetensors, or a name (basicsr weights)"
 
 
 def add_arguments(parser: argparse.ArgumentParser, verb: str) -> None:
@@ -82,7 +82,7 @@ def _prepare(parser: argparse.ArgumentParser) -> None:
 
 def _convert(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
-    add("input", type=Path, metavar="INPUT", help="a checkpoint (.pth, .safetensors)")
+    add("input", type=Path, metavar="INPUT", help=f"a checkpoint: {_WEIGHTS}")
     add("-o", "--output", type=Path, metavar="OUTPUT", help="write it here; default: describe it only")
     add("--to", choices=("pth", "safetensors"), help="format of OUTPUT; default: that of its suffix")
     add("--fold", action="store_true", help="store the symmetrised large kernel, for inference only")
@@ -137,7 +137,8 @@ def _upscale(parser: argparse.ArgumentParser) -> None:
         help="files, and folders with all in them; - reads a list, one a line",
     )
     add("-o", "--output", type=Path, required=True, help="a folder, or a file when the input is one file")
-    add("-m", "--model", type=Path, required=True, metavar="WEIGHTS", help=_WEIGHTS)
+    model_help = f"{_WEIGHTS}; default: a small network of scale 2, or 4 for -s above 2"
+    add("-m", "--model", type=Path, metavar="WEIGHTS", help=model_help)
     add("-s", "--outscale", type=float, metavar="S", help="enlarge by S; default: as the network does")
     add("-t", "--tile", type=int, default=0, metavar="N", help="parts of at most N pixels, with the same result")
     add("--tile_pad", type=int, metavar="N", help="accepted without effect: parts need no overlap")
@@ -193,7 +194,7 @@ def _benchmark_quality(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("-opt", "--opt", nargs="+", type=Path, required=True, metavar="FILE", help="option files of tests")
     _add_import(parser)
-    add("-m", "--weights", nargs="+", metavar="FILE", help="one for each option file, over its pretrain_network_g")
+    add("-m", "--weights", nargs="+", metavar="WEIGHTS", help="for each option file, over its pretrain_network_g")
     add(
         "--protocol",
         choices=("published", "srmodel", "ensemble"),
@@ -272,6 +273,10 @@ def _options(parser: argparse.ArgumentParser) -> None:
     part.add_argument("--overwrite", action="store_true", help="replace files that exist")
 
 
+def _weights(parser: argparse.ArgumentParser) -> None:
+    """It has none."""
+
+
 def _setup_training(parser: argparse.ArgumentParser) -> None:
     options_help = "options for pip install or uv pip install, after --, such as -- --quiet"
     parser.add_argument("options", nargs="*", metavar="OPTION", help=options_help)
@@ -328,6 +333,7 @@ _VERBS: Mapping[str, _Add] = {
     "export": _export,
     "publish": _publish,
     "upscale": _upscale,
+    "weights": _weights,
     "benchmark": _benchmark,
     "warmup": _warmup,
     "check": _check,

@@ -20,6 +20,7 @@ from esc_arch.checkpoints.conversion import (
     save_checkpoint,
 )
 from esc_arch.checkpoints.factorisation import factorise, output_error
+from esc_arch.checkpoints.published import resolve
 from esc_arch.errors import UserError
 from esc_arch.printing import shown
 
@@ -29,6 +30,7 @@ __all__ = ["run"]
 def run(args: argparse.Namespace) -> int:
     """Describe and convert; raises UserError. The output is YAML: a section for option files, the rest as comments."""
     file_format = _output_format(args)
+    args.input = resolve(args.input)
     checkpoint = open_checkpoint(args.input, param_key=args.param_key, window_size=args.window)
     _describe(args.input, checkpoint)
     if args.fold:

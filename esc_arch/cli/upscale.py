@@ -11,6 +11,7 @@ from functools import partial
 import torch
 from tqdm import tqdm
 
+from esc_arch.checkpoints.published import INCLUDED
 from esc_arch.errors import FAULT, UserError
 from esc_arch.ops.cpu import background
 from esc_arch.printing import shown
@@ -37,7 +38,8 @@ def run(args: argparse.Namespace) -> int:
     options = _options(args)
     settings = options.settings
     precision = "fp32" if args.fp32 else "auto"
-    upscaler = load_any(args.model, device=_device(args.gpu_id), precision=precision, window_size=args.window)
+    weights = args.model or _included(args.outscale)
+    upscaler = load_any(weights, device=_device(args.gpu_id), precision=precision, window_size=args.window)
     settings.asked(upscaler)
     tasks, left_out = find_tasks(
         args.input,
@@ -74,6 +76,14 @@ def run(args: argparse.Namespace) -> int:
     place = f"; results: {args.output}" * bool(progress.done or progress.skipped)
     print(_last_line(progress) + shown(left_out + place))
     return FAULT if progress.failed else 0
+
+
+def _included(outscale: float | None) -> str:
+    """The weights to use if none are asked for."""
+    scale = 4 if outscale is not None and outscale > 2 else 2
+    better = f"the published ones give better results: -m ESC_DFLIP_X{scale} (downloaded once)"
+    print(f"Without -m: {INCLUDED[scale]}, small weights that come with esc_arch; {better}.")
+    return INCLUDED[scale]
 
 
 def _options(args: argparse.Namespace) -> BatchOptions:

@@ -14,6 +14,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from esc_arch.atomic_io import replacing, writing_to
 from esc_arch.checkpoints import load_weights, read_checkpoint, select_weights
+from esc_arch.checkpoints.published import resolve
 from esc_arch.data.names import image_name
 from esc_arch.errors import UserError
 from esc_arch.training.distributed import wait_for_all
@@ -88,6 +89,7 @@ def load_network(
     _: Original, self: Any, net: nn.Module, load_path: str, strict: bool = True, param_key: str | None = "params"
 ) -> None:
     net = self.get_bare_model(net)
+    load_path = str(resolve(load_path))
     weights = select_weights(read_checkpoint(load_path), param_key, load_path)
     load_weights(net, weights, strict=strict, source=load_path)
     logger.info("Loaded %s from %s.", type(net).__name__, load_path)

@@ -20,6 +20,7 @@ from basicsr.utils.registry import ARCH_REGISTRY, DATASET_REGISTRY, METRIC_REGIS
 
 from esc_arch.archs import ESCLTE
 from esc_arch.archs.base import ESCFamily
+from esc_arch.checkpoints.published import find, unknown_name
 from esc_arch.errors import UserError
 from esc_arch.models import ESCLTEModel
 from esc_arch.models.metrics import needs_ground_truth
@@ -291,8 +292,10 @@ def _check_paths(opt: Options, is_train: bool) -> Iterator[Problem]:
         replaced = resumed and network not in (paths.get("ignore_resume_networks") or ())
         if not key.startswith("pretrain_network_") or file is None or replaced:
             continue
-        if not isinstance(file, str) or not os.path.isfile(file):
-            yield Problem(f"path:{key}", f"{file!r} given, but there is no file {os.path.abspath(str(file))}")
+        if not isinstance(file, str) or not (os.path.isfile(file) or find(file)):
+            unknown = unknown_name(file) if isinstance(file, str) else None
+            missing = f"{file!r} given, but there is no file {os.path.abspath(str(file))}"
+            yield Problem(f"path:{key}", unknown or missing)
 
 
 def _write_problem(folder: Path) -> str | None:

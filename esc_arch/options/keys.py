@@ -191,7 +191,7 @@ KEYS["path"] = {
     "ignore_resume_networks": Key("text texts", "Networks that keep pretrain_network_*, such as [network_d]."),
     "experiments_root": Key("text", "Folder of trainings.", default="experiments"),
     "results_root": Key("text", "Folder of tests.", default="results"),
-    "pretrain_network_*": Key("text", "Weights to start from: .pth or .safetensors."),
+    "pretrain_network_*": Key("text", "Weights to start from: .pth or .safetensors, or a name of `basicsr weights`."),
     "param_key_*": Key("text", "Entry of the weights file. Default: params; to test, params_ema if the file has it."),
     "strict_load_*": Key("flag", "Every name and shape must fit; if false, only what fits is loaded, with a message."),
 }

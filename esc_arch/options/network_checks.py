@@ -17,6 +17,7 @@ from basicsr.utils.registry import ARCH_REGISTRY
 from torch import Tensor, nn
 
 from esc_arch.checkpoints import adapt_weights, mismatch_message, read_checkpoint
+from esc_arch.checkpoints.published import find, resolve
 from esc_arch.checkpoints.reading import find_weights
 from esc_arch.errors import UserError, first_line
 from esc_arch.modules.window_attention import FactorBiasWindowAttention, WindowAttention
@@ -138,7 +139,12 @@ def _check_backends(opt: Options, key: str, net: nn.Module, is_train: bool) -> I
 
 def _check_pretrained(opt: Options, key: str, net: nn.Module, source: str, scope: CheckScope) -> Iterator[Problem]:
     paths, label = opt["path"], key.removeprefix("network_")
+    named = find(source)
+    if named and scope.thorough and not named.path.exists():
+        yield Problem(f"path:pretrain_{key}", f"{named.name} will be downloaded from {named.url}", "note")
+        return
     try:
+        source = str(resolve(source))
         found, weights = find_weights(read_checkpoint(source), paths.get(f"param_key_{label}", "params"), source)
     except UserError as error:
         yield Problem(f"path:pretrain_{key}", str(error))

@@ -39,12 +39,16 @@ def test_contents(made: Path) -> None:
     assert {Path(name).name for name in names if "/csrc/" in name} == sources
     assert {Path(name).name for name in names if "/option_files/" in name} == options
     assert any(name.endswith("/LICENSE") for name in names)
+    of_weights = {path.name for path in (ROOT / "esc_arch" / "checkpoints" / "weights").iterdir()}
+    assert {Path(name).name for name in names if "/checkpoints/weights/" in name} == of_weights
+    assert "esc_arch/checkpoints/published.json" in names
     assert not [name for name in names if name.startswith("tests")]
     always = [each for each in metadata.get_all("Requires-Dist", []) if "extra ==" not in each]
     assert not [each for each in always if each.startswith(("basicsr", "lmdb"))]  # which only training needs
     with tarfile.open(*made.glob("*.tar.gz")) as sdist:
         inside = {name.partition("/")[2] for name in sdist.getnames()}
     assert {"requirements.txt", "options/train_ESC_x2.yml", "esc_arch/ops/cpu/csrc/conv_attn.cpp"} <= inside
+    assert {f"esc_arch/checkpoints/weights/{name}" for name in of_weights} <= inside
 
 
 def test_it_runs_from_anywhere(made: Path, tmp_path: Path) -> None:

@@ -17,6 +17,7 @@ from PIL import Image
 
 from esc_arch.atomic_io import new_folder, replacing, write_file
 from esc_arch.checkpoints.conversion import Checkpoint, open_checkpoint, save_checkpoint
+from esc_arch.checkpoints.published import resolve
 from esc_arch.errors import UserError
 from esc_arch.names import did_you_mean
 from esc_arch.tools.upscale import Upscaler, load, upscale
@@ -73,8 +74,9 @@ def publish(
         UserError: huggingface_hub is missing, info is incomplete or invalid, the folder exists, a file cannot be used.
     """
     require("huggingface_hub", extra="publish", purpose="Publishing")
-    weights, folder = Path(weights), Path(folder)
+    folder = Path(folder)
     _check_folder(folder, overwrite=overwrite)
+    weights = resolve(weights)
     checkpoint = open_checkpoint(weights, param_key=param_key, window_size=window_size)
     training = UNKNOWN if experiment is None else read_experiment(Path(experiment), weights, checkpoint)
     scale = max(round(checkpoint.network_g["upscaling_factor"]), 1)

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from esc_arch.archs.base import ESCFamily, SharedKernelNetwork
 from esc_arch.checkpoints.conversion import build_network, open_checkpoint
+from esc_arch.checkpoints.published import INCLUDED, resolve
 from esc_arch.errors import UserError
 from esc_arch.ops.padding import reflect_pad_to_multiple
 from esc_arch.ops.resize import scaled_size
@@ -105,7 +106,7 @@ class Upscaler:
 
 
 def load(
-    weights: str | Path,
+    weights: str | Path = INCLUDED[2],
     *,
     device: str | torch.device = "auto",
     precision: str = "auto",
@@ -115,20 +116,21 @@ def load(
     """A network from its checkpoint alone: recognised, built, and ready to enlarge images.
 
     Args:
-        weights: a .pth or .safetensors file.
+        weights: a .pth or .safetensors file, or a name of `basicsr weights`; default: a small network of scale 2.
         device: auto (the first GPU, else the CPU), or a device's name.
         precision: a key of `PRECISIONS`; auto: fp16 on a GPU, fp32 on a CPU, where half precision is slower.
         param_key: the entry of the file wanted; None for the first of `params_ema`, `params` and others.
         window_size: of ESCRIB, whose weights do not say it.
 
     Raises:
-        UserError: the file cannot be read or is of no network of the family; the device is not there; the precision
-            is not known.
+        UserError: the file cannot be read or downloaded, or is of no network of the family; the device is not there;
+            the precision is not known.
     """
     place = find_device(device)
     if precision not in ("auto", *PRECISIONS):
         raise UserError(f"The precision {precision!r} is not known; allowed: auto, {', '.join(PRECISIONS)}.")
-    checkpoint = open_checkpoint(weights, param_key=param_key, window_size=window_size)
+    source = resolve(weights)
+    checkpoint = open_checkpoint(source, param_key=param_key, window_size=window_size)
     net = build_network(checkpoint.network_g)
     assert isinstance(net, ESCFamily)
     net.load_state_dict(checkpoint.weights)
@@ -138,7 +140,7 @@ def load(
     return Upscaler(
         net.eval().requires_grad_(False).to(place),
         checkpoint.network_g,
-        Path(weights),
+        source,
         place,
         torch.float16 if half else PRECISIONS.get(precision, torch.float32),
         checkpoint.beside,
