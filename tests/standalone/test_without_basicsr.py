@@ -80,12 +80,12 @@ def done(tmp_path_factory: pytest.TempPathFactory) -> subprocess.CompletedProces
 def test_networks_and_pictures(done: subprocess.CompletedProcess[str]) -> None:
     """And parts that know nothing of BasicSR."""
     assert done.returncode == 0, done.stderr
-    assert "ESCModel is for training. It needs BasicSR, which is not installed: pip install" in done.stdout
+    assert "ESCModel is for training. It needs BasicSR, which is not installed: run `basicsr setup-training`" in done.stdout
 
 
 @pytest.mark.parametrize("verb", ["train", "prepare"])
 def test_what_needs_basicsr_says_so(verb: str, done: subprocess.CompletedProcess[str]) -> None:
-    assert f"basicsr {verb}: It needs BasicSR, which is not installed: pip install" in done.stderr
+    assert f"basicsr {verb}: It needs BasicSR, which is not installed: run `basicsr setup-training`" in done.stderr
 
 
 def test_the_doctor(done: subprocess.CompletedProcess[str]) -> None:
