@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import errno
-import fcntl
 import glob
 import os
 import re
@@ -11,6 +10,7 @@ import secrets
 import shutil
 import socket
 import stat
+import sys
 import weakref
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, nullcontext, suppress
@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import IO
 
 from .errors import UserError
+from .system import is_own, lock
 
 __all__ = [
     "check_output",
@@ -45,7 +46,8 @@ _NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _NO_PERMISSION = (errno.EACCES, errno.EPERM, errno.EROFS)
 #: Files that are locked. A forked process that outlives this one would keep them so.
 _LOCKED: weakref.WeakSet[IO[bytes]] = weakref.WeakSet()
-os.register_at_fork(after_in_child=lambda: [file.close() for file in list(_LOCKED)])
+if sys.platform != "win32":
+    os.register_at_fork(after_in_child=lambda: [file.close() for file in list(_LOCKED)])
 #: Errors of the system that a user can fix, and how.
 _CURES = {
     **dict.fromkeys(_NO_ROOM, "Make room there, or write elsewhere"),
@@ -122,6 +124,8 @@ def replacing(path: Path, *, durable: bool = True) -> Iterator[IO[bytes]]:
             file.flush()
             if durable:
                 os.fsync(file.fileno())
+            if sys.platform == "win32":  # which moves no open files
+                file.close()
             os.replace(temporary, path)  # while it is locked, no other process takes it for one that was left behind
         if durable:
             fsync_folder(path.parent)
@@ -145,7 +149,7 @@ def _new_partial(path: Path) -> tuple[Path, IO[bytes]]:
                 temporary = path.with_name(f".{name}.{secrets.token_hex(4)}{PARTIAL}")
             continue
         with suppress(OSError):  # a network file system without locks
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            lock(file)
         return temporary, file
 
 
@@ -153,8 +157,10 @@ def _remove_left(path: Path) -> bool:
     """Remove a file that `replacing` left when its process was killed; False if it is in use, or not ours."""
     try:
         with open_regular(path) as file:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            ours = os.fstat(file.fileno()).st_uid == os.geteuid()
+            lock(file)
+            ours = is_own(os.fstat(file.fileno()))
+            if sys.platform == "win32":  # which removes no open files, whoever has them open
+                file.close()
             if ours:
                 path.unlink()
             return ours
@@ -170,10 +176,12 @@ def remove_partial(folder: Path) -> None:
 
 def open_regular(path: Path, *, create: bool = False) -> IO[bytes]:
     """Open a file to append to; OSError for links of both kinds, which may be anything, and pipes, which may wait."""
-    flags = os.O_WRONLY | os.O_APPEND | os.O_NOFOLLOW | os.O_NONBLOCK | (os.O_CREAT if create else 0)
+    flags = os.O_WRONLY | os.O_APPEND | (os.O_CREAT if create else 0)
+    if sys.platform != "win32":
+        flags |= os.O_NOFOLLOW | os.O_NONBLOCK
     file = open(path, "ab", opener=lambda name, _: os.open(name, flags, 0o666))  # noqa: SIM115  returned
     state = os.fstat(file.fileno())
-    if not stat.S_ISREG(state.st_mode) or state.st_nlink > 1:
+    if not stat.S_ISREG(state.st_mode) or state.st_nlink > 1 or path.is_symlink():
         file.close()
         raise OSError(errno.EINVAL, "it is no regular file of one name", str(path))
     return file
@@ -183,7 +191,7 @@ def require_own_folder(path: Path) -> None:
     """UserError if `path`, where work in progress is kept, is there as a link or a file, or is another user's."""
     if os.path.lexists(path):
         state = path.lstat()
-        if not stat.S_ISDIR(state.st_mode) or state.st_uid != os.geteuid():
+        if not stat.S_ISDIR(state.st_mode) or not is_own(state):
             raise UserError(f"{path} is in the way: it must be a folder of yours. Remove it, or choose another output.")
 
 
@@ -216,7 +224,7 @@ def new_folder(target: Path, check: Callable[[], None]) -> Iterator[Path]:
         with _folder_lock(target.parent):
             for left in target.parent.glob(f".{glob.escape(target.name)}.{'[0-9a-f]' * 8}{PARTIAL}"):
                 with suppress(OSError), _folder_lock(left, wait=False):
-                    if left.lstat().st_uid == os.geteuid():
+                    if is_own(left.lstat()):
                         shutil.rmtree(left)
             place = target.with_name(f".{target.name}.{secrets.token_hex(4)}{PARTIAL}")
             place.mkdir()
@@ -233,17 +241,24 @@ def new_folder(target: Path, check: Callable[[], None]) -> Iterator[Path]:
 @contextmanager
 def _folder_lock(folder: Path, *, wait: bool = True) -> Iterator[None]:
     """Lock a folder itself; OSError for links, and unless `wait` for one that another process has locked."""
+    if sys.platform == "win32":  # which cannot: moving a folder onto another fails there, and what was left stays
+        if not wait:
+            raise OSError(errno.ENOTSUP, os.strerror(errno.ENOTSUP), str(folder))
+        yield
+        return
     descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
     try:
         with suppress(OSError) if wait else nullcontext():  # a network file system without locks
-            fcntl.flock(descriptor, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+            lock(descriptor, wait=wait)
         yield
     finally:
         os.close(descriptor)
 
 
 def fsync_folder(folder: Path) -> None:
-    """Have the names in `folder` on disk."""
+    """Have the names in `folder` on disk; Windows opens no folders."""
+    if sys.platform == "win32":
+        return
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -274,7 +289,7 @@ def locked(folder: Path, name: str = ".prepare.lock", busy: str | None = None) -
         file = open_regular(folder / name, create=True)  # closed below, when the lock is to end
     with file:
         try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            lock(file)
             if os.fstat(file.fileno()).st_nlink == 0:  # removed, as that of a finished video, since it was opened
                 raise UserError(f"Another process has just finished with {folder}. Run the command again.")
         except BlockingIOError:

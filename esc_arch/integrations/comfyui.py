@@ -1,0 +1,69 @@
+"""Nodes of ComfyUI that enlarge by an ESC checkpoint, exactly and in bounded memory.
+
+ComfyUI finds them by a file in `custom_nodes` with the line `from esc_arch.integrations.comfyui import *`.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import folder_paths
+import numpy as np
+import torch
+from comfy import model_management
+from comfy.utils import ProgressBar
+from torch import Tensor
+
+from esc_arch.tools.upscale.network import Upscaler, load
+from esc_arch.tools.upscale.upscaling import Settings, enlarge_pixels
+
+__all__ = ["NODE_CLASS_MAPPINGS", "NODE_DISPLAY_NAME_MAPPINGS"]
+
+#: Bytes of the GPU that ComfyUI is asked to free of other models; with less, parts are smaller.
+_ROOM = 4 * 2**30
+_STEPS = 1000
+
+
+class LoadESC:
+    """Loads a checkpoint from the folder `models/upscale_models`."""
+
+    RETURN_TYPES = ("ESC_MODEL",)
+    FUNCTION = "load"
+    CATEGORY = "loaders"
+
+    @classmethod
+    def INPUT_TYPES(cls) -> dict[str, Any]:
+        return {"required": {"model_name": (folder_paths.get_filename_list("upscale_models"),)}}
+
+    def load(self, model_name: str) -> tuple[Upscaler]:
+        path = folder_paths.get_full_path_or_raise("upscale_models", model_name)
+        return (load(path, device=model_management.get_torch_device()),)
+
+
+class UpscaleWithESC:
+    """Enlarges images (B, H, W, 3 or 4) in 0 .. 1; `max_memory` is in GiB of the process, 0 for what is free."""
+
+    RETURN_TYPES = ("IMAGE",)
+    FUNCTION = "upscale"
+    CATEGORY = "image/upscaling"
+
+    @classmethod
+    def INPUT_TYPES(cls) -> dict[str, Any]:
+        limit = ("FLOAT", {"default": 0.0, "min": 0.0, "max": 4096.0, "step": 0.1})
+        return {"required": {"model": ("ESC_MODEL",), "image": ("IMAGE",)}, "optional": {"max_memory": limit}}
+
+    def upscale(self, model: Upscaler, image: Tensor, max_memory: float = 0.0) -> tuple[Tensor]:
+        settings = Settings(max_memory=int(max_memory * 2**30) or None)
+        model_management.free_memory(_ROOM, model.device)
+        bar, results = ProgressBar(_STEPS * len(image)), []
+        for index, each in enumerate(image.float().clamp(0, 1).cpu().numpy()):
+
+            def show(part: float, done: int = index) -> None:  # ComfyUI's bar ends what the user has interrupted
+                bar.update_absolute(int(_STEPS * (done + part)))
+
+            results.append(np.concatenate(list(enlarge_pixels(model, each, settings, progress=show))))
+        return (torch.from_numpy(np.stack(results)),)
+
+
+NODE_CLASS_MAPPINGS = {"LoadESC": LoadESC, "UpscaleWithESC": UpscaleWithESC}
+NODE_DISPLAY_NAME_MAPPINGS = {"LoadESC": "Load ESC", "UpscaleWithESC": "Upscale with ESC"}
