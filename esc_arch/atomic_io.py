@@ -177,8 +177,7 @@ def remove_partial(folder: Path) -> None:
 def open_regular(path: Path, *, create: bool = False) -> IO[bytes]:
     """Open a file to append to; OSError for links of both kinds, which may be anything, and pipes, which may wait."""
     flags = os.O_WRONLY | os.O_APPEND | (os.O_CREAT if create else 0)
-    if sys.platform != "win32":
-        flags |= os.O_NOFOLLOW | os.O_NONBLOCK
+    flags |= getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0)
     file = open(path, "ab", opener=lambda name, _: os.open(name, flags, 0o666))  # noqa: SIM115  returned
     state = os.fstat(file.fileno())
     if not stat.S_ISREG(state.st_mode) or state.st_nlink > 1 or path.is_symlink():

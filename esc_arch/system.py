@@ -5,8 +5,6 @@ from __future__ import annotations
 import os
 import signal
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import IO
 
 if sys.platform == "win32":
@@ -17,10 +15,7 @@ else:
     import fcntl
     import resource
 
-__all__ = ["free_memory", "is_own", "lock", "peak_memory", "sigint_blocked", "soft_limit", "total_memory"]
-
-#: A byte that no file has: on Windows what is locked cannot be read.
-_FAR = 2**30
+__all__ = ["block_sigint", "is_own", "lock", "memory_sizes", "peak_memory", "soft_limit"]
 
 
 def lock(file: int | IO[bytes], *, wait: bool = False) -> None:
@@ -30,7 +25,7 @@ def lock(file: int | IO[bytes], *, wait: bool = False) -> None:
     """
     if sys.platform == "win32":
         descriptor = file if isinstance(file, int) else file.fileno()
-        os.lseek(descriptor, _FAR, os.SEEK_SET)
+        os.lseek(descriptor, 2**30, os.SEEK_SET)  # a byte that it has not: what is locked cannot be read
         try:
             msvcrt.locking(descriptor, msvcrt.LK_LOCK if wait else msvcrt.LK_NBLCK, 1)
         except PermissionError as error:
@@ -46,18 +41,12 @@ def is_own(state: os.stat_result) -> bool:
     return sys.platform == "win32" or state.st_uid == os.geteuid()
 
 
-def total_memory() -> int:
-    """The bytes of memory that this machine has."""
+def memory_sizes() -> tuple[int, int]:
+    """The bytes of memory that this machine has, and that programs may take: half, where only Linux's files tell."""
     if sys.platform == "win32":
-        return int(psutil.virtual_memory().total)
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-
-
-def free_memory() -> int:
-    """The bytes of memory that programs may take; half of all on macOS, which does not tell."""
-    if sys.platform == "win32":
-        return int(psutil.virtual_memory().available)
-    return total_memory() // 2
+        return psutil.virtual_memory().total, psutil.virtual_memory().available
+    total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    return total, total // 2
 
 
 def peak_memory() -> int:
@@ -71,21 +60,13 @@ def peak_memory() -> int:
 
 def soft_limit(name: str) -> int | None:
     """A limit of this process, by its name in `resource`; None for none."""
-    if sys.platform == "win32":
-        return None
-    else:
+    if sys.platform != "win32":
         limit = resource.getrlimit(getattr(resource, name))[0]
         return None if limit == resource.RLIM_INFINITY else limit
+    return None
 
 
-@contextmanager
-def sigint_blocked() -> Iterator[None]:
-    """Ctrl-C does not reach processes that start in this block; on Windows it does."""
-    if sys.platform == "win32":
-        yield
-        return
-    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
-    try:
-        yield
-    finally:
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
+def block_sigint(blocked: bool) -> None:
+    """Keep Ctrl-C from processes that start now, or no longer; on Windows it reaches all."""
+    if sys.platform != "win32":
+        signal.pthread_sigmask(signal.SIG_BLOCK if blocked else signal.SIG_UNBLOCK, {signal.SIGINT})

@@ -19,7 +19,7 @@ import torch
 from tqdm import tqdm
 
 from ..errors import UserError
-from ..system import sigint_blocked
+from ..system import block_sigint
 
 if sys.platform != "win32":
     import resource
@@ -81,8 +81,9 @@ def _results(function: Callable[[Task], Result], tasks: Sequence[Task], jobs: in
     waiting: deque[Future[Result]] = deque()
     try:
         for task in tasks:
-            with sigint_blocked():  # processes that start now inherit this: Ctrl-C reaches the parent process alone
-                waiting.append(pool.submit(function, task))
+            block_sigint(True)  # processes that start now inherit this: Ctrl-C reaches the parent process alone
+            waiting.append(pool.submit(function, task))
+            block_sigint(False)
             if len(waiting) == jobs + 2:
                 yield waiting.popleft().result()
         while waiting:
@@ -93,6 +94,7 @@ def _results(function: Callable[[Task], Result], tasks: Sequence[Task], jobs: in
             f"Run the same command with fewer processes than -j {jobs}; it continues."
         ) from error
     finally:
+        block_sigint(False)
         pool.shutdown(cancel_futures=True)
 
 

@@ -21,15 +21,12 @@ __all__ = ["NODE_CLASS_MAPPINGS", "NODE_DISPLAY_NAME_MAPPINGS"]
 
 #: Bytes of the GPU that ComfyUI is asked to free of other models; with less, parts are smaller.
 _ROOM = 4 * 2**30
-_STEPS = 1000
 
 
 class LoadESC:
     """Loads a checkpoint from the folder `models/upscale_models`."""
 
-    RETURN_TYPES = ("ESC_MODEL",)
-    FUNCTION = "load"
-    CATEGORY = "loaders"
+    RETURN_TYPES, FUNCTION, CATEGORY = ("ESC_MODEL",), "load", "loaders"
 
     @classmethod
     def INPUT_TYPES(cls) -> dict[str, Any]:
@@ -41,11 +38,9 @@ class LoadESC:
 
 
 class UpscaleWithESC:
-    """Enlarges images (B, H, W, 3 or 4) in 0 .. 1; `max_memory` is in GiB of the process, 0 for what is free."""
+    """Enlarges images (B, H, W, 3 or 4) in 0 .. 1; `max_memory`: GiB of the whole process, 0 for what is free."""
 
-    RETURN_TYPES = ("IMAGE",)
-    FUNCTION = "upscale"
-    CATEGORY = "image/upscaling"
+    RETURN_TYPES, FUNCTION, CATEGORY = ("IMAGE",), "upscale", "image/upscaling"
 
     @classmethod
     def INPUT_TYPES(cls) -> dict[str, Any]:
@@ -55,13 +50,13 @@ class UpscaleWithESC:
     def upscale(self, model: Upscaler, image: Tensor, max_memory: float = 0.0) -> tuple[Tensor]:
         settings = Settings(max_memory=int(max_memory * 2**30) or None)
         model_management.free_memory(_ROOM, model.device)
-        bar, results = ProgressBar(_STEPS * len(image)), []
-        for index, each in enumerate(image.float().clamp(0, 1).cpu().numpy()):
+        bar, results = ProgressBar(1000 * len(image)), []
+        for index, pixels in enumerate(image.float().clamp(0, 1).cpu().numpy()):
 
-            def show(part: float, done: int = index) -> None:  # ComfyUI's bar ends what the user has interrupted
-                bar.update_absolute(int(_STEPS * (done + part)))
+            def show(part: float, done: int = index) -> None:  # an interrupt by the user is raised here
+                bar.update_absolute(int(1000 * (done + part)))
 
-            results.append(np.concatenate(list(enlarge_pixels(model, each, settings, progress=show))))
+            results.append(np.concatenate(list(enlarge_pixels(model, pixels, settings, progress=show))))
         return (torch.from_numpy(np.stack(results)),)
 
 

@@ -13,8 +13,7 @@ from esc_arch.system import is_own
 
 __all__ = ["cache_folder", "own_folder", "read", "write"]
 
-#: Windows, where a user's folder is the user's, tells nothing by modes.
-_WRITABLE_BY_OTHERS = 0 if sys.platform == "win32" else stat.S_IWGRP | stat.S_IWOTH
+_WRITABLE_BY_OTHERS = 0 if sys.platform == "win32" else stat.S_IWGRP | stat.S_IWOTH  # has no modes
 
 
 def cache_folder() -> Path:

@@ -115,7 +115,7 @@ print(len([name for name in sys.modules if name.startswith("esc_arch.")]))
 
 from esc_arch.atomic_io import locked, new_folder, open_regular, remove_partial, write_atomically
 from esc_arch.ops import cache, cpu
-from esc_arch.system import total_memory
+from esc_arch.system import memory_sizes
 from esc_arch.tools.upscale.memory import available, resident
 
 folder, file = Path("some"), Path("some", "file")
@@ -150,7 +150,7 @@ place = cache.cache_folder() / "a" / "b"
 cache.write(place, b"kept")
 assert cache.read(place) == b"kept"
 assert "for Linux and macOS" in cpu.unsupported_reasons()[0]
-assert (total_memory(), available(), resident()) == (2**33, 2**32, 2**30)
+assert (memory_sizes()[0], available(), resident()) == (2**33, 2**32, 2**30)
 """,
         tmp_path,
     )

@@ -82,7 +82,7 @@ def test_memory_is_bounded(nodes: dict[str, Any]) -> None:
     parts = call(nodes["UpscaleWithESC"], model=model, image=picture, max_memory=(resident() + 12 * 2**20) / 2**30)
     assert len(ProgressBar.values) > 4
     assert (parts - whole).abs().max() < 1e-5
-    with pytest.raises(UserError, match="max_memory: .* needs at least"):
+    with pytest.raises(UserError, match=r"max_memory: .* needs at least"):
         call(nodes["UpscaleWithESC"], model=model, image=picture, max_memory=0.01)
 
 

@@ -12,7 +12,7 @@ from contextlib import suppress
 from pathlib import Path
 
 from esc_arch.errors import first_line
-from esc_arch.system import soft_limit, total_memory
+from esc_arch.system import memory_sizes, soft_limit
 
 from .report import OK, PROBLEM, WARNING, Context, Finding, size_text, warn_if
 from .subprocess_worker import JobFailed
@@ -104,7 +104,7 @@ def memory() -> list[Finding]:
     """The memory there is, and what programs may still take of it."""
     from esc_arch.tools.upscale.memory import available
 
-    total, free = total_memory(), available()
+    total, free = memory_sizes()[0], available()
     text = f"{size_text(free)} of {size_text(total)} available"
     advice = "Training needs more: close other programs, or use smaller batches and fewer workers."
     return [warn_if(free < _LITTLE_MEMORY, "memory", text, advice, {"total": total, "available": free})]

@@ -17,7 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from esc_arch.errors import UserError
-from esc_arch.system import free_memory, peak_memory, soft_limit
+from esc_arch.system import memory_sizes, peak_memory, soft_limit
 
 __all__ = [
     "available",
@@ -69,7 +69,7 @@ def available() -> int:
         lines = Path("/proc/meminfo").read_text().splitlines()
         sizes.append(next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable")))
     except (OSError, StopIteration):
-        sizes.append(free_memory())
+        sizes.append(memory_sizes()[1])
     return min(size for size in sizes if size is not None)
 
 
