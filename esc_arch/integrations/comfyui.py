@@ -34,7 +34,8 @@ class LoadESC:
 
     def load(self, model_name: str) -> tuple[Upscaler]:
         path = folder_paths.get_full_path_or_raise("upscale_models", model_name)
-        return (load(path, device=model_management.get_torch_device()),)
+        device = model_management.get_torch_device()
+        return (load(path, device=device if device.type == "cuda" else "cpu"),)
 
 
 class UpscaleWithESC:
