@@ -3,6 +3,7 @@
 Requirements are those of requirements.txt. BasicSR and lmdb, which only training needs, are the extra `train`.
 """
 
+import re
 import shutil
 from pathlib import Path
 
@@ -11,6 +12,7 @@ from setuptools.command.build_py import build_py
 
 ROOT = Path(__file__).parent
 
+DOCS = ["mkdocs-material>=9.5", "mkdocs-jupyter>=0.25", "mkdocstrings[python]>=0.29"]
 ONNX = ["onnx>=1.17", "onnxscript>=0.5", "onnxruntime>=1.20"]
 PUBLISH = ["huggingface-hub>=0.20"]
 SPANDREL = ["spandrel>=0.4.0"]
@@ -27,6 +29,16 @@ def read_version() -> str:
     return text.split('"')[1]
 
 
+def read_readme() -> str:
+    """README.md, for the package index: links into the repository are absolute if pyproject.toml has its URL."""
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    url = re.search(r'^Repository = "(.+?)/?"$', (ROOT / "pyproject.toml").read_text(encoding="utf-8"), re.MULTILINE)
+    if url is None:
+        return text
+    text = re.sub(r"(!\[[^]]*\]\()(?!https?:)", rf"\g<1>{url[1]}/raw/HEAD/", text)
+    return re.sub(r"((?<!!)\[[^]]*\]\()(?!https?:)", rf"\g<1>{url[1]}/blob/HEAD/", text)
+
+
 class BuildWithOptionFiles(build_py):
     """Puts options/ into the package, too: an editable installation reads it where it is."""
 
@@ -40,12 +52,15 @@ REQUIREMENTS = read_requirements()
 TRAIN = [each for each in REQUIREMENTS if each.startswith(("basicsr", "lmdb"))]
 setup(
     version=read_version(),
+    long_description=read_readme(),
+    long_description_content_type="text/markdown",
     packages=find_packages(include=["esc_arch", "esc_arch.*"]),
     package_data={"esc_arch": ["py.typed", "ops/cpu/csrc/*", "tools/benchmark/*.json"]},
     install_requires=[each for each in REQUIREMENTS if each not in TRAIN],
     cmdclass={"build_py": BuildWithOptionFiles},
     extras_require={
         "completion": ["argcomplete>=3"],
+        "docs": DOCS,
         "flash-attn": ["flash-attn>=2.6"],
         "lpips": ["lpips>=0.1.4"],
         "onnx": ONNX,
@@ -57,6 +72,8 @@ setup(
         "wandb": ["wandb>=0.15"],
         "test": [
             "argcomplete>=3",
+            "build>=1",
+            "twine>=6",
             "pytest>=8",
             "pytest-cov>=6",
             "pytest-timeout>=2.3",
@@ -71,6 +88,9 @@ setup(
             "jsonschema>=4",
             "matplotlib>=3.7",
             "openvino>=2025.0",
+            "nbconvert>=7",
+            "ipykernel>=6",
+            *DOCS,
             *ONNX,
             *PUBLISH,
             *SPANDREL,

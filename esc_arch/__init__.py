@@ -8,6 +8,18 @@ missing.
 
 from __future__ import annotations
 
+import os
+import sys
+
+# With -m Python looks first in the current folder, where anything may lie; a clone of this package may do so, too
+if (
+    sys.argv[:1] == ["-m"]
+    and sys.orig_argv[-len(sys.argv)].removeprefix("-m") == __name__
+    and not getattr(sys.flags, "safe_path", False)
+    and sys.path[0] != os.path.dirname(os.path.dirname(__file__))
+):
+    del sys.path[0]
+
 import importlib
 from typing import TYPE_CHECKING, Any
 

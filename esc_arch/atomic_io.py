@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import errno
 import glob
 import os
@@ -26,6 +27,7 @@ __all__ = [
     "locked",
     "new_folder",
     "open_regular",
+    "read_regular",
     "remove",
     "remove_partial",
     "replace_folder",
@@ -48,12 +50,15 @@ _NO_PERMISSION = (errno.EACCES, errno.EPERM, errno.EROFS)
 _LOCKED: weakref.WeakSet[IO[bytes]] = weakref.WeakSet()
 if sys.platform != "win32":
     os.register_at_fork(after_in_child=lambda: [file.close() for file in list(_LOCKED)])
+_NO_WAIT = getattr(os, "O_NONBLOCK", 0)  # (Windows has no such files)
 #: Errors of the system that a user can fix, and how.
 _CURES = {
     **dict.fromkeys(_NO_ROOM, "Make room there, or write elsewhere"),
     **dict.fromkeys(_NO_PERMISSION, "Get the permission for it, or use another folder"),
     **dict.fromkeys((errno.ENOTDIR, errno.EEXIST), "A part of this path is a file, where a folder is needed"),
+    errno.ENOENT: "It, or the current folder, was removed meanwhile",
     errno.ENAMETOOLONG: "Use a shorter name",
+    errno.ELOOP: "Remove the link there, which leads to itself or is not followed",
     errno.EIO: "The disk or the network that it is on fails",
     errno.ESTALE: "The network that it is on fails",
     errno.EMFILE: "Raise the limit of open files (ulimit -n), or use fewer workers",
@@ -88,7 +93,7 @@ def writing_to(folder: Path) -> Iterator[None]:
 
 
 def _free_space(folder: Path) -> str:
-    existing = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
+    existing = next(path for path in (folder.absolute(), *folder.absolute().parents) if os.path.exists(path))
     return f"{shutil.disk_usage(existing).free / 2**20:,.0f} MiB"
 
 
@@ -149,8 +154,17 @@ def _new_partial(path: Path) -> tuple[Path, IO[bytes]]:
                 temporary = path.with_name(f".{name}.{secrets.token_hex(4)}{PARTIAL}")
             continue
         with suppress(OSError):  # a network file system without locks
-            lock(file)
-        return temporary, file
+            lock(file, wait=True)
+        if _is_at(file, temporary):
+            return temporary, file
+        file.close()  # before it was locked, another process took it for one that was left behind
+
+
+def _is_at(file: IO[bytes], path: Path) -> bool:
+    """True if `path` still is the name of an open file; on Windows, which moves and removes none, it always is."""
+    if sys.platform == "win32":
+        return True
+    return os.path.lexists(path) and os.path.samestat(os.fstat(file.fileno()), os.lstat(path))
 
 
 def _remove_left(path: Path) -> bool:
@@ -158,12 +172,13 @@ def _remove_left(path: Path) -> bool:
     try:
         with open_regular(path) as file:
             lock(file)
-            ours = is_own(os.fstat(file.fileno()))
-            if sys.platform == "win32":  # which removes no open files, whoever has them open
+            if not is_own(os.fstat(file.fileno())):
+                return False
+            if sys.platform == "win32":
                 file.close()
-            if ours:
+            if _is_at(file, path):  # its writer may just have moved it to its final name
                 path.unlink()
-            return ours
+            return True
     except OSError:
         return False
 
@@ -177,13 +192,28 @@ def remove_partial(folder: Path) -> None:
 def open_regular(path: Path, *, create: bool = False) -> IO[bytes]:
     """Open a file to append to; OSError for links of both kinds, which may be anything, and pipes, which may wait."""
     flags = os.O_WRONLY | os.O_APPEND | (os.O_CREAT if create else 0)
-    flags |= getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0)
+    flags |= getattr(os, "O_NOFOLLOW", 0) | _NO_WAIT
     file = open(path, "ab", opener=lambda name, _: os.open(name, flags, 0o666))  # noqa: SIM115  returned
     state = os.fstat(file.fileno())
     if not stat.S_ISREG(state.st_mode) or state.st_nlink > 1 or path.is_symlink():
         file.close()
         raise OSError(errno.EINVAL, "it is no regular file of one name", str(path))
     return file
+
+
+def read_regular(path: str | os.PathLike[str], *, pipes: bool = False) -> bytes:
+    """The contents of a file; OSError for a device, which may never end, and for a pipe, which may wait.
+
+    Args:
+        pipes: take pipes, too; one that nobody writes to is empty.
+    """
+    with open(path, "rb", opener=lambda name, flags: os.open(name, flags | _NO_WAIT)) as file:
+        mode = os.fstat(file.fileno()).st_mode
+        if not (stat.S_ISREG(mode) or (pipes and stat.S_ISFIFO(mode))):
+            raise OSError(errno.EINVAL, "it is a pipe or a device, not a file", os.fspath(path))
+        if sys.platform != "win32":
+            os.set_blocking(file.fileno(), True)
+        return file.read()
 
 
 def require_own_folder(path: Path) -> None:
@@ -196,18 +226,31 @@ def require_own_folder(path: Path) -> None:
 
 def replace_folder(new: Path, target: Path) -> None:
     """Move the folder `new` to `target`, on disk, in place of what is there; if that fails, what was there stays."""
-    old = target.with_name(f".{target.name}.old")
-    if os.path.lexists(target):  # a folder cannot replace another in one step
-        remove(old)
-        os.replace(target, old)
-    try:
-        os.replace(new, target)
-    except BaseException:
-        with suppress(OSError):
-            os.replace(old, target)
-        raise
+    if os.path.lexists(target) and _exchange(new, target):
+        old = new
+    else:
+        old = target.with_name(f".{target.name}.old")
+        if os.path.lexists(target):  # a kill before the next step leaves no target
+            remove(old)
+            os.replace(target, old)
+        try:
+            os.replace(new, target)
+        except BaseException:
+            with suppress(OSError):
+                os.replace(old, target)
+            raise
     fsync_folder(target.parent)
     remove(old)
+
+
+def _exchange(one: Path, other: Path) -> bool:
+    """Exchange what has these two names, in one step; False where the system or the file system cannot."""
+    try:
+        rename = ctypes.CDLL(None).renameat2
+    except (AttributeError, TypeError):  # not Linux
+        return False
+    here, exchange = -100, 2  # AT_FDCWD, RENAME_EXCHANGE
+    return bool(rename(here, os.fsencode(one), here, os.fsencode(other), exchange) == 0)
 
 
 @contextmanager

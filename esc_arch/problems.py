@@ -36,12 +36,14 @@ class Problem:
         severity: an error must be fixed before a run; a warning is allowed but may not be meant; a note says what was
             checked and found right.
         place: where the key is, or the section that lacks it; None until the file is known.
+        missing: the folder or LMDB of images that is not there, if that is the problem.
     """
 
     path: str
     message: str
     severity: Literal["error", "warning", "note"] = "error"
     place: Place | None = None
+    missing: str | None = None
 
     def __str__(self) -> str:
         return shown(": ".join(part for part in (str(self.place or ""), self.path, self.message) if part))

@@ -33,6 +33,7 @@ from esc_arch.data.benchmark import prepare_benchmark
 from esc_arch.data.image_files import folder_sources
 from esc_arch.data.prepare import prepare_train
 from esc_arch.ops import cpu as operators
+from esc_arch.training import report
 
 Options = dict[str, Any]
 
@@ -246,6 +247,13 @@ class Basicsr:
         return path.name
 
 
+def empty_figure(*_: object) -> Any:
+    """Stands in for `report._draw`: drawing real curves takes longer than these trainings (see test_report.py)."""
+    from matplotlib.figure import Figure
+
+    return Figure((1, 1))
+
+
 @pytest.fixture
 def run_basicsr(
     work_folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
@@ -254,14 +262,15 @@ def run_basicsr(
     numbers = itertools.count()
     for module in (basicsr.train, basicsr.test, basicsr.utils.misc):
         monkeypatch.setattr(module, "get_time_str", lambda: f"20260101_{next(numbers):06}")
+    monkeypatch.setattr(report, "_draw", empty_figure)
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # the networks are tiny
     yield Basicsr(work_folder, capsys)
     torch.set_num_threads(threads)
 
 
-def run_command(command: list[str], folder: Path, **environment: str) -> Run:
-    """Run a command to its end, with what Python and torch take from the environment under control."""
+def child_environment() -> dict[str, str]:
+    """This process's, with what Python and torch take from it under control."""
     inherited = {
         name: value
         for name, value in os.environ.items()
@@ -269,10 +278,15 @@ def run_command(command: list[str], folder: Path, **environment: str) -> Run:
     }
     # esc_arch may be importable only because the tests are started from its folder
     inherited["PYTHONPATH"] = str(Path(esc_arch.__file__).parents[1])
+    return inherited | {"OMP_NUM_THREADS": "1", "PYTHONDONTWRITEBYTECODE": "1"}
+
+
+def run_command(command: list[str], folder: Path, **environment: str) -> Run:
+    """Run a command to its end."""
     done = subprocess.run(
         command,
         cwd=folder,
-        env=inherited | {"OMP_NUM_THREADS": "1", "PYTHONDONTWRITEBYTECODE": "1"} | environment,
+        env=child_environment() | environment,
         capture_output=True,
         encoding="utf-8",
         errors="replace",

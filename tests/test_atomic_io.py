@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import ctypes
 import fcntl
 import os
+from collections.abc import Callable
+from contextlib import ExitStack
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -13,6 +17,7 @@ from esc_arch.atomic_io import (
     new_folder,
     open_regular,
     remove_partial,
+    replace_folder,
     replacing,
     require_own_folder,
     write_atomically,
@@ -49,6 +54,44 @@ def test_two_writers_of_one_name_have_files_of_their_own(tmp_path: Path) -> None
         remove_partial(tmp_path)  # what is in use stays
     assert target.read_bytes() == b"first"
     assert list(tmp_path.iterdir()) == [target]
+
+
+@pytest.fixture
+def before_lock(monkeypatch: pytest.MonkeyPatch) -> Callable[[Callable[[], None]], None]:
+    """Has something done, once, just before the next file is locked: what another process may do."""
+    flock, waiting = fcntl.flock, list[Callable[[], None]]()
+
+    def locks(*args: Any) -> None:
+        if waiting:
+            waiting.pop()()
+        flock(*args)
+
+    monkeypatch.setattr(fcntl, "flock", locks)
+    return waiting.append
+
+
+def test_a_file_that_is_taken_for_one_left_behind(tmp_path: Path, before_lock: Any) -> None:
+    """Between its making and its locking."""
+    with ExitStack() as other:
+        before_lock(lambda: other.enter_context(replacing(tmp_path / "out.png")).write(b"half"))
+        with replacing(tmp_path / "out.png") as file:
+            file.write(b"whole")
+        assert (tmp_path / "out.png").read_bytes() == b"whole"
+    assert [path.name for path in tmp_path.iterdir()] == ["out.png"]
+
+
+def test_a_file_that_has_the_name_of_one_left_behind(tmp_path: Path, before_lock: Any) -> None:
+    """The one that was opened is renamed before it is locked."""
+    with ExitStack() as other, ExitStack() as third:
+        other.enter_context(replacing(tmp_path / "out.png"))
+
+        def go_on() -> None:
+            other.close()
+            third.enter_context(replacing(tmp_path / "out.png")).write(b"third")
+
+        before_lock(go_on)
+        remove_partial(tmp_path)
+    assert (tmp_path / "out.png").read_bytes() == b"third"
 
 
 def test_what_a_killed_process_left_is_removed(tmp_path: Path) -> None:
@@ -129,3 +172,28 @@ def test_folders_that_killed_processes_left(tmp_path: Path) -> None:
     link.symlink_to(kept)
     with new_folder(tmp_path / "out", lambda: None):
         assert not left.exists() and (kept / "file").exists() and link.is_symlink()
+
+
+@pytest.mark.parametrize("in_one_step", [True, False])
+@pytest.mark.parametrize("kind", ["folder", "link", "none"])
+def test_a_folder_replaces_another(
+    kind: str, in_one_step: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where it is one step, no other is taken, at which a kill would leave nothing under the name."""
+    new, target, elsewhere = tmp_path / "new", tmp_path / "out", tmp_path / "elsewhere"
+    for folder in (new, elsewhere):
+        folder.mkdir()
+        (folder / folder.name).touch()
+    if kind == "folder":
+        target.mkdir()
+        (target / "file").touch()
+    elif kind == "link":
+        target.symlink_to(elsewhere)
+    if in_one_step and kind != "none":
+        monkeypatch.setattr(os, "replace", None)
+    elif not in_one_step:
+        monkeypatch.setattr(ctypes, "CDLL", lambda name: object())
+    replace_folder(new, target)
+    assert [path.name for path in target.iterdir()] == ["new"] and not target.is_symlink()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["elsewhere", "out"]
+    assert (elsewhere / "elsewhere").exists()

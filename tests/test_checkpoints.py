@@ -131,6 +131,7 @@ NONE = {
     "web page": (b"\n <!DOCTYPE html><html>Sign in</html>", "it is a web page. Download the file itself"),
     "HTML": (b"<HTML><body>404</body></HTML>", "it is a web page"),
     "Git LFS pointer": (b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n", "git lfs pull"),
+    "ONNX": (b"\x08\x0a\x12\x07pytorch\x1a\x03" + bytes(100), "it is an ONNX model.*Give the .pth or .safetensors"),
     "JSON": (b'{"message": "Not found"}', "damaged, or was not written by torch.save"),
     "picture": (b"\x89PNG\r\n\x1a\n" + bytes(100), "damaged, or was not written by torch.save"),
     "text": (b"the weights are elsewhere\n" * 9, "no checkpoint|not written by torch.save"),

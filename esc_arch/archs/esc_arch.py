@@ -53,7 +53,7 @@ class ESC(SharedKernelNetwork):
     """
 
     head_margin = 2
-    published_defaults: ClassVar = {"exp_ratio": 2}
+    published_defaults: ClassVar[dict[str, Any]] = {"exp_ratio": 2}
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -33,7 +33,7 @@ class ESCFP(ESCFamily):
     """
 
     head_margin = 2
-    published_defaults: ClassVar = {"exp_ratio": 2}
+    published_defaults: ClassVar[dict[str, Any]] = {"exp_ratio": 2}
 
     dim: int = 48
     num_heads: int = 3

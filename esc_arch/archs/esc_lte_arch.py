@@ -40,8 +40,6 @@ class ESCLTE(SharedKernelNetwork):
     checkpoint of ESC.
 
     Args:
-        dim, pdim, kernel_size, n_blocks, conv_blocks, window_size, num_heads, exp_ratio, attn_type, use_ln,
-            flashbias_rank, rank, backend: see `ESC`.
         upscaling_factor: the scale when none is asked for; any number above 0.
         hidden_dim, mlp_dims, max_scale: see `LTE`.
         query_chunk: points computed at a time when there are no gradients, which bounds the memory; None for all at
@@ -50,6 +48,7 @@ class ESCLTE(SharedKernelNetwork):
             does. This cannot be part of the first convolution's weights, whose padding would not be shifted. Since the
             same weights mean another network without it, checkpoints of such networks have a tensor more,
             `image_mean_std`.
+        others: see `ESC`.
 
     Raises:
         ValueError: an invalid option, with the value and what is allowed.

@@ -168,7 +168,7 @@ class ESCRealM(_RealNetwork):
     """
 
     TAIL_SCALE = 4
-    published_defaults: ClassVar = {"upsampler": "nearest+conv"}
+    published_defaults: ClassVar[dict[str, Any]] = {"upsampler": "nearest+conv"}
 
     _: KW_ONLY
     upsampler: str = "pixelshuffledirect"

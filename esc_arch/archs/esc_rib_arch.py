@@ -44,7 +44,7 @@ class ESCRIB(SharedKernelNetwork):
 
     subpixel_conv = "upsampler.up_conv"
     head_margin = 2
-    published_defaults: ClassVar = {"exp_ratio": 2, "rank": "256 - head_dim", "rib_hidden_dim": 64}
+    published_defaults: ClassVar[dict[str, Any]] = {"exp_ratio": 2, "rank": "256 - head_dim", "rib_hidden_dim": 64}
 
     window_size: int = 64
     attn_type: str = "RIB"

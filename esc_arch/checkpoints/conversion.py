@@ -20,7 +20,7 @@ from esc_arch.version import __version__
 
 from .loading import adapt_weights, describe_mismatch
 from .reading import find_weights, from_json, is_safetensors, is_state_dict, read_checkpoint, read_metadata
-from .recognition import examine, own_names
+from .recognition import UnknownNetwork, examine, own_names
 
 __all__ = [
     "CHECKPOINT_FORMATS",
@@ -207,8 +207,8 @@ def identify(
     weights = own_names(weights)
     try:
         section, assumptions = examine(weights, known)
-    except UserError as error:
-        raise UserError(f"{source}: {error}") from error
+    except UnknownNetwork as error:
+        raise UnknownNetwork(f"{source}: {error}") from error
     options = ", ".join(f"{key}: {value}" for key, value in section.items() if key != "type")
     try:
         with torch.device("meta"):

@@ -46,6 +46,10 @@ ZIP, PICKLE = b"PK\x03\x04", b"\x80\x02"
 OTHER_FILES = {
     (b"<!doctype", b"<html", b"<?xml"): "a web page. Download the file itself, not the page that shows it",
     (b"version https://git-lfs",): "a Git LFS pointer. Fetch the file itself with `git lfs pull`",
+    # A protobuf: the version of the format, then the name of the program that wrote it
+    tuple(bytes((8, version, 18)) for version in range(3, 32)): (
+        "an ONNX model, which runs in ONNX Runtime and not here. Give the .pth or .safetensors file it was made from"
+    ),
 }
 
 
@@ -68,7 +72,7 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
     if not start:
         raise UserError(f"{path} is not a checkpoint: it is empty.")
     for beginnings, what in OTHER_FILES.items():
-        if start.startswith(beginnings):
+        if start.startswith(beginnings) and start[8:9] != b"{":  # as safetensors have it, whose length may look so
             raise UserError(f"{path} is not a checkpoint: it is {what}.")
     if is_safetensors(path):
         content = _read_safetensors(path)

@@ -11,7 +11,28 @@ from esc_arch.archs.base import NETWORKS
 from esc_arch.archs.shapes import Shapes, some
 from esc_arch.errors import UserError
 
-__all__ = ["describe_difference", "examine", "own_names", "recognise"]
+__all__ = ["UnknownNetwork", "describe_difference", "examine", "own_names", "recognise"]
+
+_RRDBNET = "RRDBNet (ESRGAN, Real-ESRGAN, BSRGAN)"
+#: Networks of others, by a parameter that hardly any other network has under this name.
+OTHERS = {
+    # (Without what all names of a file begin with)
+    "body.0.rdb1.conv1.weight": _RRDBNET,
+    "RRDB_trunk.0.RDB1.conv1.weight": _RRDBNET,
+    "1.sub.0.RDB1.conv1.0.weight": _RRDBNET,
+    "layers.0.residual_group.blocks.0.conv_block.cab.0.weight": "HAT",
+    "layers.0.residual_group.blocks.0.attn.logit_scale": "Swin2SR",
+    "layers.0.residual_group.blocks.0.attn.relative_position_bias_table": "SwinIR",
+    "layers.0.blocks.0.ffn.sg.norm.weight": "DAT",
+    "residual_layer.0.residual_layer.0.layer.0.fn.0.weight": "OmniSR",
+    "block_1.c1_r.eval_conv.weight": "SPAN",
+    "unet1.conv1.conv.0.weight": "Real-CUGAN",
+    "3.weight": "SRVGGNetCompact (Real-ESRGAN)",  # numbers alone
+}
+
+
+class UnknownNetwork(UserError):
+    """Weights are of no network of the family."""
 
 
 def recognise(weights: Mapping[str, Tensor], known: Mapping[str, Any] | None = None) -> dict[str, Any]:
@@ -27,7 +48,7 @@ def recognise(weights: Mapping[str, Tensor], known: Mapping[str, Any] | None = N
         `type` and the constructor's options, in the order of the option files; `{"type": "ESC", "dim": 64, ...}`.
 
     Raises:
-        UserError: the weights are of no network of the family; the message lists names found.
+        UnknownNetwork: the weights are of no network of the family; the message names another, or lists names found.
     """
     return examine(weights, known)[0]
 
@@ -40,7 +61,12 @@ def examine(weights: Mapping[str, Tensor], known: Mapping[str, Any] | None = Non
         options = network.recognise(shapes)
         if options is not None:
             return {"type": network.__name__, **options}, shapes.assumptions
-    raise UserError(
+    if (other := next((OTHERS[name] for name in OTHERS if name in shapes.weights), None)) is not None:
+        raise UnknownNetwork(
+            f"These are not the weights of an ESC network: this looks like {other}. Where spandrel is installed (pip "
+            'install "esc-arch[spandrel]"), basicsr upscale runs it.'
+        )
+    raise UnknownNetwork(
         "These are not the weights of an ESC network (or not all of them): their names are those of none of "
         f"{', '.join(sorted(network.__name__ for network in asked))}. They hold {some([*shapes.weights]) or 'nothing'}."
     )

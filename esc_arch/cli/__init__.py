@@ -15,6 +15,7 @@ from collections.abc import Sequence
 from types import ModuleType
 
 from esc_arch import __version__
+from esc_arch.atomic_io import system_fault
 from esc_arch.errors import FAULT, NO_BASICSR, UNREAD, UserError, describe
 from esc_arch.printing import safe_streams
 from esc_arch.project import import_modules, leave_current_folder
@@ -84,19 +85,24 @@ def _run(argv: Sequence[str], called: str | None) -> int:
             import argcomplete
 
             argcomplete.autocomplete(parser)
-        args = parser.parse_args(argv)
+        args, unknown = parser.parse_known_args(argv)
+        if unknown:  # with the usage of the verb
+            parsers.choices[args.verb].error(f"unrecognized arguments: {' '.join(unknown)}")
         verb = _module(args.verb)
         if args.verb != "doctor":  # where a failure is a line of the report
             # What modules print must not be in the midst of what `check --json` prints
             with contextlib.redirect_stdout(sys.stderr) if args.verb == "check" else contextlib.nullcontext():
                 import_modules(getattr(args, "imports", None), "--import")
         return int(verb.run(args))
-    except (UserError, KeyboardInterrupt) as error:
-        status, message = describe(error)
-        rank = os.environ.get("RANK", "0")
-        print(f"basicsr {called}{f' (rank {rank})' * (rank != '0')}: {message}", file=sys.stderr)
+    except (UserError, KeyboardInterrupt, OSError, SystemExit) as error:
         # Drop a data loader that the traceback holds: as cyclic garbage, it would keep its workers waiting for seconds
         traceback.clear_frames(error.__traceback__)
+        fault = system_fault(error) if isinstance(error, OSError) else None
+        if isinstance(error, SystemExit) or (isinstance(error, OSError) and fault is None):
+            raise
+        status, message = describe(error if fault is None else UserError(fault))
+        rank = os.environ.get("RANK", "0")
+        print(f"basicsr {called}{f' (rank {rank})' * (rank != '0')}: {message}", file=sys.stderr)
         return status
 
 

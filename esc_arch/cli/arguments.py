@@ -28,7 +28,7 @@ def add_arguments(parser: argparse.ArgumentParser, verb: str) -> None:
 def _pipeline(parser: argparse.ArgumentParser) -> None:
     """BasicSR's flags."""
     add = parser.add_argument
-    add("-opt", required=True, metavar="FILE", help="option file (YAML)")
+    add("-opt", "--opt", required=True, metavar="FILE", help="option file (YAML)")
     add("--launcher", choices=_LAUNCHERS, default="none", help="what started the processes; torchrun is recognised")
     add("--auto_resume", action="store_true", help="go on from the last saved training state")
     _add_no_build(parser)
@@ -39,7 +39,7 @@ def _pipeline(parser: argparse.ArgumentParser) -> None:
         "--force_yml",
         nargs="+",
         metavar="KEY[:KEY...]=VALUE",
-        help="set options over those of the file, such as train:ema_decay=0.999",
+        help="set options over those of the file, such as train:ema_decay=0.999; null removes a key",
     )
     _add_import(parser)
 
@@ -168,7 +168,7 @@ def _benchmark(parser: argparse.ArgumentParser) -> None:
 
 def _benchmark_cost(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
-    add("-opt", nargs="+", type=Path, default=[], metavar="FILE", help="network_g of these files")
+    add("-opt", "--opt", nargs="+", type=Path, default=[], metavar="FILE", help="network_g of these files")
     _add_import(parser)
     add(
         "--networks",
@@ -191,7 +191,7 @@ def _benchmark_cost(parser: argparse.ArgumentParser) -> None:
 
 def _benchmark_quality(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
-    add("-opt", nargs="+", type=Path, required=True, metavar="FILE", help="option files of tests")
+    add("-opt", "--opt", nargs="+", type=Path, required=True, metavar="FILE", help="option files of tests")
     _add_import(parser)
     add("-m", "--weights", nargs="+", metavar="FILE", help="one for each option file, over its pretrain_network_g")
     add(
@@ -215,7 +215,7 @@ def _benchmark_quality(parser: argparse.ArgumentParser) -> None:
 
 def _benchmark_data(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
-    add("-opt", nargs="+", type=Path, default=[], metavar="FILE", help="the data that these files name")
+    add("-opt", "--opt", nargs="+", type=Path, default=[], metavar="FILE", help="the data that these files name")
     _add_import(parser)
     root = Path("datasets/benchmark")
     add("--root", type=Path, default=root, metavar="FOLDER", help="of the five sets (%(default)s)")
@@ -227,7 +227,7 @@ def _benchmark_data(parser: argparse.ArgumentParser) -> None:
 
 def _warmup(parser: argparse.ArgumentParser) -> None:
     opt_help = "option file; one to train makes the backward pass ready, too (default: base ESC, x2, x3 and x4)"
-    parser.add_argument("-opt", metavar="FILE", help=opt_help)
+    parser.add_argument("-opt", "--opt", metavar="FILE", help=opt_help)
     _add_import(parser)
     parser.add_argument("--size", metavar="HxW", default="128x128", help="of the LR image; default: 128x128")
     parser.add_argument("--device", choices=_DEVICES, default="auto")
@@ -236,10 +236,10 @@ def _warmup(parser: argparse.ArgumentParser) -> None:
 
 
 def _check(parser: argparse.ArgumentParser) -> None:
-    what = parser.add_mutually_exclusive_group(required=True)
-    what.add_argument("-opt", nargs="+", metavar="FILE", help="option files (YAML)")
-    what.add_argument("--schema", action="store_true", help="print the JSON schema of option files, for editors")
     add = parser.add_argument
+    add("files", nargs="*", metavar="FILE", help="option files (YAML)")
+    add("-opt", "--opt", nargs="+", default=[], metavar="FILE", help="likewise")
+    add("--schema", action="store_true", help="print the JSON schema of option files, for editors")
     force_help = "set options over those of the files"
     add("--force_yml", nargs="+", default=[], metavar="KEY[:KEY...]=VALUE", help=force_help)
     purpose_help = "what the files are for; auto: training if they have a training set"
@@ -252,7 +252,7 @@ def _check(parser: argparse.ArgumentParser) -> None:
 
 def _doctor(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
-    add("-opt", metavar="FILE", help="also this option file, its data, weights and folders")
+    add("-opt", "--opt", metavar="FILE", help="also this option file, its data, weights and folders")
     _add_import(parser)
     add("--json", action="store_true", help="the report as JSON, see docs/doctor.md")
     add("--no-test", action="store_true", help="do not compare backends with their references")

@@ -11,9 +11,10 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from esc_arch.errors import USER_ERROR, UserError
-from esc_arch.options import CheckScope, inspect_options
+from esc_arch.options import CheckScope, inspect_options, missing_data
 from esc_arch.options.files import YAMLError
 from esc_arch.options.schema import options_schema
+from esc_arch.printing import shown
 from esc_arch.problems import Problem, of_severity
 
 __all__ = ["PURPOSES", "run"]
@@ -26,13 +27,17 @@ def run(args: argparse.Namespace) -> int:
     if args.schema:
         print(json.dumps(options_schema(), indent=1))
         return 0
+    if not (files := [*args.files, *args.opt]):
+        raise UserError("name option files, as in basicsr check options/train_ESC_x2.yml, or give --schema.")
     with contextlib.redirect_stdout(sys.stderr):  # on which constructors may print
-        results = [(file, *_check(file, args)) for file in args.opt]
+        results = [(file, *_check(file, args)) for file in files]
     if args.json:
         print(json.dumps({"files": [_as_json(*result) for result in results]}, indent=1))
     else:
         for result in results:
             _print(*result)
+        for line in missing_data([problem for _, _, problems in results for problem in problems])[1]:
+            print(shown(line), file=sys.stderr)
     return USER_ERROR if any(of_severity(problems, "error") for _, _, problems in results) else 0
 
 
@@ -56,14 +61,14 @@ def _print(file: str, purpose: str | None, problems: Sequence[Problem]) -> None:
     for problem in of_severity(problems, "warning"):
         print(f"{problem} (warning)")
     errors = of_severity(problems, "error")
-    for problem in errors:
+    for problem in missing_data(errors)[0]:
         print(problem if problem.path else problem.message, file=sys.stderr)
     for problem in of_severity(problems, "note"):
-        print(f"OK  {file}: {problem.path}: {problem.message}")
+        print(shown(f"OK  {file}: {problem.path}: {problem.message}"))
     if errors:
-        print(f"{file}: {len(errors)} problem(s)", file=sys.stderr)
+        print(f"{shown(file)}: {len(errors)} problem(s)", file=sys.stderr)
     else:
-        print(f"OK  {file}: ready for basicsr {purpose}")
+        print(f"OK  {shown(file)}: ready for basicsr {purpose}")
 
 
 def _as_json(file: str, purpose: str | None, problems: Sequence[Problem]) -> Mapping[str, Any]:

@@ -7,6 +7,7 @@ from collections.abc import Callable
 
 from esc_arch.atomic_io import check_output
 from esc_arch.errors import UserError
+from esc_arch.printing import shown
 from esc_arch.tools import export
 from esc_arch.tools.upscale import load
 
@@ -41,7 +42,7 @@ def run(args: argparse.Namespace) -> int:
     for batch, largest in result.differences.items():
         print(f"  {batch}: max difference {largest:.2g}")
     compared = "not compared with PyTorch" if result.worst is None else f"max difference {result.worst:.2g} (of 0 .. 1)"
-    print(f"Wrote {args.output} ({args.output.stat().st_size:,} bytes), input {shape}; {compared}")
+    print(f"Wrote {shown(args.output)} ({args.output.stat().st_size:,} bytes), input {shape}; {compared}")
     return 0
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import re
 import sys
 from collections.abc import Mapping, Sequence
@@ -16,8 +17,11 @@ from ..data.lmdb_check import listed_sizes
 from ..data.photographs import prepare_demo
 from ..data.prepare import prepare_train
 from ..errors import INTERRUPTED, UserError
+from ..printing import shown
 
 __all__ = ["run"]
+
+_DEMO = Path("datasets/demo")
 
 
 def run(args: argparse.Namespace) -> int:
@@ -27,7 +31,8 @@ def run(args: argparse.Namespace) -> int:
     more = {"jobs": args.jobs, "overwrite": args.overwrite}
     try:
         if args.kind == "train":
-            name = re.sub(r"_?HR$", "", args.input.resolve().name) or args.input.resolve().parent.name
+            place = Path(os.path.realpath(args.input))
+            name = re.sub(r"_?HR$", "", place.name) or place.parent.name
             _print_train(
                 prepare_train(
                     folder_sources(args.input),
@@ -42,7 +47,7 @@ def run(args: argparse.Namespace) -> int:
             )
         elif args.kind == "benchmark":
             folders = benchmark_folders(args.output, args.scales).values()
-            if args.input.resolve() in (folder.resolve() for folder in folders):
+            if os.path.realpath(args.input) in map(os.path.realpath, folders):
                 raise UserError(f"{args.input} would be written to, but sources are never changed. Choose another -o.")
             per_scale = args.crop == "per-scale"
             sources = folder_sources(args.input)
@@ -51,6 +56,8 @@ def run(args: argparse.Namespace) -> int:
             lmdbs, made = prepare_demo(args.output, **more)
             _print_train(lmdbs)
             _print_benchmark(made)
+            if args.output == _DEMO:  # which the option file names
+                print("Next: basicsr options copy train_ESC_x2_demo && basicsr train -opt train_ESC_x2_demo.yml")
     except KeyboardInterrupt:
         print("\nStopped. The same command continues from here.", file=sys.stderr)
         return INTERRUPTED
@@ -81,5 +88,6 @@ def _print_benchmark(folders: Mapping[int, Path]) -> None:
 
 def _print_option_lines(paths: Mapping[int, Path], further: str) -> None:
     for scale in sorted(paths.keys() - {1}):
-        print(f"  In an option file with scale: {scale}\n    dataroot_gt: {paths[1]}\n    dataroot_lq: {paths[scale]}")
+        hr, lr = shown(paths[1]), shown(paths[scale])
+        print(f"  In an option file with scale: {scale}\n    dataroot_gt: {hr}\n    dataroot_lq: {lr}")
         print(f"    {further.format(scale=scale)}")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 
+from esc_arch.printing import shown
 from esc_arch.tools.export.publishing import ModelInfo, publish
 
 __all__ = ["run"]
@@ -28,6 +29,6 @@ def run(args: argparse.Namespace) -> int:
     for file in published.files:
         print(f"{file.name:{width}}  {file.size:>13,} bytes  sha256 {file.sha256}")
     for note in published.notes:
-        print(f"Note: {note}")
-    print(f"Wrote folder {published.folder}/")
+        print(f"Note: {shown(note)}")
+    print(f"Wrote folder {shown(published.folder)}/")
     return 0

@@ -17,7 +17,7 @@ from esc_arch.printing import shown
 from esc_arch.tools.upscale.batch import BatchOptions, BatchReport, UpscaleTask, find_tasks, upscale_files
 from esc_arch.tools.upscale.image_writer import EncodeSpec
 from esc_arch.tools.upscale.memory import parse_memory
-from esc_arch.tools.upscale.network import load
+from esc_arch.tools.upscale.other_networks import load_any
 from esc_arch.tools.upscale.upscaling import Settings
 from esc_arch.tools.video import upscaling as video
 
@@ -37,7 +37,7 @@ def run(args: argparse.Namespace) -> int:
     options = _options(args)
     settings = options.settings
     precision = "fp32" if args.fp32 else "auto"
-    upscaler = load(args.model, device=_device(args.gpu_id), precision=precision, window_size=args.window)
+    upscaler = load_any(args.model, device=_device(args.gpu_id), precision=precision, window_size=args.window)
     settings.asked(upscaler)
     tasks, left_out = find_tasks(
         args.input,
@@ -71,13 +71,14 @@ def run(args: argparse.Namespace) -> int:
     finally:
         logger.removeHandler(progress)
         progress.bar.close()
-    print(_last_line(progress) + shown(left_out))
+    place = f"; results: {args.output}" * bool(progress.done or progress.skipped)
+    print(_last_line(progress) + shown(left_out + place))
     return FAULT if progress.failed else 0
 
 
 def _options(args: argparse.Namespace) -> BatchOptions:
-    if args.batch is not None and args.batch < 1:
-        raise UserError(f"--batch {args.batch}: give a number of images, 1 or more.")
+    if args.batch is not None and not 1 <= args.batch <= 10_000:
+        raise UserError(f"--batch {args.batch}: give a number of images, from 1 to 10000.")
     if not 1 <= args.quality <= 100:
         raise UserError(f"--quality {args.quality}: give a number from 1 to 100.")
     if "/" in args.suffix or "\\" in args.suffix:
@@ -91,7 +92,10 @@ def _listed() -> list[str]:
     """Names from standard input, of any bytes: one a line, or each before a NUL, as `find -print0` writes them."""
     if sys.stdin is None:
         raise UserError("-i -: standard input is closed. Send it a list of names, or name the files.")
-    text = os.fsdecode(sys.stdin.buffer.read())
+    try:
+        text = os.fsdecode(sys.stdin.buffer.read())
+    except OSError as error:
+        raise UserError(f"-i -: standard input cannot be read: {error.strerror}.") from error
     lines = text.split("\0") if "\0" in text else text.replace("\r\n", "\n").split("\n")
     return [line for line in lines if line.strip()]
 

@@ -34,7 +34,7 @@ def run(args: argparse.Namespace) -> int:
 
     Raises UserError for an invalid size, device or option file, and for an attention backend that cannot run here.
     """
-    size = re.fullmatch(r"([1-9]\d*)x([1-9]\d*)", args.size.lower())
+    size = re.fullmatch(r"([1-9]\d{0,4})x([1-9]\d{0,4})", args.size.lower())
     if size is None:
         raise UserError(f"--size {args.size}: give rows and columns of the LR image, such as 128x128.")
     device = _device(args.device)

@@ -81,11 +81,13 @@ def lmdb_backend_init(_: Original, self: Any, db_paths: Any, client_keys: Any = 
         if place not in _ENVIRONMENTS:
             require_sound(path)
             try:
-                environment = lmdb.open(path, **options)
+                environment = lmdb.open(os.fsencode(path), **options)
             except lmdb.Error as error:
                 raise UserError(f"Cannot open the LMDB {path}: {str(error).rstrip('.')}.") from error
             file = open(Path(path, "data.mdb"), "rb")  # noqa: SIM115  as long as the environment
-            _ENVIRONMENTS[place] = environment, file, os.fstat(file.fileno()).st_size
+            size = os.fstat(file.fileno()).st_size
+            require_sound(path)  # again, for nothing but a `stat` unless it was cut short or changed meanwhile
+            _ENVIRONMENTS[place] = environment, file, size
         self._client[key], *self._files[key] = _ENVIRONMENTS[place]
 
 

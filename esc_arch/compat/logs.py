@@ -5,12 +5,14 @@ from __future__ import annotations
 import functools
 import logging
 import os
+import re
 import sys
 import time
 from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
 
+import basicsr
 from basicsr.utils.dist_util import get_dist_info
 
 from esc_arch.printing import escape_record, is_utf8, shown
@@ -26,6 +28,10 @@ _MODULE = "basicsr.utils.logger"
 
 logger = logging.getLogger("basicsr")
 
+_BASICSR = os.path.dirname(basicsr.__file__)
+#: What BasicSR tells before a run: in several lines, or of each thing that it makes.
+_DETAILS = re.compile(r"^(?!Validation ).*\n|^Number of |is (built|created)\.$")
+
 
 @patch(_MODULE, "get_env_info", "a run's log lists these replacements and what was said before it")
 def get_env_info(original: Original) -> str:
@@ -34,6 +40,7 @@ def get_env_info(original: Original) -> str:
         if isinstance(handler, logging.FileHandler):  # the terminal has had them
             for note in notes:
                 handler.handle(logger.makeRecord(logger.name, logging.INFO, "", 0, "Note: %s", (note,), None))
+            logger.info("Options, network and versions are in the log: %s", handler.baseFilename)
     listed = "".join(f"\n\t{module}.{name}: {fixes}" for module, name, _, fixes in PATCHES)
     return f"{original()}\nesc_arch {__version__} replaces in basicsr {SUPPORTED_VERSION}:{listed}"
 
@@ -67,6 +74,12 @@ def init_wandb_logger(_: Original, opt: dict[str, Any]) -> None:
     init_wandb(opt)
 
 
+def _is_for_terminal(record: logging.LogRecord) -> bool:
+    """False for what BasicSR tells before a run, some 250 lines, which are in the log file."""
+    is_info = record.levelno == logging.INFO and record.pathname.startswith(_BASICSR)
+    return not (is_info and _DETAILS.search(record.getMessage()))
+
+
 @patch(_MODULE, "get_root_logger", "log files are UTF-8, overwrite none, and outlive a full disk")
 def get_root_logger(
     original: Original, logger_name: str = "basicsr", log_level: int = logging.INFO, log_file: str | None = None
@@ -76,6 +89,7 @@ def get_root_logger(
     if log_file is not None and is_first and get_dist_info()[0] == 0:
         root.setLevel(log_level)
         root.addFilter(escape_record)
+        root.handlers[-1].addFilter(_is_for_terminal)
         handler = _LogFile(unused(log_file), "w", encoding="utf-8", errors="backslashreplace")
         handler.setFormatter(root.handlers[-1].formatter)
         handler.setLevel(log_level)

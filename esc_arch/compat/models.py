@@ -181,13 +181,17 @@ class _WithSafeNames:
             yield {**data, "lq_path": [f"{name}.png" for name in names]}
 
 
-@patch(_SR_MODEL, "SRModel._log_validation_metric_values", "metrics.jsonl has validations")
+@patch(_SR_MODEL, "SRModel._log_validation_metric_values", "metrics.jsonl has validations, and a test no best one")
 def log_validation_metric_values(
     original: Original, self: Any, current_iter: Any, dataset_name: str, tb_logger: Any
 ) -> None:
+    if not self.opt["is_train"]:  # the best of one validation is itself
+        vars(self).pop("best_metric_results", None)
     original(self, current_iter, dataset_name, tb_logger)
     if (run := current_run()) is not None and run.history is not None:
-        run.history.append({"iter": current_iter, "dataset": dataset_name, **self.metric_results})
+        bicubic = getattr(self, "bicubic", {}).get(dataset_name)
+        record = {"iter": current_iter, "dataset": dataset_name, **({"bicubic": bicubic} if bicubic else {})}
+        run.history.append(record | self.metric_results)
 
 
 @patch("basicsr.metrics", "calculate_metric", "a metric that cannot be computed of an image is named with it")

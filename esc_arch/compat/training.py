@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 import os
 import sys
@@ -13,7 +14,7 @@ from basicsr.utils import check_resume
 from basicsr.utils.dist_util import master_only
 from torch import Tensor
 
-from esc_arch.atomic_io import remove_partial, write_atomically
+from esc_arch.atomic_io import read_regular, remove_partial, write_atomically
 from esc_arch.checkpoints.reading import find_weights, read_checkpoint, require_usable
 from esc_arch.errors import UserError
 from esc_arch.printing import shown
@@ -24,6 +25,8 @@ from esc_arch.training.run_locks import lock_run, run_locks
 from .failures import system_faults_named
 from .patches import PATCHES, Original, patch
 from .prefetch import stop_prefetching
+
+logger = logging.getLogger("basicsr")
 
 PATCHES.append(
     ("basicsr.data.data_sampler", "EnlargedSampler", lambda _: EpochSampler, "an epoch can be begun in the middle")
@@ -40,10 +43,13 @@ def train_pipeline(original: Original, root_path: str) -> None:
             stop_prefetching()
 
 
-@patch("basicsr.test", "test_pipeline", "a full disk or a missing permission is one message")
+@patch("basicsr.test", "test_pipeline", "a test ends with where results are; a full disk is one message")
 def test_pipeline(original: Original, root_path: str) -> None:
-    with run_locks(), system_faults_named():
+    with run_locks() as folders, system_faults_named():
         original(root_path)
+        for folder in [*folders][-1:]:  # on rank 0
+            pictures = folder / "visualization"
+            logger.info("Results are in %s", pictures if any(pictures.glob("*")) else folder)
 
 
 @patch("basicsr.utils.misc", "make_exp_dirs", "no two runs of one name write into one folder")
@@ -55,7 +61,7 @@ def make_exp_dirs(original: Original, opt: dict[str, Any]) -> None:
 @patch("basicsr.train", "copy_opt_file", "option files are UTF-8 whatever the locale")
 @master_only
 def copy_opt_file(_: Original, opt_file: str, experiments_root: str) -> None:
-    text = Path(opt_file).read_text(encoding="utf-8")
+    text = read_regular(opt_file, pipes=True).decode()
     header = f"# GENERATE TIME: {time.asctime()}\n# CMD:\n# {shown(' '.join(sys.argv))}\n\n"
     write_atomically(Path(experiments_root, os.path.basename(opt_file)), (header + text).encode())
 
@@ -74,6 +80,9 @@ def create_train_val_dataloader(original: Original, opt: dict[str, Any], logger:
             raise UserError(f"The validation set {loader.dataset.opt['name']} has no images: check its dataroot_lq.")
     if (run := current_run()) is not None:
         run.has_data(opt, train_loader, val_loaders)
+    images = f"{len(train_loader.dataset)} images in batches of {train_loader.batch_size * opt['world_size']}"
+    sets = [f"{loader.dataset.opt['name']} ({len(loader.dataset)})" for loader in val_loaders if opt.get("val")]
+    logger.info("Data: %s; validation on %s", images, ", ".join(sets) or "nothing")
     # BasicSR counts the last, incomplete batch of an epoch, which is left out, and would stop too early
     epochs = max(epochs, math.ceil(iterations / len(train_loader)))
     return train_loader, train_sampler, val_loaders, epochs, iterations

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 
-from esc_arch.atomic_io import locked, write_atomically, writing_to
+from esc_arch.atomic_io import locked, read_regular, write_atomically, writing_to
 
 from ..errors import UserError
 from .image_files import Source, checked_scales, crop_to_multiple, digest_of, downscale, encode_png, read_hr
@@ -108,7 +108,7 @@ def _read_record(out: Path) -> dict[str, str | None]:
     """The recipe of every file that was made, by its path relative to `out`; None for files in an unknown state."""
     file = out / RECORD_FILE
     try:
-        return dict(json.loads(file.read_bytes())["files"]) if file.exists() else {}
+        return dict(json.loads(read_regular(file))["files"]) if file.exists() else {}
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(f"{file} was not written by this command, or is damaged. Remove it.") from error
 

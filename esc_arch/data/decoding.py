@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import os
 import struct
+import warnings
 from contextlib import suppress
 from typing import Any
 
@@ -70,8 +71,10 @@ def _image_or_problem(content: bytes, flag: int) -> npt.NDArray[Any] | str:
         return f"is cut short ({len(content):,} bytes): its end is missing"
     image = None
     if content:
+        level = cv2.utils.logging.setLogLevel(cv2.utils.logging.LOG_LEVEL_SILENT)  # what it says is in the answer
         with suppress(cv2.error):
             image = cv2.imdecode(np.frombuffer(content, np.uint8), flag)
+        cv2.utils.logging.setLogLevel(level)
     return f"is not an image that OpenCV can read ({len(content):,} bytes)" if image is None else image
 
 
@@ -87,8 +90,10 @@ def size_in_header(content: bytes) -> tuple[int, int] | None:
         if not accepted or isinstance(accepted, str):
             continue
         try:
-            # Not Image.open, which has a limit of its own, and does not tell the size beyond it
-            width, height = factory(io.BytesIO(content), "").size
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # of damage, which OpenCV is to judge
+                # Not Image.open, which has a limit of its own, and does not tell the size beyond it
+                width, height = factory(io.BytesIO(content), "").size
         except Exception:  # of a damaged header, about anything; OpenCV is asked then
             return None
         return height, width

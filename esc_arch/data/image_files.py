@@ -19,6 +19,7 @@ import cv2
 import numpy as np
 import numpy.typing as npt
 
+from ..atomic_io import read_regular
 from ..errors import UserError
 from .decoding import decode
 
@@ -62,12 +63,15 @@ def folder_sources(folder: Path) -> list[Source]:
         files = sorted(
             path
             for path in folder.iterdir()
-            if path.suffix.lower() in IMAGE_SUFFIXES and not path.name.startswith(".") and path.is_file()
+            if path.suffix.lower() in IMAGE_SUFFIXES and not path.name.startswith(".") and not path.is_dir()
         )
     except PermissionError as error:
         raise UserError(f"{folder} cannot be read: {error.strerror}. Get the permission for it.") from error
     if not files:
         raise UserError(f"{folder} holds no image ({' '.join(IMAGE_SUFFIXES)}). Folders inside it are not searched.")
+    for path in files:
+        if not path.is_file():
+            raise UserError(f"{path} is no file, but a pipe, a device or a link to nothing. Take it out.")
     stats = ((path, path.stat()) for path in files)
     sources = [Source(path.name, partial(read_image, path), (path.name, s.st_size, s.st_mtime_ns)) for path, s in stats]
     refuse_equal(sources, lambda source: source.stem)
@@ -92,7 +96,7 @@ def digest_of(value: object) -> str:
 def read_image(path: Path) -> Image:
     """The image file `path`, as `decode` returns it; UserError if it cannot be read or decoded."""
     try:
-        content = path.read_bytes()  # unlike cv2.imread, takes any path on any system
+        content = read_regular(path)  # unlike cv2.imread, takes any path on any system
     except OSError as error:
         raise UserError(f"Cannot read {path}: {error}") from error
     return decode(content, path)

@@ -7,6 +7,7 @@ read once in a child process, which is this file run as a script: it imports not
 from __future__ import annotations
 
 import functools
+import os
 import re
 import signal
 import subprocess
@@ -79,7 +80,7 @@ def contents_of(path: str | Path, listed: Mapping[str, tuple[int, int] | None], 
 
     from .decoding import image_problem
 
-    opened = lmdb.open(str(path), readonly=True, lock=False, readahead=False, create=False)
+    opened = lmdb.open(os.fsencode(path), readonly=True, lock=False, readahead=False, create=False)
     with opened as environment, environment.begin() as transaction:
         keys = {bytes(key).decode(errors="surrogateescape") for key in transaction.cursor().iternext(values=False)}
         there = [key for key in listed if key in keys]
@@ -97,7 +98,7 @@ def _walk(folder: str) -> None:
 
     # Behind the file the map goes on so far that no entry leads out of it, to memory that can be read
     size = Path(folder, "data.mdb").stat().st_size + 2 * _LONGEST_ENTRY
-    opened = lmdb.open(folder, map_size=size, readonly=True, lock=False, readahead=False, create=False)
+    opened = lmdb.open(os.fsencode(folder), map_size=size, readonly=True, lock=False, readahead=False, create=False)
     with opened as environment, environment.begin(buffers=True) as transaction:
         before, end, last = b"", 0, memoryview(b"")
         for key, value in transaction.cursor():

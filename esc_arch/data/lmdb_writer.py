@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -48,7 +49,7 @@ class LmdbWriter:
                 remove(self.partial)
                 self.partial.mkdir(parents=True)
                 write_atomically(self.partial / SETTINGS_FILE, json.dumps(dict(settings), indent=1).encode())
-            self._env = lmdb.open(str(self.partial), map_size=FREE_MAP_SIZE, lock=False)
+            self._env = lmdb.open(os.fsencode(self.partial), map_size=FREE_MAP_SIZE, lock=False)
             with self._env.begin(buffers=True) as transaction:
                 self.sizes = {bytes(key).decode(): _size(bytes(png[:24])) for key, png in transaction.cursor()}
 
@@ -117,7 +118,8 @@ def why_not_reusable(path: Path, settings: Mapping[str, Any]) -> str | None:
 
 def _read_settings(folder: Path) -> dict[str, Any] | None:
     try:
-        settings = json.loads((folder / SETTINGS_FILE).read_bytes())
+        file = folder / SETTINGS_FILE
+        settings = json.loads(file.read_bytes()) if file.is_file() else None  # a pipe would be waited for
     except (OSError, ValueError):
         return None
     return settings if isinstance(settings, dict) else None

@@ -13,6 +13,7 @@ from typing import Any
 from esc_arch.atomic_io import locked
 
 from ..errors import UserError
+from ..printing import shown
 from .image_files import (
     IMAGE_SUFFIXES,
     Image,
@@ -186,7 +187,7 @@ def _lmdbs_to_make(lmdbs: Mapping[int, Path], settings: Mapping[int, dict[str, A
             wanted.append(scale)
             in_the_way.append(f"{path} exists, and {reason}.")
         else:
-            print(f"{path} is complete already.")
+            print(f"{shown(path)} is complete already.")
     if in_the_way and not overwrite:
         raise UserError(*in_the_way, "Give --overwrite to replace it, or another folder or name.")
     return wanted

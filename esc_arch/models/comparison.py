@@ -15,7 +15,7 @@ from torch import Tensor
 
 from esc_arch.ops.resize import matlab_resize
 
-__all__ = ["comparison_summary", "side_by_side", "validation_picture", "write_comparison"]
+__all__ = ["bicubic", "comparison_summary", "side_by_side", "validation_picture", "write_comparison"]
 
 #: Panels of comparisons, in files and in TensorBoard, are at most this high and wide (pixels); of larger images the
 #: middle is shown. Below it is a detail, magnified.
@@ -32,19 +32,24 @@ def write_comparison(file: Path, network: str, visuals: Mapping[str, Tensor]) ->
     (1, 3, H, W), `result` and `gt` (1, 3, H * s, W * s), RGB in 0 .. 1.
     """
     result, gt = tensor2img([visuals["result"]]), tensor2img([visuals["gt"]])
-    height, width = visuals["result"].shape[-2:]
-    scale = width / visuals["lq"].shape[-1]
-    bicubic = tensor2img([matlab_resize(visuals["lq"], (height, width))])
+    scale, enlarged = visuals["result"].shape[-1] / visuals["lq"].shape[-1], bicubic(visuals)
     psnr_bicubic, psnr = (
-        calculate_psnr(image, gt, crop_border=math.ceil(scale), test_y_channel=True) for image in (bicubic, result)
+        calculate_psnr(image, gt, crop_border=math.ceil(scale), test_y_channel=True) for image in (enlarged, result)
     )
     panels = {
-        f"bicubic x{scale:.3g}: {psnr_bicubic:.2f} dB": bicubic,
+        f"bicubic x{scale:.3g}: {psnr_bicubic:.2f} dB": enlarged,
         f"{network} x{scale:.3g}: {psnr:.2f} dB": result,
         "ground truth": gt,
     }
     imwrite(side_by_side(panels), str(file))
     return psnr_bicubic, psnr
+
+
+def bicubic(visuals: Mapping[str, Tensor]) -> Image:
+    """`lq` enlarged to the size of `result`, as `write_comparison` has them: (H, W, 3) uint8, BGR."""
+    height, width = visuals["result"].shape[-2:]
+    picture: Image = tensor2img([matlab_resize(visuals["lq"], (height, width))])
+    return picture
 
 
 def comparison_summary(dataset: str, network: str, folder: Path, rows: Sequence[tuple[str, float, float]]) -> str:
@@ -59,16 +64,17 @@ def comparison_summary(dataset: str, network: str, folder: Path, rows: Sequence[
     )
 
 
-def side_by_side(panels: Mapping[str, Image], size: int = PANEL) -> Image:
+def side_by_side(panels: Mapping[str, Image], size: int = PANEL, worst: int = 0) -> Image:
     """One picture from captioned images of the same size, the last being the ground truth: (H, W, 3) uint8 each.
 
-    The images above, below them an enlarged detail of each, taken where the first differs most from the last.
+    The images above, below them an enlarged detail of each, taken where that of index `worst` differs most from the
+    last.
     """
     images = list(panels.values())
     top, left = (max(0, (side - size) // 2) for side in images[0].shape[:2])
     images = [image[top : top + size, left : left + size] for image in images]
     height, width = images[0].shape[:2]
-    detail = _worst_crop(images[0], images[-1], max(1, height // ZOOM), max(1, width // ZOOM))
+    detail = _worst_crop(images[worst], images[-1], max(1, height // ZOOM), max(1, width // ZOOM))
     enlarged = [cv2.resize(image[detail], (width, height), interpolation=cv2.INTER_NEAREST) for image in images]
     captioned = [_with_space_above(image, CAPTION, caption) for caption, image in zip(panels, images, strict=True)]
     below = [_with_space_above(image, GAP) for image in enlarged]

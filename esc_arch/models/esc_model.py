@@ -27,8 +27,8 @@ from tqdm import tqdm
 from esc_arch.atomic_io import write_atomically
 from esc_arch.data.names import image_name
 from esc_arch.errors import UserError
-from esc_arch.models.comparison import comparison_summary, validation_picture, write_comparison
-from esc_arch.models.metrics import image_measured
+from esc_arch.models.comparison import bicubic, comparison_summary, validation_picture, write_comparison
+from esc_arch.models.metrics import image_measured, needs_ground_truth
 from esc_arch.models.performance import PUBLISHED_MODEL, PerformanceOptions, is_published_model, performance_problems
 from esc_arch.ops.float32 import float32_products
 from esc_arch.ops.padding import reflect_pad_to_multiple
@@ -59,6 +59,7 @@ class _Validated:
     name: str
     metrics: dict[str, float]
     psnr: tuple[float, float] | None = None  # of bicubic and the result, for the comparison
+    bicubic: dict[str, float] | None = None  # metrics of the LQ image enlarged, at a training's first validation
     picture: Any = None  # for TensorBoard
 
 
@@ -69,7 +70,7 @@ class ESCModel(SRModel):
     network runs on all of it, and the output is cropped. With several processes each validates its share of the
     images; means are those of one process to the last bit.
 
-    Options beyond SRModel's are listed in the README ("Options of training"). Named `ESRModel`, it takes published
+    Options beyond SRModel's are listed in docs/training.md ("Options"). Named `ESRModel`, it takes published
     option files: ``train: use_amp`` is ``amp: fp16``, and ``gradient_clip`` is halved after 50,000 iterations.
     """
 
@@ -78,6 +79,8 @@ class ESCModel(SRModel):
     output: Tensor
     #: True if validations are logged to metrics.jsonl once they are complete, so that missing ones can be caught up.
     logs_complete_validations = True
+    #: By validation set, the metrics of bicubic interpolation, once they are known.
+    bicubic: dict[str, dict[str, float]]
 
     def __init__(self, opt: dict[str, Any]) -> None:
         self.speed = PerformanceOptions.of(opt)
@@ -88,6 +91,7 @@ class ESCModel(SRModel):
             logger.info(message, CLIP_HALVES_AFTER, PUBLISHED_MODEL)
         self.skipped = self._skipped_in_a_row = self._iteration = 0
         self.losses: dict[str, nn.Module] = {}
+        self.bicubic = {}
         self._pixel_loss = "l_pix"
         device = "cpu" if opt["num_gpu"] == 0 else "cuda"
         self.scaler = torch.amp.GradScaler(device, enabled=self.speed.amp == "fp16")
@@ -343,18 +347,23 @@ class ESCModel(SRModel):
         images = {key: tensor2img([visuals[of]]) for key, of in (("img", "result"), ("img2", "gt")) if of in visuals}
         del self.lq, self.output
         folder = Path(self.opt["path"]["visualization"])
-        if save_img:  # where BasicSR saves it
+        finite = bool(visuals["result"].isfinite().all())
+        if not finite:
+            problem = f"The result for {name} of {dataset} has infinite or NaN pixels"
+            if not self.opt["is_train"]:
+                raise UserError(f"{problem}: the weights are broken. Use others.")
+            logger.warning("%s: it has no PSNR.", problem)
+        if save_img and finite:  # where BasicSR saves it
             suffix = current_iter if self.opt["is_train"] else val.get("suffix") or self.opt["name"]
             file = folder / (name if self.opt["is_train"] else dataset) / f"{name}_{suffix}.png"
             imwrite(images["img"], str(file))
-        finite = bool(visuals["result"].isfinite().all())
-        if not finite:
-            logger.warning("The result for %s of %s has infinite or NaN pixels: it has no PSNR.", name, dataset)
-        metrics = {
-            key: float(calculate_metric(images, self.metric_options(metric))) if finite else math.nan
-            for key, metric in (val.get("metrics") or {}).items()
-        }
+        options = {key: self.metric_options(metric) for key, metric in (val.get("metrics") or {}).items()}
+        metrics = {key: float(calculate_metric(images, of)) if finite else math.nan for key, of in options.items()}
         validated = _Validated(index, name, metrics)
+        is_first = self.opt["is_train"] and dataset not in self.bicubic and "gt" in visuals and finite
+        if paired := {key: of for key, of in options.items() if is_first and needs_ground_truth(of)}:
+            images["img"] = bicubic(visuals)
+            validated.bicubic = {key: float(calculate_metric(images, of)) for key, of in paired.items()}
         if val.get("comparison") and "gt" in visuals:
             file = folder / "comparison" / dataset / f"{name}.png"
             validated.psnr = write_comparison(file, self.opt["network_g"]["type"], visuals)
@@ -370,6 +379,8 @@ class ESCModel(SRModel):
             for metric, value in self.metric_results.items():
                 self._update_best_metric_result(dataset, metric, value, iteration)
             self._keep_if_best(dataset, iteration)
+        if all(scores := [each.bicubic or {} for each in done]):
+            self.bicubic[dataset] = {key: sum(each[key] for each in scores) / len(scores) for key in scores[0]}
         if self.opt["rank"] != 0:
             return
         if metrics is not None:

@@ -30,7 +30,7 @@ def is_published_model(opt: Mapping[str, Any]) -> bool:
 
 @dataclass(frozen=True, kw_only=True)
 class PerformanceOptions:
-    """The options of ``train:`` for speed, memory and stability; the README says what each does.
+    """The options of ``train:`` for speed, memory and stability; docs/training.md says what each does.
 
     The defaults are BasicSR's ways. ``tf32: None`` leaves PyTorch's choice.
     """

@@ -16,6 +16,7 @@ from esc_arch.problems import of_severity
 from esc_arch.training.distributed import gather_objects, init_dist, print_note, resolve_launcher
 
 from .checks import check_options, inspect_options
+from .data_checks import missing_data
 from .files import Options, apply_force_yml, load_options, load_yaml
 from .section_checks import CheckScope
 
@@ -28,6 +29,7 @@ __all__ = [
     "inspect_options",
     "load_options",
     "load_yaml",
+    "missing_data",
     "parse_options",
 ]
 
@@ -75,5 +77,6 @@ def checked_options(root_path: str, is_train: bool, args: argparse.Namespace) ->
     for warning in of_severity(inspection.problems, "warning"):
         print_note(f"{warning}.")
     if errors := of_severity(inspection.problems, "error"):
-        raise UserError(f"{args.opt}: {len(errors)} problem(s):", *errors)
+        others, lines = missing_data(errors)
+        raise UserError(f"{args.opt}: {len(errors)} problem(s):", *others, *lines)
     return inspection.opt

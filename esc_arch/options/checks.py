@@ -275,6 +275,8 @@ def _check_paths(opt: Options, is_train: bool) -> Iterator[Problem]:
     written = {f"path:{key}": Path(str(paths.get(key, "")))}
     if is_train and (opt.get("logger") or {}).get("use_tb_logger"):
         written["logger:use_tb_logger"] = Path("tb_logger", opt["name"])
+    if is_train and opt.get("auto_resume"):
+        written["path:training_states"] = Path(str(paths.get("training_states", "")))
     for key, run in written.items():  # an earlier run is renamed or goes on
         if reason := _write_problem(run if opt.get("auto_resume") else run.parent):
             yield Problem(key, f"{run} cannot be written ({reason}). Change its rights, or write elsewhere")

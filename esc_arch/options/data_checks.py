@@ -6,7 +6,9 @@ Only BasicSR's data sets and ours are looked into; of others only the folders ar
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Mapping
+import re
+import shlex
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -21,7 +23,43 @@ from .files import Options
 from .image_checks import HR_DATASETS, ROOTS, SizeRule, backend_type, check_images, list_key
 from .section_checks import CheckScope, is_integer, is_known_code
 
-__all__ = ["check_data"]
+__all__ = ["check_data", "missing_data"]
+
+#: Commands that make data, by the paths that they give them.
+_COMMANDS = {
+    r"datasets/demo/.+": "basicsr prepare demo",
+    r"(?P<out>.+)/(?P<name>[^/]+)_(HR|LR_bicubic_X\d+)_sub\.lmdb": (
+        "basicsr prepare train -i FOLDER -o {out} --name {name}"
+    ),
+    r"(?P<out>.+)/(?P<each>[^/]+)/(HR|LR_bicubic/X\d+)": "basicsr prepare benchmark -i FOLDER/{each} -o {out}/{each}",
+}
+
+
+def missing_data(problems: Sequence[Problem]) -> tuple[list[Problem], list[str]]:
+    """Problems without those of missing data that `basicsr prepare` makes; lines about all these, with the commands."""
+    commands: dict[str, dict[str, None]] = {}
+    found: list[Problem] = []
+    for problem in problems:
+        for pattern, command in _COMMANDS.items():
+            if match := re.fullmatch(pattern, problem.missing or ""):
+                names = {key: shlex.quote(text) for key, text in match.groupdict().items()}
+                each = names.pop("each", "")
+                commands.setdefault(command.format(**names, each="$NAME"), {})[each] = None
+                found.append(problem)
+                break
+    if not found:
+        return list(problems), []
+    first = os.path.abspath(str(found[0].missing))
+    lines = [
+        f"Missing: {len({problem.missing for problem in found})} folders or LMDBs of images, the first is {first}. "
+        "Make them, FOLDER being where your HR images are:",
+        *(
+            f"  for NAME in {' '.join(names)}; do {command}; done" if "$NAME" in command else f"  {command}"
+            for command, names in commands.items()
+        ),
+        "or remove their sections of the option file. basicsr check --no-data checks the rest of it.",
+    ]
+    return [problem for problem in problems if problem not in found], lines
 
 
 def check_data(
@@ -74,7 +112,7 @@ def _check_roots_exist(path: str, dataset: Options) -> Iterator[Problem]:
     for key, value in dataset.items():
         for root in as_list(value) if key.startswith("dataroot") else ():
             if isinstance(root, str) and not os.path.exists(root):
-                yield Problem(f"{path}:{key}", f"{root!r} given, but there is no {os.path.abspath(root)}")
+                yield Problem(f"{path}:{key}", f"{root!r} given, but there is no {os.path.abspath(root)}", missing=root)
 
 
 def _check_list_exists(path: str, dataset: Options) -> Iterator[Problem]:

@@ -6,6 +6,7 @@ BasicSR 1.4.2 reads option files with a loader whose tags can call any function,
 
 from __future__ import annotations
 
+import io
 import logging
 import os
 import re
@@ -15,6 +16,7 @@ from typing import Any
 
 import yaml
 
+from esc_arch.atomic_io import read_regular
 from esc_arch.errors import UserError
 from esc_arch.problems import Place
 from esc_arch.project import import_modules
@@ -112,7 +114,7 @@ def load_with_positions(text_or_path: str | os.PathLike[str]) -> tuple[Options, 
     if "\n" not in text:
         file, source = text, f"option file {text}"
         try:
-            text = Path(file).read_text(encoding="utf-8-sig")
+            text = io.TextIOWrapper(io.BytesIO(read_regular(file, pipes=True)), encoding="utf-8-sig").read()
         except FileNotFoundError:
             raise UserError(f"{source} does not exist (looked for {Path(file).absolute()}).") from None
         except UnicodeDecodeError as error:
@@ -131,9 +133,9 @@ def load_with_positions(text_or_path: str | os.PathLike[str]) -> tuple[Options, 
 def apply_force_yml(opt: Options, entries: Iterable[str], positions: Positions | None = None) -> None:
     """Set values in `opt` from entries like `train:ema_decay=0.999`, in place, and note them in `positions`.
 
-    A value is read as in an option file, lists and mappings too; `none` in any case means None, as in
-    BasicSR, and takes a whole data set out (`datasets:val_2=none`). Keys that do not exist are made, with
-    the mappings above them.
+    A value is read as in an option file, lists and mappings too; `null` removes the key, `none` in any case means None,
+    as in BasicSR, and takes a whole data set out (`datasets:val_2=none`). Keys that do not exist are made, with the
+    mappings above them.
 
     Raises:
         UserError: an entry without `=`, with an empty key, with a value that is not YAML, or one that
@@ -165,8 +167,8 @@ def apply_force_yml(opt: Options, entries: Iterable[str], positions: Positions |
         except UserError as error:
             hint = "to give text with special characters: \"KEY='TEXT'\""
             raise UserError(f"{error}. {_FORCE_FORM}; {hint}.") from None
-        if value is None and sections == ["datasets"] and key in section:
-            del section[key]
+        if text.strip() == "null" or (value is None and sections == ["datasets"] and key in section):
+            section.pop(key, None)
         else:
             section[key] = value
         if positions is not None:

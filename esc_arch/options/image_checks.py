@@ -127,6 +127,10 @@ def check_images(path: str, dataset: Options, rule: SizeRule | None, scope: Chec
         and (lack := lacks_memory(total * ratio * _BYTES_PER_SAMPLE))
     ):
         yield Problem(f"{path}:dataset_enlarge_ratio", f"{ratio} given, so that the order of an epoch takes {lack}")
+    batch, samples = dataset.get("batch_size_per_gpu"), total * (ratio if isinstance(ratio, int | float) else 1)
+    if path == "datasets:train" and isinstance(batch, int) and samples <= batch - 1:  # BasicSR rounds them up
+        more = "Lower it, raise dataset_enlarge_ratio, or add images"
+        yield Problem(f"{path}:batch_size_per_gpu", f"{samples:g} images, fewer than one batch of {batch}. {more}")
     # One problem for all images, since with a wrong scale every image has one
     wrong = [
         f"{name}: {problem}"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import inspect
+import math
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -15,7 +16,7 @@ from torch import nn
 
 from esc_arch.losses import ImageLoss
 from esc_arch.models import ESCLTEModel, ESCModel
-from esc_arch.problems import Problem
+from esc_arch.problems import Problem, wrong_value
 from esc_arch.training import parameter_groups
 from esc_arch.training.optimizers import NO_MUON, OPTIMIZERS, build_optimizer
 from esc_arch.training.schedulers import SCHEDULERS, TORCH_SCHEDULERS, build_scheduler
@@ -30,6 +31,8 @@ _LOSS_KEYS = ("pixel_opt", "perceptual_opt", "gan_opt", "ldl_opt", "feature_matc
 #: They are not called with an image and its target: BasicSR has keys of their own for most.
 _NOT_OF_PAIRS = ("PerceptualLoss", "GANLoss", "MultiScaleGANLoss", "GANFeatLoss", "WeightedTVLoss")
 _LOGGED_NAMES = ("pix", "percep", "style")
+#: The share of the weights before training that the average of a training from scratch may have at its end.
+MOST_UNTRAINED = 0.1
 
 
 def check_training(opt: Options) -> Iterator[Problem]:
@@ -63,6 +66,23 @@ def check_training(opt: Options) -> Iterator[Problem]:
             yield from _check_optimizer(f"train:{key}", train.get(key))
     if is_known_code(model.setup_schedulers):
         yield from _check_scheduler(train)
+    if all(KEYS["train"][key].accepts(train.get(key, 0)) for key in ("total_iter", "warmup_iter", "ema_decay")):
+        yield from _check_length(train, bool((opt.get("path") or {}).get("pretrain_network_g")))
+
+
+def _check_length(train: Options, is_pretrained: bool) -> Iterator[Problem]:
+    """Warnings of what a short training does not get to."""
+    total, warmup, decay = (train.get(key) or 0 for key in ("total_iter", "warmup_iter", "ema_decay"))
+    if warmup > total:
+        message = f"{warmup} given, more than total_iter {total}: the learning rate does not get to lr. Lower it"
+        yield Problem("train:warmup_iter", message, "warning")
+    untrained = 0 if is_pretrained else decay**total
+    if untrained > MOST_UNTRAINED:
+        message = (
+            f"{decay} given: after total_iter {total} the average still has {untrained:.0%} of the weights before "
+            f"training, and scores worse than the network. Give at most {max(0, 1 - 10 / total):.4g}; 0 is no average"
+        )
+        yield Problem("train:ema_decay", message, "warning")
 
 
 def _check_loss(path: str, section: Any, known: Mapping[str, Any], model: type[SRModel] | None) -> Iterator[Problem]:
@@ -105,6 +125,9 @@ def _check_optimizer(path: str, section: Any) -> Iterator[Problem]:
     problems = list(check_call(path, section, OPTIMIZERS, supplied=["params"], needed=["lr"], registered=False))
     yield from problems
     if not problems:
+        for key, value in section.items():
+            if isinstance(value, float) and not math.isfinite(value):
+                yield wrong_value(f"{path}:{key}", value, "a finite number")
         try:
             _trial_optimizer(section)
         except Exception as error:  # of any kind: torch does not look at the types of all of its arguments

@@ -11,7 +11,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from esc_arch.atomic_io import write_atomically
+from esc_arch.atomic_io import read_regular, write_atomically
 
 __all__ = ["History"]
 
@@ -20,7 +20,8 @@ class History:
     """A file of one JSON object per line: logged iterations and validations, in the order of time.
 
     Of training: ``{"iter": 100, "epoch": 0, "lr": 5e-4, "l_pix": 0.02, "images_per_s": 80.5}``; of validation:
-    ``{"iter": 5000, "dataset": "Set5", "psnr": 37.9, "ssim": 0.96}``. Numbers that are not finite are written as null.
+    ``{"iter": 5000, "dataset": "Set5", "psnr": 37.9, "ssim": 0.96, "bicubic": {"psnr": 33.7}}``. Numbers
+    that are not finite are written as null.
 
     A line is in the file, safe from the death of the process, when `append` returns. What cannot be written (full disk)
     is lost with one warning: no training ends for it. Only one process of a distributed run may write. The file need
@@ -32,7 +33,7 @@ class History:
         self._warned = False
 
     def append(self, record: Mapping[str, Any]) -> None:
-        """Add a line. Values: numbers, also numpy's and one-element tensors, text, and lists of these."""
+        """Add a line. Values: numbers, also numpy's and one-element tensors, text, and lists and mappings of these."""
         line = _line({key: _plain(value) for key, value in record.items()})
         with self._warning(), open(self.path, "a+b") as file:
             if file.seek(0, os.SEEK_END):
@@ -45,7 +46,7 @@ class History:
         """All records; a line that was cut off, when the process was killed or the disk was full, is left out."""
         lines: list[bytes] = []
         with self._warning(), suppress(FileNotFoundError):
-            lines = self.path.read_bytes().splitlines()
+            lines = read_regular(self.path).splitlines()
         return [record for line in lines if (record := _parse(line)) is not None]
 
     def truncate(self, iteration: int) -> None:
@@ -87,6 +88,8 @@ def _plain(value: Any) -> Any:
     """What JSON can hold: Python's own numbers, and null for those that are not finite."""
     if isinstance(value, list | tuple):
         return [_plain(entry) for entry in value]
+    if isinstance(value, dict):
+        return {key: _plain(entry) for key, entry in value.items()}
     if hasattr(value, "item"):
         value = value.item()
     return None if isinstance(value, float) and not math.isfinite(value) else value

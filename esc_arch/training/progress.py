@@ -38,6 +38,7 @@ class TrainingLog(_BasicsrLog):
 
     def __init__(self, opt: dict[str, Any], start_iter: int = 1, tb_logger: Any = None) -> None:
         super().__init__(opt, start_iter, tb_logger)
+        self.max_iters = int(opt["train"]["total_iter"]) + 1  # BasicSR's time left is of one iteration less
         self.history: History | None = None
         self._lines = _IterationLines(get_root_logger())
         self.logger = self._lines
@@ -81,7 +82,7 @@ class TrainingLog(_BasicsrLog):
             return
         if self._bar is None:
             self._bar = _Progress(
-                total=int(self.max_iters),
+                total=self.max_iters - 1,
                 initial=iteration,
                 file=sys.stderr,
                 dynamic_ncols=True,

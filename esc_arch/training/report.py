@@ -27,8 +27,8 @@ _BEST = "#b5432a"
 _FINAL = 10  # log lines that the final loss is the mean of: one batch says little
 
 Logged = Mapping[str, Any]
-#: (data set, metric) -> the finite scores, as (iteration, value), and the best of them.
-Scores = dict[tuple[str, str], tuple[list[tuple[int, float]], tuple[int, float]]]
+#: (data set, metric) -> the finite scores, as (iteration, value), the best of them, and that of bicubic interpolation.
+Scores = dict[tuple[str, str], tuple[list[tuple[int, float]], tuple[int, float], float | None]]
 
 
 def write_report(
@@ -36,13 +36,15 @@ def write_report(
     opt: Mapping[str, Any],
     history: History,
     seconds: float,
+    iterations: int,
     skipped: int = 0,
     parameters: int | None = None,
 ) -> str:
     """Write `summary.md` and, where matplotlib is installed, `training.png` to the experiment's folder.
 
-    Of a run of so many `seconds`, steps `skipped` for gradients that were not finite, and `parameters` of the network.
-    What goes wrong is a warning in the log: the training itself is done and saved. Returns the summary, for the log.
+    Of a run of so many `seconds`, after `iterations` in all, steps `skipped` for gradients that were not finite, and
+    `parameters` of the network. What goes wrong is a warning in the log: the training itself is done and saved. Returns
+    the summary, for the log.
     """
     text = ""
     with _warning_of(folder / "summary.md"):
@@ -51,10 +53,9 @@ def write_report(
         scores = _scores(records, opt)
         scale = f" x{opt['scale']}" if "scale" in opt else ""
         count = f", {parameters:,} parameters" if parameters is not None else ""
-        done = max((record["iter"] for record in records), default=0)
         rows = [
             ("network", f"{opt['network_g']['type']}{scale}{count}"),
-            ("iterations", f"{done:,} of {int(opt['train']['total_iter']):,}"),
+            ("iterations", f"{iterations:,} of {int(opt['train']['total_iter']):,}"),
             ("time of this run", str(datetime.timedelta(seconds=round(seconds)))),
             *_measured(training),
             *([("skipped steps", f"{skipped:,} (their loss was not finite)")] if skipped else []),
@@ -62,10 +63,11 @@ def write_report(
         parts = [f"# {opt['name']}", _table(("training", ""), rows)]
         if scores:
             cells = [
-                (*key, *(text for at, value in (points[-1], best) for text in (f"{value:.4f}", f"{at:,}")))
-                for key, (points, best) in scores.items()
+                (*key, f"{last:.4f}", f"{end:,}", f"{best:.4f}", f"{at:,}", f"{bicubic:.4f}" if bicubic else "-")
+                for key, ((*_, (end, last)), (at, best), bicubic) in scores.items()
             ]
-            parts.append(_table(("data set", "metric", "last", "at iteration", "best", "at iteration"), cells))
+            head = ("data set", "metric", "last", "at iteration", "best", "at iteration", "bicubic")
+            parts.append(_table(head, cells))
         text = "\n\n".join([*parts, f"In {folder}."]) + "\n"
         write_atomically(folder / "summary.md", text.encode())
     with _warning_of(folder / "training.png"):
@@ -104,14 +106,17 @@ def _measured(training: Sequence[Logged]) -> Iterator[tuple[str, str]]:
 def _scores(records: Sequence[Logged], opt: Mapping[str, Any]) -> Scores:
     """The scores of all validations; of equally good ones the last is the best, as BasicSR counts."""
     found: dict[tuple[str, str], list[tuple[int, float]]] = defaultdict(list)
+    bicubic: dict[tuple[str, str], float] = {}
     for record in records:
         for metric, value in record.items() if "dataset" in record else ():
-            if metric not in ("iter", "dataset") and isinstance(value, int | float):
+            if metric == "bicubic" and isinstance(value, dict):
+                bicubic |= {(record["dataset"], name): score for name, score in value.items() if score is not None}
+            elif metric not in ("iter", "dataset") and isinstance(value, int | float):
                 found[record["dataset"], metric].append((record["iter"], value))
     options = (opt.get("val") or {}).get("metrics") or {}
     signs = {metric: -1 if entry.get("better") == "lower" else 1 for metric, entry in options.items()}
     return {
-        key: (points, max(points, key=lambda point: (signs.get(key[1], 1) * point[1], point[0])))
+        key: (points, max(points, key=lambda at: (signs.get(key[1], 1) * at[1], at[0])), bicubic.get(key))
         for key, points in found.items()
     }
 
@@ -141,7 +146,7 @@ def _draw(name: str, training: Sequence[Logged], scores: Scores) -> Any:
         return axes
 
     def plot(axes: Any, iterations: Sequence[int], values: Sequence[float]) -> None:
-        axes.plot(iterations, values, color="#1f5a8a", linewidth=1.4, marker="." if len(values) < 30 else None)
+        axes.plot(iterations, values, color="#1f5a8a", linewidth=1.4, marker="." if len(values) == 1 else None)
 
     for loss in losses:
         axes = panel(f"loss {loss}")
@@ -155,10 +160,13 @@ def _draw(name: str, training: Sequence[Logged], scores: Scores) -> Any:
         axes = panel("learning rate")
         for rates in zip(*(record.get("lrs") or [record["lr"]] for record in training), strict=False):
             plot(axes, [record["iter"] for record in training], rates)
-    for key, (points, (iteration, value)) in scores.items():
+    for key, (points, (iteration, value), bicubic) in scores.items():
         axes = panel(": ".join(key))
         plot(axes, *zip(*points, strict=True))
         axes.plot(iteration, value, "o", color=_BEST, markersize=5)
+        if bicubic is not None:
+            axes.axhline(bicubic, color="0.45", linewidth=1.0, linestyle="--", label=f"bicubic {bicubic:.4f}")
+            axes.legend(fontsize=8, frameon=False)
         axes.set_title(f"best {value:.4f} at {iteration:,}", fontsize=9, loc="right", color=_BEST)
     return figure
 

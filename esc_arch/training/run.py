@@ -164,7 +164,8 @@ class TrainingRun:
             net = getattr(self.model, "net_g", None)  # models of other kinds than BasicSR's may have none
             count = None if net is None else sum(parameter.numel() for parameter in net.parameters())
             seconds, skipped = time.monotonic() - self._started, getattr(self.model, "skipped", 0)
-            logger.info(write_report(root, self._opt, self.history, seconds=seconds, skipped=skipped, parameters=count))
+            numbers: Any = {"seconds": seconds, "iterations": self.iteration, "skipped": skipped, "parameters": count}
+            logger.info(write_report(root, self._opt, self.history, **numbers))
         if self.stop.signum is not None:  # during the last validation
             raise Stopped(self.stop.signum)
 
@@ -213,5 +214,9 @@ def what_is_saved(opt: Mapping[str, Any]) -> str:
 
 
 def saved_states(folder: Path) -> list[Path]:
-    """The files `ITERATION.state` in a folder, the newest last."""
-    return sorted((path for path in folder.glob("*.state") if path.stem.isdigit()), key=lambda path: int(path.stem))
+    """The files `ITERATION.state` in a folder, the newest last; OSError if it is there and cannot be read."""
+    try:
+        states = [path for path in folder.iterdir() if path.suffix == ".state" and path.stem.isdigit()]
+    except FileNotFoundError:
+        return []
+    return sorted(states, key=lambda path: int(path.stem))

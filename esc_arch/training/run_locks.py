@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any
 
-from esc_arch.atomic_io import locked
+from esc_arch.atomic_io import locked, system_fault
 from esc_arch.errors import UserError
 
 __all__ = ["lock_run", "run_locks"]
@@ -33,17 +33,18 @@ def lock_run(opt: dict[str, Any]) -> None:
     try:
         lock.__enter__()
     except UserError as error:
-        raise error.__cause__ or error from None  # which says more of a folder that cannot be written
+        cause = error.__cause__  # which says more of a folder that cannot be written
+        raise cause if isinstance(cause, OSError) and system_fault(cause) else error from None
     _held[folder] = lock
 
 
 @contextmanager
-def run_locks() -> Iterator[None]:
-    """Unlock at the end what was locked within; where they are nested, at the end of the outer one."""
+def run_locks() -> Iterator[Iterable[Path]]:
+    """Unlock at the end what was locked within, which is given; nested ones do at the end of the outer one."""
     global _is_within
     is_nested, _is_within = _is_within, True
     try:
-        yield
+        yield _held.keys()
     finally:
         _is_within = is_nested
         while _held and not is_nested:

@@ -14,6 +14,7 @@ import lmdb
 import numpy as np
 import pytest
 import torch
+from ranks import run_forked
 
 from esc_arch import ESC
 
@@ -80,6 +81,10 @@ FOUND_BEFORE_THE_RUN: dict[str, tuple[Callable[[Path, Any], None], list[str]]] =
     "patch larger than an image": (
         change("datasets", "train", "gt_size", value=64),
         ["datasets:train", "train0.png", "48x48", "gt_size 64"],
+    ),
+    "batch larger than the data set": (
+        change("datasets", "train", "batch_size_per_gpu", value=7),
+        ["train:batch_size_per_gpu: 6 images, fewer than one batch of 7. Lower it, raise"],
     ),
     "wrong scale": (change("scale", value=4), ["network_g:upscaling_factor", "scale is 4"]),
     "unknown network": (change("network_g", "type", value="esc"), ["network_g:type", "'esc'", "Did you mean 'ESC'"]),
@@ -238,10 +243,6 @@ FOUND_WHILE_READING: dict[str, tuple[Callable[[Path, Any], None], list[str]]] = 
     "missing in an LMDB": (remove_an_lmdb_entry, [r"lq\.lmdb has no image 'b'", "create it again"]),
     "LMDB": (damage_an_lmdb, [r"Cannot open the LMDB lq\.lmdb", "basicsr prepare"]),
     "small image": (one_small_image_behind_many, [r"zzz\.png \(LQ 7 x 7, GT 14 x 14", "gt_size 16"]),
-    "batch larger than the data set": (
-        change("datasets", "train", "batch_size_per_gpu", value=7),
-        ["6 images, fewer than one batch of 7", "Lower batch_size_per_gpu"],
-    ),
 }
 
 
@@ -267,10 +268,10 @@ def test_data_that_cannot_be_read_are_named(
     assert take_snapshot(archived) == before
 
 
-def test_a_new_process_reports_with_its_exit_status(run_basicsr: Any, options: Any) -> None:
+def test_a_process_of_its_own_reports_with_its_exit_status(run_basicsr: Any, options: Any) -> None:
     cut_an_image_short(run_basicsr.folder, options)
     options["datasets"]["train"]["num_worker_per_gpu"] = 2
-    run = run_basicsr.in_new_process("train", options)
+    run = run_forked(run_basicsr.folder, ["train", "-opt", run_basicsr.option_file(options)])
     assert run.status == 2
     assert "Traceback" not in run.err
     assert run.err.splitlines()[-1].startswith("basicsr train: lq/train2x2.png is not an image")

@@ -204,6 +204,11 @@ def test_words_that_yaml_takes_for_something_else(check: Any) -> None:
     )
 
 
+def test_an_infinite_learning_rate(check: Any, train_options: Any) -> None:
+    train_options["train"]["optim_g"]["lr"] = float("inf")
+    assert "train:optim_g:lr: inf given; must be a finite number" in check(train_options)[2]
+
+
 def test_odd_numbers_are_told(check: Any, train_options: Any) -> None:
     train_options["manual_seed"] = "SEED"
     text = yaml.safe_dump(train_options, sort_keys=False)
@@ -284,6 +289,14 @@ def test_without_data(check: Any, train_options: Any) -> None:
     assert check(train_options)[0] == 2
 
 
+def test_states_of_an_earlier_run_that_cannot_be_read(check: Any, train_options: Any, work_folder: Path) -> None:
+    states = work_folder / "experiments" / train_options["name"] / "training_states"
+    states.parent.mkdir(parents=True)
+    states.touch()  # a file, or a folder without permission, which root would not meet
+    status, _, err = check(train_options, "--auto_resume")
+    assert status == 2 and re.search(r"path:training_states: .*training_states cannot be written", err)
+
+
 def test_weights(check: Any, train_options: Any) -> None:
     net = build_network(train_options["network_g"])
     torch.save({"params": net.state_dict()}, "fits.pth")
@@ -335,7 +348,50 @@ def test_schema(capsys: pytest.CaptureFixture[str]) -> None:
     assert json.loads(capsys.readouterr().out)["title"].startswith("Option file")
 
 
-def test_it_needs_something_to_do(capsys: pytest.CaptureFixture[str]) -> None:
+def test_what_a_short_training_does_not_get_to(check: Any, train_options: Any) -> None:
+    train_options["train"] |= {"ema_decay": 0.999, "warmup_iter": 5}
+    status, out, _ = check(train_options)
+    assert status == 0
+    assert "train:warmup_iter: 5 given, more than total_iter 4: the learning rate does not get to lr" in out
+    assert "train:ema_decay: 0.999 given: after total_iter 4 the average still has 100% of the weights before" in out
+    train_options["train"] |= {"ema_decay": 0.999, "total_iter": 5000}
+    assert "(warning)" not in check(train_options)[1]
+
+
+def test_missing_data_are_one_block_with_the_commands_that_make_them(
+    work_folder: Path, train_options: Any, run_basicsr: Any, capsys: pytest.CaptureFixture[str]
+) -> None:
+    sections, val = train_options["datasets"], train_options["datasets"].pop("val")
+    for kind, name in (("HR", "gt"), ("LR_bicubic_X2", "lq")):
+        sections["train"][f"dataroot_{name}"] = f"data/my sets/DIV2K_{kind}_sub.lmdb"
+    sections["train"]["io_backend"] = {"type": "lmdb"}
+    for name in ("Set5", "B100"):
+        roots = {"dataroot_gt": f"data/{name}/HR", "dataroot_lq": f"data/{name}/LR_bicubic/X2"}
+        sections[f"val_{name}"] = val | roots | {"name": name}
+    train_options["train"]["total_itr"] = 1
+    run = run_basicsr("train", train_options)
+    first, other, *block = run.err.splitlines()
+    assert first == "basicsr train: trial.yml: 7 problem(s):"
+    assert "train:total_itr: unknown key" in other
+    assert block == [
+        f"Missing: 6 folders or LMDBs of images, the first is {work_folder}/data/my sets/DIV2K_HR_sub.lmdb. Make them, "
+        "FOLDER being where your HR images are:",
+        "  basicsr prepare train -i FOLDER -o 'data/my sets' --name DIV2K",
+        "  for NAME in Set5 B100; do basicsr prepare benchmark -i FOLDER/$NAME -o data/$NAME; done",
+        "or remove their sections of the option file. basicsr check --no-data checks the rest of it.",
+    ]
+    assert main(["check", "trial.yml", "--opt", "trial.yml"]) == 2
+    assert capsys.readouterr().err.splitlines()[-4:] == block  # once for both
+    sections["train"]["dataroot_gt"] = "datasets/demo/train_HR_sub.lmdb"
+    assert "  basicsr prepare demo\n" in run_basicsr("check", train_options).err
+
+
+def test_mistakes_show_the_usage_of_the_verb(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
-        main(["check"])
-    assert "one of the arguments -opt --schema is required" in capsys.readouterr().err
+        main(["check", "a.yml", "--no-dta"])
+    assert re.match(r"usage: basicsr check (.|\n)*: unrecognized arguments: --no-dta\n", capsys.readouterr().err)
+
+
+def test_it_needs_something_to_do(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["check"]) == 2
+    assert "name option files, as in basicsr check options/train_ESC_x2.yml" in capsys.readouterr().err

@@ -7,21 +7,17 @@ import re
 import shutil
 import signal
 import subprocess
-import sys
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from conftest import run_command
-from ranks import finish, free_port, of_torchrun, run_ranks, start_ranks
+from ranks import enter, finish, free_port, of_torchrun, run_ranks, start_ranks
 
 from esc_arch import ESCModel, cli
 
-AGENT = ("-m", "torch.distributed.run")
-TORCHRUN = (*AGENT, "--nproc_per_node", "2", "--standalone")
+TORCHRUN = ("-m", "torch.distributed.run", "--nproc_per_node", "2", "--standalone")
 
 pytestmark = [
     pytest.mark.timeout(120),
@@ -88,35 +84,24 @@ def trained_together(runs: list[Any]) -> None:
     assert not torch.equal(runs[0].weights()["proj.weight"], runs[0].weights(2)["proj.weight"])
 
 
-def node(number: int, address: str, port: str) -> tuple[str, ...]:
-    return (
-        *AGENT, "--nnodes", "2", "--nproc_per_node", "1", "--node_rank", str(number), "--master_addr", address,
-        "--master_port", port,
-    )  # fmt: skip
+def of_node(address: str, port: str) -> Callable[[int], dict[str, str]]:
+    """What torchrun sets for the process of one of two machines."""
+    return lambda rank: of_torchrun(port)(rank) | {
+        "MASTER_ADDR": address, "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1", "GROUP_RANK": str(rank),
+        "GROUP_WORLD_SIZE": "2", "TORCHELASTIC_RUN_ID": "trial",
+    }  # fmt: skip
 
 
-def two_agents(run_basicsr: Any, options: Any, of_node: Callable[[int], tuple[str, ...]]) -> list[Any]:
-    """Two commands of torchrun at once, each with its own arguments."""
-    del options["num_gpu"]
-    file = run_basicsr.option_file(options)
-
-    def start(number: int) -> Any:
-        return run_basicsr.in_new_process("train", file, "--launcher", "pytorch", start=of_node(number))
-
-    with ThreadPoolExecutor() as both:
-        return list(both.map(start, range(2)))
+def test_two_nodes_on_one_machine(run_basicsr: Any, train_options: Any) -> None:
+    del train_options["num_gpu"]
+    argv = ["train", "-opt", run_basicsr.option_file(train_options), "--launcher", "pytorch"]
+    trained_together(run_ranks(run_basicsr.folder, argv, of_node("127.0.0.1", free_port())))
 
 
-def test_two_nodes_that_meet_by_c10d(run_basicsr: Any, train_options: Any) -> None:
-    endpoint = ("--rdzv_backend", "c10d", "--rdzv_endpoint", f"127.0.0.1:{free_port()}", "--rdzv_id", "trial")
-    agent = (*AGENT, "--nnodes", "2", "--nproc_per_node", "1", *endpoint)
-    trained_together(two_agents(run_basicsr, train_options, lambda _: agent))
-
-
-#: Two network namespaces joined by a cable; $1 is the command on the first machine, $2 that on the second.
+#: Two network namespaces joined by a cable; prints a process of each, and keeps them until its input ends.
 TWO_MACHINES = """
 ip link set lo up
-unshare -n sleep 120 & second=$!
+unshare -n sleep 120 > /dev/null & second=$!
 trap 'kill $second' EXIT
 until [ "$(readlink /proc/$second/ns/net)" != "$(readlink /proc/$$/ns/net)" ]; do sleep 0.05; done
 until ip link add cable0 type veth peer name cable1 && ip link set cable1 netns $second; do
@@ -125,9 +110,8 @@ done
 there="nsenter -t $second -n"
 ip address add 10.77.0.1/24 dev cable0 && ip link set cable0 up
 $there ip address add 10.77.0.2/24 dev cable1 && $there ip link set cable1 up && $there ip link set lo up || exit 1
-$there $2 & other=$!
-$1; first=$?
-wait $other && exit $first
+echo $$ $second
+read _
 """
 
 
@@ -138,21 +122,26 @@ def namespaces_can_be_made() -> bool:
     return subprocess.run(command, capture_output=True, check=False).returncode == 0
 
 
+def main_within(processes: list[int], argv: list[str]) -> int:
+    """`basicsr` in the namespaces of one of these processes."""
+    enter(processes[int(os.environ["RANK"])], "user", "net")
+    return cli.main(argv)
+
+
 def test_two_nodes_with_a_given_master(run_basicsr: Any, train_options: Any) -> None:
     """In network namespaces, where such can be made: their addresses do not belong to the machine's name, by which
     gloo would choose."""
-    port = free_port()
-    if not namespaces_can_be_made():
-        trained_together(two_agents(run_basicsr, train_options, lambda number: node(number, "127.0.0.1", port)))
-        return
     del train_options["num_gpu"]
-    file = run_basicsr.option_file(train_options)
-    commands = [
-        " ".join([sys.executable, *node(number, "10.77.0.1", port), "-m", "esc_arch", "train", "-opt", file])
-        for number in range(2)
-    ]
-    run = run_command(["unshare", "-rn", "bash", "-c", TWO_MACHINES, "bash", *commands], run_basicsr.folder)
-    trained_together([run, run])
+    folder = run_basicsr.folder
+    argv = ["train", "-opt", run_basicsr.option_file(train_options), "--launcher", "pytorch"]
+    if not namespaces_can_be_made():
+        pytest.skip("no network namespaces can be made here")
+    keeper = ["unshare", "-rn", "bash", "-c", TWO_MACHINES]
+    with subprocess.Popen(keeper, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as machines:
+        assert machines.stdout is not None
+        processes = [int(word) for word in machines.stdout.readline().split()]
+        environment = of_node("10.77.0.1", free_port())
+        trained_together(finish(folder, start_ranks(folder, main_within, processes, argv, environment=environment)))
 
 
 # --- Slurm, and failures ----------------------------------------------------------------------------------------------
@@ -208,13 +197,16 @@ def test_a_failure_of_one_process_ends_all(slurm_argv: list[str], task: Any, wor
 
 
 def test_a_process_that_is_killed_ends_all(run_basicsr: Any, train_options: Any) -> None:
+    """With an agent, which tells the others of it by SIGTERM, wherever they wait."""
     del train_options["num_gpu"]
-    file, folder = run_basicsr.option_file(train_options), run_basicsr.folder
-    argv = ["train", "-opt", file, "--launcher", "pytorch"]
-    code = f"from test_distributed import main_with_an_end\nraise SystemExit(main_with_an_end('SIGKILL', {argv}))\n"
-    (folder / "killed.py").write_text(code, encoding="utf-8")
-    path = os.pathsep.join(map(str, [Path(__file__).parent, Path(__file__).parents[1], Path(cli.__file__).parents[2]]))
-    run = run_command([sys.executable, *TORCHRUN, "killed.py"], folder, PYTHONPATH=path)
-    assert run.status not in (0, None)
-    assert re.search(r"exitcode *: -9", run.err)
-    assert not (run.experiment() / "models" / "net_g_latest.pth").exists()
+    argv = ["train", "-opt", run_basicsr.option_file(train_options), "--launcher", "pytorch"]
+    folder, common = run_basicsr.folder, of_torchrun(free_port())
+    ranks = start_ranks(
+        folder, main_with_an_end, "SIGKILL", argv, environment=lambda rank: common(rank) | {"TORCHELASTIC_RUN_ID": "a"}
+    )
+    ranks[1].join(100)
+    ranks[0].terminate()
+    first, killed = finish(folder, ranks)
+    assert killed.status == -signal.SIGKILL
+    assert first.status not in (0, None, -signal.SIGKILL)  # by which `finish` ends what has not ended
+    assert not (first.experiment() / "models" / "net_g_latest.pth").exists()

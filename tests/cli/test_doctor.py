@@ -57,6 +57,7 @@ def one_section(monkeypatch: pytest.MonkeyPatch, *findings: Finding | Exception)
             yield finding
 
     monkeypatch.setattr(command, "SECTIONS", {"only": examine})
+    monkeypatch.setattr(command.installation, "basicsr_failure", lambda _: "")  # else a process is started for it
 
 
 @pytest.mark.parametrize(("status", "expected"), [("ok", 0), (WARNING, 0), (PROBLEM, 1)])

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import multiprocessing
-import runpy
+import os
+import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -15,6 +16,7 @@ import pytest
 import torch
 from conftest import run_command
 from other_packages import write_project
+from ranks import free_port, of_torchrun, run_forked, run_ranks
 
 from esc_arch import project
 
@@ -22,20 +24,24 @@ MODULES = ("hat.archs", "hat.models", "hat.data")
 
 
 @pytest.fixture
-def command(run_basicsr: Any, tmp_path: Path) -> Callable[..., Any]:
-    """Runs `basicsr VERB -opt ...` as the console command, for which the current folder is not on the path."""
+def command(run_basicsr: Any) -> Callable[..., Any]:
+    """Runs `basicsr VERB -opt ...` in a process of its own, for which the current folder is not on the path."""
+    return lambda verb, options, *arguments: run_forked(
+        run_basicsr.folder, [*verb.split(), "-opt", run_basicsr.option_file(options), *arguments]
+    )
+
+
+@pytest.fixture
+def console_command(run_basicsr: Any, tmp_path: Path) -> Callable[..., Any]:
+    """The same by the console command in a new interpreter, which may import what a process forked here has already."""
     program = tmp_path / "bin" / "basicsr"
     program.parent.mkdir()
     program.write_text(
         "import sys\nfrom esc_arch.cli import main\n\nif __name__ == '__main__':\n    sys.exit(main())\n"
     )
-
-    def run(verb: str, options: Any, *arguments: str, start: tuple[str, ...] = ()) -> Any:
-        file = run_basicsr.option_file(options)
-        words = [sys.executable, *start, str(program), *verb.split(), "-opt", file, *arguments]
-        return run_command(words, run_basicsr.folder)
-
-    return run
+    return lambda verb, options, *arguments: run_command(
+        [sys.executable, str(program), verb, "-opt", run_basicsr.option_file(options), *arguments], run_basicsr.folder
+    )
 
 
 @pytest.fixture
@@ -91,14 +97,15 @@ def test_modules_named_in_the_option_file(command: Any, options: Any) -> None:
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="with GPUs the processes would use them")
-def test_every_process_of_a_distributed_training_knows_them(command: Any, options: Any) -> None:
+def test_every_process_of_a_distributed_training_knows_them(run_basicsr: Any, options: Any) -> None:
     options["datasets"]["train"]["num_worker_per_gpu"] = 1
     del options["num_gpu"]
-    torchrun = ("-m", "torch.distributed.run", "--nproc_per_node", "2", "--standalone")
-    run = command("train", options | {"import": list(MODULES)}, "--launcher", "pytorch", start=torchrun)
-    assert run.status == 0, run.err
-    assert "loaded in Process by spawn" in run.out
-    assert run.err.count("Note: imported hat.archs") == 1
+    argv = ["train", "-opt", run_basicsr.option_file(options | {"import": list(MODULES)}), "--launcher", "pytorch"]
+    runs = run_ranks(run_basicsr.folder, argv, of_torchrun(free_port()))
+    for run in runs:
+        assert run.status == 0, run.err
+        assert "loaded in Process by spawn" in run.out
+    assert "".join(run.err for run in runs).count("Note: imported hat.archs") == 1
 
 
 @pytest.mark.parametrize(
@@ -150,12 +157,14 @@ def test_what_modules_print_is_not_in_the_json(command: Any, options: Any, work_
     assert "hello" in checked.err
 
 
-def test_nothing_in_the_current_folder_is_imported_unasked(command: Any, options: Any, work_folder: Path) -> None:
+def test_nothing_in_the_current_folder_is_imported_unasked(
+    console_command: Any, command: Any, options: Any, work_folder: Path
+) -> None:
     """Neither by this program nor by the modules that are named: they say what else is to be named."""
     for name in ("helper", "triton", "wandb", "sitecustomize"):
         Path(f"{name}.py").write_text(f"import pathlib\npathlib.Path('mark_{name}').touch()\n")
     options["import"] = list(MODULES)
-    run = command("check", options)
+    run = console_command("check", options)
     assert run.status == 0, run.err
     Path("hat/__init__.py").write_text("import helper\n")
     run = command("check", options)
@@ -241,11 +250,12 @@ def test_child_processes_import_nothing_from_the_current_folder(
     assert not list(work_folder.glob("mark_*"))
 
 
-def test_the_module_goes_on_without_the_current_folder(work_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_module_goes_on_without_the_current_folder(work_folder: Path) -> None:
     """With -m Python itself begins there."""
-    path = list(sys.path)
-    monkeypatch.setattr(sys, "path", [str(work_folder), *path])
-    monkeypatch.setattr(sys, "argv", ["esc_arch", "--version"])
-    with pytest.raises(SystemExit, match="0"):
-        runpy.run_module("esc_arch", run_name="__main__", alter_sys=True)
-    assert sys.path == path
+    for name in ("typing", "argparse", "yaml"):
+        Path(f"{name}.py").write_text("open('ran', 'w')\n", encoding="utf-8")
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONSAFEPATH"}
+    run = subprocess.run(
+        [sys.executable, "-m", "esc_arch", "--version"], env=environment, capture_output=True, text=True
+    )
+    assert run.stdout.startswith("esc_arch ") and not Path("ran").exists(), run.stderr

@@ -74,9 +74,14 @@ def test_training_leaves_checkpoints_states_and_a_log(
     assert {path.name for path in run.folder.iterdir()} == {"experiments", "trial.yml"}
     assert "name: trial" in (root / "trial.yml").read_text()
 
+    start = run.err.partition("iter:       1,")[0]
+    assert len(start.splitlines()) <= 15
+    assert "Data: 6 images in batches of 2; validation on " in start
+    assert f"in the log: {next(root.glob('*.log'))}" in start
     log = run.log()
     assert f"Model [{model_type if model_type != 'ESRModel' else 'ESCModel'}] is created." in log
     assert iterations(log) == [1, 2, 3, 4]
+    assert "-1 day" not in log
     assert "End of training" in log
     assert re.search(r"esc_arch \S+ replaces in basicsr 1\.4\.2:\n\tbasicsr\.", log)
     sets = len(options["datasets"]) - 1
@@ -224,6 +229,9 @@ def test_a_new_process_writes_where_it_is_run_and_nowhere_else(run_basicsr: Any,
     assert {path.name for path in run.folder.iterdir()} == {"experiments", "tb_logger", "trial.yml"}
     new_network(train_options).load_state_dict(run.weights(), strict=True)
     assert installed() == before
+    pytest.importorskip("matplotlib")
+    height, width, _ = cv2.imread(str(run.experiment() / "training.png")).shape
+    assert width > height > 500  # of four panels; other tests draw none
 
 
 # --- going on -----------------------------------------------------------------------------------------------------
@@ -345,11 +353,13 @@ def test_testing_measures_what_training_saved(
     test_options["path"] = {"pretrain_network_g": "experiments/trial/models/net_g_latest.pth", "param_key_g": key}
     run = run_basicsr("test", test_options)
     assert run.status == 0, run.err
+    assert "Best:" not in run.err
+    pictures = run.folder / "results" / "trial" / "visualization"
+    assert run.err.endswith(f"Results are in {pictures}\n")
     (psnr,) = values(run.log(of="results"), "psnr")
     assert (psnr == trained) == (key == "params_ema")  # training validates the average
 
-    pictures = run.folder / "results" / "trial" / "visualization" / "Cuts"
-    results = sorted(pictures.iterdir())
+    results = sorted((pictures / "Cuts").iterdir())
     assert [path.name for path in results] == ["val0x2_trial.png", "val1x2_trial.png"]
     truths = [photographs.val_gt / "val0.png", photographs.val_gt / "val1.png"]
     measured = [
@@ -358,6 +368,15 @@ def test_testing_measures_what_training_saved(
     ]
     assert psnr == pytest.approx(sum(measured) / 2, abs=2e-4)
     assert {path.name for path in run.folder.iterdir()} == {"experiments", "results", "trial.yml"}
+
+
+def test_weights_whose_results_are_no_numbers(run_basicsr: Any, test_options: Any, work_folder: Path) -> None:
+    weights = ESC(**{key: value for key, value in test_options["network_g"].items() if key != "type"}).state_dict()
+    torch.save({"params": {name: torch.full_like(value, 1e30) for name, value in weights.items()}}, "huge.pth")
+    test_options["path"] = {"pretrain_network_g": "huge.pth"}
+    run = run_basicsr("test", test_options)
+    assert run.status == 2 and "has infinite or NaN pixels: the weights are broken. Use others." in run.err
+    assert not list(work_folder.glob("results/trial/visualization/**/*.png"))
 
 
 def test_a_test_repeated_keeps_the_first_results(run_basicsr: Any, test_options: Any, take_snapshot: Any) -> None:

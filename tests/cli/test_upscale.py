@@ -7,12 +7,12 @@ import os
 import re
 import signal
 import socket
-import subprocess
 import sys
 import time
 from collections.abc import Callable
 from concurrent.futures import Future
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import cv2
@@ -21,6 +21,7 @@ import pytest
 import torch
 from conftest import NETWORK
 from PIL import Image
+from ranks import finish, start_forked
 from skimage.data import astronaut
 
 import esc_arch
@@ -79,7 +80,7 @@ def test_a_file_to_a_file(run: Upscale, weights: Path) -> None:
     np.testing.assert_array_equal(np.asarray(Image.open("new/b.png")), expected(weights, PHOTOGRAPH))
     assert re.match(r"ESC x2, [\d,]+ parameters, CPU, fp32\n", out)
     assert "a.png -> new/b.png (70 x 60)\n" in out
-    assert out.endswith("1 done, 0 skipped (there already), 0 failed\n")
+    assert out.endswith("1 done, 0 skipped (there already), 0 failed; results: new/b.png\n")
 
 
 def test_folders_keep_their_structure(run: Upscale) -> None:
@@ -105,6 +106,11 @@ def test_a_list_from_nowhere(run: Upscale, monkeypatch: pytest.MonkeyPatch) -> N
     status, _, err = run("-i", "-", "-o", "out")
     assert (status, len(err.splitlines())) == (2, 1)
     assert "-i -: standard input is closed. Send it a list of names" in err
+    with open(os.devnull, "w") as written:
+        unreadable = SimpleNamespace(read=lambda: os.read(written.fileno(), 1))
+        monkeypatch.setattr(sys, "stdin", SimpleNamespace(buffer=unreadable))
+        status, _, err = run("-i", "-", "-o", "out")
+    assert (status, len(err.splitlines())) == (2, 1) and "standard input cannot be read: Bad file descriptor" in err
 
 
 @pytest.mark.parametrize(("ext", "kind"), [("png", "PNG"), ("jpg", "JPEG"), ("webp", "WEBP"), ("tiff", "TIFF")])
@@ -161,9 +167,11 @@ def test_what_is_there_is_skipped(run: Upscale) -> None:
     status, out, _ = run("-i", "in", "-o", "out")
     assert status == 0
     assert "in/a.png: skipped, out/a_out.png is there" in out
-    assert out.endswith("1 done, 1 skipped (there already), 0 failed\n")
+    assert out.endswith("1 done, 1 skipped (there already), 0 failed; results: out\n")
     assert Path("out/a_out.png").read_bytes() == kept
-    assert run("-i", "in", "-o", "out", "--overwrite")[1].endswith("2 done, 0 skipped (there already), 0 failed\n")
+    assert run("-i", "in", "-o", "out", "--overwrite")[1].endswith(
+        "2 done, 0 skipped (there already), 0 failed; results: out\n"
+    )
     assert np.asarray(Image.open("out/a_out.png")).any()
 
 
@@ -236,7 +244,7 @@ def test_whatever_is_in_a_folder_is_said_and_the_rest_done(run: Upscale, monkeyp
     assert len(lines) == 6
     assert re.search(r"in/n+.png: out/n+_out.png: cannot be written: File name too long\.", err)
     assert out.splitlines()[-1].startswith("1 done, 0 skipped (there already), 6 failed: ")
-    assert out.endswith("; left out: 1 .avif, 1 .heic, 2 .psd, 1 link to a folder, 1 without suffix\n")
+    assert out.endswith("; left out: 1 .avif, 1 .heic, 2 .psd, 1 link to a folder, 1 without suffix; results: out\n")
 
 
 @pytest.mark.parametrize("arguments", [["-i", "n" * 300, "-o", "out"], ["-i", "a.png", "-o", "n" * 300]])
@@ -273,7 +281,8 @@ def test_a_failing_file_is_a_line_and_the_rest_is_done(run: Upscale) -> None:
     assert lines[1] == "basicsr upscale: in/c.jpg: empty. Replace it."
     assert lines[2].startswith("basicsr upscale: in/d.png: has an alpha channel, which JPEG cannot hold. Use --ext png")
     assert lines[3] == "basicsr upscale: missing.png: cannot be read: No such file or directory."
-    assert out.endswith("2 done, 0 skipped (there already), 4 failed: in/b.png, in/c.jpg, in/d.png, missing.png\n")
+    last = "2 done, 0 skipped (there already), 4 failed: in/b.png, in/c.jpg, in/d.png, missing.png; results: out\n"
+    assert out.endswith(last)
     assert files("out") == ["a_out.jpg", "z_out.jpg"]
 
 
@@ -353,7 +362,7 @@ def test_inputs_named_twice_are_one(run: Upscale) -> None:
     put("a.png")
     status, out, err = run("-i", "a.png", "./a.png", ".", "a.png", "-o", "out")
     assert (status, err) == (0, "")
-    assert out.endswith("1 done, 0 skipped (there already), 0 failed\n")
+    assert out.endswith("1 done, 0 skipped (there already), 0 failed; results: out\n")
 
 
 @pytest.mark.parametrize("overwrite", [[], ["--overwrite"]])
@@ -397,9 +406,9 @@ def test_results_beside_inputs_are_no_inputs(run: Upscale) -> None:
     assert run("-i", "in", "-o", "in")[0] == 0
     status, out, _ = run("-i", "in", "-o", "in")
     assert (status, files("in")) == (0, ["a.png", "a_out.png", "b.png", "b_out.png"])
-    assert out.endswith("0 done, 2 skipped (there already), 0 failed\n")
+    assert out.endswith("0 done, 2 skipped (there already), 0 failed; results: in\n")
     assert run("-i", "in", "-o", "in/results")[0] == 0
-    assert run("-i", "in", "-o", "in/results")[1].endswith("skipped (there already), 0 failed\n")
+    assert run("-i", "in", "-o", "in/results")[1].endswith("skipped (there already), 0 failed; results: in/results\n")
     assert not any("results/" in name for name in files("in/results"))
 
 
@@ -415,7 +424,7 @@ def test_results_beside_inputs_are_no_inputs(run: Upscale) -> None:
         (["-i", "a.png", "a.png", "-o", "b.png"], "Several inputs need a folder: -o FOLDER, not b.png."),
         (["-i", ".", "-o", "b.png"], "Several inputs need a folder: -o FOLDER, not b.png."),
         (["-i", "a.png", "-o", "a.png/out"], "a.png/out: cannot be written to: Not a directory. Choose another -o."),
-        (["-i", "a.png", "-o", "out", "--batch", "0"], "--batch 0: give a number of images, 1 or more."),
+        (["-i", "a.png", "-o", "out", "--batch", "0"], "--batch 0: give a number of images, from 1 to 10000."),
         (["-i", "a.png", "-o", "out", "--quality", "0"], "--quality 0: give a number from 1 to 100."),
         (["-i", "a.png", "-o", "out", "--suffix", "a/b"], "--suffix a/b: a suffix is a part of a name"),
         (["-i", "a.png", "-o", "out", "-s", "-1"], "The scale is -1; it must be a number above 0."),
@@ -579,15 +588,14 @@ def test_ctrl_c_while_the_last_file_is_waited_for(run: Upscale, monkeypatch: pyt
 def test_a_signal_ends_the_process(work_folder: Path, weights: Path) -> None:
     for index in range(400):
         put(f"in/{index}.png", PHOTOGRAPH.repeat(4, axis=0).repeat(4, axis=1))
-    command = [sys.executable, "-m", "esc_arch", "upscale", "-i", "in", "-o", "out", "-m", str(weights), "-g", "-1"]
-    environment = os.environ | {"PYTHONPATH": str(Path(esc_arch.__file__).parents[1]), "OMP_NUM_THREADS": "1"}
-    process = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    command = ["upscale", "-i", "in", "-o", "out", "-m", str(weights), "-g", "-1"]
+    process = start_forked(work_folder, main, command)
     deadline = time.monotonic() + 100
-    while not list(Path("out").glob("*_out.png")) and time.monotonic() < deadline and process.poll() is None:
+    while not list(Path("out").glob("*_out.png")) and time.monotonic() < deadline and process.is_alive():
         time.sleep(0.05)
-    process.send_signal(signal.SIGINT)
-    _, err = process.communicate(timeout=60)
-    assert (process.returncode, err) == (130, "basicsr upscale: interrupted.\n")
+    os.kill(process.pid, signal.SIGINT)
+    (run,) = finish(work_folder, [process])
+    assert (run.status, run.err) == (130, "basicsr upscale: interrupted.\n")
     assert 0 < len(files("out")) < 400
     for name in files("out"):
         Image.open(f"out/{name}").load()

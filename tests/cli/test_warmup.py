@@ -15,20 +15,20 @@ from esc_arch.cli import main, warmup
 
 
 @pytest.fixture
-def building(monkeypatch: pytest.MonkeyPatch) -> Callable[[Callable[[], float]], None]:
+def building(monkeypatch: pytest.MonkeyPatch) -> Callable[[Callable[..., float]], None]:
     """Replaces what builds the C++ operators, which may be long built or never be here."""
 
-    def replace(build: Callable[[], float]) -> None:
+    def replace(build: Callable[..., float]) -> None:
         monkeypatch.setattr(warmup.cpu, "ready", lambda: False)
         monkeypatch.setattr(warmup.cpu, "build", build)
         monkeypatch.setattr(warmup.building, "cache_folder", lambda: Path("/cache/native-1"))
 
-    replace(lambda: 31.4)
+    replace(lambda progress: 31.4)
     return replace
 
 
-def raising(cause: Exception | None) -> Callable[[], float]:
-    def build() -> float:
+def raising(cause: Exception | None) -> Callable[..., float]:
+    def build(progress: Any) -> float:
         raise RuntimeError("The C++ operators cannot be built: the reason.") from cause
 
     return build

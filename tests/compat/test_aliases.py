@@ -274,7 +274,7 @@ def test_two_distributions_are_never_used_in_silence(install: Any, recwarn: pyte
     duplicate_installs.warn_about_copies(False)
     (text,) = (str(warning.message) for warning in recwarn.list)
     assert "basicsr 1.4.2" in text and "basicsr-fixed 1.4.2" in text and "replace each other's" in text
-    assert "pip uninstall basicsr-fixed basicsr, then pip install" in text
+    assert "pip uninstall basicsr-fixed basicsr, then basicsr setup-training" in text
 
 
 # --- BasicSR's own scripts ----------------------------------------------------------------------------------------

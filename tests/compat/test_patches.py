@@ -171,6 +171,20 @@ def test_an_lmdb_that_is_cut_short_while_it_is_read(pair_of_lmdbs: list[str]) ->
     assert client.get("a", "gt") == b"gt"
 
 
+def test_an_lmdb_that_is_cut_short_after_its_check(pair_of_lmdbs: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Before its size is taken, which reading it relies on."""
+    opened = lmdb.open
+
+    def cut_and_open(path: str, **options: Any) -> Any:
+        environment = opened(path, **options)
+        os.truncate(os.path.join(os.fsdecode(path), "data.mdb"), 8192)
+        return environment
+
+    monkeypatch.setattr(lmdb, "open", cut_and_open)
+    with pytest.raises(UserError, match=r"Cannot open the LMDB .*: data\.mdb was cut short or is damaged"):
+        client_of(pair_of_lmdbs)
+
+
 def test_an_lmdb_that_is_none(tmp_path: Path) -> None:
     (tmp_path / "a.lmdb").mkdir()
     (tmp_path / "a.lmdb" / "data.mdb").write_bytes(b"nothing" * 1000)

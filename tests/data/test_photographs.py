@@ -45,7 +45,9 @@ def test_demo(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.Ca
     add_arguments(parser, "prepare")
     args = parser.parse_args(["demo", "-j", "2"])
     assert cli.run(args) == 0
-    assert "gt_size can be up to 240." in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert "gt_size can be up to 240." in out
+    assert out.endswith(": basicsr train -opt options/train_ESC_x2_demo.yml\n")
     for phase, count in (("train", 2 * 3 + 2 * 3), ("val", 3)):
         training = phase == "train"
         root = Path("datasets/demo")

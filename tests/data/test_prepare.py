@@ -6,10 +6,11 @@ import argparse
 import os
 import shutil
 import signal
-import subprocess
-import sys
+import time
 from concurrent.futures.process import BrokenProcessPool
+from multiprocessing.connection import Connection
 from pathlib import Path
+from typing import Any
 
 import cv2
 import lmdb
@@ -18,8 +19,8 @@ import pytest
 import torch
 from basicsr.data.paired_image_dataset import PairedImageDataset
 from basicsr.utils.matlab_functions import imresize
+from ranks import SERVER, finish, start_forked
 
-import esc_arch
 from esc_arch.cli import prepare as cli
 from esc_arch.cli.arguments import add_arguments
 from esc_arch.data import benchmark, image_files, lmdb_writer, prepare, worker_pool
@@ -386,25 +387,20 @@ def test_a_changed_image_begins_anew(hr_folder: Path, tmp_path: Path, monkeypatc
     assert counter.count == 4
 
 
-SLOW = """
-import argparse, sys, time
-from esc_arch.cli import prepare as cli
-from esc_arch.cli.arguments import add_arguments
-from esc_arch.data import lmdb_writer
-from esc_arch.data.lmdb_writer import LmdbWriter
+def prepare_slowly(told: Connection, arguments: list[str]) -> int:
+    """In a process group of its own, whose processes all hold `told`."""
+    os.setsid()
+    os.dup2(told.fileno(), 1)
+    write = LmdbWriter.write
 
-def write(writer, images, write=LmdbWriter.write):
-    write(writer, images)
-    print("written", flush=True)
-    time.sleep(0.1)
+    def write_slowly(*given: Any) -> None:
+        write(*given)
+        print("written", flush=True)
+        time.sleep(0.1)
 
-if __name__ == "__main__":
     lmdb_writer.WRITE_BYTES = 0
-    LmdbWriter.write = write
-    parser = argparse.ArgumentParser()
-    add_arguments(parser, "prepare")
-    sys.exit(cli.run(parser.parse_args()))
-"""
+    LmdbWriter.write = write_slowly  # type: ignore[method-assign]
+    return basicsr_prepare(*arguments)
 
 
 @pytest.mark.skipif(os.name != "posix", reason="process groups and signals of POSIX")
@@ -416,27 +412,21 @@ def test_stopped_by_a_signal(
     folder, out = tmp_path / "in", tmp_path / "out"
     for index in range(24):
         save(folder / f"{index:02d}.png", photograph(96, 96, index))
-    script = tmp_path / "slow.py"
-    script.write_text(SLOW)
     arguments = ["train", "-i", folder, "-o", out, "--name", "set", "--scales", "2", *CUT[:-1]]
-    process = subprocess.Popen(
-        [sys.executable, script, *map(str, arguments), "2"],
-        env=os.environ | {"PYTHONPATH": str(Path(esc_arch.__file__).parents[1])},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        start_new_session=True,  # a process group of its own, for the signal
-    )
-    assert process.stdout is not None
-    assert [process.stdout.readline() for _ in range(5)] == ["written\n"] * 5
+    reads, told = SERVER.Pipe(duplex=False)
+    process = start_forked(tmp_path, prepare_slowly, told, [*map(str, arguments), "2"])
+    told.close()
+    with os.fdopen(os.dup(reads.fileno())) as output:
+        assert [output.readline() for _ in range(5)] == ["written\n"] * 5
+        if number == signal.SIGINT:
+            os.killpg(process.pid, number)  # as a terminal does it
+        else:
+            process.kill()
+        output.read()  # returns when every process that holds the pipe has ended
+    (run,) = finish(tmp_path, [process])
+    assert run.status == (130 if number == signal.SIGINT else -signal.SIGKILL)
     if number == signal.SIGINT:
-        os.killpg(process.pid, number)  # as a terminal does it
-    else:
-        process.kill()
-    errors = process.communicate(timeout=60)[1]  # returns when every process that holds the pipes has ended
-    assert process.returncode == (130 if number == signal.SIGINT else -signal.SIGKILL)
-    if number == signal.SIGINT:
-        assert errors == "\nStopped. The same command continues from here.\n"
+        assert run.err == "\nStopped. The same command continues from here.\n"
     assert not list(out.glob("*.lmdb"))
 
     counter = Counter(monkeypatch)

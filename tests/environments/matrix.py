@@ -180,7 +180,7 @@ def copy_of_tree(folder: Path) -> Path:
     """What installing needs of this working tree, where builds may leave files."""
     target = folder / "source"
     target.mkdir()
-    for name in ("setup.py", "pyproject.toml", "requirements.txt", "README.md", "LICENSE"):
+    for name in ("setup.py", "pyproject.toml", "requirements.txt", "README.md", "LICENSE", "MANIFEST.in"):
         shutil.copy(ROOT / name, target)
     for name in ("esc_arch", "options"):
         shutil.copytree(ROOT / name, target / name, ignore=shutil.ignore_patterns("__pycache__"))

@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
-import os
 import re
+import subprocess
 import sys
 from collections.abc import Callable
+from importlib.machinery import PathFinder
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import matrix
 import pytest
 import smoke
+from ranks import finish, start_forked
+
+from esc_arch.cli import main
 
 ROOT = Path(__file__).parents[2]
 SETUP = (ROOT / "setup.py").read_text(encoding="utf-8")
@@ -24,25 +30,13 @@ PACKAGES = {
     "lpips": ("lpips",),
     "wandb": ("wandb",),
 }
-#: A Python that starts with it finds none of the packages.
-BLOCKER = """
-from importlib.machinery import PathFinder
-
-find_spec = PathFinder.find_spec
-
-
-def find_others(name, path=None, target=None):
-    return None if name.partition(".")[0] in {blocked!r} else find_spec(name, path, target)
-
-
-PathFinder.find_spec = find_others
-"""
 
 
 def test_every_extra_has_steps() -> None:
     extras = re.search(r"extras_require=\{(.*?)\n    \},", SETUP, re.S)
     assert extras is not None
-    names = set(re.findall(r'^        "([\w-]+)":', extras[1], re.M)) - {"completion", "flash-attn", "test", "train"}
+    others = {"completion", "docs", "flash-attn", "test", "train"}
+    names = set(re.findall(r'^        "([\w-]+)":', extras[1], re.M)) - others
     assert names == set(matrix.EXTRAS) == set(PACKAGES)
     for extra in names:
         assert {f"with-{extra}", f"without-{extra}"} <= smoke.STEPS.keys()
@@ -68,17 +62,29 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+def without_packages(blocked: tuple[str, ...], argv: list[str]) -> int:
+    """Do what a command of `smoke.py` would start, as a Python that finds none of these packages."""
+    find_spec = PathFinder.find_spec
+
+    def find_others(name: str, *more: Any) -> Any:
+        return None if name.partition(".")[0] in blocked else find_spec(name, *more)
+
+    PathFinder.find_spec = find_others  # type: ignore[method-assign]
+    for name in [name for name in sys.modules if name.partition(".")[0] in blocked]:
+        del sys.modules[name]
+    if argv[0] == "-c":
+        exec(argv[1], {})
+        return 0
+    return main(argv)
+
+
 @pytest.mark.parametrize("extra", PACKAGES)
-def test_without_an_extra_its_name_is_said(
-    extra: str, trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    blocker = tmp_path / "sitecustomize.py"
-    blocker.write_text(BLOCKER.format(blocked=PACKAGES[extra]), encoding="utf-8")
-    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(tmp_path), str(ROOT)]))
-    # The command of an installation may belong to another copy of the package
-    monkeypatch.setattr(
-        smoke, "basicsr", lambda *arguments, **more: smoke.command(sys.executable, "-m", "esc_arch", *arguments, **more)
-    )
+def test_without_an_extra_its_name_is_said(extra: str, trained: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def run(command: list[str], **_: Any) -> Any:
+        (done,) = finish(trained, [start_forked(trained, without_packages, PACKAGES[extra], command[1:])])
+        return subprocess.CompletedProcess(command, done.status, done.out + done.err, done.err)
+
+    monkeypatch.setattr(smoke, "subprocess", SimpleNamespace(run=run, PIPE=None, STDOUT=None))
     monkeypatch.chdir(trained)
     assert smoke.STEPS[f"without-{extra}"]() == "named"
 

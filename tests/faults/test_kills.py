@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import multiprocessing
 import os
 import random
 import signal
@@ -15,9 +14,12 @@ from typing import Any
 
 import pytest
 import torch
+from conftest import empty_figure
+from ranks import SERVER
 
 from esc_arch.checkpoints import read_checkpoint
 from esc_arch.cli import main
+from esc_arch.training import report
 
 LONG = "ESC_ARCH_LONG" in os.environ
 KILLS = 100 if LONG else 3
@@ -26,11 +28,6 @@ pytestmark = [
     pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork here"),
     pytest.mark.timeout(3000 if LONG else 300),
 ]
-
-
-#: Its processes are forked from one in which all is imported, and that has no threads.
-SERVER = multiprocessing.get_context("forkserver")
-SERVER.set_forkserver_preload(["esc_arch.cli.train", "pytest"])
 
 
 @pytest.fixture
@@ -52,6 +49,7 @@ def train(folder: Path, argv: list[str], before: Callable[[], None] | None) -> N
             os.dup2(out.fileno(), 2)
         sys.stdout, sys.stderr = sys.__stdout__, sys.__stderr__
         torch.set_num_threads(1)
+        report._draw = empty_figure
         if before is not None:
             before()
         status = main(["train", *argv])
@@ -118,7 +116,7 @@ def whole(start: Any) -> dict[str, torch.Tensor]:
 def test_kills_at_random_moments(workers: int, start: Any, options: Any, run_basicsr: Any) -> None:
     """Until so many were killed; then the run is let end. Every resumption gets further or begins where it did."""
     options["datasets"]["train"]["num_worker_per_gpu"] = workers
-    options["train"]["total_iter"] = 60 * KILLS if LONG else 150
+    options["train"]["total_iter"] = 60 * KILLS if LONG else 100
     run_basicsr.option_file(options)
     expected = whole(start)
     drawn = random.Random(0)
@@ -183,7 +181,7 @@ def newest_number() -> int:
 
 def test_kills_between_all_calls_of_a_save(start: Any, options: Any, run_basicsr: Any) -> None:
     """Network and state: each written, flushed to the disk, renamed, the folder flushed; then old ones removed."""
-    options["train"]["total_iter"] = 10
+    options["train"]["total_iter"] = 6
     options["val"]["val_freq"] = 100
     options["logger"]["keep_last"] = 1
     run_basicsr.option_file(options)
@@ -206,7 +204,7 @@ def test_kills_between_all_calls_of_a_save(start: Any, options: Any, run_basicsr
 
 def test_a_kill_in_the_middle_of_a_file(start: Any, options: Any, run_basicsr: Any) -> None:
     """What is half written is under another name, and is gone after the resumption."""
-    options["train"]["total_iter"] = 10
+    options["train"]["total_iter"] = 6
     run_basicsr.option_file(options)
     expected = whole(start)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import json
 import re
 from pathlib import Path
 from typing import Any
@@ -183,6 +184,12 @@ def test_the_comparison_shows_and_measures_each_image(
     log = run.log(of=root.parent.name)
     assert log.count("PSNR (Y) on Cuts, pictures in ") == (2 if verb == "train" else 1)
     logged = figures(log)
+    if verb == "train":
+        lines = (root / "metrics.jsonl").read_text().splitlines()
+        found = [record["bicubic"] for record in map(json.loads, lines) if "dataset" in record]
+        assert found[0] == found[1] and found[0].keys() == {"psnr", "ssim"}
+        assert found[0]["psnr"] == pytest.approx(logged["mean"][0], abs=0.011)
+        assert f"{found[0]['psnr']:.4f}" in (root / "summary.md").read_text()
     assert list(logged) == ["val0x2", "val1x2", "mean"]
     assert [path.name for path in sorted((root / "visualization/comparison/Cuts").iterdir())] == [
         "val0x2.png", "val1x2.png"

@@ -168,7 +168,7 @@ def test_mixed_precision_follows_float32(amp: str, train: Any) -> None:
 
 
 def test_what_stays_in_float32(train: Any) -> None:
-    """The table of the README: types of what goes in and comes out of each kind of layer."""
+    """The list in docs/training.md: types of what goes in and comes out of each kind of layer."""
     model, _ = train(steps=1, amp="bf16")
     seen: dict[str, set[torch.dtype]] = {}
 

@@ -42,7 +42,7 @@ def test_pictures_without_tensorboard_are_no_error(train_options: Any, capsys: p
 
 
 def test_29_a_warm_up_ends_one_step_short(make_model: Any, train_options: Any) -> None:
-    """As in BasicSR, whose rates published networks were trained with; the README says so."""
+    """As in BasicSR, whose rates published networks were trained with; docs/training.md says so."""
     train_options["train"]["scheduler"] = {"type": "MultiStepLR", "milestones": [100]}
     model = make_model(train=train_options["train"])
     rates = []

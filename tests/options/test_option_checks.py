@@ -187,7 +187,7 @@ def test_turned_photographs_pass(folder: Path) -> None:
     (folder / "b").mkdir()
     Image.new("RGB", (64, 32)).save(folder / "a" / "x.jpg", exif=orientation)
     Image.new("RGB", (16, 32)).save(folder / "b" / "x.jpg")
-    assert check(datasets(dataroot_gt="a", dataroot_lq="b")) == []
+    assert check(datasets(dataroot_gt="a", dataroot_lq="b", batch_size_per_gpu=1)) == []
 
 
 def test_auto_resume_needs_no_pretrained_network(folder: Path) -> None:
@@ -280,7 +280,7 @@ PUBLISHED = {
         "datasets": {
             "train": {
                 "type": "RealESRGANDataset", "dataroot_gt": "gt", "meta_info": "list.txt", "gt_size": 256,
-                "io_backend": {"type": "disk"}, "batch_size_per_gpu": 12, "num_worker_per_gpu": 5,
+                "io_backend": {"type": "disk"}, "batch_size_per_gpu": 1, "num_worker_per_gpu": 5,
                 "use_hflip": True, "use_rot": False, **BLUR,
             },
             "val": ...,
@@ -320,7 +320,7 @@ PUBLISHED = {
         "datasets": {
             "train": {
                 "type": "FFHQDataset", "dataroot_gt": "gt", "io_backend": {"type": "disk"}, "use_hflip": True,
-                "mean": [0.5, 0.5, 0.5], "std": [0.5, 0.5, 0.5], "batch_size_per_gpu": 4, "num_worker_per_gpu": 6,
+                "mean": [0.5, 0.5, 0.5], "std": [0.5, 0.5, 0.5], "batch_size_per_gpu": 1, "num_worker_per_gpu": 6,
             },
             "val": ...,
         },

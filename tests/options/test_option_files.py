@@ -100,13 +100,11 @@ def test_values(text: str, value: Any) -> None:
     assert read == value and type(read) is type(value)
 
 
-def test_files_are_utf8_whatever_the_locale(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_files_are_utf8_with_or_without_a_mark(tmp_path: Path) -> None:
     file = tmp_path / "a.yml"
-    file.write_bytes("\ufeffname: été  # 超解像\n".encode())
-    read_text = MagicMock(side_effect=file.read_text)
-    monkeypatch.setattr(Path, "read_text", read_text)
-    assert load_yaml(file) == {"name": "été"}
-    assert read_text.call_args.kwargs == {"encoding": "utf-8-sig"}
+    for mark in ("\ufeff", ""):
+        file.write_bytes(f"{mark}name: été  # 超解像\r\n".encode())
+        assert load_yaml(file) == {"name": "été"}
 
 
 @pytest.mark.parametrize(
@@ -240,6 +238,12 @@ def test_force_yml_keeps_the_rest() -> None:
     assert opt == {"train": {"a": 3, "b": 2, "c": 4}}
 
 
+def test_force_yml_null_removes_a_key() -> None:
+    opt = {"train": {"scheduler": {"type": "x", "milestones": [1]}}}
+    apply_force_yml(opt, ["train:scheduler:milestones=null", "train:amp=null", "train:scheduler:gamma=~"])
+    assert opt == {"train": {"scheduler": {"type": "x", "gamma": None}}}
+
+
 def test_force_yml_takes_a_data_set_out() -> None:
     opt = {"datasets": {"val": {"type": "x"}, "val_2": {"name": "y"}}, "val": {}}
     apply_force_yml(opt, ["datasets:val_2=none", "datasets:val_3=~", "val=None", "datasets:val:type=none"])
@@ -290,12 +294,13 @@ def test_force_yml_runs_nothing(folder: Path, entry: str) -> None:
 
 
 def test_flags() -> None:
-    given = arguments("-opt", "a.yml", "--local-rank", "3", "--force_yml", "a=1", "b=-1", "--debug", "--auto_resume")
+    given = arguments("--opt", "a.yml", "--local-rank", "3", "--force_yml", "a=1", "b=-1", "--debug", "--auto_resume")
     assert (given.local_rank, given.force_yml, given.debug, given.auto_resume) == (3, ["a=1", "b=-1"], True, True)
     assert arguments("-opt", "a.yml", "--local_rank=2", "--launcher", "slurm").local_rank == 2
     plain = vars(arguments("-opt", "a.yml"))
     assert plain == {
-        "opt": "a.yml", "launcher": "none", "auto_resume": False, "debug": False, "local_rank": 0, "force_yml": None,
+        "opt": "a.yml", "launcher": "none",
+        "no_build": False, "auto_resume": False, "debug": False, "local_rank": 0, "force_yml": None,
         "imports": None,
     }  # fmt: skip
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -21,14 +22,15 @@ from esc_arch.options import load_yaml
 
 ROOT = Path(__file__).parents[2]
 FILES = sorted(file for file in (ROOT / "options").glob("*.yml") if "ESCLTE" not in file.name)  # test_lte_files.py
-TRAIN_FILES = [file for file in FILES if file.name.startswith("train_")]
 TEST_FILES = [file for file in FILES if file.name.startswith("test_")]
+TRAIN_FILES = [file for file in FILES if file not in TEST_FILES]
 BENCHMARKS = ("Set5", "Set14", "B100", "Urban100", "Manga109")
 
 NETWORKS = ("ESC", "ESC_light", "ESC_XL", "ESC_FP", "ESC_DFLIP", "ESC_RIB")
 EXPECTED = {f"{verb}_{net}_x{scale}.yml" for verb in ("train", "test") for net in NETWORKS for scale in (2, 3, 4)}
 EXPECTED |= {f"train_ESC_FlashBias_x{scale}.yml" for scale in (2, 3, 4)}
 EXPECTED |= {"train_ESC_x2_demo.yml"}
+EXPECTED |= {"finetune_ESC_x4.yml"}
 EXPECTED |= {"train_ESC_Real_x4_mse.yml", "train_ESC_Real_x4_gan.yml", "test_ESC_Real_x4.yml"}
 
 #: As published: parameters by network and scale.
@@ -101,6 +103,9 @@ def data_folders(tmp_path_factory: pytest.TempPathFactory) -> Path:
     patches = {"left": photograph[100:148, 150:210], "right": photograph[100:148, 220:280]}
     (datasets / "photographs").mkdir(parents=True)
     (datasets / "photographs" / "face.png").write_bytes(encode_png(photograph[100:160, 150:210]))
+    for part in ("train", "val"):
+        (datasets / "my_photographs" / part).mkdir(parents=True)
+        (datasets / "my_photographs" / part / f"{part}.png").write_bytes(encode_png(patches["left"]))
     sources = [Source(name, (lambda patch=patch: patch.copy()), (name,)) for name, patch in patches.items()]
     names = {"DIV2K": "DIV2K_train", "demo": "train"}
     names |= {name: name for name in ("Flickr2K", "LSDIR", "DiverSeg-IP", "DF2K_OST")}
@@ -120,7 +125,7 @@ def test_the_files_are_those_promised() -> None:
 def test_head(file: Path) -> None:
     head = file.read_text(encoding="utf-8").split("\n\n")[0].splitlines()
     assert all(line.startswith("# ") for line in head)
-    verb = file.name.partition("_")[0]
+    verb = "test" if file in TEST_FILES else "train"
     assert any(f"basicsr {verb} -opt options/{file.name}" in line for line in head)
     assert any(line.startswith("# Data: datasets/") for line in head)
 
@@ -143,7 +148,7 @@ def test_full_size_network(file: Path) -> None:
 
 @pytest.mark.parametrize(
     "file",
-    [file for file in TRAIN_FILES if not is_real(file) and "demo" not in file.name and "FlashBias" not in file.name],
+    [file for file in TRAIN_FILES if not re.search("Real|demo|FlashBias|finetune", file.name)],
     ids=by_name,
 )
 def test_published_recipe(file: Path) -> None:
@@ -220,7 +225,7 @@ def test_train_file_runs(
             tables = opt | {"network_g": opt["network_g"] | {"attn_type": "auto"}}
             save_small_weights(work_folder / source, tables, opt["scale"])
         else:
-            save_small_weights(work_folder / source, opt, scale=4 if is_real(file) else 2)
+            save_small_weights(work_folder / source, opt, scale=2 if "_x2/" in source else opt["scale"])
     changes = SHORT | small_network(opt)
     if is_real(file):
         use_small_images(monkeypatch)
@@ -239,7 +244,7 @@ def test_train_file_runs(
     assert "Validation Set5" in log or "Validation photographs" in log
     if "FlashBias" in file.name:
         assert "is of attention with bias tables: FlashBias factors of rank 48 were made from them" in log
-    elif opt["scale"] > 2 and not is_real(file):
+    elif "_x2/" in (source or ""):
         assert f".weight was interpolated from x2 to x{opt['scale']}" in log
     assert list((work_folder / "tb_logger" / opt["name"]).glob("events.*"))
 
@@ -269,5 +274,5 @@ def save_small_weights(path: Path, opt: dict[str, Any], scale: int) -> None:
     if options["type"] == "ESCReal":  # whose result would be black, of which NIQE has no statistics
         net.to_img[-1].weight.data *= 30
         net.to_img[-1].bias.data.fill_(0.5)
-    path.parent.mkdir(parents=True)
+    path.parent.mkdir(parents=True, exist_ok=True)
     torch.save({"params": net.state_dict(), "params_ema": net.state_dict()}, path)

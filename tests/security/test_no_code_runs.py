@@ -19,6 +19,7 @@ from basicsr.archs.basicvsr_arch import EDVRFeatureExtractor
 from basicsr.archs.spynet_arch import SpyNet
 from basicsr.archs.tof_arch import SPyNetTOF
 from basicsr.utils.registry import ARCH_REGISTRY
+from conftest import run_command
 
 from esc_arch import LPIPSLoss, UserError
 from esc_arch.checkpoints import read_checkpoint
@@ -183,7 +184,11 @@ def test_weights_of_vgg(place: str, save: Any, hub: Path, environment: None) -> 
     folder = hub if place == "hub" else Path("experiments/pretrained_models")
     folder.mkdir(parents=True, exist_ok=True)
     save(str(folder / Path(vgg_arch.VGG_PRETRAIN_PATH).name))
-    with pytest.raises(UserError, match=r"the VGG19 weights \(.*(which could run code|is damaged).*Delete it and get"):
+    building_costs_nothing = torch.device("meta")
+    with (
+        building_costs_nothing,
+        pytest.raises(UserError, match=r"the VGG19 weights \(.*(which could run code|is damaged).*Delete it and get"),
+    ):
         vgg_arch.VGGFeatureExtractor(["conv1_1"])
 
 
@@ -238,6 +243,13 @@ def test_parameters_of_niqe(work_folder: Path, monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setattr(basicsr.metrics.niqe, "__file__", str(work_folder / "niqe.py"))
     with pytest.raises(ValueError, match="allow_pickle=False"):
         basicsr.metrics.niqe.calculate_niqe(np.zeros((200, 200, 3)), crop_border=0)
+
+
+def test_modules_in_the_current_folder(work_folder: Path) -> None:
+    for name in ("typing", "logging", "argparse", "torch"):
+        Path(f"{name}.py").write_text(f"open({MARK!r}, 'w')")
+    for start in (["-m", "esc_arch"], ["-mesc_arch"]):
+        assert run_command([sys.executable, *start, "--version"], work_folder).out.startswith("esc_arch ")
 
 
 def test_the_environment_is_what_it_was(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -53,7 +53,7 @@ def cells(text: str) -> list[list[str]]:
 
 
 def test_the_summary_says_what_was_done(tmp_path: Path, history: History, opt: dict[str, Any]) -> None:
-    text = write_report(tmp_path, opt, history, seconds=3723.4, skipped=1234, parameters=947_123)
+    text = write_report(tmp_path, opt, history, seconds=3723.4, iterations=2000, skipped=1234, parameters=947_123)
     assert text == (tmp_path / "summary.md").read_text(encoding="utf-8")
     assert text.startswith("# ESC_x2\n")
     rows = cells(text)
@@ -66,9 +66,9 @@ def test_the_summary_says_what_was_done(tmp_path: Path, history: History, opt: d
         ["peak memory", "3.50 GiB"],
         ["final l_pix", f"{final:.4e} (mean of the last 10 logged)"],
         ["skipped steps", "1,234 (their loss was not finite)"],
-        ["Set5", "psnr", "32.1250", "2,000", "33.2500", "1,600"],
-        ["Set5", "lpips", f"{1 / 32.125:.4f}", "2,000", f"{1 / 33.25:.4f}", "1,600"],
-        ["Set14", "psnr", "29.1250", "2,000", "30.2500", "1,600"],
+        ["Set5", "psnr", "32.1250", "2,000", "33.2500", "1,600", "-"],
+        ["Set5", "lpips", f"{1 / 32.125:.4f}", "2,000", f"{1 / 33.25:.4f}", "1,600", "-"],
+        ["Set14", "psnr", "29.1250", "2,000", "30.2500", "1,600", "-"],
     ):
         assert row in rows
     assert text.endswith(f"\n\nIn {tmp_path}.\n")
@@ -81,13 +81,13 @@ def test_what_is_not_known_is_left_out(tmp_path: Path, opt: dict[str, Any]) -> N
     history = History(tmp_path / "metrics.jsonl")
     del opt["val"], opt["scale"]
     history.append({"iter": 1, "lr": 0.1, "l_pix": None})
-    text = write_report(tmp_path, opt, history, seconds=1)
+    text = write_report(tmp_path, opt, history, seconds=1, iterations=2000)
     assert [row[0] for row in cells(text)] == ["training", "-" * 16, "network", "iterations", "time of this run"]
     assert ["network", "ESC"] in cells(text)
 
 
 def test_without_any_records_there_are_no_curves(tmp_path: Path, opt: dict[str, Any]) -> None:
-    text = write_report(tmp_path, opt, History(tmp_path / "metrics.jsonl"), seconds=1)
+    text = write_report(tmp_path, opt, History(tmp_path / "metrics.jsonl"), seconds=1, iterations=0)
     assert ["iterations", "0 of 2,000"] in cells(text)
     assert not (tmp_path / "training.png").exists()
 
@@ -98,7 +98,7 @@ def pixels_like(picture: np.ndarray, colour: tuple[int, int, int]) -> np.ndarray
 
 
 def test_the_curves_are_drawn(tmp_path: Path, history: History, opt: dict[str, Any]) -> None:
-    write_report(tmp_path, opt, history, seconds=1)
+    write_report(tmp_path, opt, history, seconds=1, iterations=2000)
     picture = cv2.imread(str(tmp_path / "training.png"))
     height, width = picture.shape[:2]
     top = 40
@@ -113,7 +113,7 @@ def test_the_curves_are_drawn(tmp_path: Path, history: History, opt: dict[str, A
 
 def test_pyplot_is_not_used(tmp_path: Path, history: History, opt: dict[str, Any], monkeypatch: Any) -> None:
     monkeypatch.setitem(sys.modules, "matplotlib.pyplot", None)
-    write_report(tmp_path, opt, history, seconds=1)
+    write_report(tmp_path, opt, history, seconds=1, iterations=2000)
     assert (tmp_path / "training.png").is_file()
 
 
@@ -121,7 +121,8 @@ def panels_of(history: History, opt: dict[str, Any]) -> dict[str, Any]:
     """What is drawn: axes by their titles."""
     records = history.records()
     training = [record for record in records if "dataset" not in record]
-    return {axes.get_title("left"): axes for axes in report._draw("", training, report._scores(records, opt)).axes}
+    figure = report._draw("", training, report._scores(records, opt))
+    return {axes.get_title("left"): axes for axes in figure.axes}
 
 
 def test_what_is_on_the_panels(history: History, opt: dict[str, Any]) -> None:
@@ -147,6 +148,24 @@ def test_what_is_on_the_panels(history: History, opt: dict[str, Any]) -> None:
         assert panels[title].get_title("right") == f"best {score:.4f} at 1,600"
 
 
+def test_bicubic_is_beside_the_network(tmp_path: Path, history: History, opt: dict[str, Any]) -> None:
+    history.append({"iter": 2100, "dataset": "Set14", "psnr": 30.5, "bicubic": {"psnr": 28.125, "ssim": math.inf}})
+    rows = cells(write_report(tmp_path, opt, history, seconds=1, iterations=2100))
+    assert ["Set14", "psnr", "30.5000", "2,100", "30.5000", "2,100", "28.1250"] in rows
+    assert ["Set5", "psnr", "32.1250", "2,000", "33.2500", "1,600", "-"] in rows
+    panels = panels_of(history, opt)
+    assert [line.get_label() for line in panels["Set14: psnr"].lines][2:] == ["bicubic 28.1250"]
+    assert set(panels["Set14: psnr"].lines[2].get_ydata()) == {28.125}
+    assert len(panels["Set5: psnr"].lines) == 2
+
+
+def test_a_curve_of_one_point_is_a_dot(tmp_path: Path, opt: dict[str, Any]) -> None:
+    history = History(tmp_path / "m")
+    for index in (1, 2):
+        history.append({"iter": index, "lr": 1, "l_pix": 1.0})
+        assert (panels_of(history, opt)["loss l_pix"].lines[1].get_marker() == ".") == (index == 1)
+
+
 @pytest.mark.parametrize(("last", "expected"), [(0.11, "linear"), (0.09, "log"), (0.0, "linear")])
 def test_a_loss_over_more_than_a_decade_is_logarithmic(
     last: float, expected: str, tmp_path: Path, opt: dict[str, Any]
@@ -170,7 +189,7 @@ def test_without_matplotlib_it_says_how_to_get_it(
     tmp_path: Path, history: History, opt: dict[str, Any], monkeypatch: Any, basicsr_log: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setitem(sys.modules, "matplotlib", None)
-    assert write_report(tmp_path, opt, history, seconds=1).startswith("# ESC_x2")
+    assert write_report(tmp_path, opt, history, seconds=1, iterations=2000).startswith("# ESC_x2")
     (record,) = basicsr_log.records
     assert record.levelname == "INFO"
     assert 'pip install "esc-arch[plot]"' in record.getMessage()
@@ -185,7 +204,7 @@ def test_curves_that_fail_are_a_warning(
         raise RuntimeError("no fonts")
 
     monkeypatch.setattr(report, "_draw", fail)
-    text = write_report(tmp_path, opt, history, seconds=1)
+    text = write_report(tmp_path, opt, history, seconds=1, iterations=2000)
     assert text == (tmp_path / "summary.md").read_text(encoding="utf-8")
     assert f"{tmp_path / 'training.png'} could not be written: RuntimeError: no fonts" in basicsr_log.text
 
@@ -202,7 +221,7 @@ def test_a_full_disk_is_a_warning_and_leaves_the_old_files(
         return original(file, mode, *args, **kwargs)
 
     monkeypatch.setattr("builtins.open", fail)
-    assert write_report(tmp_path, opt, history, seconds=1).startswith("# ESC_x2")
+    assert write_report(tmp_path, opt, history, seconds=1, iterations=2000).startswith("# ESC_x2")
     assert [record.levelname for record in basicsr_log.records] == ["WARNING"] * 2
     assert "summary.md could not be written: OSError: [Errno 28]" in basicsr_log.text
     assert (tmp_path / "summary.md").read_text() == "old"
@@ -213,5 +232,5 @@ def test_a_history_of_nonsense_is_a_warning(
 ) -> None:
     history = History(tmp_path / "m")
     history.append({"iter": 1, "lr": "fast", "l_pix": "low"})
-    assert write_report(tmp_path, opt, history, seconds=1) == ""
+    assert write_report(tmp_path, opt, history, seconds=1, iterations=2000) == ""
     assert "summary.md could not be written: TypeError" in basicsr_log.text

@@ -288,7 +288,7 @@ def test_a_drawn_seed_is_kept(run_basicsr: Any, options: Any, stop_at: Any) -> N
 
 def test_best_results_are_kept(run_basicsr: Any, options: Any, stop_at: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """Fault 30 too: a resumed run of BasicSR's forgets them."""
-    values = iter([30.0, 20.0, 20.0, 20.0, 20.0, 20.0] * 9)
+    values = iter([30.0] + [20.0] * 50)
     monkeypatch.setattr("esc_arch.models.esc_model.calculate_metric", lambda *_: next(values))
     options["val"] = {"val_freq": 2, "metrics": {"psnr": {"type": "calculate_psnr", "crop_border": 2}}}
     stop_at(5)
@@ -319,7 +319,7 @@ def test_the_best_is_there_though_its_iteration_saves_nothing(
 ) -> None:
     options["logger"] |= {"save_checkpoint_freq": 3, "keep_last": 1}
     options["val"] = {"val_freq": 2, "metrics": {"psnr": {"type": "calculate_psnr", "crop_border": 2}}}
-    values = iter([20.0, 20.0, 30.0, 30.0] + [20.0] * 20)
+    values = iter([20.0] * 4 + [30.0, 30.0] + [20.0] * 20)  # bicubic's, too, in the first validation
     monkeypatch.setattr("esc_arch.models.esc_model.calculate_metric", lambda *_: next(values))
     run = run_basicsr("train", options)
     assert models_of(run.experiment()) == ["net_g_4.pth", "net_g_7.pth", "net_g_latest.pth"]

@@ -73,6 +73,12 @@ def test_programs_of_others_that_make_the_folders_themselves(opt: Any) -> None:
         make_exp_dirs(opt)  # archives it: the lock stays where the next run looks
 
 
+def test_a_pipe_in_place_of_the_lock_is_told(opt: Any, tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / ".trial.lock")
+    with run_locks(), pytest.raises(UserError, match=r"Cannot write to .*\.trial\.lock"):
+        lock_run(opt)
+
+
 @pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
 def test_processes_that_load_data_do_not_keep_it_locked(opt: Any) -> None:
     """They outlive, for a while, a process that is killed."""

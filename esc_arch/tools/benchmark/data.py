@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import operator
+import os
 import re
 import shlex
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -93,7 +94,7 @@ def paired_folders(opt: Mapping[str, Any], file: Path) -> Iterator[PairedFolders
             continue
         section = {"name": phase, "scale": opt.get("scale"), "filename_tmpl": "{}"} | section
         try:
-            hr, lr = (Path(section[f"dataroot_{kind}"]).expanduser() for kind in ("gt", "lq"))
+            hr, lr = (Path(os.path.expanduser(section[f"dataroot_{kind}"])) for kind in ("gt", "lq"))
             name, template = str(section["name"]), str(section["filename_tmpl"])
             yield PairedFolders(name, operator.index(section["scale"]), hr, lr, template)
         except (KeyError, TypeError):

@@ -10,10 +10,8 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-import cv2
-
 from esc_arch.atomic_io import write_atomically
-from esc_arch.data.image_files import encode_png
+from esc_arch.data.image_files import encode_png, read_image
 from esc_arch.errors import UserError
 from esc_arch.models.comparison import side_by_side
 from esc_arch.training.distributed import print_note
@@ -137,10 +135,9 @@ def write_crops(folder: Path, gains: Gains, baseline: Evaluation | None) -> None
         gain = gains.images.get(image, 0.0)
         if not ((image == best and gain > 0) or (image == worst and gain < 0)):
             continue
-        below: Any = cv2.imread(str(baseline.result_file(dataset, image))) if baseline else bicubic
-        result: Any = cv2.imread(str(evaluation.result_file(dataset, image)))
-        panels = [(baseline.name if baseline else "bicubic", below), (f"{evaluation.name} {gain:+.2f} dB", result)]
-        # The detail is taken where the first panel differs most from the last
-        shown = dict([*(panels if gain > 0 else reversed(panels)), ("ground truth", gt)])
+        below: Any = read_image(baseline.result_file(dataset, image)) if baseline else bicubic
+        result: Any = read_image(evaluation.result_file(dataset, image))
+        name = baseline.name if baseline else "bicubic"
+        shown = {name: below, f"{evaluation.name} {gain:+.2f} dB": result, "ground truth": gt}
         file = folder / f"most_{'gain' if gain > 0 else 'loss'}_{image}.png"
-        write_atomically(file, encode_png(side_by_side(shown)))
+        write_atomically(file, encode_png(side_by_side(shown, worst=int(gain < 0))))

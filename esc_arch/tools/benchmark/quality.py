@@ -13,7 +13,7 @@ from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
-from esc_arch.atomic_io import new_folder, write_atomically
+from esc_arch.atomic_io import new_folder, read_regular, write_atomically
 from esc_arch.errors import UserError
 from esc_arch.training.distributed import print_note
 from esc_arch.training.run_locks import run_locks
@@ -119,7 +119,7 @@ def _plan(args: argparse.Namespace, *, save_images: bool) -> list[Evaluation]:
 
 def _read_costs(file: Path) -> list[Mapping[str, Any]]:
     try:
-        records = json.loads(file.read_text(encoding="utf-8"))
+        records = json.loads(read_regular(file, pipes=True))
         if not all({"network", "scale", "output", "latency_ms"} <= record.keys() for record in records):
             raise ValueError("a record has no latency")
     except (OSError, ValueError, AttributeError, TypeError) as error:

@@ -57,7 +57,7 @@ def check(file: str, modules: object) -> list[Finding]:
 def _outputs(opt: Mapping[str, Any], verb: str) -> Iterator[Finding]:
     """The folder that a run writes to, which may not exist yet: the space there, and a run of the same name."""
     kind = "experiments" if verb == "train" else "results"
-    folder = Path(str((opt.get("path") or {}).get(f"{kind}_root") or kind)).expanduser().absolute()
+    folder = Path(os.path.expanduser(str((opt.get("path") or {}).get(f"{kind}_root") or kind))).absolute()
     there = next(path for path in (folder, *folder.parents) if path.exists())
     usage = shutil.disk_usage(there)
     text = f"{folder}, {size_text(usage.free)} of {size_text(usage.total)} free"

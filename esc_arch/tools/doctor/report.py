@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from pathlib import Path
 from typing import Any, NamedTuple
 
 from esc_arch.printing import shown
@@ -102,8 +102,8 @@ def as_text(findings: Sequence[Finding], *, colours: bool = False) -> str:
 
 def _hide_home(text: str) -> str:
     """`text` with ~ in place of the home folder, as it is written and as links lead to it; not if it is the root."""
-    home = Path("~").expanduser()
-    for path in sorted({str(home), str(home.resolve())} - {"/"}, key=len, reverse=True):
+    home = os.path.expanduser("~")
+    for path in sorted({home, os.path.realpath(home)} - {"/"}, key=len, reverse=True):
         text = re.sub(rf"{re.escape(path)}(?![\w.-])", "~", text)
     return text
 

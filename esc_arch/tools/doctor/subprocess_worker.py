@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import logging
 import os
 import signal
 import sys
@@ -50,8 +51,8 @@ class Worker:
             self._process = get_context("spawn").Process(target=_serve, args=(child,))
             self._process.start()
             child.close()
-        self._connection.send((function, arguments))
         try:
+            self._connection.send((function, arguments))
             for seconds in (_IMPORT_LIMIT, self.timeout):
                 if not self._connection.poll(seconds):
                     self.stop()
@@ -59,7 +60,7 @@ class Worker:
                 error, result = self._connection.recv()
                 if error:
                     raise JobFailed(error)
-        except EOFError:
+        except (EOFError, ConnectionError):
             self._process.join()
             code = self._process.exitcode
             self.stop()
@@ -83,6 +84,7 @@ def _serve(calls: Connection) -> None:
         os.setsid()
     os.environ["TORCHINDUCTOR_COMPILE_THREADS"] = "1"
     os.dup2(2, 1)  # what libraries print is not the report
+    logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)  # it warns of CUDA without a GPU
     with suppress(EOFError):
         while True:
             function, arguments = calls.recv()

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.export import ExportedProgram
 
 from esc_arch.errors import UserError
+from esc_arch.printing import shown
 from esc_arch.tools.upscale.network import Upscaler
 from esc_arch.version import __version__
 
@@ -114,7 +115,7 @@ class Export:
             "window": str(net.net.window_size),
             "input": f"{self.shape}, RGB in 0 .. 1",
             "padding": "in the graph" if self.pad else "none",
-            "source": net.source.name,
+            "source": shown(net.source.name),
             "esc_arch": __version__,
             **{package: metadata.version(package) for package in packages},
         }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Sequence
 
 import torch
@@ -73,12 +74,16 @@ def _metadata(model: Model) -> str:
         )
         for (dataset, metric), value in model.training.scores.items()
     ]
+    # Names of the hub, such as DIV2K or user/photographs; a sentence is none
+    datasets = re.split(r"\s*(?:[,;+&]|\band\b)\s*", model.info.dataset)
+    named = all(re.fullmatch(r"[\w.-]+(?:/[\w.-]+)?", name) for name in datasets)
     tags = ["super-resolution", "esc", "pytorch", *(["onnx"] if model.onnx else []), *model.info.tags]
     return ModelCardData(
         # Hugging Face's name of an SPDX licence
         license=model.info.licence.lower().removesuffix("-only").removesuffix("-or-later"),
         library_name="esc-arch",
         pipeline_tag="image-to-image",
+        datasets=datasets if named else None,
         tags=list(dict.fromkeys(tags)),
         metrics=list(dict.fromkeys(result.metric_type for result in results)) or None,
         model_name=model.identifier if results else None,

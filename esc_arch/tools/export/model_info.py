@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 
 from esc_arch.errors import UserError
 from esc_arch.names import did_you_mean
+from esc_arch.printing import is_utf8
 
 from .checking import ExportResult
 from .experiment import Training
@@ -116,6 +117,8 @@ def complete(info: ModelInfo, training: Training, scale: int, urls: Sequence[str
     )
     nameless = [author for author in info.authors if not user_id(author)]
     invalid_tags = [tag for tag in info.tags if not re.fullmatch(r"[a-z0-9]+(-[a-z0-9]+)*", tag)]
+    texts = (info.name, *info.authors, info.dataset, info.description, info.purpose)
+    invalid_texts = [text for text in texts if not is_utf8(text)]
     invalid_urls = [url for url in urls if not ADDRESS.fullmatch(url)]
     name_id = model_id(info.name, scale).partition("-")[2]
     licences, tags = did_you_mean(info.licence, LICENCES), ", ".join(TAGS)
@@ -125,6 +128,7 @@ def complete(info: ModelInfo, training: Training, scale: int, urls: Sequence[str
         ("-m WEIGHTS", scale, scale <= 16, "a network of scale 1 to 16, as OpenModelDB takes them"),
         ("--name NAME", info.name, name_id, "what the model is called, in ASCII letters or digits"),
         ("--author NAME ...", nameless, info.authors and not nameless, "who made it, in ASCII letters or digits"),
+        ("all texts", invalid_texts, not invalid_texts, "UTF-8"),
         ("--license ID", info.licence, info.licence in LICENCES, f"the licence, an SPDX id. {licences}"),
         ("--dataset TEXT", "", info.dataset, "what it was trained on, such as 'DIV2K, Flickr2K'"),
         ("--description TEXT", "", info.description, "what it does, and how it differs from others"),

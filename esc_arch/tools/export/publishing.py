@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -126,7 +127,7 @@ def _check_folder(folder: Path, *, overwrite: bool) -> None:
 def _filling(folder: Path, *, overwrite: bool) -> Iterator[Path]:
     """`new_folder` for `folder`, which another process may have made in the meantime."""
     try:
-        with new_folder(folder.resolve(), lambda: _check_folder(folder, overwrite=overwrite)) as place:
+        with new_folder(Path(os.path.realpath(folder)), lambda: _check_folder(folder, overwrite=overwrite)) as place:
             yield place
     except OSError as error:
         raise UserError(f"{folder} cannot be written: {error.strerror or error}. Choose another -o.") from error

@@ -13,6 +13,7 @@ import math
 import weakref
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
+from itertools import count
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -26,6 +27,7 @@ from esc_arch.errors import UserError
 
 from .memory import available, format_memory, is_out_of_memory, peak_of, release, resident
 from .network import Upscaler
+from .other_networks import OVERLAP, OtherNetwork
 from .tiled_executor import MAPS, PaddedImage, Plan, TiledExecutor, cuts, large_kernel_reach
 
 __all__ = ["Cost", "costs_of", "enlarge", "plan_for", "whole"]
@@ -36,6 +38,8 @@ logger = logging.getLogger("esc_arch")
 LARGEST_TILE = 512
 #: Tiles are not made smaller than this to keep features in memory rather than in files.
 LEAST_TILE_FOR_MEMORY = 192
+#: Sides of tiles of other networks, one of which fits into the memory.
+OTHER_TILES = (512, 256, 128, 64)
 #: What operators take for themselves, and what the allocator loses, beside the tensors that can be counted.
 OVERHEAD = 1.3
 #: The share of free memory that is used where nobody says how much.
@@ -55,8 +59,8 @@ def enlarge(
 ) -> Iterator[Tensor]:
     """Enlarge an image of any size: at once where that fits into memory and `tile`, else in parts.
 
-    In float32, parts are within 1e-5 of the whole. Memory that runs out in spite of the estimate is answered by parts,
-    with a warning.
+    In float32, parts are within 1e-5 of the whole; those of an `OtherNetwork` are only close to it. Memory that runs
+    out in spite of the estimate is answered by parts, with a warning.
 
     Args:
         image: (H, W, 3), RGB; uint8, uint16, or float32 in 0 .. 1. It may be a mapped file.
@@ -79,28 +83,52 @@ def enlarge(
     # The padding of the protocol, and of the network itself
     padded = PaddedImage(image, upscaler.net.window_size, upscaler.net.unshuffle_factor)
     height, width = image.shape[:2]
-    out_size = upscaler.output_size(height, width, scale)
+    tell: Callable[[float], Any] = progress or (lambda part: None)
+    out_size, is_other = upscaler.output_size(height, width, scale), isinstance(upscaler.net, OtherNetwork)
     free = _host(max_memory) if upscaler.device.type == "cpu" else _device(upscaler.device)
     pixels = padded.height * padded.width // upscaler.net.unshuffle_factor**2
     if at_once and not 0 < tile < max(height, width) and costs_of(upscaler, scale)[0].of(pixels) <= free:
         try:
-            enlarged = whole(upscaler, image, scale)
+            enlarged = whole(upscaler, image, scale, tell)
         except Exception as error:
             if not is_out_of_memory(error):
                 raise
             logger.warning(
-                "Memory ran out for the image of %d x %d pixels as a whole: it is computed in parts, with the same "
-                "result.",
-                *(width, height),
+                "Memory ran out for the image of %d x %d pixels as a whole: it is computed in parts%s.",
+                *(width, height, "" if is_other else ", with the same result"),
             )
         else:
-            if progress is not None:
-                progress(1)
+            tell(1)
             yield enlarged
             return
         release(upscaler.device)  # after the exception, whose frames hold tensors
+    if is_other:
+        yield from _in_overlapping_tiles(upscaler, padded, tile, free, tell)
+        return
     plan = plan_for(upscaler, padded, out_size, scale, max_memory, tile)
     yield from TiledExecutor(upscaler, padded, out_size, plan, scratch, progress).run()
+
+
+def _in_overlapping_tiles(
+    upscaler: Upscaler, image: PaddedImage, tile: int, free: float, progress: Callable[[float], Any]
+) -> Iterator[Tensor]:
+    """Rows of the result of a network that nothing is known of, in tiles of which the margins are cropped."""
+    size, factor = (image.height, image.width), round(upscaler.scale)
+    cost = costs_of(upscaler, None)[0]
+    needed = {side: cost.of((side + 2 * OVERLAP) ** 2) for side in ([tile] if tile else OTHER_TILES)}
+    side = next((side for side in needed if needed[side] <= free), min(needed))
+    if needed[side] > free:
+        need = f"{format_memory(needed[side])} for tiles of {side} pixels; {format_memory(max(free, 0))} may be taken"
+        raise UserError(f"{upscaler.source.name} needs {need}. Raise --max-memory, or use a smaller --tile.")
+    for top, bottom in cuts(size[0], side):
+        band = torch.empty(3, (bottom - top) * factor, size[1] * factor)
+        for left, right in cuts(size[1], side):
+            core = Region(top, left, bottom, right)
+            seen = core.expand(OVERLAP, size)
+            enlarged = upscaler(image.read(seen, upscaler.device))[0]
+            band[..., left * factor : right * factor] = core.times(factor).crop(enlarged, seen.times(factor))
+            progress((top * size[1] + right * (bottom - top)) / (size[0] * size[1]))
+        yield band
 
 
 class Cost(NamedTuple):
@@ -141,6 +169,9 @@ def costs_of(upscaler: Upscaler, scale: float | None) -> tuple[Cost, Cost]:
 def _peaks(upscaler: Upscaler, side: int, scale: float | None) -> tuple[int, int, int]:
     """Pixels of the features, and the most bytes at once and as a single part."""
     black = np.zeros((side, side, 3), np.uint8)
+    if isinstance(upscaler.net, OtherNetwork):
+        peak = peak_of(lambda: whole(upscaler, black, scale), upscaler.device)
+        return side * side, peak, peak
     size = upscaler.output_size(side, side, scale)
     executor = TiledExecutor(upscaler, PaddedImage(black), size, Plan(side))
     executor.blocks = executor.blocks[:1]  # the others are like it
@@ -149,11 +180,23 @@ def _peaks(upscaler: Upscaler, side: int, scale: float | None) -> tuple[int, int
     return executor.size[0] * executor.size[1], at_once, part
 
 
-def whole(upscaler: Upscaler, image: Any, scale: float | None) -> Tensor:
-    """The image enlarged at once, (3, H', W'), on the CPU."""
+def whole(
+    upscaler: Upscaler, image: Any, scale: float | None, progress: Callable[[float], Any] = lambda part: None
+) -> Tensor:
+    """The image enlarged at once, (3, H', W'), on the CPU; progress is told of each block."""
     padded = PaddedImage(image)
     x = padded.read(Region(0, 0, padded.height, padded.width), upscaler.device)
-    return upscaler(x, scale)[0].cpu()
+    blocks, done = list(upscaler.net.blocks), count(1)
+
+    def tell(*_: Any) -> None:
+        progress(next(done) / (len(blocks) + 1))
+
+    hooks = [block.register_forward_hook(tell) for block in blocks]
+    try:
+        return upscaler(x, scale)[0].cpu()
+    finally:
+        for hook in hooks:
+            hook.remove()
 
 
 def plan_for(

@@ -17,7 +17,7 @@ from esc_arch.errors import UserError
 from esc_arch.ops.padding import reflect_pad_to_multiple
 from esc_arch.ops.resize import scaled_size
 
-__all__ = ["PRECISIONS", "Upscaler", "load"]
+__all__ = ["PRECISIONS", "Upscaler", "find_device", "load"]
 
 #: What networks may compute in, by name.
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -125,7 +125,7 @@ def load(
         UserError: the file cannot be read or is of no network of the family; the device is not there; the precision
             is not known.
     """
-    place = _device(device)
+    place = find_device(device)
     if precision not in ("auto", *PRECISIONS):
         raise UserError(f"The precision {precision!r} is not known; allowed: auto, {', '.join(PRECISIONS)}.")
     checkpoint = open_checkpoint(weights, param_key=param_key, window_size=window_size)
@@ -146,7 +146,8 @@ def load(
     )
 
 
-def _device(name: str | torch.device) -> torch.device:
+def find_device(name: str | torch.device) -> torch.device:
+    """The device of a name, auto for the first GPU or else the CPU; UserError if it is not there."""
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:

@@ -327,7 +327,7 @@ def upscale(
     Raises:
         UserError: an image of another kind or range, an invalid checkpoint or option, or a result that is not finite.
 
-    Example:
+    Examples:
         >>> import esc_arch, numpy as np
         >>> model = esc_arch.load(weights)
         >>> esc_arch.upscale(np.zeros((8, 12, 3), np.uint8), model).shape

@@ -82,10 +82,23 @@ def test_the_document_is_what_its_command_makes(tmp_path: Path, monkeypatch: pyt
     assert names == {(name, scale) for name in networks for scale in (2, 3, 4)}
 
 
-def test_the_readme_has_lines_of_the_document() -> None:
-    table = [line for line in (ROOT / "README.md").read_text(encoding="utf-8").splitlines() if "1280x720 |" in line]
-    assert len(table) == 9
-    assert set(table) <= set(DOCUMENT.read_text(encoding="utf-8").splitlines())
+def test_the_readme_has_numbers_of_the_document() -> None:
+    """Networks at x4: parameters, multiply-adds, and the paper's PSNR of those that have one."""
+    costs = {
+        cells[1]: (cells[5], f"{cells[8]} G")
+        for cells in (re.split(r" *\| *", line) for line in DOCUMENT.read_text(encoding="utf-8").splitlines())
+        if cells[2:4] == ["4", "1280x720"]
+    }
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    rows = [re.split(r" *\| *", line) for line in readme.splitlines() if re.match(r"\| ESC[^|]*\| `", line)]
+    assert len(rows) == 9
+    for _, name, _, *numbers, set5, urban100, _, _ in rows:
+        network = name.partition(",")[0]
+        assert tuple(numbers) == costs[network]
+        table = "ESC-DFLIP" if "DFLIP" in name else network
+        for dataset, text in (("Set5", set5), ("Urban100", urban100)):
+            score = paper_scores(table, dataset, 4).get("psnr") if text else None
+            assert text == ("" if score is None else f"{score:.2f} dB")
 
 
 def test_paper_tables() -> None:
@@ -113,7 +126,7 @@ SHIPPED = sorted(path for path in (ROOT / "options").glob("*.yml") if "demo" not
 @pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.stem)
 def test_every_shipped_network_is_a_preset(path: Path) -> None:
     network = from_option_file(path)
-    parts = re.fullmatch(r"(?:train|test)_(.+?)(?:_x(\d))?(?:_gan|_mse)?", path.stem)
+    parts = re.fullmatch(r"(?:train|test|finetune)_(.+?)(?:_x(\d))?(?:_gan|_mse)?", path.stem)
     assert parts is not None
     assert network.published == PUBLISHED[parts[1]]
     assert network.scale == int(parts[2] or 4)

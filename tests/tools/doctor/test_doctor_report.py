@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -62,6 +63,12 @@ def test_the_home_folder_is_not_shown(monkeypatch: pytest.MonkeyPatch, tmp_path:
     assert str(tmp_path) in text
     data = json.loads(as_json({"a": findings}))["sections"]["a"][0]["data"]
     assert data == ["~/data and ~/x:~", f"{home}-other", {"~": ["~"]}]
+
+
+def test_users_without_a_home(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("HOME", raising=False)
+    monkeypatch.setattr(os, "getuid", lambda: 2**31 - 5)
+    assert as_text([Finding("a", "b /c")]).startswith("- a  b /c")
 
 
 def test_a_home_that_is_the_root_hides_nothing(monkeypatch: pytest.MonkeyPatch) -> None:

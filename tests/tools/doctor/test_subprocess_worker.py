@@ -6,6 +6,7 @@ from collections.abc import Iterator
 
 import pytest
 
+from esc_arch.tools.doctor import subprocess_worker
 from esc_arch.tools.doctor.subprocess_worker import JobFailed, Worker
 
 
@@ -52,6 +53,12 @@ def test_a_hang_ends_with_the_time() -> None:
             worker.call("time:sleep", 60)
         assert failed.value.late
         assert worker.call("builtins:abs", -3) == 3
+
+
+def test_a_process_that_ends_before_it_is_asked(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(subprocess_worker, "_serve", bool)  # which answers nothing
+    with Worker(timeout=60) as worker, pytest.raises(JobFailed, match="the process ended with status 0"):
+        worker.call("builtins:abs", -3)
 
 
 @pytest.mark.usefixtures("native")

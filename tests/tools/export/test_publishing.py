@@ -261,6 +261,7 @@ def test_card(weights: Path, experiment: Path, picture: Path, tmp_path: Path) ->
     assert head["license"] == "cc-by-4.0" and head["library_name"] == "esc-arch"
     assert head["tags"] == ["super-resolution", "esc", "pytorch", "photo", "research"]
     assert head["metrics"] == ["psnr", "ssim"]
+    assert head["datasets"] == ["Train"]
     result = head["model-index"][0]["results"][0]
     assert result["dataset"]["name"] == "Cuts"
     assert [metric["value"] for metric in result["metrics"]] == [21.25, 0.625]  # of iteration 4, as the weights are
@@ -395,6 +396,16 @@ def test_option_files_of_every_type_run(
     run = run_basicsr("train", f"finetune_{name}.yml", "--force_yml", *short)
     assert run.status == 0, run.err
     assert (folder / "experiments" / f"finetune_{name}" / "models" / "net_g_latest.pth").is_file()
+
+
+@pytest.mark.parametrize(
+    ("text", "names"),
+    [("DIV2K and jane/Old-Photos_2", ["DIV2K", "jane/Old-Photos_2"]), ("400 photographs of mine", None)],
+)
+def test_card_names_data_sets(weights: Path, tmp_path: Path, text: str, names: list[str] | None) -> None:
+    published = publish(weights, tmp_path / "out", replace(INFO, dataset=text), onnx=False)
+    head, body = card(published.folder)
+    assert head.get("datasets") == names and f"Trained on: {text}." in body
 
 
 def test_cards_of_networks_that_weights_do_not_say_all_of(tmp_path: Path) -> None:
