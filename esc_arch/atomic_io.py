@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import ctypes
 import errno
-import fcntl
 import glob
 import os
 import re
@@ -12,6 +11,7 @@ import secrets
 import shutil
 import socket
 import stat
+import sys
 import weakref
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, nullcontext, suppress
@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import IO
 
 from .errors import UserError
+from .system import is_own, lock
 
 __all__ = [
     "check_output",
@@ -47,7 +48,9 @@ _NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _NO_PERMISSION = (errno.EACCES, errno.EPERM, errno.EROFS)
 #: Files that are locked. A forked process that outlives this one would keep them so.
 _LOCKED: weakref.WeakSet[IO[bytes]] = weakref.WeakSet()
-os.register_at_fork(after_in_child=lambda: [file.close() for file in list(_LOCKED)])
+if sys.platform != "win32":
+    os.register_at_fork(after_in_child=lambda: [file.close() for file in list(_LOCKED)])
+_NO_WAIT = getattr(os, "O_NONBLOCK", 0)  # (Windows has no such files)
 #: Errors of the system that a user can fix, and how.
 _CURES = {
     **dict.fromkeys(_NO_ROOM, "Make room there, or write elsewhere"),
@@ -126,6 +129,8 @@ def replacing(path: Path, *, durable: bool = True) -> Iterator[IO[bytes]]:
             file.flush()
             if durable:
                 os.fsync(file.fileno())
+            if sys.platform == "win32":  # which moves no open files
+                file.close()
             os.replace(temporary, path)  # while it is locked, no other process takes it for one that was left behind
         if durable:
             fsync_folder(path.parent)
@@ -149,14 +154,16 @@ def _new_partial(path: Path) -> tuple[Path, IO[bytes]]:
                 temporary = path.with_name(f".{name}.{secrets.token_hex(4)}{PARTIAL}")
             continue
         with suppress(OSError):  # a network file system without locks
-            fcntl.flock(file, fcntl.LOCK_EX)
+            lock(file, wait=True)
         if _is_at(file, temporary):
             return temporary, file
         file.close()  # before it was locked, another process took it for one that was left behind
 
 
 def _is_at(file: IO[bytes], path: Path) -> bool:
-    """True if `path` still is the name of an open file."""
+    """True if `path` still is the name of an open file; on Windows, which moves and removes none, it always is."""
+    if sys.platform == "win32":
+        return True
     return os.path.lexists(path) and os.path.samestat(os.fstat(file.fileno()), os.lstat(path))
 
 
@@ -164,9 +171,11 @@ def _remove_left(path: Path) -> bool:
     """Remove a file that `replacing` left when its process was killed; False if it is in use, or not ours."""
     try:
         with open_regular(path) as file:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            if os.fstat(file.fileno()).st_uid != os.geteuid():
+            lock(file)
+            if not is_own(os.fstat(file.fileno())):
                 return False
+            if sys.platform == "win32":
+                file.close()
             if _is_at(file, path):  # its writer may just have moved it to its final name
                 path.unlink()
             return True
@@ -182,10 +191,11 @@ def remove_partial(folder: Path) -> None:
 
 def open_regular(path: Path, *, create: bool = False) -> IO[bytes]:
     """Open a file to append to; OSError for links of both kinds, which may be anything, and pipes, which may wait."""
-    flags = os.O_WRONLY | os.O_APPEND | os.O_NOFOLLOW | os.O_NONBLOCK | (os.O_CREAT if create else 0)
+    flags = os.O_WRONLY | os.O_APPEND | (os.O_CREAT if create else 0)
+    flags |= getattr(os, "O_NOFOLLOW", 0) | _NO_WAIT
     file = open(path, "ab", opener=lambda name, _: os.open(name, flags, 0o666))  # noqa: SIM115  returned
     state = os.fstat(file.fileno())
-    if not stat.S_ISREG(state.st_mode) or state.st_nlink > 1:
+    if not stat.S_ISREG(state.st_mode) or state.st_nlink > 1 or path.is_symlink():
         file.close()
         raise OSError(errno.EINVAL, "it is no regular file of one name", str(path))
     return file
@@ -197,11 +207,12 @@ def read_regular(path: str | os.PathLike[str], *, pipes: bool = False) -> bytes:
     Args:
         pipes: take pipes, too; one that nobody writes to is empty.
     """
-    with open(path, "rb", opener=lambda name, flags: os.open(name, flags | os.O_NONBLOCK)) as file:
+    with open(path, "rb", opener=lambda name, flags: os.open(name, flags | _NO_WAIT)) as file:
         mode = os.fstat(file.fileno()).st_mode
         if not (stat.S_ISREG(mode) or (pipes and stat.S_ISFIFO(mode))):
             raise OSError(errno.EINVAL, "it is a pipe or a device, not a file", os.fspath(path))
-        os.set_blocking(file.fileno(), True)
+        if sys.platform != "win32":
+            os.set_blocking(file.fileno(), True)
         return file.read()
 
 
@@ -209,7 +220,7 @@ def require_own_folder(path: Path) -> None:
     """UserError if `path`, where work in progress is kept, is there as a link or a file, or is another user's."""
     if os.path.lexists(path):
         state = path.lstat()
-        if not stat.S_ISDIR(state.st_mode) or state.st_uid != os.geteuid():
+        if not stat.S_ISDIR(state.st_mode) or not is_own(state):
             raise UserError(f"{path} is in the way: it must be a folder of yours. Remove it, or choose another output.")
 
 
@@ -236,7 +247,7 @@ def _exchange(one: Path, other: Path) -> bool:
     """Exchange what has these two names, in one step; False where the system or the file system cannot."""
     try:
         rename = ctypes.CDLL(None).renameat2
-    except AttributeError:  # not Linux
+    except (AttributeError, TypeError):  # not Linux
         return False
     here, exchange = -100, 2  # AT_FDCWD, RENAME_EXCHANGE
     return bool(rename(here, os.fsencode(one), here, os.fsencode(other), exchange) == 0)
@@ -255,7 +266,7 @@ def new_folder(target: Path, check: Callable[[], None]) -> Iterator[Path]:
         with _folder_lock(target.parent):
             for left in target.parent.glob(f".{glob.escape(target.name)}.{'[0-9a-f]' * 8}{PARTIAL}"):
                 with suppress(OSError), _folder_lock(left, wait=False):
-                    if left.lstat().st_uid == os.geteuid():
+                    if is_own(left.lstat()):
                         shutil.rmtree(left)
             place = target.with_name(f".{target.name}.{secrets.token_hex(4)}{PARTIAL}")
             place.mkdir()
@@ -272,17 +283,24 @@ def new_folder(target: Path, check: Callable[[], None]) -> Iterator[Path]:
 @contextmanager
 def _folder_lock(folder: Path, *, wait: bool = True) -> Iterator[None]:
     """Lock a folder itself; OSError for links, and unless `wait` for one that another process has locked."""
+    if sys.platform == "win32":  # which cannot: moving a folder onto another fails there, and what was left stays
+        if not wait:
+            raise OSError(errno.ENOTSUP, os.strerror(errno.ENOTSUP), str(folder))
+        yield
+        return
     descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
     try:
         with suppress(OSError) if wait else nullcontext():  # a network file system without locks
-            fcntl.flock(descriptor, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+            lock(descriptor, wait=wait)
         yield
     finally:
         os.close(descriptor)
 
 
 def fsync_folder(folder: Path) -> None:
-    """Have the names in `folder` on disk."""
+    """Have the names in `folder` on disk; Windows opens no folders."""
+    if sys.platform == "win32":
+        return
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -313,7 +331,7 @@ def locked(folder: Path, name: str = ".prepare.lock", busy: str | None = None) -
         file = open_regular(folder / name, create=True)  # closed below, when the lock is to end
     with file:
         try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            lock(file)
             if os.fstat(file.fileno()).st_nlink == 0:  # removed, as that of a finished video, since it was opened
                 raise UserError(f"Another process has just finished with {folder}. Run the command again.")
         except BlockingIOError:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import multiprocessing
 import os
-import resource
 import signal
+import sys
 import threading
 from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
@@ -19,6 +19,10 @@ import torch
 from tqdm import tqdm
 
 from ..errors import UserError
+from ..system import block_sigint
+
+if sys.platform != "win32":
+    import resource
 
 __all__ = ["map_in_order", "require_open_files"]
 
@@ -36,16 +40,17 @@ def require_open_files(processes: int, option: str) -> None:
 
     UserError, which names the `option` that says how many there are, if the system does not allow it.
     """
-    needed = len(os.listdir("/dev/fd")) + _OTHER_FILES + processes * _FILES_PER_PROCESS
-    limit, most = resource.getrlimit(resource.RLIMIT_NOFILE)
-    if processes == 0 or limit == resource.RLIM_INFINITY or limit >= needed:
-        return
-    if most != resource.RLIM_INFINITY and most < needed:
-        raise UserError(
-            f"With {processes} processes about {needed} files are open at once, and the limit is {most}. Raise it "
-            f"(ulimit -n {needed}), or lower {option}."
-        )
-    resource.setrlimit(resource.RLIMIT_NOFILE, (needed, most))
+    if sys.platform != "win32":  # which has no such limit
+        needed = len(os.listdir("/dev/fd")) + _OTHER_FILES + processes * _FILES_PER_PROCESS
+        limit, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+        if processes == 0 or limit == resource.RLIM_INFINITY or limit >= needed:
+            return
+        if most != resource.RLIM_INFINITY and most < needed:
+            raise UserError(
+                f"With {processes} processes about {needed} files are open at once, and the limit is {most}. Raise it "
+                f"(ulimit -n {needed}), or lower {option}."
+            )
+        resource.setrlimit(resource.RLIMIT_NOFILE, (needed, most))
 
 
 @contextmanager
@@ -76,10 +81,9 @@ def _results(function: Callable[[Task], Result], tasks: Sequence[Task], jobs: in
     waiting: deque[Future[Result]] = deque()
     try:
         for task in tasks:
-            # Processes that start now inherit this: Ctrl-C reaches the parent process alone
-            signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+            block_sigint(True)  # processes that start now inherit this: Ctrl-C reaches the parent process alone
             waiting.append(pool.submit(function, task))
-            signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
+            block_sigint(False)
             if len(waiting) == jobs + 2:
                 yield waiting.popleft().result()
         while waiting:
@@ -90,11 +94,12 @@ def _results(function: Callable[[Task], Result], tasks: Sequence[Task], jobs: in
             f"Run the same command with fewer processes than -j {jobs}; it continues."
         ) from error
     finally:
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
+        block_sigint(False)
         pool.shutdown(cancel_futures=True)
 
 
 def _start_worker() -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # where it is not blocked
     torch.set_num_threads(1)  # the cores are shared out among processes already
     cv2.setNumThreads(0)
     threading.Thread(target=_end_with_parent, daemon=True).start()

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import os
 import stat
+import sys
 import tempfile
 from pathlib import Path
 
 from esc_arch.atomic_io import replacing
+from esc_arch.system import is_own
 
 __all__ = ["cache_folder", "own_folder", "read", "write"]
 
-_WRITABLE_BY_OTHERS = stat.S_IWGRP | stat.S_IWOTH
+_WRITABLE_BY_OTHERS = 0 if sys.platform == "win32" else stat.S_IWGRP | stat.S_IWOTH  # has no modes
 
 
 def cache_folder() -> Path:
@@ -21,7 +23,10 @@ def cache_folder() -> Path:
         return named / "esc_arch"
     if home.is_absolute():
         return home / ".cache" / "esc_arch"
-    return Path(tempfile.gettempdir()).absolute() / f"esc_arch-{os.geteuid()}"
+    temporary = Path(tempfile.gettempdir()).absolute()
+    if sys.platform == "win32":
+        return temporary / "esc_arch"
+    return temporary / f"esc_arch-{os.geteuid()}"
 
 
 def read(path: Path) -> bytes:
@@ -34,7 +39,8 @@ def write(path: Path, data: bytes) -> None:
     """Write a file in the cache, whole or not at all, for this user alone."""
     own_folder(path.parent)
     with replacing(path) as file:
-        os.fchmod(file.fileno(), 0o600)
+        if sys.platform != "win32":
+            os.fchmod(file.fileno(), 0o600)
         file.write(data)
 
 
@@ -45,7 +51,7 @@ def own_folder(folder: Path) -> Path:
             each.mkdir(mode=0o700, exist_ok=True)
         elif each.is_relative_to(cache_folder()):
             state = each.lstat()
-            if stat.S_ISDIR(state.st_mode) and state.st_uid == os.geteuid() and state.st_mode & _WRITABLE_BY_OTHERS:
+            if stat.S_ISDIR(state.st_mode) and is_own(state) and state.st_mode & _WRITABLE_BY_OTHERS:
                 each.chmod(0o700)  # what others put there belongs to them, and is not read
     _require_own(folder)
     return folder
@@ -53,11 +59,11 @@ def own_folder(folder: Path) -> Path:
 
 def _require_own(path: Path) -> None:
     """PermissionError if other users may write `path`, or put another in its place."""
-    user, root = os.geteuid(), os.stat("/").st_uid  # (which has another number in some containers)
+    root = os.stat("/").st_uid  # (which has another number in some containers)
     for each in (path, *path.parents, *path.resolve().parents):
         state, inside = each.lstat(), each.is_relative_to(cache_folder())
         link = stat.S_ISLNK(state.st_mode)
-        if state.st_uid != user and (inside or state.st_uid != root):
+        if not is_own(state) and (inside or state.st_uid != root):
             what = f"belongs to another user (uid {state.st_uid})"
         elif link and inside:
             what = "is a link"

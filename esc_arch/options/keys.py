@@ -11,6 +11,7 @@ import math
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from pathlib import PurePath
 from typing import Any, NamedTuple
 
 from esc_arch.models.esc_model import PROTOCOLS
@@ -46,8 +47,8 @@ def _is_text(value: Any) -> bool:
 
 
 def _is_folder_name(value: Any) -> bool:
-    is_name = isinstance(value, str) and value not in ("", ".", "..") and "/" not in value and shown(value) == value
-    return is_name and len(value.encode()) <= LONGEST_NAME
+    is_name = isinstance(value, str) and value not in ("", "..") and PurePath(value).name == value
+    return is_name and shown(value) == value and len(value.encode()) <= LONGEST_NAME
 
 
 #: Of a run, in bytes. File systems take 255, of which the name of a log and that of an archive have more.

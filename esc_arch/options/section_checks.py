@@ -7,7 +7,6 @@ looks mistyped is a warning.
 from __future__ import annotations
 
 import inspect
-import os
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -18,6 +17,7 @@ from basicsr.utils.registry import DATASET_REGISTRY, MODEL_REGISTRY
 from esc_arch.models import ESCModel
 from esc_arch.names import did_you_mean, nearest, without_own
 from esc_arch.problems import Problem, join, wrong_value
+from esc_arch.system import memory_sizes
 
 from .files import Options
 from .keys import IGNORED, KEYS, OLD_NAMES, Key, find_key
@@ -220,7 +220,7 @@ def is_known(registry: Any, name: Any) -> bool:
 
 def lacks_memory(size: float) -> str:
     """Why so many bytes cannot be had; empty if this machine may have them."""
-    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    memory, _ = memory_sizes()
     return f"{size / 2**30:,.0f} GiB; this machine has {memory / 2**30:,.0f} GiB" if size > memory else ""
 
 

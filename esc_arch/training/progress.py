@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import resource
 import secrets
 import sys
 from collections.abc import Mapping
@@ -17,6 +16,7 @@ from basicsr.utils.dist_util import get_dist_info, master_only
 from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
+from esc_arch import system
 from esc_arch.errors import UserError
 
 from .history import History
@@ -128,8 +128,7 @@ def peak_memory(on_gpu: bool) -> int:
     """The most memory that this process has had so far, in bytes: of its GPU, or its resident set."""
     if on_gpu:
         return torch.cuda.max_memory_allocated()
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024  # KiB elsewhere
+    return system.peak_memory()
 
 
 def losses_of(record: Mapping[str, Any]) -> dict[str, Any]:

@@ -7,6 +7,7 @@ import os
 import signal
 from contextlib import suppress
 from multiprocessing.connection import Connection
+from typing import Any
 
 import torch
 
@@ -93,7 +94,7 @@ class _Child:
     """A process that tries backends, started when needed: a kernel that fails may end its process or hang."""
 
     process: multiprocessing.process.BaseProcess | None = None
-    connection: Connection
+    connection: Any
 
     def run(self, case: Case, network: Network, device: torch.device) -> TrialResult | None:
         """What the trial found, or how it ended the process; None when it was not finished in time."""

@@ -29,6 +29,7 @@ import torch
 
 from esc_arch.atomic_io import open_regular
 from esc_arch.ops.cache import cache_folder, own_folder, read, write
+from esc_arch.system import lock
 
 __all__ = ["Recipe", "built_library", "cache_folder", "compile_library", "find_compiler", "recipe"]
 
@@ -148,20 +149,18 @@ def compile_library(
 
 @contextmanager
 def _build_lock() -> Iterator[None]:
-    import fcntl
-
     path = cache_folder() / "build.lock"
     try:
-        lock = open_regular(path, create=True)
-        os.fchmod(lock.fileno(), 0o600)
+        file = open_regular(path, create=True)
+        os.chmod(file.fileno(), 0o600)
     except OSError as error:
         raise RuntimeError(f"{path} cannot be locked: {error.strerror}. Remove it.") from error
-    with lock:
+    with file:
         try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            lock(file)
         except BlockingIOError:
             logger.warning("Waiting for another process that builds the C++ operators ...")
-            fcntl.flock(lock, fcntl.LOCK_EX)
+            lock(file, wait=True)
         yield
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import platform
 import re
-import resource
 import shutil
 import subprocess
 from collections.abc import Iterator
@@ -13,6 +12,7 @@ from contextlib import suppress
 from pathlib import Path
 
 from esc_arch.errors import first_line
+from esc_arch.system import memory_sizes, soft_limit
 
 from .report import OK, PROBLEM, WARNING, Context, Finding, size_text, warn_if
 from .subprocess_worker import JobFailed
@@ -59,9 +59,8 @@ def examine(context: Context) -> Iterator[Finding]:
         text = f"{size_text(usage.free)} of {size_text(usage.total)} free"
         advice = "Workers hand data over there: start the container with --shm-size=8g, or set num_worker_per_gpu: 0."
         yield warn_if(usage.free < _SMALL_SHARED_MEMORY, "/dev/shm", text, advice, usage._asdict())
-    soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
-    text = "unlimited" if soft == resource.RLIM_INFINITY else str(soft)
-    few = text != "unlimited" and soft < _FEW_FILES
+    soft = soft_limit("RLIMIT_NOFILE")
+    text, few = ("unlimited", False) if soft is None else (str(soft), soft < _FEW_FILES)
     yield warn_if(few, "open files", text, "Workers that load data may need more: ulimit -n 65536.")
 
 
@@ -105,7 +104,7 @@ def memory() -> list[Finding]:
     """The memory there is, and what programs may still take of it."""
     from esc_arch.tools.upscale.memory import available
 
-    total, free = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"), available()
+    total, free = memory_sizes()[0], available()
     text = f"{size_text(free)} of {size_text(total)} available"
     advice = "Training needs more: close other programs, or use smaller batches and fewer workers."
     return [warn_if(free < _LITTLE_MEMORY, "memory", text, advice, {"total": total, "available": free})]
@@ -210,5 +209,7 @@ def environment(context: Context) -> Iterator[Finding]:
 def _given() -> dict[str, str]:
     """What the process was started with, if the system tells: libraries add variables."""
     file = Path("/proc/self/environ")
-    entries = file.read_bytes().split(b"\0") if file.exists() else map(b"=".join, os.environb.items())
+    if not file.exists():
+        return dict(os.environ)
+    entries = file.read_bytes().split(b"\0")
     return dict(os.fsdecode(entry).split("=", 1) for entry in entries if b"=" in entry)

@@ -6,6 +6,7 @@ import importlib
 import logging
 import os
 import signal
+import sys
 from contextlib import suppress
 from multiprocessing import get_context
 from multiprocessing.connection import Connection
@@ -72,13 +73,15 @@ class Worker:
         process, self._process = self._process, None
         if process is not None:
             process.kill()
-            with suppress(OSError):  # all have ended
-                os.killpg(process.pid, signal.SIGKILL)
+            if sys.platform != "win32":
+                with suppress(OSError):  # all have ended
+                    os.killpg(process.pid, signal.SIGKILL)
             process.join()
 
 
 def _serve(calls: Connection) -> None:
-    os.setsid()
+    if sys.platform != "win32":
+        os.setsid()
     os.environ["TORCHINDUCTOR_COMPILE_THREADS"] = "1"
     os.dup2(2, 1)  # what libraries print is not the report
     logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)  # it warns of CUDA without a GPU

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import mmap
 import os
+import sys
 import tempfile
 from pathlib import Path
 
@@ -55,7 +56,8 @@ class FeatureMap:
         return self._rows[region.top : region.bottom, region.left : region.right]
 
     def _untouch(self) -> None:
-        if self._mapped is not None:  # pages that were touched count as memory of the process
+        # Pages that were touched count as memory of the process
+        if self._mapped is not None and sys.platform != "win32":
             self._mapped.madvise(mmap.MADV_DONTNEED)
 
     def close(self) -> None:

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import ctypes
-import os
+import mmap
 import re
-import resource
-import sys
 import weakref
 from collections.abc import Callable
 from contextlib import suppress
@@ -19,6 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from esc_arch.errors import UserError
+from esc_arch.system import memory_sizes, peak_memory, soft_limit
 
 __all__ = [
     "available",
@@ -57,21 +56,20 @@ def format_memory(size: float) -> str:
 def resident() -> int:
     """The bytes of this process that are in memory; where the system does not say, the most there have been."""
     with suppress(OSError):
-        return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
-    highest = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return highest if sys.platform == "darwin" else highest * 1024
+        return int(Path("/proc/self/statm").read_text().split()[1]) * mmap.PAGESIZE
+    return peak_memory()
 
 
 def available() -> int:
     """The bytes that programs may still take without swapping, here and within the limit of the container."""
-    sizes, limit = [_of_container()], resource.getrlimit(resource.RLIMIT_AS)[0]
+    sizes, limit = [_of_container()], soft_limit("RLIMIT_AS")
     try:
-        if limit != resource.RLIM_INFINITY:  # of addresses (ulimit -v)
-            sizes.append(limit - int(Path("/proc/self/statm").read_text().split()[0]) * os.sysconf("SC_PAGE_SIZE"))
+        if limit is not None:  # of addresses (ulimit -v)
+            sizes.append(limit - int(Path("/proc/self/statm").read_text().split()[0]) * mmap.PAGESIZE)
         lines = Path("/proc/meminfo").read_text().splitlines()
         sizes.append(next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable")))
     except (OSError, StopIteration):
-        sizes.append(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2)
+        sizes.append(memory_sizes()[1])
     return min(size for size in sizes if size is not None)
 
 

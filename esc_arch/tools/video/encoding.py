@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import os
 import struct
+import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -272,7 +273,7 @@ def scheduling_kept() -> Iterator[None]:
     Run by root, SVT-AV1 makes its own threads, and the one that opens it, real-time ones of the highest priority.
     Threads that this one begins would be the same, and those of oneDNN, which wait for each other spinning, would hang.
     """
-    if not hasattr(os, "sched_setscheduler") or not _TASKS.is_dir():
+    if sys.platform != "linux" or not _TASKS.is_dir():
         yield
         return
     policy, parameters, before = os.sched_getscheduler(0), os.sched_getparam(0), set(_TASKS.iterdir())

@@ -142,8 +142,8 @@ class WorkFolder:
         """Remove what is ours, and the folder if nothing else is in it."""
         self._remove_files()
         (self.path / MANIFEST).unlink(missing_ok=True)
-        (self.path / LOCK).unlink(missing_ok=True)
-        with suppress(OSError):
+        with suppress(OSError):  # on Windows, which removes no open files, the lock stays
+            (self.path / LOCK).unlink(missing_ok=True)
             self.path.rmdir()
 
     def _remove_files(self, but: Sequence[Path] = ()) -> None:

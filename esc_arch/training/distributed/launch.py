@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fcntl
 import os
 import socket
 import struct
@@ -182,7 +181,11 @@ def _address_towards(host: str) -> str:
 
 
 def _address_of(interface: str) -> str | None:
-    """The IPv4 address of an interface; None if it has none, or on macOS, which has other requests."""
+    """The IPv4 address of an interface; None if it has none, or elsewhere than on Linux, which has this request."""
+    if sys.platform != "linux":
+        return None
+    import fcntl
+
     with suppress(OSError), socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as any_socket:
         answer = fcntl.ioctl(any_socket, _SIOCGIFADDR, struct.pack("256s", interface.encode()[:15]))
         return socket.inet_ntoa(answer[20:24])

@@ -12,6 +12,7 @@ import pytest
 import torch
 from doctor_context import by_key, context
 
+from esc_arch import system
 from esc_arch.tools.doctor import machine
 from esc_arch.tools.doctor.report import PROBLEM, WARNING
 from esc_arch.tools.doctor.subprocess_worker import JobFailed
@@ -55,7 +56,7 @@ def test_small_shared_memory(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize(("limit", "status"), [(256, WARNING), (-1, "ok"), (4096, "ok")])
 def test_open_files(monkeypatch: pytest.MonkeyPatch, limit: int, status: str) -> None:
-    monkeypatch.setattr(machine.resource, "getrlimit", lambda _: (limit, limit))
+    monkeypatch.setattr(system.resource, "getrlimit", lambda _: (limit, limit))
     found = by_key(machine.examine(context()))["open files"]
     assert (found.text, found.status) == ("unlimited" if limit < 0 else str(limit), status)
     assert ("ulimit -n" in found.advice) == (status == WARNING)

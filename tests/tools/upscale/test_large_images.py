@@ -17,9 +17,10 @@ from inference_networks import joined, picture, plain, upscaler_of
 from networks import max_error, needs_cuda
 from torch import Tensor
 
+from esc_arch import system
 from esc_arch.archs.heads import Region
 from esc_arch.errors import UserError
-from esc_arch.tools.upscale import large_images, memory
+from esc_arch.tools.upscale import large_images
 from esc_arch.tools.upscale.feature_maps import FeatureMap
 from esc_arch.tools.upscale.large_images import costs_of, enlarge, plan_for, whole
 from esc_arch.tools.upscale.memory import available, format_memory, is_out_of_memory, parse_memory, peak_of, resident
@@ -377,10 +378,10 @@ def test_real_failures_of_the_allocator_are_recognised() -> None:
 
 
 def test_a_limit_of_the_process_counts(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(memory.resource, "getrlimit", lambda _: (2**50, 2**50))
+    monkeypatch.setattr(system.resource, "getrlimit", lambda _: (2**50, 2**50))
     free = available()
     used = next(int(line.split()[1]) for line in Path("/proc/self/status").read_text().splitlines() if "VmSize" in line)
-    monkeypatch.setattr(memory.resource, "getrlimit", lambda _: (used * 1024 + 2**20, 2**50))
+    monkeypatch.setattr(system.resource, "getrlimit", lambda _: (used * 1024 + 2**20, 2**50))
     assert available() <= 2**21 < free
 
 
