@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import json
 import os
@@ -26,6 +25,7 @@ from esc_arch.errors import UserError, first_line
 from esc_arch.names import did_you_mean, nearest
 from esc_arch.ops.cache import cache_folder
 from esc_arch.printing import shown
+from esc_arch.system import lock
 
 from .reading import find_weights, read_checkpoint
 from .recognition import recognise
@@ -138,15 +138,22 @@ def _download(named: NamedWeights) -> None:
         partial = path.with_name(f"{path.name}.partial")
         with _opened_alone(partial) as file:
             if path.exists():  # another process has just downloaded it
+                _release(file)
                 partial.unlink()
                 return
             _fetch(named, file)
+            os.fsync(file.fileno())
+            _release(file)
             if reason := _why_wrong(named, partial):
                 partial.unlink()
                 raise UserError(f"{named.url} is not {named.name}: {reason} It was removed.")
-            os.fsync(file.fileno())
             os.replace(partial, path)
             fsync_folder(path.parent)
+
+
+def _release(file: IO[bytes]) -> None:
+    if sys.platform == "win32":  # which moves and removes no open files
+        file.close()
 
 
 @contextmanager
@@ -155,7 +162,7 @@ def _opened_alone(path: Path) -> Iterator[IO[bytes]]:
     while True:
         with open_regular(path, create=True) as file:
             with suppress(OSError):  # a network file system without locks
-                fcntl.flock(file, fcntl.LOCK_EX)
+                lock(file, wait=True)
             if path.exists() and os.path.samestat(os.fstat(file.fileno()), path.stat()):
                 yield file
                 return

@@ -80,7 +80,7 @@ def done(tmp_path_factory: pytest.TempPathFactory) -> subprocess.CompletedProces
 def test_networks_and_pictures(done: subprocess.CompletedProcess[str]) -> None:
     """And parts that know nothing of BasicSR."""
     assert done.returncode == 0, done.stderr
-    assert "ESCModel is for training. It needs BasicSR, which is not installed: run `basicsr setup-training`" in done.stdout
+    assert "ESCModel is for training. It needs BasicSR, which is not installed: run `basicsr" in done.stdout
 
 
 @pytest.mark.parametrize("verb", ["train", "prepare"])
