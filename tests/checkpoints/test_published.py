@@ -270,6 +270,8 @@ def test_option_files(server: Server, folder: Path, train_options: dict[str, Any
     done = run_basicsr("check", train_options)
     assert (done.status, server.requests) == (0, [])
     assert f"path:pretrain_network_g: {NAME} will be downloaded from http://127.0.0.1" in done.out
+    done = run_basicsr("check", train_options, "--force_yml", "scale=4", "network_g:upscaling_factor=4")
+    assert f"path:pretrain_network_g: {NAME} is of scale 2, and network_g of 4. Give weights" in done.err + done.out
     done = run_basicsr("train", train_options)
     assert (done.status, len(server.requests)) == (0, 1)
     assert f"Loaded ESC from {folder / NAME}.pth" in done.log()
