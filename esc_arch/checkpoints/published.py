@@ -182,7 +182,8 @@ def _fetch(named: NamedWeights, file: IO[bytes]) -> None:
     if answer.status != 206:  # it sends the file from its beginning
         done = 0
         file.truncate(done)
-    total = done + int(answer.headers["Content-Length"] or 0)
+    with _server_errors(named):
+        total = done + int(answer.headers["Content-Length"] or 0)
     with answer, tqdm(total=total or None, initial=done, unit="B", unit_scale=True, disable=None) as bar:
         while True:
             with _server_errors(named):
@@ -214,7 +215,7 @@ def _server_errors(named: NamedWeights) -> Iterator[None]:
 
 def _why_wrong(named: NamedWeights, file: Path) -> str | None:
     """Why a file is not that of these weights; a sentence."""
-    if named.sha256 and (found := hashlib.sha256(file.read_bytes()).hexdigest()) != named.sha256:
+    if named.sha256 and file.is_file() and (found := hashlib.sha256(file.read_bytes()).hexdigest()) != named.sha256:
         return f"its SHA-256 is {found}, not {named.sha256}."
     try:
         section = recognise(find_weights(read_checkpoint(file), None, file)[1])

@@ -142,6 +142,11 @@ def _check_pretrained(opt: Options, key: str, net: nn.Module, source: str, scope
     named = find(source)
     if named and scope.thorough and not named.path.exists():
         yield Problem(f"path:pretrain_{key}", f"{named.name} will be downloaded from {named.url}", "note")
+        if paths.get(f"strict_load_{label}", True) and named.scale != getattr(net, "upscaling_factor", named.scale):
+            what = f"{named.name} is of scale {named.scale}, and {key} of {net.upscaling_factor}"
+            yield Problem(
+                f"path:pretrain_{key}", f"{what}. Give weights of that scale, or set strict_load_{label}: false"
+            )
         return
     try:
         source = str(resolve(source))

@@ -38,12 +38,14 @@ class Server(ThreadingHTTPServer):
         ranges: True if it can send parts.
         sent: bytes after which it ends the connection.
         status: what it answers in place of a file.
+        length: what it says that the length is, if not that of what it sends.
     """
 
     def __init__(self) -> None:
         super().__init__(("127.0.0.1", 0), Handler)
         self.content, self.requests = b"", list[tuple[str, str | None]]()
         self.ranges, self.sent, self.status = True, 10**9, 200
+        self.length: str | None = None
 
 
 class Handler(BaseHTTPRequestHandler):
@@ -56,7 +58,7 @@ class Handler(BaseHTTPRequestHandler):
         start = int(asked[6:-1]) if asked and self.server.ranges else 0
         body = self.server.content[start:]
         self.send_response(416 if not body else 206 if start else self.server.status)
-        self.send_header("Content-Length", str(len(body)))
+        self.send_header("Content-Length", self.server.length or str(len(body)))
         self.end_headers()
         self.wfile.write(body[: self.server.sent])
 
@@ -125,6 +127,12 @@ def test_a_download_that_only_lacks_its_name(server: Server, folder: Path) -> No
     (folder / f"{NAME}.pth.partial").write_bytes(server.content)
     assert resolve(NAME).read_bytes() == server.content
     assert [asked for _, asked in server.requests] == [f"bytes={len(server.content)}-"]
+
+
+def test_a_length_that_is_no_number(server: Server) -> None:
+    server.length = "many"
+    with pytest.raises(UserError, match=rf"^{NAME} cannot be downloaded \(invalid literal .*'many'\)\. Get "):
+        resolve(NAME)
 
 
 def test_two_at_once(server: Server) -> None:
@@ -200,6 +208,10 @@ def test_files_that_are_there(server: Server, folder: Path, tiny: Path, work_fol
         resolve(NAME)
     (folder / f"{NAME}.pth").write_bytes(tiny.read_bytes())
     assert resolve(NAME) == folder / f"{NAME}.pth"
+    (folder / f"{NAME}.pth").unlink()
+    (folder / f"{NAME}.pth").mkdir()
+    with pytest.raises(UserError, match=rf"{NAME}: The checkpoint .* is a folder.* Remove it"):
+        resolve(NAME)
     (work_folder / NAME).write_bytes(b"a file of the user's")
     assert resolve(NAME) == Path(NAME) and find(NAME) is None
     assert not server.requests
@@ -258,6 +270,8 @@ def test_option_files(server: Server, folder: Path, train_options: dict[str, Any
     done = run_basicsr("check", train_options)
     assert (done.status, server.requests) == (0, [])
     assert f"path:pretrain_network_g: {NAME} will be downloaded from http://127.0.0.1" in done.out
+    done = run_basicsr("check", train_options, "--force_yml", "scale=4", "network_g:upscaling_factor=4")
+    assert f"path:pretrain_network_g: {NAME} is of scale 2, and network_g of 4. Give weights" in done.err + done.out
     done = run_basicsr("train", train_options)
     assert (done.status, len(server.requests)) == (0, 1)
     assert f"Loaded ESC from {folder / NAME}.pth" in done.log()

@@ -11,6 +11,7 @@ import platform
 import shutil
 import signal
 import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable
@@ -497,8 +498,48 @@ def test_a_failure_in_the_background_is_not_repeated(unasked: list[list[str]], c
     background.start_build(pytest.fail)
     background.build_aloud(pytest.fail)
     assert len(unasked) == 1
+    note = building.note_of_failure(building.recipe())
+    assert note.exists()
     (csrc / "two.cpp").write_text("int right();")
     assert background.wanted()
+    note.rename(building.note_of_failure(building.recipe()))  # as of a compiler that failed once
+    assert not background.wanted()
+    building.compile_library(building.recipe())
+    assert background.wanted()
+
+
+@needs_compiler
+def test_not_in_the_background_beside_another_build_or_without_a_cache(
+    unasked: list[list[str]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cache.own_folder(building.cache_folder())
+    with building._build_lock():
+        background.start_build(pytest.fail)
+    (tmp_path / "file").touch()
+    monkeypatch.setattr(building, "own_folder", lambda folder: tmp_path / "file")
+    background.start_build(pytest.fail)
+    assert not unasked
+
+
+def test_the_background_finds_the_same_modules(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    (tmp_path / "esc_arch" / "ops" / "cpu").mkdir(parents=True)
+    for folder in ("", "ops", "ops/cpu"):
+        (tmp_path / "esc_arch" / folder / "__init__.py").touch()
+    (tmp_path / "esc_arch" / "ops" / "cpu" / "background.py").write_text(
+        "from pathlib import Path\nbuild_and_note = Path(__file__).with_name('was_here').touch"
+    )
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", ["", *sys.path])
+    monkeypatch.setattr(background, "wanted", lambda: True)
+    monkeypatch.setattr(
+        background,
+        "subprocess",
+        SimpleNamespace(
+            Popen=lambda command, **how: subprocess.run(command, **how, check=True), DEVNULL=subprocess.DEVNULL
+        ),
+    )
+    background.start_build(lambda line: None)
+    assert (tmp_path / "esc_arch" / "ops" / "cpu" / "was_here").exists()
 
 
 @needs_compiler

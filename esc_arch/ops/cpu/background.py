@@ -15,7 +15,11 @@ from . import building
 
 __all__ = ["build_aloud", "start_build", "wanted"]
 
-_PROGRAM = "import os; os.nice(10); from esc_arch.ops.cpu import background; background.build_and_note()"
+#: Its arguments are where this process finds modules: another esc_arch may be installed.
+_PROGRAM = (
+    "import os, sys; sys.path[:] = sys.argv[1:]; os.nice(10); "
+    "from esc_arch.ops.cpu import background; background.build_and_note()"
+)
 
 
 def wanted() -> bool:
@@ -27,11 +31,12 @@ def wanted() -> bool:
 
 def start_build(say: Callable[[str], Any]) -> None:
     """Build in a process that goes on when this one ends, if it is `wanted`; `cpu.look_again` finds the result."""
-    if not wanted():
+    if not wanted() or not building.possible_now():
         return
     # What it prints nobody would read; why it failed is in a file of the cache
     quiet: dict[str, Any] = dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.DEVNULL)
-    subprocess.Popen([sys.executable, "-c", _PROGRAM], cwd="/", start_new_session=True, **quiet)
+    command = [sys.executable, "-c", _PROGRAM, *map(os.path.abspath, sys.path)]
+    subprocess.Popen(command, cwd="/", start_new_session=True, **quiet)
     say(
         "The C++ operators for this processor are being built in the background, once (1 to 3 minutes). Pictures take "
         "half the time or less when they are ready; --no-build switches this off."
@@ -61,4 +66,4 @@ def build_aloud(say: Callable[[str], Any]) -> None:
 
 
 def _failure() -> Path:
-    return building.recipe().library.parent.with_suffix(".failed")
+    return building.note_of_failure(building.recipe())

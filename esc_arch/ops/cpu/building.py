@@ -31,7 +31,16 @@ from esc_arch.atomic_io import open_regular
 from esc_arch.ops.cache import cache_folder, own_folder, read, write
 from esc_arch.system import lock
 
-__all__ = ["Recipe", "built_library", "cache_folder", "compile_library", "find_compiler", "recipe"]
+__all__ = [
+    "Recipe",
+    "built_library",
+    "cache_folder",
+    "compile_library",
+    "find_compiler",
+    "note_of_failure",
+    "possible_now",
+    "recipe",
+]
 
 logger = logging.getLogger(__name__)
 
@@ -144,7 +153,25 @@ def compile_library(
                 progress(done, len(tasks))
             compiled = [task.result() for task in tasks]
             _run((*wanted.compiler, "-shared", *compiled, *link, *_openmp_at_link(wanted)), library, alive.fileno())
+    note_of_failure(wanted).unlink(missing_ok=True)
     return library
+
+
+def note_of_failure(wanted: Recipe) -> Path:
+    """A file that is there if nobody asked for this library, and it could not be built."""
+    return wanted.library.parent.with_suffix(".failed")
+
+
+def possible_now() -> bool:
+    """True if the cache can be written, and no other process builds."""
+    import fcntl
+
+    try:
+        with open_regular(own_folder(cache_folder()) / "build.lock", create=True) as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        return False
+    return True
 
 
 @contextmanager

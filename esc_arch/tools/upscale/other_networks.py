@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from pathlib import Path
+from textwrap import shorten
 from typing import Any, cast
 
 import torch
@@ -11,7 +12,7 @@ from torch import Tensor, nn
 
 from esc_arch.checkpoints.reading import find_weights, read_checkpoint
 from esc_arch.checkpoints.recognition import UnknownNetwork
-from esc_arch.errors import UserError, first_line
+from esc_arch.errors import UserError
 
 from .network import PRECISIONS, Upscaler, find_device, load
 
@@ -64,7 +65,7 @@ def load_any(weights: str | Path, *, device: str = "auto", precision: str = "aut
     except UnsupportedModelError:
         raise unknown from None
     except Exception as error:  # of weights that are not what their names say, about anything
-        raise UserError(f"{weights}: spandrel cannot load it: {first_line(error).rstrip(':')}.") from error
+        raise UserError(f"{weights}: spandrel cannot load it: {shorten(str(error) or repr(error), 300)}.") from error
     name = found.architecture.name
     if not isinstance(found, ImageModelDescriptor) or (found.input_channels, found.output_channels) != (3, 3):
         raise UserError(f"{weights} is {name}, a {found.purpose} network that does not take and give RGB images.")

@@ -112,5 +112,5 @@ def test_shapes_that_do_not_fit_are_one_message(tmp_path: Path) -> None:
     pytest.importorskip("spandrel", reason='needs spandrel: pip install "esc-arch[spandrel]"')
     weights: dict[str, Any] = NETWORKS[COMPACT]().state_dict()
     torch.save(weights | {"body.2.weight": torch.ones(3)}, tmp_path / "odd.pth")
-    with pytest.raises(UserError, match=r"odd\.pth: spandrel cannot load it: "):
+    with pytest.raises(UserError, match=r"odd\.pth: spandrel cannot load it: .*size mismatch for body\.2\.weight"):
         load_any(tmp_path / "odd.pth", device="cpu")
