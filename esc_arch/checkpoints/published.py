@@ -209,7 +209,8 @@ def _server_errors(named: NamedWeights) -> Iterator[None]:
         )
         raise UserError(
             f"{named.name} cannot be downloaded ({reason}). Get {named.url} in another way and save it as "
-            f"{named.path}, or set ESC_ARCH_WEIGHTS_URL to the address of a mirror."
+            f"{named.path}, or set ESC_ARCH_WEIGHTS_URL to the address of a mirror. What comes with esc_arch needs no "
+            f"download: {' and '.join(INCLUDED.values())}."
         ) from error
 
 

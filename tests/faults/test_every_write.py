@@ -198,6 +198,8 @@ def material(work_folder: Path, photographs: Any, train_options: Any, test_optio
     torch.manual_seed(0)
     Path("in").mkdir()
     torch.save({"params": randomise(ESC(**SMALL)).state_dict()}, "in/net.pth")
+    of_files = {key: value for key, value in test_options["network_g"].items() if key != "type"}
+    torch.save({"params": ESC(**of_files).state_dict()}, "in/test.pth")
     image = np.random.default_rng(0).integers(0, 256, (24, 20, 3), dtype=np.uint8)
     for name in ("a", "b"):
         cv2.imwrite(f"in/{name}.png", image)
@@ -234,7 +236,7 @@ VERBS = {
     "benchmark data": "benchmark data -opt in/test.yml --format json -o out/data.json",
     "benchmark cost": "benchmark cost --networks ESC-FP --scales 4 --output 64x64 --no-latency --format json "
     "-o out/cost.json",
-    "benchmark quality": "benchmark quality -opt in/test.yml --baseline bicubic -o out/quality --no-figures",
+    "benchmark quality": "benchmark quality -opt in/test.yml -m in/test.pth --baseline bicubic -o out/quality --no-figures",
     "warmup": "warmup --device cpu",
 }
 RESULTS = ("out", "experiments", "results")

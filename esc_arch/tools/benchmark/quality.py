@@ -108,6 +108,11 @@ def _plan(args: argparse.Namespace, *, save_images: bool) -> list[Evaluation]:
     for file, weights in zip_longest(files, args.weights or ()):
         entries = forced if weights is None else [*forced, f"path:pretrain_network_g={json.dumps(weights)}"]
         new = plan_evaluation(file, entries, protocol=args.protocol, paper=args.paper, launcher=args.launcher)
+        if not (new.opt.get("path") or {}).get("pretrain_network_g"):
+            raise UserError(
+                f"{file} names no weights, and an untrained network says nothing: give path:pretrain_network_g, or -m "
+                "for the files of -opt."
+            )
         if new.name in planned:
             raise UserError(
                 f"{planned[new.name].file} and {file} both have the name {new.name}, and would share "

@@ -244,6 +244,8 @@ def test_a_network_of_any_scale(quality: Any, options: Any) -> None:
     network = {key: value for key, value in NETWORK.items() if key != "upscaling_factor"}
     options |= {"model_type": "ESCLTEModel", "path": {}}
     options["network_g"] = network | {"type": "ESCLTE", "hidden_dim": 8, "mlp_dims": [8]}
+    torch.save({"params": build_network(options["network_g"]).state_dict()}, "lte.pth")
+    options["path"] = {"pretrain_network_g": "lte.pth"}
     for metric in options["val"]["metrics"].values():
         metric["crop_border"] = "scale"
     run = quality([options], "--format", "json", "--paper", "ESC-LTE", "--baseline", "bicubic", "-o", "report")
@@ -368,6 +370,7 @@ def test_data_are_looked_at_first(quality: Any, options: Any, photographs: Any, 
     [
         ({}, ["-m", "a.pth", "b.pth"], "-m has 2 file(s) and -opt 1: give one for each option file"),
         ({}, ["-m", "a.pth"], "path:pretrain_network_g: 'a.pth' given, but there is no file"),
+        ({"path": {}}, [], "names no weights, and an untrained network says nothing"),
         ({}, ["--baseline", "no.yml"], "option file no.yml does not exist"),
         ({}, ["--baseline", "trial.yml"], "both have the name trial, and would share results/trial"),
         ({}, ["--cost", "no.json"], "--cost no.json cannot be used"),

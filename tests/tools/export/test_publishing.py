@@ -25,6 +25,7 @@ from safetensors import safe_open
 from skimage.data import astronaut
 
 import esc_arch
+from esc_arch import atomic_io
 from esc_arch import UserError
 from esc_arch.checkpoints.conversion import build_network
 from esc_arch.cli import main
@@ -571,6 +572,7 @@ def test_a_failure_leaves_what_was_there(
         replace_file(source, target)
 
     if late:
+        monkeypatch.setattr(atomic_io, "_exchange", lambda one, other: False)  # which cannot be interrupted
         monkeypatch.setattr(os, "replace", fail_late)
     else:
         monkeypatch.setattr(publishing, "option_files", fail)
