@@ -236,7 +236,8 @@ VERBS = {
     "benchmark data": "benchmark data -opt in/test.yml --format json -o out/data.json",
     "benchmark cost": "benchmark cost --networks ESC-FP --scales 4 --output 64x64 --no-latency --format json "
     "-o out/cost.json",
-    "benchmark quality": "benchmark quality -opt in/test.yml -m in/test.pth --baseline bicubic -o out/quality --no-figures",
+    "benchmark quality": "benchmark quality -opt in/test.yml -m in/test.pth --baseline bicubic -o out/quality "
+    "--no-figures",
     "warmup": "warmup --device cpu",
 }
 RESULTS = ("out", "experiments", "results")

@@ -25,8 +25,7 @@ from safetensors import safe_open
 from skimage.data import astronaut
 
 import esc_arch
-from esc_arch import atomic_io
-from esc_arch import UserError
+from esc_arch import UserError, atomic_io
 from esc_arch.checkpoints.conversion import build_network
 from esc_arch.cli import main
 from esc_arch.data.benchmark import prepare_benchmark
