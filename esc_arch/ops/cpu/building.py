@@ -36,6 +36,9 @@ logger = logging.getLogger(__name__)
 
 CSRC = Path(__file__).parent / "csrc"
 
+#: True if PyTorch has all of libtorch's stable ABI that csrc/tensors.h needs.
+STABLE_ABI = torch.__version__ >= (2, 11)
+
 #: What the vectors of at::vec and the compiler's own are to use, by the name PyTorch gives to what this CPU has
 #: (ATEN_CPU_CAPABILITY lowers it, for PyTorch and for us).
 _INSTRUCTIONS = {
@@ -240,7 +243,9 @@ def _flags() -> tuple[str, ...]:
     # (Without signed zeros, traps and errno nothing that is computed changes)
     safe_maths = ("-ffp-contract=fast", "-fno-math-errno", "-fno-trapping-math")
     abi = f"-D_GLIBCXX_USE_CXX11_ABI={int(torch.compiled_with_cxx11_abi())}"
-    return ("-std=c++20", "-O3", "-fPIC", "-DNDEBUG", "-Wno-psabi", abi, *instructions, *openmp, *safe_maths)
+    stable = ("-DTORCH_TARGET_VERSION=0x020b000000000000",) if STABLE_ABI else ()  # 2.11
+    shared = ("-std=c++20", "-O3", "-fPIC", "-fvisibility=hidden", "-DNDEBUG", "-Wno-psabi")
+    return (*shared, abi, *stable, *instructions, *openmp, *safe_maths)
 
 
 def _openmp_at_link(wanted: Recipe) -> tuple[str, ...]:
