@@ -690,9 +690,8 @@ void kernel_matrices(const Tiling& t, const Tensor& kernel, float* matrices) {
         }
     }
   });
-  if (!even)
-    throw std::invalid_argument("conv_attention: large_kernel is not symmetric, that is, equal to its mirror images in "
-                                "both directions. Pass it through symmetrise, or call with symmetric=False.");
+  require(even, "conv_attention: large_kernel is not symmetric, that is, equal to its mirror images in both "
+                "directions. Pass it through symmetrise, or call with symmetric=False.");
 }
 
 // The gradient (output, input, K, K) from correlations [share][fx][fy][input channel][padded output channel]
