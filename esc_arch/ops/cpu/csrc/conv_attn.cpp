@@ -270,9 +270,8 @@ struct KernelGradients {
 };
 
 // `to` gets the gradient of x, unless it is null
-KernelGradients differentiate_convolutions(const Tensor& gradient, const Tensor& x,
-                                           const Tensor& large_kernel, const Tensor& dynamic_kernel,
-                                           const Tensor* to, bool of_kernels) {
+KernelGradients differentiate_convolutions(const Tensor& gradient, const Tensor& x, const Tensor& large_kernel,
+                                           const Tensor& dynamic_kernel, const Tensor* to, bool of_kernels) {
   Tensor large_gradient = of_kernels ? zeros(large_kernel.sizes()) : empty({0});
   Tensor dynamic_gradient = of_kernels ? zeros(dynamic_kernel.sizes()) : empty({0});
   if (x.numel() == 0) return {large_gradient, dynamic_gradient};

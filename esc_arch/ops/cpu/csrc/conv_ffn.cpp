@@ -349,9 +349,8 @@ std::tuple<Tensor, Tensor> conv_ffn_fused(
   return {y, row_sums.means(s)};
 }
 
-Tensor conv_ffn(const Tensor& x, const Tensor& proj_weight, const Tensor& proj_bias,
-                const Tensor& dwc_weight, const Tensor& dwc_bias, const Tensor& aggr_weight,
-                const Tensor& aggr_bias) {
+Tensor conv_ffn(const Tensor& x, const Tensor& proj_weight, const Tensor& proj_bias, const Tensor& dwc_weight,
+                const Tensor& dwc_bias, const Tensor& aggr_weight, const Tensor& aggr_bias) {
   return std::get<0>(conv_ffn_fused(x, std::nullopt, std::nullopt, 0, proj_weight, proj_bias, dwc_weight, dwc_bias,
                                     aggr_weight, aggr_bias, 0));
 }

@@ -26,12 +26,14 @@
 
 namespace esc_arch {
 
-// --- errors and sizes -----------------------------------------------------------------------------------------------
-
 constexpr int64_t kMostDimensions = 6;
 
-inline void require(bool condition, const char* message) {
-  if (!condition) throw std::runtime_error(message);
+inline std::string text(const char* part) { return part; }
+inline std::string text(int64_t part) { return std::to_string(part); }
+
+template <typename... Parts>
+void require(bool condition, const Parts&... parts) {
+  if (!condition) throw std::runtime_error((text(parts) + ...));
 }
 
 // The sizes or strides of a tensor
@@ -74,17 +76,10 @@ class Dimensions {
   std::array<int64_t, kMostDimensions> each_{};  // zero beyond the last
 };
 
-inline std::string text(const char* part) { return part; }
-inline std::string text(int64_t part) { return std::to_string(part); }
 inline std::string text(const Dimensions& part) {
   std::string result = "[";
   for (int64_t d = 0; d < part.size(); ++d) result += (d ? ", " : "") + std::to_string(part[d]);
   return result + "]";
-}
-
-template <typename... Parts>
-void require(bool condition, const Parts&... parts) {
-  if (!condition) throw std::runtime_error((text(parts) + ...));
 }
 
 // --- the two kinds of PyTorch ---------------------------------------------------------------------------------------
@@ -106,20 +101,12 @@ inline Handle empty_handle(const Dimensions& sizes, const Dimensions& strides) {
 // A tensor of memory that `free`(memory) takes back
 template <typename Free>
 Handle handle_of(void* memory, const Dimensions& sizes, const Dimensions& strides, Free free) {
-  return torch::stable::from_blob(memory, {sizes.data(), size_t(sizes.size())},
-                                  {strides.data(), size_t(strides.size())},
-                                  torch::stable::Device(torch::headeronly::DeviceType::CPU),
-                                  torch::headeronly::ScalarType::Float, free);
+  const torch::stable::Device cpu(torch::headeronly::DeviceType::CPU);
+  return torch::stable::from_blob(memory, sizes, strides, cpu, torch::headeronly::ScalarType::Float, free);
 }
 
 inline void copy_handle(const Handle& from, const Handle& to) {
   STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_copy_(to.get(), from.get(), 0));
-}
-
-inline bool is_float32_on_cpu(const Handle& tensor) {
-  int32_t type;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(tensor.get(), &type));
-  return type == aoti_torch_dtype_float32() && tensor.is_cpu();
 }
 
 #else
@@ -141,27 +128,24 @@ Handle handle_of(void* memory, const Dimensions& sizes, const Dimensions& stride
 
 inline void copy_handle(const Handle& from, const Handle& to) { to.copy_(from); }
 
-inline bool is_float32_on_cpu(const Handle& tensor) { return tensor.scalar_type() == at::kFloat && tensor.is_cpu(); }
-
 #define STABLE_TORCH_LIBRARY_FRAGMENT TORCH_LIBRARY_FRAGMENT
 #define STABLE_TORCH_LIBRARY_IMPL TORCH_LIBRARY_IMPL
 #define TORCH_BOX(function) function
 
 #endif
 
-// --- tensors --------------------------------------------------------------------------------------------------------
-
 // A tensor or a view of one, with its sizes and strides at hand: asking PyTorch for each of them would take longer.
-// PyTorch gets the whole tensor, `handle`.
+// Of a view, too, PyTorch gets the whole tensor.
 class Tensor {
  public:
   Tensor() = default;
-  explicit Tensor(const Handle& whole)
+  Tensor(const Handle& whole)
       : handle_(whole), sizes_(whole.sizes().data(), whole.dim()), strides_(whole.strides().data(), whole.dim()),
         // (Only what was made here is written to)
-        data_(static_cast<float*>(const_cast<void*>(whole.const_data_ptr()))), is_float_(is_float32_on_cpu(whole)) {}
+        data_(static_cast<float*>(const_cast<void*>(whole.const_data_ptr()))),
+        is_float_(whole.scalar_type() == c10::ScalarType::Float && whole.is_cpu()) {}
 
-  const Handle& handle() const { return *handle_; }
+  operator const Handle&() const { return *handle_; }
   bool defined() const { return handle_.has_value(); }
   int64_t dim() const { return sizes_.size(); }
   int64_t numel() const { return sizes_.product(); }
@@ -237,24 +221,13 @@ inline Tensor filled(const Dimensions& sizes, float value) {
 
 inline Tensor zeros(const Dimensions& sizes) { return filled(sizes, 0); }
 
-// --- registration ---------------------------------------------------------------------------------------------------
-
-inline Tensor taken(const Handle& tensor) { return Tensor(tensor); }
-inline std::optional<Tensor> taken(const std::optional<Handle>& tensor) {
-  return tensor ? std::optional<Tensor>(*tensor) : std::nullopt;
-}
-template <typename Plain>
-Plain taken(Plain value) { return value; }
-
-inline Handle given(const Tensor& tensor) { return tensor.handle(); }
-template <typename... Tensors>
-auto given(const std::tuple<Tensors...>& tensors) {
-  return std::apply([](const auto&... each) { return std::make_tuple(each.handle()...); }, tensors);
-}
-
-template <typename Argument>
+template <typename Other>
 struct Passed {
-  using Type = Argument;
+  using Type = Other;
+};
+template <>
+struct Passed<Tensor> {
+  using Type = Handle;
 };
 template <>
 struct Passed<const Tensor&> {
@@ -264,13 +237,17 @@ template <>
 struct Passed<const std::optional<Tensor>&> {
   using Type = const std::optional<Handle>&;
 };
+template <typename... Each>
+struct Passed<std::tuple<Each...>> {
+  using Type = std::tuple<typename Passed<Each>::Type...>;
+};
 
 // A function of Tensors as a kernel of PyTorch's
 template <auto function>
 struct Kernel;
 template <typename Result, typename... Arguments, Result (*function)(Arguments...)>
 struct Kernel<function> {
-  static auto call(typename Passed<Arguments>::Type... arguments) { return given(function(taken(arguments)...)); }
+  static typename Passed<Result>::Type call(typename Passed<Arguments>::Type... each) { return function(each...); }
 };
 
 #define ESC_ARCH_KERNEL(function) TORCH_BOX((&esc_arch::Kernel<&function>::call))

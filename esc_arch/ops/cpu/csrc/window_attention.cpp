@@ -711,8 +711,7 @@ Tensor map_like(const Tensor& qkv, int64_t channels) {
 }
 
 std::tuple<Tensor, Tensor> window_attention(const Tensor& qkv, const Tensor& bias,
-                                            const std::optional<Tensor>& key_factors, int64_t window,
-                                            int64_t heads) {
+                                            const std::optional<Tensor>& key_factors, int64_t window, int64_t heads) {
   check(qkv, bias, key_factors, window, heads);
   const Shape s(qkv, key_factors ? bias.size(2) : 0, window, heads);
   Tensor out = map_like(qkv, qkv.size(1) / 3);
@@ -918,8 +917,7 @@ Tensor window_attention_fused(const Tensor& x, const std::optional<Tensor>& norm
                               const std::optional<Tensor>& norm_bias, double eps, const Tensor& qkv_weight,
                               const std::optional<Tensor>& qkv_bias, const Tensor& bias,
                               const std::optional<Tensor>& key_factors, const Tensor& out_weight,
-                              const std::optional<Tensor>& out_bias, int64_t window, int64_t heads,
-                              bool residual) {
+                              const std::optional<Tensor>& out_bias, int64_t window, int64_t heads, bool residual) {
   require(window >= 1 && heads >= 1 && x.dim() == 4 && x.size(1) % heads == 0 && x.is_float(),
           "esc_arch::window_attention_fused_cpu: x must be (B, C, H, W), C a multiple of the heads, and float32.");
   const int64_t channels = x.size(1);
