@@ -18,7 +18,6 @@ from esc_arch.errors import FAULT, UserError
 from esc_arch.modules.window_attention import WindowAttention
 from esc_arch.ops import cpu
 from esc_arch.ops.autotune.runner import autotune_gpus
-from esc_arch.ops.cpu import building
 from esc_arch.ops.operation import UnusableBackend
 from esc_arch.ops.window_attention import WINDOW_ATTENTION
 from esc_arch.problems import of_severity
@@ -81,7 +80,7 @@ def _build_operators() -> int:
     except RuntimeError as error:
         print(f"{error}\nPyTorch's own operators are used instead: slower, with the same results.")
         return FAULT if error.__cause__ is not None else 0  # what was tried failed, or there is nothing to try with
-    print(f"C++ operators: ready after {seconds:.1f} s, kept in {building.cache_folder()}")
+    print(f"C++ operators: ready after {seconds:.1f} s, {cpu.origin()}")
     return 0
 
 

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.module import _has_any_global_hook as has_any_global_hook
+from torch.nn.modules import module as torch_module
 
 from esc_arch.ops import cpu
 from esc_arch.ops.conv3x3 import conv3x3_fused
@@ -148,6 +148,16 @@ def _norm_ffn(ffn: nn.Module, norm: nn.Module, x: Tensor, pooled: int = 0) -> tu
     return ffn(norm(x)), None
 
 
+def _any_global_hook() -> bool:
+    """True if hooks are registered for all modules; PyTorch 2.7 has no function of its own for it."""
+    return bool(
+        torch_module._global_backward_pre_hooks
+        or torch_module._global_backward_hooks
+        or torch_module._global_forward_pre_hooks
+        or torch_module._global_forward_hooks
+    )
+
+
 def can_fuse(*layers: nn.Module | None) -> bool:
     """True if a fused kernel may bypass these layers.
 
@@ -155,7 +165,7 @@ def can_fuse(*layers: nn.Module | None) -> bool:
     wrapped, replaced (adapters, quantisation) or with another `forward` on the instance, and nothing is hooked to them
     or to every module (feature extraction, counting).
     """
-    return not has_any_global_hook() and all(layer is None or _is_plain(layer) for layer in layers)
+    return not _any_global_hook() and all(layer is None or _is_plain(layer) for layer in layers)
 
 
 def _norm_params(norm: LayerNorm | None) -> tuple[Tensor | None, Tensor | None, float]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -21,7 +20,7 @@ def building(monkeypatch: pytest.MonkeyPatch) -> Callable[[Callable[..., float]]
     def replace(build: Callable[..., float]) -> None:
         monkeypatch.setattr(warmup.cpu, "ready", lambda: False)
         monkeypatch.setattr(warmup.cpu, "build", build)
-        monkeypatch.setattr(warmup.building, "cache_folder", lambda: Path("/cache/native-1"))
+        monkeypatch.setattr(warmup.cpu, "origin", lambda: "built here, kept in /cache/native-1")
 
     replace(lambda progress: 31.4)
     return replace
@@ -38,7 +37,7 @@ def raising(cause: Exception | None) -> Callable[..., float]:
 def test_base_networks_without_an_option_file(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["warmup", "--size", "5x7", "--device", "cpu"]) == 0
     out = capsys.readouterr().out
-    assert "C++ operators: ready after 31.4 s, kept in /cache/native-1\n" in out
+    assert "C++ operators: ready after 31.4 s, built here, kept in /cache/native-1\n" in out
     for scale in (2, 3, 4):
         assert f"ESC x{scale} on cpu: ready. The first image took " in out
     assert "(attn_type: auto)" in out

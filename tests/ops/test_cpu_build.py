@@ -42,10 +42,12 @@ def new_process(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[[],
     for name in ("one", "two"):
         (csrc / f"{name}.cpp").write_text(f'#include "common.h"\nextern "C" int {name}() {{ return answer; }}\n')
     monkeypatch.setattr(building, "CSRC", csrc)
+    monkeypatch.setattr(building, "PREBUILT", tmp_path / "prebuilt")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     for variable in ("ESC_ARCH_NATIVE", "ESC_ARCH_NATIVE_SOURCES", "CXX"):
         monkeypatch.delenv(variable, raising=False)
     monkeypatch.setattr(cpu._State, "registrations", [])
+    monkeypatch.setattr(cpu._State, "library", None)
 
     def forget() -> None:
         monkeypatch.setattr(cpu._State, "reasons", None)
@@ -144,6 +146,28 @@ def test_the_library_depends_on_cpu_compiler_and_torch(monkeypatch: pytest.Monke
         assert flag in building.recipe().flags
         keys.add(building.recipe().library)
     assert len(keys) >= 6  # one of the three is this machine's
+
+
+@needs_compiler
+def test_a_prebuilt_library(new_process: Callable[[], None], monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """It needs no compiler; one that was built here comes first."""
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX2")
+    built = building.compile_library(building.recipe())
+    building.PREBUILT.mkdir()
+    shutil.copy(built, building.PREBUILT / "AVX2.so")
+    assert building.library_at_hand() == built
+    monkeypatch.setattr(building, "find_compiler", lambda: None)
+    assert cpu.ready() and cpu.origin() == "prebuilt, AVX2"
+    assert not background.wanted()
+    assert building.library_at_hand() is not None
+    for module, name, value in (
+        (torch.backends.cpu, "get_cpu_capability", lambda: "AVX512"),  # not there
+        (building, "STABLE_ABI", False),
+        (os, "environ", {**os.environ, "ESC_ARCH_NATIVE_SOURCES": "one.cpp"}),
+    ):
+        with monkeypatch.context() as patch:
+            patch.setattr(module, name, value)
+            assert building.library_at_hand() is None
 
 
 @needs_compiler

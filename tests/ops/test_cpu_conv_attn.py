@@ -138,9 +138,9 @@ def test_an_empty_batch() -> None:
 
 def test_a_kernel_that_is_not_symmetric_is_not_taken_for_one() -> None:
     x, large, dynamic = inputs(4, 5, (9, 8))
-    with pytest.raises(ValueError, match=r"large_kernel is not symmetric.*Pass it through symmetrise, or call with"):
+    with pytest.raises(RuntimeError, match=r"large_kernel is not symmetric.*Pass it through symmetrise, or call with"):
         conv_attention(x, large, dynamic, symmetric=True, backend="cpu")
-    with pytest.raises(ValueError, match="large_kernel is not symmetric"):
+    with pytest.raises(RuntimeError, match="large_kernel is not symmetric"):
         conv_attention(x, symmetrise(large).index_fill(3, torch.tensor([0]), float("nan")), dynamic, symmetric=True)
 
 
@@ -284,7 +284,7 @@ def test_step_says_what_does_not_fit(name: str, value: Tensor, message: str) -> 
 
 def test_step_with_a_kernel_that_is_not_symmetric() -> None:
     values = step_inputs(24, 16, 24, (5, 6))
-    with pytest.raises(ValueError, match="large_kernel is not symmetric"):
+    with pytest.raises(RuntimeError, match="large_kernel is not symmetric"):
         conv_attention_fused(**{**values, "large_kernel": normal(16, 16, 13, 13)}, symmetric=True)
 
 

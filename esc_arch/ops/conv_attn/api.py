@@ -67,9 +67,9 @@ def conv_attention(
         (B, D, H, W).
 
     Raises:
-        ValueError: shapes that do not fit each other, an unknown backend, or a kernel said to be symmetric is not
-            (where the backend looks).
-        RuntimeError: the backend requested by name cannot take these inputs; the message lists every reason.
+        ValueError: shapes that do not fit each other, or an unknown backend.
+        RuntimeError: the backend requested by name cannot take these inputs (the message lists every reason), or a
+            kernel said to be symmetric is not (where the backend looks).
     """
     channels = large_kernel.shape[0]
     convolved, others = (x[:, :channels], x[:, channels:]) if x.dim() == 4 else (x, x)
@@ -115,8 +115,8 @@ def conv_attention_fused(
         (B, D', H, W); None where no operator does it in one.
 
     Raises:
-        ValueError: a large kernel that does not fit x, or is said to be symmetric and is not.
-        RuntimeError: shapes of the others that do not fit.
+        ValueError: a large kernel that does not fit x.
+        RuntimeError: it is said to be symmetric and is not, or shapes of the others do not fit.
     """
     _check(None, large_kernel, None)
     parameters = (proj1_weight, proj1_bias, proj2_weight, proj2_bias, weight, bias)

@@ -1,4 +1,4 @@
-"""Operators in C++ for the CPU, float32: compiled once by the machine's own compiler, never required.
+"""Operators in C++ for the CPU, float32: prebuilt, or compiled once by the machine's own compiler; never required.
 
 `auto` uses them if they are built already, and never waits for a compiler. Requested by name, or by `build`, they are
 compiled on demand (about a minute) and kept in the user's cache; `background` does so for who did not ask.
@@ -34,6 +34,7 @@ __all__ = [
     "build_by_name",
     "input_reasons",
     "look_again",
+    "origin",
     "ready",
     "register",
     "reusing_memory",
@@ -51,6 +52,7 @@ class _State:
 
     #: Why the operators cannot be called; None until the first layer asks.
     reasons: list[str] | None = None
+    library: Path | None = None
     registrations: list[Callable[[], None]] = []  # noqa: RUF012  (one per process is what is wanted)
 
 
@@ -64,15 +66,25 @@ def ready() -> bool:
 def unsupported_reasons() -> list[str]:
     """Why the operators cannot be called now; empty when they can. Looked up once: every layer asks."""
     if _State.reasons is None:
-        _State.reasons = _obstacles() or [NOT_BUILT]
-        if _State.reasons == [NOT_BUILT]:
+        _State.reasons = _obstacles()
+        if not _State.reasons:
             try:
-                if library := building.built_library(building.recipe()):
+                if library := building.library_at_hand():
                     _load(library)
+                else:
+                    _State.reasons = _no_compiler() or [NOT_BUILT]
             except Exception as error:  # whatever is wrong with them, networks run without them
                 _State.reasons = [f"loading the C++ operators failed: {_describe(error)}"]
                 logger.warning("%s. PyTorch's own operators are used instead.", _State.reasons[0])
     return list(_State.reasons)
+
+
+def origin() -> str:
+    """Where the operators that are `ready` come from, for people."""
+    library = _State.library
+    if library is not None and library.parent == building.PREBUILT:
+        return f"prebuilt, {library.stem}"
+    return f"built here, kept in {building.cache_folder()}"
 
 
 def look_again() -> None:
@@ -112,8 +124,7 @@ def build(progress: Callable[[int, int], Any] = lambda done, total: None) -> flo
     """
     start = time.perf_counter()
     if not ready():
-        obstacles = _obstacles()
-        if obstacles:
+        if obstacles := _obstacles() + _no_compiler():
             raise RuntimeError(f"The C++ operators cannot be built: {'; '.join(obstacles)}.")
         try:
             wanted = building.recipe()
@@ -206,13 +217,15 @@ def _obstacles() -> list[str]:
         reasons.append(
             f"the C++ operators are for Linux and macOS on x86-64 and arm64, not {sys.platform} on {machine}"
         )
-    if building.find_compiler() is None:
-        named = os.environ.get("CXX")
-        reasons.append(
-            "compiling the C++ operators needs g++ or clang++ on the PATH, or CXX naming a compiler"
-            + (f", which CXX={named!r} does not" if named else "")
-        )
     return reasons
+
+
+def _no_compiler() -> list[str]:
+    if building.find_compiler() is not None:
+        return []
+    named = os.environ.get("CXX")
+    which = f", which CXX={named!r} does not" if named else ""
+    return [f"compiling the C++ operators needs g++ or clang++ on the PATH, or CXX naming a compiler{which}"]
 
 
 def _describe(error: Exception) -> str:
@@ -221,6 +234,6 @@ def _describe(error: Exception) -> str:
 
 def _load(library: Path) -> None:
     torch.ops.load_library(str(library))
-    _State.reasons = []
+    _State.reasons, _State.library = [], library
     for register in _State.registrations:
         register()

@@ -1,5 +1,6 @@
 """Compiling the C++ operators: one shared library of every file in csrc, made once and kept in the user's cache.
 
+Wheels for Linux on x86-64 bring it compiled, for each kind of vectors, in the folder prebuilt (see .ci/build_wheel).
 The compiler is called directly, because torch.utils.cpp_extension wants ninja and includes every header of PyTorch.
 For development, ESC_ARCH_NATIVE_SOURCES (file names with commas between) restricts the library to some of the files.
 """
@@ -32,11 +33,14 @@ from esc_arch.ops.cache import cache_folder, own_folder, read, write
 from esc_arch.system import lock
 
 __all__ = [
+    "PORTABLE",
     "Recipe",
     "built_library",
     "cache_folder",
     "compile_library",
     "find_compiler",
+    "flags",
+    "library_at_hand",
     "note_of_failure",
     "possible_now",
     "recipe",
@@ -44,14 +48,20 @@ __all__ = [
 
 logger = logging.getLogger(__name__)
 
-CSRC = Path(__file__).parent / "csrc"
+CSRC, PREBUILT = Path(__file__).parent / "csrc", Path(__file__).parent / "prebuilt"
 
-#: What the vectors of at::vec and the compiler's own are to use, by the name PyTorch gives to what this CPU has
-#: (ATEN_CPU_CAPABILITY lowers it, for PyTorch and for us).
-_INSTRUCTIONS = {
-    "AVX512": ("-march=native", "-mprefer-vector-width=512", "-DCPU_CAPABILITY=AVX512", "-DCPU_CAPABILITY_AVX512"),
-    "AVX2": ("-march=native", "-mno-avx512f", "-DCPU_CAPABILITY=AVX2", "-DCPU_CAPABILITY_AVX2"),
+#: True if PyTorch has all of libtorch's stable ABI that csrc/tensors.h needs: libraries serve all such versions.
+STABLE_ABI = torch.__version__ >= "2.11"  # (TorchVersion compares them as versions)
+
+#: What the compiler's vectors are to use, by the name PyTorch gives to what this CPU has (ATEN_CPU_CAPABILITY lowers
+#: it, for PyTorch and for us).
+_VECTORS = {
+    "AVX512": ("-mprefer-vector-width=512", "-DCPU_CAPABILITY=AVX512", "-DCPU_CAPABILITY_AVX512"),
+    "AVX2": ("-mno-avx512f", "-DCPU_CAPABILITY=AVX2", "-DCPU_CAPABILITY_AVX2"),
 }
+
+#: The instructions of prebuilt libraries: those that PyTorch looks for before it gives a CPU this name.
+PORTABLE = {"AVX512": ("-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mfma"), "AVX2": ("-mavx2", "-mfma")}
 
 #: A script that turns into the command of its arguments. Beside it waits what ends the command, all that it started
 #: and its folder of temporary files, when nobody holds the other end of standard input any more: when this process
@@ -94,9 +104,21 @@ def recipe() -> Recipe:
     compiler = find_compiler()
     if compiler is None:
         raise RuntimeError("there is no C++ compiler")
-    sources, flags = _sources(), _flags()
-    library = cache_folder() / f"native-{_key(compiler, flags, *sources)}" / "operators.so"
-    return Recipe(compiler, sources, flags, library)
+    sources, arguments = _sources(), flags(torch.backends.cpu.get_cpu_capability())
+    library = cache_folder() / f"native-{_key(compiler, arguments, *sources)}" / "operators.so"
+    return Recipe(compiler, sources, arguments, library)
+
+
+def library_at_hand() -> Path | None:
+    """The library that was built here, else the one that came with the installation, for this PyTorch and CPU.
+
+    Raises:
+        OSError: see `built_library`.
+    """
+    if find_compiler() is not None and (built := built_library(recipe())):
+        return built
+    prebuilt = PREBUILT / f"{torch.backends.cpu.get_cpu_capability()}.so"
+    return prebuilt if STABLE_ABI and prebuilt.exists() and not os.environ.get("ESC_ARCH_NATIVE_SOURCES") else None
 
 
 def built_library(wanted: Recipe) -> Path | None:
@@ -257,16 +279,16 @@ def _sources() -> tuple[Path, ...]:
     return tuple(there[name] for name in names)
 
 
-def _flags() -> tuple[str, ...]:
-    instructions = _INSTRUCTIONS.get(
-        torch.backends.cpu.get_cpu_capability(),
-        ("-march=native", "-DCPU_CAPABILITY=DEFAULT", "-DCPU_CAPABILITY_DEFAULT"),
-    )
+def flags(capability: str, instructions: tuple[str, ...] = ("-march=native",)) -> tuple[str, ...]:
+    """What to compile with, except for the folders of headers, for vectors by PyTorch's name."""
+    vectors = _VECTORS.get(capability, ("-DCPU_CAPABILITY=DEFAULT", "-DCPU_CAPABILITY_DEFAULT"))
     openmp = ("-Xclang", "-fopenmp") if sys.platform == "darwin" else ("-fopenmp",)
     # (Without signed zeros, traps and errno nothing that is computed changes)
     safe_maths = ("-ffp-contract=fast", "-fno-math-errno", "-fno-trapping-math")
     abi = f"-D_GLIBCXX_USE_CXX11_ABI={int(torch.compiled_with_cxx11_abi())}"
-    return ("-std=c++20", "-O3", "-fPIC", "-DNDEBUG", "-Wno-psabi", abi, *instructions, *openmp, *safe_maths)
+    stable = ("-DTORCH_TARGET_VERSION=0x020b000000000000",) if STABLE_ABI else ()  # 2.11
+    shared = ("-std=c++20", "-O3", "-fPIC", "-fvisibility=hidden", "-DNDEBUG", "-Wno-psabi")
+    return (*shared, abi, *stable, *instructions, *vectors, *openmp, *safe_maths)
 
 
 def _openmp_at_link(wanted: Recipe) -> tuple[str, ...]:

@@ -165,7 +165,7 @@ def cpp_operators() -> list[Finding]:
         done = subprocess.run([*command, "--version"], capture_output=True, text=True, timeout=10)
         compiler = f"{' '.join(command)}, {(done.stdout or done.stderr).splitlines()[0]}"
     cache, reasons = building.cache_folder(), cpu.unsupported_reasons()
-    text = f"not used: {'; '.join(reasons)}; their cache is {cache}" if reasons else f"built, in {cache}"
+    text = f"not used: {'; '.join(reasons)}; their cache is {cache}" if reasons else cpu.origin()
     status, advice = OK, "CPUs use PyTorch's own operators in their place: slower, with the same results."
     if any("failed" in reason for reason in reasons):
         status, advice = PROBLEM, f"`basicsr warmup` rebuilds them. {_WITHOUT_CPU}"

@@ -181,7 +181,7 @@ def test_a_gpu_is_looked_at_in_two_types(monkeypatch: pytest.MonkeyPatch) -> Non
 @pytest.mark.parametrize(
     ("reasons", "compiler", "status", "text", "advice"),
     [
-        ([], ("sh",), "ok", "built, in /cache/esc_arch", ""),
+        ([], ("sh",), "ok", "built here, kept in /cache/esc_arch", ""),
         (["the C++ operators are not built yet"], ("sh",), "warning", "not built yet", "`basicsr warmup` builds"),
         (["compiling the C++ operators failed: no space"], ("sh",), "problem", "no space", "ESC_ARCH_NATIVE=0"),
         (["needs g++"], None, "ok", "needs g++; their cache is /cache", "PyTorch's own operators"),
@@ -194,6 +194,7 @@ def test_operators(
     from esc_arch.ops.cpu import building
 
     monkeypatch.setattr(cpu, "unsupported_reasons", lambda: reasons)
+    monkeypatch.setattr(cpu._State, "library", None)
     monkeypatch.setattr(building, "find_compiler", lambda: compiler and ("g++",))
     monkeypatch.setattr(building, "cache_folder", lambda: "/cache/esc_arch")
     done = SimpleNamespace(stdout="g++ 12\nmore", stderr="")

@@ -65,7 +65,7 @@ def test_a_process_that_ends_before_it_is_asked(monkeypatch: pytest.MonkeyPatch)
 def test_esc_arch_is_there_without_what_its_start_imports(worker: Worker) -> None:
     """The C++ operators may be loaded before what calls them."""
     compiler, operators = worker.call("esc_arch.tools.doctor.machine:cpp_operators")
-    assert operators[2] == "ok" and operators[1].startswith("built, in "), (compiler, operators)
+    assert operators[2] == "ok" and operators[1].startswith("built here, "), (compiler, operators)
     for backend in ("sdpa", "cpu"):
         target = ("window attention", "cpu", "float32")
         arguments = ("key", backend, target, True, "problem", "advice")

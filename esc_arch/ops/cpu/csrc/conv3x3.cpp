@@ -9,10 +9,6 @@
 // Rows are normalised and evaluated along the columns as they come; a thread walks down a band of tiles. For one point
 // along the columns after another, the 6 points along the rows are evaluated, multiplied and interpolated back.
 
-#include <ATen/ATen.h>
-#include <ATen/Parallel.h>
-#include <torch/library.h>
-
 #include <algorithm>
 #include <array>
 #include <optional>
@@ -21,6 +17,7 @@
 #include "memory.h"
 #include "pixels.h"
 #include "products.h"
+#include "tensors.h"
 #include "vectors.h"
 
 namespace esc_arch {
@@ -84,7 +81,7 @@ struct Sizes {
   int64_t batch, height, width, inputs, outputs;
   int64_t padded_inputs, padded_outputs, tile_rows, tile_columns, tiles_at_once;
 
-  Sizes(const at::Tensor& x, const at::Tensor& weight)
+  Sizes(const Tensor& x, const Tensor& weight)
       : batch(x.size(0)), height(x.size(2)), width(x.size(3)), inputs(x.size(1)), outputs(weight.size(0)),
         padded_inputs(padded(inputs)), padded_outputs(padded(outputs)), tile_rows((height + kSide - 1) / kSide),
         tile_columns((width + kSide - 1) / kSide) {
@@ -99,14 +96,20 @@ struct Sizes {
 };
 
 // The kernel at all points, by point along the columns, along the rows, input channel and output channel.
-at::Tensor evaluated_kernel(const Sizes& s, const at::Tensor& weight) {
+Tensor evaluated_kernel(const Sizes& s, const Tensor& weight) {
   const int64_t plane = s.inputs * s.padded_outputs;
-  const at::Tensor taps =
-      at::constant_pad_nd(weight.permute({2, 3, 1, 0}), {0, s.padded_outputs - s.outputs}).contiguous();
-  at::Tensor kernel = at::empty({kPoints, kPoints, s.inputs, s.padded_outputs}, weight.options());
-  const float* from = taps.const_data_ptr<float>();
-  float* to = kernel.mutable_data_ptr<float>();
-  at::parallel_for(0, plane / kLanes, 128, [&](int64_t begin, int64_t end) {
+  Floats taps(9 * plane, 0.0f);  // by row, column, input channel and output channel
+  for (int64_t tap = 0; tap < 9; ++tap)
+    for (int64_t i = 0; i < s.inputs; ++i) {
+      const int64_t row = tap / 3 * weight.stride(2), column = tap % 3 * weight.stride(3);
+      const float* given = weight.data() + i * weight.stride(1) + row + column;
+      float* of_input = taps.data() + tap * plane + i * s.padded_outputs;
+      for (int64_t o = 0; o < s.outputs; ++o) of_input[o] = given[o * weight.stride(0)];
+    }
+  Tensor kernel = empty({kPoints, kPoints, s.inputs, s.padded_outputs});
+  const float* from = taps.data();
+  float* to = kernel.data();
+  parallel_for(0, plane / kLanes, 128, [&](int64_t begin, int64_t end) {
     for (int64_t place = begin * kLanes; place < end * kLanes; place += kLanes) {
       DoubleVec along_columns[kPoints][3];
       for (int64_t row = 0; row < 3; ++row) {
@@ -170,7 +173,7 @@ struct Step {
 // --- one thread's work ----------------------------------------------------------------------------------------------
 
 struct Buffers {
-  at::Tensor memory;
+  Tensor memory;
   float *row;       // a piece of the map, normalised, zeros beyond the map
   float *along;     // rolling rows evaluated along the columns: by row, point along the columns, tile, channel
   float *points;    // by point along the rows, tile, input channel
@@ -182,8 +185,8 @@ struct Buffers {
     const int64_t of_row = (kSide * kPiece + kMargin) * s.padded_inputs;
     const int64_t of_along = kPoints * kPoints * tiles * s.padded_inputs;
     const int64_t of_points = kPoints * tiles * s.padded_inputs, of_products = kPoints * tiles * s.padded_outputs;
-    memory = at::empty({of_row + of_along + of_points + of_products * (1 + kSide)}, at::kFloat);
-    row = memory.mutable_data_ptr<float>();
+    memory = empty({of_row + of_along + of_points + of_products * (1 + kSide)});
+    row = memory.data();
     along = row + of_row;
     points = along + of_along;
     products = points + of_points;
@@ -389,43 +392,39 @@ void convolve_segment(const Step& step, const Segment& part, const Buffers& buff
 
 // --- the operator ---------------------------------------------------------------------------------------------------
 
-using Optional = std::optional<at::Tensor>;
+using Optional = std::optional<Tensor>;
 
-void check(const at::Tensor& x, const Optional& norm_weight, const Optional& norm_bias, const at::Tensor& weight,
+void check(const Tensor& x, const Optional& norm_weight, const Optional& norm_bias, const Tensor& weight,
            const Optional& bias, const Optional& residual) {
-  TORCH_CHECK(x.dim() == 4 && x.scalar_type() == at::kFloat && x.device().is_cpu(),
-              "conv3x3 takes a float32 map (B, C, H, W) on the CPU");
-  TORCH_CHECK(weight.dim() == 4 && weight.size(1) == x.size(1) && weight.size(2) == 3 && weight.size(3) == 3 &&
-                  (!bias || bias->numel() == weight.size(0)),
-              "conv3x3's weight or bias does not fit the map");
-  TORCH_CHECK(norm_weight.has_value() == norm_bias.has_value() &&
-                  (!norm_weight || (norm_weight->numel() == x.size(1) && norm_bias->numel() == x.size(1))),
-              "conv3x3's normalisation does not fit the map");
-  TORCH_CHECK(!residual || residual->sizes() == at::IntArrayRef({x.size(0), weight.size(0), x.size(2), x.size(3)}),
-              "conv3x3's residual has not the shape of the output");
+  require(x.dim() == 4 && x.is_float(), "conv3x3 takes a float32 map (B, C, H, W) on the CPU");
+  require(weight.dim() == 4 && weight.size(1) == x.size(1) && weight.size(2) == 3 && weight.size(3) == 3 &&
+              (!bias || bias->numel() == weight.size(0)),
+          "conv3x3's weight or bias does not fit the map");
+  require(norm_weight.has_value() == norm_bias.has_value() &&
+              (!norm_weight || (norm_weight->numel() == x.size(1) && norm_bias->numel() == x.size(1))),
+          "conv3x3's normalisation does not fit the map");
+  require(!residual || residual->sizes() == Dimensions{x.size(0), weight.size(0), x.size(2), x.size(3)},
+          "conv3x3's residual has not the shape of the output");
 }
 
-at::Tensor conv3x3_fused(const at::Tensor& input, const Optional& norm_weight, const Optional& norm_bias, double eps,
-                         const at::Tensor& weight, const Optional& bias, const Optional& residual) {
+Tensor conv3x3_fused(const Tensor& input, const Optional& norm_weight, const Optional& norm_bias, double eps,
+                     const Tensor& weight, const Optional& bias, const Optional& residual) {
   check(input, norm_weight, norm_bias, weight, bias, residual);
-  const auto laid_out = [](const Optional& tensor, at::MemoryFormat format = at::MemoryFormat::Contiguous) {
-    return tensor ? tensor->contiguous(format) : at::Tensor();
+  const auto contiguous = [](const Optional& tensor) { return tensor ? tensor->contiguous() : Tensor(); };
+  const auto data = [](const Tensor& tensor) {
+    return tensor.defined() ? tensor.data() : nullptr;
   };
-  const auto data = [](const at::Tensor& tensor) {
-    return tensor.defined() ? tensor.const_data_ptr<float>() : nullptr;
-  };
-  const at::Tensor x = input.contiguous(at::MemoryFormat::ChannelsLast);
-  const at::Tensor added = laid_out(residual, at::MemoryFormat::ChannelsLast);
-  const at::Tensor scale = laid_out(norm_weight), shift = laid_out(norm_bias), offset = laid_out(bias);
-  at::Tensor y =
-      empty_map({x.size(0), weight.size(0), x.size(2), x.size(3)}, x.options());
+  const Tensor x = input.channels_last();
+  const Tensor added = residual ? residual->channels_last() : Tensor();
+  const Tensor scale = contiguous(norm_weight), shift = contiguous(norm_bias), offset = contiguous(bias);
+  Tensor y = empty_map({x.size(0), weight.size(0), x.size(2), x.size(3)});
   if (y.numel() == 0) return y;
   const Sizes s(x, weight);
-  const at::Tensor kernel = evaluated_kernel(s, weight);
+  const Tensor kernel = evaluated_kernel(s, weight);
   const Step step{s,           data(x), data(scale), data(shift), data(kernel), data(offset),
-                  data(added), static_cast<float>(eps), y.mutable_data_ptr<float>()};
-  const int64_t parts = std::clamp<int64_t>(s.tiles() / kTilesAtOnce, 1, at::get_num_threads());
-  at::parallel_for(0, parts, 1, [&](int64_t begin, int64_t end) {
+                  data(added), static_cast<float>(eps), y.data()};
+  const int64_t parts = std::clamp<int64_t>(s.tiles() / kTilesAtOnce, 1, get_num_threads());
+  parallel_for(0, parts, 1, [&](int64_t begin, int64_t end) {
     const Buffers buffers(s);
     for (int64_t part = begin; part < end; ++part) {
       for_segments(s, part, parts, [&](const Segment& segment) { convolve_segment(step, segment, buffers); });
@@ -434,22 +433,21 @@ at::Tensor conv3x3_fused(const at::Tensor& input, const Optional& norm_weight, c
   return y;
 }
 
-at::Tensor conv3x3(const at::Tensor& x, const at::Tensor& weight, const Optional& bias) {
+Tensor conv3x3(const Tensor& x, const Tensor& weight, const Optional& bias) {
   return conv3x3_fused(x, {}, {}, 0, weight, bias, {});
 }
 
 }  // namespace
 }  // namespace esc_arch
 
-TORCH_LIBRARY_FRAGMENT(esc_arch, m) {
+STABLE_TORCH_LIBRARY_FRAGMENT(esc_arch, m) {
   m.def(
       "conv3x3_fused_cpu(Tensor x, Tensor? norm_weight, Tensor? norm_bias, float eps, Tensor weight, Tensor? bias, "
-      "Tensor? residual) -> Tensor",
-      {at::Tag::pt2_compliant_tag});
-  m.def("conv3x3_cpu(Tensor x, Tensor weight, Tensor? bias) -> Tensor", {at::Tag::pt2_compliant_tag});
+      "Tensor? residual) -> Tensor");
+  m.def("conv3x3_cpu(Tensor x, Tensor weight, Tensor? bias) -> Tensor");
 }
 
-TORCH_LIBRARY_IMPL(esc_arch, CPU, m) {
-  m.impl("conv3x3_fused_cpu", &esc_arch::conv3x3_fused);
-  m.impl("conv3x3_cpu", &esc_arch::conv3x3);
+STABLE_TORCH_LIBRARY_IMPL(esc_arch, CPU, m) {
+  m.impl("conv3x3_fused_cpu", ESC_ARCH_KERNEL(esc_arch::conv3x3_fused));
+  m.impl("conv3x3_cpu", ESC_ARCH_KERNEL(esc_arch::conv3x3));
 }

@@ -1,12 +1,6 @@
 // ConvAttn's operators, from its two convolutions alone to the whole layer with its gradients. How the convolutions are
 // done is in conv_attn_tiles.h.
 
-#include <ATen/Parallel.h>
-#include <ATen/core/Tensor.h>
-#include <ATen/ops/empty.h>
-#include <ATen/ops/zeros.h>
-#include <torch/library.h>
-
 #include <algorithm>
 #include <cmath>
 #include <cstring>
@@ -19,45 +13,42 @@
 #include "memory.h"
 #include "pixels.h"
 #include "products.h"
+#include "tensors.h"
 #include "vectors.h"
 
 namespace esc_arch {
 namespace {
 
-at::Tensor empty_map_like(const at::Tensor& x) {
+Tensor empty_map_like(const Tensor& x) {
   const bool channels_last = x.stride(1) == 1 && x.size(1) > 1;
-  return channels_last ? empty_map(x.sizes(), x.options()) : at::empty(x.sizes(), x.options());
+  return channels_last ? empty_map(x.sizes()) : empty(x.sizes());
 }
 
-bool is_float(const at::Tensor& tensor) {
-  return tensor.scalar_type() == at::kFloat && tensor.device().is_cpu();
-}
-
-void check_inputs(const at::Tensor& x, const at::Tensor& large_kernel, const at::Tensor& dynamic_kernel) {
-  for (const at::Tensor& tensor : {x, large_kernel, dynamic_kernel})
-    TORCH_CHECK(tensor.dim() == 4 && is_float(tensor),
-                "conv_attention takes float32 tensors of four dimensions on the CPU.");
+void check_inputs(const Tensor& x, const Tensor& large_kernel, const Tensor& dynamic_kernel) {
+  for (const Tensor& tensor : {x, large_kernel, dynamic_kernel})
+    require(tensor.dim() == 4 && tensor.is_float(),
+            "conv_attention takes float32 tensors of four dimensions on the CPU.");
   const int64_t channels = x.size(1), side = large_kernel.size(3), dynamic_side = dynamic_kernel.size(3);
-  TORCH_CHECK(large_kernel.sizes() == at::IntArrayRef({channels, channels, side, side}) && side % 2 == 1 &&
-                  dynamic_kernel.sizes() == at::IntArrayRef({x.size(0), channels, dynamic_side, dynamic_side}) &&
-                  dynamic_side % 2 == 1,
-              "conv_attention: kernels of shapes ", large_kernel.sizes(), " and ", dynamic_kernel.sizes(),
-              " do not fit x of shape ", x.sizes(), ".");
+  require(large_kernel.sizes() == Dimensions{channels, channels, side, side} && side % 2 == 1 &&
+              dynamic_kernel.sizes() == Dimensions{x.size(0), channels, dynamic_side, dynamic_side} &&
+              dynamic_side % 2 == 1,
+          "conv_attention: kernels of shapes ", large_kernel.sizes(), " and ", dynamic_kernel.sizes(),
+          " do not fit x of shape ", x.sizes(), ".");
 }
 
 // Threads get contiguous shares of the pairs, so that sums come out the same at every call
 template <typename Job>
 int64_t in_shares(int64_t pairs, const Job& job) {
-  const int64_t shares = std::max<int64_t>(1, std::min<int64_t>(pairs, at::get_num_threads()));
-  at::parallel_for(0, shares, 1, [&](int64_t begin, int64_t end) {
+  const int64_t shares = std::max<int64_t>(1, std::min<int64_t>(pairs, get_num_threads()));
+  parallel_for(0, shares, 1, [&](int64_t begin, int64_t end) {
     for (int64_t share = begin; share < end; ++share)
       for (int64_t pair = pairs * share / shares; pair < pairs * (share + 1) / shares; ++pair) job(share, pair);
   });
   return shares;
 }
 
-void convolve(const at::Tensor& x, const at::Tensor& large_kernel, const at::Tensor& dynamic_kernel,
-              const at::Tensor& out, const Mixer* mixer) {
+void convolve(const Tensor& x, const Tensor& large_kernel, const Tensor& dynamic_kernel,
+              const Tensor& out, const Mixer* mixer) {
   const int64_t side = dynamic_kernel.size(3);
   const Tiling t = choose_tiling(x, large_kernel.size(3), side);
   static thread_local Scratch kernel_scratch;
@@ -84,22 +75,22 @@ void convolve(const at::Tensor& x, const at::Tensor& large_kernel, const at::Ten
 }
 
 // The channels that the kernels are for: the first ones
-at::Tensor convolved_part(const at::Tensor& x, const at::Tensor& large_kernel) {
-  TORCH_CHECK(x.dim() == 4 && large_kernel.dim() == 4 && x.size(1) >= large_kernel.size(0),
-              "conv_attention: a kernel of shape ", large_kernel.sizes(), " does not fit x of shape ", x.sizes(), ".");
+Tensor convolved_part(const Tensor& x, const Tensor& large_kernel) {
+  require(x.dim() == 4 && large_kernel.dim() == 4 && x.size(1) >= large_kernel.size(0),
+          "conv_attention: a kernel of shape ", large_kernel.sizes(), " does not fit x of shape ", x.sizes(), ".");
   return x.narrow(1, 0, large_kernel.size(0));
 }
 
-void copy_others(const at::Tensor& from, int64_t channels, at::Tensor& to) {
+void copy_others(const Tensor& from, int64_t channels, Tensor& to) {
   const int64_t others = from.size(1) - channels;
-  if (others > 0) to.narrow(1, channels, others).copy_(from.narrow(1, channels, others));
+  if (others > 0) from.narrow(1, channels, others).copy_to(to.narrow(1, channels, others));
 }
 
 // The first channels convolved, the others as they are
-at::Tensor conv_attention(const at::Tensor& x, const at::Tensor& large_kernel, const at::Tensor& dynamic_kernel) {
-  const at::Tensor convolved = convolved_part(x, large_kernel);
+Tensor conv_attention(const Tensor& x, const Tensor& large_kernel, const Tensor& dynamic_kernel) {
+  const Tensor convolved = convolved_part(x, large_kernel);
   check_inputs(convolved, large_kernel, dynamic_kernel);
-  at::Tensor out = empty_map_like(x);
+  Tensor out = empty_map_like(x);
   if (out.numel() == 0) return out;
   copy_others(x, convolved.size(1), out);
   if (convolved.numel() != 0) convolve(convolved, large_kernel, dynamic_kernel, convolved_part(out, large_kernel),
@@ -109,20 +100,19 @@ at::Tensor conv_attention(const at::Tensor& x, const at::Tensor& large_kernel, c
 
 // The first channels convolved, the others as they are, a 1 x 1 convolution of all, and what is added to that, without
 // putting the channels together. `kept` gets the convolved channels, unless it is null.
-at::Tensor convolve_and_mix(const at::Tensor& x, const std::optional<at::Tensor>& residual,
-                            const at::Tensor& large_kernel, const at::Tensor& dynamic_kernel, const at::Tensor& weight,
-                            const std::optional<at::Tensor>& bias, const at::Tensor* kept) {
-  const at::Tensor convolved = convolved_part(x, large_kernel);
+Tensor convolve_and_mix(const Tensor& x, const std::optional<Tensor>& residual,
+                        const Tensor& large_kernel, const Tensor& dynamic_kernel, const Tensor& weight,
+                        const std::optional<Tensor>& bias, const Tensor* kept) {
+  const Tensor convolved = convolved_part(x, large_kernel);
   check_inputs(convolved, large_kernel, dynamic_kernel);
-  TORCH_CHECK(x.stride(1) == 1, "conv_attention_fused takes maps with the channels innermost.");
-  TORCH_CHECK(weight.dim() == 4 && weight.size(1) == x.size(1) && weight.size(2) == 1 && weight.size(3) == 1 &&
-                  is_float(weight) &&
-                  (!bias || (bias->sizes() == at::IntArrayRef({weight.size(0)}) && is_float(*bias))),
-              "conv_attention_fused: a weight of shape ", weight.sizes(), " does not fit x of shape ", x.sizes(), ".");
-  at::Tensor out =
-      empty_map({x.size(0), weight.size(0), x.size(2), x.size(3)}, x.options());
-  TORCH_CHECK(!residual || (residual->sizes() == out.sizes() && residual->stride(1) == 1 && is_float(*residual)),
-              "conv_attention_fused: the residual must be as the output, with the channels innermost.");
+  require(x.stride(1) == 1, "conv_attention_fused takes maps with the channels innermost.");
+  require(weight.dim() == 4 && weight.size(1) == x.size(1) && weight.size(2) == 1 && weight.size(3) == 1 &&
+              weight.is_float() &&
+              (!bias || (bias->sizes() == Dimensions{weight.size(0)} && bias->is_float())),
+          "conv_attention_fused: a weight of shape ", weight.sizes(), " does not fit x of shape ", x.sizes(), ".");
+  Tensor out = empty_map({x.size(0), weight.size(0), x.size(2), x.size(3)});
+  require(!residual || (residual->sizes() == out.sizes() && residual->stride(1) == 1 && residual->is_float()),
+          "conv_attention_fused: the residual must be as the output, with the channels innermost.");
   if (out.numel() == 0) return out;
   const Mixer mixer(x, residual, out, weight, bias, kept);
   convolve(convolved, large_kernel, dynamic_kernel, out, &mixer);
@@ -136,11 +126,11 @@ using Numbers = std::vector<double>;
 
 // The means of a map's first channels over all pixels: (images, channels). Rows are summed by themselves, so that the
 // number of threads makes no difference.
-at::Tensor means_of_first(const at::Tensor& x, int64_t channels) {
+Tensor means_of_first(const Tensor& x, int64_t channels) {
   const int64_t images = x.size(0), height = x.size(2), width = x.size(3), step = padded(channels);
   const Map map(x);
   Floats sums(images * height * step);
-  at::parallel_for(0, images * height, 16, [&](int64_t begin, int64_t end) {
+  parallel_for(0, images * height, 16, [&](int64_t begin, int64_t end) {
     for (int64_t row = begin; row < end; ++row)
       for (int64_t c = 0; c < channels; c += kLanes) {
         const float* from = map.at(row / height, row % height, 0) + c;
@@ -148,24 +138,24 @@ at::Tensor means_of_first(const at::Tensor& x, int64_t channels) {
         store(sums.data() + row * step + c, sum);
       }
   });
-  at::Tensor means = at::empty({images, channels}, x.options());
+  Tensor means = empty({images, channels});
   for (int64_t image = 0; image < images; ++image)
     for (int64_t c = 0; c < channels; ++c) {
       double sum = 0;
       for (int64_t row = 0; row < height; ++row) sum += sums[(image * height + row) * step + c];
-      means.data_ptr<float>()[image * channels + c] = static_cast<float>(sum / (height * width));
+      means.data()[image * channels + c] = static_cast<float>(sum / (height * width));
     }
   return means;
 }
 
 // (images, inputs) through a linear layer of a weight (outputs, inputs, 1, 1): (images, outputs)
-Numbers linear(const Numbers& values, const at::Tensor& weight, const std::optional<at::Tensor>& bias) {
+Numbers linear(const Numbers& values, const Tensor& weight, const std::optional<Tensor>& bias) {
   const int64_t outputs = weight.size(0), inputs = weight.size(1), images = values.size() / inputs;
   const Map map(weight);
   Numbers result(images * outputs);
   for (int64_t image = 0; image < images; ++image)
     for (int64_t o = 0; o < outputs; ++o) {
-      double sum = bias ? bias->data_ptr<float>()[o * bias->stride(0)] : 0;
+      double sum = bias ? bias->data()[o * bias->stride(0)] : 0;
       for (int64_t i = 0; i < inputs; ++i)
         sum += values[image * inputs + i] * map.data[o * map.batch + i * map.channel];
       result[image * outputs + o] = sum;
@@ -175,11 +165,11 @@ Numbers linear(const Numbers& values, const at::Tensor& weight, const std::optio
 
 struct LinearGradients {
   Numbers of_values;
-  at::Tensor of_weight, of_bias;
+  Tensor of_weight, of_bias;
 };
 
 // From that of its result, (images, outputs)
-LinearGradients linear_backward(const Numbers& gradient, const Numbers& values, const at::Tensor& weight) {
+LinearGradients linear_backward(const Numbers& gradient, const Numbers& values, const Tensor& weight) {
   const int64_t outputs = weight.size(0), inputs = weight.size(1), images = values.size() / inputs;
   const Map map(weight);
   Numbers of_values(values.size()), of_weight(outputs * inputs), of_bias(outputs);
@@ -192,27 +182,27 @@ LinearGradients linear_backward(const Numbers& gradient, const Numbers& values, 
         of_values[image * inputs + i] += of_output * map.data[o * map.batch + i * map.channel];
       }
     }
-  const auto as_tensor = [&](const Numbers& numbers, at::IntArrayRef sizes) {
-    const at::Tensor tensor = at::empty(sizes, at::kFloat);
-    std::copy(numbers.begin(), numbers.end(), tensor.data_ptr<float>());
+  const auto as_tensor = [&](const Numbers& numbers, const Dimensions& sizes) {
+    const Tensor tensor = empty(sizes);
+    std::copy(numbers.begin(), numbers.end(), tensor.data());
     return tensor;
   };
   return {of_values, as_tensor(of_weight, weight.sizes()), as_tensor(of_bias, {outputs})};
 }
 
-void check_linear(const at::Tensor& weight, const std::optional<at::Tensor>& bias, int64_t outputs, int64_t inputs) {
-  TORCH_CHECK(weight.sizes() == at::IntArrayRef({outputs, inputs, 1, 1}) && is_float(weight) &&
-                  (!bias || (bias->sizes() == at::IntArrayRef({outputs}) && is_float(*bias))),
-              "conv_attention_fused: a projection of shape ", weight.sizes(), " where ", outputs, " x ", inputs,
-              " x 1 x 1, and a bias to it, are needed.");
+void check_linear(const Tensor& weight, const std::optional<Tensor>& bias, int64_t outputs, int64_t inputs) {
+  require(weight.sizes() == Dimensions{outputs, inputs, 1, 1} && weight.is_float() &&
+              (!bias || (bias->sizes() == Dimensions{outputs} && bias->is_float())),
+          "conv_attention_fused: a projection of shape ", weight.sizes(), " where ", outputs, " x ", inputs,
+          " x 1 x 1, and a bias to it, are needed.");
 }
 
 // (B, C) of any strides as numbers, image after image
-Numbers numbers_of(const at::Tensor& means) {
+Numbers numbers_of(const Tensor& means) {
   const int64_t channels = means.size(1);
   Numbers numbers(means.numel());
   for (size_t i = 0; i < numbers.size(); ++i)
-    numbers[i] = means.data_ptr<float>()[i / channels * means.stride(0) + i % channels * means.stride(1)];
+    numbers[i] = means.data()[i / channels * means.stride(0) + i % channels * means.stride(1)];
   return numbers;
 }
 
@@ -229,63 +219,61 @@ Numbers of_each(Numbers numbers, Function function) {
 }
 
 // The small kernel of each image, (B, C, 3, 3), from the means of its channels, (B, C)
-at::Tensor dynamic_kernel_of(const at::Tensor& means, int64_t channels, const at::Tensor& proj1_weight,
-                             const std::optional<at::Tensor>& proj1_bias, const at::Tensor& proj2_weight,
-                             const std::optional<at::Tensor>& proj2_bias) {
+Tensor dynamic_kernel_of(const Tensor& means, int64_t channels, const Tensor& proj1_weight,
+                         const std::optional<Tensor>& proj1_bias, const Tensor& proj2_weight,
+                         const std::optional<Tensor>& proj2_bias) {
   check_linear(proj1_weight, proj1_bias, proj1_weight.size(0), channels);
   check_linear(proj2_weight, proj2_bias, channels * kDynamicSide * kDynamicSide, proj1_weight.size(0));
   const Numbers hidden = of_each(linear(numbers_of(means), proj1_weight, proj1_bias), gelu_of);
   const Numbers taps = linear(hidden, proj2_weight, proj2_bias);
-  const at::Tensor kernel = at::empty({means.size(0), channels, kDynamicSide, kDynamicSide}, means.options());
-  std::copy(taps.begin(), taps.end(), kernel.data_ptr<float>());
+  const Tensor kernel = empty({means.size(0), channels, kDynamicSide, kDynamicSide});
+  std::copy(taps.begin(), taps.end(), kernel.data());
   return kernel;
 }
 
 // --- a whole ConvAttn ----------------------------------------------------------------------------------------------
 
 // Without gradients; `means` may have come with the map
-at::Tensor conv_attention_fused(const at::Tensor& x, const std::optional<at::Tensor>& residual,
-                                const at::Tensor& large_kernel, const std::optional<at::Tensor>& means,
-                                const at::Tensor& proj1_weight, const std::optional<at::Tensor>& proj1_bias,
-                                const at::Tensor& proj2_weight, const std::optional<at::Tensor>& proj2_bias,
-                                const at::Tensor& weight, const std::optional<at::Tensor>& bias) {
-  const at::Tensor convolved = convolved_part(x, large_kernel);
+Tensor conv_attention_fused(const Tensor& x, const std::optional<Tensor>& residual,
+                            const Tensor& large_kernel, const std::optional<Tensor>& means,
+                            const Tensor& proj1_weight, const std::optional<Tensor>& proj1_bias,
+                            const Tensor& proj2_weight, const std::optional<Tensor>& proj2_bias,
+                            const Tensor& weight, const std::optional<Tensor>& bias) {
+  const Tensor convolved = convolved_part(x, large_kernel);
   const int64_t channels = convolved.size(1);
-  TORCH_CHECK(!means || (means->sizes() == at::IntArrayRef({x.size(0), channels}) && is_float(*means)),
-              "conv_attention_fused: the means do not fit x of shape ", x.sizes(), ".");
-  TORCH_CHECK(is_float(x) && x.stride(1) == 1, "conv_attention_fused takes maps with the channels innermost.");
-  const at::Tensor kernel = dynamic_kernel_of(means ? *means : means_of_first(x, channels), channels, proj1_weight,
-                                              proj1_bias, proj2_weight, proj2_bias);
+  require(!means || (means->sizes() == Dimensions{x.size(0), channels} && means->is_float()),
+          "conv_attention_fused: the means do not fit x of shape ", x.sizes(), ".");
+  require(x.is_float() && x.stride(1) == 1, "conv_attention_fused takes maps with the channels innermost.");
+  const Tensor kernel = dynamic_kernel_of(means ? *means : means_of_first(x, channels), channels, proj1_weight,
+                                          proj1_bias, proj2_weight, proj2_bias);
   return convolve_and_mix(x, residual, large_kernel, kernel, weight, bias, nullptr);
 }
 
 // To be trained: also what its gradients need, which are the convolved channels, the small kernels and the means
-std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> conv_attention_fused_training(
-    const at::Tensor& input, const std::optional<at::Tensor>& residual, const at::Tensor& large_kernel,
-    const at::Tensor& proj1_weight, const std::optional<at::Tensor>& proj1_bias, const at::Tensor& proj2_weight,
-    const std::optional<at::Tensor>& proj2_bias, const at::Tensor& weight, const std::optional<at::Tensor>& bias) {
-  const at::Tensor x = input.contiguous(at::MemoryFormat::ChannelsLast);
-  const at::Tensor first = convolved_part(x, large_kernel);
-  TORCH_CHECK(is_float(x), "conv_attention_fused_training takes float32 tensors on the CPU.");
-  const at::Tensor means = means_of_first(x, first.size(1));
-  const at::Tensor kernel = dynamic_kernel_of(means, first.size(1), proj1_weight, proj1_bias, proj2_weight, proj2_bias);
-  const at::Tensor convolved = empty_map(first.sizes(), x.options());
+std::tuple<Tensor, Tensor, Tensor, Tensor> conv_attention_fused_training(
+    const Tensor& input, const std::optional<Tensor>& residual, const Tensor& large_kernel,
+    const Tensor& proj1_weight, const std::optional<Tensor>& proj1_bias, const Tensor& proj2_weight,
+    const std::optional<Tensor>& proj2_bias, const Tensor& weight, const std::optional<Tensor>& bias) {
+  const Tensor x = input.channels_last();
+  const Tensor first = convolved_part(x, large_kernel);
+  require(x.is_float(), "conv_attention_fused_training takes float32 tensors on the CPU.");
+  const Tensor means = means_of_first(x, first.size(1));
+  const Tensor kernel = dynamic_kernel_of(means, first.size(1), proj1_weight, proj1_bias, proj2_weight, proj2_bias);
+  const Tensor convolved = empty_map(first.sizes());
   return {convolve_and_mix(x, residual, large_kernel, kernel, weight, bias, &convolved), convolved, kernel, means};
 }
 
 // --- gradients of the convolutions ----------------------------------------------------------------------------------
 
 struct KernelGradients {
-  at::Tensor large, dynamic;  // empty where they are not wanted
+  Tensor large, dynamic;  // empty where they are not wanted
 };
 
 // `to` gets the gradient of x, unless it is null
-KernelGradients differentiate_convolutions(const at::Tensor& gradient, const at::Tensor& x,
-                                           const at::Tensor& large_kernel, const at::Tensor& dynamic_kernel,
-                                           const at::Tensor* to, bool of_kernels) {
-  at::Tensor large_gradient = of_kernels ? at::zeros(large_kernel.sizes(), x.options()) : at::empty({0}, x.options());
-  at::Tensor dynamic_gradient = of_kernels ? at::zeros(dynamic_kernel.sizes(), x.options()) : at::empty({0},
-      x.options());
+KernelGradients differentiate_convolutions(const Tensor& gradient, const Tensor& x, const Tensor& large_kernel,
+                                           const Tensor& dynamic_kernel, const Tensor* to, bool of_kernels) {
+  Tensor large_gradient = of_kernels ? zeros(large_kernel.sizes()) : empty({0});
+  Tensor dynamic_gradient = of_kernels ? zeros(dynamic_kernel.sizes()) : empty({0});
   if (x.numel() == 0) return {large_gradient, dynamic_gradient};
 
   const int64_t side = dynamic_kernel.size(3), count = side * side;
@@ -297,7 +285,7 @@ KernelGradients differentiate_convolutions(const at::Tensor& gradient, const at:
     matrices = kernel_scratch.get(all_matrices);
     kernel_matrices(t, large_kernel.transpose(0, 1), matrices);
   }
-  const int64_t most_shares = std::max<int64_t>(1, std::min<int64_t>(t.pairs(), at::get_num_threads()));
+  const int64_t most_shares = std::max<int64_t>(1, std::min<int64_t>(t.pairs(), get_num_threads()));
   float* sums = nullptr;
   std::vector<float> tap_sums;
   if (of_kernels) {
@@ -345,16 +333,16 @@ KernelGradients differentiate_convolutions(const at::Tensor& gradient, const at:
   return {large_gradient, dynamic_gradient};
 }
 
-std::tuple<at::Tensor, at::Tensor, at::Tensor> conv_attention_backward(
-    const at::Tensor& whole_gradient, const at::Tensor& whole_x, const at::Tensor& large_kernel,
-    const at::Tensor& dynamic_kernel, bool of_x, bool of_kernels) {
-  const at::Tensor x = convolved_part(whole_x, large_kernel);
+std::tuple<Tensor, Tensor, Tensor> conv_attention_backward(
+    const Tensor& whole_gradient, const Tensor& whole_x, const Tensor& large_kernel,
+    const Tensor& dynamic_kernel, bool of_x, bool of_kernels) {
+  const Tensor x = convolved_part(whole_x, large_kernel);
   check_inputs(x, large_kernel, dynamic_kernel);
-  TORCH_CHECK(whole_gradient.sizes() == whole_x.sizes() && is_float(whole_gradient),
-              "conv_attention_backward: the gradient does not fit x.");
-  at::Tensor x_gradient = of_x ? empty_map_like(whole_x) : at::empty({0}, x.options());
+  require(whole_gradient.sizes() == whole_x.sizes() && whole_gradient.is_float(),
+          "conv_attention_backward: the gradient does not fit x.");
+  Tensor x_gradient = of_x ? empty_map_like(whole_x) : empty({0});
   if (of_x) copy_others(whole_gradient, x.size(1), x_gradient);
-  const at::Tensor to = of_x ? convolved_part(x_gradient, large_kernel) : at::Tensor();
+  const Tensor to = of_x ? convolved_part(x_gradient, large_kernel) : Tensor();
   const KernelGradients of_kernel =
       differentiate_convolutions(convolved_part(whole_gradient, large_kernel), x, large_kernel, dynamic_kernel,
                                  of_x ? &to : nullptr, of_kernels);
@@ -415,10 +403,10 @@ void add_mix_gradients(const Unmixing& u, int64_t begin, int64_t pixels, Floats&
 
 // All pixels of the batch
 MixGradients unmix_all(const Unmixing& u, int64_t pixels, bool of_parameters) {
-  const int64_t parts = std::clamp<int64_t>(pixels / (4 * kPiece), 1, at::get_num_threads());
+  const int64_t parts = std::clamp<int64_t>(pixels / (4 * kPiece), 1, get_num_threads());
   std::vector<MixGradients> sums;
   for (int64_t part = 0; part < parts; ++part) sums.emplace_back(u);
-  at::parallel_for(0, parts, 1, [&](int64_t first, int64_t last) {
+  parallel_for(0, parts, 1, [&](int64_t first, int64_t last) {
     Floats joined(kPiece * u.step());
     for (int64_t part = first; part < last; ++part) {
       const int64_t end = pixels * (part + 1) / parts;
@@ -433,13 +421,13 @@ MixGradients unmix_all(const Unmixing& u, int64_t pixels, bool of_parameters) {
 }
 
 // What every pixel of an image gets, (B, C), added to the first channels of a map
-void add_to_first(at::Tensor& map, const Numbers& numbers, int64_t channels) {
+void add_to_first(Tensor& map, const Numbers& numbers, int64_t channels) {
   const int64_t images = map.size(0), pixels = map.size(2) * map.size(3), inputs = map.size(1);
   Floats values(images * padded(channels));
   for (size_t i = 0; i < numbers.size(); ++i)
     values[i / channels * padded(channels) + i % channels] = static_cast<float>(numbers[i]);
-  float* data = map.data_ptr<float>();
-  at::parallel_for(0, images * pixels, 4096, [&](int64_t begin, int64_t end) {
+  float* data = map.data();
+  parallel_for(0, images * pixels, 4096, [&](int64_t begin, int64_t end) {
     for (int64_t p = begin; p < end; ++p)
       for (int64_t c = 0; c < channels; c += kLanes) {
         const int64_t count = std::min(kLanes, channels - c);
@@ -449,39 +437,38 @@ void add_to_first(at::Tensor& map, const Numbers& numbers, int64_t channels) {
   });
 }
 
-using EightTensors = std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor,
-                                at::Tensor>;
+using EightTensors = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
 
 // The gradients of x, the large kernel, and weight and bias of both projections and of the 1 x 1 convolution
-EightTensors conv_attention_fused_backward(const at::Tensor& whole_gradient, const at::Tensor& input,
-                                           const at::Tensor& large_kernel, const at::Tensor& proj1_weight,
-                                           const std::optional<at::Tensor>& proj1_bias, const at::Tensor& proj2_weight,
-                                           const at::Tensor& weight, const at::Tensor& kept, const at::Tensor& dynamic,
-                                           const at::Tensor& means, bool of_parameters) {
-  const at::Tensor x = input.contiguous(at::MemoryFormat::ChannelsLast);
-  const at::Tensor gradient = whole_gradient.contiguous(at::MemoryFormat::ChannelsLast);
-  const at::Tensor convolved = kept.contiguous(at::MemoryFormat::ChannelsLast);
-  const at::Tensor first = convolved_part(x, large_kernel);
+EightTensors conv_attention_fused_backward(const Tensor& whole_gradient, const Tensor& input,
+                                           const Tensor& large_kernel, const Tensor& proj1_weight,
+                                           const std::optional<Tensor>& proj1_bias, const Tensor& proj2_weight,
+                                           const Tensor& weight, const Tensor& kept, const Tensor& dynamic,
+                                           const Tensor& means, bool of_parameters) {
+  const Tensor x = input.channels_last();
+  const Tensor gradient = whole_gradient.channels_last();
+  const Tensor convolved = kept.channels_last();
+  const Tensor first = convolved_part(x, large_kernel);
   check_inputs(first, large_kernel, dynamic);
-  TORCH_CHECK(is_float(gradient) && is_float(weight) && convolved.sizes() == first.sizes() &&
-                  gradient.sizes() == at::IntArrayRef({x.size(0), weight.size(0), x.size(2), x.size(3)}),
-              "conv_attention_fused_backward: the gradient does not fit x.");
-  at::Tensor x_gradient = empty_map(x.sizes(), x.options());
-  const at::Tensor of_convolved = empty_map(first.sizes(), x.options());
+  require(gradient.is_float() && weight.is_float() && convolved.sizes() == first.sizes() &&
+              gradient.sizes() == Dimensions{x.size(0), weight.size(0), x.size(2), x.size(3)},
+          "conv_attention_fused_backward: the gradient does not fit x.");
+  Tensor x_gradient = empty_map(x.sizes());
+  const Tensor of_convolved = empty_map(first.sizes());
   const int64_t channels = first.size(1), inputs = x.size(1), outputs = weight.size(0);
 
   const Floats rows = packed(as_matrix(weight));
-  const Unmixing unmixing{channels, inputs, outputs, gradient.const_data_ptr<float>(), x.const_data_ptr<float>(),
-                          convolved.const_data_ptr<float>(), rows.data(), of_convolved.data_ptr<float>(),
-                          x_gradient.data_ptr<float>()};
+  const Unmixing unmixing{channels, inputs, outputs, gradient.data(), x.data(),
+                          convolved.data(), rows.data(), of_convolved.data(),
+                          x_gradient.data()};
   const MixGradients of_mix = unmix_all(unmixing, x.numel() / std::max<int64_t>(inputs, 1), of_parameters);
 
-  const at::Tensor to = convolved_part(x_gradient, large_kernel);
+  const Tensor to = convolved_part(x_gradient, large_kernel);
   // The small kernel's gradient is part of that of x: through the means
   const KernelGradients of_kernels = differentiate_convolutions(of_convolved, first, large_kernel, dynamic, &to, true);
   const Numbers values = numbers_of(means), before = linear(values, proj1_weight, proj1_bias);
-  const at::Tensor taps = of_kernels.dynamic.contiguous();
-  const Numbers of_taps(taps.const_data_ptr<float>(), taps.const_data_ptr<float>() + taps.numel());
+  const Tensor taps = of_kernels.dynamic.contiguous();
+  const Numbers of_taps(taps.data(), taps.data() + taps.numel());
   const LinearGradients of_proj2 = linear_backward(of_taps, of_each(before, gelu_of), proj2_weight);
   Numbers of_before = of_each(before, gelu_slope_of);
   for (size_t i = 0; i < of_before.size(); ++i) of_before[i] *= of_proj2.of_values[i];
@@ -502,7 +489,7 @@ EightTensors conv_attention_fused_backward(const at::Tensor& whole_gradient, con
 }  // namespace
 }  // namespace esc_arch
 
-TORCH_LIBRARY_FRAGMENT(esc_arch, library) {
+STABLE_TORCH_LIBRARY_FRAGMENT(esc_arch, library) {
   library.def("conv_attention_cpu(Tensor x, Tensor large_kernel, Tensor dynamic_kernel) -> Tensor");
   library.def(
       "conv_attention_fused_cpu(Tensor x, Tensor? residual, Tensor large_kernel, Tensor? means, Tensor proj1_weight, "
@@ -520,10 +507,10 @@ TORCH_LIBRARY_FRAGMENT(esc_arch, library) {
       "bool of_kernels) -> (Tensor, Tensor, Tensor)");
 }
 
-TORCH_LIBRARY_IMPL(esc_arch, CPU, library) {
-  library.impl("conv_attention_cpu", esc_arch::conv_attention);
-  library.impl("conv_attention_fused_cpu", esc_arch::conv_attention_fused);
-  library.impl("conv_attention_fused_training_cpu", esc_arch::conv_attention_fused_training);
-  library.impl("conv_attention_fused_backward_cpu", esc_arch::conv_attention_fused_backward);
-  library.impl("conv_attention_backward_cpu", esc_arch::conv_attention_backward);
+STABLE_TORCH_LIBRARY_IMPL(esc_arch, CPU, library) {
+  library.impl("conv_attention_cpu", ESC_ARCH_KERNEL(esc_arch::conv_attention));
+  library.impl("conv_attention_fused_cpu", ESC_ARCH_KERNEL(esc_arch::conv_attention_fused));
+  library.impl("conv_attention_fused_training_cpu", ESC_ARCH_KERNEL(esc_arch::conv_attention_fused_training));
+  library.impl("conv_attention_fused_backward_cpu", ESC_ARCH_KERNEL(esc_arch::conv_attention_fused_backward));
+  library.impl("conv_attention_backward_cpu", ESC_ARCH_KERNEL(esc_arch::conv_attention_backward));
 }

@@ -13,9 +13,6 @@
 // For conv_attn.cpp alone, which has the operators.
 #pragma once
 
-#include <ATen/Parallel.h>
-#include <ATen/core/Tensor.h>
-
 #include <algorithm>
 #include <atomic>
 #include <cmath>
@@ -29,6 +26,7 @@
 
 #include "pixels.h"
 #include "products.h"
+#include "tensors.h"
 #include "vectors.h"
 
 namespace esc_arch {
@@ -189,7 +187,7 @@ double cost_of(const Tiling& t) {
   return t.blocks * (t.pairs() * points * (transforms + products) * (bytes > 1e6 ? 1.3 : 1.0) + kernel);
 }
 
-Tiling choose_tiling(const at::Tensor& x, int64_t side, int64_t dynamic_side) {
+Tiling choose_tiling(const Tensor& x, int64_t side, int64_t dynamic_side) {
   Tiling best{};
   double least = std::numeric_limits<double>::infinity();
   for (const Length& y : LENGTHS)
@@ -205,8 +203,8 @@ Tiling choose_tiling(const at::Tensor& x, int64_t side, int64_t dynamic_side) {
         best = t;
       }
     }
-  TORCH_CHECK(std::isfinite(least), "conv_attention: a kernel of side ", std::max(side, dynamic_side),
-      " is too large.");
+  require(std::isfinite(least), "conv_attention: a kernel of side ", std::max(side, dynamic_side),
+  " is too large.");
   return best;
 }
 
@@ -215,8 +213,8 @@ struct Map {
   float* data;
   int64_t batch, channel, row, column;
 
-  explicit Map(const at::Tensor& tensor)
-      : data(tensor.data_ptr<float>()),
+  explicit Map(const Tensor& tensor)
+      : data(tensor.data()),
         batch(tensor.stride(0)),
         channel(tensor.stride(1)),
         row(tensor.stride(2)),
@@ -477,8 +475,8 @@ struct Mixer {
   std::vector<float> weights;  // [input][padded output]
   std::vector<float> bias;     // [padded output]
 
-  Mixer(const at::Tensor& x, const std::optional<at::Tensor>& residual, const at::Tensor& to, const at::Tensor& weight,
-        const std::optional<at::Tensor>& offset, const at::Tensor* convolved)
+  Mixer(const Tensor& x, const std::optional<Tensor>& residual, const Tensor& to, const Tensor& weight,
+        const std::optional<Tensor>& offset, const Tensor* convolved)
       : in(x),
         added(residual ? *residual : x),
         out(to),
@@ -490,7 +488,7 @@ struct Mixer {
     if (convolved) kept.emplace(*convolved);
     const Map from(weight);
     for (int64_t o = 0; o < outputs; ++o) {
-      if (offset) bias[o] = offset->data_ptr<float>()[o * offset->stride(0)];
+      if (offset) bias[o] = offset->data()[o * offset->stride(0)];
       for (int64_t i = 0; i < inputs; ++i)
         weights[i * padded(outputs) + o] = from.data[o * from.batch + i * from.channel];
     }
@@ -649,12 +647,12 @@ std::vector<float> cosines(int64_t points, int64_t taps) {
 
 // The matrices [fx][fy][input channel][padded output channel] of an even kernel (output, input, K, K) of any strides,
 // divided by the points of a tile, which the inverse transform leaves as a factor.
-void kernel_matrices(const Tiling& t, const at::Tensor& kernel, float* matrices) {
+void kernel_matrices(const Tiling& t, const Tensor& kernel, float* matrices) {
   const int64_t side = kernel.size(2), reach = side / 2, taps = reach + 1;
   const Map map(kernel);
   const auto cos_y = cosines(t.y.points, taps), cos_x = cosines(t.x.points, taps);
   std::atomic<bool> even{true};
-  at::parallel_for(0, t.channels * t.blocks, 1, [&](int64_t begin, int64_t end) {
+  parallel_for(0, t.channels * t.blocks, 1, [&](int64_t begin, int64_t end) {
     std::vector<float> memory(taps * (taps + t.half_x()) * kLanes);
     float *folded = memory.data(), *half = folded + taps * taps * kLanes;
     for (int64_t job = begin; job < end; ++job) {
@@ -692,18 +690,18 @@ void kernel_matrices(const Tiling& t, const at::Tensor& kernel, float* matrices)
         }
     }
   });
-  TORCH_CHECK_VALUE(even, "conv_attention: large_kernel is not symmetric, that is, equal to its mirror images in both "
-                          "directions. Pass it through symmetrise, or call with symmetric=False.");
+  require(even, "conv_attention: large_kernel is not symmetric, that is, equal to its mirror images in both "
+                "directions. Pass it through symmetrise, or call with symmetric=False.");
 }
 
 // The gradient (output, input, K, K) from correlations [share][fx][fy][input channel][padded output channel]
-void kernel_gradient(const Tiling& t, const float* sums, int64_t shares, at::Tensor& gradient) {
+void kernel_gradient(const Tiling& t, const float* sums, int64_t shares, Tensor& gradient) {
   const int64_t side = gradient.size(2), reach = side / 2, taps = reach + 1;
   const Map map(gradient);
   const auto cos_y = cosines(t.y.points, taps), cos_x = cosines(t.x.points, taps);
   const Vec scale = broadcast(1.f / float(t.y.points * t.x.points));
   const int64_t share_size = t.half_y() * t.half_x() * t.matrix();
-  at::parallel_for(0, t.channels * t.blocks, 1, [&](int64_t begin, int64_t end) {
+  parallel_for(0, t.channels * t.blocks, 1, [&](int64_t begin, int64_t end) {
     std::vector<float> memory(taps * (taps + t.half_x()) * kLanes);
     float *spatial = memory.data(), *half = spatial + taps * taps * kLanes;
     for (int64_t job = begin; job < end; ++job) {
@@ -739,7 +737,7 @@ void kernel_gradient(const Tiling& t, const float* sums, int64_t shares, at::Ten
 }
 
 // (B, C, k, k) -> [image][tap][padded channels], for the gradient turned by 180 degrees
-std::vector<float> arranged_taps(const Tiling& t, const at::Tensor& kernel, bool turned) {
+std::vector<float> arranged_taps(const Tiling& t, const Tensor& kernel, bool turned) {
   const int64_t side = kernel.size(2), count = side * side;
   const Map map(kernel);
   std::vector<float> taps(t.batch * count * t.padded());

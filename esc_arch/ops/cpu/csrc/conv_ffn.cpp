@@ -5,10 +5,6 @@
 // an image, in bands of columns, and keeps the few rows that the 3 x 3 convolution needs. Backward computes them again.
 // Hidden channels are padded to whole vectors by zero weights, which keeps zeros zero through every step.
 
-#include <ATen/ATen.h>
-#include <ATen/Parallel.h>
-#include <torch/library.h>
-
 #include <algorithm>
 #include <cmath>
 #include <optional>
@@ -19,6 +15,7 @@
 #include "memory.h"
 #include "pixels.h"
 #include "products.h"
+#include "tensors.h"
 #include "vectors.h"
 
 namespace esc_arch {
@@ -34,7 +31,7 @@ struct Sizes {
   int64_t batch, height, width, channels, hidden;
   int64_t padded_hidden, hidden_vectors, channel_vectors, padded_channels;
 
-  Sizes(const at::Tensor& x, const at::Tensor& proj_weight)
+  Sizes(const Tensor& x, const Tensor& proj_weight)
       : batch(x.size(0)), height(x.size(2)), width(x.size(3)), channels(x.size(1)), hidden(proj_weight.size(0)),
         padded_hidden(padded(hidden)), hidden_vectors(padded_hidden / kLanes),
         channel_vectors(padded(channels) / kLanes), padded_channels(padded(channels)) {}
@@ -43,11 +40,11 @@ struct Sizes {
 struct Weights {
   Floats expand, expand_bias, taps, taps_bias, reduce, reduce_bias;
 
-  Weights(const at::Tensor& proj_weight, const at::Tensor& proj_bias, const at::Tensor& dwc_weight,
-          const at::Tensor& dwc_bias, const at::Tensor& aggr_weight, const at::Tensor& aggr_bias)
-      : expand(packed(as_matrix(proj_weight).t())), expand_bias(packed(proj_bias.unsqueeze(0))),
-        taps(packed(as_matrix(dwc_weight).t())), taps_bias(packed(dwc_bias.unsqueeze(0))),
-        reduce(packed(as_matrix(aggr_weight).t())), reduce_bias(packed(aggr_bias.unsqueeze(0))) {}
+  Weights(const Tensor& proj_weight, const Tensor& proj_bias, const Tensor& dwc_weight,
+          const Tensor& dwc_bias, const Tensor& aggr_weight, const Tensor& aggr_bias)
+      : expand(packed(as_matrix(proj_weight).transpose(0, 1))), expand_bias(packed(as_row(proj_bias))),
+        taps(packed(as_matrix(dwc_weight).transpose(0, 1))), taps_bias(packed(as_row(dwc_bias))),
+        reduce(packed(as_matrix(aggr_weight).transpose(0, 1))), reduce_bias(packed(as_row(aggr_bias))) {}
 };
 
 // Columns of a band such that `rows` rolling hidden rows of it stay in the cache.
@@ -79,7 +76,7 @@ void for_segments(const Sizes& s, int64_t width, int64_t part, int64_t parts, Wo
 // As many parts as threads, but none so small that its margins cost more than it does.
 int64_t number_of_parts(const Sizes& s, int64_t width) {
   const int64_t rows = s.batch * ((s.width + width - 1) / width) * s.height;
-  return std::clamp<int64_t>(rows / 4, 1, at::get_num_threads());
+  return std::clamp<int64_t>(rows / 4, 1, get_num_threads());
 }
 
 // Rows of hidden pixels, a few at a time, of the columns from `first` on: all columns of the first vector of channels,
@@ -244,9 +241,9 @@ struct RowSums {
   }
 
   // (images, pooled channels)
-  at::Tensor means(const Sizes& s) const {
-    at::Tensor result = at::empty({s.batch, pooled}, at::kFloat);
-    float* to = result.mutable_data_ptr<float>();
+  Tensor means(const Sizes& s) const {
+    Tensor result = empty({s.batch, pooled});
+    float* to = result.data();
     for (int64_t image = 0; image < s.batch; ++image) {
       const float* sums = data.data() + image * bands * height * step;
       for (int64_t c = 0; c < pooled; ++c) {
@@ -306,44 +303,41 @@ void forward_segment(const Sizes& s, const Weights& w, const Norm& norm, const f
   }
 }
 
-void check(const at::Tensor& x, const at::Tensor& proj_weight, const at::Tensor& dwc_weight,
-           const at::Tensor& aggr_weight) {
-  TORCH_CHECK(x.dim() == 4 && x.scalar_type() == at::kFloat && x.device().is_cpu(),
-              "conv_ffn takes a float32 map (B, C, H, W) on the CPU");
-  TORCH_CHECK(proj_weight.size(1) == x.size(1) && dwc_weight.size(0) == proj_weight.size(0) &&
-                  dwc_weight.numel() == kTaps * proj_weight.size(0) && aggr_weight.size(1) == proj_weight.size(0) &&
-                  aggr_weight.size(0) == x.size(1),
-              "conv_ffn's weights do not fit the map or each other");
+void check(const Tensor& x, const Tensor& proj_weight, const Tensor& dwc_weight, const Tensor& aggr_weight) {
+  require(x.dim() == 4 && x.is_float(), "conv_ffn takes a float32 map (B, C, H, W) on the CPU");
+  require(proj_weight.size(1) == x.size(1) && dwc_weight.size(0) == proj_weight.size(0) &&
+              dwc_weight.numel() == kTaps * proj_weight.size(0) && aggr_weight.size(1) == proj_weight.size(0) &&
+              aggr_weight.size(0) == x.size(1),
+          "conv_ffn's weights do not fit the map or each other");
 }
 
-std::tuple<at::Tensor, at::Tensor> conv_ffn_fused(
-    const at::Tensor& input, const std::optional<at::Tensor>& norm_weight, const std::optional<at::Tensor>& norm_bias,
-    double eps, const at::Tensor& proj_weight, const at::Tensor& proj_bias, const at::Tensor& dwc_weight,
-    const at::Tensor& dwc_bias, const at::Tensor& aggr_weight, const at::Tensor& aggr_bias, int64_t pooled) {
+std::tuple<Tensor, Tensor> conv_ffn_fused(
+    const Tensor& input, const std::optional<Tensor>& norm_weight, const std::optional<Tensor>& norm_bias,
+    double eps, const Tensor& proj_weight, const Tensor& proj_bias, const Tensor& dwc_weight,
+    const Tensor& dwc_bias, const Tensor& aggr_weight, const Tensor& aggr_bias, int64_t pooled) {
   check(input, proj_weight, dwc_weight, aggr_weight);
-  TORCH_CHECK(norm_weight.has_value() == norm_bias.has_value(), "conv_ffn_fused takes both of the norm or none");
-  TORCH_CHECK(!norm_weight || (norm_weight->numel() == input.size(1) && norm_bias->numel() == input.size(1)),
-              "conv_ffn_fused: the norm does not fit the map");
-  TORCH_CHECK(0 <= pooled && pooled <= input.size(1),
-              "conv_ffn_fused: more channels are to be averaged than there are");
-  const at::Tensor x = input.contiguous(at::MemoryFormat::ChannelsLast);
-  at::Tensor y = empty_map(x.sizes(), x.options());
-  if (x.numel() == 0) return {y, at::full({x.size(0), pooled}, NAN, x.options())};
+  require(norm_weight.has_value() == norm_bias.has_value(), "conv_ffn_fused takes both of the norm or none");
+  require(!norm_weight || (norm_weight->numel() == input.size(1) && norm_bias->numel() == input.size(1)),
+          "conv_ffn_fused: the norm does not fit the map");
+  require(0 <= pooled && pooled <= input.size(1), "conv_ffn_fused: more channels are to be averaged than there are");
+  const Tensor x = input.channels_last();
+  Tensor y = empty_map(x.sizes());
+  if (x.numel() == 0) return {y, filled({x.size(0), pooled}, NAN)};
   Norm norm = {};
-  at::Tensor scale, shift;
+  Tensor scale, shift;
   if (norm_weight) {
     scale = norm_weight->contiguous();
     shift = norm_bias->contiguous();
-    norm = {scale.const_data_ptr<float>(), shift.const_data_ptr<float>(), static_cast<float>(eps)};
+    norm = {scale.data(), shift.data(), static_cast<float>(eps)};
   }
   const Sizes s(x, proj_weight);
   const Weights w(proj_weight, proj_bias, dwc_weight, dwc_bias, aggr_weight, aggr_bias);
   const int64_t width = band_width(s, 3, 1), parts = number_of_parts(s, width);
   const int64_t image_size = s.height * s.width * s.channels;
-  const float* from = x.const_data_ptr<float>();
-  float* to = y.mutable_data_ptr<float>();
+  const float* from = x.data();
+  float* to = y.data();
   RowSums row_sums(s, width, pooled);
-  at::parallel_for(0, parts, 1, [&](int64_t begin, int64_t end) {
+  parallel_for(0, parts, 1, [&](int64_t begin, int64_t end) {
     ForwardScratch scratch(s, width, norm.weight);
     for (int64_t part = begin; part < end; ++part) {
       for_segments(s, width, part, parts, [&](const Segment& segment) {
@@ -355,9 +349,8 @@ std::tuple<at::Tensor, at::Tensor> conv_ffn_fused(
   return {y, row_sums.means(s)};
 }
 
-at::Tensor conv_ffn(const at::Tensor& x, const at::Tensor& proj_weight, const at::Tensor& proj_bias,
-                    const at::Tensor& dwc_weight, const at::Tensor& dwc_bias, const at::Tensor& aggr_weight,
-                    const at::Tensor& aggr_bias) {
+Tensor conv_ffn(const Tensor& x, const Tensor& proj_weight, const Tensor& proj_bias, const Tensor& dwc_weight,
+                const Tensor& dwc_bias, const Tensor& aggr_weight, const Tensor& aggr_bias) {
   return std::get<0>(conv_ffn_fused(x, std::nullopt, std::nullopt, 0, proj_weight, proj_bias, dwc_weight, dwc_bias,
                                     aggr_weight, aggr_bias, 0));
 }
@@ -506,32 +499,31 @@ void backward_before_filter(const Sizes& s, const Weights& w, const Floats& expa
   }
 }
 
-using SevenTensors =
-    std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor>;
+using SevenTensors = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
 
-SevenTensors conv_ffn_backward(const at::Tensor& grad, const at::Tensor& input, const at::Tensor& proj_weight,
-                               const at::Tensor& proj_bias, const at::Tensor& dwc_weight, const at::Tensor& dwc_bias,
-                               const at::Tensor& aggr_weight, bool needs_input, bool needs_parameters) {
+SevenTensors conv_ffn_backward(const Tensor& grad, const Tensor& input, const Tensor& proj_weight,
+                               const Tensor& proj_bias, const Tensor& dwc_weight, const Tensor& dwc_bias,
+                               const Tensor& aggr_weight, bool needs_input, bool needs_parameters) {
   check(input, proj_weight, dwc_weight, aggr_weight);
-  TORCH_CHECK(grad.sizes() == input.sizes(), "conv_ffn_backward: the gradient has not the shape of the map");
-  const at::Tensor x = input.contiguous(at::MemoryFormat::ChannelsLast);
-  const at::Tensor gy = grad.contiguous(at::MemoryFormat::ChannelsLast);
-  at::Tensor gx = empty_map(x.sizes(), x.options());
+  require(grad.sizes() == input.sizes(), "conv_ffn_backward: the gradient has not the shape of the map");
+  const Tensor x = input.channels_last();
+  const Tensor gy = grad.channels_last();
+  Tensor gx = empty_map(x.sizes());
   if (x.numel() == 0) {
-    const auto none = [](const at::Tensor& parameter) { return at::zeros(parameter.sizes(), parameter.options()); };
+    const auto none = [](const Tensor& parameter) { return zeros(parameter.sizes()); };
     return {gx, none(proj_weight), none(proj_bias), none(dwc_weight), none(dwc_bias), none(aggr_weight),
-            at::zeros({x.size(1)}, x.options())};
+            zeros({x.size(1)})};
   }
   const Sizes s(x, proj_weight);
-  const Weights w(proj_weight, proj_bias, dwc_weight, dwc_bias, aggr_weight, at::zeros({s.channels}, x.options()));
+  const Weights w(proj_weight, proj_bias, dwc_weight, dwc_bias, aggr_weight, zeros({s.channels}));
   const Floats reduce_rows = packed(as_matrix(aggr_weight)), expand_rows = packed(as_matrix(proj_weight));
   const int64_t width = band_width(s, 12, 2), parts = number_of_parts(s, width);
   const int64_t row_size = s.width * s.channels, image_size = s.height * row_size;
   std::vector<Gradients> sums;
   for (int64_t part = 0; part < parts; ++part) sums.emplace_back(s);
-  const float *x_data = x.const_data_ptr<float>(), *gy_data = gy.const_data_ptr<float>();
-  float* gx_data = gx.mutable_data_ptr<float>();
-  at::parallel_for(0, parts, 1, [&](int64_t begin, int64_t end) {
+  const float *x_data = x.data(), *gy_data = gy.data();
+  float* gx_data = gx.data();
+  parallel_for(0, parts, 1, [&](int64_t begin, int64_t end) {
     Scratch scratch(s, width);
     for (int64_t part = begin; part < end; ++part) {
       Gradients* gradients = needs_parameters ? &sums[part] : nullptr;
@@ -567,25 +559,22 @@ SevenTensors conv_ffn_backward(const at::Tensor& grad, const at::Tensor& input, 
 }  // namespace
 }  // namespace esc_arch
 
-TORCH_LIBRARY_FRAGMENT(esc_arch, m) {
+STABLE_TORCH_LIBRARY_FRAGMENT(esc_arch, m) {
   m.def(
       "conv_ffn_cpu(Tensor x, Tensor proj_weight, Tensor proj_bias, Tensor dwc_weight, Tensor dwc_bias, "
-      "Tensor aggr_weight, Tensor aggr_bias) -> Tensor",
-      {at::Tag::pt2_compliant_tag});
+      "Tensor aggr_weight, Tensor aggr_bias) -> Tensor");
   m.def(
       "conv_ffn_fused_cpu(Tensor x, Tensor? norm_weight, Tensor? norm_bias, float eps, Tensor proj_weight, "
       "Tensor proj_bias, Tensor dwc_weight, Tensor dwc_bias, Tensor aggr_weight, Tensor aggr_bias, int pooled) "
-      "-> (Tensor, Tensor)",
-      {at::Tag::pt2_compliant_tag});
+      "-> (Tensor, Tensor)");
   m.def(
       "conv_ffn_backward_cpu(Tensor grad, Tensor x, Tensor proj_weight, Tensor proj_bias, Tensor dwc_weight, "
       "Tensor dwc_bias, Tensor aggr_weight, bool needs_input, bool needs_parameters) "
-      "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
-      {at::Tag::pt2_compliant_tag});
+      "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)");
 }
 
-TORCH_LIBRARY_IMPL(esc_arch, CPU, m) {
-  m.impl("conv_ffn_cpu", &esc_arch::conv_ffn);
-  m.impl("conv_ffn_fused_cpu", &esc_arch::conv_ffn_fused);
-  m.impl("conv_ffn_backward_cpu", &esc_arch::conv_ffn_backward);
+STABLE_TORCH_LIBRARY_IMPL(esc_arch, CPU, m) {
+  m.impl("conv_ffn_cpu", ESC_ARCH_KERNEL(esc_arch::conv_ffn));
+  m.impl("conv_ffn_fused_cpu", ESC_ARCH_KERNEL(esc_arch::conv_ffn_fused));
+  m.impl("conv_ffn_backward_cpu", ESC_ARCH_KERNEL(esc_arch::conv_ffn_backward));
 }

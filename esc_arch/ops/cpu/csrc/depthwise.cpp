@@ -3,10 +3,6 @@
 // Vectors run over channels. A tile of the map with its margins is laid out as [row][column][kLanes], zeros outside the
 // map, so that nothing further on needs to look at borders; sums of several outputs, or taps, stay in registers.
 
-#include <ATen/ATen.h>
-#include <ATen/Parallel.h>
-#include <torch/library.h>
-
 #include <algorithm>
 #include <array>
 #include <cstring>
@@ -15,6 +11,7 @@
 #include <vector>
 
 #include "memory.h"
+#include "tensors.h"
 #include "vectors.h"
 
 namespace esc_arch {
@@ -29,7 +26,7 @@ struct Sizes {
   int64_t tile_rows, tile_columns;  // number of tiles
   int64_t stage_row;                // floats
 
-  Sizes(const at::Tensor& x, const at::Tensor& kernel)
+  Sizes(const Tensor& x, const Tensor& kernel)
       : batch(x.size(0)), channels(x.size(1)), height(x.size(2)), width(x.size(3)), side(kernel.size(2)),
         margin(side / 2), blocks(padded(channels) / kLanes), tile_rows((height + kRows - 1) / kRows),
         tile_columns((width + kColumns - 1) / kColumns), stage_row((kColumns + 2 * margin) * kLanes) {}
@@ -51,15 +48,14 @@ struct Job {
         columns(std::min(kColumns, s.width - left)) {}
 };
 
-at::Tensor channels_innermost(const at::Tensor& map) {
-  return map.stride(1) == 1 ? map : map.contiguous(at::MemoryFormat::ChannelsLast).as_strided(map.sizes(), {
-      map.size(1) * map.size(2) * map.size(3), 1, map.size(1) * map.size(3), map.size(1)});
+Tensor channels_innermost(const Tensor& map) {
+  return map.stride(1) == 1 ? map : map.channels_last();
 }
 
 // A tile and `margin` pixels around it, in rows of `step` floats
-void stage(const Sizes& s, const Job& job, const at::Tensor& map, int64_t margin, int64_t step, float* to) {
+void stage(const Sizes& s, const Job& job, const Tensor& map, int64_t margin, int64_t step, float* to) {
   const int64_t row_step = map.stride(2), pixel_step = map.stride(3);
-  const float* from = map.const_data_ptr<float>() + job.image * map.stride(0) + job.block * kLanes;
+  const float* from = map.data() + job.image * map.stride(0) + job.block * kLanes;
   const int64_t first = std::max<int64_t>(job.left - margin, 0);
   const int64_t last = std::min(job.left + kColumns + margin, s.width);
   const int64_t zeros = (first - (job.left - margin)) * kLanes, filled = zeros + (last - first) * kLanes;
@@ -77,9 +73,9 @@ void stage(const Sizes& s, const Job& job, const at::Tensor& map, int64_t margin
 }
 
 // Filters (B, C, side, side) as [image][block][tap][kLanes], for the gradient of x turned by 180 degrees
-std::vector<float> arranged(const Sizes& s, const at::Tensor& kernel, bool turned) {
-  const at::Tensor plain = kernel.contiguous();
-  const float* from = plain.const_data_ptr<float>();
+std::vector<float> arranged(const Sizes& s, const Tensor& kernel, bool turned) {
+  const Tensor plain = kernel.contiguous();
+  const float* from = plain.data();
   std::vector<float> result(s.batch * s.blocks * s.taps() * kLanes);
   for (int64_t image = 0; image < s.batch; ++image)
     for (int64_t c = 0; c < s.channels; ++c)
@@ -121,9 +117,9 @@ __attribute__((noinline)) void filter_group(const Sizes& s, const float* staged,
   for (int64_t i = 0; i < 2 * kGroup; ++i) store(result + i * kLanes, sums[i / kGroup][i % kGroup]);
 }
 
-void filter(const Sizes& s, const at::Tensor& map, const std::vector<float>& taps, const at::Tensor& out) {
-  float* const to = out.data_ptr<float>();
-  at::parallel_for(0, s.jobs(), 1, [&](int64_t begin, int64_t end) {
+void filter(const Sizes& s, const Tensor& map, const std::vector<float>& taps, const Tensor& out) {
+  float* const to = out.data();
+  parallel_for(0, s.jobs(), 1, [&](int64_t begin, int64_t end) {
     std::vector<float> staged(s.stage() + s.stage_row);
     float result[2 * kGroup * kLanes];
     for (int64_t index = begin; index < end; ++index) {
@@ -197,10 +193,10 @@ void correlate_tile(const Sizes& s, const Job& job, const float* input, const fl
     }
 }
 
-void filter_gradient(const Sizes& s, const at::Tensor& x, const at::Tensor& gradient, at::Tensor& result) {
+void filter_gradient(const Sizes& s, const Tensor& x, const Tensor& gradient, Tensor& result) {
   const int64_t size = s.taps() * kLanes;
   std::vector<float> sums(s.jobs() * size);
-  at::parallel_for(0, s.jobs(), 1, [&](int64_t begin, int64_t end) {
+  parallel_for(0, s.jobs(), 1, [&](int64_t begin, int64_t end) {
     constexpr int64_t step = kColumns * kLanes;
     // (A row below, which the last odd row of taps reads)
     std::vector<float> staged(s.stage() + s.stage_row), gradients((kRows + 2) * step);
@@ -211,7 +207,7 @@ void filter_gradient(const Sizes& s, const at::Tensor& x, const at::Tensor& grad
       correlate_tile(s, job, staged.data(), gradients.data(), sums.data() + index * size);
     }
   });
-  float* const to = result.data_ptr<float>();
+  float* const to = result.data();
   for (int64_t index = 0; index < s.jobs(); ++index) {
     const Job job(s, index);
     for (int64_t tap = 0; tap < s.taps(); ++tap)
@@ -221,35 +217,34 @@ void filter_gradient(const Sizes& s, const at::Tensor& x, const at::Tensor& grad
   }
 }
 
-void check(const at::Tensor& x, const at::Tensor& kernel) {
-  for (const at::Tensor& tensor : {x, kernel})
-    TORCH_CHECK(tensor.dim() == 4 && tensor.scalar_type() == at::kFloat && tensor.device().is_cpu(),
-                "depthwise_per_image takes float32 tensors of four dimensions on the CPU.");
-  TORCH_CHECK(kernel.size(0) == x.size(0) && kernel.size(1) == x.size(1) && kernel.size(2) == kernel.size(3) &&
-                  kernel.size(2) % 2 == 1,
-              "depthwise_per_image: a kernel of shape ", kernel.sizes(), " does not fit x of shape ", x.sizes(), ".");
+void check(const Tensor& x, const Tensor& kernel) {
+  for (const Tensor& tensor : {x, kernel})
+    require(tensor.dim() == 4 && tensor.is_float(),
+            "depthwise_per_image takes float32 tensors of four dimensions on the CPU.");
+  require(kernel.size(0) == x.size(0) && kernel.size(1) == x.size(1) && kernel.size(2) == kernel.size(3) &&
+              kernel.size(2) % 2 == 1,
+          "depthwise_per_image: a kernel of shape ", kernel.sizes(), " does not fit x of shape ", x.sizes(), ".");
 }
 
-at::Tensor depthwise_per_image(const at::Tensor& x, const at::Tensor& kernel) {
+Tensor depthwise_per_image(const Tensor& x, const Tensor& kernel) {
   check(x, kernel);
-  at::Tensor out = empty_map(x.sizes(), x.options());
+  Tensor out = empty_map(x.sizes());
   if (out.numel() == 0) return out;
   const Sizes s(x, kernel);
   filter(s, channels_innermost(x), arranged(s, kernel, false), out);
   return out;
 }
 
-std::tuple<at::Tensor, at::Tensor> depthwise_per_image_backward(const at::Tensor& gradient, const at::Tensor& x,
-                                                                const at::Tensor& kernel, bool of_x, bool of_kernel) {
+std::tuple<Tensor, Tensor> depthwise_per_image_backward(const Tensor& gradient, const Tensor& x,
+                                                        const Tensor& kernel, bool of_x, bool of_kernel) {
   check(x, kernel);
   check(gradient, kernel);
-  TORCH_CHECK(gradient.sizes() == x.sizes(), "depthwise_per_image_backward: the gradient does not fit x.");
-  at::Tensor x_gradient = of_x ? at::empty(x.sizes(), x.options(), at::MemoryFormat::ChannelsLast)
-                               : at::empty({0}, x.options());
-  at::Tensor kernel_gradient = at::zeros(of_kernel ? kernel.sizes() : at::IntArrayRef({0}), x.options());
+  require(gradient.sizes() == x.sizes(), "depthwise_per_image_backward: the gradient does not fit x.");
+  Tensor x_gradient = of_x ? empty_channels_last(x.sizes()) : empty({0});
+  Tensor kernel_gradient = zeros(of_kernel ? kernel.sizes() : Dimensions{0});
   if (x.numel() == 0) return {x_gradient, kernel_gradient};
   const Sizes s(x, kernel);
-  const at::Tensor innermost = channels_innermost(gradient);
+  const Tensor innermost = channels_innermost(gradient);
   if (of_x) filter(s, innermost, arranged(s, kernel, true), x_gradient);
   if (of_kernel) filter_gradient(s, channels_innermost(x), innermost, kernel_gradient);
   return {x_gradient, kernel_gradient};
@@ -258,15 +253,14 @@ std::tuple<at::Tensor, at::Tensor> depthwise_per_image_backward(const at::Tensor
 }  // namespace
 }  // namespace esc_arch
 
-TORCH_LIBRARY_FRAGMENT(esc_arch, m) {
-  m.def("depthwise_per_image_cpu(Tensor x, Tensor kernel) -> Tensor", {at::Tag::pt2_compliant_tag});
+STABLE_TORCH_LIBRARY_FRAGMENT(esc_arch, m) {
+  m.def("depthwise_per_image_cpu(Tensor x, Tensor kernel) -> Tensor");
   m.def(
       "depthwise_per_image_backward_cpu(Tensor gradient, Tensor x, Tensor kernel, bool of_x, bool of_kernel) "
-      "-> (Tensor, Tensor)",
-      {at::Tag::pt2_compliant_tag});
+      "-> (Tensor, Tensor)");
 }
 
-TORCH_LIBRARY_IMPL(esc_arch, CPU, m) {
-  m.impl("depthwise_per_image_cpu", &esc_arch::depthwise_per_image);
-  m.impl("depthwise_per_image_backward_cpu", &esc_arch::depthwise_per_image_backward);
+STABLE_TORCH_LIBRARY_IMPL(esc_arch, CPU, m) {
+  m.impl("depthwise_per_image_cpu", ESC_ARCH_KERNEL(esc_arch::depthwise_per_image));
+  m.impl("depthwise_per_image_backward_cpu", ESC_ARCH_KERNEL(esc_arch::depthwise_per_image_backward));
 }

@@ -1,10 +1,6 @@
 // Layer normalisation over the channels of a map, forward and backward, in the layout the map has: vectors run along
 // the channels of a pixel in channels_last, along the pixels of a channel otherwise. Nothing is copied to be permuted.
 
-#include <ATen/ATen.h>
-#include <ATen/Parallel.h>
-#include <torch/library.h>
-
 #include <algorithm>
 #include <cmath>
 #include <tuple>
@@ -12,6 +8,7 @@
 
 #include "memory.h"
 #include "pixels.h"
+#include "tensors.h"
 #include "vectors.h"
 
 namespace esc_arch {
@@ -24,12 +21,12 @@ struct Map {
   int64_t batch, channels, pixels;
   bool channels_last;
 
-  explicit Map(const at::Tensor& x)
+  explicit Map(const Tensor& x)
       : batch(x.size(0)), channels(x.size(1)), pixels(x.size(2) * x.size(3)),
-        channels_last(!x.is_contiguous() && x.is_contiguous(at::MemoryFormat::ChannelsLast)) {}
+        channels_last(!x.is_contiguous() && x.is_channels_last()) {}
 
-  at::MemoryFormat format() const {
-    return channels_last ? at::MemoryFormat::ChannelsLast : at::MemoryFormat::Contiguous;
+  Tensor laid_out(const Tensor& x) const {
+    return channels_last ? x.channels_last() : x.contiguous();
   }
 
   int64_t units() const {  // of work: pixels, or strips of them
@@ -178,20 +175,19 @@ void backward_strip(const Map& map, int64_t pixels, const float* gy, const float
 
 // --- operators ------------------------------------------------------------------------------------------------------
 
-void check(const at::Tensor& x, const at::Tensor& weight) {
-  TORCH_CHECK(x.dim() == 4 && x.scalar_type() == at::kFloat && x.device().is_cpu(),
-              "layer_norm takes a float32 map (B, C, H, W) on the CPU");
-  TORCH_CHECK(weight.numel() == x.size(1), "layer_norm's weight does not fit the map");
+void check(const Tensor& x, const Tensor& weight) {
+  require(x.dim() == 4 && x.is_float(), "layer_norm takes a float32 map (B, C, H, W) on the CPU");
+  require(weight.numel() == x.size(1), "layer_norm's weight does not fit the map");
 }
 
-at::Tensor layer_norm(const at::Tensor& input, const at::Tensor& weight, const at::Tensor& bias, double eps) {
+Tensor layer_norm(const Tensor& input, const Tensor& weight, const Tensor& bias, double eps) {
   check(input, weight);
   const Map map(input);
-  const at::Tensor x = input.contiguous(map.format()), w = weight.contiguous(), b = bias.contiguous();
-  at::Tensor y = map.channels_last ? empty_map(x.sizes(), x.options()) : at::empty(x.sizes(), x.options());
-  const float *from = x.const_data_ptr<float>(), *scale = w.const_data_ptr<float>(), *shift = b.const_data_ptr<float>();
-  float* to = y.mutable_data_ptr<float>();
-  at::parallel_for(0, map.units(), map.grain(), [&](int64_t begin, int64_t end) {
+  const Tensor x = map.laid_out(input), w = weight.contiguous(), b = bias.contiguous();
+  Tensor y = map.channels_last ? empty_map(x.sizes()) : empty(x.sizes());
+  const float *from = x.data(), *scale = w.data(), *shift = b.data();
+  float* to = y.data();
+  parallel_for(0, map.units(), map.grain(), [&](int64_t begin, int64_t end) {
     if (map.channels_last) {
       normalise_pixels(begin, end, map.channels, from, scale, shift, eps, to);
     } else {
@@ -203,21 +199,21 @@ at::Tensor layer_norm(const at::Tensor& input, const at::Tensor& weight, const a
   return y;
 }
 
-std::tuple<at::Tensor, at::Tensor, at::Tensor> layer_norm_backward(const at::Tensor& grad, const at::Tensor& input,
-                                                                   const at::Tensor& weight, double eps) {
+std::tuple<Tensor, Tensor, Tensor> layer_norm_backward(const Tensor& grad, const Tensor& input,
+                                                       const Tensor& weight, double eps) {
   check(input, weight);
-  TORCH_CHECK(grad.sizes() == input.sizes(), "layer_norm_backward: the gradient has not the shape of the map");
+  require(grad.sizes() == input.sizes(), "layer_norm_backward: the gradient has not the shape of the map");
   const Map map(input);
-  const at::Tensor x = input.contiguous(map.format()), gy = grad.contiguous(map.format()), w = weight.contiguous();
-  at::Tensor gx = at::empty(x.sizes(), x.options(), map.format());
-  at::Tensor gw = at::zeros({map.channels}, x.options()), gb = at::zeros({map.channels}, x.options());
-  const float *from = x.const_data_ptr<float>(), *gradient = gy.const_data_ptr<float>();
-  const float* scale = w.const_data_ptr<float>();
-  float* to = gx.mutable_data_ptr<float>();
-  const int64_t units = map.units(), most = at::get_num_threads();
+  const Tensor x = map.laid_out(input), gy = map.laid_out(grad), w = weight.contiguous();
+  Tensor gx = map.channels_last ? empty_channels_last(x.sizes()) : empty(x.sizes());
+  Tensor gw = zeros({map.channels}), gb = zeros({map.channels});
+  const float *from = x.data(), *gradient = gy.data();
+  const float* scale = w.data();
+  float* to = gx.data();
+  const int64_t units = map.units(), most = get_num_threads();
   const int64_t parts = std::clamp<int64_t>(units / map.grain(), 1, most);
   std::vector<Sums> sums(parts, Sums(padded(map.channels)));
-  at::parallel_for(0, parts, 1, [&](int64_t first, int64_t last) {
+  parallel_for(0, parts, 1, [&](int64_t first, int64_t last) {
     for (int64_t part = first; part < last; ++part) {
       const int64_t begin = units * part / parts, end = units * (part + 1) / parts;
       if (map.channels_last) {
@@ -230,7 +226,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> layer_norm_backward(const at::Ten
       sums[part].flush();
     }
   });
-  float *of_weight = gw.mutable_data_ptr<float>(), *of_bias = gb.mutable_data_ptr<float>();
+  float *of_weight = gw.data(), *of_bias = gb.data();
   for (const Sums& part : sums) {  // in their order, so that the result is the same every time
     for (int64_t c = 0; c < map.channels; ++c) {
       of_weight[c] += part.weight_total[c];
@@ -243,13 +239,12 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> layer_norm_backward(const at::Ten
 }  // namespace
 }  // namespace esc_arch
 
-TORCH_LIBRARY_FRAGMENT(esc_arch, m) {
-  m.def("layer_norm_cpu(Tensor x, Tensor weight, Tensor bias, float eps) -> Tensor", {at::Tag::pt2_compliant_tag});
-  m.def("layer_norm_backward_cpu(Tensor grad, Tensor x, Tensor weight, float eps) -> (Tensor, Tensor, Tensor)",
-        {at::Tag::pt2_compliant_tag});
+STABLE_TORCH_LIBRARY_FRAGMENT(esc_arch, m) {
+  m.def("layer_norm_cpu(Tensor x, Tensor weight, Tensor bias, float eps) -> Tensor");
+  m.def("layer_norm_backward_cpu(Tensor grad, Tensor x, Tensor weight, float eps) -> (Tensor, Tensor, Tensor)");
 }
 
-TORCH_LIBRARY_IMPL(esc_arch, CPU, m) {
-  m.impl("layer_norm_cpu", &esc_arch::layer_norm);
-  m.impl("layer_norm_backward_cpu", &esc_arch::layer_norm_backward);
+STABLE_TORCH_LIBRARY_IMPL(esc_arch, CPU, m) {
+  m.impl("layer_norm_cpu", ESC_ARCH_KERNEL(esc_arch::layer_norm));
+  m.impl("layer_norm_backward_cpu", ESC_ARCH_KERNEL(esc_arch::layer_norm_backward));
 }

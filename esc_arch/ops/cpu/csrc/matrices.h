@@ -1,34 +1,45 @@
 // Weights between tensors and what the operators compute with: rows of whole vectors.
 #pragma once
 
-#include <ATen/ATen.h>
 
 #include <algorithm>
 #include <cstdint>
 #include <vector>
 
+#include "tensors.h"
 #include "vectors.h"
 
 namespace esc_arch {
 
 // (rows, columns) with any strides -> rows of padded columns, the padding zero.
-inline Floats packed(const at::Tensor& matrix) {
+inline Floats packed(const Tensor& matrix) {
   const int64_t rows = matrix.size(0), columns = matrix.size(1), step = padded(columns);
-  const at::Tensor plain = matrix.contiguous();
-  const float* from = plain.const_data_ptr<float>();
+  const float* from = matrix.data();
   Floats result(rows * step + kLanes, 0.0f);
-  for (int64_t row = 0; row < rows; ++row) std::copy_n(from + row * columns, columns, result.data() + row * step);
+  for (int64_t row = 0; row < rows; ++row)
+    for (int64_t column = 0; column < columns; ++column)
+      result[row * step + column] = from[row * matrix.stride(0) + column * matrix.stride(1)];
   return result;
 }
 
-inline at::Tensor as_matrix(const at::Tensor& weight) {
-  return weight.reshape({weight.size(0), -1});
+inline Tensor as_matrix(const Tensor& weight) {
+  const int64_t rows = weight.size(0), columns = weight.numel() / std::max<int64_t>(rows, 1);
+  return weight.contiguous().view({rows, columns}, {columns, 1});
+}
+
+inline Tensor as_row(const Tensor& bias) {
+  return bias.view({1, bias.numel()}, {0, bias.stride(0)});
 }
 
 // (rows, padded columns) -> rows x columns of a tensor, transposed where its shape is (columns, rows, ...).
-inline at::Tensor unpacked(const Floats& sums, int64_t rows, int64_t columns, bool transposed, at::IntArrayRef shape) {
-  at::Tensor matrix = at::from_blob(const_cast<float*>(sums.data()), {rows, columns}, {padded(columns), 1}, at::kFloat);
-  return (transposed ? matrix.t() : matrix).clone(at::MemoryFormat::Contiguous).view(shape);
+inline Tensor unpacked(const Floats& sums, int64_t rows, int64_t columns, bool transposed, const Dimensions& shape) {
+  const Tensor result = empty(shape);
+  float* const to = result.data();
+  const int64_t row_step = transposed ? 1 : columns, column_step = transposed ? rows : 1;
+  for (int64_t row = 0; row < rows; ++row)
+    for (int64_t column = 0; column < columns; ++column)
+      to[row * row_step + column * column_step] = sums[row * padded(columns) + column];
+  return result;
 }
 
 // What the parts of some work have summed, into the first of them: in their order, so that it is the same every time.

@@ -5,13 +5,13 @@
 // network runs, freed blocks are kept for its next operators instead; when it is done, they are given back.
 #pragma once
 
-#include <ATen/ATen.h>
-
 #include <cstdint>
 #include <cstdlib>
 #include <mutex>
 #include <utility>
 #include <vector>
+
+#include "tensors.h"
 
 namespace esc_arch {
 
@@ -80,14 +80,16 @@ inline Reuse& reuse() {
 }
 
 // An uninitialised map (B, C, H, W) with its channels innermost
-inline at::Tensor empty_map(at::IntArrayRef sizes, const at::TensorOptions& options) {
-  const int64_t batch = sizes[0], channels = sizes[1], height = sizes[2], width = sizes[3];
-  const int64_t bytes = batch * channels * height * width * int64_t(sizeof(float));
+inline Tensor empty_channels_last(const Dimensions& sizes) {
+  return Tensor(empty_handle(sizes, sizes.channels_last()));
+}
+
+// The same, for a map that operators hand on
+inline Tensor empty_map(const Dimensions& sizes) {
+  const int64_t bytes = sizes.product() * int64_t(sizeof(float));
   void* data = reuse().take(bytes);
-  if (data == nullptr) return at::empty(sizes, options, at::MemoryFormat::ChannelsLast);
-  return at::from_blob(
-      data, sizes, {height * width * channels, 1, width * channels, channels},
-      [bytes](void* block) { reuse().give(block, bytes); }, options);
+  if (data == nullptr) return empty_channels_last(sizes);
+  return Tensor(handle_of(data, sizes, sizes.channels_last(), [bytes](void* block) { reuse().give(block, bytes); }));
 }
 
 }  // namespace esc_arch

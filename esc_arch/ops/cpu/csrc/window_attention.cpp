@@ -12,11 +12,6 @@
 // Nothing depends on the number of threads: each task or chunk of tasks has its own place for results, and sums
 // over those are made in a fixed order.
 
-#include <ATen/Parallel.h>
-#include <ATen/core/Tensor.h>
-#include <ATen/ops/empty.h>
-#include <ATen/ops/empty_like.h>
-#include <torch/library.h>
 
 #if defined(CPU_CAPABILITY_AVX512) || defined(CPU_CAPABILITY_AVX2)
 #include <immintrin.h>
@@ -39,6 +34,7 @@
 #include "memory.h"
 #include "pixels.h"
 #include "products.h"
+#include "tensors.h"
 #include "vectors.h"
 
 namespace {
@@ -134,8 +130,8 @@ struct Map {
   float* data;
   int64_t batch, channel, row, column;
 
-  explicit Map(const at::Tensor& x)
-      : data(x.data_ptr<float>()), batch(x.stride(0)), channel(x.stride(1)), row(x.stride(2)), column(x.stride(3)) {}
+  explicit Map(const Tensor& x)
+      : data(x.data()), batch(x.stride(0)), channel(x.stride(1)), row(x.stride(2)), column(x.stride(3)) {}
 
   // (B, w, w) pixels of `pixel` floats
   Map(float* data, int64_t window, int64_t pixel)
@@ -161,7 +157,7 @@ struct Shape {
   int64_t side, table;                     // of the table: 2 w - 1, and its square
   float scale;
 
-  Shape(const at::Tensor& qkv, int64_t rank, int64_t window, int64_t heads)
+  Shape(const Tensor& qkv, int64_t rank, int64_t window, int64_t heads)
       : Shape(qkv.size(0), qkv.size(1) / 3, qkv.size(2), qkv.size(3), rank, window, heads) {}
 
   Shape(int64_t batch, int64_t channels, int64_t height, int64_t width, int64_t rank, int64_t window, int64_t heads)
@@ -222,12 +218,12 @@ struct Bias {
 // The position bias of all heads: a table, or two factors
 class Biases {
  public:
-  Biases(const at::Tensor& bias, const std::optional<at::Tensor>& key_factors, const Shape& s)
+  Biases(const Tensor& bias, const std::optional<Tensor>& key_factors, const Shape& s)
       : shape_(s), table_(key_factors ? 0 : s.heads * s.table + 2 * V) {
-    const float* data = bias.const_data_ptr<float>();
+    const float* data = bias.data();
     if (key_factors) {
       query_factors_ = data;
-      key_factors_ = key_factors->const_data_ptr<float>();
+      key_factors_ = key_factors->data();
       return;
     }
     // (More floats, because the last lanes of a row that is no multiple of V read past it)
@@ -542,8 +538,8 @@ int64_t room_of_block(const Shape& s) {
 template <typename Make, typename Work>
 void for_each_task(int64_t tasks, const Make& make_scratch, const Work& work) {
   std::atomic<int64_t> next{0};
-  const int64_t threads = std::min<int64_t>(at::get_num_threads(), tasks);
-  at::parallel_for(0, threads, 1, [&](int64_t begin, int64_t end) {
+  const int64_t threads = std::min<int64_t>(get_num_threads(), tasks);
+  parallel_for(0, threads, 1, [&](int64_t begin, int64_t end) {
     if (begin >= end) return;
     auto scratch = make_scratch();
     for (int64_t task = next++; task < tasks; task = next++) work(task, scratch);
@@ -687,42 +683,41 @@ void attend_window(const Shape& s, const Bias& bias, const Head& head, const Win
   }
 }
 
-void check_bias(const at::Tensor& bias, const std::optional<at::Tensor>& key_factors, int64_t window, int64_t heads) {
-  TORCH_CHECK(bias.scalar_type() == at::kFloat && bias.is_contiguous(),
-              "esc_arch::window_attention_cpu: the bias must be float32 and contiguous.");
+void check_bias(const Tensor& bias, const std::optional<Tensor>& key_factors, int64_t window, int64_t heads) {
+  require(bias.is_float() && bias.is_contiguous(),
+          "esc_arch::window_attention_cpu: the bias must be float32 and contiguous.");
   if (!key_factors) {
-    TORCH_CHECK(bias.dim() == 2 && bias.size(0) == heads && bias.size(1) == (2 * window - 1) * (2 * window - 1),
-                "esc_arch::window_attention_cpu: the bias table must be (heads, (2 window - 1)^2).");
+    require(bias.dim() == 2 && bias.size(0) == heads && bias.size(1) == (2 * window - 1) * (2 * window - 1),
+            "esc_arch::window_attention_cpu: the bias table must be (heads, (2 window - 1)^2).");
     return;
   }
-  TORCH_CHECK(key_factors->scalar_type() == at::kFloat && key_factors->is_contiguous() && bias.dim() == 3 &&
-                  bias.sizes() == key_factors->sizes() && bias.size(0) == heads && bias.size(1) == window * window,
-              "esc_arch::window_attention_cpu: both factors of the bias must be contiguous, (heads, window^2, rank).");
+  require(key_factors->is_float() && key_factors->is_contiguous() && bias.dim() == 3 &&
+              bias.sizes() == key_factors->sizes() && bias.size(0) == heads && bias.size(1) == window * window,
+          "esc_arch::window_attention_cpu: both factors of the bias must be contiguous, (heads, window^2, rank).");
 }
 
-void check(const at::Tensor& qkv, const at::Tensor& bias, const std::optional<at::Tensor>& key_factors,
+void check(const Tensor& qkv, const Tensor& bias, const std::optional<Tensor>& key_factors,
            int64_t window, int64_t heads) {
-  TORCH_CHECK(window >= 1 && heads >= 1 && qkv.dim() == 4 && qkv.size(1) % (3 * heads) == 0 && qkv.numel() > 0,
-              "esc_arch::window_attention_cpu: qkv must be (B, 3C, H, W), C a multiple of the heads, and not empty.");
-  TORCH_CHECK(qkv.scalar_type() == at::kFloat, "esc_arch::window_attention_cpu: qkv must be float32.");
+  require(window >= 1 && heads >= 1 && qkv.dim() == 4 && qkv.size(1) % (3 * heads) == 0 && qkv.numel() > 0,
+          "esc_arch::window_attention_cpu: qkv must be (B, 3C, H, W), C a multiple of the heads, and not empty.");
+  require(qkv.is_float(), "esc_arch::window_attention_cpu: qkv must be float32.");
   check_bias(bias, key_factors, window, heads);
 }
 
 // A map of `channels` in the layout of qkv
-at::Tensor map_like(const at::Tensor& qkv, int64_t channels) {
-  const std::array<int64_t, 4> sizes{qkv.size(0), channels, qkv.size(2), qkv.size(3)};
-  return qkv.stride(1) == 1 ? empty_map(sizes, qkv.options()) : at::empty(sizes, qkv.options());
+Tensor map_like(const Tensor& qkv, int64_t channels) {
+  const Dimensions sizes{qkv.size(0), channels, qkv.size(2), qkv.size(3)};
+  return qkv.stride(1) == 1 ? empty_map(sizes) : empty(sizes);
 }
 
-std::tuple<at::Tensor, at::Tensor> window_attention(const at::Tensor& qkv, const at::Tensor& bias,
-                                                    const std::optional<at::Tensor>& key_factors, int64_t window,
-                                                    int64_t heads) {
+std::tuple<Tensor, Tensor> window_attention(const Tensor& qkv, const Tensor& bias,
+                                            const std::optional<Tensor>& key_factors, int64_t window, int64_t heads) {
   check(qkv, bias, key_factors, window, heads);
   const Shape s(qkv, key_factors ? bias.size(2) : 0, window, heads);
-  at::Tensor out = map_like(qkv, qkv.size(1) / 3);
-  at::Tensor statistics = at::empty({2, s.heads, s.windows, s.tokens}, qkv.options());
+  Tensor out = map_like(qkv, qkv.size(1) / 3);
+  Tensor statistics = empty({2, s.heads, s.windows, s.tokens});
   const Map in(qkv), to(out);
-  float* all_statistics = statistics.data_ptr<float>();
+  float* all_statistics = statistics.data();
   const Biases biases(bias, key_factors, s);
   // (The heads of a window one after the other: they share its pages of memory)
   for_each_task(s.heads * s.windows, [&] { return ForwardScratch(s); }, [&](int64_t task, ForwardScratch& scratch) {
@@ -741,17 +736,17 @@ struct Projection {
   int64_t depth, vectors;
   Floats weight, bias;
 
-  Projection(const at::Tensor& given, const std::optional<at::Tensor>& given_bias)
+  Projection(const Tensor& given, const std::optional<Tensor>& given_bias)
       : depth(given.size(1)), vectors(padded(given.size(0)) / V), weight(depth * vectors * V), bias(vectors * V) {
-    const at::Tensor whole = given.contiguous(at::MemoryFormat::Contiguous);
-    const float* from = whole.const_data_ptr<float>();
+    const Tensor whole = given.contiguous();
+    const float* from = whole.data();
     std::memset(weight.data(), 0, depth * vectors * V * sizeof(float));
     std::memset(bias.data(), 0, vectors * V * sizeof(float));
     for (int64_t o = 0; o < given.size(0); ++o)
       for (int64_t c = 0; c < depth; ++c) weight[c * vectors * V + o] = from[o * depth + c];
     if (given_bias) {
-      const at::Tensor contiguous = given_bias->contiguous();
-      std::memcpy(bias.data(), contiguous.const_data_ptr<float>(), given.size(0) * sizeof(float));
+      const Tensor contiguous = given_bias->contiguous();
+      std::memcpy(bias.data(), contiguous.data(), given.size(0) * sizeof(float));
     }
   }
 
@@ -766,15 +761,15 @@ struct Projection {
 // kept for as many windows as are worked on at a time. A chunk is some rows of a window.
 class Layer {
  public:
-  Layer(const at::Tensor& x, const std::optional<at::Tensor>& norm_weight, const std::optional<at::Tensor>& norm_bias,
-        double eps, const at::Tensor& qkv_weight, const std::optional<at::Tensor>& qkv_bias, const at::Tensor& bias,
-        const std::optional<at::Tensor>& key_factors, const at::Tensor& out_weight,
-        const std::optional<at::Tensor>& out_bias, int64_t window, int64_t heads, bool residual, at::Tensor& out)
+  Layer(const Tensor& x, const std::optional<Tensor>& norm_weight, const std::optional<Tensor>& norm_bias,
+        double eps, const Tensor& qkv_weight, const std::optional<Tensor>& qkv_bias, const Tensor& bias,
+        const std::optional<Tensor>& key_factors, const Tensor& out_weight,
+        const std::optional<Tensor>& out_bias, int64_t window, int64_t heads, bool residual, Tensor& out)
       : s_(x.size(0), x.size(1), x.size(2), x.size(3), key_factors ? bias.size(2) : 0, window, heads),
         of_window_(1, x.size(1), window, window, s_.rank, window, heads), channels_(x.size(1)),
         chunk_rows_(rows_of_block(s_)), chunks_((window + chunk_rows_ - 1) / chunk_rows_), x_(x), out_(out),
-        norm_weight_(norm_weight ? norm_weight->contiguous() : at::Tensor()),
-        norm_bias_(norm_bias ? norm_bias->contiguous() : at::Tensor()), eps_(eps), to_qkv_(qkv_weight, qkv_bias),
+        norm_weight_(norm_weight ? norm_weight->contiguous() : Tensor()),
+        norm_bias_(norm_bias ? norm_bias->contiguous() : Tensor()), eps_(eps), to_qkv_(qkv_weight, qkv_bias),
         to_out_(out_weight, out_bias), biases_(bias, key_factors, of_window_), residual_(residual),
         token_(s_.dim % V == 0 ? s_.dim : to_qkv_.vectors * V), places_(to_qkv_.vectors) {
     for (int64_t v = 0; v < to_qkv_.vectors; ++v)
@@ -782,7 +777,7 @@ class Layer {
   }
 
   void run() const {
-    const int64_t threads = at::get_num_threads();
+    const int64_t threads = get_num_threads();
     // A few windows are shared by the threads; of many, each thread takes one after the other, which stays in its cache
     if (threads > 1 && s_.windows < 4 * threads)
       together(threads);
@@ -861,7 +856,7 @@ class Layer {
       std::memcpy(tokens, pixels, count * channels_ * sizeof(float));
       return;
     }
-    normalise(count, channels_, pixels, norm_weight_.const_data_ptr<float>(), norm_bias_.const_data_ptr<float>(), eps_,
+    normalise(count, channels_, pixels, norm_weight_.data(), norm_bias_.data(), eps_,
               [&](int64_t pixel, int64_t c, int64_t lanes, Vec normal) {
                 store_count(tokens + pixel * channels_ + c, normal, lanes);
               });
@@ -904,7 +899,7 @@ class Layer {
   Shape s_, of_window_;
   int64_t channels_, chunk_rows_, chunks_;
   Map x_, out_;
-  at::Tensor norm_weight_, norm_bias_;
+  Tensor norm_weight_, norm_bias_;
   float eps_;
   Projection to_qkv_, to_out_;
   Biases biases_;
@@ -913,32 +908,31 @@ class Layer {
   std::vector<int64_t> places_;  // of each vector of a token's projection
 };
 
-bool is_projection(const at::Tensor& weight, const std::optional<at::Tensor>& bias, int64_t outputs, int64_t inputs) {
-  return weight.sizes() == at::IntArrayRef({outputs, inputs, 1, 1}) && weight.scalar_type() == at::kFloat &&
-         (!bias || (bias->sizes() == at::IntArrayRef({outputs}) && bias->scalar_type() == at::kFloat));
+bool is_projection(const Tensor& weight, const std::optional<Tensor>& bias, int64_t outputs, int64_t inputs) {
+  return weight.sizes() == Dimensions{outputs, inputs, 1, 1} && weight.is_float() &&
+         (!bias || (bias->sizes() == Dimensions{outputs} && bias->is_float()));
 }
 
-at::Tensor window_attention_fused(const at::Tensor& x, const std::optional<at::Tensor>& norm_weight,
-                                  const std::optional<at::Tensor>& norm_bias, double eps, const at::Tensor& qkv_weight,
-                                  const std::optional<at::Tensor>& qkv_bias, const at::Tensor& bias,
-                                  const std::optional<at::Tensor>& key_factors, const at::Tensor& out_weight,
-                                  const std::optional<at::Tensor>& out_bias, int64_t window, int64_t heads,
-                                  bool residual) {
-  TORCH_CHECK(window >= 1 && heads >= 1 && x.dim() == 4 && x.size(1) % heads == 0 && x.scalar_type() == at::kFloat,
-              "esc_arch::window_attention_fused_cpu: x must be (B, C, H, W), C a multiple of the heads, and float32.");
+Tensor window_attention_fused(const Tensor& x, const std::optional<Tensor>& norm_weight,
+                              const std::optional<Tensor>& norm_bias, double eps, const Tensor& qkv_weight,
+                              const std::optional<Tensor>& qkv_bias, const Tensor& bias,
+                              const std::optional<Tensor>& key_factors, const Tensor& out_weight,
+                              const std::optional<Tensor>& out_bias, int64_t window, int64_t heads, bool residual) {
+  require(window >= 1 && heads >= 1 && x.dim() == 4 && x.size(1) % heads == 0 && x.is_float(),
+          "esc_arch::window_attention_fused_cpu: x must be (B, C, H, W), C a multiple of the heads, and float32.");
   const int64_t channels = x.size(1);
-  TORCH_CHECK(is_projection(qkv_weight, qkv_bias, 3 * channels, channels) &&
-                  is_projection(out_weight, out_bias, channels, channels),
-              "esc_arch::window_attention_fused_cpu: the weights must be (3C, C, 1, 1) and (C, C, 1, 1), float32.");
-  TORCH_CHECK(norm_weight.has_value() == norm_bias.has_value(),
-              "esc_arch::window_attention_fused_cpu: the norm must have a weight and a bias, or neither.");
+  require(is_projection(qkv_weight, qkv_bias, 3 * channels, channels) &&
+              is_projection(out_weight, out_bias, channels, channels),
+          "esc_arch::window_attention_fused_cpu: the weights must be (3C, C, 1, 1) and (C, C, 1, 1), float32.");
+  require(norm_weight.has_value() == norm_bias.has_value(),
+          "esc_arch::window_attention_fused_cpu: the norm must have a weight and a bias, or neither.");
   for (const auto& part : {norm_weight, norm_bias})
-    TORCH_CHECK(!part || (part->sizes() == at::IntArrayRef({channels}) && part->scalar_type() == at::kFloat),
-                "esc_arch::window_attention_fused_cpu: the norm's weight and bias must be (C) and float32.");
+    require(!part || (part->sizes() == Dimensions{channels} && part->is_float()),
+            "esc_arch::window_attention_fused_cpu: the norm's weight and bias must be (C) and float32.");
   check_bias(bias, key_factors, window, heads);
-  at::Tensor out = empty_map(x.sizes(), x.options());
+  Tensor out = empty_map(x.sizes());
   if (out.numel() == 0) return out;
-  Layer(x.contiguous(at::MemoryFormat::ChannelsLast), norm_weight, norm_bias, eps, qkv_weight, qkv_bias, bias,
+  Layer(x.channels_last(), norm_weight, norm_bias, eps, qkv_weight, qkv_bias, bias,
         key_factors, out_weight, out_bias, window, heads, residual, out)
       .run();
   return out;
@@ -1042,7 +1036,7 @@ void unpack_tokens(const float* in, int64_t stride, float factor, const Shape& s
 // Adds the gradients of reflections to those of the pixels that they show
 void fold_padding(const Shape& s, const Map& padded, const Map& out) {
   const int64_t channels = s.heads * s.dim;
-  at::parallel_for(0, s.batch * 2 * channels, 1, [&](int64_t begin, int64_t end) {
+  parallel_for(0, s.batch * 2 * channels, 1, [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i) {
       const int64_t b = i / (2 * channels), c = i % (2 * channels);
       for (int64_t y = 0; y < s.rows * s.window; ++y)
@@ -1054,7 +1048,7 @@ void fold_padding(const Shape& s, const Map& padded, const Map& out) {
 
 // The sum over the second dimension, in double precision: (a, n, m) to (a, m)
 void sum_chunks(const float* in, int64_t groups, int64_t chunks, int64_t size, float* out) {
-  at::parallel_for(0, groups * size, 4096, [&](int64_t begin, int64_t end) {
+  parallel_for(0, groups * size, 4096, [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i) {
       double sum = 0;
       for (int64_t c = 0; c < chunks; ++c) sum += in[(i / size * chunks + c) * size + i % size];
@@ -1122,21 +1116,20 @@ struct Backward {
   }
 };
 
-std::tuple<at::Tensor, at::Tensor, at::Tensor> window_attention_backward(
-    const at::Tensor& grad, const at::Tensor& qkv, const at::Tensor& bias, const std::optional<at::Tensor>& key_factors,
-    const at::Tensor& out, const at::Tensor& statistics, int64_t window, int64_t heads) {
+std::tuple<Tensor, Tensor, Tensor> window_attention_backward(
+    const Tensor& grad, const Tensor& qkv, const Tensor& bias, const std::optional<Tensor>& key_factors,
+    const Tensor& out, const Tensor& statistics, int64_t window, int64_t heads) {
   check(qkv, bias, key_factors, window, heads);
-  TORCH_CHECK(grad.sizes() == out.sizes() && grad.scalar_type() == at::kFloat && statistics.is_contiguous(),
-              "esc_arch::window_attention_backward_cpu: the gradient must be float32 and like the output.");
+  require(grad.sizes() == out.sizes() && grad.is_float() && statistics.is_contiguous(),
+          "esc_arch::window_attention_backward_cpu: the gradient must be float32 and like the output.");
   const Shape s(qkv, key_factors ? bias.size(2) : 0, window, heads);
-  at::Tensor dqkv = map_like(qkv, qkv.size(1));
-  at::Tensor dbias = at::empty_like(bias);
-  at::Tensor dkey_factors = key_factors ? at::empty_like(*key_factors) : at::empty({0}, qkv.options());
-  at::Tensor padded;
-  Backward work{s, Map(qkv), Map(grad), Map(out), Map(dqkv), std::nullopt, statistics.data_ptr<float>()};
+  Tensor dqkv = map_like(qkv, qkv.size(1));
+  Tensor dbias = empty(bias.sizes());
+  Tensor dkey_factors = key_factors ? empty(key_factors->sizes()) : empty({0});
+  Tensor padded;
+  Backward work{s, Map(qkv), Map(grad), Map(out), Map(dqkv), std::nullopt, statistics.data()};
   if (s.height % window || s.width % window) {
-    padded = at::empty({s.batch, 2 * heads * s.dim, s.rows * window, s.columns * window},
-                       qkv.options().memory_format(at::MemoryFormat::ChannelsLast));
+    padded = empty_channels_last({s.batch, 2 * heads * s.dim, s.rows * window, s.columns * window});
     work.padded = Map(padded);
   }
   const int64_t chunks = std::min(CHUNKS, s.windows), of_chunk = bias.numel() / heads;
@@ -1156,14 +1149,14 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> window_attention_backward(
     if (!key_factors) fold_bias(s, scratch.dbias.data(), part);
   });
   if (work.padded) fold_padding(s, *work.padded, work.dqkv);
-  sum_chunks(parts.data(), heads, chunks, of_chunk, dbias.data_ptr<float>());
-  if (key_factors) sum_chunks(key_parts.data(), heads, chunks, of_chunk, dkey_factors.data_ptr<float>());
+  sum_chunks(parts.data(), heads, chunks, of_chunk, dbias.data());
+  if (key_factors) sum_chunks(key_parts.data(), heads, chunks, of_chunk, dkey_factors.data());
   return {dqkv, dbias, dkey_factors};
 }
 
 }  // namespace
 
-TORCH_LIBRARY_FRAGMENT(esc_arch, m) {
+STABLE_TORCH_LIBRARY_FRAGMENT(esc_arch, m) {
   m.def(
       "window_attention_cpu(Tensor qkv, Tensor bias, Tensor? key_factors, int window, int heads) "
       "-> (Tensor, Tensor)");
@@ -1176,8 +1169,8 @@ TORCH_LIBRARY_FRAGMENT(esc_arch, m) {
       "Tensor statistics, int window, int heads) -> (Tensor, Tensor, Tensor)");
 }
 
-TORCH_LIBRARY_IMPL(esc_arch, CPU, m) {
-  m.impl("window_attention_cpu", window_attention);
-  m.impl("window_attention_fused_cpu", window_attention_fused);
-  m.impl("window_attention_backward_cpu", window_attention_backward);
+STABLE_TORCH_LIBRARY_IMPL(esc_arch, CPU, m) {
+  m.impl("window_attention_cpu", ESC_ARCH_KERNEL(window_attention));
+  m.impl("window_attention_fused_cpu", ESC_ARCH_KERNEL(window_attention_fused));
+  m.impl("window_attention_backward_cpu", ESC_ARCH_KERNEL(window_attention_backward));
 }
