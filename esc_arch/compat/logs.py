@@ -7,6 +7,7 @@ import logging
 import os
 import re
 import sys
+import threading
 import time
 from collections.abc import Callable
 from types import SimpleNamespace
@@ -115,7 +116,14 @@ class _LogFile(logging.FileHandler):
 def init_tb_logger(original: Original, log_dir: str) -> Any:
     # TensorBoard needs a path that is UTF-8, as that from the current folder may be
     writer = original(log_dir if is_utf8(log_dir) else os.path.relpath(log_dir))
+    threading.excepthook = _report_thread
     return writer if writer is None else _ForgivingWriter(writer)
+
+
+def _report_thread(error: threading.ExceptHookArgs) -> None:
+    """As ever, but for TensorBoard's own thread: what it cannot write is told when it is asked to write next."""
+    if not (isinstance(error.exc_value, OSError) and type(error.thread).__module__.startswith("tensorboard.")):
+        threading.__excepthook__(error)
 
 
 class _ForgivingWriter:

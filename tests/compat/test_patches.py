@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import copy
+import errno
 import logging
 import os
 import sys
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -25,6 +27,7 @@ from basicsr.data.data_util import paired_paths_from_folder, paths_from_folder
 from basicsr.data.transforms import paired_random_crop
 from basicsr.models.base_model import BaseModel
 from basicsr.utils import FileClient, imfrombytes
+from basicsr.utils import logger as basicsr_logger
 from basicsr.utils.file_client import LmdbBackend
 
 from esc_arch import ESC
@@ -420,3 +423,21 @@ BLUR = {
         "betag_range": [0.5, 4], "betap_range": [1, 2],
     }.items()
 } | {"final_sinc_prob": 0.8}  # fmt: skip
+
+
+@pytest.mark.parametrize(("module", "told"), [("tensorboard.summary.writer.event_file_writer", False), ("other", True)])
+def test_the_thread_of_tensorboard_prints_no_traceback(
+    module: str, told: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """What it cannot write is one line when it is asked to write next."""
+    pytest.importorskip("tensorboard")
+    monkeypatch.setattr(threading, "excepthook", threading.excepthook)
+    basicsr_logger.init_tb_logger(str(tmp_path)).close()
+
+    def fail(thread: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    thread = type("Writer", (threading.Thread,), {"run": fail, "__module__": module})()
+    thread.start()
+    thread.join()
+    assert ("No space left on device" in capsys.readouterr().err) == told
