@@ -57,7 +57,7 @@ def _parse_options(root_path: str, is_train: bool, args: argparse.Namespace) -> 
     opt, args = options.parse_options(root_path, is_train, args)
     # (Several pipelines of `basicsr benchmark quality` come here, which has no such flag)
     if opt["num_gpu"] == 0 and not getattr(args, "no_build", True) and _is_ours(opt["network_g"]["type"]):
-        background.build_aloud(print_note)
+        background.build_first(print_note)
     return opt, args
 
 

@@ -196,9 +196,10 @@ def test_by_name_it_is_built_and_said(caplog: pytest.LogCaptureFixture) -> None:
     assert cpu.ready()
     text = [record.getMessage() for record in caplog.records]
     assert text[0] == "Building the C++ operators (1 to 3 minutes, once) ..."
-    assert text[1].startswith("The C++ operators are ready after ")
+    assert text[1:3] == ["  1 of 2 parts are compiled", "  2 of 2 parts are compiled"]
+    assert text[3].startswith("The C++ operators are ready after ")
     cpu.build_by_name()
-    assert len(caplog.records) == 2
+    assert len(caplog.records) == 4
 
 
 @needs_compiler
@@ -511,7 +512,7 @@ def test_not_unasked_where_that_is_switched_off(
 ) -> None:
     monkeypatch.setenv("ESC_ARCH_NATIVE", value)
     background.start_build(pytest.fail)
-    background.build_aloud(pytest.fail)
+    background.build_first(pytest.fail)
     assert not unasked
 
 
@@ -520,7 +521,7 @@ def test_a_failure_in_the_background_is_not_repeated(unasked: list[list[str]], c
     (csrc / "two.cpp").write_text("int wrong(")
     background.start_build(lambda line: None)
     background.start_build(pytest.fail)
-    background.build_aloud(pytest.fail)
+    background.build_first(pytest.fail)
     assert len(unasked) == 1
     note = building.note_of_failure(building.recipe())
     assert note.exists()
@@ -569,13 +570,13 @@ def test_the_background_finds_the_same_modules(monkeypatch: pytest.MonkeyPatch, 
 @needs_compiler
 def test_built_aloud_before_a_training(unasked: list[list[str]], csrc: Path, new_process: Callable[[], None]) -> None:
     said: list[str] = []
-    background.build_aloud(said.append)
+    background.build_first(said.append)
     assert cpu.ready() and not unasked
     assert said[1:3] == ["  1 of 2 parts are compiled", "  2 of 2 parts are compiled"] and "are ready" in said[3]
     new_process()
-    background.build_aloud(pytest.fail)
+    background.build_first(pytest.fail)
     new_process()
     said.clear()
     (csrc / "two.cpp").write_text("int wrong(")
-    background.build_aloud(said.append)
+    background.build_first(said.append)
     assert "PyTorch's own operators are used instead" in said[-1]

@@ -27,6 +27,6 @@ def test_operators_are_built_before_a_run_of_our_networks_on_a_cpu(
 ) -> None:
     opt, calls = {"num_gpu": num_gpu, "network_g": {"type": network}}, []
     monkeypatch.setattr(pipeline.options, "parse_options", lambda root, is_train, args: (opt, args))
-    monkeypatch.setattr(background, "build_aloud", calls.append)
+    monkeypatch.setattr(background, "build_first", calls.append)
     assert pipeline._parse_options(".", True, argparse.Namespace(**flags))[0] is opt
     assert bool(calls) == built

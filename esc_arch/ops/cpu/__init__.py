@@ -31,6 +31,7 @@ from . import building
 __all__ = [
     "NOT_BUILT",
     "build",
+    "build_aloud",
     "build_by_name",
     "input_reasons",
     "look_again",
@@ -200,11 +201,17 @@ def build_by_name() -> None:
     """Build the operators that were requested by name; on failure `unsupported_reasons` says why."""
     if unsupported_reasons() != [NOT_BUILT]:
         return
-    logger.warning("Building the C++ operators (1 to 3 minutes, once) ...")
     try:
-        logger.warning("The C++ operators are ready after %.0f s.", build())
+        build_aloud(logger.warning)
     except RuntimeError as error:
         logger.warning("%s", error)
+
+
+def build_aloud(say: Callable[[str], Any]) -> None:
+    """`build`, with what it says of it: that it takes a while, how far it is, and how long it took."""
+    say("Building the C++ operators (1 to 3 minutes, once) ...")
+    seconds = build(lambda done, total: say(f"  {done} of {total} parts are compiled"))
+    say(f"The C++ operators are ready after {seconds:.0f} s.")
 
 
 def _obstacles() -> list[str]:

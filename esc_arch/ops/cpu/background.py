@@ -13,7 +13,7 @@ from esc_arch.ops import cache, cpu
 
 from . import building
 
-__all__ = ["build_aloud", "start_build", "wanted"]
+__all__ = ["build_first", "start_build", "wanted"]
 
 #: Its arguments are where this process finds modules: another esc_arch may be installed.
 _PROGRAM = (
@@ -51,18 +51,15 @@ def build_and_note() -> None:
         cache.write(_failure(), str(error).encode())
 
 
-def build_aloud(say: Callable[[str], Any]) -> None:
-    """Build now, if it is `wanted`; says that it takes a while, how far it is, and how it ended."""
+def build_first(say: Callable[[str], Any]) -> None:
+    """Build now, if it is `wanted`, and say how it went; a failure is noted as well."""
     if not wanted():
         return
-    say("Building the C++ operators for this processor, once (1 to 3 minutes) ...")
     try:
-        seconds = cpu.build(lambda done, total: say(f"  {done} of {total} parts are compiled"))
+        cpu.build_aloud(say)
     except RuntimeError as error:
         say(f"{error} PyTorch's own operators are used instead: slower, with the same results.")
         cache.write(_failure(), str(error).encode())
-    else:
-        say(f"The C++ operators are ready after {seconds:.0f} s.")
 
 
 def _failure() -> Path:
